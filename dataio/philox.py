@@ -1,0 +1,72 @@
+"""Philox4x32-10, a counter-based generator: random words are a pure function of (seed, step, row, slot, attempt, purpose).
+
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Any process can compute any word at any time, in any order.
+
+The counter's four 32-bit words:
+
+| word | bits | holds |
+|---|---|---|
+| 0 | 0–31 | step, low 32 bits |
+| 1 | 0–15 | step, high 16 bits |
+| 1 | 16–31 | attempt (redraws of a quarantined or unreadable episode) |
+| 2 | 0–31 | row of the global batch |
+| 3 | 0–15 | slot: the window's number in its row |
+| 3 | 16–31 | purpose, one of the constants below |
+
+The key's two words are the seed's low and high 32 bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Purposes: streams that never meet, whatever else is equal.
+WINDOW, BUCKET, PROMPT, EPOCH, PLACE, MASK, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
+
+Words = NDArray[np.uint64]
+
+
+def philox(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:
+    """Ten rounds over uint64 arrays that hold 32-bit words; the four results hold 32-bit words too."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = c0 * _M0, c2 * _M1
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _32) ^ c3 ^ np.uint64(k1), p0 & _LOW
+        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def words(
+    seed: int, step: ArrayLike, row: ArrayLike = 0, slot: ArrayLike = 0, attempt: ArrayLike = 0, purpose: int = WINDOW
+) -> tuple[Words, Words, Words, Words]:
+    """Four words for each (step, row, slot, attempt); the arguments broadcast against each other."""
+    s, r, o, a = np.broadcast_arrays(*(np.asarray(x, dtype=np.uint64) for x in (step, row, slot, attempt)))
+    counter = (
+        s & _LOW,
+        ((s >> _32) & np.uint64(0xFFFF)) | (a << np.uint64(16)),
+        r & _LOW,
+        (o & np.uint64(0xFFFF)) | np.uint64(purpose << 16),
+    )
+    return philox(counter, seed)
+
+
+def uniform32(word: Words) -> NDArray[np.float64]:
+    """A word as a float in (0, 1), the middle of its cell."""
+    return (word.astype(np.float64) + 0.5) * 2.0**-32
+
+
+def uniform53(high: Words, low: Words) -> NDArray[np.float64]:
+    """Two words as a float in [0, 1) with 53 random bits."""
+    return ((high << _32 | low) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def generator(seed: int, step: int, row: int, purpose: int, slot: int = 0) -> np.random.Generator:
+    """NumPy's generator for one row, where a purpose needs more than a few words: its state is (seed, step, row, slot, purpose)."""
+    key = [seed & (2**64 - 1), (step & (2**48 - 1)) | purpose << 48]
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, row, slot]))
