@@ -105,7 +105,9 @@ class Model:
     timesteps: int = 0  # size of a learned embedding of the step's number (Decision Transformer); 0: none
     tie: bool = False  # one matrix for token embedding and output
     text_vocabulary: int = 32000  # size of the text range
-    text_tokenizer: str = ""  # tokenizer.json or SentencePiece model; empty: bytes, then BPE learned from the recipe's texts
+    text_tokenizer: str = (
+        ""  # tokenizer.json or SentencePiece model; empty: bytes, then BPE learned from the recipe's texts
+    )
     checkpointing: bool = False  # recompute activations in the backward pass
     moe: Experts = field(default_factory=Experts)
 
