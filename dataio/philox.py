@@ -1,6 +1,7 @@
-"""Philox4x32-10, a counter-based generator: random words are a pure function of (seed, step, row, slot, attempt, purpose).
+"""Philox4x32-10: random words as a pure function of (seed, step, row, slot, attempt, purpose).
 
-Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Any process can compute any word at any time, in any order.
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Any process can compute any word at any time, in any
+order.
 
 The counter's four 32-bit words:
 
@@ -67,6 +68,6 @@ def uniform53(high: Words, low: Words) -> NDArray[np.float64]:
 
 
 def generator(seed: int, step: int, row: int, purpose: int, slot: int = 0) -> np.random.Generator:
-    """NumPy's generator for one row, where a purpose needs more than a few words: its state is (seed, step, row, slot, purpose)."""
+    """NumPy's generator for one row, where a purpose needs more than a few words: a function of its arguments alone."""
     key = [seed & (2**64 - 1), (step & (2**48 - 1)) | purpose << 48]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, row, slot]))

@@ -1,4 +1,4 @@
-"""TokenBatch: what a rank trains on in one step, as flat NumPy arrays; the one form between objectives, loader and model."""
+"""TokenBatch: what a rank trains on in one step, as flat NumPy arrays; the form between objectives, loader, model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Regression:
-    """Targets that are vectors, for one head: index int64 [n] (row · L + position), value float32 [n, d], weight float32 [n]."""
+    """Targets that are vectors, for one head.
+
+    index  int64 [n]       row · L + position, ascending
+    value  float32 [n, d]
+    weight float32 [n]
+    """
 
     index: np.ndarray
     value: np.ndarray
@@ -38,7 +43,7 @@ class Regression:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """R rows of L positions. Every array is NumPy; `segment == 0` is padding and is neither attended, routed nor counted.
+    """R rows of L positions, all NumPy; `segment == 0` is padding and is neither attended, routed nor counted.
 
     step      int: the training step t
     row       int64 [R]: the row's number in the global batch; −1: a filler row without any token
@@ -51,7 +56,7 @@ class TokenBatch:
     task      int32 [R, L]: the task's number in the run's list of tasks
     causal    bool  [R, L]: False: this position's segment is attended in both directions
     target    int32 [R, L]: the id to be predicted *at* this position (already shifted); −1: none
-    softmax   uint8 [R, L]: over what the target is normalised: 0 the whole vocabulary, i > 0 the i-th range of Vocabulary
+    softmax   uint8 [R, L]: over what the target is normalised: 0 the whole vocabulary, i > 0 Vocabulary's i-th range
     weight    float32 [R, L]: weight of the target; 0 where there is none
     """
 
@@ -100,7 +105,7 @@ class TokenBatch:
             a, b = np.searchsorted(index, (lo * length, hi * length))
             return slice(int(a), int(b))
 
-        dense = {n: getattr(self, n)[lo:hi] for n in _DENSE}
+        dense: dict[str, Any] = {n: getattr(self, n)[lo:hi] for n in _DENSE}
         embedded = {}
         for name, e in self.embedded.items():
             p = part(e.index)
@@ -118,7 +123,7 @@ class TokenBatch:
             raise ValueError(f"a batch of {self.rows} rows cannot be filled up to {rows}")
         if more == 0:
             return self
-        dense = {}
+        dense: dict[str, Any] = {}
         for name in _DENSE:
             array = getattr(self, name)
             empty = -1 if name in ("row", "target") else 0
@@ -131,7 +136,7 @@ class TokenBatch:
         parts = list(batches)
         first, length = parts[0], parts[0].length
         offsets = np.cumsum([0] + [b.rows for b in parts[:-1]]) * length
-        dense = {n: np.concatenate([getattr(b, n) for b in parts]) for n in _DENSE}
+        dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in _DENSE}
         embedded = {}
         for name in sorted({n for b in parts for n in b.embedded}):
             have = [(b.embedded[name], o) for b, o in zip(parts, offsets, strict=True) if name in b.embedded]
@@ -153,7 +158,7 @@ class TokenBatch:
     @classmethod
     def empty(cls, step: int, length: int, rows: int = 0) -> TokenBatch:
         """A batch of `rows` filler rows."""
-        dense = {n: np.zeros((0, length) if n != "row" else (0,), d) for n, d in _DENSE.items()}
+        dense: dict[str, Any] = {n: np.zeros((0, length) if n != "row" else (0,), d) for n, d in _DENSE.items()}
         return cls(step=step, **dense).fill(rows)
 
     def to_arrays(self) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,36 @@ class RecipeError(ValueError):
         super().__init__(f"{count} error{'s' if count > 1 else ''} in the recipe:\n" + "\n".join(self.errors))
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a YAML file, or a recipe of `recipes/` by its name, and lay `a.b=value` overrides over it.
+@dataclass(frozen=True)
+class Examined:
+    """A recipe as it was written: plain values, the errors of its schema, and where each key stands."""
 
-    Raises RecipeError with every unknown key, wrong type, missing value and word that is not allowed.
-    """
+    file: Path
+    raw: dict[str, Any]
+    errors: list[str]
+    where: Callable[[str], str]  # key path -> `file:line: key path`
+
+
+def examine(path: str | Path, overrides: Iterable[str] = ()) -> Examined:
+    """Read a recipe and list what its schema finds wrong, without raising for it."""
     file = find(path)
     errors: list[str] = []
     raw, lines = _read(file)
     raw = _override(raw, overrides, errors)
     where = _Where(str(file), lines)
     errors.extend(_check(Recipe, raw, "", where))
-    if errors:
-        raise RecipeError(errors)
-    merged = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(raw))
-    try:
-        recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise RecipeError([f"{file}: {_first_line(error)}"]) from None
-    assert isinstance(recipe, Recipe)
-    return recipe
+    return Examined(file, raw, errors, where)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a YAML file, or a recipe of `recipes/` by its name, and lay `a.b=value` overrides over it.
+
+    Raises RecipeError with every unknown key, wrong type, missing value and word that is not allowed.
+    """
+    seen = examine(path, overrides)
+    if seen.errors:
+        raise RecipeError(seen.errors)
+    return from_dict(seen.raw, str(seen.file))
 
 
 def find(path: str | Path) -> Path:
@@ -91,7 +101,10 @@ def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     errors = list(_check(Recipe, values, "", _Where(source, {})))
     if errors:
         raise RecipeError(errors)
-    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(values)))
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        raise RecipeError([f"{source}: {_first_line(error)}"]) from None
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -257,7 +270,7 @@ def _check_leaf(kind: Any, key: str, item: Any, at: str, where: _Where) -> Itera
 
 
 def _pattern(path: str) -> str:
-    """`data.mixture[0].prefer` -> `data.mixture.*.prefer`; names under `objectives` and their `fields` become `*` too."""
+    """`data.mixture[0].prefer` -> `data.mixture.*.prefer`; names under `objectives` and `fields` become `*` too."""
     parts = path.replace("[", ".[").split(".")
     parts = ["*" if p.startswith("[") else p for p in parts]
     if parts[0] == "objectives" and len(parts) > 2:

@@ -1,8 +1,8 @@
 """What a run is: `Recipe` and its sections, as frozen structured configs (OmegaConf).
 
-`deepspeed:` is DeepSpeed's own section, verbatim; it alone owns batch sizes, optimizer, schedule, clipping, precision and ZeRO.
-Everything else that a run needs stands here, each value in one place. `load.py` reads a file into this; `launch/check.py`
-names every error of one at once.
+`deepspeed:` is DeepSpeed's own section, verbatim; it alone owns batch sizes, optimizer, schedule, clipping, precision
+and ZeRO. Everything else that a run needs stands here, each value in one place. `load.py` reads a file into this;
+`launch/check.py` names every error of one at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Data:
 
 @dataclass(frozen=True)
 class FieldTokens:
-    """How one field of a timestep becomes tokens; overrides the objective's scheme for the fields that the key matches."""
+    """How one field of a timestep becomes tokens: overrides the objective's scheme for fields that the key matches."""
 
     encoding: str = "auto"  # auto (the scheme decides) | gato | vector | grid | uniform | quantile | skip
     bins: int = 1024  # uniform, quantile: bins a dimension
