@@ -1,0 +1,350 @@
+"""The places that bytes live in: a local folder, an object store (obstore), anything else that fsspec opens.
+
+Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError,
+`Changed`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import configparser
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+from dataio.episode import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
+# fsspec knows schemes that run commands (pipe), open nested archives or chain others: plain remote file systems may pass
+FSSPEC_SCHEMES = ("hf", "memory", "sftp", "ssh", "smb", "hdfs", "webhdfs", "oss", "webdav", "dbfs", "ftp")
+_TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")
+
+
+class Transient(Exception):
+    """The same request may succeed later."""
+
+
+class Throttled(Transient):
+    """The store asks for fewer requests (429, 503)."""
+
+
+class Changed(Exception):
+    """The object is no longer the one whose ETag was given."""
+
+
+class ObjectInfo(NamedTuple):
+    size: int  # bytes
+    etag: str  # changes whenever the object does; empty where the store has none
+
+
+class Backend(Protocol):
+    """One folder. Keys are relative to it, with forward slashes."""
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        """Bytes [start, start + size), fewer where the object ends; `Changed` unless `etag` is empty or matches."""
+
+    async def head(self, key: str) -> ObjectInfo: ...
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        """All of it or nothing."""
+
+    async def keys(self, folder: str) -> list[str]: ...
+
+    async def delete(self, key: str) -> None: ...
+
+
+def backend(url: str, timeout: float) -> Backend:
+    """The backend of a folder's URL. DataError where its scheme is not on the list of those that may be opened."""
+    scheme = urlsplit(url).scheme.lower() if "://" in url or re.match(r"[a-z0-9+.-]{2,}:", url) else ""
+    if "::" in url or (scheme and scheme not in (*OBJECT_SCHEMES, *FSSPEC_SCHEMES, "file")):
+        allowed = ", ".join(("file", *OBJECT_SCHEMES, *FSSPEC_SCHEMES))
+        raise DataError(f"{redacted(url)}: the scheme {scheme or url!r} may not be opened; these may: {allowed}")
+    if scheme in ("", "file"):
+        return LocalBackend(Path(unquote(urlsplit(url).path) if scheme else url).absolute())
+    return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)
+
+
+def redacted(text: str) -> str:
+    """Without what may be secret in a URL: user info and query strings (SAS tokens, signatures)."""
+    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"\?[^\s\"']*", "", text))
+
+
+class LocalBackend:
+    """A local folder. Writes go to a temporary file, are synced, then renamed."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def ranges(
+        self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
+    ) -> tuple[list[bytes], ObjectInfo]:
+        with open(self.path(key), "rb", buffering=0) as file:
+            info = _local_info(os.fstat(file.fileno()))
+            if etag and info.etag != etag:
+                raise Changed
+            return [_pread(file.fileno(), size, start) for start, size in zip(starts, sizes, strict=True)], info
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        (part,), info = await asyncio.to_thread(self.ranges, key, [start], [size], etag)
+        return part, info
+
+    async def head(self, key: str) -> ObjectInfo:
+        return _local_info(os.stat(self.path(key)))
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        await asyncio.to_thread(self._put, key, source)
+
+    def _put(self, key: str, source: bytes | Path) -> None:
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as file:
+            if isinstance(source, Path):
+                with open(source, "rb") as origin:
+                    shutil.copyfileobj(origin, file, 1 << 20)
+            else:
+                file.write(source)
+
+    async def keys(self, folder: str) -> list[str]:
+        found = []
+        for parent, _, names in os.walk(self.path(folder)):
+            found += [os.path.relpath(os.path.join(parent, n), self.root) for n in names]
+        return sorted(f for f in found if not _TEMPORARY.search(f))
+
+    async def delete(self, key: str) -> None:
+        self.path(key).unlink()
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears as `target` only when the block ends well: temporary file, fsync, rename, fsync."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _local_info(stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+
+def _pread(file: int, size: int, start: int) -> bytes:
+    data = os.pread(file, size, start)
+    while 0 < len(data) < size:  # a read may stop early: at 2 GiB, or on a network mount
+        more = os.pread(file, size - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class ObjectBackend:
+    """S3, GCS, Azure, HTTP by obstore (Rust's object_store). Its retries are off: `Store` must see a 503 to slow down."""
+
+    def __init__(self, url: str, timeout: float):
+        import obstore
+        from obstore.store import HTTPStore, from_url
+
+        scheme = urlsplit(url).scheme.lower()
+        self.obstore = obstore
+        client: Any = {
+            "read_timeout": f"{max(1, round(timeout * 1000))}ms",  # between two reads of a body: finds stalls
+            "timeout": f"{max(60, round(timeout * 20))}s",  # of a whole request, uploads too
+            "connect_timeout": f"{max(1, round(min(timeout, 10.0) * 1000))}ms",
+            "pool_max_idle_per_host": "256",
+        }
+        retries: Any = {"max_retries": 0}
+        self.store: Any
+        if scheme in ("http", "https"):
+            self.store = HTTPStore.from_url(
+                url, client_options={**client, "allow_http": scheme == "http"}, retry_config=retries
+            )
+        elif scheme in ("s3", "s3a"):
+            config: Any
+            config, provider = _s3_configuration()
+            client["allow_http"] = config.get("endpoint", "").startswith("http://")
+            more: Any = {"credential_provider": provider} if provider else {}
+            self.store = from_url(url, config=config, client_options=client, retry_config=retries, **more)
+        else:
+            local = "AZURE_STORAGE_USE_EMULATOR" in os.environ or "STORAGE_EMULATOR_HOST" in os.environ
+            client["allow_http"] = local
+            url = url.replace("gcs://", "gs://", 1)
+            self.store = from_url(url, client_options=client, retry_config=retries)
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        options: Any = {"range": (start, start + size)}
+        if etag and not etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1); the caller compares it
+            options["if_match"] = etag
+        try:
+            result = await self.obstore.get_async(self.store, key, options=options)
+            data = await result.bytes_async()
+        except Exception as error:
+            raise _translated(error, key) from error
+        meta = result.meta
+        return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
+
+    async def head(self, key: str) -> ObjectInfo:
+        try:
+            meta = await self.obstore.head_async(self.store, key)
+        except Exception as error:
+            raise _translated(error, key) from error
+        return ObjectInfo(meta["size"], meta["e_tag"] or "")
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        try:
+            await self.obstore.put_async(self.store, key, source)
+        except Exception as error:
+            raise _translated(error, key) from error
+
+    async def keys(self, folder: str) -> list[str]:
+        found: list[str] = []
+        try:
+            async for page in self.obstore.list(self.store, prefix=folder or None, chunk_size=1000):
+                found += [meta["path"] for meta in page]
+        except Exception as error:
+            raise _translated(error, folder) from error
+        return sorted(found)
+
+    async def delete(self, key: str) -> None:
+        try:
+            await self.obstore.delete_async(self.store, key)
+        except Exception as error:
+            raise _translated(error, key) from error
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
+
+
+def _translated(error: Exception, key: str) -> Exception:
+    """obstore's exception in the common vocabulary; what is not the store's doing stays as it is."""
+    from obstore import exceptions as o
+
+    text = redacted(str(error).split("\n\nDebug source", 1)[0])
+    found = _STATUS.search(text)
+    status = int(found[1]) if found else 0
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(key)
+    if isinstance(error, (o.PermissionDeniedError, o.UnauthenticatedError)) or any(code in text for code in _EXPIRED):
+        return PermissionError(text)
+    if isinstance(error, o.PreconditionError):
+        return Changed()
+    if status in (429, 503) or "SlowDown" in text:
+        return Throttled(text)
+    if isinstance(error, o.GenericError) and (status == 0 or status >= 500 or status == 408):
+        return Transient(text)
+    return OSError(text) if isinstance(error, o.BaseError) else error
+
+
+def _s3_configuration() -> tuple[dict[str, str], Any]:
+    """Endpoint, region and keys as AWS' own tools find them: environment, the profile's files, else obstore's search.
+
+    A profile without static keys (SSO, assumed roles, credential_process) is left to boto3 where that is installed.
+    """
+    env = os.environ
+    config: dict[str, str] = {}
+    profile = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or ""
+    settings = _aws_profile(profile or "default")
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or settings.get("endpoint_url")
+    if endpoint:
+        config["endpoint"] = endpoint.rstrip("/")
+    config["region"] = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or settings.get("region") or "us-east-1"
+    if "AWS_ACCESS_KEY_ID" in env and not profile:
+        return config, None
+    if "aws_access_key_id" in settings:
+        names = ("access_key_id", "secret_access_key", "session_token")
+        return config | {n: settings[f"aws_{n}"] for n in names if f"aws_{n}" in settings}, None
+    if not profile:
+        return config, None
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise DataError(
+            f"AWS_PROFILE={profile}: the profile has no static keys, and finding others needs boto3: pip install boto3"
+        ) from None
+    return config, Boto3CredentialProvider(boto3.Session(profile_name=profile))
+
+
+def _aws_profile(name: str) -> dict[str, str]:
+    """A profile's settings from ~/.aws/credentials and ~/.aws/config, whichever exist."""
+    settings: dict[str, str] = {}
+    files = (
+        (os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"), name if name == "default" else f"profile {name}"),
+        (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), name),
+    )
+    for path, section in files:
+        parser = configparser.RawConfigParser()
+        parser.read(os.path.expanduser(path))
+        if parser.has_section(section):
+            settings.update(parser[section])
+    return settings
+
+
+class FsspecBackend:
+    """Any other scheme, through fsspec's synchronous interface in threads."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
+        # Few of these stores say what they served, and none by an ETag: only a short answer needs the object's size
+        return data, ObjectInfo((await self.head(key)).size if len(data) < size else start + size, "")
+
+    async def head(self, key: str) -> ObjectInfo:
+        info = await self._call(self.fs.info, self._path(key))
+        if info["type"] == "directory":
+            raise FileNotFoundError(key)
+        return ObjectInfo(int(info["size"]), await self._call(self.fs.ukey, self._path(key)))
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        if isinstance(source, Path):
+            await self._call(self.fs.put_file, str(source), self._path(key))
+        else:
+            await self._call(self.fs.pipe_file, self._path(key), source)
+
+    async def keys(self, folder: str) -> list[str]:
+        root = self.fs._strip_protocol(self.root).rstrip("/")
+        found = await self._call(self.fs.find, self._path(folder))
+        return sorted(f[len(root) + 1 :] for f in found)
+
+    async def delete(self, key: str) -> None:
+        await self._call(self.fs.rm_file, self._path(key))
+
+    async def _call(self, function: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return await asyncio.to_thread(function, *args, **more)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # fsspec's file systems give network failures as OSErrors
+            raise Transient(redacted(str(error)) or type(error).__name__) from error

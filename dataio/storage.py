@@ -1,0 +1,389 @@
+"""`Store`: a folder in a store; reads are joined, retried and verified ranges, writes are whole or not at all.
+
+Object stores (s3, gs, az, http) go through obstore, other schemes through fsspec, local folders through the kernel.
+A fault costs time, never a wrong byte: every read has a bounded number of tries with growing, jittered pauses; 429 and
+503 are answered by fewer requests in flight; an object that is replaced while it is being read is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import random
+import re
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dataio.backends import Changed, LocalBackend, ObjectInfo, Throttled, Transient, backend, redacted
+from dataio.episode import DataError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
+
+T = TypeVar("T")
+_PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
+_GAP = 16 << 10  # ranges closer than this are one request: a request costs about as much CPU as 16–64 KiB of payload
+
+
+class StoreError(OSError):
+    """A store that could not be read or written after all tries. The message names the object and the byte range."""
+
+
+class AccessError(StoreError, PermissionError):
+    """The store refuses: no credentials, expired ones, or no right to this object."""
+
+
+class ObjectChanged(StoreError):
+    """An object was replaced while it was being read."""
+
+
+@dataclass
+class Traffic:
+    """What a Store has done so far."""
+
+    requests: int = 0
+    bytes: int = 0  # bodies received
+    retries: int = 0
+    throttled: int = 0
+
+
+class Joined(NamedTuple):
+    """One request that serves several ranges: `parts` are (number of the range, offset within the request, size)."""
+
+    start: int
+    size: int
+    parts: list[tuple[int, int, int]]
+
+
+def join_ranges(starts: Sequence[int], sizes: Sequence[int], gap: int = _GAP, most: int = _PART) -> list[Joined]:
+    """Neighbouring or overlapping ranges as one request where at most `gap` unwanted bytes lie between them.
+
+    No request grows beyond `most` bytes by joining. Every range is served by exactly one request.
+    """
+    joined: list[Joined] = []
+    for i in sorted(range(len(starts)), key=lambda i: starts[i]):
+        start, size = starts[i], sizes[i]
+        last = joined[-1] if joined else None
+        if last and start <= last.start + last.size + gap and start + size - last.start <= max(most, last.size):
+            last.parts.append((i, start - last.start, size))
+            joined[-1] = Joined(last.start, max(last.size, start + size - last.start), last.parts)
+        else:
+            joined.append(Joined(start, size, [(i, 0, size)]))
+    return joined
+
+
+class Store:
+    """A folder in a store: `file://`, `s3://`, `gs://`, `az://`, `https://` and, through fsspec, `hf://` and others.
+
+    url       the folder; a plain path is a local one
+    requests  most requests in flight (of each event loop that uses this store)
+    attempts  most tries of one request
+    timeout   seconds without a byte after which a request has stalled
+
+    `path` is relative to the folder, or the complete URL of an object elsewhere (a dataset may point into others').
+    Errors: FileNotFoundError (the message is the object's URL), AccessError, ObjectChanged, StoreError; DataError for a
+    scheme that may not be opened, a path that leaves the folder, or a range that the object does not have. The blocking
+    methods may be called from any thread.
+    """
+
+    def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = _GAP):
+        self.url = url.rstrip("/") or url
+        self.requests, self.attempts, self.timeout, self.gap = requests, attempts, timeout, gap
+        self.traffic = Traffic()
+        self._backend = backend(self.url, timeout)
+        self._etags: dict[str, str] = {}
+        self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limit] = weakref.WeakKeyDictionary()
+        self._elsewhere: dict[str, Store] = {}
+
+    def __reduce__(self) -> Any:  # sent to a spawned process: as its settings
+        return _restore, (self.url, self.requests, self.attempts, self.timeout, self.gap)
+
+    @property
+    def local(self) -> bool:
+        return isinstance(self._backend, LocalBackend)
+
+    # Reading
+
+    def read(self, path: str) -> bytes:
+        """A whole object."""
+        return _wait(self._read(path))
+
+    async def _read(self, path: str) -> bytes:
+        place, key = self._locate(path)
+        place._etags.pop(key, None)  # a whole object is read as it is now
+        if isinstance(place._backend, LocalBackend):
+            try:
+                return await asyncio.to_thread(place._backend.path(key).read_bytes)
+            except FileNotFoundError:
+                raise FileNotFoundError(place._name(key)) from None
+        info = await place._patiently(key, "", lambda: place._backend.head(key))
+        starts = range(0, info.size, _PART)
+        parts = await asyncio.gather(*(place._fetch(key, s, min(_PART, info.size - s)) for s in starts))
+        return b"".join(parts)
+
+    def read_ranges(self, path: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
+        """Byte ranges of one object, in the order given. All that one Store ever reads of an object is of one ETag."""
+        place, key = self._locate(path)
+        if isinstance(place._backend, LocalBackend):
+            return place._read_local(place._backend, key, starts, sizes)
+        return _wait(place.read_ranges_async(key, starts, sizes))
+
+    async def read_ranges_async(self, path: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
+        """`read_ranges` for an event loop: as many requests in flight as the store bears."""
+        place, key = self._locate(path)
+        if isinstance(place._backend, LocalBackend):
+            return await asyncio.to_thread(place._read_local, place._backend, key, starts, sizes)
+        requests = join_ranges(starts, sizes, self.gap)
+        bodies = await asyncio.gather(*(place._fetch_large(key, r.start, r.size) for r in requests))
+        out: list[Any] = [b""] * len(starts)
+        for request, body in zip(requests, bodies, strict=True):
+            view = memoryview(body)
+            for i, offset, size in request.parts:
+                out[i] = view[offset : offset + size] if size != len(view) else body
+        return out
+
+    def head(self, path: str) -> ObjectInfo:
+        place, key = self._locate(path)
+        return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.head(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    # Writing
+
+    def write(self, path: str, data: bytes) -> None:
+        """Nobody ever sees a part of it, also after a crash or on a full disk."""
+        self._put(path, data)
+
+    def upload(self, path: str, file: str) -> None:
+        """A local file, whole or not at all."""
+        self._put(path, Path(file))
+
+    def _put(self, path: str, source: bytes | Path) -> None:
+        place, key = self._locate(path)
+        place._etags.pop(key, None)
+        _wait(place._patiently(key, "", lambda: place._backend.put(key, source), writing=True))
+
+    def delete(self, path: str) -> None:
+        """Remove an object. What is not there may raise FileNotFoundError or not, as the store does."""
+        place, key = self._locate(path)
+        place._etags.pop(key, None)
+        _wait(place._patiently(key, "", lambda: place._backend.delete(key), writing=True))
+
+    # One request, patiently
+
+    def _read_local(self, files: LocalBackend, key: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
+        try:
+            parts, info = files.ranges(key, starts, sizes, self._etags.get(key, ""))
+        except FileNotFoundError:
+            raise FileNotFoundError(self._name(key)) from None
+        except PermissionError as error:
+            raise AccessError(f"{self._name(key)}: {error.strerror}") from None
+        except Changed:
+            raise self._changed(key) from None
+        self._etags.setdefault(key, info.etag)
+        for part, start, size in zip(parts, starts, sizes, strict=True):
+            if len(part) != size:
+                raise self._too_short(key, start, size, info.size)
+        self.traffic.requests += len(parts)
+        self.traffic.bytes += sum(sizes)
+        return list(parts)
+
+    async def _fetch_large(self, key: str, start: int, size: int) -> Buffer:
+        if size <= 2 * _PART:
+            return await self._fetch(key, start, size)
+        starts = range(start, start + size, _PART)
+        parts = await asyncio.gather(*(self._fetch(key, s, min(_PART, start + size - s)) for s in starts))
+        return b"".join(parts)
+
+    async def _fetch(self, key: str, start: int, size: int) -> Buffer:
+        if size == 0:
+            return b""
+
+        async def once() -> Buffer:
+            etag = self._etags.get(key, "")
+            data, info = await self._backend.fetch(key, start, size, etag)
+            have = memoryview(data).nbytes
+            self.traffic.bytes += have
+            if etag and info.etag and info.etag != etag:
+                raise Changed
+            if have != size:
+                if info.size < start + size:
+                    raise self._too_short(key, start, size, info.size)
+                raise Transient(f"{have} bytes came instead of {size}")
+            if info.etag:
+                self._etags.setdefault(key, info.etag)
+            return data
+
+        return await self._patiently(key, f", bytes {start}–{start + size}", once)
+
+    async def _patiently(self, key: str, span: str, once: Callable[[], Awaitable[T]], writing: bool = False) -> T:
+        """`once`, again after transient failures: exponential backoff with full jitter, at most `attempts` tries."""
+        began, failure = time.monotonic(), ""
+        limit = self._limit()
+        for attempt in range(self.attempts):
+            if attempt:
+                self.traffic.retries += 1
+                await asyncio.sleep(random.uniform(0.02, 0.1 * 2**attempt) if attempt < 7 else 10.0)
+            await limit.acquire()
+            self.traffic.requests += 1
+            try:
+                result = await once()
+            except Transient as error:
+                failure = str(error)
+                if isinstance(error, Throttled):
+                    self.traffic.throttled += 1
+                    limit.shrink()
+                continue
+            except FileNotFoundError:
+                raise FileNotFoundError(self._name(key)) from None
+            except PermissionError as error:
+                raise AccessError(
+                    f"{self._name(key)}{span}: the store refuses access ({_first_line(str(error))}). "
+                    "Check that the credentials in this environment are there, not expired, and may read it"
+                ) from None
+            except Changed:
+                raise self._changed(key) from None
+            finally:
+                limit.release()
+            limit.grow()
+            return result
+        what = "written" if writing else "read"
+        raise StoreError(
+            f"{self._name(key)}{span}: could not be {what} in {self.attempts} tries "
+            f"over {time.monotonic() - began:.0f} s; the last one: {_first_line(failure)}"
+        )
+
+    def _limit(self) -> _Limit:
+        loop = asyncio.get_running_loop()
+        found = self._limits.get(loop)
+        if found is None:
+            found = self._limits[loop] = _Limit(self.requests)
+        return found
+
+    # Names
+
+    def _locate(self, path: str) -> tuple[Store, str]:
+        """The store and the key within it that a path means."""
+        if "://" in path:
+            folder, _, name = path.rpartition("/")
+            if folder.startswith("file:") and not self.local:
+                raise DataError(f"{redacted(self.url)}: a dataset in a store may not point into the local disk: {path}")
+            other = self._elsewhere.get(folder)
+            if other is None:
+                other = Store(
+                    folder, requests=self.requests, attempts=self.attempts, timeout=self.timeout, gap=self.gap
+                )
+                other.traffic = self.traffic
+                self._elsewhere[folder] = other
+            return other, name
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise DataError(f"{redacted(self.url)}: the path {path!r} leaves its folder")
+        return self, path
+
+    def _name(self, key: str) -> str:
+        return f"{redacted(self.url)}/{key}"
+
+    def _too_short(self, key: str, start: int, size: int, have: int) -> DataError:
+        return DataError(
+            f"{self._name(key)}: has {have} bytes, but bytes {start}–{start + size} were asked for; "
+            "it was cut off or does not belong to this index"
+        )
+
+    def _changed(self, key: str) -> ObjectChanged:
+        return ObjectChanged(
+            f"{self._name(key)}: was replaced while it was being read (its ETag changed). "
+            "Datasets must not change under a run: write a new one beside it"
+        )
+
+    # Last, because within the class it hides the builtin from what follows
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all objects under a folder, at any depth, sorted; empty where there is no such folder."""
+        place, key = self._locate(prefix)
+        return _wait(place._patiently(key, "", lambda: place._backend.keys(key)))
+
+
+def _restore(url: str, requests: int, attempts: int, timeout: float, gap: int) -> Store:
+    return Store(url, requests=requests, attempts=attempts, timeout=timeout, gap=gap)
+
+
+def _first_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text)[:300] or "no answer"
+
+
+class _Limit:
+    """How many requests may be in flight: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
+
+    def __init__(self, most: int):
+        self.most, self.now, self.flying = most, float(most), 0
+        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self.shrunk = 0.0
+
+    async def acquire(self) -> None:
+        if self.flying < int(self.now) and not self.waiting:
+            self.flying += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release()
+            raise
+
+    def release(self) -> None:
+        self.flying -= 1
+        while self.waiting and self.flying < int(self.now):
+            turn = self.waiting.popleft()
+            if not turn.done():
+                self.flying += 1
+                turn.set_result(None)
+
+    def shrink(self) -> None:
+        now = time.monotonic()
+        if now - self.shrunk > 0.2:  # one wave of refusals is one piece of news
+            self.now, self.shrunk = max(1.0, self.now / 2), now
+
+    def grow(self) -> None:
+        self.now = min(float(self.most), self.now + 1 / self.now)
+
+
+# One event loop in a thread serves all blocking calls of a process.
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def _forget_loop() -> None:
+    global _loop
+    _loop = None  # a forked child has the object but not its thread
+
+
+def _wait(work: Coroutine[Any, Any, T]) -> T:
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="tiphys-store", daemon=True).start()
+    future = asyncio.run_coroutine_threadsafe(work, _loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+os.register_at_fork(after_in_child=_forget_loop)
