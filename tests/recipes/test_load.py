@@ -1,0 +1,86 @@
+"""Recipes are read rightly, and everything wrong with one is said at once."""
+
+import pytest
+
+from recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict
+
+GOOD = """
+name: small
+data:
+  mixture: [{dataset: a, weight: 1, objective: gato}]
+  validation: 1e-2
+objectives: {gato: {context: 256, fields: {"observation.image": {encoding: grid}}}}
+deepspeed: {train_batch_size: 4, optimizer: {type: AdamW, params: {lr: 1e-5}}}
+run: {dir: runs/small}
+"""
+
+
+def write(tmp_path, text):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_a_number_in_exponent_form_is_a_number(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.data.validation == 0.01
+    assert recipe.deepspeed["optimizer"]["params"]["lr"] == 1e-5
+
+
+def test_overrides_reach_lists_sections_and_deepspeeds_own_keys(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path, GOOD),
+        ["data.mixture[0].dataset=s3://x/y", "deepspeed.bf16.enabled=true", "train.steps=7", "run.dir=elsewhere"],
+    )
+    assert recipe.data.mixture[0].dataset == "s3://x/y"
+    assert recipe.deepspeed["bf16"] == {"enabled": True}
+    assert (recipe.train.steps, recipe.run.dir) == (7, "elsewhere")
+
+
+def test_every_error_is_said_at_once_with_its_place(tmp_path):
+    text = GOOD.replace("weight: 1", "wieght: 1, prefer: retrun").replace("encoding: grid", "encoding: grdi")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, text), ["train.steps=many", "modle.layers=3"])
+    said = "\n".join(caught.value.errors)
+    assert len(caught.value.errors) == 5
+    for words in (
+        "recipe.yaml:4: data.mixture[0].wieght: unknown key. Did you mean 'weight'?",
+        "data.mixture[0].prefer: 'retrun' is not allowed",
+        "Did you mean 'return'?",
+        "Did you mean 'grid'?",
+        "train.steps: Value 'many'",
+        "modle: unknown key. Did you mean 'model'?",
+    ):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "name: the key stands twice"),
+        ("name: [", "not YAML"),
+        ("- a\n", "a recipe is a mapping"),
+        ("name: a\n", "run.dir is missing"),
+        ("name: a\nrun: {dir: x}\ndata: {mixture: [{weight: 1}]}\n", "data.mixture[0].dataset is missing"),
+        ("name: a\nrun: {dir: x}\nmodel: 3\n", "model: a section with keys is wanted"),
+        ("name: a\nrun: {dir: x}\ndata: {mixture: {dataset: a}}\n", "data.mixture: a list is wanted"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, text, words):
+    with pytest.raises(RecipeError, match=r".") as caught:
+        load_recipe(write(tmp_path, text))
+    assert words in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_recipes_that_there_are():
+    with pytest.raises(RecipeError, match="Did you mean 'quickstart'"):
+        load_recipe("quickstrat")
+
+
+def test_a_recipe_survives_its_plain_form_and_differences_name_the_key(tmp_path):
+    one = load_recipe(write(tmp_path, GOOD))
+    assert from_dict(to_dict(one)) == one
+    other = load_recipe(write(tmp_path, GOOD), ["model.layers=3"])
+    assert differences(one, other) == ["model.layers: 8 -> 3"]
+    assert digest(one) != digest(other)
