@@ -1,0 +1,122 @@
+"""Small inline SVG charts for the report: a line chart and a heat map, in the page's own colours, without any script."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+Points = Sequence[tuple[float, float]]
+WIDTH, HEIGHT = 520, 230
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
+
+
+def lines(series: Mapping[str, Points], *, x: str = "step", unit: str = "", log: bool = False) -> str:
+    """A line chart. `series`: name -> (x, y) in ascending x; values that are not finite are left out.
+
+    log  a logarithmic y axis, where every value is positive
+    """
+    clean = {n: [(float(a), float(b)) for a, b in p if math.isfinite(b)] for n, p in series.items()}
+    clean = {n: p for n, p in clean.items() if p}
+    if not clean:
+        return '<p class="empty">no values yet</p>'
+    xs = [a for p in clean.values() for a, _ in p]
+    ys = [b for p in clean.values() for _, b in p]
+    log = log and min(ys) > 0
+    low, high = _limits(ys, log)
+    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
+
+    def px(a: float) -> float:
+        return LEFT + (a - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+
+    def py(b: float) -> float:
+        b = math.log10(b) if log else b
+        return TOP + (high - b) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
+    for tick in _ticks(low, high, log):
+        y = py(tick)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}{html.escape(unit)}</text>')
+    for tick in _ticks(left, right, False):
+        out.append(f'<text x="{px(tick):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{_short(tick)}</text>')
+    out.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{html.escape(x)}</text>')
+    for i, (name, points) in enumerate(clean.items()):
+        thin = points[:: max(1, len(points) // 600)]
+        path = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in thin)
+        if len(thin) == 1:
+            out.append(f'<circle class="s{i % 6} dot" cx="{px(thin[0][0]):.1f}" cy="{py(thin[0][1]):.1f}" r="3"/>')
+        out.append(f'<polyline class="s{i % 6}" points="{path}"><title>{html.escape(name)}</title></polyline>')
+    out.append("</svg>")
+    if len(clean) > 1:
+        keys = "".join(f'<span class="s{i % 6}">{html.escape(n)}</span>' for i, n in enumerate(clean))
+        out.append(f'<p class="legend">{keys}</p>')
+    return "".join(out)
+
+
+def heat(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> str:
+    """A heat map of shares in [0, 1], scaled to the largest; rows and columns are labelled, each cell shows its number."""
+    cell_w, cell_h, label = max(34, min(64, 640 // max(1, len(columns)))), 22, 190
+    width, height = label + cell_w * len(columns) + 4, 22 + cell_h * len(rows) + 4
+    top = max((v for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
+    out = [f'<svg class="heat" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img">']
+    for j, name in enumerate(columns):
+        out.append(f'<text x="{label + (j + 0.5) * cell_w}" y="14" text-anchor="middle">{html.escape(name)}</text>')
+    for i, (name, row) in enumerate(zip(rows, values, strict=True)):
+        y = 22 + i * cell_h
+        out.append(f'<text x="{label - 6}" y="{y + 15}" text-anchor="end">{html.escape(name)}</text>')
+        for j, value in enumerate(row):
+            share = value / top if math.isfinite(value) else 0.0
+            out.append(
+                f'<rect class="cell" x="{label + j * cell_w}" y="{y}" width="{cell_w - 2}" height="{cell_h - 2}" '
+                f'style="fill-opacity:{share:.3f}">'
+                f"<title>{html.escape(name)}, {html.escape(columns[j])}: {value:.3f}</title></rect>"
+                f'<text class="{"on" if share > 0.6 else ""}" x="{label + (j + 0.5) * cell_w - 1}" y="{y + 14}" '
+                f'text-anchor="middle">{100 * value:.0f}</text>'
+            )
+    return "".join([*out, "</svg>"])
+
+
+def _limits(ys: Sequence[float], log: bool) -> tuple[float, float]:
+    if log:
+        low, high = math.log10(min(ys)), math.log10(max(ys))
+    else:
+        low, high = min(ys), max(ys)
+        if low > 0 and low < 0.5 * high:
+            low = 0.0
+    if high - low < 1e-12:
+        low, high = low - 0.5, high + 0.5
+    pad = 0.04 * (high - low)
+    return (low if low == 0 else low - pad), high + pad
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    if log:
+        whole = [10.0**k for k in range(math.ceil(low), math.floor(high) + 1)]
+        if len(whole) >= 2:
+            return whole
+        return [10 ** (low + (high - low) * f) for f in (0.1, 0.5, 0.9)]
+    raw = (high - low) / 5
+    base = 10 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
+    step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw)
+    first = math.ceil(low / step)
+    return [step * k for k in range(first, math.floor(high / step) + 1)]
+
+
+def _short(value: float) -> str:
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def smooth(points: Points, window: int = 25) -> list[tuple[float, float]]:
+    """A running mean over `window` points, where there are enough of them."""
+    if len(points) < 2 * window:
+        return list(points)
+    out, total = [], 0.0
+    for i, (x, y) in enumerate(points):
+        total += y - (points[i - window][1] if i >= window else 0.0)
+        if i >= window - 1:
+            out.append((x, total / window))
+    return out
