@@ -1,7 +1,7 @@
 """The places that bytes live in: a local folder, an object store (obstore), anything else that fsspec opens.
 
 Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError,
-`Changed`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
+`Changed`, `OutOfRange`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Throttled(Transient):
 
 class Changed(Exception):
     """The object is no longer the one whose ETag was given."""
+
+
+class OutOfRange(Exception):
+    """The object ends before the first byte asked for."""
 
 
 class ObjectInfo(NamedTuple):
@@ -207,6 +211,13 @@ class ObjectBackend:
         meta = result.meta
         return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
 
+    async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
+        """Several ranges at a third of the CPU of as many `fetch`, ten in flight; all fail where one does; no ETag."""
+        try:
+            return await self.obstore.get_ranges_async(self.store, key, starts=starts, lengths=sizes, coalesce=0)
+        except Exception as error:
+            raise _translated(error, key) from error
+
     async def head(self, key: str) -> ObjectInfo:
         try:
             meta = await self.obstore.head_async(self.store, key)
@@ -253,6 +264,8 @@ def _translated(error: Exception, key: str) -> Exception:
         return PermissionError(text)
     if isinstance(error, o.PreconditionError):
         return Changed()
+    if status == 416:
+        return OutOfRange()
     if status in (429, 503) or "SlowDown" in text:
         return Throttled(text)
     if isinstance(error, o.GenericError) and (status == 0 or status >= 500 or status == 408):

@@ -20,7 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dataio.backends import Changed, LocalBackend, ObjectInfo, Throttled, Transient, backend, redacted
+from dataio.backends import (
+    Changed,
+    LocalBackend,
+    ObjectBackend,
+    ObjectInfo,
+    OutOfRange,
+    Throttled,
+    Transient,
+    backend,
+    redacted,
+)
 from dataio.episode import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +40,7 @@ __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 
 T = TypeVar("T")
 _PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
+_BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
 _GAP = 16 << 10  # ranges closer than this are one request: a request costs about as much CPU as 16–64 KiB of payload
 
 
@@ -142,7 +153,7 @@ class Store:
         if isinstance(place._backend, LocalBackend):
             return await asyncio.to_thread(place._read_local, place._backend, key, starts, sizes)
         requests = join_ranges(starts, sizes, self.gap)
-        bodies = await asyncio.gather(*(place._fetch_large(key, r.start, r.size) for r in requests))
+        bodies = await place._bodies(key, requests)
         out: list[Any] = [b""] * len(starts)
         for request, body in zip(requests, bodies, strict=True):
             view = memoryview(body)
@@ -201,6 +212,50 @@ class Store:
         self.traffic.bytes += sum(sizes)
         return list(parts)
 
+    async def _bodies(self, key: str, requests: Sequence[Joined]) -> list[Buffer]:
+        """The body of each request; many small ones of one object go in bulk."""
+        small = [i for i, r in enumerate(requests) if r.size <= _PART]
+        bulk = len(small) > 2 and isinstance(self._backend, ObjectBackend)
+        alone = [i for i, r in enumerate(requests) if not bulk or r.size > _PART]
+        if bulk and key not in self._etags:  # bulk reads have no ETag of their own: one must be known before they begin
+            alone.append(small.pop(0))
+        groups = [small[i : i + _BULK] for i in range(0, len(small), _BULK)] if bulk else []
+        first = await asyncio.gather(*(self._fetch_large(key, requests[i].start, requests[i].size) for i in alone))
+        rest = await asyncio.gather(*(self._fetch_bulk(key, [requests[i] for i in group]) for group in groups))
+        out: list[Any] = [None] * len(requests)
+        for i, body in zip(alone, first, strict=True):
+            out[i] = body
+        for group, bodies in zip(groups, rest, strict=True):
+            for i, body in zip(group, bodies, strict=True):
+                out[i] = body
+        return out
+
+    async def _fetch_bulk(self, key: str, requests: Sequence[Joined]) -> list[Buffer]:
+        """All but the last in one call, then the last on condition of the object's ETag, which vouches for the others:
+        an object that is still the old one was the old one before."""
+        assert isinstance(self._backend, ObjectBackend)
+        *most, last = requests
+        limit = self._limit()
+        await limit.acquire(min(len(most), _BULK_FLYING))
+        try:
+            self.traffic.requests += len(most)
+            bodies = await self._backend.fetch_many(key, [r.start for r in most], [r.size for r in most])
+            sizes = [memoryview(b).nbytes for b in bodies]
+            self.traffic.bytes += sum(sizes)
+            whole = sizes == [r.size for r in most]
+        except Throttled:
+            limit.shrink()
+            self.traffic.throttled += 1
+            whole = False
+        except Exception:  # one of them failed: each alone finds out which, patiently, and says so
+            whole = False
+        finally:
+            limit.release(min(len(most), _BULK_FLYING))
+        if not whole:
+            self.traffic.retries += len(most)
+            bodies = await asyncio.gather(*(self._fetch(key, r.start, r.size) for r in most))
+        return [*bodies, await self._fetch(key, last.start, last.size)]
+
     async def _fetch_large(self, key: str, start: int, size: int) -> Buffer:
         if size <= 2 * _PART:
             return await self._fetch(key, start, size)
@@ -256,6 +311,10 @@ class Store:
                 ) from None
             except Changed:
                 raise self._changed(key) from None
+            except OutOfRange:
+                raise DataError(
+                    f"{self._name(key)}{span}: the object ends before; it was cut off or does not belong to this index"
+                ) from None
             finally:
                 limit.release()
             limit.grow()
@@ -328,28 +387,32 @@ class _Limit:
 
     def __init__(self, most: int):
         self.most, self.now, self.flying = most, float(most), 0
-        self.waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self.waiting: collections.deque[tuple[asyncio.Future[None], int]] = collections.deque()
         self.shrunk = 0.0
 
-    async def acquire(self) -> None:
-        if self.flying < int(self.now) and not self.waiting:
-            self.flying += 1
+    async def acquire(self, requests: int = 1) -> None:
+        """Wait until so many more may fly; those that came first go first."""
+        if not self.waiting and self._room(requests):
+            self.flying += requests
             return
         turn = asyncio.get_running_loop().create_future()
-        self.waiting.append(turn)
+        self.waiting.append((turn, requests))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self.release()
+                self.release(requests)
             raise
 
-    def release(self) -> None:
-        self.flying -= 1
-        while self.waiting and self.flying < int(self.now):
-            turn = self.waiting.popleft()
+    def _room(self, requests: int) -> bool:
+        return self.flying == 0 or self.flying + requests <= int(self.now)
+
+    def release(self, requests: int = 1) -> None:
+        self.flying -= requests
+        while self.waiting and self._room(self.waiting[0][1]):
+            turn, more = self.waiting.popleft()
             if not turn.done():
-                self.flying += 1
+                self.flying += more
                 turn.set_result(None)
 
     def shrink(self) -> None:
