@@ -1,0 +1,434 @@
+"""`EpisodeIndex`: where every step of every episode lies, and how its bytes become a window's arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from crc32c import crc32c
+
+from dataio import encodings, table
+from dataio.episode import DataError, FieldSpec, TaskSpec
+from dataio.rows import ONLY_WITH_ACTION, broken_row, is_large, is_small, row_dtype
+from dataio.statistics import FieldStatistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from dataio.storage import Store
+
+DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
+STEPS = "steps.npy"
+VERSION = 1
+_DECODED = "1"  # changes when the decoded arrays change their form
+
+
+class Range(NamedTuple):
+    """Bytes [offset, offset + size) of a shard that hold rows of a field; field `steps.npy`: of all small fields."""
+
+    shard: int
+    offset: int
+    size: int
+    field: str
+
+
+class Strings(Sequence[str]):
+    """Strings as one array of UTF-8 and where each begins: no Python object for each."""
+
+    def __init__(self, first: np.ndarray, data: np.ndarray) -> None:
+        self._first, self._data = first, data
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i = int(i) % len(self)
+        return self._data[int(self._first[i]) : int(self._first[i + 1])].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+class EpisodeIndex:
+    """The episodes of a dataset, as arrays [E], and the byte ranges of their rows.
+
+    url          the dataset's folder
+    tasks        its tasks; `task` counts here
+    statistics   task -> field -> FieldStatistics
+    fingerprint  changes whenever the dataset does
+    task, steps, rows, shard: int32 [E]; total_return: float32 [E]; success: int8 [E] (−1 unknown); hash: uint64 [E]
+    """
+
+    def __init__(
+        self, url: str, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fingerprint: str
+    ) -> None:
+        self.url = url
+        self.document = document
+        self.fingerprint = fingerprint
+        self.tasks = tuple(TaskSpec(**t) for t in document["tasks"])
+        self.shards = tuple(table.Shard(*s) for s in document["shards"])
+        self.arrays = arrays
+        self._folder: Path | None = None
+        self.task, self.steps, self.rows, self.shard = (arrays[n] for n in ("task", "steps", "rows", "shard"))
+        self.total_return, self.success, self.hash = arrays["return"], arrays["success"], arrays["hash"]
+        self.ids = Strings(arrays["id.first"], arrays["id.bytes"])
+        self._dtypes = [row_dtype(t) for t in self.tasks]
+        self._row_bytes = np.array([d.itemsize for d in self._dtypes] or [0], np.int64)
+        self._small = [{f.name for f in t.fields if is_small(f)} for t in self.tasks]
+        self._large = [{f.name: f for f in t.fields if is_large(f)} for t in self.tasks]
+        self._episodic = [{f.name: f for f in t.fields if not is_small(f) and not is_large(f)} for t in self.tasks]
+        self._offset = arrays["offset"]
+
+    @classmethod
+    def open(cls, url: str, cache_dir: str = "") -> EpisodeIndex:
+        """The index of a dataset: downloaded and decoded once into memory-mapped arrays under `cache_dir`
+        (default $TIPHYS_CACHE, else ~/.cache/tiphys), keyed by its digest; opened from there afterwards.
+
+        Raises FileNotFoundError where there is no dataset, DataError where index and dataset.json do not belong together.
+        """
+        from dataio.storage import Store
+
+        store = Store(url)
+        raw = store.read(DATASET)
+        document = parse_document(raw, f"{url}/{DATASET}")
+        folder = _cache_folder(cache_dir) / "index" / f"{document['digests'][INDEX]}-{_DECODED}"
+        if not folder.is_dir():
+            _download(store, document, folder)
+        index = cls(url, document, table.load(folder), hashlib.sha256(raw).hexdigest()[:32])
+        index._folder = folder
+        return index
+
+    def __reduce__(self) -> Any:  # to a spawned process goes the place of the arrays, not their content
+        if self._folder is None:
+            return EpisodeIndex, (self.url, self.document, self.arrays, self.fingerprint)
+        return _reopen, (self.url, self.document, str(self._folder), self.fingerprint)
+
+    # Episodes
+
+    @property
+    def episodes(self) -> int:
+        return len(self.task)
+
+    @cached_property
+    def statistics(self) -> Mapping[str, Mapping[str, FieldStatistics]]:
+        stored = self.document["statistics"]
+        return {t: {f: FieldStatistics.from_dict(s) for f, s in fields.items()} for t, fields in stored.items()}
+
+    def id(self, episode: int) -> str:
+        return self.ids[episode]
+
+    def held_out(self, share: float) -> np.ndarray:
+        """bool [E]: the episodes that are set aside for validation, by their ids alone."""
+        return np.asarray(self.hash) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+
+    def text(self, field: str) -> tuple[np.ndarray, Sequence[str]]:
+        """int32 [E] codes (−1: none) of a text that is one for the whole episode, and the texts that they count in."""
+        return self._strings(f"text.{field}")
+
+    def agents(self) -> tuple[np.ndarray, Sequence[str]]:
+        """int32 [E] codes of who acted, and the names that they count in."""
+        return self._strings("agent")
+
+    def _strings(self, name: str) -> tuple[np.ndarray, Sequence[str]]:
+        if name not in self.arrays:
+            return np.full(self.episodes, -1, np.int32), []
+        return self.arrays[name], Strings(self.arrays[f"{name}.first"], self.arrays[f"{name}.bytes"])
+
+    def shard_name(self, shard: int) -> str:
+        """The shard's path in the dataset's folder, or its URL where it belongs to another dataset: `Store` takes both."""
+        return self.shards[shard].name
+
+    @cached_property
+    def store(self) -> Store:
+        from dataio.storage import Store
+
+        return Store(self.url)
+
+    # Ranges
+
+    def row_bytes(self, task: int) -> int:
+        """Bytes of one row of `steps.npy` of a task."""
+        return int(self._row_bytes[task])
+
+    def row_ranges(self, episodes: Any, starts: Any, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shard int32, offset int64, size int64), each [n]: the ranges of `steps.npy` of n windows.
+
+        `rows` is cut at the episode's end. Size 0: the episode has no `steps.npy` (an image of a foreign tar).
+        """
+        e, s = np.asarray(episodes), np.asarray(starts, np.int64)
+        one = self._row_bytes[self.task[e]]
+        first = self._offset[e]
+        count = np.clip(np.minimum(np.asarray(rows, np.int64), self.rows[e] - s), 0, None)
+        return self.shard[e], first + s * one, np.where(first < 0, 0, count * one)
+
+    def ranges(self, episode: int, start: int, rows: int, fields: Sequence[str]) -> list[Range]:
+        """The byte ranges of rows [start, start + rows): one of `steps.npy`, then one for each large field that is asked for.
+
+        A field's range runs from its first to its last chunk, with the tar headers that lie between them. Rows past the end are cut.
+        """
+        task, shard, first = int(self.task[episode]), int(self.shard[episode]), int(self._offset[episode])
+        rows = min(rows, int(self.rows[episode]) - start)
+        if start < 0 or rows <= 0:
+            raise DataError(
+                f"episode {self.id(episode)!r} has no rows from {start} on: it has {int(self.rows[episode])}"
+            )
+        out = []
+        if first >= 0:
+            one = int(self._row_bytes[task])
+            out.append(Range(shard, first + start * one, rows * one, STEPS))
+        for field in fields:
+            if field in self._large[task]:
+                chunks = self._chunks(episode, field, start, rows)
+                if chunks:
+                    begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
+                    out.append(Range(shard, begin, end - begin, field))
+        return out
+
+    def _chunks(self, episode: int, field: str, start: int, rows: int) -> list[_Chunk]:
+        """The chunks that hold rows [start, start + rows) of a large field, as far as it reaches."""
+        name = f"chunks.{field}"
+        task = int(self.task[episode])
+        if f"{name}.first" not in self.arrays:
+            raise DataError(
+                f"the index of {self.url} has no column {name!r}, though task {self.tasks[task].name!r} needs it"
+            )
+        kind, frames = int(self.arrays[f"{name}.kind"][episode]), int(self.arrays[f"{name}.rows"][episode])
+        if kind < 0 or frames < 1:
+            raise DataError(f"episode {self.id(episode)!r}, field {field!r}: the index names no known encoding")
+        a, b = (int(x) for x in self.arrays[f"{name}.first"][episode : episode + 2])
+        last = self._field_rows(episode, self._large[task][field])
+        if self._large[task][field].per == "episode":
+            start, rows = 0, 1
+        low, high = a + start // frames, min(b, a + -(-min(start + rows, last) // frames))
+        offset, size, crc = (self.arrays[f"{name}.{n}"] for n in ("offset", "size", "crc"))
+        return [
+            _Chunk(
+                encodings.KINDS[kind],
+                int(offset[i]),
+                int(size[i]),
+                int(crc[i]),
+                (i - a) * frames,
+                min(frames, last - (i - a) * frames),
+            )
+            for i in range(low, high)
+        ]
+
+    def _field_rows(self, episode: int, spec: FieldSpec) -> int:
+        """Rows that a field has in an episode: T for what only actions have, and where the writer said so."""
+        if spec.per == "episode":
+            return 1
+        rows, steps = int(self.rows[episode]), int(self.steps[episode])
+        if rows == steps:
+            return rows
+        return steps if spec.role in ONLY_WITH_ACTION or spec.name in self.short(episode) else rows
+
+    def short(self, episode: int) -> tuple[str, ...]:
+        """Names of the observed fields that have T rows though the episode has T + 1."""
+        return self._short_lists[int(self.arrays["short"][episode])]
+
+    @cached_property
+    def _short_lists(self) -> list[tuple[str, ...]]:
+        _, words = self._strings("short")
+        return [tuple(w.split(",")) if w else () for w in words]
+
+    # Decoding
+
+    def decode(
+        self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
+    ) -> dict[str, Any]:
+        """The arrays of a Window (`fields`, `step`, `returns_to_go`, `valid`) from the bytes of `ranges(…)`, in its order.
+
+        Every row and chunk is verified. All arrays are copies: the buffers may go. Raises DataError that names shard, member and range.
+        """
+        task = int(self.task[episode])
+        rows = min(rows, int(self.rows[episode]) - start)
+        wanted = self.ranges(episode, start, rows, fields)
+        if len(wanted) != len(buffers):
+            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers for {len(wanted)} ranges")
+        for r, b in zip(wanted, buffers):
+            size = len(b) if isinstance(b, bytes) else memoryview(b).nbytes
+            if size != r.size:
+                raise DataError(f"{self._place(episode, r)}: {size} bytes arrived; read the range again")
+        parts = {r.field: (r, b) for r, b in zip(wanted, buffers)}
+        out: dict[str, Any] = {}
+        if STEPS in parts:
+            packed = self._decode_rows(episode, *parts[STEPS])
+            window = {
+                "step": packed["_step"].astype(np.int64),
+                "returns_to_go": packed["_return_to_go"].copy(),
+                "valid": packed["_valid"] != 0,
+            }
+        else:
+            packed = None
+            window = {
+                "step": np.arange(start, start + rows),
+                "returns_to_go": np.zeros(rows, np.float32),
+                "valid": np.zeros(rows, bool),
+            }
+        for name in fields:
+            if name in self._small[task]:
+                if packed is None:
+                    raise DataError(f"episode {self.id(episode)!r} has no steps.npy, and so no field {name!r}")
+                out[name] = packed[name].copy()
+            elif name in self._large[task]:
+                out[name] = self._decode_large(episode, self._large[task][name], start, rows, parts.get(name))
+            elif name in self._episodic[task]:
+                value = self._episode_value(episode, self._episodic[task][name])
+                if value is not None:
+                    out[name] = value
+            else:
+                self.tasks[task].field(name)  # raises: no such field
+        return {"fields": out, **window}
+
+    def _decode_rows(self, episode: int, place: Range, buffer: Buffer) -> np.ndarray:
+        dtype = self._dtypes[self.task[episode]]
+        broken = broken_row(buffer, dtype.itemsize)
+        if broken >= 0:
+            at = place.offset + broken * dtype.itemsize
+            place = place._replace(offset=at, size=dtype.itemsize)
+            raise DataError(f"{self._place(episode, place)}: the row's CRC-32C does not match; run `tiphys verify`")
+        return np.frombuffer(buffer, dtype)
+
+    def _decode_large(
+        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, Buffer] | None
+    ) -> np.ndarray:
+        decoded = []
+        chunks = self._chunks(episode, spec.name, start, rows) if part else []
+        for chunk in chunks:
+            assert part is not None
+            begin = chunk.offset - part[0].offset
+            data = memoryview(part[1]).cast("B")[begin : begin + chunk.size]
+            place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
+            if crc32c(data) != chunk.crc:
+                raise DataError(
+                    f"{self._place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
+                )
+            try:
+                decoded.append(_decode_chunk(data, chunk, spec))
+            except DataError as error:
+                raise DataError(f"{self._place(episode, place)}: {error}") from error
+        if spec.per == "episode":
+            return decoded[0][0]
+        low = start - (chunks[0].row if chunks else 0)
+        array = np.concatenate(decoded)[low : low + rows] if decoded else _nothing(spec, 0)
+        if len(array) < rows:  # the last, observation-only row of a field that has none there
+            array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
+        return array
+
+    def _episode_value(self, episode: int, spec: FieldSpec) -> Any:
+        """A value that is one for the whole episode; None for a text that it does not have."""
+        if spec.dtype == "str":
+            codes, texts = self.text(spec.name)
+            return None if codes[episode] < 0 else texts[int(codes[episode])]
+        name = f"value.{spec.name}"
+        if f"{name}.first" not in self.arrays:
+            raise DataError(f"the index of {self.url} has no column {name!r}")
+        a, b = (int(x) for x in self.arrays[f"{name}.first"][episode : episode + 2])
+        if b - a != spec.bytes_per_step:
+            raise DataError(
+                f"episode {self.id(episode)!r}, field {spec.name!r}: {b - a} bytes, not {spec.bytes_per_step}"
+            )
+        data = self.arrays[f"{name}.bytes"][a:b].tobytes()
+        return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape).copy()
+
+    def _place(self, episode: int, r: Range) -> str:
+        member = STEPS if r.field == STEPS else f"member {r.field}"
+        name = self.shard_name(r.shard)
+        where = name if "://" in name else f"{self.url}/{name}"
+        return f"{where}, bytes {r.offset}–{r.offset + r.size - 1} ({member} of episode {self.id(episode)!r})"
+
+
+class _Chunk(NamedTuple):
+    kind: str
+    offset: int
+    size: int
+    crc: int
+    row: int  # first row in it
+    rows: int
+
+
+def _decode_chunk(data: memoryview, chunk: _Chunk, spec: FieldSpec) -> np.ndarray:
+    if chunk.kind != "raw":
+        return encodings.decode(data, chunk.kind, chunk.rows, spec.shape)
+    dtype = np.dtype(spec.dtype).newbyteorder("<")
+    if spec.dtype == "str" or 0 in spec.shape or chunk.size != chunk.rows * spec.bytes_per_step:
+        raise DataError(f"{chunk.size} bytes are not {chunk.rows} rows of {spec.dtype} {spec.shape}")
+    return np.frombuffer(data, dtype).reshape(chunk.rows, *spec.shape).copy()
+
+
+def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    if spec.dtype == "str":
+        return np.full(rows, "", np.dtypes.StringDType())
+    return np.zeros((rows, *(spec.shape if shape is None else shape)), spec.dtype)
+
+
+def parse_document(raw: bytes, where: str) -> dict[str, Any]:
+    """`dataset.json`, checked as far as every reader needs it."""
+    try:
+        document = json.loads(raw)
+        version = document["version"]
+        if version != VERSION:
+            raise DataError(f"{where}: version {version!r}; this Tiphys reads version {VERSION}")
+        digest = document["digests"][INDEX]
+        if not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
+            raise DataError(f"{where}: digests: {INDEX}: {digest!r} is no SHA-256")
+        for key in ("tasks", "shards", "statistics"):
+            document[key]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{where} is no Tiphys dataset: {type(error).__name__} {error}") from None
+    return document
+
+
+def _cache_folder(cache_dir: str) -> Path:
+    return Path(cache_dir or os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys")
+
+
+def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
+    """Copy an object to a local file in bounded memory; returns its SHA-256."""
+    digest = hashlib.sha256()
+    size = store.head(path).size
+    with open(file, "wb") as out:
+        for start in range(0, size, part):
+            (data,) = store.read_ranges(path, [start], [min(part, size - start)])
+            digest.update(data)
+            out.write(data)
+    return digest.hexdigest()
+
+
+def _download(store: Store, document: Mapping[str, Any], folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".decoding-", dir=folder.parent))
+    try:
+        file = scratch / INDEX
+        if fetch(store, INDEX, file) != document["digests"][INDEX]:
+            raise DataError(
+                f"{store.url}/{INDEX} is not the one that {DATASET} names: it is damaged, or a rewrite was interrupted; "
+                "run `tiphys verify --repair`"
+            )
+        table.decode(file, scratch, [t["name"] for t in document["tasks"]], [s[0] for s in document["shards"]])
+        file.unlink()
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same bytes
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _reopen(url: str, document: Mapping[str, Any], folder: str, fingerprint: str) -> EpisodeIndex:
+    index = EpisodeIndex(url, document, table.load(Path(folder)), fingerprint)
+    index._folder = Path(folder)
+    return index

@@ -1,0 +1,126 @@
+"""`steps.npy`: the small fields of an episode as a structured array, a row a step, each row with its own CRC-32C.
+
+The CRC stands last in a row. A CRC that follows what it covers leaves the register in one state whatever the data was, so the
+CRC of any number of whole rows is a constant of (row size, number of rows): a window is verified by one pass over its bytes,
+and only a window that fails is searched row by row.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from crc32c import crc32c
+
+from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+SMALL_FIELD = 4096  # bytes a step up to which a field stands in steps.npy
+ONLY_WITH_ACTION = ("action", "reward", "terminated", "truncated")  # roles without a value in an observation-only row
+_BLOCK = 256  # rows whose CRC is taken at once, so that the table of constants stays small
+
+
+def is_small(field: FieldSpec) -> bool:
+    """Whether a field is a column of `steps.npy`."""
+    by_step = field.per == "step" and field.dtype != "str" and field.modality != "image"
+    return by_step and field.bytes_per_step <= SMALL_FIELD
+
+
+def is_large(field: FieldSpec) -> bool:
+    """Whether a field has members of its own: images, fields over 4 KiB a step, text by step."""
+    if field.per == "step":
+        return not is_small(field)
+    return field.modality == "image" or field.bytes_per_step > SMALL_FIELD
+
+
+def row_dtype(task: TaskSpec) -> np.dtype:
+    """The packed, little-endian dtype of one row of `steps.npy`; it follows from the task alone."""
+    columns: list[Any] = [("_step", "<u4"), ("_return_to_go", "<f4"), ("_valid", "u1")]
+    for field in sorted((f for f in task.fields if is_small(f)), key=lambda f: f.name):
+        columns.append((field.name, np.dtype(field.dtype).newbyteorder("<"), field.shape))
+    return np.dtype([*columns, ("_crc", "<u4")])
+
+
+def row_count(task: TaskSpec, episode: Episode) -> int:
+    """T, or T + 1 where any field has a value after the last action; at least 1."""
+    counts = [episode.steps, 1]
+    for field in task.fields:
+        if field.per == "step" and field.role not in ONLY_WITH_ACTION and episode.fields.get(field.name) is not None:
+            counts.append(len(episode.fields[field.name]))
+    return max(counts)
+
+
+def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:
+    """A field's values by step, checked against its spec: [T, *shape], or [rows, *shape] for what is observed.
+
+    Raises DataError where the field is missing or its length, shape or dtype are not the declared ones.
+    """
+    where = f"episode {episode.id!r} of task {episode.task!r}, field {field.name!r}"
+    value = episode.fields.get(field.name)
+    if value is None:
+        raise DataError(f"{where}: missing; give every field that the task declares, or leave it out of the task")
+    array = np.asarray(value)
+    allowed = {episode.steps} if field.role in ONLY_WITH_ACTION else {episode.steps, rows}
+    if array.ndim == 0 or len(array) not in allowed:
+        raise DataError(f"{where}: has shape {array.shape}, but {sorted(allowed)} rows are possible")
+    if field.dtype == "str":
+        return array
+    varies = field.modality == "image" and 0 in field.shape
+    if array.shape[1:] != field.shape and not (varies and array.ndim == 1 + len(field.shape)):
+        raise DataError(f"{where}: a step has shape {array.shape[1:]}, but the task declares {field.shape}")
+    if not np.can_cast(array.dtype, np.dtype(field.dtype), "safe"):
+        raise DataError(f"{where}: {array.dtype} values do not fit the declared {field.dtype} without loss; cast them")
+    return np.ascontiguousarray(array, np.dtype(field.dtype).newbyteorder("<"))
+
+
+def returns_to_go(task: TaskSpec, episode: Episode, rows: int) -> np.ndarray:
+    """float64 [rows]: undiscounted sum of the rewards from each row on; several rewards of a step are added."""
+    out = np.zeros(rows)
+    if episode.steps and episode.fields.get("reward") is not None:
+        reward = np.asarray(episode.fields["reward"], np.float64)[: episode.steps].reshape(episode.steps, -1).sum(1)
+        out[: episode.steps] = np.cumsum(reward[::-1])[::-1]
+    return out
+
+
+def pack_rows(task: TaskSpec, episode: Episode, dtype: np.dtype) -> np.ndarray:
+    """The episode's rows as the structured array that becomes `steps.npy`."""
+    count = row_count(task, episode)
+    rows = np.zeros(count, dtype)
+    rows["_step"] = np.arange(count)
+    rows["_return_to_go"] = returns_to_go(task, episode, count)
+    rows["_valid"] = np.arange(count) < episode.steps
+    for field in task.fields:
+        if is_small(field):
+            values = column(field, episode, count)
+            rows[field.name][: len(values)] = values
+    raw = rows.view(np.uint8).reshape(count, dtype.itemsize)
+    rows["_crc"] = np.fromiter(map(crc32c, raw[:, :-4]), np.uint32, count)
+    return rows
+
+
+@lru_cache(maxsize=4096)
+def _constant(row_bytes: int, rows: int) -> int:
+    """The CRC-32C of `rows` intact rows: the same for all, so that of rows of zeros will do."""
+    zeros = bytes(row_bytes - 4)
+    return crc32c((zeros + crc32c(zeros).to_bytes(4, "little")) * rows)
+
+
+def broken_row(buffer: Buffer, row_bytes: int) -> int:
+    """Number of the first row whose CRC does not match, or −1."""
+    view = memoryview(buffer).cast("B")
+    rows, rest = divmod(len(view), row_bytes)
+    if rest:
+        return rows
+    for first in range(0, rows, _BLOCK):
+        count = min(_BLOCK, rows - first)
+        block = view[first * row_bytes : (first + count) * row_bytes]
+        if crc32c(block) == _constant(row_bytes, count):
+            continue
+        for row in range(count):
+            one = block[row * row_bytes : (row + 1) * row_bytes]
+            if crc32c(one) != _constant(row_bytes, 1):
+                return first + row
+    return -1
