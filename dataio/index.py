@@ -86,10 +86,8 @@ class EpisodeIndex:
         self.ids = Strings(arrays["id.first"], arrays["id.bytes"])
         self._dtypes = [row_dtype(t) for t in self.tasks]
         self._row_bytes = np.array([d.itemsize for d in self._dtypes] or [0], np.int64)
-        self._small = [{f.name for f in t.fields if is_small(f)} for t in self.tasks]
-        self._large = [{f.name: f for f in t.fields if is_large(f)} for t in self.tasks]
-        self._episodic = [{f.name: f for f in t.fields if not is_small(f) and not is_large(f)} for t in self.tasks]
         self._offset = arrays["offset"]
+        self._sorted: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
 
     @classmethod
     def open(cls, url: str, cache_dir: str = "") -> EpisodeIndex:
@@ -174,42 +172,49 @@ class EpisodeIndex:
         return self.shard[e], first + s * one, np.where(first < 0, 0, count * one)
 
     def ranges(self, episode: int, start: int, rows: int, fields: Sequence[str]) -> list[Range]:
-        """The byte ranges of rows [start, start + rows): one of `steps.npy`, then one for each large field that is asked for.
+        """The byte ranges of rows [start, start + rows): one of `steps.npy`, then one for each large field asked for.
 
-        A field's range runs from its first to its last chunk, with the tar headers that lie between them. Rows past the end are cut.
+        A field's range runs from its first to its last chunk, with the tar headers that lie between them. Rows past
+        the episode's end are cut. Raises DataError where nothing is left, or the task has no such field.
         """
-        task, shard, first = int(self.task[episode]), int(self.shard[episode]), int(self._offset[episode])
-        rows = min(rows, int(self.rows[episode]) - start)
+        task, shard, first = self.task.item(episode), self.shard.item(episode), self._offset.item(episode)
+        have = self.rows.item(episode)
+        rows = min(rows, have - start)
         if start < 0 or rows <= 0:
-            raise DataError(
-                f"episode {self.id(episode)!r} has no rows from {start} on: it has {int(self.rows[episode])}"
-            )
-        out = []
-        if first >= 0:
-            one = int(self._row_bytes[task])
-            out.append(Range(shard, first + start * one, rows * one, STEPS))
-        for field in fields:
-            if field in self._large[task]:
-                chunks = self._chunks(episode, field, start, rows)
-                if chunks:
-                    begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
-                    out.append(Range(shard, begin, end - begin, field))
+            raise DataError(f"episode {self.id(episode)!r} has no rows from {start} on: it has {have}")
+        one = self._row_bytes.item(task)
+        out = [Range(shard, first + start * one, rows * one, STEPS)] if first >= 0 else []
+        for spec in self._wanted(task, fields).large:
+            chunks = self._chunks(episode, spec, start, rows)
+            if chunks:
+                begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
+                out.append(Range(shard, begin, end - begin, spec.name))
         return out
 
-    def _chunks(self, episode: int, field: str, start: int, rows: int) -> list[_Chunk]:
-        """The chunks that hold rows [start, start + rows) of a large field, as far as it reaches."""
-        name = f"chunks.{field}"
-        task = int(self.task[episode])
-        if f"{name}.first" not in self.arrays:
-            raise DataError(
-                f"the index of {self.url} has no column {name!r}, though task {self.tasks[task].name!r} needs it"
+    def _wanted(self, task: int, fields: Sequence[str]) -> _Wanted:
+        """The named fields of a task by where they are stored."""
+        key = task, tuple(fields)
+        wanted = self._sorted.get(key)
+        if wanted is None:
+            specs = [self.tasks[task].field(name) for name in fields]
+            small = [f.name for f in specs if is_small(f)]
+            large = [f for f in specs if is_large(f)]
+            wanted = self._sorted[key] = _Wanted(
+                small, large, [f for f in specs if not is_small(f) and not is_large(f)]
             )
+        return wanted
+
+    def _chunks(self, episode: int, spec: FieldSpec, start: int, rows: int) -> list[_Chunk]:
+        """The chunks that hold rows [start, start + rows) of a large field, as far as it reaches."""
+        name = f"chunks.{spec.name}"
+        if f"{name}.first" not in self.arrays:
+            raise DataError(f"the index of {self.url} has no column {name!r}, though a task declares the field")
         kind, frames = int(self.arrays[f"{name}.kind"][episode]), int(self.arrays[f"{name}.rows"][episode])
         if kind < 0 or frames < 1:
-            raise DataError(f"episode {self.id(episode)!r}, field {field!r}: the index names no known encoding")
+            raise DataError(f"episode {self.id(episode)!r}, field {spec.name!r}: the index names no known encoding")
         a, b = (int(x) for x in self.arrays[f"{name}.first"][episode : episode + 2])
-        last = self._field_rows(episode, self._large[task][field])
-        if self._large[task][field].per == "episode":
+        last = self._field_rows(episode, spec)
+        if spec.per == "episode":
             start, rows = 0, 1
         low, high = a + start // frames, min(b, a + -(-min(start + rows, last) // frames))
         offset, size, crc = (self.arrays[f"{name}.{n}"] for n in ("offset", "size", "crc"))
@@ -250,66 +255,75 @@ class EpisodeIndex:
     ) -> dict[str, Any]:
         """The arrays of a Window (`fields`, `step`, `returns_to_go`, `valid`) from the bytes of `ranges(…)`, in its order.
 
-        Every row and chunk is verified. All arrays are copies: the buffers may go. Raises DataError that names shard, member and range.
+        Every row and chunk is verified. All arrays are copies: the buffers may go. Raises DataError that names shard,
+        member and byte range.
         """
-        task = int(self.task[episode])
-        rows = min(rows, int(self.rows[episode]) - start)
-        wanted = self.ranges(episode, start, rows, fields)
-        if len(wanted) != len(buffers):
-            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers for {len(wanted)} ranges")
-        for r, b in zip(wanted, buffers):
-            size = len(b) if isinstance(b, bytes) else memoryview(b).nbytes
-            if size != r.size:
-                raise DataError(f"{self._place(episode, r)}: {size} bytes arrived; read the range again")
-        parts = {r.field: (r, b) for r, b in zip(wanted, buffers)}
+        task = self.task.item(episode)
+        rows = min(rows, self.rows.item(episode) - start)
+        wanted = self._wanted(task, fields)
         out: dict[str, Any] = {}
-        if STEPS in parts:
-            packed = self._decode_rows(episode, *parts[STEPS])
-            window = {
-                "step": packed["_step"].astype(np.int64),
-                "returns_to_go": packed["_return_to_go"].copy(),
-                "valid": packed["_valid"] != 0,
-            }
-        else:
-            packed = None
-            window = {
-                "step": np.arange(start, start + rows),
-                "returns_to_go": np.zeros(rows, np.float32),
-                "valid": np.zeros(rows, bool),
-            }
-        for name in fields:
-            if name in self._small[task]:
-                if packed is None:
-                    raise DataError(f"episode {self.id(episode)!r} has no steps.npy, and so no field {name!r}")
+        if self._offset.item(episode) >= 0:
+            packed = self._decode_rows(episode, start, rows, buffers)
+            for name in wanted.small:
                 out[name] = packed[name].copy()
-            elif name in self._large[task]:
-                out[name] = self._decode_large(episode, self._large[task][name], start, rows, parts.get(name))
-            elif name in self._episodic[task]:
-                value = self._episode_value(episode, self._episodic[task][name])
-                if value is not None:
-                    out[name] = value
-            else:
-                self.tasks[task].field(name)  # raises: no such field
-        return {"fields": out, **window}
+            step, returns, valid = (
+                packed["_step"].astype(np.int64),
+                packed["_return_to_go"].copy(),
+                packed["_valid"] != 0,
+            )
+        else:
+            if wanted.small:
+                raise DataError(f"episode {self.id(episode)!r} has no steps.npy, and so no field {wanted.small[0]!r}")
+            step, returns, valid = np.arange(start, start + rows), np.zeros(rows, np.float32), np.zeros(rows, bool)
+        if wanted.large:
+            parts = self._parts(episode, start, rows, fields, buffers)
+            for spec in wanted.large:
+                out[spec.name] = self._decode_large(episode, spec, start, rows, parts.get(spec.name))
+        for spec in wanted.episodic:
+            value = self._episode_value(episode, spec)
+            if value is not None:
+                out[spec.name] = value
+        return {"fields": out, "step": step, "returns_to_go": returns, "valid": valid}
 
-    def _decode_rows(self, episode: int, place: Range, buffer: Buffer) -> np.ndarray:
-        dtype = self._dtypes[self.task[episode]]
-        broken = broken_row(buffer, dtype.itemsize)
+    def _decode_rows(self, episode: int, start: int, rows: int, buffers: Sequence[Buffer]) -> np.ndarray:
+        dtype = self._dtypes[self.task.item(episode)]
+        if not buffers:
+            raise DataError(f"episode {self.id(episode)!r}: no buffer was given for its rows")
+        packed = memoryview(buffers[0]).cast("B")
+        broken = broken_row(packed, dtype.itemsize) if len(packed) == rows * dtype.itemsize else 0
         if broken >= 0:
-            at = place.offset + broken * dtype.itemsize
-            place = place._replace(offset=at, size=dtype.itemsize)
-            raise DataError(f"{self._place(episode, place)}: the row's CRC-32C does not match; run `tiphys verify`")
-        return np.frombuffer(buffer, dtype)
+            place = self.ranges(episode, start, rows, ())[0]
+            if len(packed) != place.size:
+                raise DataError(f"{self._place(episode, place)}: {len(packed)} bytes arrived; read the range again")
+            place = place._replace(offset=place.offset + broken * dtype.itemsize, size=dtype.itemsize)
+            raise DataError(
+                f"{self._place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
+                "again, and if it stays so, run `tiphys verify`"
+            )
+        return np.frombuffer(packed, dtype)
+
+    def _parts(
+        self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
+    ) -> dict[str, tuple[Range, memoryview]]:
+        """Range and bytes of each large field that reaches into the window."""
+        ranges = self.ranges(episode, start, rows, fields)
+        if len(ranges) != len(buffers):
+            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers for {len(ranges)} ranges")
+        views = [memoryview(b).cast("B") for b in buffers]
+        for r, view in zip(ranges, views):
+            if len(view) != r.size:
+                raise DataError(f"{self._place(episode, r)}: {len(view)} bytes arrived; read the range again")
+        return {r.field: (r, v) for r, v in zip(ranges, views)}
 
     def _decode_large(
-        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, Buffer] | None
+        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None
     ) -> np.ndarray:
         decoded = []
-        chunks = self._chunks(episode, spec.name, start, rows) if part else []
+        chunks = self._chunks(episode, spec, start, rows) if part else []
         for chunk in chunks:
             assert part is not None
             begin = chunk.offset - part[0].offset
-            data = memoryview(part[1]).cast("B")[begin : begin + chunk.size]
+            data = part[1][begin : begin + chunk.size]
             place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
             if crc32c(data) != chunk.crc:
                 raise DataError(
@@ -348,6 +362,14 @@ class EpisodeIndex:
         name = self.shard_name(r.shard)
         where = name if "://" in name else f"{self.url}/{name}"
         return f"{where}, bytes {r.offset}–{r.offset + r.size - 1} ({member} of episode {self.id(episode)!r})"
+
+
+class _Wanted(NamedTuple):
+    """Fields by where they are stored."""
+
+    small: list[str]  # columns of steps.npy
+    large: list[FieldSpec]  # members of their own
+    episodic: list[FieldSpec]  # the index
 
 
 class _Chunk(NamedTuple):

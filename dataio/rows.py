@@ -8,15 +8,12 @@ and only a window that fails is searched row by row.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from crc32c import crc32c
 
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 SMALL_FIELD = 4096  # bytes a step up to which a field stands in steps.npy
 ONLY_WITH_ACTION = ("action", "reward", "terminated", "truncated")  # roles without a value in an observation-only row
@@ -108,10 +105,11 @@ def _constant(row_bytes: int, rows: int) -> int:
     return crc32c((zeros + crc32c(zeros).to_bytes(4, "little")) * rows)
 
 
-def broken_row(buffer: Buffer, row_bytes: int) -> int:
-    """Number of the first row whose CRC does not match, or −1."""
-    view = memoryview(buffer).cast("B")
+def broken_row(view: memoryview, row_bytes: int) -> int:
+    """Number of the first row of whole rows whose CRC does not match, or −1."""
     rows, rest = divmod(len(view), row_bytes)
+    if not rest and 0 < rows <= _BLOCK and crc32c(view) == _constant(row_bytes, rows):
+        return -1
     if rest:
         return rows
     for first in range(0, rows, _BLOCK):
