@@ -1,0 +1,108 @@
+"""The table of paradigms: what separates Decision Transformer, Gato and behaviour cloning is data, not code.
+
+A row says which elements of a timestep stand in the sequence and in what order, which of them are predicted, whether actions are
+ids or regressed vectors, the attention mask, the conditioning, and how the policy acts. `OBSERVATION` stands for the observation
+fields: images, then discrete and continuous ones, each group sorted by name; texts that are one for a whole episode stand once,
+before the window's first timestep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEXT, OBSERVATION, SEPARATOR, RETURN, ACTION = "text", "observation", "separator", "return", "action"
+
+
+@dataclass(frozen=True)
+class Paradigm:
+    """One row.
+
+    timestep      elements in order
+    targets       elements that are predicted: `action`, `text`
+    discretised   actions are ids (True) or, where they are continuous, regressed vectors (False)
+    scheme        gato | compact: how fields become tokens unless the recipe says otherwise
+    softmax       vocabulary | range: over what a predicted id is normalised
+    mask          causal
+    prompt        share of rows that begin with a prompt of the same task
+    conditioning  what the policy is told beside observations
+    acting        how it acts
+    source        where it is described
+    """
+
+    name: str
+    timestep: tuple[str, ...]
+    targets: tuple[str, ...]
+    discretised: bool
+    scheme: str
+    softmax: str
+    mask: str
+    prompt: float
+    conditioning: str
+    acting: str
+    source: str
+
+
+PARADIGMS: dict[str, Paradigm] = {
+    p.name: p
+    for p in (
+        Paradigm(
+            name="bc",
+            timestep=(TEXT, OBSERVATION, SEPARATOR, ACTION),
+            targets=(ACTION,),
+            discretised=True,
+            scheme="compact",
+            softmax="range",
+            mask="causal",
+            prompt=0.0,
+            conditioning="text where the task has one; %BC by `prefer: top`",
+            acting="the action's tokens one after another",
+            source="behaviour cloning; %BC: Chen et al. 2021, sec. 5.1",
+        ),
+        Paradigm(
+            name="dt",
+            timestep=(TEXT, RETURN, OBSERVATION, ACTION),
+            targets=(ACTION,),
+            discretised=False,
+            scheme="compact",
+            softmax="range",
+            mask="causal",
+            prompt=0.0,
+            conditioning="return-to-go, divided by the task's largest absolute return",
+            acting="a target return (a multiple of the best in the data), lowered by each reward",
+            source="Chen et al. 2021, algorithm 1",
+        ),
+        Paradigm(
+            name="gato",
+            timestep=(TEXT, OBSERVATION, SEPARATOR, ACTION),
+            targets=(TEXT, ACTION),
+            discretised=True,
+            scheme="gato",
+            softmax="vocabulary",
+            mask="causal",
+            prompt=0.25,
+            conditioning="prompt: a demonstration of the same task, half of them its end; text",
+            acting="the action's tokens one after another, a demonstration before them where one is given",
+            source="Reed et al. 2022, sec. 2 and app. B, C",
+        ),
+    )
+}
+
+
+def table() -> list[dict[str, str]]:
+    """The rows as text, for people."""
+    return [
+        {
+            "name": p.name,
+            "timestep": " ".join(p.timestep),
+            "predicted": ", ".join(p.targets),
+            "discretised": "yes" if p.discretised else "no",
+            "scheme": p.scheme,
+            "softmax": p.softmax,
+            "mask": p.mask,
+            "prompt": f"{p.prompt:g}",
+            "conditioning": p.conditioning,
+            "acts by": p.acting,
+            "source": p.source,
+        }
+        for p in PARADIGMS.values()
+    ]

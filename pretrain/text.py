@@ -1,0 +1,62 @@
+"""Text <-> ids by the tokenizer that a vocabulary carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+_REMEMBER = 1 << 16  # texts whose ids are kept
+_LONGEST = 1 << 20  # characters of one text; what is longer is cut before it reaches the tokenizer
+
+
+class TextTokenizer:
+    """The `tokenizers` library behind a picklable face; ids of a text are remembered, because instructions repeat.
+
+    Special tokens in a text are read as plain text: what a stranger wrote can never become a control id.
+    """
+
+    def __init__(self, definition: str):
+        self.definition = definition
+        self._ids: dict[str, np.ndarray] = {}
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"definition": self.definition}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["definition"])  # type: ignore[misc]
+
+    @property
+    def _native(self) -> Any:
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(self.definition)
+            self._tokenizer.encode_special_tokens = True
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        return self._tokenizer
+
+    @property
+    def size(self) -> int:
+        return int(self._native.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, texts: Iterable[str], limit: int = 0) -> list[np.ndarray]:
+        """int32 ids of each text, at most `limit` of them (0: all)."""
+        wanted = list(texts)
+        new = [t for t in dict.fromkeys(wanted) if t not in self._ids]
+        known = self._ids
+        if new:
+            if len(known) + len(new) > _REMEMBER:
+                self._ids = {}
+                known = {t: known[t] for t in dict.fromkeys(wanted) if t in known}
+            found = self._native.encode_batch([t[:_LONGEST] for t in new], add_special_tokens=False)
+            known.update((t, np.asarray(e.ids, np.int32)) for t, e in zip(new, found, strict=True))
+            if len(known) <= _REMEMBER:
+                self._ids = known
+        return [known[t][:limit] if limit else known[t] for t in wanted]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return str(self._native.decode([int(i) for i in ids], skip_special_tokens=False))
