@@ -141,10 +141,10 @@ class Timestep:
         each = sum(-(-e.size // e.stride) for e in self.elements)
         return each, sum(-(-e.size * (e.stride - 1) // e.stride) for e in self.elements)
 
-    def steps(self, preamble: int) -> int:
-        """Most steps of a window whose preamble takes `preamble` positions; a multiple of `chunk` where it can be."""
+    def steps(self, preamble: int, room: int) -> int:
+        """Most steps of a window in `room` positions, `preamble` of them for its texts; whole chunks where it can be."""
         each, once = self.cost()
-        fit = max(1, (self.context - preamble - once) // max(each, 1))
+        fit = max(1, (min(self.context, room) - preamble - once) // max(each, 1))
         fit = min(fit, self.window) if self.window else fit
         return fit // self.chunk * self.chunk or fit
 

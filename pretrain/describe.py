@@ -1,0 +1,76 @@
+"""A row of a batch, decoded for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pretrain.batch import MODALITIES, TokenBatch
+from pretrain.text import TextTokenizer
+from pretrain.vocabulary import Vocabulary
+
+
+def describe_row(batch: TokenBatch, row: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """One dict a position: where it stands, what it shows, what is predicted there.
+
+    Keys: position, segment, task, timestep, local, modality, shows; and where there is a target: predicts, weight, over.
+    Texts, discrete values and bins are decoded; of an embedded value its embedder, shape and extremes are given.
+    """
+    text = TextTokenizer(vocabulary.text_tokenizer) if vocabulary.text_tokenizer else None
+    embedded = {
+        int(cell): f"{name} {_summary(part.value[i])}"
+        for name, part in batch.embedded.items()
+        for i, cell in enumerate(part.index)
+        if cell // batch.length == row
+    }
+    regressed = {
+        int(cell): (f"{name} {_summary(part.value[i])}", float(part.weight[i]))
+        for name, part in batch.regression.items()
+        for i, cell in enumerate(part.index)
+        if cell // batch.length == row
+    }
+    ranges = ("vocabulary", *(name for name, _, _ in vocabulary.ranges))
+    out = []
+    for p in np.flatnonzero(batch.segment[row]).tolist():
+        cell = row * batch.length + p
+        task = int(batch.task[row, p])
+        entry: dict[str, Any] = {
+            "position": p,
+            "segment": int(batch.segment[row, p]),
+            "task": vocabulary.tasks[task] if task < len(vocabulary.tasks) else task,
+            "timestep": int(batch.timestep[row, p]),
+            "local": int(batch.local[row, p]),
+            "modality": MODALITIES[batch.modality[row, p]],
+            "shows": embedded.get(cell) or show(int(batch.tokens[row, p]), vocabulary, text),
+        }
+        if batch.target[row, p] >= 0:
+            entry["predicts"] = show(int(batch.target[row, p]), vocabulary, text)
+            entry["weight"] = float(batch.weight[row, p])
+            entry["over"] = ranges[batch.softmax[row, p]]
+        elif cell in regressed:
+            entry["predicts"], entry["weight"] = regressed[cell]
+        out.append(entry)
+    return out
+
+
+def show(token: int, vocabulary: Vocabulary, text: TextTokenizer | None) -> str:
+    """An id in words: `text 'red'`, `continuous bin 512 (+0.001)`, `discrete 3`, `separator`."""
+    name = vocabulary.name_of(token)
+    low, high = vocabulary.range(name)
+    value = token - low
+    if name == "text":
+        return f"text {text.decode([token])!r}" if text else f"text {value}"
+    if name == "continuous":
+        return f"continuous bin {value} ({(value + 0.5) * 2 / (high - low) - 1:+.3f})"
+    if name == "discrete":
+        return f"discrete {value}"
+    special = {getattr(vocabulary, n): n.replace("_", " ") for n in ("separator", "embedded", "mask", "end_of_text")}
+    return special.get(token, f"{name} {value}")
+
+
+def _summary(value: np.ndarray) -> str:
+    size = "×".join(map(str, value.shape)) or "1"
+    if value.size <= 8:
+        return f"{size}: {' '.join(f'{v:g}' for v in np.round(value.ravel(), 3).tolist())}"
+    return f"{size}: {value.min():.3g} … {value.max():.3g}"
