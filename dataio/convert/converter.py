@@ -1,0 +1,173 @@
+"""Converter: what a source format must say of itself, and the registry of those that are known."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+from dataio.convert.infer import infer_task
+from dataio.convert.source import Source, SourceUnavailable
+from dataio.episode import DataError, Episode, TaskSpec
+
+ENTRY_POINTS = "tiphys.converters"
+
+# name -> module:class. The order is that of recognition among equals.
+BUILT_IN = {
+    "lerobot": "dataio.convert.lerobot:LeRobot",
+    "rlds": "dataio.convert.rlds:Rlds",
+    "minari": "dataio.convert.minari:Minari",
+    "d4rl": "dataio.convert.d4rl:D4rl",
+    "webdataset": "dataio.convert.imagetext:ImageText",
+    "text": "dataio.convert.text:Text",
+    "robomimic": "dataio.convert.robomimic:Robomimic",
+    "zarr": "dataio.convert.zarr:Zarr",
+    "dqn-replay": "dataio.convert.dqn_replay:DqnReplay",
+    "vpt": "dataio.convert.vpt:Vpt",
+    "npz": "dataio.convert.npz:Npz",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that can be read alone: some files, or a range of one. `data` is JSON, for the converter only.
+
+    `name` is unique in the source, made of [a-z0-9-], and does not depend on how many processes convert.
+    """
+
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BadEpisode:
+    """An episode that could not be read: where it lies and why. What follows it in the piece could be read."""
+
+    where: str
+    reason: str
+
+
+Item = Episode | BadEpisode
+
+
+class Converter(ABC):
+    """Reads one format. Made anew in each process, from the source and the options of the mapping file.
+
+    All methods run in a reader process (`dataio.convert.process`): a crash, a hang or too much memory there is a
+    DataError here.
+    """
+
+    name: ClassVar[str]
+    options_known: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
+        self.source = source
+        self.options = dict(options or {})
+        unknown = sorted(set(self.options) - self.options_known)
+        if unknown:
+            known = ", ".join(sorted(self.options_known)) or "none"
+            raise DataError(f"options: {', '.join(unknown)} unknown to format {self.name!r}, which takes {known}")
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, source: Source) -> float:
+        """How sure it is that the source has this format: 0 no, 1 certain. Reads names and small headers only."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """Independent parts, in the order of the source."""
+
+    @abstractmethod
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        """The piece's episodes in order, in memory that does not grow with the piece.
+
+        start: number of items to pass over without reading what may be broken in them.
+        """
+
+    def tasks(self) -> list[TaskSpec]:
+        """The tasks of all episodes; here inferred from the first readable ones, for formats without metadata."""
+        found: dict[str, list[Episode]] = {}
+        reason = "it has no episodes"
+        for piece in self.pieces()[:4]:
+            for number, item in enumerate(self.episodes(piece)):
+                if isinstance(item, Episode):
+                    found.setdefault(item.task, []).append(item)
+                else:
+                    reason = f"{item.where}: {item.reason}"
+                if number >= 3:
+                    break
+        if not found:
+            raise DataError(f"{self.source.url}: no episode could be read to infer the fields from; {reason}")
+        return [infer_task(task, episodes) for task, episodes in found.items()]
+
+    def notes(self) -> list[str]:
+        """What the user should know of how the source was understood (a split without files, a field left out)."""
+        return []
+
+    def versions(self, piece: Piece) -> list[str]:
+        """What changes when the piece's files do, to notice a source that changed between two runs."""
+        names = piece.data.get("files", ())
+        return [self.source.version(n) for n in names if self.source.exists(n)]
+
+
+T = TypeVar("T")
+
+
+def read_each(keys: Iterable[T], read: Callable[[T], Episode], where: Callable[[T], str], start: int = 0) -> Iterator[Item]:
+    """`read` for each key; what it cannot read becomes a BadEpisode. For sources whose episodes lie side by side."""
+    for number, key in enumerate(keys):
+        if number >= start:
+            yield attempt(lambda: read(key), where(key))  # noqa: B023 (called at once)
+
+
+def attempt(read: Callable[[], Episode], where: str) -> Item:
+    """The episode, or why there is none. A failing store, a missing package, no memory are no fault of the episode."""
+    try:
+        return read()
+    except (SourceUnavailable, ImportError):
+        raise
+    except DataError as error:
+        return BadEpisode(where, str(error))
+    except Exception as error:  # a library met bytes that it did not foresee: it is the data's fault until shown otherwise
+        return BadEpisode(where, f"{type(error).__name__}: {error}")
+
+
+def converters() -> dict[str, str]:
+    """name -> module:class of every converter, built in or of an entry point (which may not take a built-in's name)."""
+    found = dict(BUILT_IN)
+    for point in entry_points(group=ENTRY_POINTS):
+        if found.setdefault(point.name, point.value) != point.value:
+            raise DataError(f"converter {point.name!r} of {point.value} has the name of {found[point.name]}; rename it")
+    return found
+
+
+def load_converter(target: str) -> type[Converter]:
+    """The class at module:class."""
+    module, _, name = target.partition(":")
+    try:
+        loaded = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"converter {target}: {error}. For a built-in one: pip install 'tiphys[convert]'") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Converter)):
+        raise TypeError(f"converter {target} is not a subclass of dataio.convert.converter.Converter")
+    return loaded
+
+
+def recognise(source: Source, known: Mapping[str, str]) -> str:
+    """The name of the format. DataError, with what was looked for, where none or several fit equally."""
+    scores: dict[str, float] = {}
+    for name, target in known.items():
+        try:
+            scores[name] = load_converter(target).recognise(source)
+        except (DataError, FileNotFoundError):
+            scores[name] = 0.0
+    best = max(scores.values(), default=0.0)
+    names = [name for name, score in scores.items() if score == best]
+    if best <= 0:
+        raise DataError(f"{source.url}: none of the known formats ({', '.join(known)}); name one with --from")
+    if len(names) > 1:
+        raise DataError(f"{source.url}: could be {' or '.join(names)}; name one with --from")
+    return names[0]

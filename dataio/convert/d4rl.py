@@ -1,0 +1,135 @@
+"""D4RL HDF5: flat arrays over all steps, cut into episodes where `terminals` or `timeouts` say so. https://github.com/Farama-Foundation/D4RL
+
+Without `timeouts` an episode also ends where `next_observations` does not continue in the next row, or after `max_steps` (an option).
+Where there are `next_observations`, the last of an episode becomes its row T + 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dataio.convert import hdf5
+from dataio.convert.converter import Converter, Item, Piece, read_each
+from dataio.convert.infer import channels_last
+from dataio.convert.source import Source
+from dataio.episode import DataError, Episode
+
+_SCAN = 1 << 20  # rows of flags looked at together
+_PIECE_ROWS = 200_000
+_NAMES = {"observations": "observation", "actions": "action", "rewards": "reward", "terminals": "terminated", "timeouts": "truncated"}
+
+
+class D4rl(Converter):
+    name = "d4rl"
+    options_known = frozenset({"max_steps"})
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        for path in hdf5.hdf5_files(source):
+            if hdf5.is_hdf5(source, path):
+                with hdf5.open_hdf5(source, path) as file:
+                    return 0.9 if {"observations", "actions", "rewards"} <= set(file) else 0.0
+        return 0.0
+
+    @cached_property
+    def _files(self) -> list[str]:
+        found = hdf5.hdf5_files(self.source)
+        if not found:
+            raise DataError(f"{self.source.url}: no *.hdf5 or *.h5")
+        return found
+
+    def _task(self, path: str) -> str:
+        return re.sub(r"\.(hdf5|h5)$", "", path)
+
+    def pieces(self) -> list[Piece]:
+        """Consecutive episodes of about 200,000 rows."""
+        out = []
+        for path in self._files:
+            with hdf5.open_hdf5(self.source, path) as file:
+                ends = self._ends(file, self.source.where(path))
+            first = begin = 0
+            for number, end in enumerate(ends.tolist(), 1):
+                if end - begin >= _PIECE_ROWS or number == len(ends):
+                    bounds = [begin, *ends[first:number].tolist()]
+                    out.append(Piece(f"{len(out):06d}", {"files": [path], "first": first, "bounds": bounds}))
+                    first, begin = number, end
+        return out
+
+    def _ends(self, file: Any, where: str) -> np.ndarray:
+        """Row after each episode's last, ascending; the last is the number of rows."""
+        rows = hdf5.length(hdf5.member(file, "actions", where), f"{where}, actions")
+        names = [n for n in ("terminals", "timeouts") if n in file]
+        limit = int(self.options.get("max_steps") or 0)
+        if not names:
+            raise DataError(f"{where}: neither `terminals` nor `timeouts`; nothing says where its episodes end")
+        follow = "timeouts" not in file and "next_observations" in file and not hasattr(file["next_observations"], "keys")
+        found = []
+        for start in range(0, rows, _SCAN):
+            stop = min(rows, start + _SCAN)
+            flag = np.zeros(stop - start, bool)
+            for name in names:
+                values = hdf5.read(hdf5.member(file, name, where), f"{where}, {name}", start, stop)
+                if values.size != stop - start:
+                    raise DataError(f"{where}: `{name}` has another length than `actions` ({rows:,})")
+                flag |= values.reshape(-1).astype(bool)
+            if follow:
+                following = hdf5.read(hdf5.member(file, "next_observations", where), where, start, stop)
+                present = hdf5.read(hdf5.member(file, "observations", where), where, start + 1, stop + 1)
+                both = min(len(following), len(present))
+                breaks = (following[:both] != present[:both]).reshape(both, -1).any(axis=1)
+                flag[:both] |= breaks
+            found.append(np.flatnonzero(flag) + start + 1)
+        ends = np.concatenate([*found, [rows]]) if rows else np.zeros(0, np.int64)
+        ends = np.unique(ends)
+        if limit > 0:
+            begins = np.concatenate([[0], ends[:-1]])
+            ends = np.concatenate([np.append(np.arange(b + limit, e, limit), e) for b, e in zip(begins, ends, strict=True)])
+        return ends.astype(np.int64)
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        path, first, bounds = piece.data["files"][0], piece.data["first"], piece.data["bounds"]
+        where = self.source.where(path)
+        with hdf5.open_hdf5(self.source, path) as file:
+            columns = {k: d for k, d in hdf5.datasets(file, where).items() if not k.startswith("metadata")}
+
+            def name(i: int) -> str:
+                return f"{where}, episode {first + i} (rows {bounds[i]}–{bounds[i + 1]})"
+
+            yield from read_each(
+                range(len(bounds) - 1),
+                lambda i: self._read(columns, path, first + i, bounds[i], bounds[i + 1], name(i)),
+                name,
+                start,
+            )
+
+    def _read(self, columns: dict[str, Any], path: str, number: int, begin: int, end: int, where: str) -> Episode:
+        task = self._task(path)
+        fields: dict[str, Any] = {}
+        steps = end - begin
+        for key, dataset in columns.items():
+            head, _, rest = key.partition(".")
+            if head == "next_observations":
+                continue
+            if not dataset.shape or dataset.shape[0] < end:
+                continue  # a constant of the file, or an array of something else than steps
+            value = hdf5.read(dataset, f"{where}, {key}", begin, end)
+            name = _NAMES.get(head, "info" if head == "infos" else f"info.{head}") + ("." + rest if rest else "")
+            if name in ("reward", "terminated", "truncated"):
+                if value.size != steps:
+                    raise DataError(f"{where}: `{key}` has shape {value.shape}, one number a step was expected")
+                value = value.reshape(steps)
+            fields[name] = value.astype(bool) if name in ("terminated", "truncated") else channels_last(value)
+        for key, dataset in columns.items():  # what the last action led to
+            head, _, rest = key.partition(".")
+            name = "observation" + ("." + rest if rest else "")
+            if head == "next_observations" and name in fields:
+                last = channels_last(hdf5.read(dataset, f"{where}, {key}", end - 1, end))
+                if last.shape != (1, *fields[name].shape[1:]):
+                    raise DataError(f"{where}: `{key}` has other rows than `observations`")
+                fields[name] = np.concatenate([fields[name], last.astype(fields[name].dtype)])
+        return Episode(id=f"{task}/{number:08d}", task=task, fields=fields, steps=steps)

@@ -1,0 +1,182 @@
+"""HDF5 files of strangers: plain datasets of the file itself, of a size that is checked before it is read.
+
+Links out of the file, datasets kept in other files, object references and compound types are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dataio.convert.infer import texts
+from dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
+from dataio.convert.source import Source
+from dataio.episode import DataError
+
+_KINDS = "biuf"
+_DEPTH = 16
+
+
+@contextmanager
+def open_hdf5(source: Source, path: str) -> Iterator[Any]:
+    """An h5py.File, read-only. DataError where the file is none."""
+    import h5py
+
+    with source.open(path) as stream:
+        try:
+            file = h5py.File(stream, "r")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise DataError(f"{source.where(path)}: not a readable HDF5 file ({error})") from None
+        with file:
+            yield file
+
+
+def is_hdf5(source: Source, path: str) -> bool:
+    with source.open(path) as stream:
+        return stream.read(8) == b"\x89HDF\r\n\x1a\n"
+
+
+def hdf5_files(source: Source) -> list[str]:
+    return [p for p in source.files if p.endswith((".hdf5", ".h5"))]
+
+
+def names(group: Any) -> list[str]:
+    """The names of a group's members, in natural order (demo_2 before demo_10)."""
+    return sorted(group, key=natural)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    parts, number = [], ""
+    for letter in name:
+        if letter.isdigit():
+            number += letter
+        else:
+            if number:
+                parts.append((int(number), ""))
+                number = ""
+            parts.append((-1, letter))
+    return parts + ([(int(number), "")] if number else [])
+
+
+def member(group: Any, name: str, where: str) -> Any:
+    """A member that lies in this very file."""
+    import h5py
+
+    link = group.get(name, getlink=True)
+    if link is None:
+        raise DataError(f"{where}: has no {name!r}")
+    if not isinstance(link, h5py.HardLink):
+        raise DataError(f"{where}/{name}: a link ({type(link).__name__}); links are not followed")
+    try:
+        return group[name]
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{where}/{name}: cannot be opened ({error})") from None
+
+
+def descend(file: Any, path: str, where: str) -> Any:
+    """The member at a path of several names."""
+    for part in path.split("/"):
+        if not hasattr(file, "keys"):
+            raise DataError(f"{where}: {part!r} was expected inside a group")
+        file = member(file, part, where)
+    return file
+
+
+def datasets(group: Any, where: str, prefix: str = "", depth: int = 0) -> dict[str, Any]:
+    """Every dataset below a group: dotted name -> h5py.Dataset."""
+    out: dict[str, Any] = {}
+    if depth > _DEPTH:
+        raise DataError(f"{where}: groups nested deeper than {_DEPTH}")
+    for name in names(group):
+        child = member(group, name, where)
+        dotted = f"{prefix}.{name}" if prefix else name
+        if hasattr(child, "keys"):
+            out.update(datasets(child, f"{where}/{name}", dotted, depth + 1))
+        elif hasattr(child, "shape"):
+            out[dotted] = child
+        if len(out) > FIELDS:
+            raise DataError(f"{where}: more than {FIELDS} datasets")
+    return out
+
+
+def length(dataset: Any, where: str) -> int:
+    if not getattr(dataset, "shape", None):
+        raise DataError(f"{where}: an array with a row a step was expected")
+    return int(dataset.shape[0])
+
+
+def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows [start, stop) as a plain array; texts as StringDType."""
+    import h5py
+
+    if not isinstance(dataset, h5py.Dataset):
+        raise DataError(f"{where}: a dataset was expected")
+    if dataset.external or dataset.is_virtual:
+        raise DataError(f"{where}: its bytes lie in other files, which are not opened")
+    if dataset.shape is None:
+        raise DataError(f"{where}: an empty dataset")
+    string = h5py.check_string_dtype(dataset.dtype)
+    rows = _rows(dataset, start, stop)
+    shape = check_shape((rows, *dataset.shape[1:]) if dataset.shape else (), dataset.dtype.itemsize, where, EPISODE_BYTES)
+    _check_chunks(dataset, where)
+    try:
+        value = dataset[start : start + rows] if dataset.shape else dataset[()]
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: cannot be read ({error})") from None
+    if string is not None:
+        flat = texts(np.asarray(value, dtype=object).reshape(-1).tolist(), where)
+        return flat.reshape(shape)
+    if dataset.dtype.kind not in _KINDS:
+        raise DataError(f"{where}: dtype {dataset.dtype} is not read")
+    array = np.asarray(value)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def read_bytes_rows(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> list[bytes]:
+    """Rows of a dataset of byte strings: uint8 [n, size] or a variable-length array of uint8."""
+    import h5py
+
+    varying = h5py.check_vlen_dtype(dataset.dtype)
+    if varying is None:
+        array = read(dataset, where, start, stop)
+        if array.dtype != np.uint8 or array.ndim != 2:
+            raise DataError(f"{where}: encoded pictures were expected, not {array.dtype} {array.shape}")
+        return [row.tobytes() for row in array]
+    if varying != np.uint8 or dataset.external or dataset.is_virtual or len(dataset.shape) != 1:
+        raise DataError(f"{where}: encoded pictures were expected")
+    rows = _rows(dataset, start, stop)
+    try:
+        return [bytes(memoryview(dataset[i])) for i in range(start, start + rows)]
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise DataError(f"{where}: cannot be read ({error})") from None
+
+
+def _rows(dataset: Any, start: int, stop: int | None) -> int:
+    if not dataset.shape:
+        return 1
+    return max(0, min(int(dataset.shape[0]) if stop is None else stop, int(dataset.shape[0])) - start)
+
+
+def _check_chunks(dataset: Any, where: str) -> None:
+    """A chunk is decompressed whole, however few of its rows are wanted."""
+    if dataset.chunks is not None:
+        size = math.prod(int(c) for c in dataset.chunks) * dataset.dtype.itemsize
+        if size > EPISODE_BYTES:
+            raise DataError(f"{where}: chunks of {size:,} bytes, over {EPISODE_BYTES:,}")
+
+
+def attribute(holder: Any, name: str) -> Any:
+    """An attribute as a plain Python value; None where it is missing or of a kind that is not read."""
+    try:
+        value = holder.attrs.get(name)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError):
+        return None
+    if isinstance(value, bytes | np.bytes_):
+        return bytes(value).decode("utf-8", "replace")
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, str | int | float | bool) else None

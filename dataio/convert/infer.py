@@ -1,0 +1,200 @@
+"""From arrays and their names to fields: role, modality, shape, and how names of the field's formats become ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.dtypes import StringDType
+
+from dataio.convert.limits import FIELDS, TEXT_BYTES
+from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+
+# First part of a name, as the formats spell it -> as the environment's five results are called here.
+_HEADS = {
+    "observation": "observation obs observations state states",
+    "action": "action actions",
+    "reward": "reward rewards",
+    "terminated": "terminated terminal terminals termination terminations done dones is_terminal",
+    "truncated": "truncated truncation truncations timeout timeouts",
+}
+_CANONICAL = {alias: name for name, aliases in _HEADS.items() for alias in aliases.split()}
+_TEXTS = re.compile(r"(^|[._])(text|texts|caption|captions|instruction|instructions|prompt|task|mission|utterance)s?$")
+_EMBEDDING = re.compile(r"(language|instruction|text)\w*embedding")
+_CHANNELS = (1, 2, 3, 4)
+_SMALLEST_IMAGE = 16  # a smaller uint8 grid (MiniGrid's 7 × 7 × 3) holds codes, not colours
+
+
+def canonical(name: str) -> str:
+    """`obs.image` -> `observation.image`, `next.reward` -> `reward`; other names stay."""
+    name = name.removeprefix("next.")
+    head, dot, rest = name.partition(".")
+    return _CANONICAL.get(head, head) + dot + rest
+
+
+def role_of(name: str, modality: str) -> str:
+    """The role that a canonical name has by convention; `info` where none is known."""
+    head = name.partition(".")[0]
+    if _EMBEDDING.search(name):
+        return "info"
+    if modality == "text":
+        return "text" if head in ("observation", "text") or _TEXTS.search(name) else "info"
+    if head in ("mask", "masks", "valid"):
+        return "mask"
+    return head if head in _HEADS else "info"
+
+
+def modality_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:
+    """image: uint8 [H, W(, C)] of at least 16 × 16 (C ≤ 4, or stacked frames); integers else are discrete."""
+    if dtype == "str":
+        return "text"
+    dtype = np.dtype(dtype)
+    if dtype.kind == "f":
+        return "continuous"
+    if dtype == np.uint8 and is_image_shape(shape):
+        return "image"
+    return "discrete"
+
+
+def is_image_shape(shape: Sequence[int]) -> bool:
+    if len(shape) == 2:
+        return min(shape) >= _SMALLEST_IMAGE
+    return len(shape) == 3 and min(shape[:2]) >= _SMALLEST_IMAGE and shape[2] <= 32
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    """Images of a batch [T, …] as [T, H, W, C]: a missing channel is added, C × H × W is transposed; others as they are."""
+    if array.dtype != np.uint8:
+        return array
+    shape = array.shape[1:]
+    if len(shape) == 2 and is_image_shape(shape):
+        return array[..., None]
+    if len(shape) == 3 and shape[0] in _CHANNELS and min(shape[1:]) >= _SMALLEST_IMAGE and shape[2] not in _CHANNELS:
+        return np.moveaxis(array, 1, -1)
+    return array
+
+
+def field_spec(name: str, dtype: Any, shape: Sequence[int], *, per: str = "step", **given: Any) -> FieldSpec:
+    """A field by its name and dtype (NumPy's, or `str` for text); `given` overrides what would be inferred."""
+    text = isinstance(dtype, str) and dtype == "str"
+    if not text:
+        dtype = np.dtype(dtype).newbyteorder("=")
+        text = dtype.kind in "UST"
+    kind = "str" if text else dtype.name
+    modality = given.pop("modality", None) or modality_of(kind, shape)
+    values = given.pop("values", None)
+    if values is None:
+        values = 2 if kind == "bool" else 0
+    role = given.pop("role", None) or role_of(name, modality)
+    return FieldSpec(
+        name, role, modality, kind, () if text else tuple(int(s) for s in shape), values=values, per=per, **given
+    )
+
+
+def infer_task(name: str, episodes: Sequence[Episode], known: Mapping[str, FieldSpec] | None = None, **task: Any) -> TaskSpec:
+    """A task from a few of its episodes: the fields that all have; text that never changes is one for the episode."""
+    fields: list[FieldSpec] = []
+    shared = sorted(set.intersection(*(set(e.fields) for e in episodes)))
+    for key in shared:
+        values = [e.fields[key] for e in episodes]
+        per_episode = all(isinstance(v, str) or _rows(v) is None for v in values)
+        first = values[0]
+        if isinstance(first, str) or (known and key in known and known[key].dtype == "str") or _is_text(first):
+            fields.append(field_spec(key, "str", (), per="episode" if all(_constant(v) for v in values) else "step"))
+        elif known and key in known:
+            fields.append(known[key])
+        else:
+            array = np.asarray(first)
+            shape = array.shape if per_episode else array.shape[1:]
+            fields.append(field_spec(key, array.dtype, shape, per="episode" if per_episode else "step"))
+    return TaskSpec(name, tuple(fields), **task)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "UST"
+
+
+def _constant(value: Any) -> bool:
+    return isinstance(value, str) or bool(np.all(value == value[:1]))
+
+
+def _rows(value: Any) -> int | None:
+    return None if isinstance(value, str) or np.ndim(value) == 0 else len(value)
+
+
+def texts(values: Iterable[str | bytes], where: str) -> np.ndarray:
+    """Strings as NumPy's StringDType. DataError on bytes that are not UTF-8 or a text that is too long."""
+    out = []
+    for number, value in enumerate(values):
+        if isinstance(value, bytes | np.bytes_):
+            try:
+                value = bytes(value).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}, row {number}: not UTF-8 text ({error})") from None
+        if not isinstance(value, str):
+            raise DataError(f"{where}, row {number}: a text was expected, not {type(value).__name__}")
+        if len(value) > TEXT_BYTES:
+            raise DataError(f"{where}, row {number}: a text of {len(value):,} characters, over {TEXT_BYTES:,}")
+        if "\0" in value:
+            raise DataError(f"{where}, row {number}: a text with a NUL character")
+        out.append(value)
+    return np.array(out, dtype=StringDType())
+
+
+def one_text(array: np.ndarray, name: str, where: str) -> str:
+    """The text of an episode whose rows all hold the same."""
+    first = str(array[0]) if len(array) else ""
+    if len(array) and not bool(np.all(array == first)):
+        raise DataError(
+            f"{where}: {name!r} changes within the episode, though it did not in those that the fields were inferred from; "
+            f"declare `fields: {{{name}: {{per: step}}}}` in a mapping file"
+        )
+    return first
+
+
+def conform(episode: Episode, task: TaskSpec, where: str) -> Episode:
+    """The episode as its task says: fields of the task only, in its dtypes; DataError where rows or shapes differ."""
+    if len(task.fields) > FIELDS:
+        raise DataError(f"{where}: {len(task.fields)} fields, over {FIELDS}")
+    fields: dict[str, Any] = {}
+    for spec in task.fields:
+        if spec.name not in episode.fields:
+            raise DataError(f"{where}: has no field {spec.name!r}, which task {task.name!r} has; drop it in a mapping file")
+        fields[spec.name] = _conform_field(episode.fields[spec.name], spec, episode.steps, where)
+    return replace(episode, fields=fields)
+
+
+def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
+    if spec.dtype == "str":
+        if spec.per == "episode":
+            return value if isinstance(value, str) else one_text(np.atleast_1d(value), spec.name, where)
+        rows = max(steps, 1)
+        array = np.full(rows, value, StringDType()) if isinstance(value, str) else np.asarray(value, StringDType())
+    else:
+        array = np.asarray(value)
+        if array.dtype.kind in "USTO":
+            raise DataError(f"{where}: field {spec.name!r} holds {array.dtype}, not {spec.dtype}")
+        array = _cast(array, np.dtype(spec.dtype), spec.name, where)
+    shape = array.shape if spec.per == "episode" else array.shape[1:]
+    if shape != spec.shape or (spec.per == "step" and not array.shape):
+        raise DataError(f"{where}: field {spec.name!r} has shape {shape} a step, and its task says {spec.shape}")
+    if spec.per == "step":
+        most = steps + 1 if spec.role in ("observation", "text", "mask", "info") or steps == 0 else steps
+        if not max(steps, 1) <= len(array) <= max(most, 1):
+            raise DataError(f"{where}: field {spec.name!r} has {len(array)} rows for {steps} actions")
+    return array
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarray:
+    """To the task's dtype if no value changes (an episode of 0/1 float flags fits a bool field; 0.5 does not)."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(all="ignore"):
+        out = array.astype(dtype)
+        same = np.can_cast(array.dtype, dtype, "same_kind") or bool(np.all(out.astype(array.dtype) == array))
+    if not same:
+        raise DataError(f"{where}: field {name!r} holds {array.dtype} values that {dtype} cannot; set its dtype in a mapping file")
+    return out

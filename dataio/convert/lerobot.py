@@ -1,0 +1,361 @@
+"""LeRobot v2.0, v2.1 and v3.0: Parquet rows, MP4 or PNG pictures, tasks in words.
+
+https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet and one video a camera for each episode; v3 packs many
+episodes into each file and keeps their places in `meta/episodes`. Frames are found by time, as LeRobot itself does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from dataio.convert.infer import canonical, field_spec, texts
+from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image
+from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows
+from dataio.convert.source import Source, expand
+from dataio.convert.video import VideoFrames
+from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+
+_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # follow from an episode's place
+_SCALARS = ("reward", "terminated", "truncated")
+_INFO = "meta/info.json"
+_PIECE_FRAMES = 20_000  # rows of one piece of a v2 source, about
+_INSTRUCTION = "instruction"
+
+
+@dataclass(frozen=True)
+class Record:
+    """An episode as the metadata lists it. `start` are seconds into each camera's file."""
+
+    number: int
+    length: int
+    tasks: tuple[str, ...]
+    data: str
+    videos: Mapping[str, tuple[str, float]]
+
+
+class LeRobot(Converter):
+    name = "lerobot"
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        if not source.exists(_INFO):
+            return 0.0
+        return 1.0 if "codebase_version" in source.json(_INFO) else 0.0
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        info = self.source.json(_INFO)
+        version = str(info.get("codebase_version", "")) if isinstance(info, dict) else ""
+        if version not in ("v2.0", "v2.1", "v3.0"):
+            raise DataError(f"{self.source.where(_INFO)}: LeRobot format {version!r}; v2.0, v2.1 and v3.0 are read")
+        if not isinstance(info.get("features"), dict) or not _positive(info.get("fps")):
+            raise DataError(f"{self.source.where(_INFO)}: needs `features` and a positive `fps`")
+        for key, feature in info["features"].items():
+            if not isinstance(feature, dict) or not isinstance(feature.get("shape"), list):
+                raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has no shape")
+            check_shape(feature["shape"], 1, f"{self.source.where(_INFO)}, feature {key!r}")
+        return info
+
+    @property
+    def _v3(self) -> bool:
+        return str(self.info["codebase_version"]) == "v3.0"
+
+    @cached_property
+    def _features(self) -> dict[str, dict[str, Any]]:
+        return {k: f for k, f in self.info["features"].items() if k not in _BOOKKEEPING}
+
+    @cached_property
+    def _videos(self) -> list[str]:
+        return [k for k, f in self._features.items() if f.get("dtype") == "video"]
+
+    @cached_property
+    def _words(self) -> dict[int, str]:
+        """task_index -> instruction."""
+        if self._v3:
+            table = read_columns(self.source, "meta/tasks.parquet")
+            column = next((c for c in ("task", "__index_level_0__") if c in table), None)
+            if column is None or "task_index" not in table:
+                raise DataError(f"{self.source.where('meta/tasks.parquet')}: needs the columns task and task_index")
+            rows: Any = zip(table["task_index"], table[column], strict=True)
+        else:
+            rows = ((r.get("task_index"), r.get("task")) for r in self.source.json_lines("meta/tasks.jsonl"))
+        words = dict(rows)
+        if not all(isinstance(k, int) and isinstance(v, str) for k, v in words.items()):
+            raise DataError(f"{self.source.url}: the table of tasks does not map task_index to a text")
+        return words
+
+    @cached_property
+    def _records(self) -> list[Record]:
+        records = list(self._records_v3() if self._v3 else self._records_v2())
+        if len({r.number for r in records}) != len(records):
+            raise DataError(f"{self.source.url}: the metadata lists an episode twice")
+        return records
+
+    def _records_v2(self) -> Iterator[Record]:
+        chunk, where = self.info.get("chunks_size", 1000), self.source.where(_INFO)
+        if not _positive(chunk):
+            raise DataError(f"{where}: chunks_size {chunk!r}")
+        for row in self.source.json_lines("meta/episodes.jsonl"):
+            number, length = row.get("episode_index"), row.get("length")
+            if not _index(number) or not _index(length):
+                raise DataError(f"{self.source.where('meta/episodes.jsonl')}: an episode without index or length: {str(row)[:80]}")
+            at: dict[str, Any] = {"episode_index": number, "episode_chunk": number // chunk}
+            videos = {k: (expand(self.info.get("video_path"), where, video_key=k, **at), 0.0) for k in self._videos}  # type: ignore[arg-type]
+            data = expand(self.info.get("data_path"), where, **at)  # type: ignore[arg-type]
+            yield Record(number, length, tuple(str(t) for t in row.get("tasks") or ()), data, videos)
+
+    def _records_v3(self) -> Iterator[Record]:
+        where = self.source.where(_INFO)
+        columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+        columns += [f"videos/{k}/{c}" for k in self._videos for c in ("chunk_index", "file_index", "from_timestamp")]
+        for path in [p for p in self.source.files if re.fullmatch(r"meta/episodes/.*\.parquet", p)]:
+            table = read_columns(self.source, path, columns)
+            missing = sorted(set(columns) - set(table))
+            if missing:
+                raise DataError(f"{self.source.where(path)}: lacks the columns {', '.join(missing)}")
+            for values in zip(*(table[c] for c in columns), strict=True):
+                row = dict(zip(columns, values, strict=True))
+                if not all(_index(row[c]) for c in columns if c.endswith("_index") or c == "length"):
+                    raise DataError(f"{self.source.where(path)}: an episode without index, length or place")
+
+                def place(prefix: str, row: dict[str, Any] = row) -> dict[str, Any]:
+                    return {"chunk_index": row[f"{prefix}/chunk_index"], "file_index": row[f"{prefix}/file_index"]}
+
+                videos = {
+                    k: (
+                        expand(self.info.get("video_path"), where, video_key=k, **place(f"videos/{k}")),  # type: ignore[arg-type]
+                        float(row[f"videos/{k}/from_timestamp"] or 0.0),
+                    )
+                    for k in self._videos
+                }
+                data = expand(self.info.get("data_path"), where, **place("data"))  # type: ignore[arg-type]
+                tasks = tuple(str(t) for t in row["tasks"] or ())
+                yield Record(row["episode_index"], row["length"], tasks, data, videos)
+
+    def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
+        name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
+        if dtype in ("video", "image"):
+            return field_spec(name, np.uint8, _picture_shape(feature), modality="image")
+        if dtype == "string":
+            return field_spec(name, "str", ())
+        try:
+            kind = np.dtype(dtype)
+        except TypeError:
+            kind = np.dtype("V")
+        if kind.kind not in "biuf":
+            raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has dtype {dtype!r}, which is not read")
+        return field_spec(name, kind, [] if name in _SCALARS and shape == [1] else shape)
+
+    def tasks(self) -> list[TaskSpec]:
+        fields = [self._field(k, f) for k, f in self._features.items()]
+        several = any(len(r.tasks) > 1 for r in self._records)
+        if _INSTRUCTION not in {f.name for f in fields}:
+            fields.append(field_spec(_INSTRUCTION, "str", (), per="step" if several else "episode"))
+        return [TaskSpec(self.source.name, tuple(fields))]
+
+    def pieces(self) -> list[Piece]:
+        """v3: a data file. v2: consecutive episodes of about 20,000 rows."""
+        groups: list[list[int]] = []
+        rows, last = 0, ""
+        for number, record in enumerate(self._records):
+            full = record.data != last if self._v3 else rows + record.length > _PIECE_FRAMES
+            if not groups or full:
+                groups.append([])
+                rows = 0
+            groups[-1].append(number)
+            rows, last = rows + record.length, record.data
+        return [Piece(f"{i:06d}", {"first": g[0], "count": len(g)}) for i, g in enumerate(groups)]
+
+    def versions(self, piece: Piece) -> list[str]:
+        records = self._records[piece.data["first"] :][: piece.data["count"]]
+        names = dict.fromkeys(r.data for r in records)
+        names.update(dict.fromkeys(v for r in records for v, _ in r.videos.values()))
+        return [self.source.version(n) for n in names if self.source.exists(n)]
+
+    def notes(self) -> list[str]:
+        total = self.info.get("total_episodes")
+        if isinstance(total, int) and total != len(self._records):
+            return [f"info.json speaks of {total} episodes, the table of episodes lists {len(self._records)}"]
+        return []
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        records = self._records[piece.data["first"] :][: piece.data["count"]]
+        with _Files(self.source) as files:
+            for number, record in enumerate(records):
+                if number >= start:
+                    item = attempt(lambda: self._read(record, files), f"{self.source.url}, episode {record.number}")  # noqa: B023
+                    if isinstance(item, BadEpisode):
+                        files.forget()
+                    yield item
+
+    def _read(self, record: Record, files: _Files) -> Episode:
+        if not 0 < record.length <= EPISODE_STEPS:
+            raise DataError(f"{self.source.url}, episode {record.number}: {record.length:,} rows")
+        for path in [record.data, *(v for v, _ in record.videos.values())]:
+            if not self.source.exists(path):
+                raise DataError(f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}")
+        where = f"{self.source.where(record.data)}, episode {record.number}"
+        table = files.rows(record, where)
+        fields: dict[str, Any] = {}
+        for key, feature in self._features.items():
+            name = canonical(key)
+            if key in record.videos:
+                path, offset = record.videos[key]
+                times = _column(table, "timestamp", where, ()).astype(np.float64) + offset
+                grey = _picture_shape(feature)[2] == 1
+                fields[name] = files.video(path, grey).at(times, 0.25 / float(self.info["fps"]))
+            elif feature.get("dtype") == "image":
+                fields[name] = self._pictures(table, key, where)
+            else:
+                shape = () if feature.get("dtype") == "string" else tuple(feature["shape"])
+                array = _column(table, key, where, shape)
+                fields[name] = array.reshape(len(array)) if name in _SCALARS and shape == (1,) else array
+        fields.setdefault(_INSTRUCTION, self._instruction(table, record, where))
+        success = fields.get("success")
+        return Episode(
+            id=f"{self.source.name}/{record.number:06d}",
+            task=self.source.name,
+            fields=fields,
+            steps=record.length,
+            success=None if success is None or isinstance(success, str) else bool(np.any(success)),
+        )
+
+    def _instruction(self, table: Any, record: Record, where: str) -> Any:
+        """The words of the row's task_index: one text, or one a row where they change."""
+        if "task_index" not in table.schema.names:
+            return record.tasks[0] if record.tasks else ""
+        indices = _column(table, "task_index", where, ())
+        unknown = set(np.unique(indices).tolist()) - set(self._words)
+        if unknown:
+            raise DataError(f"{where}: task_index {sorted(unknown)[0]} is not in the table of tasks")
+        words = texts((self._words[int(i)] for i in indices), where)
+        return str(words[0]) if bool(np.all(words == words[0])) else words
+
+    def _pictures(self, table: Any, key: str, where: str) -> np.ndarray:
+        frames = []
+        for row, value in enumerate(table.column(key).to_pylist()):
+            at = f"{where}, {key}, row {row}"
+            data = value.get("bytes") if isinstance(value, dict) else value
+            if data is None and isinstance(value, dict) and value.get("path"):
+                data = self.source.read(str(value["path"]), RECORD_BYTES)
+            if not isinstance(data, bytes):
+                raise DataError(f"{at}: has no picture")
+            frames.append(decode_image(data, at))
+            check_shape((len(table), *frames[0].shape), frames[0].itemsize, at)
+            if frames[-1].shape != frames[0].shape:
+                raise DataError(f"{at}: a picture of {frames[-1].shape}, after others of {frames[0].shape}")
+        return np.stack(frames)
+
+
+class _Files:
+    """The Parquet and video files of a piece, kept open while consecutive episodes lie in them."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._open: dict[str, tuple[str, ExitStack, Any]] = {}
+        self._rest: Any = None  # rows that were read beyond an episode's end
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Close everything: after an error nothing says where a file's reading stands."""
+        for _, stack, _ in self._open.values():
+            stack.close()
+        self._open.clear()
+        self._rest = None
+
+    def video(self, path: str, grey: bool) -> VideoFrames:
+        def make(stack: ExitStack) -> VideoFrames:
+            stream = stack.enter_context(self._source.open(path))
+            return stack.enter_context(VideoFrames(stream, self._source.where(path), grey=grey))
+
+        camera = path.rpartition("/")[0] + str(grey)
+        return self._kept(camera, path, make)
+
+    def _kept(self, slot: str, path: str, make: Any) -> Any:
+        if slot in self._open and self._open[slot][0] != path:
+            self._open.pop(slot)[1].close()
+        if slot not in self._open:
+            with ExitStack() as stack:
+                value = make(stack)
+                self._open[slot] = (path, stack.pop_all(), value)
+        return self._open[slot][2]
+
+    def rows(self, record: Record, where: str) -> Any:
+        """The episode's rows as an Arrow table. The file is read forward; earlier episodes in it are passed over."""
+        import pyarrow as pa
+
+        if "rows" in self._open and self._open["rows"][0] != record.data:
+            self._open.pop("rows")[1].close()
+            self._rest = None
+
+        def make(stack: ExitStack) -> Any:
+            file = stack.enter_context(open_parquet(self._source, record.data))
+            missing = {"episode_index", "timestamp"} - set(file.schema_arrow.names)
+            if missing:
+                raise DataError(f"{where}: lacks the columns {', '.join(sorted(missing))}")
+            return batches(file, file.schema_arrow.names, self._source.where(record.data), 256)
+
+        reader = self._kept("rows", record.data, make)
+        found, count = [], 0
+        while True:
+            batch = self._rest if self._rest is not None else next(reader, None)
+            self._rest = None
+            if batch is None:
+                break
+            numbers = _column(pa.Table.from_batches([batch]), "episode_index", where, ())
+            mine = np.flatnonzero(numbers == record.number)
+            if len(mine):
+                lo, hi = int(mine[0]), int(mine[-1]) + 1
+                if hi - lo != len(mine) or count + hi - lo > record.length:
+                    raise DataError(f"{where}: its rows are not consecutive, or more than the {record.length} listed")
+                found.append(batch.slice(lo, hi - lo))
+                count += hi - lo
+                if hi < len(numbers):
+                    self._rest = batch.slice(hi)
+                    break
+            elif found or bool(np.any(numbers > record.number)):
+                self._rest = batch
+                break
+        if count != record.length:
+            raise DataError(f"{where}: {count} rows, and the metadata lists {record.length}")
+        return pa.Table.from_batches(found)
+
+
+def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
+    if key not in table.schema.names:
+        raise DataError(f"{where}: lacks the column {key!r}")
+    return to_rows(table.column(key), f"{where}, {key}", shape)
+
+
+def _picture_shape(feature: Mapping[str, Any]) -> tuple[int, int, int]:
+    """[H, W, C], whichever way the metadata has it."""
+    shape, names = [int(s) for s in feature["shape"]], feature.get("names") or []
+    if len(shape) != 3:
+        raise DataError(f"a picture of shape {shape} in info.json; three dimensions are needed")
+    first = str(names[0]) if isinstance(names, list) and names else ""
+    if first.startswith("channel") or (not first and shape[0] in (1, 3) and shape[2] not in (1, 3)):
+        shape = [shape[1], shape[2], shape[0]]
+    return shape[0], shape[1], shape[2]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+

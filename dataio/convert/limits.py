@@ -1,0 +1,190 @@
+"""What a source may ask for at most, and the readers of small things (images, npy, JSON, deflate) that keep to it.
+
+Sources come from strangers. Every length that a file states is checked here before memory is taken for it; nothing is
+unpickled; a decompressor stops at its bound instead of after it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dataio.episode import DataError
+
+EPISODE_BYTES = 4 << 30  # arrays of one episode, decoded
+EPISODE_STEPS = 10_000_000
+RECORD_BYTES = 1 << 30  # one record or member of a container, as stored
+TEXT_BYTES = 16 << 20  # one text
+JSON_BYTES = 256 << 20  # one metadata file
+FILES = 10_000_000  # of one source
+PIXELS = 64 << 20  # of one image
+DIMENSIONS = 8
+FIELDS = 4096  # of one episode
+RATIO = 200  # decompressed ÷ compressed, once more than RATIO_FREE came out
+RATIO_FREE = 64 << 20
+
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_NPY_KINDS = "biufUS"
+
+
+def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EPISODE_BYTES) -> tuple[int, ...]:
+    """The shape as Python ints. DataError where it is no shape or needs more than `limit` bytes."""
+    if len(shape) > DIMENSIONS:
+        raise DataError(f"{where}: an array of {len(shape)} dimensions; at most {DIMENSIONS} are read")
+    out = []
+    for size in shape:
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0:
+            raise DataError(f"{where}: {tuple(shape)!r} is not the shape of an array")
+        out.append(int(size))
+    if math.prod(out) * max(itemsize, 1) > limit:
+        raise DataError(f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes, over {limit:,}")
+    return tuple(out)
+
+
+def check_size(size: int, limit: int, where: str, what: str = "it") -> int:
+    if not 0 <= size <= limit:
+        raise DataError(f"{where}: {what} has {size:,} bytes, and at most {limit:,} are read")
+    return size
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error})") from None
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """A JPEG, PNG or WebP as uint8 [H, W, C] (C: 1, 3 or 4) or, for 16-bit greyscale, uint16 [H, W, 1].
+
+    The size in the header is checked before a pixel is decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+            width, height = image.size
+            if width * height > PIXELS:
+                raise DataError(f"{where}: an image of {width} × {height} pixels, over {PIXELS:,}")
+            if image.mode.startswith("I"):
+                array = np.asarray(image).astype(np.uint16)
+            else:
+                if image.mode not in ("L", "RGB", "RGBA"):
+                    image = image.convert("RGBA" if "A" in image.mode else "L" if image.mode == "1" else "RGB")  # type: ignore[assignment]
+                array = np.asarray(image)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a JPEG, PNG or WebP image ({len(data):,} bytes)") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, zlib.error) as error:
+        raise DataError(f"{where}: the image cannot be decoded ({error})") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: {error}") from None
+    return array[..., None] if array.ndim == 2 else array
+
+
+def read_npy(stream: BinaryIO, size: int, where: str, limit: int = EPISODE_BYTES) -> np.ndarray:
+    """One array of a `.npy` of `size` bytes. Header, dtype and length are checked before the array is allocated."""
+    dtype, shape, fortran = npy_header(stream, where)
+    check_shape(shape, dtype.itemsize, where, limit)
+    count = math.prod(shape)
+    if stream.tell() + count * dtype.itemsize != size:
+        raise DataError(f"{where}: {size:,} bytes do not hold an array of {dtype} and shape {shape}; the file is cut or damaged")
+    array = np.empty(count, dtype)
+    view = memoryview(array.view(np.uint8) if count else b"")
+    read_into(stream, view, where)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def npy_header(stream: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...], bool]:
+    """dtype, shape and whether the order is Fortran's, of the `.npy` that begins here."""
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise DataError(f"{where}: npy format {version} is not known")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except DataError:
+        raise
+    except Exception as error:  # NumPy's parser of the header raises whatever ast and dtype do
+        raise DataError(f"{where}: not a .npy file ({type(error).__name__}: {error})") from None
+    if dtype.hasobject:
+        raise DataError(f"{where}: holds Python objects (a pickle), which are never loaded; save plain arrays")
+    if dtype.kind not in _NPY_KINDS or dtype.itemsize == 0:
+        raise DataError(f"{where}: dtype {dtype} is not read; use bool, integers, floats or strings")
+    return dtype, check_shape(shape, 0, where), fortran
+
+
+def read_into(stream: BinaryIO, view: memoryview, where: str) -> None:
+    """Fill the whole view or raise DataError."""
+    done = 0
+    while done < len(view):
+        got = stream.readinto(view[done : done + (16 << 20)])  # type: ignore[attr-defined]
+        if not got:
+            raise DataError(f"{where}: ends after {done:,} of {len(view):,} bytes; it is cut")
+        done += got
+
+
+def read_exactly(stream: BinaryIO, size: int, where: str) -> bytes:
+    data = stream.read(size)
+    if len(data) != size:
+        raise DataError(f"{where}: ends after {len(data):,} of {size:,} bytes; it is cut")
+    return data
+
+
+class BoundedInflate(io.RawIOBase):
+    """What a gzip, zlib or raw deflate stream holds, read forward; DataError where it swells past ratio or `limit`.
+
+    wbits: 31 gzip, 15 zlib, −15 raw deflate.
+    """
+
+    def __init__(self, stream: BinaryIO, where: str, *, wbits: int = 31, limit: int = 1 << 50):
+        self._stream, self._where, self._limit = stream, where, limit
+        self._inflate = zlib.decompressobj(wbits)
+        self._taken = self._given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._given
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        if not len(view):
+            return 0
+        while not self._inflate.eof:
+            data = self._inflate.unconsumed_tail
+            if not data:
+                data = self._stream.read(1 << 16)
+                self._taken += len(data)
+                if not data:
+                    raise DataError(f"{self._where}: the compressed stream is cut after {self._given:,} bytes")
+            try:
+                out = self._inflate.decompress(data, len(view))
+            except zlib.error as error:
+                raise DataError(f"{self._where}: damaged after {self._given:,} bytes ({error})") from None
+            if not out:
+                continue
+            self._given += len(out)
+            if self._given > self._limit or (self._given > RATIO_FREE and self._given > RATIO * self._taken):
+                raise DataError(
+                    f"{self._where}: {self._taken:,} compressed bytes swell to more than {self._given:,}; a decompression bomb"
+                )
+            view[: len(out)] = out
+            return len(out)
+        return 0
+
+
+def inflate(data: bytes, where: str, *, wbits: int, limit: int) -> bytes:
+    """All that a compressed string holds; DataError where that is over `limit` bytes."""
+    return io.BufferedReader(BoundedInflate(io.BytesIO(data), where, wbits=wbits, limit=limit)).read()

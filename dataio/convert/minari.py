@@ -1,0 +1,343 @@
+"""Minari datasets, HDF5 and Arrow or Parquet: one folder each, or a tree of them. https://minari.farama.org
+
+Episodes have T actions and T + 1 observations. Spaces come from `metadata.json` (or, before Minari 0.5, from the attributes of the HDF5
+file). Without spaces the fields are inferred. Pictures are JPEG inside the file where Minari made them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dataio.convert import hdf5, spaces
+from dataio.convert.converter import Converter, Item, Piece, read_each
+from dataio.convert.infer import channels_last, field_spec, infer_task
+from dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image
+from dataio.convert.parquet import to_rows
+from dataio.convert.source import Source
+from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+
+_MAIN = "main_data.hdf5"
+_PIECE_BYTES = 256 << 20  # of a piece, about
+_RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
+_SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
+
+
+class Minari(Converter):
+    name = "minari"
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        for path in source.files:
+            folder, _, name = path.rpartition("/")
+            if name == _MAIN:
+                return 1.0
+            if name == "metadata.json" and f"{folder}/0/metadata.json".lstrip("/") in source.files:
+                metadata = source.json(path)
+                return 1.0 if isinstance(metadata, dict) and "data_format" in metadata else 0.0
+        return 0.0
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """The `data` folders of the source."""
+        found = []
+        for path in self.source.files:
+            folder, _, name = path.rpartition("/")
+            if name == _MAIN:
+                found.append(folder)
+            elif name == "metadata.json":
+                metadata = self.source.json(path)
+                if isinstance(metadata, dict) and metadata.get("data_format", "hdf5") != "hdf5":
+                    found.append(folder)
+        if not found:
+            raise DataError(f"{self.source.url}: no {_MAIN} and no metadata.json of Minari")
+        return list(dict.fromkeys(found))
+
+    def _path(self, folder: str, name: str) -> str:
+        return f"{folder}/{name}" if folder else name
+
+    @cached_property
+    def _metadata(self) -> dict[str, dict[str, Any]]:
+        """folder -> metadata, with `episodes`: the numbers of its episodes."""
+        out = {}
+        for folder in self._folders:
+            path = self._path(folder, "metadata.json")
+            metadata = self.source.json(path) if self.source.exists(path) else {}
+            if not isinstance(metadata, dict):
+                raise DataError(f"{self.source.where(path)}: not a JSON object")
+            if self._is_hdf5(folder):
+                main = self._path(folder, _MAIN)
+                with hdf5.open_hdf5(self.source, main) as file:
+                    kept = ("observation_space", "action_space", "env_spec", "dataset_id")
+                    metadata = {**{k: hdf5.attribute(file, k) for k in kept}, **metadata}
+                    groups = [n for n in hdf5.names(file) if n.startswith("episode_") and n[8:].isdigit()]
+                metadata["episodes"] = [int(n[8:]) for n in groups]
+                metadata["bytes"] = self.source.size(main)
+            else:
+                metadata["episodes"], metadata["bytes"] = self._arrow_episodes(folder)
+            out[folder] = metadata
+        return out
+
+    def _is_hdf5(self, folder: str) -> bool:
+        return self._path(folder, _MAIN) in self.source.files
+
+    def _arrow_files(self, folder: str) -> dict[int, list[str]]:
+        out: dict[int, list[str]] = {}
+        for path in self.source.files:
+            parts = path.removeprefix(folder + "/" if folder else "").split("/")
+            if len(parts) == 2 and parts[0].isdigit() and path.startswith(folder) and parts[1] != "metadata.json":
+                out.setdefault(int(parts[0]), []).append(path)
+        return out
+
+    def _arrow_episodes(self, folder: str) -> tuple[list[int], int]:
+        files = self._arrow_files(folder)
+        return sorted(files), sum(self.source.size(p) for paths in files.values() for p in paths)
+
+    def _task(self, folder: str) -> str:
+        known = self._metadata[folder].get("dataset_id")
+        return str(known) if known else folder.removesuffix("data").strip("/") or self.source.name
+
+    def pieces(self) -> list[Piece]:
+        out = []
+        for folder, metadata in self._metadata.items():
+            numbers = metadata["episodes"]
+            each = max(1, int(_PIECE_BYTES * len(numbers) / max(metadata["bytes"], 1)))
+            for first in range(0, len(numbers), each):
+                part = numbers[first : first + each]
+                files = [self._path(folder, _MAIN)] if self._is_hdf5(folder) else []
+                out.append(Piece(f"{len(out):06d}", {"folder": folder, "episodes": part, "files": files}))
+        return out
+
+    def versions(self, piece: Piece) -> list[str]:
+        files = piece.data["files"]
+        if not files:
+            known = self._arrow_files(piece.data["folder"])
+            files = [p for n in piece.data["episodes"] for p in known.get(n, [])]
+        return [self.source.version(p) for p in files]
+
+    def tasks(self) -> list[TaskSpec]:
+        return [self._spec(folder) for folder in self._folders]
+
+    def _spec(self, folder: str) -> TaskSpec:
+        metadata, where = self._metadata[folder], self.source.where(folder)
+        known: dict[str, FieldSpec] = {}
+        for name, _, leaf in self._leaves(folder).values():
+            known[name] = spaces.spec(name, leaf, where)
+        found: list[Episode] = []
+        for piece in self.pieces():
+            if piece.data["folder"] == folder and len(found) < 3:
+                found += [i for i in self.episodes(Piece(piece.name, {**piece.data, "episodes": piece.data["episodes"][:3]})) if isinstance(i, Episode)]
+        if not found:
+            if not known:
+                raise DataError(f"{where}: no episode can be read, and no space says what the fields are")
+            results = [field_spec("reward", "float64", ()), field_spec("terminated", bool, ()), field_spec("truncated", bool, ())]
+            return TaskSpec(self._task(folder), (*known.values(), *results))
+        low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        return infer_task(
+            self._task(folder),
+            found,
+            known,
+            random=float(low) if isinstance(low, int | float) else None,
+            expert=float(high) if isinstance(high, int | float) else None,
+        )
+
+    def _leaves(self, folder: str) -> dict[str, tuple[str, tuple[str, ...], Mapping[str, Any]]]:
+        """`observations/a/0` -> (field, path of keys, space); empty where the spaces are not known."""
+        out = {}
+        for group, (name, key) in _SPACES.items():
+            space = self._metadata[folder].get(key)
+            if not isinstance(space, str | Mapping):
+                return {}
+            for dotted, path, leaf in spaces.leaves(space, name, f"{self.source.where(folder)}, {key}"):
+                out["/".join((group, *path))] = (dotted, path, leaf)
+        return out
+
+    def _jpeg(self, folder: str, leaf: Mapping[str, Any]) -> bool:
+        return bool(self._metadata[folder].get("jpeg_encoding", False)) and spaces.is_picture(leaf)
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        folder, numbers = piece.data["folder"], piece.data["episodes"]
+
+        def where(number: int) -> str:
+            return f"{self.source.where(folder)}, episode {number}"
+
+        if not self._is_hdf5(folder):
+            files = self._arrow_files(folder)
+            yield from read_each(numbers, lambda n: self._read_arrow(folder, files.get(n, []), n, where(n)), where, start)
+            return
+        with hdf5.open_hdf5(self.source, self._path(folder, _MAIN)) as file:
+            yield from read_each(numbers, lambda n: self._read_hdf5(file, folder, n, where(n)), where, start)
+
+    # ---- HDF5
+
+    def _read_hdf5(self, file: Any, folder: str, number: int, where: str) -> Episode:
+        group = hdf5.member(file, f"episode_{number}", where)
+        fields: dict[str, Any] = {}
+        leaves = self._leaves(folder)
+        for source, (name, path, leaf) in leaves.items():
+            dataset = hdf5.member(group, source.partition("/")[0], where)
+            for key in path:  # a Tuple's members are called _index_0, _index_1, …
+                if not hasattr(dataset, "keys"):
+                    raise DataError(f"{where}: {source} was expected inside a group")
+                dataset = hdf5.member(dataset, f"_index_{key}" if f"_index_{key}" in dataset else key, where)
+            fields[name] = self._decode_hdf5(dataset, folder, name, leaf, f"{where}, {source}")
+        if not leaves:
+            for part, (name, _) in _SPACES.items():
+                value = hdf5.member(group, part, where)
+                found = hdf5.datasets(value, where, name) if hasattr(value, "keys") else {name: value}
+                fields.update({k.replace("._index_", "."): channels_last(hdf5.read(d, f"{where}, {k}")) for k, d in found.items()})
+        for part, name in _RESULTS.items():
+            fields[name] = hdf5.read(hdf5.member(group, part, where), f"{where}, {part}")
+        if "infos" in group:
+            infos = hdf5.member(group, "infos", where)
+            for key, dataset in hdf5.datasets(infos, f"{where}, infos").items() if hasattr(infos, "keys") else ():
+                if dataset.dtype.kind in "biuf" and dataset.shape:
+                    fields[f"info.{key}"] = hdf5.read(dataset, f"{where}, infos.{key}")
+        info = {k: v for k in ("seed", "id") if (v := hdf5.attribute(group, k)) is not None}
+        return self._episode(folder, number, fields, info, where)
+
+    def _decode_hdf5(self, dataset: Any, folder: str, name: str, leaf: Mapping[str, Any], where: str) -> Any:
+        if self._jpeg(folder, leaf) and dataset.ndim <= 2:
+            return _pictures(hdf5.read_bytes_rows(dataset, where), where)
+        array = hdf5.read(dataset, where)
+        return _shaped(array, spaces.spec(name, leaf, where), where)
+
+    # ---- Arrow, Parquet
+
+    def _read_arrow(self, folder: str, files: list[str], number: int, where: str) -> Episode:
+        import pyarrow as pa
+
+        if len(files) != 1:
+            raise DataError(f"{where}: {len(files)} data files, one was expected")
+        table = self._table(files[0], where)
+        if not len(table):
+            raise DataError(f"{where}: has no rows")
+        fields: dict[str, Any] = {}
+        leaves = self._leaves(folder)
+        if not leaves:
+            raise DataError(f"{where}: metadata.json has no observation_space and action_space")
+        steps = len(table) - 1
+        for source, (name, path, leaf) in leaves.items():
+            column = _column(table, source.partition("/")[0], where)
+            for key in path:
+                if not pa.types.is_struct(column.type) or column.type.get_field_index(key) < 0:
+                    raise DataError(f"{where}: {source} has no member {key!r}")
+                column = column.field(key)
+            column = column.slice(0, steps) if name.partition(".")[0] == "action" else column
+            fields[name] = self._decode_arrow(column, folder, name, leaf, f"{where}, {source}")
+        for part, name in _RESULTS.items():
+            fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
+        if "infos" in table.schema.names:
+            fields.update(_infos(_column(table, "infos", where), "info", where))
+        path = self._path(folder, f"{number}/metadata.json")
+        about = self.source.json(path) if self.source.exists(path) else {}
+        info = {k: about[k] for k in ("seed", "id") if isinstance(about, dict) and isinstance(about.get(k), int | str)}
+        return self._episode(folder, number, fields, info, where)
+
+    def _table(self, path: str, where: str) -> Any:
+        import pyarrow as pa
+
+        from dataio.convert.parquet import batches, open_parquet
+
+        if path.endswith(".parquet"):
+            with open_parquet(self.source, path) as file:
+                return pa.Table.from_batches(list(batches(file, file.schema_arrow.names, where)), file.schema_arrow)
+        with self.source.open(path) as stream:
+            try:
+                table = pa.ipc.open_file(stream).read_all()
+                table.validate(full=True)
+                return table
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{where}: not a readable Arrow file ({error})") from None
+
+    def _decode_arrow(self, column: Any, folder: str, name: str, leaf: Mapping[str, Any], where: str) -> Any:
+        if self._jpeg(folder, leaf):
+            rows = column.to_pylist()
+            if not all(isinstance(r, bytes) for r in rows):
+                raise DataError(f"{where}: encoded pictures were expected")
+            return _pictures(rows, where)
+        return _shaped(to_rows(column, where), spaces.spec(name, leaf, where), where)
+
+    # ---- both
+
+    def _episode(self, folder: str, number: int, fields: dict[str, Any], info: dict[str, Any], where: str) -> Episode:
+        reward = fields["reward"]
+        steps = len(reward)
+        if reward.ndim != 1 or not 0 < steps <= EPISODE_STEPS:
+            raise DataError(f"{where}: rewards of shape {reward.shape}")
+        for name in ("terminated", "truncated"):
+            fields[name] = fields[name].astype(bool)
+        for name in [n for n in fields if n.startswith("info.")]:
+            if len(fields[name]) not in (steps, steps + 1):
+                del fields[name]
+        success = fields.get("info.success", fields.get("info.is_success"))
+        task = self._task(folder)
+        return Episode(
+            id=f"{task}/{number:06d}",
+            task=task,
+            fields=fields,
+            steps=steps,
+            success=None if success is None else bool(np.any(success)),
+            agent=str(self._metadata[folder].get("algorithm_name") or ""),
+            info=info,
+        )
+
+
+def _shaped(array: np.ndarray, field: FieldSpec, where: str) -> np.ndarray:
+    if field.dtype == "str":
+        return array
+    wanted = (len(array), *field.shape) if array.ndim else ()
+    if array.ndim == 0 or array.size != np.prod(wanted, dtype=np.int64):
+        raise DataError(f"{where}: an array of shape {array.shape} for a space of shape {field.shape}")
+    return array.reshape(wanted)
+
+
+def _pictures(rows: list[bytes], where: str) -> np.ndarray:
+    """JPEGs as uint8 [n, H, W, C]. Rows of a rectangular dataset may end in zeros, which a JPEG decoder passes over."""
+    if not rows:
+        raise DataError(f"{where}: no pictures")
+    first = decode_image(rows[0], f"{where}, row 0")
+    out = np.empty(check_shape((len(rows), *first.shape), 1, where), np.uint8)
+    for number, row in enumerate(rows):
+        picture = decode_image(row, f"{where}, row {number}")
+        if picture.shape != first.shape or picture.dtype != np.uint8:
+            raise DataError(f"{where}, row {number}: a picture of {picture.shape}, after others of {first.shape}")
+        out[number] = picture
+    return out
+
+
+def _column(table: Any, name: str, where: str) -> Any:
+    import pyarrow as pa
+
+    if name not in table.schema.names:
+        raise DataError(f"{where}: lacks the column {name!r}")
+    column = table.column(name).combine_chunks()
+    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+
+
+def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
+    """Numeric members of the struct `infos`, at any depth."""
+    import pyarrow as pa
+
+    out: dict[str, np.ndarray] = {}
+    if not pa.types.is_struct(column.type):
+        return out
+    for i in range(column.type.num_fields):
+        kind, child = column.type.field(i), column.field(i)
+        name = f"{prefix}.{kind.name}"
+        if pa.types.is_struct(kind.type):
+            out.update(_infos(child, name, where))
+        elif not (pa.types.is_string(kind.type) or pa.types.is_null(kind.type)) and not child.null_count:
+            array = to_rows(child, f"{where}, {name}")
+            shape = (kind.metadata or {}).get(b"shape", b"").decode("ascii", "replace")
+            sizes = [int(s) for s in shape.split(",") if s.isdigit()]
+            if array.dtype.kind in "biuf" and array.size == len(array) * int(np.prod(sizes, dtype=np.int64)) and sizes:
+                array = array.reshape(len(array), *sizes)
+            elif array.ndim == 2 and array.shape[1] == 1:  # Arrow has no scalar row
+                array = array[:, 0]
+            out[name] = array
+    return out
+

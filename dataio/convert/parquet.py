@@ -1,0 +1,112 @@
+"""Parquet, row group by row group, in bounded memory: what a column decodes to is checked before it is decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dataio.convert.infer import texts
+from dataio.convert.limits import EPISODE_BYTES, RECORD_BYTES, check_shape
+from dataio.convert.source import Source
+from dataio.episode import DataError
+
+_BATCH = 4096  # rows decoded at a time
+
+
+@contextmanager
+def open_parquet(source: Source, path: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile. DataError where the file is none, or states sizes over the limits."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with source.open(path) as stream:
+        try:
+            file = pq.ParquetFile(stream, thrift_string_size_limit=RECORD_BYTES, thrift_container_size_limit=10_000_000)
+            _check(file.metadata, source.where(path))
+        except pa.ArrowException as error:
+            raise DataError(f"{source.where(path)}: not a readable Parquet file ({error})") from None
+        yield file
+
+
+def _check(metadata: Any, where: str) -> None:
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.row_group(group).num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if max(chunk.total_uncompressed_size, chunk.num_values * 8) > EPISODE_BYTES or chunk.num_values < 0:
+                raise DataError(
+                    f"{where}, row group {group}, column {chunk.path_in_schema}: {chunk.num_values:,} values in "
+                    f"{chunk.total_uncompressed_size:,} bytes, over {EPISODE_BYTES:,}"
+                )
+
+
+def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH) -> Iterator[Any]:
+    """Record batches of these columns, in order."""
+    import pyarrow as pa
+
+    try:
+        yield from file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False)
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: the Parquet data is damaged ({error})") from None
+
+
+def read_columns(source: Source, path: str, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """A small metadata table as Python lists; of `columns`, those that exist."""
+    with open_parquet(source, path) as file:
+        have = list(file.schema_arrow.names)
+        names = have if columns is None else [c for c in columns if c in have]
+        out: dict[str, list[Any]] = {n: [] for n in names}
+        for batch in batches(file, names, source.where(path)):
+            for name in names:
+                out[name] += batch.column(batch.schema.get_field_index(name)).to_pylist()
+    return out
+
+
+def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.ndarray:
+    """An Arrow array of numbers, or lists of them at any depth, or texts, as [rows, *shape]. DataError on nulls or ragged lists."""
+    import pyarrow as pa
+
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # of zero chunks, or too large for one
+        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if column.null_count:
+        raise DataError(f"{where}: has {column.null_count} missing values")
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type):
+        return texts(column.to_pylist(), where)
+    rows, inner = len(column), []
+    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        size = _list_size(column, where)
+        column = column.flatten()
+        inner.append(size)
+        if column.null_count:
+            raise DataError(f"{where}: has missing values inside its lists")
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
+        raise DataError(f"{where}: Arrow type {column.type} is not read")
+    values = column.to_numpy(zero_copy_only=False)
+    target = tuple(inner) if shape is None else tuple(shape)
+    check_shape((rows, *target), values.dtype.itemsize, where)
+    if rows * math.prod(target) != values.size:
+        raise DataError(f"{where}: {values.size} values in {rows} rows are not rows of shape {target}")
+    return values.reshape((rows, *target))
+
+
+def _list_size(column: Any, where: str) -> int:
+    """The one length of all lists of a column."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_fixed_size_list(column.type):
+        return int(column.type.list_size)
+    if not len(column):
+        return 0
+    sizes = pc.list_value_length(column)
+    low, high = pc.min(sizes).as_py(), pc.max(sizes).as_py()
+    if low != high:
+        raise DataError(f"{where}: lists of {low} to {high} values; all rows must have the same number")
+    return int(low)

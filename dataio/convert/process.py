@@ -1,0 +1,270 @@
+"""The reader process: HDF5, FFmpeg, Parquet and every other parser of strangers' bytes run in a child that may die.
+
+A crash, a hang, or more memory than allowed there is a DataError here, and names the file. One child serves many
+pieces, one after another; after its death the next request starts another.
+
+    python -m dataio.convert.process      reads requests on its standard input, answers on the descriptor that is argument 1
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+from dataio.convert import wire
+from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, load_converter, recognise
+from dataio.convert.limits import JSON_BYTES
+from dataio.convert.source import Source, SourceUnavailable
+from dataio.episode import DataError, Episode, TaskSpec
+
+MEMORY = 8 << 30  # private memory of the reader, bytes
+TIMEOUT = 600.0  # seconds without an answer until it counts as hanging
+
+_HEAD = struct.Struct("<cQ")  # kind, bytes that follow (0 for an episode, which says so itself)
+_EPISODE, _BAD, _RESULT, _END, _ERROR = b"E", b"B", b"R", b".", b"!"
+_ERRORS: dict[str, type[Exception]] = {
+    "DataError": DataError,
+    "SourceUnavailable": SourceUnavailable,
+    "ImportError": ImportError,
+    "FileNotFoundError": DataError,
+}
+
+
+class ReaderDied(DataError):
+    """The reader process crashed, hung or ran out of memory over this data."""
+
+
+class Reader:
+    """One source and format, read in a child. Context manager."""
+
+    def __init__(self, source: str, target: str, options: Mapping[str, Any] | None = None, *, memory: int = MEMORY, timeout: float = TIMEOUT):
+        self._job = {"source": source, "target": target, "options": dict(options or {})}
+        self._memory, self._timeout = memory, timeout
+        self._child: subprocess.Popen[bytes] | None = None
+        self._answers = -1
+        self._errors: Any = None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def recognise(self, known: Mapping[str, str]) -> str:
+        return str(self._one("recognise", known=dict(known)))
+
+    def plan(self) -> tuple[list[Piece], list[TaskSpec], list[str], list[list[str]]]:
+        """Pieces, tasks, notes, and each piece's file versions."""
+        answer = self._one("plan")
+        pieces = [Piece(**p) for p in answer["pieces"]]
+        return pieces, [TaskSpec(**t) for t in answer["tasks"]], list(answer["notes"]), list(answer["versions"])
+
+    def episodes(self, piece: Piece) -> Iterator[Item]:
+        """The piece's items. Where the reader dies over one, that one is a BadEpisode and another reader goes on after it."""
+        done, deaths = 0, 0
+        while True:
+            try:
+                for item in self._ask("episodes", piece=asdict(piece), start=done):
+                    done += 1
+                    deaths = 0
+                    yield item
+                return
+            except ReaderDied as error:
+                deaths += 1
+                yield BadEpisode(f"{self._job['source']}, piece {piece.name}, item {done}", str(error))
+                done += 1
+                if deaths == 3:  # it dies whatever is passed over: the file itself, not an episode
+                    raise DataError(f"{self._job['source']}, piece {piece.name}: {error}; three times in a row") from None
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            assert self._child.stdin is not None
+            with contextlib.suppress(OSError):
+                self._child.stdin.close()
+            os.close(self._answers)
+            self._errors.close()
+            self._child = None
+
+    def _one(self, operation: str, **arguments: Any) -> Any:
+        (answer,) = self._ask(operation, **arguments)
+        return answer
+
+    def _start(self) -> None:
+        read, write = os.pipe()
+        with contextlib.suppress(OSError, ImportError, AttributeError):  # a larger pipe is only faster
+            import fcntl
+
+            fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
+        self._errors = tempfile.TemporaryFile()
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "dataio.convert.process", str(write), str(self._memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            pass_fds=[write],
+            env=environment,
+        )
+        os.close(write)
+        self._answers = read
+
+    def _ask(self, operation: str, **arguments: Any) -> Iterator[Any]:
+        """Answers to one request. Left before its end, the child is stopped: what it still sends belongs to no one."""
+        if self._child is None:
+            self._start()
+        assert self._child is not None and self._child.stdin is not None
+        finished = False
+        try:
+            with contextlib.suppress(BrokenPipeError):  # then it is dead, and reading says why
+                self._child.stdin.write(json.dumps({**self._job, "do": operation, **arguments}).encode() + b"\n")
+                self._child.stdin.flush()
+            while True:
+                head = bytearray(_HEAD.size)
+                self._read_into(memoryview(head))
+                kind, size = _HEAD.unpack(head)
+                if kind == _EPISODE:
+                    yield wire.load(self._read_into, self._job["source"])
+                    continue
+                if size > JSON_BYTES * 4:
+                    raise ReaderDied(f"{self._job['source']}: the reader sent {size:,} bytes of metadata")
+                body = bytearray(size)
+                self._read_into(memoryview(body))
+                value = json.loads(bytes(body)) if size else None
+                if kind == _END:
+                    finished = True
+                    return
+                if kind == _ERROR:
+                    finished = True
+                    raise _ERRORS.get(value["type"], DataError)(value["message"])
+                yield BadEpisode(**value) if kind == _BAD else value
+        finally:
+            if not finished:
+                self.close()
+
+    def _read_into(self, view: memoryview) -> None:
+        end = time.monotonic() + self._timeout
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN | select.POLLHUP)
+        while len(view):
+            left = end - time.monotonic()
+            if left <= 0 or not poll.poll(max(1, int(left * 1000))):
+                self.close()
+                raise ReaderDied(f"{self._job['source']}: the reader gave no answer for {self._timeout:.0f} s")
+            count = os.readv(self._answers, [view])
+            if count == 0:
+                raise ReaderDied(f"{self._job['source']}: {self._epitaph()}")
+            view = view[count:]
+            end = time.monotonic() + self._timeout
+
+    def _epitaph(self) -> str:
+        """How the child ended, and the last that it wrote."""
+        assert self._child is not None
+        code = self._child.wait()
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - 2000))
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        self.close()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        return f"the reader process {how}" + (f" ({lines[-1].strip()})" if lines else "")
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def _answer(request: dict[str, Any], out: BinaryIO) -> None:
+    source = Source(request["source"])
+    if request["do"] == "recognise":
+        _send(out, _RESULT, recognise(source, request["known"]))
+        return
+    converter: Converter = load_converter(request["target"])(source, request["options"])
+    if request["do"] == "plan":
+        pieces = converter.pieces()
+        plan = {
+            "pieces": [asdict(p) for p in pieces],
+            "tasks": [t.to_dict() for t in converter.tasks()],
+            "notes": converter.notes(),
+            "versions": [converter.versions(p) for p in pieces],
+        }
+        _send(out, _RESULT, plan)
+        return
+    piece = Piece(**request["piece"])
+    for item in converter.episodes(piece, request["start"]):
+        if isinstance(item, Episode):
+            sent = attempt(lambda: _send_episode(out, item), f"{source.url}, episode {item.id}")  # noqa: B023 (called at once)
+            if not isinstance(sent, BadEpisode):
+                continue
+            item = sent
+        _send(out, _BAD, asdict(item))
+
+
+def _send_episode(out: BinaryIO, episode: Episode) -> Episode:
+    parts = wire.dump(episode)  # all that can fail comes before the first byte
+    out.write(_HEAD.pack(_EPISODE, 0))
+    for part in parts:
+        out.write(part)
+    return episode
+
+
+def _send(out: BinaryIO, kind: bytes, value: Any = None) -> None:
+    body = b"" if value is None else json.dumps(value).encode()
+    out.write(_HEAD.pack(kind, len(body)) + body)
+    out.flush()
+
+
+def _watch(parent: int) -> None:
+    """A parent that is gone needs no answers, even where a native call never returns."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(descriptor: int, memory: int) -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    with open(descriptor, "wb", buffering=1 << 16) as out:
+        for line in sys.stdin.buffer:
+            try:
+                _answer(json.loads(line), out)
+                _send(out, _END)
+            except BrokenPipeError:
+                return
+            except MemoryError:
+                text = f"reading it needs more than the {memory >> 20:,} MiB that a reader may take"
+                _send(out, _ERROR, {"type": "DataError", "message": f"{json.loads(line)['source']}: {text}"})
+            except Exception as error:
+                _send(out, _ERROR, _describe(error, json.loads(line)["source"]))
+
+
+def _describe(error: Exception, source: str) -> dict[str, str]:
+    for name, known in _ERRORS.items():
+        if type(error).__name__ == name or (name in ("SourceUnavailable", "ImportError") and isinstance(error, known)):
+            return {"type": name, "message": str(error)}
+    if isinstance(error, DataError):
+        return {"type": "DataError", "message": str(error)}
+    frame = traceback.extract_tb(error.__traceback__)[-1]  # where, for the report of what may be a bug of the reader
+    at = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return {"type": "DataError", "message": f"{source}: {type(error).__name__}: {error} (at {at})"}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

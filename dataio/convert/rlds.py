@@ -1,0 +1,426 @@
+"""RLDS episodes of TensorFlow Datasets (Open X-Embodiment): TFRecord shards with `features.json`, without TensorFlow.
+
+TFDS flattens nested features into one tf.Example with names like `steps/observation/image`; a feature of a step then has its values of
+all steps one after another. The rows are kept as they are: whether the last step's action means anything differs between datasets
+(RLDS says no, most of Open X-Embodiment records it); the option `last_step: observation` drops it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from dataio.convert.infer import canonical, field_spec, texts
+from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
+from dataio.convert.source import Source
+from dataio.convert.tfrecord import Value, parse_example, records
+from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+
+_FLAGS = ("is_first", "is_last", "is_terminal")
+_EPISODE_INFO_BYTES = 4096  # a value of the episode this small goes into `info`
+_LOOK = 4  # episodes that tell whether a text changes by step
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A leaf of features.json. `shape` is that of one step; −1 stands for a length that varies."""
+
+    path: str
+    kind: str  # tensor | image | text
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str = "none"
+    classes: int = 0
+
+    @property
+    def in_steps(self) -> bool:
+        return self.path.startswith("steps/")
+
+    @property
+    def field(self) -> str:
+        """`steps/observation/image_0` -> `observation.image_0`."""
+        return canonical(self.path.removeprefix("steps/").replace("/", "."))
+
+
+class Rlds(Converter):
+    name = "rlds"
+    options_known = frozenset({"last_step", "split"})
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        folders = [p for p in source.files if p.rpartition("/")[2] == "features.json"]
+        return 1.0 if folders and any(".tfrecord" in p for p in source.files) else 0.0
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """Folders of the datasets in the source, each with a features.json; '' for the source itself."""
+        found = [p.rpartition("/")[0] for p in self.source.files if p.rpartition("/")[2] == "features.json"]
+        if not found:
+            raise DataError(f"{self.source.url}: no features.json; without it a TFRecord has no meaning")
+        return found
+
+    def _path(self, folder: str, name: str) -> str:
+        return f"{folder}/{name}" if folder else name
+
+    def _info(self, folder: str) -> dict[str, Any]:
+        path = self._path(folder, "dataset_info.json")
+        info = self.source.json(path) if self.source.exists(path) else {}
+        if not isinstance(info, dict):
+            raise DataError(f"{self.source.where(path)}: not a JSON object")
+        return info
+
+    def _task(self, folder: str) -> str:
+        return str(self._info(folder).get("name") or folder.split("/")[0] or self.source.name)
+
+    def _features(self, folder: str) -> list[Feature]:
+        path = self._path(folder, "features.json")
+        try:
+            found = list(_leaves(self.source.json(path), "", self._left_out))
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise DataError(f"{self.source.where(path)}: {error}") from None
+            raise DataError(f"{self.source.where(path)}: not understood ({type(error).__name__}: {error})") from None
+        if not any(f.in_steps for f in found):
+            raise DataError(f"{self.source.where(path)}: has no `steps`; it is no RLDS dataset of episodes")
+        return found
+
+    @cached_property
+    def _left_out(self) -> list[str]:
+        return []
+
+    @cached_property
+    def _shards(self) -> list[tuple[str, str, str, int | None]]:
+        """(folder, split, file, number of episodes or None), in the order of dataset_info.json, then by name."""
+        out: list[tuple[str, str, str, int | None]] = []
+        for folder in self._folders:
+            lengths = self._lengths(folder)
+            for path in self.source.files:
+                head, _, name = path.rpartition("/")
+                match = re.fullmatch(r"(.*)\.tfrecord-(\d{5,})-of-(\d{5,})", name)
+                if head != folder or not match:
+                    continue
+                split, shard = match.group(1).rpartition("-")[2], int(match.group(2))
+                if self.options.get("split") in (None, split):
+                    known = lengths.get(split)
+                    out.append((folder, split, path, known[shard] if known and shard < len(known) else None))
+        if not out:
+            raise DataError(f"{self.source.url}: no file *.tfrecord-NNNNN-of-NNNNN beside features.json")
+        return out
+
+    def _lengths(self, folder: str) -> dict[str, list[int]]:
+        splits = self._info(folder).get("splits") or []
+        try:
+            return {str(s["name"]): [int(n) for n in s.get("shardLengths") or s.get("shard_lengths") or []] for s in splits}
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise DataError(f"{self.source.where(self._path(folder, 'dataset_info.json'))}: splits are not understood ({error})") from None
+
+    def notes(self) -> list[str]:
+        out = []
+        for folder in self._folders:
+            have: dict[str, set[int]] = {}
+            for where, split, path, _ in self._shards:
+                if where == folder:
+                    have.setdefault(split, set()).add(int(path.rpartition(".tfrecord-")[2][:5]))
+            for split, lengths in self._lengths(folder).items():
+                if self.options.get("split") not in (None, split):
+                    continue
+                if split not in have:
+                    out.append(f"split {split!r} of {self._task(folder)} is listed, but none of its files is there")
+        return out + [f"left out: {name}" for name in dict.fromkeys(self._left_out)]
+
+    def pieces(self) -> list[Piece]:
+        out = []
+        missing: dict[tuple[str, str], set[int]] = {}
+        for i, (folder, split, path, count) in enumerate(self._shards):
+            data = {"folder": folder, "split": split, "files": [path], "count": count}
+            out.append(Piece(f"{i:06d}", data))
+            shard, total = (int(n) for n in path.rpartition(".tfrecord-")[2].split("-of-"))
+            missing.setdefault((folder, split), set(range(total))).discard(shard)
+        for (folder, split), shards in missing.items():
+            for shard in sorted(shards):  # a split with holes: each is an error, or listed with --skip-bad
+                out.append(Piece(f"{len(out):06d}", {"folder": folder, "split": split, "files": [], "missing": shard}))
+        return out
+
+    def tasks(self) -> list[TaskSpec]:
+        return [self._spec(folder) for folder in dict.fromkeys(s[0] for s in self._shards)]
+
+    def _spec(self, folder: str) -> TaskSpec:
+        """Fields from features.json; a look at the first episodes tells whether a text or a ragged length varies."""
+        episodes = self._first(folder)
+        fields = []
+        for feature in self._kept(folder):
+            seen = [e.fields[feature.field] for e in episodes if feature.field in e.fields]
+            shape = feature.shape
+            if -1 in shape and seen:
+                shape = tuple(seen[0].shape[1:] if feature.in_steps else seen[0].shape)
+            if feature.kind == "text":
+                varies = feature.in_steps and any(bool(np.any(s != s[0])) for s in seen if len(s))
+                fields.append(field_spec(feature.field, "str", (), per="step" if varies else "episode"))
+            elif shape and -1 in shape:
+                raise DataError(f"{self.source.url}: feature {feature.path!r} has no fixed shape, and no episode shows one")
+            else:
+                fields.append(_spec_of(feature, shape))
+        fields += [f for f in _ends(self._features(folder)) if f.name not in {g.name for g in fields}]
+        return TaskSpec(self._task(folder), tuple(fields))
+
+    def _kept(self, folder: str) -> list[Feature]:
+        """What becomes a field: everything in a step but the flags, and what of the episode is too large for `info`."""
+        return [f for f in self._features(folder) if _is_field(f)]
+
+    def _first(self, folder: str) -> list[Episode]:
+        out: list[Episode] = []
+        for piece in self.pieces():
+            if piece.data["folder"] == folder and piece.data["files"]:
+                for item in self.episodes(piece):
+                    if isinstance(item, Episode):
+                        out.append(item)
+                    if len(out) >= _LOOK or isinstance(item, BadEpisode):
+                        break
+            if len(out) >= _LOOK:
+                break
+        return out
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        folder, split = piece.data["folder"], piece.data["split"]
+        if not piece.data["files"]:
+            yield BadEpisode(self.source.url, f"shard {piece.data['missing']} of split {split!r} is missing")
+            return
+        path = piece.data["files"][0]
+        where, number = self.source.where(path), 0
+        features, task = self._features(folder), self._task(folder)
+        shard = path.rpartition(".tfrecord-")[2][:5]
+        with self.source.open(path) as stream:
+            for record in records(stream, self.source.size(path), where):
+                if number >= start:
+                    key = f"{task}/{split}-{shard}-{number:06d}"
+                    yield attempt(lambda: self._read(record, features, task, key, f"{where}, record {number}"), f"{where}, record {number}")  # noqa: B023
+                number += 1
+        if piece.data.get("count") is not None and number != piece.data["count"]:
+            raise DataError(f"{where}: holds {number} episodes, and dataset_info.json says {piece.data['count']}; it is cut")
+
+    def _read(self, record: memoryview, features: list[Feature], task: str, key: str, where: str) -> Episode:
+        example = parse_example(record, where)
+        steps = _steps(example, features, where)
+        fields: dict[str, Any] = {}
+        info: dict[str, Any] = {}
+        flags: dict[str, np.ndarray] = {}
+        for feature in features:
+            if feature.path not in example and feature.path + "/ragged_flat_values" not in example:
+                raise DataError(f"{where}: lacks the feature {feature.path!r} of features.json")
+            here = f"{where}, {feature.path}"
+            rows = steps if feature.in_steps else 1
+            value = _decode(example, feature, rows, here)
+            name = feature.path.removeprefix("steps/")
+            if feature.in_steps and name in _FLAGS:
+                flags[name] = value.astype(bool)
+            elif _is_field(feature):
+                fields[feature.field] = value if feature.in_steps else value[0]
+            else:
+                info[feature.path.replace("/", ".")] = str(value[0]) if feature.kind == "text" else value[0].tolist()
+        if "is_terminal" in flags:
+            fields.setdefault("terminated", flags["is_terminal"])
+        if "is_last" in flags:
+            fields.setdefault("truncated", flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool)))
+        if self.options.get("last_step") == "observation" and steps > 1:
+            steps -= 1
+            fields = {k: _shift_end(k, v, steps) for k, v in fields.items()}
+        return Episode(id=key, task=task, fields=fields, steps=steps, info=info)
+
+
+def _shift_end(name: str, value: Any, steps: int) -> Any:
+    """With the last row an observation only: a flag that stands there belongs to the action that led to it."""
+    if isinstance(value, str) or np.ndim(value) == 0 or len(value) != steps + 1:
+        return value
+    head = name.partition(".")[0]
+    if head in ("terminated", "truncated"):
+        return np.concatenate([value[: steps - 1], value[steps - 1 : steps] | value[steps:]])
+    return value if head == "observation" else value[:steps]
+
+
+def _is_field(feature: Feature) -> bool:
+    name = feature.path.removeprefix("steps/")
+    if feature.in_steps:
+        return name not in _FLAGS
+    if feature.kind == "image":
+        return True
+    size = math.prod(feature.shape) * 8
+    return feature.kind == "tensor" and (-1 in feature.shape or size > _EPISODE_INFO_BYTES)
+
+
+def _ends(features: list[Feature]) -> list[FieldSpec]:
+    paths = {f.path for f in features}
+    out = []
+    if "steps/is_terminal" in paths:
+        out.append(field_spec("terminated", bool, ()))
+    if "steps/is_last" in paths:
+        out.append(field_spec("truncated", bool, ()))
+    return out
+
+
+def _spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
+    per = "step" if feature.in_steps else "episode"
+    if feature.kind == "image":
+        return field_spec(feature.field, feature.dtype, shape, modality="image" if feature.dtype == "uint8" else None, per=per)
+    return field_spec(feature.field, feature.dtype, shape, per=per, values=feature.classes or None)
+
+
+# ---- features.json ---------------------------------------------------------------------------------------------------
+
+
+def _leaves(node: Mapping[str, Any], path: str, left_out: list[str]) -> Iterator[Feature]:
+    """The leaves below a node of the JSON form of tensorflow_datasets' feature.proto (camel or snake case)."""
+
+    def get(camel: str) -> Any:
+        return node.get(camel, node.get(re.sub(r"([A-Z])", lambda m: "_" + m.group(1).lower(), camel)))
+
+    kind = str(get("pythonClassName") or "").rpartition(".")[2]
+    if get("featuresDict") is not None:
+        for key, child in sorted(get("featuresDict")["features"].items()):
+            yield from _leaves(child, f"{path}/{key}" if path else key, left_out)
+    elif get("sequence") is not None:
+        inner, length = get("sequence")["feature"], int(get("sequence").get("length") or -1)
+        if path == "steps" or kind == "Dataset":
+            yield from _leaves(inner, path, left_out)
+            return
+        for leaf in _leaves(inner, path, left_out):
+            if leaf.kind == "tensor" and leaf.encoding == "none":
+                yield Feature(leaf.path, leaf.kind, leaf.dtype, (length, *leaf.shape), leaf.encoding, leaf.classes)
+            else:
+                left_out.append(f"{leaf.path} (a sequence of {leaf.kind}s within a step)")
+    elif get("image") is not None:
+        image = get("image")
+        yield Feature(path, "image", str(image.get("dtype") or "uint8"), _dimensions(image.get("shape")))
+    elif get("text") is not None or kind == "Text":
+        yield Feature(path, "text", "str", ())
+    elif get("classLabel") is not None:
+        yield Feature(path, "tensor", "int64", (), classes=int(get("classLabel").get("numClasses") or 0))
+    elif get("tensor") is not None:
+        tensor = get("tensor")
+        dtype, shape = str(tensor.get("dtype")), _dimensions(tensor.get("shape"))
+        if dtype in ("string", "str", "object"):
+            if shape:
+                left_out.append(f"{path} (an array of texts within a step)")
+            else:
+                yield Feature(path, "text", "str", ())
+            return
+        if np.dtype(dtype).kind not in "biuf":
+            raise DataError(f"feature {path!r} has dtype {dtype!r}, which is not read")
+        yield Feature(path, "tensor", dtype, shape, str(tensor.get("encoding") or "none").lower())
+    else:
+        left_out.append(f"{path} (a {kind or 'feature of unknown kind'})")
+
+
+def _dimensions(shape: Any) -> tuple[int, ...]:
+    """`{"dimensions": ["64", "-1"]}` as ints; −1 for one that varies."""
+    sizes = tuple(int(d) for d in (shape or {}).get("dimensions", []))
+    check_shape([max(s, 0) for s in sizes], 1, "features.json")
+    return sizes
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def _steps(example: Mapping[str, Value], features: list[Feature], where: str) -> int:
+    """Number of steps: what every feature of a step agrees on."""
+    counts = set()
+    for feature in features:
+        if not feature.in_steps or feature.path not in example:
+            continue
+        value = example[feature.path]
+        size = 1 if isinstance(value, list) else math.prod(feature.shape)
+        if -1 not in feature.shape or isinstance(value, list):
+            counts.add(len(value) / size if size else 0)
+    if len(counts) != 1 or not next(iter(counts)).is_integer():
+        raise DataError(f"{where}: its features have different numbers of steps ({', '.join(f'{c:g}' for c in sorted(counts)[:5])})")
+    steps = int(next(iter(counts)))
+    if not 0 < steps <= EPISODE_STEPS:
+        raise DataError(f"{where}: an episode of {steps:,} steps")
+    return steps
+
+
+def _decode(example: Mapping[str, Value], feature: Feature, rows: int, where: str) -> np.ndarray:
+    """[rows, *shape] of one feature."""
+    if feature.path not in example:
+        return _ragged(example, feature, rows, where)
+    value = example[feature.path]
+    if feature.kind == "text":
+        return texts(_byte_rows(value, rows, where), where)
+    if feature.kind == "image":
+        return _images(_byte_rows(value, rows, where), feature, where)
+    if isinstance(value, list):
+        return _encoded(_byte_rows(value, rows, where), feature, where)
+    if -1 in feature.shape:
+        known = math.prod(s for s in feature.shape if s != -1)
+        if feature.shape.count(-1) > 1 or value.size % max(rows * known, 1):
+            raise DataError(f"{where}: {value.size} values in {rows} rows are not rows of shape {feature.shape}")
+        shape = tuple(value.size // max(rows * known, 1) if s == -1 else s for s in feature.shape)
+    else:
+        shape = feature.shape
+    if value.size != rows * math.prod(shape):
+        raise DataError(f"{where}: {value.size} values in {rows} rows are not rows of shape {shape}")
+    return _to(value, feature.dtype, where).reshape(rows, *shape)
+
+
+def _to(value: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    out = value.astype(dtype)
+    if value.dtype.kind == "i" and not bool(np.all(out.astype(np.int64) == value)) and dtype != "uint64":
+        raise DataError(f"{where}: values out of the range of {dtype}")
+    return out
+
+
+def _byte_rows(value: Value, rows: int, where: str) -> list[bytes]:
+    if not isinstance(value, list) or len(value) != rows:
+        raise DataError(f"{where}: {len(value)} values for {rows} rows, or numbers where bytes were expected")
+    return value
+
+
+def _images(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
+    """Pictures of one size. An empty string, which TFDS writes for a picture that is absent, is black."""
+    first = next((decode_image(d, where) for d in data if d), None)
+    shape = feature.shape if -1 not in feature.shape and feature.shape else None
+    if first is None and shape is None:
+        raise DataError(f"{where}: an episode without a single picture, and no shape in features.json")
+    size = tuple(shape) if shape is not None else first.shape  # type: ignore[union-attr]
+    check_shape((len(data), *size), np.dtype(feature.dtype).itemsize, where, EPISODE_BYTES)
+    out = np.zeros((len(data), *size), np.dtype(feature.dtype))
+    for row, picture in enumerate(data):
+        if picture:
+            array = decode_image(picture, f"{where}, step {row}")
+            if array.shape != size:
+                raise DataError(f"{where}, step {row}: a picture of {array.shape}, not {size}")
+            out[row] = array
+    return out
+
+
+def _encoded(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
+    """Tensors that TFDS stored as bytes, plain or zlib."""
+    if feature.encoding not in ("bytes", "zlib") or -1 in feature.shape:
+        raise DataError(f"{where}: bytes where numbers were expected (encoding {feature.encoding!r})")
+    dtype = np.dtype(feature.dtype).newbyteorder("<")
+    size = math.prod(check_shape((len(data), *feature.shape), dtype.itemsize, where)[1:]) * dtype.itemsize
+    rows = [inflate(d, where, wbits=15, limit=size) if feature.encoding == "zlib" else d for d in data]
+    if any(len(r) != size for r in rows):
+        raise DataError(f"{where}: a tensor of another size than {size} bytes")
+    return np.frombuffer(b"".join(rows), dtype).reshape(len(data), *feature.shape).astype(feature.dtype)
+
+
+def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: str) -> np.ndarray:
+    """A length that varies in the data but not within this episode: `ragged_flat_values` and `ragged_row_lengths_0`."""
+    values = example.get(feature.path + "/ragged_flat_values")
+    lengths = example.get(feature.path + "/ragged_row_lengths_0")
+    if not isinstance(values, np.ndarray) or not isinstance(lengths, np.ndarray) or len(lengths) != rows:
+        raise DataError(f"{where}: a ragged feature without its row lengths")
+    if rows == 0 or bool(np.any(lengths != lengths[0])) or feature.shape.count(-1) != 1:
+        raise DataError(f"{where}: has another length at each step; drop it in a mapping file (`fields: {{{feature.field}: drop}}`)")
+    shape = check_shape([int(lengths[0]) if s == -1 else s for s in feature.shape], 8, where)
+    if values.size != rows * math.prod(shape):
+        raise DataError(f"{where}: {values.size} values in {rows} rows are not rows of shape {shape}")
+    return _to(values, feature.dtype, where).reshape(rows, *shape)
+

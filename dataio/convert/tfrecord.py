@@ -1,0 +1,164 @@
+"""TFRecord files and tf.Example messages, read without TensorFlow; every length is checked before it is believed.
+
+TFRecord: u64 length, masked CRC-32C of it, data, masked CRC-32C of the data
+(tensorflow/core/lib/io/record_writer.h). tf.Example: tensorflow/core/example/{example,feature}.proto.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+from crc32c import crc32c
+
+from dataio.convert.limits import RECORD_BYTES, read_exactly
+from dataio.episode import DataError
+
+_HEAD = struct.Struct("<QI")
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+Value = list[bytes] | np.ndarray  # bytes_list, or float32/int64 [n]
+
+
+def records(stream: BinaryIO, size: int, where: str) -> Iterator[memoryview]:
+    """The records of a file of `size` bytes, in order; DataError at the first that is damaged or cut."""
+    at = 0
+    while at < size:
+        here = f"{where}, byte {at}"
+        head = read_exactly(stream, _HEAD.size, here)
+        length, check = _HEAD.unpack(head)
+        if masked(head[:8]) != check:
+            raise DataError(f"{here}: the record's length fails its CRC; not a TFRecord file, or damaged")
+        if length > RECORD_BYTES or at + _HEAD.size + length + 4 > size:
+            raise DataError(f"{here}: a record of {length:,} bytes in a file that ends after {size - at:,}, or over the limit")
+        data = read_exactly(stream, length, here)
+        (check,) = struct.unpack("<I", read_exactly(stream, 4, here))
+        if masked(data) != check:
+            raise DataError(f"{here}: the record's {length:,} bytes fail their CRC; the file is damaged")
+        at += _HEAD.size + length + 4
+        yield memoryview(data)
+
+
+def masked(data: Any) -> int:
+    """TFRecord's CRC: rotated by 15 bits, plus a constant."""
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def parse_example(data: memoryview, where: str) -> dict[str, Value]:
+    """The features of a tf.Example: name -> list of bytes, float32 array, or int64 array."""
+    out: dict[str, Value] = {}
+    for number, features in _fields(data, where):
+        if number != 1 or not isinstance(features, memoryview):
+            continue
+        for inner, entry in _fields(features, where):
+            if inner != 1 or not isinstance(entry, memoryview):
+                continue
+            key, value = "", memoryview(b"")
+            for part, content in _fields(entry, where):
+                if part == 1 and isinstance(content, memoryview):
+                    try:
+                        key = str(content, "utf-8")
+                    except UnicodeDecodeError:
+                        raise DataError(f"{where}: a feature's name is not UTF-8") from None
+                elif part == 2 and isinstance(content, memoryview):
+                    value = content
+            out[key] = _feature(value, f"{where}, feature {key!r}")
+    return out
+
+
+def _feature(data: memoryview, where: str) -> Value:
+    out: Value = []
+    for number, content in _fields(data, where):  # the last of a oneof wins
+        if not isinstance(content, memoryview):
+            raise DataError(f"{where}: not a list of values")
+        if number == 1:
+            out = [bytes(v) for n, v in _fields(content, where) if n == 1 and isinstance(v, memoryview)]
+        elif number == 2:
+            out = _floats(content, where)
+        elif number == 3:
+            out = _integers(content, where)
+    return out
+
+
+def _floats(data: memoryview, where: str) -> np.ndarray:
+    parts = []
+    for number, content in _fields(data, where, fixed=True):
+        if number == 1 and isinstance(content, memoryview):
+            if len(content) % 4:
+                raise DataError(f"{where}: {len(content)} bytes are no whole number of floats")
+            parts.append(np.frombuffer(content, "<f4"))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, "<f4"), *parts])
+
+
+def _integers(data: memoryview, where: str) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for number, content in _fields(data, where):
+        if number == 1:
+            parts.append(_varints(content, where) if isinstance(content, memoryview) else np.array([_signed(content)], np.int64))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _varints(data: memoryview, where: str) -> np.ndarray:
+    """Packed base-128 integers, all at once: int64 [n]."""
+    raw = np.frombuffer(data, np.uint8)
+    if not len(raw):
+        return np.zeros(0, np.int64)
+    ends = np.flatnonzero(raw < 0x80)
+    if not len(ends) or ends[-1] != len(raw) - 1:
+        raise DataError(f"{where}: the last integer is cut")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    longest = int(lengths.max())
+    if longest > 10:
+        raise DataError(f"{where}: an integer of {longest} bytes")
+    out = np.zeros(len(starts), np.uint64)
+    for i in range(longest):
+        has = np.flatnonzero(lengths > i)
+        out[has] |= (raw[starts[has] + i] & 0x7F).astype(np.uint64) << np.uint64(7 * i)
+    return out.view(np.int64)
+
+
+def _fields(data: memoryview, where: str, fixed: bool = False) -> Iterator[tuple[int, memoryview | int]]:
+    """(field number, content) of a protobuf message; fixed-width content comes as bytes where `fixed`, else is passed over."""
+    at, end = 0, len(data)
+    while at < end:
+        tag, at = _varint(data, at, where)
+        number, kind = tag >> 3, tag & 7
+        if kind == _BYTES:
+            size, at = _varint(data, at, where)
+            if size > end - at:
+                raise DataError(f"{where}: a protobuf field of {size:,} bytes where {end - at:,} are left")
+            yield number, data[at : at + size]
+            at += size
+        elif kind == _VARINT:
+            value, at = _varint(data, at, where)
+            yield number, value
+        elif kind in (_FIXED32, _FIXED64):
+            size = 4 if kind == _FIXED32 else 8
+            if size > end - at:
+                raise DataError(f"{where}: a protobuf field is cut")
+            if fixed:
+                yield number, data[at : at + size]
+            at += size
+        else:
+            raise DataError(f"{where}: protobuf wire type {kind}; not a tf.Example")
+
+
+def _varint(data: memoryview, at: int, where: str) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise DataError(f"{where}: a protobuf integer is cut or too long")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7

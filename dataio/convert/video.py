@@ -1,0 +1,130 @@
+"""Frames of a video file at given times, by PyAV: read forward, seeking only where that saves decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
+from dataio.episode import DataError
+
+_SEEK = 10.0  # seconds ahead beyond which seeking to a key frame is cheaper than decoding what lies between
+
+
+class VideoFrames:
+    """A video opened for reading forward. Context manager. Runs in a reader process: FFmpeg may crash on a bad file."""
+
+    def __init__(self, stream: BinaryIO, where: str, *, grey: bool = False):
+        import av
+
+        self._av, self._where, self._format = av, where, "gray" if grey else "rgb24"
+        stream.seek(0)
+        container_format = _container(stream.read(12), where)
+        stream.seek(0)
+        try:
+            # `file` handed over as an object: FFmpeg has no name from which it could open anything else.
+            self._container = av.open(stream, format=container_format, options={"protocol_whitelist": ""})
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise DataError(f"{where}: not a readable video ({error})") from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise DataError(f"{where}: has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self._decoder: Iterator[tuple[float, Any]] = self._decode()
+        self._pending: tuple[float, Any] | None = None
+        self._position = -1.0  # time of the last frame that was decoded
+        self._first = float(self._stream.start_time * self._stream.time_base) if self._stream.start_time else 0.0
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        if width * height > PIXELS:
+            raise DataError(f"{where}: frames of {width} × {height} pixels, over {PIXELS:,}")
+
+    def __enter__(self) -> VideoFrames:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._container.close()
+
+    @property
+    def rate(self) -> float:
+        return float(self._stream.average_rate or 0)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All frames from here on, uint8 [H, W, C]."""
+        for _, frame in self._decoder:
+            yield self._array(frame)
+
+    def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
+        """uint8 [len(times), H, W, C]: for each time (seconds, ascending) the frame nearest to it.
+
+        DataError where none lies within `tolerance`: a video that does not fit its rows is never shifted to fit.
+        """
+        if not len(times):
+            raise DataError(f"{self._where}: an episode without rows")
+        self._approach(float(times[0]) - tolerance)
+        out: np.ndarray | None = None
+        for row, time in enumerate(times):
+            frame = self._nearest(float(time), tolerance)
+            if out is None:
+                out = np.empty(check_shape((len(times), *frame.shape), 1, self._where, EPISODE_BYTES), np.uint8)
+            if frame.shape != out.shape[1:]:
+                raise DataError(f"{self._where}: frames of different sizes, {out.shape[1:]} and {frame.shape} at {time:.3f} s")
+            out[row] = frame
+        assert out is not None
+        return out
+
+    def _approach(self, time: float) -> None:
+        if time < self._position or time > max(self._position, 0.0) + _SEEK:
+            try:
+                offset = int(max(0.0, time + self._first) / self._stream.time_base)
+                self._container.seek(offset, stream=self._stream, backward=True)
+            except (self._av.FFmpegError, OverflowError) as error:
+                raise DataError(f"{self._where}: cannot be searched for {time:.3f} s ({error})") from None
+            self._decoder, self._pending, self._position = self._decode(), None, -1.0
+
+    def _nearest(self, time: float, tolerance: float) -> np.ndarray:
+        """Pass over what is too early; keep the frame that is looked at, which the next row may want too."""
+        best: tuple[float, Any] | None = None
+        while True:
+            if self._pending is None:
+                self._pending = next(self._decoder, None)
+            if self._pending is None or (best is not None and abs(self._pending[0] - time) >= abs(best[0] - time)):
+                break
+            best, self._pending = self._pending, None
+            if best[0] >= time:
+                break
+        if best is None or abs(best[0] - time) > tolerance:
+            at = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
+            raise DataError(f"{self._where}: no frame at {time:.3f} s; {at}. The video does not fit its rows")
+        if self._pending is None:
+            self._pending = best  # two rows may share a frame
+        return self._array(best[1])
+
+    def _decode(self) -> Iterator[tuple[float, Any]]:
+        """(time from the video's beginning, frame), in order of presentation."""
+        try:
+            for frame in self._container.decode(self._stream):
+                if frame.width * frame.height > PIXELS:
+                    raise DataError(f"{self._where}: a frame of {frame.width} × {frame.height} pixels, over {PIXELS:,}")
+                time = self._position + 1 / (self.rate or 30.0) if frame.pts is None else float(frame.pts * frame.time_base) - self._first
+                self._position = time
+                yield time, frame
+        except (self._av.FFmpegError, ValueError, OSError) as error:
+            raise DataError(f"{self._where}: cannot be decoded after {max(self._position, 0):.3f} s ({error})") from None
+
+    def _array(self, frame: Any) -> np.ndarray:
+        array = frame.to_ndarray(format=self._format)
+        return array[..., None] if array.ndim == 2 else array
+
+
+def _container(head: bytes, where: str) -> str:
+    """FFmpeg's name of the container, from its first bytes: FFmpeg itself would also try playlists and scripts."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return "mp4"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    raise DataError(f"{where}: not an MP4, Matroska, WebM or AVI video")

@@ -1,0 +1,107 @@
+"""An Episode as bytes between a reader process and its parent: a JSON header and raw arrays. Never a pickle.
+
+The reader process holds libraries that parse strangers' bytes; what it sends is therefore checked like any other input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.dtypes import StringDType
+
+from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, check_shape, parse_json
+from dataio.episode import DataError, Episode
+
+_KINDS = "biuf"
+
+
+def dump(episode: Episode) -> list[bytes | memoryview]:
+    """The parts to be sent one after another."""
+    header: dict[str, Any] = {
+        "id": episode.id,
+        "task": episode.task,
+        "steps": int(episode.steps),
+        "success": None if episode.success is None else bool(episode.success),
+        "agent": episode.agent,
+        "info": episode.info,
+        "fields": {},
+    }
+    buffers: list[bytes | memoryview] = []
+    total = 0
+    for name, value in episode.fields.items():
+        if isinstance(value, str):
+            header["fields"][name] = {"text": value}
+            continue
+        array = np.asarray(value)
+        if array.dtype.kind in "UST":
+            header["fields"][name] = {"texts": array.tolist()}
+            continue
+        if array.dtype.kind not in _KINDS:
+            raise DataError(f"field {name!r} has dtype {array.dtype}; bool, integers, floats and texts are kept")
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        total += array.nbytes
+        header["fields"][name] = {"dtype": array.dtype.str, "shape": array.shape}
+        buffers.append(memoryview(array.reshape(-1).view(np.uint8)) if array.size else b"")
+    if total > EPISODE_BYTES:
+        raise DataError(f"the episode needs {total:,} bytes, over {EPISODE_BYTES:,}; drop fields in a mapping file")
+    text = json.dumps(header, default=_plain).encode()
+    return [struct.pack("<Q", len(text)), text, *buffers]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values inside `info`."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise DataError(f"info holds a {type(value).__name__}, which is no JSON")
+
+
+def load(read_into: Callable[[memoryview], None], where: str) -> Episode:
+    """The episode that follows; `read_into` fills a view or raises."""
+    size = bytearray(8)
+    read_into(memoryview(size))
+    (length,) = struct.unpack("<Q", size)
+    if length > JSON_BYTES:
+        raise DataError(f"{where}: an episode's header of {length:,} bytes, over {JSON_BYTES:,}")
+    text = bytearray(length)
+    read_into(memoryview(text))
+    header = parse_json(bytes(text), where)
+    try:
+        steps, described = int(header["steps"]), dict(header["fields"])
+        if not 0 <= steps <= EPISODE_STEPS or len(described) > FIELDS:
+            raise DataError(f"{where}: an episode of {steps:,} steps and {len(described)} fields")
+        fields = {str(name): _field(entry, read_into, where) for name, entry in described.items()}
+        return Episode(
+            id=str(header["id"]),
+            task=str(header["task"]),
+            fields=fields,
+            steps=steps,
+            success=None if header["success"] is None else bool(header["success"]),
+            agent=str(header["agent"]),
+            info=dict(header["info"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where}: the reader sent an episode that is none ({error!r})") from None
+
+
+def _field(entry: dict[str, Any], read_into: Callable[[memoryview], None], where: str) -> Any:
+    if "text" in entry:
+        return str(entry["text"])
+    if "texts" in entry:
+        return np.array([str(t) for t in entry["texts"]], dtype=StringDType())
+    dtype = np.dtype(str(entry["dtype"]))
+    if dtype.kind not in _KINDS:
+        raise DataError(f"{where}: the reader sent an array of {dtype}")
+    shape = check_shape(entry["shape"], dtype.itemsize, where)
+    array = np.empty(math.prod(shape), dtype)
+    if array.size:
+        read_into(memoryview(array.view(np.uint8)))
+    return array.reshape(shape)
