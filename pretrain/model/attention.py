@@ -1,0 +1,169 @@
+"""Attention within packed windows: no L × L mask, no token of padding except inside a length class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.model.layers import STD, Linear, Module
+from pretrain.model.layout import Group, Layout
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+SHORT = 96  # windows up to this length: plain products beat the fused kernel on CPUs (benchmarks/train.py)
+
+
+class Attention(Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the windows of a layout."""
+
+    def __init__(self, config: DecisionConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.theta = number, config.theta
+        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
+        self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size)
+        self.out = Linear(self.heads * self.size, config.hidden_size, std=STD / (2 * config.num_hidden_layers) ** 0.5)
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.size)
+        rotated, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = rotate(rotated, *layout.rotary(self.size, self.theta, x.dtype)).split([self.heads, self.kv_heads], 1)
+        if cache is not None:
+            mixed = cache.attend(self.number, q, k, v, layout)
+        elif _has_varlen(q):
+            mixed = varlen_attention(q, k, v, layout)
+        else:
+            mixed = grouped_attention(q, k, v, layout)
+        return self.out(mixed.reshape(x.shape[0], -1))
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions on the two halves of each head: x [T, H, d], cosine and sine [T, 1, d / 2]."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """q [T, H, d], k and v [T, K, d] -> [T, H, d], one length class after another."""
+    parts = []
+    for group in layout.groups:
+        tokens = slice(group.start, group.stop)
+        padded = (_pad(t[tokens], group) for t in (q, k, v))
+        mixed = attend(*padded, causal=group.causal, lengths=None if group.causal else group.lengths)
+        mixed = mixed.reshape(-1, *q.shape[1:])
+        parts.append(mixed if group.places is None else mixed.index_select(0, group.places))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _pad(x: Tensor, group: Group) -> Tensor:
+    """Tokens of a group [t, H, d] -> [n, length, H, d]. A padding slot repeats its window's last token."""
+    if group.slots is not None:
+        x = _Spread.apply(x, group.slots, group.places)
+    return x.view(group.windows, group.length, *x.shape[1:])
+
+
+class _Spread(torch.autograd.Function):
+    """x[slots]. No gradient comes out of a padding slot, so the backward is a gather too, in place of an atomic sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.index_select(0, places), None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None) -> Tensor:
+    """Softmax(q kᵀ / √d) v over windows of equal length: q [n, S, H, d], k, v [n, Z, K, d] -> [n, S, H, d].
+
+    Causal queries are the last S of the Z positions. `lengths` [n] hides keys past a window's end; a causal mask hides them
+    from every real query anyway.
+    """
+    n, s, heads, size = q.shape
+    z, kv_heads = k.shape[1:3]
+    mask = None
+    if causal and s > 1:
+        mask = torch.ones(s, z, dtype=torch.bool, device=q.device).tril(z - s)
+    if lengths is not None:
+        mask = (torch.arange(z, device=q.device) < lengths[:, None])[:, None, None, :]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if z > SHORT or q.is_cuda:
+        plain_causal = causal and s == z and s > 1
+        share = {"enable_gqa": True} if heads != kv_heads else {}
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if plain_causal else mask, is_causal=plain_causal, **share
+        )
+        return out.transpose(1, 2)
+    # Query heads that share keys stand together as further queries, so that keys are never copied.
+    q = q.reshape(n, kv_heads, heads // kv_heads, s, size)
+    scores = (q * size**-0.5) @ k.unsqueeze(2).transpose(-1, -2)  # [n, K, H / K, S, Z]
+    if mask is not None:
+        scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask.unsqueeze(1)), float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v.unsqueeze(2)).reshape(n, heads, s, size).transpose(1, 2)
+
+
+def _has_varlen(q: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash kernel takes these heads."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """The same by the variable-length flash kernel: one call for all causal windows, one for all others."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    parts = []
+    for start, stop, longest, causal, ends in layout.cumulative:
+        a, b, c = (t[start:stop].contiguous() for t in (q, k, v))
+        mixed = varlen_attn(a, b, c, ends, ends, longest, longest, window_size=(-1, 0) if causal else (-1, -1))
+        assert isinstance(mixed, Tensor)  # a tuple only where more was asked for
+        parts.append(mixed)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class KeyValueCache:
+    """Keys and values of the steps so far, for acting: n windows that grow together, one a row, causal.
+
+    A batch that is passed with a cache holds only the new tokens, equally many a row, with `position` counted from the
+    window's beginning. `length` is the number of tokens a row already holds.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        return next(iter(self._layers.values()))[0].shape[1] if self._layers else 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """The new tokens' attention to themselves and to all before them."""
+        if len(layout.groups) != 1 or layout.groups[0].slots is not None or not layout.groups[0].causal:
+            raise ValueError("a key-value cache takes causal rows of one window each, all of one length")
+        rows = layout.groups[0].windows
+        q, k, v = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
+        if layer in self._layers:
+            past_k, past_v = self._layers[layer]
+            if past_k.shape[0] != rows:
+                raise ValueError(f"the cache holds {past_k.shape[0]} rows, the batch has {rows}")
+            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+        self._layers[layer] = (k, v)
+        return attend(q, k, v, causal=True).flatten(0, 1)
+
+    def select(self, rows: Tensor) -> KeyValueCache:
+        """A cache of these rows (int64 [m], repeats allowed): what a beam search keeps."""
+        out = KeyValueCache()
+        out._layers = {n: (k.index_select(0, rows), v.index_select(0, rows)) for n, (k, v) in self._layers.items()}
+        return out
+
+    def crop(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        self._layers = {n: (k[:, :length], v[:, :length]) for n, (k, v) in self._layers.items()}

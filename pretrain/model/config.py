@@ -1,0 +1,155 @@
+"""DecisionConfig: everything that fixes the model's parameters and arithmetic, as a `transformers` config (JSON)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from pretrain.vocabulary import Vocabulary
+    from recipes.schema import Model
+
+
+class DecisionConfig(PretrainedConfig):
+    """Shape of a decision model.
+
+    vocab_size            ids of the vocabulary
+    ranges                [name, low, high] of each disjoint range of ids; softmax i normalises over ranges[i − 1]
+    embedders             name -> {"kind": patch | vector | grid, "shape": […], "values": n}
+    regressions           head -> dimensions
+    tasks                 names of the tasks; `TokenBatch.task` counts in them
+    moe_every             every n-th layer, the last one of each n, is a mixture of experts
+    num_experts           0: every layer is dense
+    balance, z_loss       coefficients of the two auxiliary losses; `bias_rate` > 0 replaces the balance loss by a bias
+    router_modality,      whether the router sees a token's modality and its task (hidden in a share `task_dropout` of
+    router_task           the rows while training, so that unseen tasks have a route)
+    timesteps             size of the embedding of a step's number; 0: none
+    locals                size of the embedding of the position within a timestep (Reed et al. 2022, app. C.3)
+    """
+
+    model_type = "tiphys"
+
+    def __init__(
+        self,
+        vocab_size: int = 0,
+        ranges: Any = (),
+        embedders: Any = None,
+        regressions: Any = None,
+        tasks: Any = (),
+        hidden_size: int = 64,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 0,
+        intermediate_size: int = 0,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 2,
+        moe_every: int = 2,
+        moe_intermediate_size: int = 0,
+        shared_expert: bool = False,
+        balance: float = 0.01,
+        z_loss: float = 0.001,
+        bias_rate: float = 0.0,
+        router_modality: bool = True,
+        router_task: bool = False,
+        task_dropout: float = 0.1,
+        timesteps: int = 0,
+        locals: int = 512,
+        theta: float = 10000.0,
+        norm_epsilon: float = 1e-6,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.ranges = [list(r) for r in ranges]
+        self.embedders = {name: dict(e) for name, e in (embedders or {}).items()}
+        self.regressions = dict(regressions or {})
+        self.tasks = list(tasks)
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.intermediate_size = intermediate_size or 64 * -(-8 * hidden_size // (3 * 64))
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_every = moe_every
+        self.moe_intermediate_size = moe_intermediate_size or self.intermediate_size
+        self.shared_expert = shared_expert
+        self.balance = balance
+        self.z_loss = z_loss
+        self.bias_rate = bias_rate
+        self.router_modality = router_modality
+        self.router_task = router_task
+        self.task_dropout = task_dropout
+        self.timesteps = timesteps
+        self.locals = locals
+        self.theta = theta
+        self.norm_epsilon = norm_epsilon
+        self.dropout = dropout
+        self.checkpointing = checkpointing
+        kwargs.setdefault("auto_map", {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"})
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.head_size % 2:
+            raise ValueError(
+                f"hidden {self.hidden_size} over {self.num_attention_heads} heads must give an even head size: "
+                "choose model.hidden as a multiple of 2 × model.heads"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} kv_heads evenly"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"{self.num_experts_per_tok} experts a token out of {self.num_experts} is impossible")
+        for name, e in self.embedders.items():
+            if e["kind"] not in ("patch", "vector", "grid"):
+                raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is none of patch, vector, grid")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer is a mixture of experts."""
+        return bool(self.num_experts) and layer % self.moe_every == self.moe_every - 1
+
+    @classmethod
+    def from_recipe(cls, model: Model, vocabulary: Vocabulary) -> DecisionConfig:
+        """The recipe's `model:` section together with what the objectives' vocabulary asks for."""
+        moe = model.moe
+        return cls(
+            vocab_size=vocabulary.size,
+            ranges=vocabulary.ranges,
+            embedders={
+                name: {"kind": e.kind, "shape": list(e.shape), "values": e.values}
+                for name, e in vocabulary.embedders.items()
+            },
+            regressions=vocabulary.regressions,
+            tasks=vocabulary.tasks,
+            hidden_size=model.hidden,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            intermediate_size=model.ffn,
+            num_experts=moe.experts,
+            num_experts_per_tok=moe.experts_per_token,
+            moe_every=moe.every,
+            moe_intermediate_size=moe.hidden,
+            shared_expert=moe.shared,
+            balance=moe.balance,
+            z_loss=moe.z_loss,
+            bias_rate=moe.bias_rate,
+            router_modality=moe.modality,
+            router_task=moe.task,
+            task_dropout=moe.task_dropout if moe.task else 0.0,
+            timesteps=model.timesteps,
+            theta=model.rope_theta,
+            dropout=model.dropout,
+            checkpointing=model.checkpointing,
+            tie_word_embeddings=model.tie,
+        )

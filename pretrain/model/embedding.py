@@ -1,0 +1,169 @@
+"""From tokens and values to vectors: the token table, one embedder for each kind of value, local and timestep positions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.model.layers import STD, Linear, Module, Table
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+CHANNELS = 64  # of the convolutions over patches and grids
+BINS = 128  # of a patch's row and column (Reed et al. 2022, app. C.3)
+
+
+class Convolution(Module):
+    """A 3 × 3 convolution over [n, C, H, W] that keeps the size, or divides it by `stride`."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight: nn.Parameter
+        self.bias: nn.Parameter
+        self.declare("weight", outputs, inputs, 3, 3, std=(1 / (9 * inputs)) ** 0.5)
+        self.declare("bias", outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=1)
+
+
+class GroupNorm(Module):
+    """GroupNorm with 32 groups (Wu and He 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.bias: nn.Parameter
+        self.declare("weight", channels, fill=1.0)
+        self.declare("bias", channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, 32, self.weight, self.bias)
+
+
+class PatchEmbedder(Module):
+    """Gato's: one pre-activation ResNet block (GroupNorm, GELU, twice) on a patch, plus its row and column of 128 bins.
+
+    Values [n, H, W, C]: floats as the tokenizer scaled them, or uint8 pixels, which become [−1, 1] / √16 here.
+    """
+
+    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+        super().__init__()
+        height, width, channels = shape
+        self.stem = Convolution(channels, CHANNELS, stride=2)
+        self.norm1, self.conv1 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
+        self.norm2, self.conv2 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
+        inputs = CHANNELS * -(-height // 2) * -(-width // 2)
+        self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.row, self.column = Table(BINS, size), Table(BINS, size)
+
+    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+        if value.dtype == torch.uint8:
+            value = (value.float() / 127.5 - 1) / 4
+        x = self.stem(value.permute(0, 3, 1, 2).to(self.stem.bias.dtype))
+        x = x + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))
+        return self.out(x.flatten(1)) + self.row(place[:, 0]) + self.column(place[:, 1])
+
+
+class VectorEmbedder(Module):
+    """A whole vector as one token: two layers and GELU on values [n, *shape], as the tokenizer scaled them."""
+
+    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+        super().__init__()
+        inputs = prod(shape)
+        self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.out = Linear(size, size, std=size**-0.5, bias=True)
+
+    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(value.flatten(1).to(self.hidden.weight.dtype))))
+
+
+class GridEmbedder(Module):
+    """A small grid of symbols as one token: a table for each channel, summed over a cell, two convolutions, one product.
+
+    Values int [n, H, W, C] in [0, values); what lies beyond takes the last row of its table.
+    """
+
+    def __init__(self, shape: tuple[int, ...], values: int, size: int) -> None:
+        super().__init__()
+        height, width, self.channels = (*shape, 1)[:3]
+        self.values = values
+        self.cell = Table(values * self.channels, CHANNELS, std=self.channels**-0.5)
+        stride = max(1, -(-max(height, width) // 9))  # a grid up to 9 × 9 keeps its cells
+        self.conv1, self.conv2 = Convolution(CHANNELS, CHANNELS), Convolution(CHANNELS, CHANNELS, stride)
+        inputs = CHANNELS * -(-height // stride) * -(-width // stride)
+        self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
+
+    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+        value = value.reshape(*value.shape[:3], self.channels).long().clamp(0, self.values - 1)
+        offset = torch.arange(self.channels, device=value.device) * self.values
+        x = self.cell(value + offset).sum(3).permute(0, 3, 1, 2)
+        x = x + F.gelu(self.conv1(x))
+        return self.out(F.gelu(self.conv2(x)).flatten(1))
+
+
+def make_embedder(spec: Mapping[str, Any], size: int) -> nn.Module:
+    shape = tuple(spec["shape"])
+    if spec["kind"] == "patch":
+        return PatchEmbedder(shape, size)
+    if spec["kind"] == "grid":
+        return GridEmbedder(shape, spec["values"], size)
+    return VectorEmbedder(shape, size)
+
+
+class TokenTable(Module):
+    """The table of the vocabulary [vocab, D]; the output layer may share it."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.declare("weight", config.vocab_size, config.hidden_size, std=STD)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Embedding(Module):
+    """Replaces the table's rows by embedded values where there are any, and adds local and timestep positions."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.names = {name: module_name(name) for name in sorted(config.embedders)}
+        if len(set(self.names.values())) < len(self.names):
+            raise ValueError(f"embedders whose names differ only in punctuation: {', '.join(self.names)}")
+        self.shapes = {name: tuple(e["shape"]) for name, e in config.embedders.items()}
+        self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size) for n in self.names})
+        self.local = Table(config.locals, size)
+        self.timestep = Table(config.timesteps, size) if config.timesteps else None
+
+    def forward(self, x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """x [T, D], the table's rows -> [T, D]."""
+        positions = self.local(inputs["local"])
+        if self.timestep is not None:
+            positions = positions + self.timestep(inputs["timestep"])
+        for name in self.names:
+            embedder = self.values[self.names[name]]
+            index = inputs.get(f"embedded/{name}/index")
+            if index is None or len(index) == 0:
+                # ZeRO and expert groups need every parameter in every backward pass, on every rank: a zero, times zero.
+                value = torch.zeros(1, *self.shapes[name], device=x.device)
+                nothing = embedder(value, torch.zeros(1, 2, dtype=torch.int32, device=x.device))
+                positions = positions + 0.0 * nothing
+            else:
+                made = embedder(inputs[f"embedded/{name}/value"], inputs[f"embedded/{name}/place"])
+                x = x.index_copy(0, index, made.to(x.dtype))
+        return x + positions
+
+
+def module_name(name: str) -> str:
+    """An embedder's or head's name as a part of a parameter's name: no dot, no colon."""
+    return re.sub(r"[^0-9A-Za-z_]", "_", name)

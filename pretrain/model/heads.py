@@ -1,0 +1,115 @@
+"""The end of the model: logits where there are targets and only there, regressions, and the loss as one global sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.model.embedding import module_name
+from pretrain.model.inputs import from_bits
+from pretrain.model.layers import STD, Linear, Module, Norm
+from pretrain.model.layout import Layout
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+
+class Head(Module):
+    """The last norm, and the regressed targets: a linear map for each head, its error squared and averaged over dimensions.
+
+    (Chen et al. 2021 average over the action's dimensions too.)
+    """
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.tasks = max(1, len(config.tasks))
+        self.norm = Norm(config.hidden_size, config.norm_epsilon)
+        self.names = {name: module_name(name) for name in sorted(config.regressions)}
+        if len(set(self.names.values())) < len(self.names):
+            raise ValueError(f"regression heads whose names differ only in punctuation: {', '.join(self.names)}")
+        self.regressions = nn.ModuleDict(
+            {
+                self.names[name]: Linear(config.hidden_size, config.regressions[name], std=STD, bias=True)
+                for name in self.names
+            }
+        )
+
+    def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `by_task`)."""
+        hidden = self.norm(x)
+        # Between stages every float must have a gradient, so the sum begins with a zero that depends on x.
+        loss = 0.0 * hidden[:1].float().sum(-1)
+        sums = torch.zeros(self.tasks, 3, device=x.device)
+        for name in self.names:
+            target = inputs.get(f"regression/{name}")
+            if target is None or len(target) == 0:
+                loss = loss + 0.0 * self.predict(hidden[:1], name).sum()  # every parameter in every backward pass
+                continue
+            values = from_bits(target[:, 2:])
+            error = (self.predict(hidden[target[:, 0]], name) - values[:, 1:]).square().mean(-1)
+            loss = loss + (error * values[:, 0]).sum() / layout.divisors()[0]
+            add_by_task(sums, target[:, 1], error, values[:, 0])
+        return hidden, loss, sums
+
+    def predict(self, hidden: Tensor, name: str) -> Tensor:
+        """Normed hidden states [n, D] -> float32 [n, d]."""
+        return self.regressions[self.names[name]](hidden).float()
+
+
+class Output(Module):
+    """The output matrix [vocab, D]; softmax 0 is over all of it, softmax i over the rows of range i."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.declare("weight", config.vocab_size, config.hidden_size, std=STD)
+        self.bounds = output_bounds(config)
+
+    def forward(
+        self, hidden: Tensor, loss: Tensor, sums: Tensor, inputs: Mapping[str, Tensor], layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """The whole loss (a scalar) and the sums by task, [tasks, 3]."""
+        return output_loss(self.weight, self.bounds, hidden, loss, sums, inputs, layout)
+
+
+def output_bounds(config: DecisionConfig) -> list[tuple[int, int]]:
+    """First and last-but-one id of each softmax: the whole vocabulary, then every range."""
+    return [(0, config.vocab_size), *((int(low), int(high)) for _, low, high in config.ranges)]
+
+
+def output_loss(
+    weight: Tensor,
+    bounds: list[tuple[int, int]],
+    hidden: Tensor,
+    loss: Tensor,
+    sums: Tensor,
+    inputs: Mapping[str, Tensor],
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """Adds Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]; returns the scalar and the sums by task."""
+    total, any_target = loss.sum(), False
+    for i, (low, high) in enumerate(bounds):
+        target = inputs.get(f"target/{i}")
+        if target is None or len(target) == 0:
+            continue
+        logits = F.linear(hidden[target[:, 0]], weight[low:high]).float()
+        losses = F.cross_entropy(logits, target[:, 1].long() - low, reduction="none")
+        weights = from_bits(target[:, 3])
+        total = total + (losses * weights).sum() / layout.divisors()[0]
+        sums = add_by_task(sums, target[:, 2], losses, weights)
+        any_target = True
+    if not any_target:
+        total = total + 0.0 * (weight[0] * hidden[0]).sum().float()
+    return total, sums
+
+
+@torch.no_grad()
+def add_by_task(sums: Tensor, task: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
+    """Adds to sums [tasks, 3], by task: Σ weight · loss, Σ loss, number of targets."""
+    losses = losses.detach()
+    columns = torch.stack([losses * weights, losses, torch.ones_like(losses)], -1)
+    return sums.index_add_(0, task, columns)

@@ -1,0 +1,162 @@
+"""TokenBatch -> tensors: real tokens only, window by window, and targets by softmax range.
+
+The model never sees padding. A batch becomes T tokens in *compact order*: windows sorted by (causal first, length, place in
+the batch), each window's tokens consecutive. Attention then works on ranges of tokens, everything else on a matrix [T, D].
+All of it is computed in NumPy, where shapes are known, so that no kernel has to wait for a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataio.philox import TASK_DROPOUT, uniform32, words
+from pretrain.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+Inputs = dict[str, Tensor]
+
+
+def to_tensors(
+    batch: TokenBatch, device: torch.device | str = "cpu", *, task_dropout: float = 0.0, seed: int = 0
+) -> Inputs:
+    """The model's inputs, flat names -> tensors.
+
+    tokens, local, timestep   int32 [T]
+    attributes                int32 [T, 4]: position in the window, modality, task, task + 1 as the router sees it (0: hidden)
+    windows                   int32 [W, 2], on the CPU: length of each window, and whether it is causal
+    index                     int64 [T]: row · L + position, where each token came from (`unpack`)
+    embedded/NAME/index       int64 [n]: compact places;  …/value, …/place as in `Embedded`
+    target/I                  int32 [n, 4]: compact place, id, task, weight (the bits of a float32), for softmax range I
+    regression/NAME           int32 [n, 3 + d]: compact place, task, then weight and the d values as bits of float32
+
+    `task_dropout` hides the task from the router in that share of rows, by Philox(seed, step, row); 0 outside training.
+    A batch of filler rows alone becomes one token of modality 0 without target: it is computed, but never counted.
+    Raises ValueError for a segment that is not consecutive or mixes causal with bidirectional positions.
+    """
+    index, windows = _compact(batch)
+    place = np.zeros(batch.tokens.size, np.int64)  # flat position -> compact place
+    place[index] = np.arange(len(index))
+
+    route = batch.task + 1
+    if task_dropout > 0:
+        draw = uniform32(words(seed, batch.step, np.maximum(batch.row, 0), purpose=TASK_DROPOUT)[0])
+        route[draw < task_dropout] = 0
+    attributes = np.stack([batch.position, batch.modality, batch.task, route], -1).reshape(-1, 4)[index]
+    arrays: dict[str, np.ndarray] = {
+        "tokens": batch.tokens.reshape(-1)[index],
+        "local": batch.local.reshape(-1)[index],
+        "timestep": batch.timestep.reshape(-1)[index],
+        "attributes": attributes.astype(np.int32),
+        "index": index,
+    }
+    for name, e in batch.embedded.items():
+        if len(e.index):
+            arrays[f"embedded/{name}/index"] = place[e.index]
+            arrays[f"embedded/{name}/value"] = e.value
+            arrays[f"embedded/{name}/place"] = e.place.astype(np.int32)
+    flat = np.flatnonzero(batch.target.reshape(-1) >= 0)
+    softmax = batch.softmax.reshape(-1)[flat]
+    for kind in np.unique(softmax):
+        at = flat[softmax == kind]
+        columns = (
+            place[at],
+            batch.target.reshape(-1)[at],
+            batch.task.reshape(-1)[at],
+            _bits(batch.weight.reshape(-1)[at]),
+        )
+        arrays[f"target/{kind}"] = np.stack(columns, -1).astype(np.int32)
+    for name, r in batch.regression.items():
+        if len(r.index):
+            who = np.stack([place[r.index], batch.task.reshape(-1)[r.index], _bits(r.weight)], -1)
+            arrays[f"regression/{name}"] = np.concatenate([who.astype(np.int32), _bits(r.value)], axis=1)
+    out = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for name, a in arrays.items()}
+    out["windows"] = torch.from_numpy(windows)
+    return out
+
+
+def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions of the real tokens in compact order, and [W, 2] lengths and causal flags of the windows."""
+    rows, length = batch.tokens.shape
+    segment = batch.segment.reshape(-1)
+    real = np.flatnonzero(segment > 0)
+    if len(real) == 0:
+        return np.zeros(min(1, rows * length), np.int64), np.array([[1, 1]][: rows * length], np.int32).reshape(-1, 2)
+    key = real // length << 32 | segment[real]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    size = np.diff(first, append=len(real))
+    consecutive = real[first + size - 1] - real[first] == size - 1
+    if len(np.unique(key[first])) != len(first) or not consecutive.all():
+        where = int(real[first[np.flatnonzero(~consecutive)[0]]]) if not consecutive.all() else -1
+        raise ValueError(
+            f"step {batch.step}: the positions of a segment must follow each other"
+            + (f" (row {where // length}, segment {segment[where]})" if where >= 0 else "")
+        )
+    flags = batch.causal.reshape(-1)[real]
+    causal = flags[first]
+    if (flags != np.repeat(causal, size)).any():
+        raise ValueError(f"step {batch.step}: a segment must be causal or bidirectional throughout")
+    order = np.lexsort((first, size, ~causal))
+    start = np.repeat(real[first[order]], size[order])
+    offset = np.arange(len(real)) - np.repeat(np.cumsum(size[order]) - size[order], size[order])
+    return start + offset, np.stack([size[order], causal[order]], -1).astype(np.int32)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """float32 values as int32 with the same bits: only floats that carry gradients may travel between pipeline stages."""
+    return np.ascontiguousarray(values, np.float32).view(np.int32)
+
+
+def from_bits(values: Tensor) -> Tensor:
+    """The inverse of `_bits`."""
+    return values.contiguous().view(torch.float32)
+
+
+def scalars(normaliser: Any, tokens: Any, auxiliary_scale: Any, device: torch.device | str) -> Tensor:
+    """float32 [3] as bits, int32: what the loss and the auxiliary losses are divided by, and the latter's scale."""
+    parts = [
+        torch.as_tensor(v, dtype=torch.float32).reshape(1).to(device) for v in (normaliser, tokens, auxiliary_scale)
+    ]
+    return torch.cat(parts).view(torch.int32)
+
+
+def unpack(hidden: Tensor, inputs: Mapping[str, Tensor], rows: int, length: int) -> Tensor:
+    """[T, D] in compact order -> [rows, length, D]; zeros at padding."""
+    out = hidden.new_zeros(rows * length, hidden.shape[-1])
+    return out.index_copy(0, inputs["index"], hidden).view(rows, length, -1)
+
+
+def input_names(config: DecisionConfig) -> list[str]:
+    """Every name that `to_tensors` may give, in the fixed order of a pipeline's first tuple."""
+    names = ["tokens", "local", "timestep", "attributes", "windows"]
+    for name in sorted(config.embedders):
+        names += [f"embedded/{name}/{key}" for key in ("index", "value", "place")]
+    return names + target_names(config)
+
+
+def target_names(config: DecisionConfig) -> list[str]:
+    names = [f"target/{i}" for i in range(len(config.ranges) + 1)]
+    return names + [f"regression/{name}" for name in sorted(config.regressions)]
+
+
+def missing(name: str, config: DecisionConfig, device: torch.device) -> Tensor:
+    """What stands for a name that this batch lacks: no rows, in the shape and type of the others."""
+    kind, _, rest = name.partition("/")
+    if kind == "target":
+        return torch.zeros(0, 4, dtype=torch.int32, device=device)
+    if kind == "regression":
+        return torch.zeros(0, 3 + config.regressions[rest], dtype=torch.int32, device=device)
+    if kind != "embedded":
+        raise KeyError(f"the batch has no {name!r}: it did not come from to_tensors")
+    embedder, key = rest.rsplit("/", 1)
+    if key == "index":
+        return torch.zeros(0, dtype=torch.int64, device=device)
+    if key == "place":
+        return torch.zeros(0, 2, dtype=torch.int32, device=device)
+    return torch.zeros(0, *config.embedders[embedder]["shape"], device=device)

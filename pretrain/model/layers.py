@@ -1,0 +1,131 @@
+"""The small parts: parameters that know how they begin, RMSNorm, the gated MLP."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STD = 0.02  # of weights (Radford et al. 2019); what writes to the residual stream is divided by √(2 · layers)
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a parameter begins: `fill` + `std` · normal. With `first`, each part [i] is drawn as number first + i of a stack."""
+
+    std: float = 0.0
+    fill: float = 0.0
+    first: int | None = None
+
+
+class Module(nn.Module):
+    """A module whose own parameters are declared with their start, so that `initialise` can draw any of them alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: dict[str, Start] = {}
+
+    def declare(self, name: str, *shape: int, std: float = 0.0, fill: float = 0.0, first: int | None = None) -> None:
+        """Register a parameter without drawing it."""
+        self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+        self.starts[name] = Start(std, fill, first)
+
+
+def initialise(module: nn.Module, seed: int, canonical: Callable[[str], str] = lambda name: name) -> None:
+    """Fill every parameter from (seed, its canonical name) alone.
+
+    A pipeline stage or an expert rank therefore begins with exactly the weights that the whole model has there.
+    `canonical` maps this module's parameter names to the plain model's (`pipeline.canonical_name`).
+    """
+    done = set()
+    for prefix, part in module.named_modules():
+        if not isinstance(part, Module):
+            continue
+        for name, start in part.starts.items():
+            parameter = getattr(part, name)
+            if parameter is None or parameter.is_meta or id(parameter) in done:
+                continue  # tied weights are drawn once, under the first name
+            done.add(id(parameter))
+            address = canonical(f"{prefix}.{name}" if prefix else name)
+            with torch.no_grad():
+                if start.first is None:
+                    _fill(parameter, seed, address, start)
+                else:
+                    for i, slice_ in enumerate(parameter):
+                        _fill(slice_, seed, f"{address}[{start.first + i}]", start)
+
+
+def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
+    if start.std == 0:
+        target.fill_(start.fill)
+        return
+    digest = hashlib.blake2b(f"{seed}/{address}".encode(), digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
+    values = generator.standard_normal(target.numel(), dtype=np.float32)
+    target.copy_(torch.from_numpy(values).view(target.shape).mul_(start.std).add_(start.fill))
+
+
+class Norm(Module):
+    """RMSNorm (Zhang and Sennrich 2019), the mean square in float32."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight: nn.Parameter
+        self.declare("weight", size, fill=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class Linear(Module):
+    """x Wᵀ + b with W [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float = STD, bias: bool = False) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.bias: nn.Parameter | None
+        self.declare("weight", outputs, inputs, std=std)
+        if bias:
+            self.declare("bias", outputs)
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Table(Module):
+    """A learned embedding [count, size]; indices beyond the end take the last row."""
+
+    def __init__(self, count: int, size: int, *, std: float = STD) -> None:
+        super().__init__()
+        self.weight: nn.Parameter
+        self.declare("weight", count, size, std=std)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index.clamp(0, self.weight_rows - 1), self.weight)
+
+    @property
+    def weight_rows(self) -> int:
+        return int(getattr(self.weight, "ds_shape", self.weight.shape)[0])  # ZeRO-3 leaves an empty shape between uses
+
+
+class Mlp(Module):
+    """SwiGLU (Shazeer 2020): (silu(x G) · x U) D, gate and up in one matrix."""
+
+    def __init__(self, size: int, inner: int, depth: int) -> None:
+        super().__init__()
+        self.up = Linear(size, 2 * inner)
+        self.down = Linear(inner, size, std=STD / (2 * depth) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)

@@ -1,0 +1,230 @@
+"""The mixture of experts: dropless top-k routing whose losses do not depend on which rank computed which row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.batch import MODALITIES
+from pretrain.model.layers import STD, Mlp, Module
+from pretrain.model.layout import Layout
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+
+class Router(Module):
+    """Logits over the experts in float32: x Rᵀ, plus a learned bias of the token's modality and, optionally, of its task."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__()
+        self.modality: nn.Parameter
+        self.task: nn.Parameter
+        self.weight: nn.Parameter
+        self.sees_modality, self.sees_task = config.router_modality, config.router_task
+        self.declare("weight", config.num_experts, config.hidden_size, std=STD)
+        if self.sees_modality:
+            self.declare("modality", len(MODALITIES), config.num_experts)
+        if self.sees_task:
+            self.declare("task", len(config.tasks) + 1, config.num_experts)  # 0: the task is hidden
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        logits = F.linear(x.float(), self.weight.float())
+        if self.sees_modality:
+            logits = logits + F.embedding(layout.modality, self.modality.float())
+        if self.sees_task:
+            logits = logits + F.embedding(layout.route, self.task.float())
+        return logits
+
+
+class Experts(Module):
+    """E gated MLPs (SwiGLU) as two stacked matrices: up [E, D, 2F] holds gate and up, down [E, F, D]."""
+
+    def __init__(self, config: DecisionConfig, count: int = 0, first: int = 0) -> None:
+        """`count` experts from number `first` on; 0: all of them."""
+        super().__init__()
+        size, inner = config.hidden_size, config.moe_intermediate_size
+        count = count or config.num_experts
+        self.up: nn.Parameter
+        self.down: nn.Parameter
+        self.declare("up", count, size, 2 * inner, std=STD, first=first)
+        self.declare("down", count, inner, size, std=STD / (2 * config.num_hidden_layers) ** 0.5, first=first)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D], sorted by expert; counts int64 [E]: how many rows each expert has -> [N, D]."""
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = products(x, self.up, counts, ends).chunk(2, -1)
+        return products(F.silu(gate) * up, self.down, counts, ends)
+
+
+def products(x: Tensor, weights: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x [N, A], sorted by expert, each times its expert's matrix of weights [E, A, B] -> [N, B]."""
+    if has_grouped_mm(x, weights):
+        return F.grouped_mm(x, weights, offs=ends)
+    return looped_products(x, weights, counts)
+
+
+def has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
+    """PyTorch's grouped product: rows must be multiples of 16 bytes; on CUDA it takes bfloat16 on Hopper and later."""
+    aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:]) and x.data_ptr() % 16 == 0
+    if x.is_cuda:
+        return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return aligned and x.dtype in (torch.float32, torch.bfloat16) and x.shape[0] > 0
+
+
+def looped_products(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """The same, an expert after another: the oracle, and what runs where there is no grouped product. Waits for `counts`."""
+    parts = zip(x.split(counts.tolist()), weights.unbind(), strict=True)
+    return torch.cat([rows @ weight for rows, weight in parts])
+
+
+class _Gather(torch.autograd.Function):
+    """x[index] where each row of x is taken `times` times, at the places `inverse` [len(x) · times]: the backward gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, times: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.times = times
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        out = gradient.index_select(0, inverse)
+        if ctx.times > 1:
+            out = out.view(-1, ctx.times, gradient.shape[1]).sum(1)
+        return out, None, None, None
+
+
+class AuxiliaryGradient(torch.autograd.Function):
+    """Identity on `x`; in the backward pass `loss` receives the gradient 1, as if it had been added to the real loss.
+
+    So an auxiliary loss trains the router without travelling through the stages of a pipeline, and the real loss stays
+    without auxiliary terms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_ones(())
+
+
+class MixtureOfExperts(Module):
+    """Top-k experts a token, softmax gates renormalised over the k (for k = 1 the probability itself, Fedus et al. 2022).
+
+    The balance loss is Σ_e f_e · P_e · E (Shazeer et al. 2017; Fedus et al. 2022) with f_e from `previous`, the *global*
+    counts of the step before, and P_e a sum over tokens divided by the global number of tokens; the z-loss (Zoph et al. 2022)
+    likewise. Neither depends on who computes which row. With `bias_rate` > 0 there is no balance loss: a bias on the
+    selection, never on the gates, moves by that much a step (Wang et al. 2024).
+
+    previous    int64 [E], saved: tokens routed to each expert in the step before, over all ranks
+    bias_steps  int64 [E], saved: the bias in units of `bias_rate` (integers survive a cast of the model to bfloat16)
+    counts      int64 [tasks, E]: tokens of this step so far on this rank; the engine sums it and calls `finish_step`
+    losses      float32 [2]: balance and z-loss of this step so far on this rank, times their coefficients
+    """
+
+    previous: Tensor
+    bias_steps: Tensor
+
+    def __init__(self, config: DecisionConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.experts_per_token = number, config.num_experts_per_tok
+        self.num_experts, self.tasks = config.num_experts, max(1, len(config.tasks))
+        self.balance = 0.0 if config.bias_rate else config.balance
+        self.z_loss, self.bias_rate = config.z_loss, config.bias_rate
+        self.router = Router(config)
+        self.experts: nn.Module = Experts(config)
+        self.shared = (
+            Mlp(config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers)
+            if config.shared_expert
+            else None
+        )
+        self.register_buffer("previous", torch.ones(config.num_experts, dtype=torch.int64))
+        self.register_buffer("bias_steps", torch.zeros(config.num_experts, dtype=torch.int64))
+        self.counts: Tensor | None = None
+        self.losses: Tensor | None = None
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        logits = self.router(x, layout)
+        probabilities = logits.softmax(-1)
+        with torch.no_grad():
+            score = probabilities + self.bias_rate * self.bias_steps if self.bias_rate else probabilities
+            chosen = score.topk(self.experts_per_token, sorted=False).indices  # [T, k]
+        gates = probabilities.gather(1, chosen)
+        if self.experts_per_token > 1:
+            gates = gates / gates.sum(-1, keepdim=True)
+        losses = self._losses(logits, probabilities, layout)
+        layout.auxiliary[self.number] = losses.detach()
+        if torch.is_grad_enabled():
+            gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors()[2])
+        if self.training and layout.once(self.number):
+            self._observe(chosen, losses, layout)
+        out = self.mix(x, chosen, gates.to(x.dtype))
+        return out if self.shared is None else out + self.shared(x)
+
+    def mix(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """Σ_k gate · expert(x): tokens are sorted by expert, multiplied in groups, and gathered back; x [T, D]."""
+        tokens, k = chosen.shape
+        expert = chosen.reshape(-1)
+        order = expert.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts = torch.zeros_like(self.previous).scatter_add_(0, expert, torch.ones_like(expert))
+        y = self.experts(_Gather.apply(x, order // k, inverse, k), counts)
+        y = _Gather.apply(y, inverse, order, 1).view(tokens, k, -1)
+        return torch.einsum("tkd,tk->td", y, gates)
+
+    def _losses(self, logits: Tensor, probabilities: Tensor, layout: Layout) -> Tensor:
+        """float32 [2]: balance and z-loss of these tokens, times their coefficients."""
+        real, tokens = layout.real.to(logits.dtype), layout.divisors()[1]
+        share = self.previous.float() / self.previous.sum().clamp(min=1)
+        balance = ((real @ probabilities) @ share) * (self.num_experts * self.balance) / tokens
+        z = (logits.logsumexp(-1).square() @ real) * self.z_loss / tokens
+        return torch.stack([balance, z])
+
+    @torch.no_grad()
+    def _observe(self, chosen: Tensor, losses: Tensor, layout: Layout) -> None:
+        if self.counts is None or self.losses is None:
+            self.counts = torch.zeros(self.tasks, self.num_experts, dtype=torch.int64, device=chosen.device)
+            self.losses = torch.zeros(2, device=chosen.device)
+        place = layout.task[:, None] * self.num_experts + chosen
+        ones = layout.real[:, None].expand_as(place).to(torch.int64)
+        self.counts.view(-1).scatter_add_(0, place.reshape(-1), ones.reshape(-1))
+        self.losses += losses
+
+    @torch.no_grad()
+    def finish_step(self, counts: Tensor) -> None:
+        """Take over the global counts [tasks, E] or [E] of the step that ends, move the bias, and begin to count anew."""
+        total = counts.reshape(-1, self.num_experts).sum(0)
+        if self.bias_rate:
+            self.bias_steps += (total.sum() - total * self.num_experts).sign()
+        if total.sum() > 0:
+            self.previous.copy_(total)
+        self.counts = self.losses = None
+
+
+def mixtures(module: nn.Module) -> list[MixtureOfExperts]:
+    """The mixtures of experts of a model or a pipeline stage, by layer."""
+    return sorted((m for m in module.modules() if isinstance(m, MixtureOfExperts)), key=lambda m: m.number)
+
+
+def step_counts(module: nn.Module, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """What one rank's mixtures counted in this step: counts int64 [layers, tasks, E] and losses float32 [layers, 2].
+
+    The engine sums the counts over the ranks that share a pipeline stage and hands each layer its part by `finish_step`.
+    """
+    found = mixtures(module)
+    if not found:
+        return torch.zeros(0, 1, 0, dtype=torch.int64, device=device), torch.zeros(0, 2, device=device)
+    counts, losses = [], []
+    for m in found:
+        empty = torch.zeros(m.tasks, m.num_experts, dtype=torch.int64, device=device)
+        counts.append(empty if m.counts is None else m.counts.to(device))
+        losses.append(torch.zeros(2, device=device) if m.losses is None else m.losses.to(device))
+    return torch.stack(counts), torch.stack(losses)

@@ -1,0 +1,142 @@
+"""DecisionModel: one list of layers, as a `transformers` model. `pipeline.py` cuts the same list into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pretrain.model.attention import Attention, KeyValueCache
+from pretrain.model.config import DecisionConfig
+from pretrain.model.embedding import Embedding, TokenTable
+from pretrain.model.heads import Head, Output
+from pretrain.model.inputs import scalars
+from pretrain.model.layers import Mlp, Module, Norm, initialise
+from pretrain.model.layout import Layout
+from pretrain.model.moe import MixtureOfExperts
+
+
+class Block(Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), the mlp dense or a mixture of experts."""
+
+    def __init__(self, config: DecisionConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.dropout = number, config.dropout
+        self.norm1 = Norm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config, number)
+        self.norm2 = Norm(config.hidden_size, config.norm_epsilon)
+        self.sparse = config.has_experts(number)
+        self.mlp: nn.Module = (
+            MixtureOfExperts(config, number)
+            if self.sparse
+            else Mlp(config.hidden_size, config.intermediate_size, config.num_hidden_layers)
+        )
+
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        x = x + self._drop(self.attention(self.norm1(x), layout, cache))
+        y = self.norm2(x)
+        return x + self._drop(self.mlp(y, layout) if self.sparse else self.mlp(y))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def build_layers(config: DecisionConfig) -> list[tuple[str, type[Module], tuple[Any, ...]]]:
+    """The model as (name, class, arguments), in order: what the plain model and every pipeline stage are built from."""
+    layers: list[tuple[str, type[Module], tuple[Any, ...]]] = [
+        ("token", TokenTable, (config,)),
+        ("embedding", Embedding, (config,)),
+    ]
+    layers += [(f"layers.{i}", Block, (config, i)) for i in range(config.num_hidden_layers)]
+    return [*layers, ("head", Head, (config,)), ("output", Output, (config,))]
+
+
+@dataclass
+class DecisionOutput:
+    """What a forward pass gives.
+
+    loss          scalar: Σ weight · loss over the targets ÷ normaliser, without auxiliary terms
+    auxiliary     float32 [2]: balance and z-loss, already injected into the gradient; not part of `loss`
+    loss_by_task  float32 [tasks, 3]: Σ weight · loss, Σ loss, number of targets
+    hidden        [T, D] after the last norm, in compact order (`inputs.unpack` restores rows and positions)
+    """
+
+    loss: Tensor
+    auxiliary: Tensor
+    loss_by_task: Tensor
+    hidden: Tensor
+
+
+class DecisionModel(PreTrainedModel):
+    """A decision Transformer over packed windows of many tasks and modalities."""
+
+    config_class = DecisionConfig
+    base_model_prefix = ""
+    main_input_name = "tokens"
+    _no_split_modules = ["Block"]
+    _tied_weights_keys = {"output.weight": "token.weight"}
+
+    def __init__(self, config: DecisionConfig, seed: int = 0) -> None:
+        super().__init__(config)
+        made: dict[str, Any] = {name: kind(*arguments) for name, kind, arguments in build_layers(config)}
+        self.token: TokenTable = made["token"]
+        self.embedding: Embedding = made["embedding"]
+        self.layers = nn.ModuleList(made[f"layers.{i}"] for i in range(config.num_hidden_layers))
+        self.head: Head = made["head"]
+        self.output: Output = made["output"]
+        self.post_init()
+        if config.tie_word_embeddings:
+            self.output.weight = self.token.weight
+        initialise(self, seed)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `initialise` draws every parameter by its name."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        normaliser: Tensor | float = 1.0,
+        tokens_global: Tensor | float = 1.0,
+        auxiliary_scale: Tensor | float = 1.0,
+        cache: KeyValueCache | None = None,
+    ) -> DecisionOutput:
+        """`batch` from `inputs.to_tensors`.
+
+        normaliser       number of targets of the *global* batch
+        tokens_global    number of real tokens of the global batch: divides the auxiliary losses
+        auxiliary_scale  what the loss is multiplied by before its backward pass (DeepSpeed's averaging, loss scaling), so
+                         that the injected auxiliary gradient is multiplied by the same
+        cache            keys and values of earlier steps, for acting; it grows by this batch
+        """
+        numbers = scalars(normaliser, tokens_global, auxiliary_scale, batch["attributes"].device)
+        layout = Layout(batch["windows"], batch["attributes"], numbers)
+        x = self.embedding(self.token(batch["tokens"]), batch)
+        recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        for layer in self.layers:
+            x = checkpoint(layer, x, layout, use_reentrant=False) if recompute else layer(x, layout, cache)
+        hidden, loss, sums = self.head(x, batch, layout)
+        loss, sums = self.output(hidden, loss, sums, batch, layout)
+        auxiliary = sum(layout.auxiliary.values(), torch.zeros(2, device=layout.device))
+        return DecisionOutput(loss, auxiliary, sums, hidden)
+
+    def logits(self, hidden: Tensor, softmax: int = 0) -> Tensor:
+        """Normed hidden states [n, D] -> float32 [n, ids of that softmax]; id = column + the range's low."""
+        low, high = self.output.bounds[softmax]
+        return F.linear(hidden, self.output.weight[low:high]).float()
+
+    def regress(self, hidden: Tensor, name: str) -> Tensor:
+        """Normed hidden states [n, D] -> float32 [n, d] of one regression head."""
+        return self.head.predict(hidden, name)

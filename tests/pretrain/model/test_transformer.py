@@ -1,0 +1,206 @@
+"""The whole model: what must not change when rows are packed, permuted, regrouped, recomputed or cached."""
+
+import numpy as np
+import pytest
+import torch
+from model_fakes import make_batch, make_config
+
+from pretrain.batch import TokenBatch
+from pretrain.model.attention import KeyValueCache
+from pretrain.model.inputs import to_tensors, unpack
+from pretrain.model.moe import mixtures, step_counts
+from pretrain.model.transformer import DecisionModel
+
+
+def run(model, batches, scale=1.0):
+    """Loss, auxiliary losses and gradients of one step over several micro-batches, as the engine sums them."""
+    model.zero_grad()
+    targets, tokens = sum(b.targets for b in batches), sum(b.real_tokens for b in batches)
+    loss, auxiliary = 0.0, torch.zeros(2)
+    for batch in batches:
+        out = model(to_tensors(batch), targets, tokens, scale)
+        (out.loss * scale).backward()
+        loss, auxiliary = loss + float(out.loss.detach()), auxiliary + out.auxiliary
+    return loss, auxiliary, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(a, b, tolerance=1e-6):
+    assert a[0] == pytest.approx(b[0], abs=tolerance)
+    torch.testing.assert_close(a[1], b[1], rtol=0, atol=tolerance)
+    for name, gradient in a[2].items():
+        torch.testing.assert_close(gradient, b[2][name], rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def permuted(batch, order):
+    return TokenBatch.concatenate([batch.select(slice(i, i + 1)) for i in order])
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = DecisionModel(make_config(balance=0.1, z_loss=0.1), seed=3)
+    for moe in mixtures(made):
+        moe.previous.copy_(torch.tensor([5, 1, 9, 2]))
+    return made.train()
+
+
+@pytest.mark.parametrize(
+    "grouping",
+    [
+        lambda b: [permuted(b, [3, 0, 5, 1, 4, 2])],
+        lambda b: [b.select(slice(i, i + 1)) for i in range(6)],
+        lambda b: [b.select(slice(4, 6)).fill(4), b.select(slice(0, 4)), TokenBatch.empty(b.step, b.length, 2)],
+    ],
+    ids=["permuted", "row by row", "regrouped with fillers"],
+)
+def test_grouping_of_rows_changes_nothing(model, grouping):
+    batch = make_batch(rows=6, seed=1)
+    assert_same(run(model, [batch]), run(model, grouping(batch)))
+
+
+def test_windows_packed_in_a_row_do_not_see_each_other(model):
+    batch = make_batch(rows=3, seed=2)
+    together = unpack(model(to_tensors(batch)).hidden, to_tensors(batch), 3, batch.length)
+    compared = 0
+    for row in range(3):
+        for segment in range(1, batch.segment[row].max() + 1):
+            alone = batch.select(slice(row, row + 1))
+            keep = alone.segment == segment
+            dense = {n: np.where(keep, getattr(alone, n), 0) for n in ("segment", "modality", "tokens")}
+            part = np.flatnonzero(keep[0])
+            embedded = {
+                n: type(e)(e.index[m], e.value[m], e.place[m] if len(e.place) else e.place)
+                for n, e in alone.embedded.items()
+                for m in [np.isin(e.index, part)]
+            }
+            only = TokenBatch(**{**alone.__dict__, **dense, "embedded": embedded, "regression": {}})
+            hidden = unpack(model(to_tensors(only)).hidden, to_tensors(only), 1, batch.length)[0, part]
+            torch.testing.assert_close(hidden, together[row, part], rtol=1e-4, atol=2e-6)
+            compared += 1
+    assert compared > 6
+
+
+def test_every_parameter_gets_a_gradient_even_from_nothing(model):
+    loss, auxiliary, gradients = run(model, [TokenBatch.empty(1, 40, 2)])
+    assert loss == 0
+    assert not auxiliary.any()
+    assert set(gradients) == {n for n, _ in model.named_parameters()}
+    assert all((g == 0).all() for g in gradients.values())
+
+
+def test_scale_reaches_the_injected_gradient(model):
+    batch = make_batch(seed=5)
+    _, _, one = run(model, [batch])
+    _, _, eight = run(model, [batch], scale=8.0)
+    for name in one:
+        torch.testing.assert_close(eight[name], 8 * one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_recomputation_changes_nothing_and_counts_once():
+    batch = make_batch(seed=6)
+    results, counts = [], []
+    for checkpointing in (False, True):
+        made = DecisionModel(make_config(checkpointing=checkpointing), seed=1).train()
+        results.append(run(made, [batch]))
+        counts.append(step_counts(made)[0])
+    assert_same(*results)
+    assert torch.equal(*counts)
+    assert counts[0].sum() == batch.real_tokens * 2 * 2  # two experts a token in two layers
+
+
+def test_tied_matrix_is_one_parameter(tmp_path):
+    made = DecisionModel(make_config(tie_word_embeddings=True), seed=1)
+    assert made.output.weight is made.token.weight
+    assert "output.weight" not in dict(made.named_parameters())
+    made.save_pretrained(tmp_path)
+    again = DecisionModel.from_pretrained(tmp_path)
+    assert again.output.weight is again.token.weight
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_saved_model_loads_and_gives_the_same(tmp_path, tie):
+    made = DecisionModel(make_config(tie_word_embeddings=tie), seed=4).eval()
+    for moe in mixtures(made):
+        moe.finish_step(torch.tensor([5, 1, 9, 2]))
+    made.save_pretrained(tmp_path)
+    again = DecisionModel.from_pretrained(tmp_path).eval()
+    inputs = to_tensors(make_batch(seed=8))
+    assert torch.equal(made(inputs).loss, again(inputs).loss)
+    assert torch.equal(mixtures(again)[0].previous, torch.tensor([5, 1, 9, 2]))
+
+
+def test_cache_equals_the_full_forward():
+    model = DecisionModel(make_config(), seed=2).eval()
+    rows, length = 3, 30
+    batch = make_batch(rows, length, seed=3, windows=(length, length + 1), bidirectional=False)
+    with torch.no_grad():
+        full = unpack(model(to_tensors(batch)).hidden, to_tensors(batch), rows, length)
+        cache, seen = KeyValueCache(), []
+        for start, stop in ((0, 11), (11, 12), (12, 25), (25, 30)):
+            part = slice_positions(batch, start, stop)
+            seen.append(model(to_tensors(part), cache=cache).hidden.view(rows, stop - start, -1))
+        torch.testing.assert_close(torch.cat(seen, 1), full, rtol=1e-4, atol=1e-5)
+        cache.crop(25)
+        swapped = cache.select(torch.tensor([2, 0, 1]))
+        part = permuted(slice_positions(batch, 25, 30), [2, 0, 1])
+        again = model(to_tensors(part), cache=swapped).hidden.view(rows, 5, -1)
+        torch.testing.assert_close(again, full[[2, 0, 1], 25:], rtol=1e-4, atol=1e-5)
+
+
+def slice_positions(batch, start, stop):
+    """Positions [start, stop) of every row, without targets."""
+    dense = {
+        n: np.ascontiguousarray(getattr(batch, n)[:, start:stop])
+        for n in (
+            "tokens",
+            "modality",
+            "segment",
+            "position",
+            "local",
+            "timestep",
+            "task",
+            "causal",
+            "softmax",
+            "weight",
+        )
+    }
+    embedded = {}
+    for name, e in batch.embedded.items():
+        row, place = np.divmod(e.index, batch.length)
+        keep = (place >= start) & (place < stop)
+        index = row[keep] * (stop - start) + place[keep] - start
+        embedded[name] = type(e)(index, e.value[keep], e.place[keep] if len(e.place) else e.place)
+    target = np.full_like(dense["tokens"], -1)
+    return TokenBatch(step=batch.step, row=batch.row, target=target, embedded=embedded, **dense)
+
+
+def test_loss_by_task_adds_up():
+    model = DecisionModel(make_config(), seed=2).eval()
+    batch = make_batch(seed=9)
+    with torch.no_grad():
+        out = model(to_tensors(batch), batch.targets, batch.real_tokens)
+    assert float(out.loss_by_task[:, 0].sum()) / batch.targets == pytest.approx(float(out.loss), rel=1e-5)
+    counts = np.bincount(batch.task[batch.target >= 0], minlength=3)
+    counts = counts + np.bincount(batch.task.reshape(-1)[batch.regression["action:6"].index], minlength=3)
+    assert out.loss_by_task[:, 2].tolist() == counts.tolist()
+
+
+def test_weights_follow_from_seed_and_name_alone():
+    small, large = make_config(), make_config(num_hidden_layers=6)
+    a, b = DecisionModel(small, seed=5), DecisionModel(large, seed=5)
+    other = dict(b.named_parameters())
+    for name, value in a.named_parameters():
+        if "down" not in name and "attention.out" not in name:  # scaled by the depth
+            assert torch.equal(value, other[name]), name
+    assert not torch.equal(a.token.weight, DecisionModel(small, seed=6).token.weight)
+    up = mixtures(a)[0].experts.up
+    assert all(not torch.equal(up[0], up[i]) for i in range(1, 4))
+
+
+def test_bfloat16_stays_close():
+    batch = make_batch(seed=4)
+    model = DecisionModel(make_config(), seed=2).eval()
+    with torch.no_grad():
+        loss = model(to_tensors(batch), batch.targets, batch.real_tokens).loss
+        half = model.to(torch.bfloat16)(to_tensors(batch), batch.targets, batch.real_tokens).loss
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(float(loss), rel=2e-2)
