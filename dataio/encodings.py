@@ -8,8 +8,8 @@
 | `h264`, `av1` | an MP4 of its own that begins with a key frame | no |
 | `text` | strings of one JSON list | yes |
 
-A chunk comes from a stranger: its format is the one that the index names, its picture has the size that the field declares, and both are
-checked before anything is decoded.
+A chunk comes from a stranger: its format must be the one that the index names and its size the one that the field
+declares, and both are checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -178,7 +179,7 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
         options["bf"] = "0"
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(_VIDEOS[encoding.kind], rate=30, options=options)
+        stream: Any = container.add_stream(_VIDEOS[encoding.kind], rate=30, options=options)
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         stream.gop_size = n

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +11,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio import encodings, table
+from dataio import encodings
+from dataio.arrays import load
+from dataio.document import DATASET, cache_folder, decoded, parse
 from dataio.episode import DataError, FieldSpec, TaskSpec
 from dataio.rows import ONLY_WITH_ACTION, broken_row, is_large, is_small, row_dtype
 from dataio.statistics import FieldStatistics
+from dataio.table import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from dataio.storage import Store
 
-DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 STEPS = "steps.npy"
-VERSION = 1
-_DECODED = "1"  # changes when the decoded arrays change their form
 
 
 class Range(NamedTuple):
@@ -77,8 +73,8 @@ class EpisodeIndex:
         self.url = url
         self.document = document
         self.fingerprint = fingerprint
-        self.tasks = tuple(TaskSpec(**t) for t in document["tasks"])
-        self.shards = tuple(table.Shard(*s) for s in document["shards"])
+        self.tasks: tuple[TaskSpec, ...] = tuple(document["tasks"])
+        self.shards: tuple[Shard, ...] = tuple(document["shards"])
         self.arrays = arrays
         self._folder: Path | None = None
         self.task, self.steps, self.rows, self.shard = (arrays[n] for n in ("task", "steps", "rows", "shard"))
@@ -100,11 +96,9 @@ class EpisodeIndex:
 
         store = Store(url)
         raw = store.read(DATASET)
-        document = parse_document(raw, f"{url}/{DATASET}")
-        folder = _cache_folder(cache_dir) / "index" / f"{document['digests'][INDEX]}-{_DECODED}"
-        if not folder.is_dir():
-            _download(store, document, folder)
-        index = cls(url, document, table.load(folder), hashlib.sha256(raw).hexdigest()[:32])
+        document = parse(raw, f"{url}/{DATASET}")
+        folder = decoded(store, document, cache_folder(cache_dir))
+        index = cls(url, document, load(folder), hashlib.sha256(raw).hexdigest()[:32])
         index._folder = folder
         return index
 
@@ -318,7 +312,7 @@ class EpisodeIndex:
     def _decode_large(
         self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None
     ) -> np.ndarray:
-        decoded = []
+        pieces = []
         chunks = self._chunks(episode, spec, start, rows) if part else []
         for chunk in chunks:
             assert part is not None
@@ -330,13 +324,13 @@ class EpisodeIndex:
                     f"{self._place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
                 )
             try:
-                decoded.append(_decode_chunk(data, chunk, spec))
+                pieces.append(_decode_chunk(data, chunk, spec))
             except DataError as error:
                 raise DataError(f"{self._place(episode, place)}: {error}") from error
         if spec.per == "episode":
-            return decoded[0][0]
+            return pieces[0][0]
         low = start - (chunks[0].row if chunks else 0)
-        array = np.concatenate(decoded)[low : low + rows] if decoded else _nothing(spec, 0)
+        array = np.concatenate(pieces)[low : low + rows] if pieces else _nothing(spec, 0)
         if len(array) < rows:  # the last, observation-only row of a field that has none there
             array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
         return array
@@ -396,61 +390,7 @@ def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -
     return np.zeros((rows, *(spec.shape if shape is None else shape)), spec.dtype)
 
 
-def parse_document(raw: bytes, where: str) -> dict[str, Any]:
-    """`dataset.json`, checked as far as every reader needs it."""
-    try:
-        document = json.loads(raw)
-        version = document["version"]
-        if version != VERSION:
-            raise DataError(f"{where}: version {version!r}; this Tiphys reads version {VERSION}")
-        digest = document["digests"][INDEX]
-        if not (isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
-            raise DataError(f"{where}: digests: {INDEX}: {digest!r} is no SHA-256")
-        for key in ("tasks", "shards", "statistics"):
-            document[key]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where} is no Tiphys dataset: {type(error).__name__} {error}") from None
-    return document
-
-
-def _cache_folder(cache_dir: str) -> Path:
-    return Path(cache_dir or os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys")
-
-
-def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
-    """Copy an object to a local file in bounded memory; returns its SHA-256."""
-    digest = hashlib.sha256()
-    size = store.head(path).size
-    with open(file, "wb") as out:
-        for start in range(0, size, part):
-            (data,) = store.read_ranges(path, [start], [min(part, size - start)])
-            digest.update(data)
-            out.write(data)
-    return digest.hexdigest()
-
-
-def _download(store: Store, document: Mapping[str, Any], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".decoding-", dir=folder.parent))
-    try:
-        file = scratch / INDEX
-        if fetch(store, INDEX, file) != document["digests"][INDEX]:
-            raise DataError(
-                f"{store.url}/{INDEX} is not the one that {DATASET} names: it is damaged, or a rewrite was interrupted; "
-                "run `tiphys verify --repair`"
-            )
-        table.decode(file, scratch, [t["name"] for t in document["tasks"]], [s[0] for s in document["shards"]])
-        file.unlink()
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _reopen(url: str, document: Mapping[str, Any], folder: str, fingerprint: str) -> EpisodeIndex:
-    index = EpisodeIndex(url, document, table.load(Path(folder)), fingerprint)
+    index = EpisodeIndex(url, document, load(Path(folder)), fingerprint)
     index._folder = Path(folder)
     return index

@@ -7,6 +7,7 @@ and only a window that fails is searched row by row.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,8 @@ from crc32c import crc32c
 
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
+FIELD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*(\.[A-Za-z0-9_\-]+)*")
+MAX_STEP = 1 << 30  # bytes of one step of a field
 SMALL_FIELD = 4096  # bytes a step up to which a field stands in steps.npy
 ONLY_WITH_ACTION = ("action", "reward", "terminated", "truncated")  # roles without a value in an observation-only row
 _BLOCK = 256  # rows whose CRC is taken at once, so that the table of constants stays small
@@ -31,6 +34,34 @@ def is_large(field: FieldSpec) -> bool:
     if field.per == "step":
         return not is_small(field)
     return field.modality == "image" or field.bytes_per_step > SMALL_FIELD
+
+
+def check_task(task: TaskSpec) -> None:
+    """Raises DataError where a field's name, dtype or shape cannot be stored."""
+    seen: set[str] = set()
+    for field in task.fields:
+        where = f"task {task.name!r}, field {field.name!r}"
+        if not FIELD_NAME.fullmatch(field.name) or len(field.name) > 64 or field.name in ("steps", "json"):
+            raise DataError(
+                f"{where}: a name is letters, digits, - and _ in parts joined by dots, at most 64 in all, and neither "
+                "`steps` nor `json`"
+            )
+        if field.name.lower() in seen:  # WebDataset's readers lower the case of extensions
+            raise DataError(f"{where}: another field has this name, whatever the case")
+        seen.add(field.name.lower())
+        if field.dtype == "str":
+            if field.shape:
+                raise DataError(f"{where}: a text has shape (), not {field.shape}")
+            continue
+        try:
+            dtype = np.dtype(field.dtype)
+        except TypeError:
+            raise DataError(f"{where}: {field.dtype!r} is no dtype of NumPy") from None
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+            raise DataError(f"{where}: {field.dtype} is not stored; use bool, integers or floats of up to 64 bits")
+        varies = field.modality == "image" and field.dtype == "uint8" and field.per == "step"
+        if any(n < (0 if varies else 1) for n in field.shape) or field.bytes_per_step > MAX_STEP:
+            raise DataError(f"{where}: shape {field.shape} is empty or larger than {MAX_STEP} bytes a step")
 
 
 def row_dtype(task: TaskSpec) -> np.dtype:

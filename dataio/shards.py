@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -11,25 +10,20 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from crc32c import crc32c
 
+from dataio import arrays, table
 from dataio import encodings as codecs
-from dataio import table
+from dataio.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
 from dataio.encodings import Encoding
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.index import DATASET, INDEX, STATISTICS, VERSION, EpisodeIndex
-from dataio.rows import column, is_large, pack_rows, row_dtype
+from dataio.episode import DataError, Episode, TaskSpec
+from dataio.index import EpisodeIndex
+from dataio.rows import check_task, is_large, row_dtype
+from dataio.sample import BLOCK, Sample
 from dataio.statistics import Statistics
 
-if TYPE_CHECKING:
-    from dataio.storage import Store
-
-MAX_SAMPLE = 4 << 30  # bytes of one episode
-MAX_VALUE = 1 << 16  # bytes of a value or text that is one for the whole episode, and of `info`
-_BLOCK = 512  # of a tar
 _PIECE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -40,13 +34,13 @@ class ShardWriter:
     tasks        what episodes may belong to; `add_task` adds more at any time
     shard_bytes  a shard is closed before it would grow beyond this
     encodings    field name or glob -> Encoding, the first match counts; without one a field is stored losslessly
-    piece        name of a piece of a dataset that many writers write at once: shards are `shards/PIECE-000000.tar`, the index is
-                 `pieces/PIECE.parquet`, and `merge_pieces` makes the dataset. Writing a piece again gives the same bytes.
+    piece        name of a piece of a dataset that many writers write at once: shards are `shards/PIECE-000000.tar`, the
+                 index is `pieces/PIECE.parquet`, `merge_pieces` makes the dataset. The same episodes give the same bytes
     scratch      folder for the shard that is being written (default: the system's)
 
     A context manager. Nothing that looks whole exists before `close`; leaving the block by an exception closes nothing.
-    Raises DataError for an episode that does not fit its task (nothing of it is written, the next one may follow), FileExistsError
-    where there is a dataset already, OSError where a disk is full.
+    Raises DataError for an episode that does not fit its task (nothing of it is written, the next one may follow),
+    FileExistsError where there is a dataset already, OSError where a disk is full.
     """
 
     def __init__(
@@ -66,12 +60,12 @@ class ShardWriter:
         self.url, self.piece, self.shard_bytes = url, piece, shard_bytes
         self.encodings = dict(encodings or {})
         self.tasks: dict[str, TaskSpec] = {}
-        self._dtypes: dict[str, np.dtype] = {}
+        self._dtypes: dict[str, Any] = {}
         self._chosen: dict[str, dict[str, Encoding]] = {}
         for task in tasks:
             self.add_task(task)
         self._store = Store(url)
-        if not piece and _exists(self._store, DATASET):
+        if not piece and exists(self._store, DATASET):
             raise FileExistsError(f"{url} is a dataset already; append to it or choose another folder")
         self._scratch = Path(tempfile.mkdtemp(prefix="tiphys-shards-", dir=scratch or None))
         self._table = table.TableWriter(self._scratch)
@@ -85,16 +79,7 @@ class ShardWriter:
         known = self.tasks.get(task.name)
         if known is not None and known != task:
             raise DataError(f"task {task.name!r} is declared twice, with different fields or scores")
-        seen: set[str] = set()
-        for field in task.fields:
-            if not table.FIELD.fullmatch(field.name) or len(field.name) > 64 or field.name in ("steps", "json"):
-                raise DataError(
-                    f"task {task.name!r}: field {field.name!r}: a name is letters, digits, - and _ in parts joined by "
-                    "dots, at most 64 in all, and neither `steps` nor `json`"
-                )
-            if field.name.lower() in seen:  # WebDataset's readers lower the case of extensions
-                raise DataError(f"task {task.name!r}: two fields are called {field.name!r} (whatever the case)")
-            seen.add(field.name.lower())
+        check_task(task)
         self._chosen[task.name] = {f.name: codecs.choose(f, self.encodings) for f in task.fields if is_large(f)}
         self._dtypes[task.name] = row_dtype(task)
         self.tasks[task.name] = task
@@ -104,7 +89,7 @@ class ShardWriter:
         task = self.tasks.get(episode.task)
         if task is None:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} was not declared; call add_task first")
-        sample = _Sample(task, episode, self._dtypes[task.name], self._chosen[task.name])
+        sample = Sample(task, episode, self._dtypes[task.name], self._chosen[task.name])
         with self._full_disk():
             if self._tar is not None and self._tar.size + sample.bytes > self.shard_bytes and self._tar.samples:
                 self._finish_shard()
@@ -133,7 +118,7 @@ class ShardWriter:
             self.abort()
             raise OSError(
                 error.errno,
-                f"no space left while writing {self.url} (scratch folder {self._scratch.parent}); nothing of the dataset is visible. "
+                f"no space left while writing {self.url} (scratch folder {self._scratch.parent}); no dataset was made. "
                 "Free space, or choose another scratch folder or smaller shards, and run it again",
             ) from error
 
@@ -180,7 +165,6 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
 
     The pieces stay, so that more can be written and merged again. Raises FileNotFoundError where a named piece is missing.
     """
-    from dataio.index import fetch
     from dataio.storage import Store
 
     store = Store(url)
@@ -219,170 +203,11 @@ def merge_tasks(tasks: dict[str, TaskSpec], more: Sequence[TaskSpec], source: st
             raise DataError(f"{source}: task {task.name!r} is declared otherwise than before; rename one of them")
 
 
-def document(index: Path, statistics: Statistics) -> dict[str, Any]:
-    """What `dataset.json` says of an index file."""
-    tasks, shards = table.describe(index)
-    result = statistics.result(t.name for t in tasks)
-    return {
-        "version": VERSION,
-        "tasks": [t.to_dict() for t in tasks],
-        "shards": [[s.name, s.size, s.crc] for s in shards],
-        "statistics": {t: {f: s.to_dict() for f, s in fields.items()} for t, fields in result.items()},
-        "digests": {INDEX: _sha256(index)},
-    }
-
-
-def publish(store: Store, index: Path, statistics: Statistics, **more: Any) -> None:
-    """Upload statistics, index and, last, `dataset.json`: from then on there is a dataset."""
-    sketches = index.with_name(STATISTICS)
-    statistics.write(sketches)
-    described = document(index, statistics) | more
-    store.upload(STATISTICS, str(sketches))
-    store.upload(INDEX, str(index))
-    store.write(DATASET, json.dumps(described, indent=1, ensure_ascii=False).encode())
-
-
 def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
     """An index file that is here, decoded in memory."""
-    described = document(file, statistics)
-    tasks, shards = table.describe(file)
-    arrays = table.decode(file, None, [t.name for t in tasks], [s.name for s in shards])
-    return EpisodeIndex(url, described, arrays, described["digests"][INDEX][:32])
-
-
-def _exists(store: Store, path: str) -> bool:
-    try:
-        store.head(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-class _Sample:
-    """An episode as the members of one WebDataset sample, in the order in which TarWriter writes them."""
-
-    def __init__(self, task: TaskSpec, episode: Episode, dtype: np.dtype, chosen: Mapping[str, Encoding]) -> None:
-        if not 0 < len(episode.id.encode()) <= 512 or episode.steps < 0:
-            raise DataError(f"episode {episode.id[:60]!r}: an id of 1 to 512 bytes and steps ≥ 0 are needed")
-        unknown = set(episode.fields) - {f.name for f in task.fields}
-        if unknown:
-            raise DataError(
-                f"episode {episode.id!r}: task {task.name!r} declares no field {', '.join(sorted(unknown))}"
-            )
-        self.episode = episode
-        self.rows = pack_rows(task, episode, dtype)
-        self.members: dict[str, bytes] = {"steps.npy": npy(self.rows)}
-        self.texts: dict[str, str] = {}
-        self.values: dict[str, bytes] = {}
-        # field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC)])
-        self.chunks: dict[str, tuple[str, int, list[tuple[str, int, int, int]]]] = {}
-        count = len(self.rows)
-        self.short: list[str] = []
-        for field in task.fields:
-            if is_large(field):
-                self._add_large(field, chosen[field.name], count)
-            elif field.per == "episode":
-                self._add_episodic(field)
-            if field.per == "step" and field.role not in _ACTION_ROLES and len(episode.fields[field.name]) < count:
-                self.short.append(field.name)
-        self.members["json"] = self._json(chosen)
-        # header and padding of each member
-        self.bytes = sum(_BLOCK + -(-len(m) // _BLOCK) * _BLOCK for m in self.members.values())
-        if self.bytes > MAX_SAMPLE:
-            raise DataError(f"episode {episode.id!r} takes {self.bytes} bytes; at most {MAX_SAMPLE} are written")
-
-    def _add_large(self, field: FieldSpec, encoding: Encoding, count: int) -> None:
-        if field.per == "episode":
-            value = np.asarray(self.episode.fields[field.name])[None]
-            stepwise = Episode(self.episode.id, self.episode.task, {field.name: value}, 0)
-            array = column(_stepwise(field), stepwise, 1)
-        else:
-            array = column(field, self.episode, count)
-        extension = codecs.EXTENSIONS[encoding.kind]
-        entries: list[tuple[str, int, int, int]] = []
-        if encoding.kind == "raw":
-            member = f"{field.name}.{extension}"
-            self.members[member] = data = npy(array)
-            one = field.bytes_per_step * encoding.rows
-            begin = len(data) - array.nbytes
-            for at in range(begin, len(data), max(one, 1)):
-                part = data[at : at + one]
-                entries.append((member, at, len(part), crc32c(part)))
-        elif encoding.kind == "text":
-            # one JSON list whose items are the chunks, so that readers of the tar get the strings
-            member = f"{field.name}.{extension}"
-            parts = codecs.encode(array, encoding)
-            at = 1
-            for part in parts:
-                entries.append((member, at, len(part), crc32c(part)))
-                at += len(part) + 1
-            self.members[member] = b"[" + b",".join(parts) + b"]"
-        else:
-            parts = codecs.encode(array, encoding)
-            width = max(4, len(str(max(len(parts) - 1, 0))))
-            for i, part in enumerate(parts):
-                member = f"{field.name}.{i:0{width}d}.{extension}"
-                self.members[member] = part
-                entries.append((member, 0, len(part), crc32c(part)))
-        self.chunks[field.name] = (encoding.kind, encoding.rows, entries)
-
-    def _add_episodic(self, field: FieldSpec) -> None:
-        value = self.episode.fields.get(field.name)
-        where = f"episode {self.episode.id!r}, field {field.name!r}"
-        if field.dtype == "str":
-            if value is None:
-                return
-            if not isinstance(value, str) or len(value.encode()) > MAX_VALUE << 8:
-                raise DataError(f"{where}: a text of at most {MAX_VALUE << 8} bytes is needed")
-            self.texts[field.name] = value
-            return
-        stepwise = Episode(
-            self.episode.id, self.episode.task, {} if value is None else {field.name: np.asarray(value)[None]}, 0
-        )
-        self.values[field.name] = column(_stepwise(field), stepwise, 1).tobytes()
-
-    def _json(self, chosen: Mapping[str, Encoding]) -> bytes:
-        e = self.episode
-        fields: dict[str, Any] = dict(self.texts)
-        for name in self.values:
-            fields[name] = np.asarray(e.fields[name]).tolist()
-        described = {
-            "id": e.id,
-            "task": e.task,
-            "steps": e.steps,
-            "success": None if e.success is None else bool(e.success),
-            "agent": e.agent,
-            "fields": fields,
-            "short": self.short,
-            "encodings": {name: [chosen[name].kind, chosen[name].rows] for name in sorted(self.chunks)},
-            "info": dict(e.info),
-        }
-        try:
-            return json.dumps(described, ensure_ascii=False).encode()
-        except (TypeError, ValueError) as error:
-            raise DataError(f"episode {e.id!r}: info holds what JSON cannot: {error}") from None
-
-
-_ACTION_ROLES = ("action", "reward", "terminated", "truncated")
-
-
-def _stepwise(field: FieldSpec) -> FieldSpec:
-    """A field of the whole episode as one of its first row."""
-    return FieldSpec(field.name, "info", field.modality, field.dtype, field.shape, field.low, field.high, field.values)
-
-
-def npy(array: np.ndarray) -> bytes:
-    """An array as `.npy` bytes."""
-    import io
-
-    out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
-    return out.getvalue()
+    document = parse(json.dumps(describe(file, statistics)).encode(), url)
+    names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
+    return EpisodeIndex(url, document, arrays.decode(file, None, *names), document["digests"][INDEX][:32])
 
 
 class _Tar:
@@ -399,13 +224,13 @@ class _Tar:
         # fixed times and owners: the same episodes give the same bytes
         self._writer = TarWriter(self.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
-    def add(self, sample: _Sample) -> table.Record:
+    def add(self, sample: Sample) -> table.Record:
         begin = self.size
         self._writer.write({"__key__": f"{self.stem}/{self.samples:06d}", **sample.members})
         data: dict[str, int] = {}
         for member in sorted(sample.members):
-            data[member] = self.size + _BLOCK
-            self.size += _BLOCK + -(-len(sample.members[member]) // _BLOCK) * _BLOCK
+            data[member] = self.size + BLOCK
+            self.size += BLOCK + -(-len(sample.members[member]) // BLOCK) * BLOCK
         if self._writer.tarstream.offset != self.size:
             raise RuntimeError(f"{self.file.name}: TarWriter is at {self._writer.tarstream.offset}, not {self.size}")
         self.samples += 1

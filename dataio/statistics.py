@@ -1,14 +1,16 @@
 """Statistics of each field of each task: moments, extremes, quantiles, the share of actions outside their bounds.
 
-Everything is gathered in a form that merges exactly, in any grouping of the episodes, so that pieces of a dataset that were written apart
-give the statistics of the whole: sums of Chan et al. 1979 for the moments, and for the quantiles a histogram over fixed cells: the
-upper 17 bits of a value as float32 (sign, exponent, 8 bits of the fraction), whose width is 0.4 % of the value.
+Everything is gathered in a form that merges, so that pieces of a dataset that were written apart give the statistics of
+the whole: the moments by Chan et al. 1979, and the quantiles by a histogram over fixed cells: the upper 17 bits of a
+value as float32 (sign, exponent, 8 bits of the fraction), whose width is at most 0.4 % of the value. Counts, extremes and
+quantiles do not depend on how episodes were grouped; moments only by rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,7 @@ class Sketch:
         """[len(QUANTILES), D], each by linear interpolation within its cell."""
         out = np.zeros((len(QUANTILES), len(self.mean)))
         bounds = np.searchsorted(self.keys, np.arange(len(self.mean) + 1, dtype=np.int64) * _CELLS)
-        for d, (a, b) in enumerate(zip(bounds[:-1], bounds[1:])):
+        for d, (a, b) in enumerate(pairwise(bounds)):
             upto = np.cumsum(self.counts[a:b])
             rank = np.asarray(QUANTILES) * (upto[-1] - 1)
             cell = np.minimum(np.searchsorted(upto, rank, side="right"), b - a - 1)
@@ -250,7 +252,8 @@ class Statistics:
         for row in pq.read_table(source).to_pylist():
             arrays = {n: np.asarray(row[n], kind) for n, kind in _ARRAYS.items()}
             scalars = {n: int(row[n]) for n in ("count", "invalid", "outside", "elements")}
-            out.sketches[row["task"], row["field"]] = Sketch(tuple(row["shape"]), **scalars, **arrays)
+            parts: dict[str, Any] = scalars | arrays
+            out.sketches[row["task"], row["field"]] = Sketch(tuple(row["shape"]), **parts)
         return out
 
 
