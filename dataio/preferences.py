@@ -1,0 +1,74 @@
+"""Per-episode priorities: what `prefer` in a recipe, or a `priority` event of the plan's log, means for each episode."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .episode import DataError
+
+if TYPE_CHECKING:
+    from .index import EpisodeIndex
+
+RULES = ("uniform", "return", "top", "success")
+
+
+def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np.float32] | None:
+    """Priorities float32 [E] by a rule, or None where every window is as good as any other.
+
+    uniform   None
+    return    the rank of the episode's return among those of its task, divided by their number: the best 1, the worst near 0;
+              equal returns share their mean rank
+    top       1 for the share `top` of each task's episodes with the highest returns (at least one), 0 for the others; of equal
+              returns at the edge, the first in the index
+    success   1 for episodes known to have succeeded, 0 for the others
+    """
+    if prefer == "uniform":
+        return None
+    if prefer == "success":
+        return (np.asarray(index.success) == 1).astype(np.float32)
+    if prefer not in RULES:
+        raise DataError(f"prefer: {prefer!r} is none of {', '.join(RULES)}")
+    if not 0 < top <= 1:
+        raise DataError(f"top: {top} is not a share above 0 and up to 1")
+    returns, task = np.asarray(index.total_return, np.float64), np.asarray(index.task)
+    if not np.isfinite(returns).all():
+        bad = int(np.flatnonzero(~np.isfinite(returns))[0])
+        raise DataError(
+            f"{index.url}: episode {index.id(bad)!r} has the return {returns[bad]}; prefer: {prefer} needs numbers"
+        )
+    out = np.zeros(len(returns), np.float32)
+    for t in np.unique(task):
+        of_task = np.flatnonzero(task == t)
+        n = len(of_task)
+        if prefer == "top":
+            best = of_task[np.argsort(-returns[of_task], kind="stable")[: max(1, round(top * n))]]
+            out[best] = 1.0
+        else:
+            _, inverse, counts = np.unique(returns[of_task], return_inverse=True, return_counts=True)
+            mean_rank = np.cumsum(counts) - (counts - 1) / 2
+            out[of_task] = mean_rank[inverse] / n
+    return out
+
+
+def priority_of(event: Mapping[str, Any], index: EpisodeIndex) -> NDArray[np.float32] | None:
+    """Priorities that a `priority` event states: by a rule, or from a `.npy` file whose SHA-256 it names."""
+    if "prefer" in event:
+        return preference(index, event["prefer"], float(event.get("top", 1.0)))
+    with open(event["file"], "rb") as file:
+        data = file.read(index.episodes * 8 + 4096)
+    if hashlib.sha256(data).hexdigest() != event["digest"]:
+        raise DataError(
+            f"{event['file']}: its SHA-256 is not {event['digest']}, which the plan's log names; restore the file"
+        )
+    priority = np.load(io.BytesIO(data), allow_pickle=False)
+    if priority.shape != (index.episodes,) or priority.dtype.kind != "f":
+        raise DataError(
+            f"{event['file']}: priorities must be floats of shape ({index.episodes},), not {priority.dtype} {priority.shape}"
+        )
+    return priority.astype(np.float32)

@@ -1,0 +1,451 @@
+"""SamplingPlan: which windows make each row of each step's global batch, as a pure function of seed, step, row and log.
+
+All windows of a row, its prompt too, come from one bucket of episodes, so that a row can be served where its bytes are (see
+`placement`). Each global batch takes its rows at even distances along the line of all buckets' mass, from an offset that moves by the
+golden ratio from step to step: every bucket gets its share of the rows exactly, in any span of steps, up to one row.
+
+Slot 0 of a row is its prompt, where it has one; windows count from 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .draws import Columns, Drawer, Ints, Quarantine
+from .episode import DataError
+from .index import EpisodeIndex
+from .mixture import UNIT, Mix, entry_shares, free_mix
+from .philox import BUCKET, words
+from .plan_index import PlanIndex, digest
+from .plan_log import Event, PlanLog
+from .preferences import priority_of
+
+_GOLDEN = 10368889  # the odd number nearest UNIT / golden ratio: offsets of any span of steps are spread evenly
+
+
+@dataclass(frozen=True)
+class EntryLengths:
+    """What an objective says of one line of the mixture; E episodes, and an element a task of its index.
+
+    units         int64 [E]: sampling units of each episode: steps (control), 1 (caption), tokens (text); 0: never drawn
+    window        int32 [tasks]: most units of a window
+    per_unit      int32 [tasks]: tokens a unit
+    fixed         int32 [E]: tokens of a window beside its units (its instruction)
+    prompt        share of rows whose first window is of this entry that begin with a prompt
+    prompt_units  int32 [tasks]: most units of a prompt; a prompt costs per_unit each
+    """
+
+    units: NDArray[np.int64]
+    window: NDArray[np.int32]
+    per_unit: NDArray[np.int32]
+    fixed: NDArray[np.int32]
+    prompt: float
+    prompt_units: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One line of the mixture.
+
+    weight    relative share, in the plan's `weight_unit`
+    tasks     numbers of the tasks of the index that take part
+    priority  float32 [E]: how many times as often as with 1 each of the episode's windows is drawn; 0: never; None: all 1
+    """
+
+    index: EpisodeIndex
+    lengths: EntryLengths
+    weight: float
+    name: str
+    tasks: Sequence[int]
+    priority: NDArray[np.float32] | None = None
+
+
+class PlannedWindows(NamedTuple):
+    """Windows of some rows of one step, an element each, sorted by (row, slot); all int64 but `prompt` (bool).
+
+    task is the number in its entry's index; tokens is what the plan set aside: fixed + units · per_unit, a prompt's without fixed.
+    """
+
+    row: Ints
+    slot: Ints
+    entry: Ints
+    task: Ints
+    episode: Ints
+    start: Ints
+    units: Ints
+    tokens: Ints
+    prompt: NDArray[np.bool_]
+    attempt: Ints
+
+
+def choose_buckets(episodes: int, rows: int, prompts: bool, processes: int = 1, fits: bool = False) -> int:
+    """Number of buckets: 1 where the data fit every process' cache; else the power of two nearest `rows`, or 16 for each process if
+    that is more, as long as a bucket holds 400 episodes (1,000 with prompts), below which gradients would vary more than with
+    free draws."""
+    if fits:
+        return 1
+    most = max(1, episodes // (1000 if prompts else 400))
+    return 2 ** min(round(math.log2(max(rows, 16 * processes if processes > 1 else 1))), int(math.log2(most)))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A span of steps without a change of weights, priorities, entries or skipped steps."""
+
+    first: int  # step
+    skipped: int  # steps that were skipped before: the plan's own count is step + skipped
+    entries: tuple[PlanEntry, ...]
+    weights: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A phase with all that drawing from it needs."""
+
+    index: PlanIndex
+    mix: Mix
+    drawer: Drawer
+    skipped: int
+
+    def segment(self, position: Ints) -> Ints:
+        return np.searchsorted(self.mix.cut, position, side="right") - 1
+
+    def bucket(self, segment: Ints) -> Ints:
+        return segment // (len(self.mix.cut) // self.index.buckets)
+
+
+class SamplingPlan:
+    """See the module.
+
+    Args:
+        rows: rows of the global batch.
+        budget: tokens of a row.
+        weight_unit: `windows` or `tokens`: what an entry's weight counts. Prompts do not count.
+        replacement: False: epochs over disjoint tiles of the episodes.
+        buckets: number of buckets; 0: `choose_buckets`.
+        validation, held_out: share of episodes held out; whether to draw only from those, or never.
+        log: events that change the plan.
+        cache_dir: folder for the sorted index, which is then mapped into memory; empty: in memory.
+        open_entry: opens the data set of a `dataset` event.
+
+    DataError where nothing can be drawn, or a window cannot fit a row.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[PlanEntry],
+        *,
+        rows: int,
+        budget: int,
+        seed: int,
+        weight_unit: str = "windows",
+        replacement: bool = True,
+        buckets: int = 0,
+        validation: float = 0.0,
+        held_out: bool = False,
+        log: PlanLog | None = None,
+        cache_dir: str = "",
+        open_entry: Callable[[Event], PlanEntry] | None = None,
+    ) -> None:
+        if weight_unit not in ("windows", "tokens"):
+            raise ValueError(f"weight_unit {weight_unit!r} is neither 'windows' nor 'tokens'")
+        if rows < 1 or budget < 1:
+            raise ValueError(f"a plan needs at least one row and one token a row, not {rows} rows of {budget}")
+        if not entries:
+            raise DataError("mixture: no entries")
+        self.rows, self.budget, self.seed = rows, budget, seed
+        self.weight_unit, self.replacement = weight_unit, replacement
+        self.validation, self.held_out = validation, held_out
+        self.cache_dir, self.open_entry = cache_dir, open_entry
+        self.entries = tuple(entries)
+        episodes = sum(e.index.episodes for e in entries)
+        self.buckets = buckets or choose_buckets(episodes, rows, any(e.lengths.prompt > 0 for e in entries))
+        self.log = log if log is not None else PlanLog()
+        self.step = 0
+        self._offset = int(words(seed, 0, purpose=BUCKET)[0]) % UNIT
+        self._fingerprint = ""
+        self._indexes: dict[tuple[int, ...], PlanIndex] = {}
+        self._made: dict[tuple[str, int], PlanEntry] = {}
+        self._forget()
+        self._ready(0)  # errors of the data now, not at the first step
+
+    # -- rows --------------------------------------------------------------------------------------------------------
+
+    def row_buckets(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+        """Of each row of the step's global batch: its position on the mass line, in [0, 1), ascending, and its bucket."""
+        _, phase = self._phase(step)
+        counter = np.full(self.rows, step + phase.skipped, np.int64)
+        position = self.positions(counter, np.arange(self.rows))
+        segment = phase.segment(position)
+        return position / (self.rows * UNIT), phase.bucket(segment).astype(np.int32)
+
+    def offset(self, step: int) -> int:
+        """Where the step's first row stands on the line of rows · UNIT positions; the others follow at distances of UNIT."""
+        counter = np.array([step + self._phase(step)[1].skipped], np.int64)
+        return int(self.positions(counter, np.zeros(1, np.int64))[0])
+
+    def segments(self, step: int) -> tuple[Ints, Ints, Ints]:
+        """The line's parts: bucket, first position, and end of each, by the weights in force at the step."""
+        phase = self._phase(step)[1]
+        return phase.bucket(np.arange(len(phase.mix.cut) - 1)), phase.mix.cut[:-1], phase.mix.cut[1:]
+
+    def positions(self, counter: Ints, row: Ints) -> Ints:
+        """Where rows stand on the line of rows · UNIT positions, by the plan's own count of steps."""
+        return row * UNIT + (self._offset + _GOLDEN * (counter % UNIT)) % UNIT
+
+    def windows(
+        self, step: int, rows: ArrayLike | None = None, attempts: Mapping[tuple[int, int], int] | None = None
+    ) -> PlannedWindows:
+        """The windows of some rows (all: None) of a step.
+
+        attempts: (row, slot) -> least attempt that is acceptable, for windows that could not be read: the next of the same task and
+        bucket, within the same tokens; all other windows stay as they are. The window delivered says its `attempt`.
+        """
+        rows = np.arange(self.rows) if rows is None else np.asarray(rows, np.int64)
+        return self.many([step], [rows], attempts)[0]
+
+    def many(
+        self,
+        steps: Sequence[int],
+        rows: Sequence[NDArray[np.int64]],
+        attempts: Mapping[tuple[int, int], int] | None = None,
+    ) -> list[PlannedWindows]:
+        """`windows` of several steps at once, which costs much less for each: `rows[i]` of `steps[i]`."""
+        out: list[PlannedWindows] = []
+        for number, group in itertools.groupby(range(len(steps)), lambda i: self._phase(steps[i])[0]):
+            phase, chosen = self._ready(number), list(group)
+            sizes = [len(rows[i]) for i in chosen]
+            step = np.repeat(np.array([steps[i] for i in chosen], np.int64), sizes)
+            row = np.concatenate([np.asarray(rows[i], np.int64) for i in chosen])
+            if len(row) and not (row.min() >= 0 and row.max() < self.rows):
+                raise ValueError(f"rows are numbered from 0 to {self.rows - 1}, not {row.min()} to {row.max()}")
+            at, planned = self._planned(phase, step, row, attempts or {})
+            ends = np.searchsorted(at, np.cumsum(sizes))
+            starts = [0, *ends[:-1]]
+            out += [PlannedWindows(*(c[a:b] for c in planned)) for a, b in zip(starts, ends)]
+        return out
+
+    def _planned(
+        self, phase: _Ready, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
+    ) -> tuple[Ints, PlannedWindows]:
+        counter = step + phase.skipped
+        segment = phase.segment(self.positions(counter, row))
+        windows, prompts = phase.drawer.rows(counter, row, segment)
+        windows["attempt"] = np.zeros(len(windows["at"]), np.int64)
+        prompts["attempt"] = np.zeros(len(prompts["at"]), np.int64)
+        if attempts or len(self._quarantine):
+            firsts = windows["slot"] == 1
+            context = {k: v[firsts][prompts["at"]] for k, v in windows.items()}
+            prompts = self._redrawn(phase, prompts, context, step, row, segment, attempts)
+            windows = self._redrawn(phase, windows, None, step, row, segment, attempts)
+        columns = windows
+        if len(prompts["at"]):
+            columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
+            order = np.argsort(columns["at"] << 16 | columns["slot"], kind="stable")
+            columns = {k: v[order] for k, v in columns.items()}
+        stratum, at, place = columns["cell"] % len(phase.index.strata), columns["at"], columns["place"]
+        return at, PlannedWindows(
+            row=row[at],
+            slot=columns["slot"],
+            entry=phase.index.strata.entry[stratum],
+            task=phase.index.strata.task[stratum],
+            episode=phase.index.episode[place].astype(np.int64),
+            start=columns["start"],
+            units=columns["units"],
+            tokens=columns["tokens"],
+            prompt=columns["slot"] == 0,
+            attempt=columns["attempt"],
+        )
+
+    def _redrawn(
+        self,
+        phase: _Ready,
+        columns: Columns,
+        context: Columns | None,
+        step: Ints,
+        row: Ints,
+        segment: Ints,
+        attempts: Mapping[tuple[int, int], int],
+    ) -> Columns:
+        """Replaces what is quarantined or was reported as unreadable."""
+        index, at = phase.index, columns["at"]
+
+        def refused(cell: Ints, place: Ints, of: Ints) -> NDArray[np.bool_]:
+            entry = index.strata.entry[cell % len(index.strata)]
+            return self._quarantine.holds(entry, index.episode[place].astype(np.int64), step[at[of]])
+
+        everything = np.arange(len(at))
+        needed = refused(columns["cell"], columns["place"], everything).astype(np.int64)
+        if attempts:
+            asked = [attempts.get(key, 0) for key in zip(row[at].tolist(), columns["slot"].tolist())]
+            needed = np.maximum(needed, asked)
+        again = np.flatnonzero(needed)
+        if not len(again):
+            return columns
+        part = {k: v[again] for k, v in columns.items()}
+        first = None if context is None else {k: v[again] for k, v in context.items()}
+        new = phase.drawer.redraw(
+            part,
+            phase.skipped + step[at[again]],
+            row[at[again]],
+            phase.bucket(segment[at[again]]),
+            needed[again],
+            lambda cell, place, of: refused(cell, place, again[of]),
+            first,
+        )
+        columns = {k: v.copy() for k, v in columns.items()}
+        for k in ("cell", "place", "start", "units", "tokens", "attempt"):
+            columns[k][again] = new[k]
+        return columns
+
+    # -- what changes ------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Replays the log. What did not change is not built again."""
+        self._applied = len(self.log)
+        self._phases = self._replay()
+        self._firsts = [p.first for p in self._phases]
+        self._built: dict[int, _Ready] = {}
+        known = [(e.name, e.index.fingerprint) for e in self._phases[-1].entries]
+        self._quarantine = Quarantine((e for e in self.log.events if e["kind"] == "quarantine"), known)
+
+    def _replay(self) -> list[_Phase]:
+        phases = [_Phase(0, 0, self.entries, np.array([e.weight for e in self.entries], np.float64))]
+        changes = [e for e in self.log.events if e["kind"] != "quarantine"]
+        for event in sorted(changes, key=lambda e: e["step"]):  # stable: of one step, in the order of the log
+            last = phases[-1]
+            if last.first == event["step"]:
+                phases.pop()
+            phases.append(self._changed(event, last))
+        return phases
+
+    def _changed(self, event: Event, last: _Phase) -> _Phase:
+        kind, step = event["kind"], event["step"]
+        if kind == "skip":
+            return replace(last, first=step, skipped=last.skipped + event["steps"])
+        entries, weights = list(last.entries), last.weights.copy()
+        if kind == "dataset":
+            entries.append(self._derived(event, None))
+            weights = np.append(weights, np.float64(event["weight"]))
+            return replace(last, first=step, entries=tuple(entries), weights=weights)
+        names = [e.name for e in entries]
+        for name in event["weights"] if kind == "weights" else [event["entry"]]:
+            if name not in names:
+                raise DataError(f"plan log: step {step} names entry {name!r}; the mixture has {', '.join(names)}")
+            i = names.index(name)
+            if kind == "weights":
+                weights[i] = event["weights"][name]
+            else:
+                entries[i] = self._derived(event, entries[i])
+        return replace(last, first=step, entries=tuple(entries), weights=weights)
+
+    def _derived(self, event: Event, base: PlanEntry | None) -> PlanEntry:
+        """The entry that an event makes, the same object at every replay."""
+        key = (json.dumps(event, sort_keys=True), id(base))
+        if key not in self._made:
+            if base is not None:
+                self._made[key] = replace(base, priority=priority_of(event, base.index))
+            elif self.open_entry is None:
+                raise DataError(
+                    f"plan log: step {event['step']} adds data set {event['dataset']!r}, which nothing here can open"
+                )
+            else:
+                self._made[key] = self.open_entry(event)
+        return self._made[key]
+
+    def _phase(self, step: int) -> tuple[int, _Ready]:
+        if len(self.log) != self._applied:
+            self._forget()
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0")
+        number = bisect_right(self._firsts, step) - 1
+        return number, self._ready(number)
+
+    def _ready(self, number: int) -> _Ready:
+        if number not in self._built:
+            phase = self._phases[number]
+            index = self._index(phase.entries)
+            shares = entry_shares(index, phase.weights, [e.name for e in phase.entries], self.held_out)
+            mix = free_mix(index, shares, self.rows, self.budget, self.weight_unit)
+            self._built[number] = _Ready(index, mix, Drawer(index, mix, self.budget, self.seed), phase.skipped)
+        return self._built[number]
+
+    def _index(self, entries: tuple[PlanEntry, ...]) -> PlanIndex:
+        key = tuple(map(id, entries))
+        if key not in self._indexes:
+            self._indexes[key] = PlanIndex.open(
+                entries,
+                buckets=self.buckets,
+                budget=self.budget,
+                validation=self.validation,
+                held_out=self.held_out,
+                tiles=not self.replacement,
+                cache_dir=self.cache_dir,
+            )
+        return self._indexes[key]
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything but the log that the plan's draws depend on."""
+        if not self._fingerprint:
+            numbers = [
+                self.rows,
+                self.budget,
+                self.seed,
+                self.weight_unit,
+                self.replacement,
+                self.buckets,
+                self.validation,
+            ]
+            weights = [[e.name, float(e.weight)] for e in self.entries]
+            self._fingerprint = digest(self.entries, [*numbers, self.held_out, weights])
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the step that comes next (`step`, kept by whoever consumes the plan), the log, and what must be the same."""
+        return {
+            "step": self.step,
+            "log": list(self.log.events),
+            "buckets": self.buckets,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state. The log's events that this plan lacks are added; ValueError where the plan is another one."""
+        if state["buckets"] != self.buckets:
+            raise ValueError(
+                f"plan: the checkpoint was drawn from {state['buckets']} buckets, this plan has {self.buckets}; set "
+                f"data.buckets={state['buckets']}"
+            )
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "plan: the checkpoint belongs to another plan (data, objective, batch size, seed or weights differ); start a new "
+                "run, or restore the recipe that wrote it"
+            )
+        mine = list(self.log.events)
+        for event in state["log"]:
+            if event in mine:
+                mine.remove(event)
+            else:
+                self.log.append(event)
+        self.step = int(state["step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs; the sorted index is built there, or mapped from `cache_dir`."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_indexes", "_built", "_made")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._indexes, self._made = {}, {}
+        self._forget()
