@@ -79,7 +79,7 @@ def backend(url: str, timeout: float) -> Backend:
 
 def redacted(text: str) -> str:
     """Without what may be secret in a URL: user info and query strings (SAS tokens, signatures)."""
-    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"\?[^\s\"']*", "", text))
+    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))
 
 
 class LocalBackend:

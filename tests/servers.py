@@ -1,0 +1,217 @@
+"""Servers for tests, all on loopback: a real S3 (moto), a front that injects faults, and two "hosts" as network namespaces."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+
+@contextlib.contextmanager
+def moto_server(bucket: str = "bucket") -> Iterator[str]:
+    """The endpoint of an S3 server with an empty bucket, in a thread of this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = f"http://{host}:{port}"
+        request = urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")
+        urllib.request.urlopen(request).close()
+        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")).close()
+        yield endpoint
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def s3_environment(endpoint: str) -> Iterator[None]:
+    """The usual environment variables point at this endpoint."""
+    settings = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the front does to one answer.
+
+    status   answer with this code and an S3 error body instead
+    code     the S3 error code in that body
+    after    bytes of the body that are let through before what follows
+    cut      close the connection there: a truncated body
+    reset    break the connection there (RST)
+    stall    say nothing for so many seconds there, then go on
+    flip     change a bit of the body's byte number `after`
+    """
+
+    status: int = 0
+    code: str = "InternalError"
+    after: int = 0
+    cut: bool = False
+    reset: bool = False
+    stall: float = 0.0
+    flip: bool = False
+
+
+@dataclass
+class Request:
+    number: int  # 0, 1, … in order of arrival
+    method: str
+    path: str
+    headers: dict[str, str] = field(repr=False, default_factory=dict)
+
+
+class FaultyFront:
+    """An HTTP front of another server: asks `rule` what to do to each answer. Runs in a thread; a context manager."""
+
+    def __init__(self, upstream: str):
+        host, port = upstream.removeprefix("http://").split(":")
+        self.upstream = host, int(port)
+        self.rule: Callable[[Request], Fault | None] = lambda request: None
+        self.requests: list[Request] = []
+        self.faults = 0
+        self._loop = asyncio.new_event_loop()
+
+    def __enter__(self) -> FaultyFront:
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        started = asyncio.run_coroutine_threadsafe(asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop)
+        self._server = started.result()
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def stop() -> None:
+            self._server.close()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                lines = head.decode().split("\r\n")
+                method, path, _ = lines[0].split(" ")
+                headers = {k.lower(): v.strip() for k, v in (line.split(":", 1) for line in lines[1:] if line)}
+                body = await reader.readexactly(int(headers.get("content-length", 0)))
+                request = Request(len(self.requests), method, path, headers)
+                self.requests.append(request)
+                fault = self.rule(request)
+                self.faults += fault is not None
+                if not await self._answer(writer, method, head, body, fault):
+                    return
+        writer.close()
+
+    async def _answer(
+        self, writer: asyncio.StreamWriter, method: str, head: bytes, body: bytes, fault: Fault | None
+    ) -> bool:
+        """Whether the connection goes on."""
+        if fault and fault.status:
+            text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
+            writer.write(f"HTTP/1.1 {fault.status} Injected\r\nContent-Length: {len(text)}\r\n\r\n".encode())
+            writer.write(b"" if method == "HEAD" else text)
+            await writer.drain()
+            return True
+        answer, content = await self._ask(method, head, body)
+        writer.write(answer)
+        if fault is None:
+            writer.write(content)
+            await writer.drain()
+            return True
+        if fault.flip and content:
+            place = min(fault.after, len(content) - 1)
+            content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            writer.write(content)
+            await writer.drain()
+            return True
+        writer.write(content[: fault.after])
+        await writer.drain()
+        if fault.stall:
+            await asyncio.sleep(fault.stall)
+        if fault.reset:
+            writer.transport.abort()
+            return False
+        if fault.cut:
+            writer.close()
+            return False
+        writer.write(content[fault.after :])
+        await writer.drain()
+        return True
+
+    async def _ask(self, method: str, head: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """The upstream's head (with the length of the body in it) and body."""
+        reader, writer = await asyncio.open_connection(*self.upstream)
+        writer.write(re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n" + body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        content = await reader.read(-1)
+        writer.close()
+        answer = re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", answer)
+        if not re.search(rb"(?i)\r\ncontent-length:", answer):
+            answer = answer[:-2] + f"Content-Length: {len(content)}\r\n\r\n".encode()
+        return answer, content
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace that looks like a host of its own."""
+
+    name: str
+    address: str
+    interface: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """A command line that runs on this host."""
+        return ["ip", "netns", "exec", self.name, *arguments]
+
+
+@contextlib.contextmanager
+def two_hosts(prefix: str = "tiphys") -> Iterator[list[Host]]:
+    """Two hosts joined by a cable (veth). Skips the test, loudly, where there is no root or no `ip`."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2: this proof did NOT run")
+    mark = f"{prefix}{os.getpid()}"
+    hosts = [Host(f"{mark}{c}", f"10.77.{os.getpid() % 250}.{i + 1}", f"v{os.getpid()}{c}") for i, c in enumerate("ab")]
+    try:
+        for host in hosts:
+            _ip("netns", "add", host.name)
+        _ip("link", "add", hosts[0].interface, "netns", hosts[0].name, "type", "veth",
+            "peer", "name", hosts[1].interface, "netns", hosts[1].name)  # fmt: skip
+        for host in hosts:
+            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.interface)
+            for device in ("lo", host.interface):
+                _ip("-n", host.name, "link", "set", device, "up")
+        yield hosts
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], stderr=subprocess.DEVNULL, check=False)
+
+
+def _ip(*arguments: str) -> None:
+    try:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"ip {' '.join(arguments)}: {error.stderr.strip()}: this proof did NOT run")
