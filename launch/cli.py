@@ -102,6 +102,10 @@ def _data_commands(commands: Any) -> None:
     p.add_argument("--trust-policy", action="store_true", help="a zip contains pickles, which can run code: allow it")
     p.set_defaults(command="collect")
 
+    p = commands.add_parser("environments", help="names of the environments that are installed")
+    p.add_argument("contains", nargs="?", default="", help="only names that contain this")
+    p.set_defaults(command="environments")
+
     p = commands.add_parser("convert", help="data of another format -> a dataset")
     p.add_argument("source")
     p.add_argument("destination")

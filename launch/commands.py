@@ -1,0 +1,310 @@
+"""What each subcommand of `tiphys` does, from parsed arguments to an exit status. Imports stand where they are needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def quickstart(args: Namespace) -> int:
+    from launch.quickstart import quickstart
+
+    return quickstart(args.overrides, args.datasets, args.scale, args.processes)
+
+
+def train(args: Namespace) -> int:
+    import shlex
+
+    from launch.check import check
+    from launch.submit import submit
+
+    check(args.recipe, args.overrides, world=args.processes if not args.hostfile else 0)
+    return submit(
+        args.recipe,
+        args.overrides,
+        processes=args.processes,
+        port=args.port,
+        hostfile=args.hostfile,
+        extra=shlex.split(args.launcher),
+    )
+
+
+def check(args: Namespace) -> int:
+    from launch.check import check
+
+    recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
+    print(f"{args.recipe}: recipe {recipe.name!r} is right")
+    return 0
+
+
+def mixture(args: Namespace) -> int:
+    from launch.mixture import request, show
+
+    if args.action == "show":
+        print(show(args.run))
+    else:
+        print(request(args.run, args.weights, args.at))
+    return 0
+
+
+def report(args: Namespace) -> int:
+    from launch.report import write_report
+
+    print(write_report(args.run))
+    return 0
+
+
+def objectives(args: Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.paradigms import table
+
+    rows = table()
+    view = Table(*rows[0], title="Paradigms", header_style="bold")
+    for row in rows:
+        view.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 240).print(view)
+    return 0
+
+
+def tokens(args: Namespace) -> int:
+    from launch.tokens import show_row
+
+    print(show_row(args.recipe, args.overrides, args.step, args.row))
+    return 0
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def environments(args: Namespace) -> int:
+    from dataio.environments import names
+
+    print("\n".join(n for n in names() if args.contains.lower() in n.lower()))
+    return 0
+
+
+def collect(args: Namespace) -> int:
+    from dataio.collect import collect
+
+    policy: Any = None
+    if args.policy:
+        from dataio.environments.agents import agent
+
+        policy = agent(args.policy, trusted=args.trust_policy)
+    index = collect(
+        args.tasks,
+        args.to,
+        args.episodes,
+        seed=args.seed,
+        noise=args.noise if args.noise >= 0 else None,
+        processes=args.processes,
+        policy=policy,
+        progress=progress_lines(),
+    )
+    print(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
+    for task in index.tasks:
+        print(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
+    return 0
+
+
+def convert(args: Namespace) -> int:
+    from dataio.convert import convert
+
+    done = convert(
+        args.source,
+        args.destination,
+        format=args.format or None,
+        mapping=args.mapping or None,
+        skip_bad=args.skip_bad,
+        processes=args.processes,
+        on=args.on,
+        progress=progress_bar("converting"),
+    )
+    print(done)
+    return 0
+
+
+def export(args: Namespace) -> int:
+    from dataio.export import export
+
+    print(export(args.dataset, args.destination, format=args.format))
+    return 0
+
+
+def inspect(args: Namespace) -> int:
+    from dataio.dataset import inspect
+
+    if args.episode >= 0:
+        from launch.look import episode
+
+        print(episode(args.dataset, args.episode, args.picture))
+        return 0
+    found = inspect(args.dataset)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        from launch.look import summary
+
+        print(summary(found))
+    return 0
+
+
+def verify(args: Namespace) -> int:
+    from dataio.dataset import verify
+
+    found = verify(args.dataset, repair=args.repair)
+    print(found)
+    return 0 if found.ok else 1
+
+
+def index(args: Namespace) -> int:
+    from dataio.foreign import index_foreign
+
+    made = index_foreign(args.dataset)
+    print(f"{args.dataset}: {made.episodes} samples indexed in place")
+    return 0
+
+
+def merge(args: Namespace) -> int:
+    from dataio.dataset import merge
+
+    return _made(args.destination, merge(args.datasets, args.destination))
+
+
+def append(args: Namespace) -> int:
+    from dataio.dataset import append
+
+    return _made(args.dataset, append(args.dataset, args.more))
+
+
+def split(args: Namespace) -> int:
+    from dataio.dataset import split
+
+    for url, made in zip((args.first, args.second), split(args.dataset, args.first, args.second, args.share)):
+        _made(url, made)
+    return 0
+
+
+def filter(args: Namespace) -> int:
+    from dataio.dataset import filter
+
+    made = filter(
+        args.dataset,
+        args.destination,
+        tasks=args.tasks,
+        min_return=args.min_return,
+        top=args.top,
+        success=args.success,
+        min_steps=args.min_steps,
+    )
+    return _made(args.destination, made)
+
+
+def _made(url: str, made: Any) -> int:
+    print(f"{url}: {made.episodes} episodes, {int(made.steps.sum())} steps, {len(made.tasks)} tasks")
+    return 0
+
+
+def loader_bench(args: Namespace) -> int:
+    from dataio.bench import bench, describe
+
+    found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
+    print(json.dumps(found, indent=1) if args.json else describe(found))
+    return 0
+
+
+# -- policies ---------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: Namespace) -> int:
+    from launch.look import scores
+    from pretrain.evaluate import evaluate
+
+    folder = _policy_folder(args.policy)
+    found = evaluate(
+        folder,
+        args.tasks or None,
+        episodes=args.episodes,
+        seed=args.seed,
+        processes=args.processes,
+        sample=args.sample,
+        out=args.out or str(Path(folder).parent / "evaluation.json"),
+    )
+    print(scores(found))
+    return 0
+
+
+def publish(args: Namespace) -> int:
+    from pretrain.publish import publish
+
+    print(publish(_policy_folder(args.run), args.to, private=not args.public))
+    return 0
+
+
+def _policy_folder(name: str) -> str:
+    """`run/policy` of a run's folder; a policy's own folder; a hub's, fetched."""
+    if name.startswith("hf://"):
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name.removeprefix("hf://"))
+    folder = Path(name)
+    if (folder / "policy" / "config.json").is_file():
+        return str(folder / "policy")
+    if (folder / "config.json").is_file():
+        return str(folder)
+    raise FileNotFoundError(f"{name}: neither a run with a policy/ nor a policy (no config.json in it)")
+
+
+# -- how far ----------------------------------------------------------------------------------------------------------
+
+
+def progress_lines() -> Callable[[str, int, int], None]:
+    """(name, done, all) -> a line a name on a terminal, rewritten; elsewhere a line when a name is done."""
+    terminal = sys.stderr.isatty()
+
+    def show(name: str, done: int, whole: int) -> None:
+        if terminal:
+            print(f"\r{name}: {done}/{whole}", end="\n" if done == whole else "", file=sys.stderr, flush=True)
+        elif done == whole:
+            print(f"{name}: {done} episodes", file=sys.stderr, flush=True)
+
+    return show
+
+
+def progress_bar(what: str) -> Callable[[int, int], None]:
+    """(done, all) -> a bar with rate and ETA on a terminal; elsewhere a line every ten seconds."""
+    import time
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        bar = Progress(console=Console(stderr=True))
+        task = bar.add_task(what, total=None)
+        bar.start()
+
+        def show(done: int, whole: int) -> None:
+            bar.update(task, completed=done, total=whole)
+            if done >= whole:
+                bar.stop()
+
+        return show
+    began = last = time.monotonic()
+
+    def tell(done: int, whole: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10 or done >= whole:
+            last, rate = now, done / max(now - began, 1e-9)
+            left = f"{(whole - done) / rate:.0f} s left" if rate else "no rate yet"
+            print(f"{what}: {done}/{whole}  {rate:.1f}/s  {left}", file=sys.stderr, flush=True)
+
+    return tell

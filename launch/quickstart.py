@@ -1,0 +1,64 @@
+"""The whole way, shortened to a coffee: demonstrations, training, evaluation, policy, report.
+
+Each step prints the command that does the same alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.commands import progress_lines
+from launch.submit import submit
+
+# dataset -> task -> demonstrations
+DEMONSTRATIONS: dict[str, dict[str, int]] = {
+    "babyai": {"BabyAI-GoToRedBallGrey-v0": 6000, "BabyAI-GoToLocal-v0": 8000},
+    "metaworld": {
+        "metaworld/reach-v3": 250,
+        "metaworld/push-v3": 300,
+        "metaworld/drawer-close-v3": 200,
+        "metaworld/door-open-v3": 300,
+    },
+    "classic": {"CartPole-v1": 60, "Pendulum-v1": 200, "LunarLander-v3": 200},
+}
+RECIPE = "quickstart"
+
+
+def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes: int) -> int:
+    """0 when a policy, its evaluation and the report are there. Demonstrations that are there already are kept."""
+    began = time.monotonic()
+    for name, tasks in DEMONSTRATIONS.items():
+        _collect(f"{datasets}/{name}", {task: max(10, round(n * scale)) for task, n in tasks.items()})
+    paths = [f"data.mixture[{i}].dataset={datasets}/{name}" for i, name in enumerate(DEMONSTRATIONS)]
+    told = [*paths, *overrides] if datasets != "datasets/quickstart" else list(overrides)
+    print(f"\n$ tiphys train {' '.join([RECIPE, *told])}", flush=True)
+    status = submit(RECIPE, told, processes=processes)
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in all", flush=True)
+    return status
+
+
+def _collect(url: str, tasks: Mapping[str, int]) -> None:
+    from dataio.collect import collect
+    from dataio.index import EpisodeIndex
+
+    if (Path(url) / "dataset.json").is_file():
+        have = EpisodeIndex.open(url)
+        counts = {t.name: int((have.task == i).sum()) for i, t in enumerate(have.tasks)}
+        if counts == dict(tasks):
+            print(f"{url}: {have.episodes} episodes are there already", flush=True)
+            return
+        raise FileExistsError(
+            f"{url} holds other demonstrations ({json.dumps(counts)}) than wanted ({json.dumps(dict(tasks))}); "
+            "remove it, or choose another folder with --datasets"
+        )
+    for task, count in tasks.items():
+        print(f"$ tiphys collect {task} --episodes {count} --to {url}", flush=True)
+    began = time.monotonic()
+    index = collect(tasks, url, progress=progress_lines())
+    print(
+        f"{url}: {index.episodes} episodes, {int(index.steps.sum())} steps in {time.monotonic() - began:.0f} s",
+        flush=True,
+    )

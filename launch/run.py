@@ -1,0 +1,218 @@
+"""One rank of a run, from a recipe to a policy: what `launch/train.py` does once the recipe is right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.finish import finish, start_evaluation
+from recipes.load import to_yaml
+from recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from dataio.index import EpisodeIndex
+    from dataio.loader import CacheBudget
+    from dataio.sampling import SamplingPlan
+    from pretrain.batch import TokenBatch
+    from pretrain.callbacks import Callback
+    from pretrain.objectives import Objectives
+    from pretrain.parallel import ParallelDims
+
+
+def run(recipe: Recipe) -> int:
+    """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed)."""
+    from dataio.loader import TrajectoryLoader
+    from pretrain.checkpoint import Checkpoint
+    from pretrain.engine import build_engine
+    from pretrain.model.config import DecisionConfig
+    from pretrain.model.transformer import DecisionModel
+    from pretrain.objectives import Objectives
+    from pretrain.parallel import ParallelDims
+    from pretrain.trainer import Trainer
+
+    world = ParallelDims(recipe.parallel)
+    indexes = open_datasets(recipe, world)
+    objectives = Objectives(recipe, indexes)
+    plan = make_plan(recipe, indexes, objectives)
+    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary))
+    engine = build_engine(recipe, model, world)
+    if world.rank == 0:
+        write_recipe(recipe)
+        announce(recipe, objectives, plan, engine)
+    loader = None
+    if world.is_first_stage:
+        arguments = loader_arguments(recipe, objectives)
+        loader = TrajectoryLoader(plan, world.home, **arguments, cache=cache_budget(recipe), stop=recipe.train.steps)
+    with loader or nullcontext():
+        stages = callbacks(recipe, objectives, indexes, world)
+        trainer = Trainer(recipe, engine, loader, stages, [index.fingerprint for index in indexes])
+        done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+    rank = world.rank
+    world.close()  # nothing collective from here on: the other ranks' cores are free for the evaluation
+    if not done:
+        return 130
+    return finish(recipe, objectives) if rank == 0 else 0
+
+
+def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
+    """One index a line of the mixture. The first rank of a machine decodes a new one; the others find it decoded."""
+    from dataio.index import EpisodeIndex
+
+    opened: dict[str, EpisodeIndex] = {}
+
+    def open_all() -> None:
+        for entry in recipe.data.mixture:
+            if entry.dataset not in opened:
+                opened[entry.dataset] = EpisodeIndex.open(entry.dataset)
+
+    if world is None or world.local == 0:
+        open_all()
+    if world is not None:
+        world.barrier()
+        open_all()
+    return [opened[entry.dataset] for entry in recipe.data.mixture]
+
+
+def make_plan(
+    recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
+) -> SamplingPlan:
+    """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
+    from dataio.draws import priorities
+    from dataio.sampling import PlanEntry, SamplingPlan
+
+    entries = []
+    for i, (line, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        numbers = objectives.task_numbers(i)
+        entries.append(
+            PlanEntry(
+                index=index,
+                lengths=objectives.lengths(i),
+                weight=line.weight,
+                name=f"{i}:{line.dataset}",
+                tasks=[int(t) for t in range(len(index.tasks)) if numbers[t] >= 0],
+                priority=None if held_out else priorities(index, line.prefer, line.top),
+            )
+        )
+    return SamplingPlan(
+        entries,
+        rows=rows or int(recipe.deepspeed["train_batch_size"]),
+        budget=objectives.length,
+        seed=recipe.train.seed,
+        weight_unit=recipe.data.weight_unit,
+        replacement=recipe.data.replacement or held_out,
+        buckets=recipe.data.buckets,
+        validation=recipe.data.validation,
+        held_out=held_out,
+    )
+
+
+def loader_arguments(recipe: Recipe, objectives: Objectives, *, training: bool = True) -> dict[str, Any]:
+    """What every loader of this recipe is told, whoever reads from it."""
+    lines = range(len(recipe.data.mixture))
+    return {
+        "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
+        "needs": [objectives.needs(i) for i in lines],
+        "tasks": [objectives.task_numbers(i) for i in lines],
+        "requests": recipe.data.requests,
+        "prefetch": size(recipe.data.prefetch),
+    }
+
+
+def size(text: str) -> int:
+    """`8GiB`, `500MB`, `4096` -> bytes."""
+    units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+    units |= {f"{k}i": 1024 ** (i + 1) for i, k in enumerate("kmgt")}
+    number = text.strip().lower().removesuffix("b").strip()
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number.removesuffix(unit)) * units[unit.strip()])
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is no size; write 512MiB, 8GiB, 2TB") from None
+
+
+def cache_budget(recipe: Recipe) -> CacheBudget:
+    """This loader's part of the node's cache."""
+    from dataio.loader import CacheBudget
+
+    loaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // recipe.parallel.pipeline)
+    cache = recipe.data.cache
+    folder = str(Path(cache.dir) / f"loader-{os.environ.get('LOCAL_RANK', '0')}") if cache.dir else ""
+    return CacheBudget(memory=size(cache.memory) // loaders, disk=size(cache.disk) // loaders, dir=folder)
+
+
+def callbacks(
+    recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
+) -> list[Callback]:
+    """The stages beside the loop, in the order in which they act."""
+    from pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
+
+    names = [task.name for task in objectives.tasks]
+    writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
+    also = [Every(recipe.evaluate.every), Every(recipe.publish.every if recipe.publish.to else 0)]
+    checkpointer = Checkpointer(
+        recipe.run.dir,
+        recipe.checkpoint.every,
+        recipe.checkpoint.keep,
+        asynchronous=recipe.checkpoint.asynchronous,
+        also=also,
+    )
+    stages: list[Callback] = [writer, Progress()]
+    if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
+        held_out = partial(held_out_batches, recipe, indexes, objectives, world)
+        stages.append(Validator(recipe.validate.every, held_out, writer))
+    stages.append(checkpointer)
+    if recipe.evaluate.every and recipe.evaluate.tasks:
+        stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
+    if recipe.publish.every and recipe.publish.to:
+        from launch.finish import publish_checkpoint
+
+        stages.append(Publisher(recipe.publish.every, partial(publish_checkpoint, recipe, objectives), checkpointer))
+    return stages
+
+
+def held_out_batches(
+    recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, world: ParallelDims
+) -> Iterator[TokenBatch]:
+    """This rank's share of `validate.rows` held-out rows, the same rows at every validation."""
+    from dataio.loader import TrajectoryLoader
+    from pretrain.batch import TokenBatch
+
+    if not world.is_first_stage:
+        return
+    plan = make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+    with TrajectoryLoader(plan, world.home, **loader_arguments(recipe, objectives, training=False), stop=1) as loader:
+        for loaded in loader:
+            copies = {name: array.copy() for name, array in loaded.arrays.items()}
+            loaded.release()
+            yield TokenBatch.from_arrays(copies)
+
+
+def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
+    """What is about to run, before it does: layout, model, derived values, data."""
+    parameters = sum(p.numel() for p in engine.module.parameters())
+    episodes = sum(entry.index.episodes for entry in plan.entries)
+    world = engine.world
+    lines = [
+        f"run          {recipe.run.dir}  (recipe {recipe.name})",
+        f"layout       {world.world} processes = {world.pipeline} pipeline × {world.data} data, {world.expert} expert; "
+        f"ZeRO-{engine.zero_stage}, {'bf16' if engine.bf16 else 'fp32'}",
+        f"model        {parameters / 1e6:.2f}M parameters on this rank, {recipe.model.layers} layers of {recipe.model.hidden}",
+        f"batch        {engine.rows} rows × {objectives.length} positions; "
+        f"{engine.accumulation} × {engine.micro_batch} rows a rank",
+        f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
+    ]
+    lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
+    print("\n".join(lines), flush=True)
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """The resolved recipe beside the run, whole or not at all."""
+    folder = Path(recipe.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "recipe.yaml.tmp"
+    temporary.write_text(to_yaml(recipe), encoding="utf-8")
+    os.replace(temporary, folder / "recipe.yaml")
