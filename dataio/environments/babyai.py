@@ -1,0 +1,127 @@
+"""BabyAI and MiniGrid levels by their gymnasium ids, with BabyAI's bot as expert (Chevalier-Boisvert et al. 2019)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dataio.environments.family import Environment, Expert, ExpertLost, Family
+from dataio.environments.gridview import mark_seen, see_once
+from dataio.episode import DataError, FieldSpec
+
+LEFT, RIGHT, FORWARD = range(3)
+
+
+class BabyAI(Family):
+    normalise = "success"
+    # A fifth of random turns and steps takes the bot off its shortest path into states that a learner's errors reach.
+    noise = 0.2
+
+    def owns(self, task: str) -> bool:
+        return task.startswith(("BabyAI-", "MiniGrid-"))
+
+    def names(self) -> list[str]:
+        import gymnasium
+        import minigrid
+
+        del minigrid  # importing it registers its ids
+        return sorted(n for n in gymnasium.registry if n.startswith(("BabyAI-", "MiniGrid-")))
+
+    def make(self, task: str, **options: Any) -> Environment:
+        import gymnasium
+        import minigrid
+
+        del minigrid
+        return _grid_environment(gymnasium.make(task, disable_env_checker=True, **options).unwrapped)
+
+    def expert(self, task: str, env: Environment) -> Expert:
+        if not hasattr(env.unwrapped, "instrs") and not task.startswith("BabyAI-"):  # type: ignore[attr-defined]
+            raise DataError(
+                f"the bot acts in BabyAI levels; {task!r} has no expert: give one by `--policy module:function`"
+            )
+        return Bot(env)
+
+    def max_steps(self, task: str, env: Environment) -> int:
+        """The largest of ten missions': a level's horizon follows from the mission."""
+        largest = 0
+        for seed in range(10):
+            env.reset(seed=seed)
+            largest = max(largest, int(env.unwrapped.max_steps))  # type: ignore[attr-defined]
+        return largest
+
+    def fields(self, task: str, env: Environment) -> tuple[FieldSpec, ...]:
+        from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
+
+        values = max(len(OBJECT_TO_IDX), len(COLOR_TO_IDX), len(STATE_TO_IDX))
+        fields = []
+        for spec in super().fields(task, env):
+            if spec.name == "observation.image":  # cells of (object, colour, state), not a picture
+                spec = FieldSpec(spec.name, spec.role, "discrete", spec.dtype, spec.shape, values=values)
+            elif spec.role == "text":  # one mission an episode
+                spec = replace(spec, per="episode")
+            fields.append(spec)
+        return tuple(fields)
+
+    def disturb(self, action: Any, space: Any, noise: float, rng: np.random.Generator) -> Any:
+        """Turns and steps only: they can be undone, and picking up, dropping and opening at random can not."""
+        return int(rng.integers(LEFT, FORWARD + 1)) if rng.random() < noise else action
+
+
+def _grid_environment(env: Any) -> Environment:
+    import gymnasium
+
+    class GridEnvironment(gymnasium.Wrapper):
+        """Adds `info["success"]`, and a Text space for the mission, whose own class gymnasium cannot describe."""
+
+        def __init__(self) -> None:
+            super().__init__(env)
+            env.gen_obs_grid = see_once(env)
+            spaces = dict(env.observation_space.spaces)
+            spaces["mission"] = gymnasium.spaces.Text(max_length=1024)
+            self.observation_space = gymnasium.spaces.Dict(spaces)
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+            with contextlib.redirect_stdout(io.StringIO()):  # level generation prints every rejected sample
+                return self.env.reset(seed=seed, options=options)
+
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            observation, reward, terminated, truncated, info = self.env.step(int(action))
+            info["success"] = bool(terminated and float(reward) > 0)
+            return observation, float(reward), terminated, truncated, info
+
+    return GridEnvironment()
+
+
+class Bot:
+    """BabyAI's bot: plans on what it has seen so far, and again after every disturbance."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env: Any = env
+        self._bot: Any = None
+        self._said: Any = None
+
+    def reset(self) -> None:
+        from minigrid.utils.baby_ai_bot import BabyAIBot
+
+        class QuickBot(BabyAIBot):
+            _process_obs = mark_seen
+
+        self._bot, self._said = QuickBot(self._env), None
+
+    def act(self, observation: Any, taken: Any = None) -> int:
+        assert self._bot is not None, "reset() comes first"
+        try:
+            action = self._bot.replan(self._said if taken is None else taken)
+        except (
+            Exception
+        ) as error:  # the bot asserts what a disturbed world need not hold, and names it in no common class
+            raise ExpertLost(f"the bot gave up: {error!r}") from error
+        self._said = action
+        return int(action)
+
+
+FAMILY = BabyAI()

@@ -1,0 +1,184 @@
+"""What a family of environments gives: how to make one, its fields, its expert, and how demonstrations are disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from dataio.episode import DataError, FieldSpec, TaskSpec
+
+
+class Environment(Protocol):
+    """Native observations and gymnasium's five results; `info["success"]` where the task has success."""
+
+    observation_space: Any
+    action_space: Any
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]: ...
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]: ...
+    def render(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class Expert(Protocol):
+    """Acts in one environment, which it may look into. `reset` is called after the environment's own `reset`."""
+
+    def reset(self) -> None: ...
+    def act(self, observation: Any, taken: Any = None) -> Any:
+        """The action to take now. `taken`: what was really done in the step before (None: what this expert said)."""
+        ...
+
+
+class ExpertLost(Exception):
+    """An expert cannot finish this episode (a disturbance undid what its plan needs); another seed takes its place."""
+
+
+class UnknownEnvironment(DataError):
+    """No family has a task of this name."""
+
+
+class MissingExtra(DataError):
+    """A package that a family needs is not installed."""
+
+
+class Stateless:
+    """An expert that is a function of the observation."""
+
+    def __init__(self, action: Callable[[Any], Any]) -> None:
+        self._action = action
+
+    def reset(self) -> None:
+        pass
+
+    def act(self, observation: Any, taken: Any = None) -> Any:
+        return self._action(observation)
+
+
+class Family:
+    """A family of environments. Users subclass this and name the class (or an instance) in an entry point of the group
+    `tiphys.environments`; the entry point's name is the prefix of their tasks (`mygame` serves `mygame` and `mygame/…`).
+
+    extra       the extra of this project that installs what the family imports
+    normalise   return | success: what a score of these tasks is
+    noise       default disturbance of demonstrations; see `disturb`
+    """
+
+    extra = "envs"
+    normalise = "return"
+    noise = 0.0
+
+    def owns(self, task: str) -> bool:
+        """Is this name one of the family's, existing or not? Cheap. For users' families the entry point's name decides."""
+        raise NotImplementedError
+
+    def names(self) -> list[str]:
+        """Tasks that exist, sorted."""
+        raise NotImplementedError
+
+    def make(self, task: str, **options: Any) -> Environment:
+        """An environment. What follows `reset(seed=s)` depends on s and the actions alone, never on earlier episodes."""
+        raise NotImplementedError
+
+    def expert(self, task: str, env: Environment) -> Expert:
+        """The family's own expert for one environment. Raises DataError where there is none."""
+        raise DataError(
+            f"task {task!r} has no expert of its own: "
+            "give one (`--policy agent.zip --trust-policy`, or `--policy module:function`)"
+        )
+
+    def max_steps(self, task: str, env: Environment) -> int:
+        """The horizon; 0: unknown."""
+        spec = getattr(env, "spec", None)
+        return int(getattr(spec, "max_episode_steps", None) or 0)
+
+    def fields(self, task: str, env: Environment) -> tuple[FieldSpec, ...]:
+        """The fields of a timestep; by default what the spaces say."""
+        return space_fields(env.observation_space, env.action_space)
+
+    def disturb(self, action: Any, space: Any, noise: float, rng: np.random.Generator) -> Any:
+        """The action executed instead of the expert's clean one, which is the one recorded (Laskey et al. 2017, DART).
+
+        Continuous: Gaussian noise with a standard deviation of `noise` half-ranges, clipped to the space.
+        Discrete: with probability `noise`, a uniformly random value.
+        """
+        if hasattr(space, "low"):
+            span = (space.high - space.low) / 2
+            return np.clip(action + rng.normal(size=span.shape) * noise * span, space.low, space.high).astype(
+                space.dtype
+            )
+        if hasattr(space, "n"):
+            return int(space.start + rng.integers(space.n)) if rng.random() < noise else action
+        if hasattr(space, "nvec"):
+            return np.where(rng.random(space.nvec.shape) < noise, rng.integers(space.nvec), action)
+        raise DataError(f"actions of {space} cannot be disturbed: collect with noise 0")
+
+    def spec(self, task: str) -> TaskSpec:
+        """The task as its environment declares it, without scores."""
+        env = self.make(task)
+        try:
+            return TaskSpec(
+                name=task,
+                fields=self.fields(task, env),
+                environment=task,
+                normalise=self.normalise,
+                max_steps=self.max_steps(task, env),
+            )
+        finally:
+            env.close()
+
+
+def space_fields(observation_space: Any, action_space: Any) -> tuple[FieldSpec, ...]:
+    """FieldSpecs of gymnasium spaces, with reward and both flags beside them."""
+    return (
+        *_fields(observation_space, "observation", "observation"),
+        *_fields(action_space, "action", "action"),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+        FieldSpec("terminated", "terminated", "discrete", "bool", values=2),
+        FieldSpec("truncated", "truncated", "discrete", "bool", values=2),
+    )
+
+
+def _fields(space: Any, name: str, role: str) -> tuple[FieldSpec, ...]:
+    kind = type(space).__name__
+    if kind == "Dict":
+        return tuple(f for key, part in space.spaces.items() for f in _fields(part, f"{name}.{key}", role))
+    if kind == "Tuple":
+        return tuple(f for i, part in enumerate(space.spaces) for f in _fields(part, f"{name}.{i}", role))
+    if kind == "Discrete":
+        if int(space.start) != 0:
+            raise DataError(f"{name}: values of {space} do not start at 0; wrap the environment so that they do")
+        return (FieldSpec(name, role, "discrete", "int64", values=int(space.n)),)
+    if kind in ("MultiDiscrete", "MultiBinary"):
+        values = int(np.max(space.nvec)) if kind == "MultiDiscrete" else 2
+        return (FieldSpec(name, role, "discrete", str(space.dtype), tuple(space.shape), values=values),)
+    if kind == "Text":
+        return (FieldSpec(name, "text", "text", "str"),)
+    if kind != "Box":
+        raise DataError(f"{name}: a space of kind {kind} has no FieldSpec; wrap the environment in one that has Boxes")
+    return (_box(space, name, role),)
+
+
+def _box(space: Any, name: str, role: str) -> FieldSpec:
+    shape = tuple(int(n) for n in space.shape)
+    if np.issubdtype(space.dtype, np.floating):
+        # float32 holds what a tokenizer or an embedding can tell apart, in half the bytes of MuJoCo's float64
+        low, high = _bounds(space.low), _bounds(space.high)
+        return FieldSpec(name, role, "continuous", "float32", shape, low, high)
+    if space.dtype == np.uint8 and len(shape) in (2, 3):
+        return FieldSpec(name, role, "image", "uint8", shape, (0.0,), (255.0,))
+    values = int(space.high.max()) + 1
+    if int(space.low.min()) < 0:
+        raise DataError(f"{name}: {space} has negative integers; wrap the environment so that they start at 0")
+    return FieldSpec(name, role, "discrete", str(space.dtype), shape, values=values if values <= 1 << 16 else 0)
+
+
+def _bounds(bound: np.ndarray) -> tuple[float, ...] | None:
+    """One number where all are equal, one a dimension of a vector otherwise, None where any is infinite (or float's largest)."""
+    flat = np.asarray(bound, np.float64).ravel()
+    if not np.all(np.abs(flat) < 1e30):
+        return None
+    if flat.size and np.all(flat == flat[0]):
+        return (float(flat[0]),)
+    return tuple(float(x) for x in flat)

@@ -1,0 +1,162 @@
+"""Collecting: the same bytes whatever the number of processes, clean actions recorded, one clear error and no half dataset."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import faulty_environments as faulty
+import numpy as np
+import pytest
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("minigrid")
+
+from dataio import collect as collecting
+from dataio import environments
+from dataio.collect import EVALUATION_SEEDS, SCORE_SEEDS, EnvironmentFault, Players, collect
+from dataio.episode import DataError
+
+pytestmark = pytest.mark.envs
+GRID, CART = "BabyAI-GoToRedBallGrey-v0", "CartPole-v1"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+def test_the_same_bytes_on_any_number_of_processes(tmp_path):
+    for processes in (1, 2, 3):
+        collect({GRID: 60, CART: 3}, str(tmp_path / str(processes)), processes=processes, score_episodes=3)
+    one = digests(tmp_path / "1")
+    assert one
+    assert one == digests(tmp_path / "2") == digests(tmp_path / "3")
+    other = collect({GRID: 60, CART: 3}, str(tmp_path / "other"), processes=1, score_episodes=3, seed=1)
+    assert digests(tmp_path / "other") != one
+    assert other.episodes == 63
+
+
+def test_what_is_written_is_what_was_played(tmp_path):
+    index = collect(GRID, str(tmp_path / "data"), 5, processes=1, score_episodes=4)
+    spec = index.tasks[0]
+    with Players(1) as players:
+        episodes = list(players.demonstrations(spec, 5, 0, None))
+    assert [index.id(i) for i in range(5)] == [e.id for e in episodes]
+    assert index.steps.tolist() == [e.steps for e in episodes]
+    assert np.allclose(index.total_return, [e.total_return for e in episodes])
+    assert index.success.tolist() == [1] * 5
+    env = environments.make(GRID)
+    first, _ = env.reset(seed=0)
+    assert np.array_equal(episodes[0].fields["observation.image"][0], first["image"])
+    assert episodes[0].fields["observation.mission"] == first["mission"]
+    assert len(episodes[0].fields["observation.image"]) == episodes[0].steps + 1
+    assert episodes[0].fields["terminated"].tolist() == [False] * (episodes[0].steps - 1) + [True]
+
+
+def test_scores_are_measured_and_kept(tmp_path):
+    index = collect([GRID, CART], str(tmp_path / "data"), 2, processes=1, score_episodes=5)
+    grid, cart = index.tasks
+    assert (grid.normalise, grid.expert) == ("success", 1.0)
+    assert 0 <= grid.random < 0.7
+    assert (cart.normalise, cart.expert) == ("return", 500.0)
+    assert 5 < cart.random < 60
+
+
+def test_the_recorded_action_is_the_experts_not_the_executed_one():
+    spec = environments.spec(CART)
+    with Players(1) as players:
+        (noisy,) = players.demonstrations(spec, 1, 5, 0.9)
+        (clean,) = players.demonstrations(spec, 1, 5, 0.0)
+    env = environments.make(CART)
+    expert = environments.expert(CART, env)
+
+    def replay(episode):
+        """Number of steps at which the recorded action would not have led to the next observation."""
+        observation, _ = env.reset(seed=5)
+        seen = episode.fields["observation"]
+        assert np.array_equal(observation, seen[0])
+        off = 0
+        for t, action in enumerate(episode.fields["action"]):
+            assert expert.act(seen[t]) == action
+            env.unwrapped.state = seen[t].astype(np.float64)
+            off += not np.allclose(env.step(int(action))[0], seen[t + 1], atol=1e-5)
+        return off
+
+    assert replay(clean) == 0
+    assert replay(noisy) > 0
+
+
+def test_seeds_of_demonstrations_scores_and_evaluation_never_meet(tmp_path):
+    assert SCORE_SEEDS < EVALUATION_SEEDS
+    with pytest.raises(DataError, match="kept for scores"):
+        collect(CART, str(tmp_path / "data"), 10, seed=SCORE_SEEDS - 5)
+    played = []
+    spec = environments.spec(CART)
+    original = collecting.play
+
+    def watch(env, task, seed, act):
+        played.append(seed)
+        return original(env, task, seed, act)
+
+    collecting.play = watch
+    try:
+        with Players(1, faulty.Left) as players:
+            episodes = list(players.demonstrations(spec, 12, 40, 0.0))
+    finally:
+        collecting.play = original
+    seeds = [e.info["seed"] for e in episodes]
+    assert len(set(seeds)) == 12
+    assert len(played) > 12  # some seeds were lost, and replaced by others
+    assert max(played) < SCORE_SEEDS
+
+
+def test_an_expert_that_raises_is_one_clear_error_and_no_dataset(tmp_path):
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        with pytest.raises(EnvironmentFault, match=r"CartPole-v1.*seed \d+, step \d+.*ZeroDivisionError.*diverged"):
+            collect(CART, str(folder), 60, processes=processes, policy=faulty.raises, score_episodes=3)
+        assert not (folder / "dataset.json").exists()
+
+
+def test_an_expert_that_is_always_lost_is_named(tmp_path):
+    with pytest.raises(EnvironmentFault, match="nowhere to go"):
+        collect(CART, str(tmp_path / "data"), 2, processes=1, policy=faulty.always_lost, score_episodes=1)
+
+
+def test_a_killed_process_is_an_error_not_a_hang(tmp_path):
+    with pytest.raises(EnvironmentFault, match="killed"):
+        collect(CART, str(tmp_path / "data"), 2, processes=2, policy=faulty.dies, score_episodes=1)
+    assert not (tmp_path / "data" / "dataset.json").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_no_dataset(tmp_path, monkeypatch):
+    import errno
+
+    from dataio import storage
+
+    def full(self, path, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage.Store, "upload", full)
+    with pytest.raises(OSError, match="no space left"):
+        collect(CART, str(tmp_path / "data"), 3, processes=1, score_episodes=1)
+    assert not (tmp_path / "data" / "dataset.json").exists()
+
+
+def test_an_existing_dataset_is_refused_before_anything_is_played(tmp_path):
+    collect(CART, str(tmp_path / "data"), 1, processes=1, score_episodes=1)
+    with pytest.raises(FileExistsError):
+        collect(CART, str(tmp_path / "data"), 1, processes=1, score_episodes=1, policy=faulty.dies)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(DataError, match="0 episodes"):
+        collect(CART, str(tmp_path / "data"), 0)
+    with pytest.raises(DataError, match="no task"):
+        collect([], str(tmp_path / "data"))
+    with pytest.raises(environments.UnknownEnvironment, match="CartPole-v1"):
+        collect("CartPole-v7", str(tmp_path / "data"), 1)
