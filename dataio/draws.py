@@ -163,8 +163,10 @@ class Drawer:
         return self.prompt(at, counter[at], row[at], cell[at], place[at], start[at], 0)
 
     def prompt(self, at: Ints, counter: Ints, row: Ints, cell: Ints, place: Ints, start: Ints, attempt: int) -> Columns:
-        """A prompt for each window: of another episode of its cell, or, where there is none, the same one's other end. Half of the
-        prompts are their episode's end (Reed et al. 2022, section 2.2), the others uniform."""
+        """A prompt for each window: of another episode of its cell, or, where there is none, the same one's other end.
+
+        Half of the prompts are their episode's end, the others uniform (Reed et al. 2022, section 2.2).
+        """
         index, strata = self.index, self.index.strata
         stratum = cell % len(strata)
         _, b, c, d = words(self.seed, counter, row, 0, attempt, purpose=PROMPT)
@@ -189,7 +191,7 @@ class Drawer:
     def _another(
         self, cell: Ints, place: Ints, uniform: NDArray[np.float64]
     ) -> tuple[Ints, NDArray[np.float64], NDArray[np.bool_]]:
-        """An episode of the cell other than `place`, by mass: its place, where in its mass the draw fell, and where there is none."""
+        """Another episode of the cell, by mass: its place, where in its mass the draw fell, and whether there is none."""
         index = self.index
         first, end = index.first[cell], index.first[cell + 1]
         low, high, mine, mine_end = index.mass[first], index.mass[end], index.mass[place], index.mass[place + 1]
@@ -220,7 +222,7 @@ class Drawer:
 
         needed   least attempt of each that is acceptable, at least 1
         refused  (cell, place, which of the windows) -> bool: whether an episode may not be used
-        The task, bucket and tokens set aside stay; only where sixteen attempts found nothing, another task of the bucket is taken.
+        Task, bucket and the tokens set aside stay; only where sixteen attempts found nothing, another task of the bucket is taken.
         """
         out = {k: v.copy() for k, v in columns.items()} | {"attempt": np.zeros(len(row), np.int64)}
         open_ = np.arange(len(row))
@@ -244,8 +246,8 @@ class Drawer:
             if not len(open_):
                 return out
         raise DataError(
-            f"no window can be drawn for row {int(row[open_[0]])} (bucket {int(bucket[open_[0]])}) after {ATTEMPTS} attempts: too "
-            "many of its episodes are quarantined or unreadable; see the plan's log, and repair or replace the data"
+            f"no window can be drawn for row {int(row[open_[0]])} (bucket {int(bucket[open_[0]])}) after {ATTEMPTS} "
+            "attempts: too many of its episodes are quarantined or unreadable; see the plan's log, and repair or replace the data"
         )
 
     def _redrawn(self, columns: Columns, counter: Ints, row: Ints, bucket: Ints, of: Ints, attempt: int) -> Columns:

@@ -1,8 +1,9 @@
 """Placement: which rows of each global batch a process computes, so that every process keeps the same data near all the time.
 
-Process p of N is home to the range [p/N, (p + 1)/N) of the plan's line of mass, cut through buckets where it falls. Rows stand at even
-distances on that line, so that each process gets ⌊B/N⌋ or ⌈B/N⌉ of them and finds its own without asking anyone. The
-placement depends on the plan and the launch's world only, never on what is alive or cached: a restarted process has the same home.
+Process p of N is home to the range [p/N, (p + 1)/N) of the plan's line of mass, cut through buckets where it falls. Rows stand
+at even distances on that line, so that each process gets ⌊B/N⌋ or ⌈B/N⌉ of them and finds its own without asking anyone. The
+placement depends on the plan and the launch's world only, never on what is alive or cached: a restarted process has the same
+home.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Placement:
         return np.arange(-((offset - self.low) // UNIT), -((offset - self.high) // UNIT), dtype=np.int64)
 
     def share(self, step: int = 0) -> list[tuple[int, float, float]]:
-        """(bucket, lo, hi) for each bucket with data here, by the weights in force at a step: this process serves the part [lo, hi)
-        of the bucket's rows."""
+        """(bucket, lo, hi) for each bucket with data here, by the weights in force at a step: this process serves the
+        part [lo, hi) of the bucket's rows."""
         bucket, low, high = self.plan.segments(step)
         span = np.maximum(high - low, 1)
         lo, hi = np.clip((self.low - low) / span, 0, 1), np.clip((self.high - low) / span, 0, 1)

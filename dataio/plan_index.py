@@ -1,8 +1,8 @@
 """PlanIndex: the drawable episodes of a mixture, sorted by bucket and kind, with running sums that make a draw one bisection.
 
 A *stratum* is one task of one entry of the mixture; a *bucket* is a residue of the episodes' hashes, which knows nothing of
-processes; a *cell* is a stratum within a bucket. Built once from all episodes (or opened memory-mapped); a change of the mixture's
-weights needs none of it again.
+processes; a *cell* is a stratum within a bucket. Built once from all episodes (or opened memory-mapped); a change of the
+mixture's weights needs none of it again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SamplingPlan: which windows make each row of each step's global batch, as a pure function of seed, step, row and log.
 
 All windows of a row, its prompt too, come from one bucket of episodes, so that a row can be served where its bytes are (see
-`placement`). Each global batch takes its rows at even distances along the line of all buckets' mass, from an offset that moves by the
-golden ratio from step to step: every bucket gets its share of the rows exactly, in any span of steps, up to one row.
+`placement`). Each global batch takes its rows at even distances along the line of all buckets' mass, from an offset that moves
+by the golden ratio from step to step: in any span of steps every bucket gets its share of the rows up to one or two.
 
 Slot 0 of a row is its prompt, where it has one; windows count from 1.
 """
@@ -72,7 +72,8 @@ class PlanEntry:
 class PlannedWindows(NamedTuple):
     """Windows of some rows of one step, an element each, sorted by (row, slot); all int64 but `prompt` (bool).
 
-    task is the number in its entry's index; tokens is what the plan set aside: fixed + units · per_unit, a prompt's without fixed.
+    task is the number in its entry's index; tokens is what the plan set aside: fixed + units · per_unit, for prompts
+    without fixed.
     """
 
     row: Ints
@@ -88,9 +89,9 @@ class PlannedWindows(NamedTuple):
 
 
 def choose_buckets(episodes: int, rows: int, prompts: bool, processes: int = 1, fits: bool = False) -> int:
-    """Number of buckets: 1 where the data fit every process' cache; else the power of two nearest `rows`, or 16 for each process if
-    that is more, as long as a bucket holds 400 episodes (1,000 with prompts), below which gradients would vary more than with
-    free draws."""
+    """Number of buckets: 1 where the data fit every process' cache; else the power of two nearest `rows`, or 16 for each
+    process if that is more, as long as a bucket holds 400 episodes (1,000 with prompts), below which gradients would vary more
+    than with free draws."""
     if fits:
         return 1
     most = max(1, episodes // (1000 if prompts else 400))
@@ -207,8 +208,8 @@ class SamplingPlan:
     ) -> PlannedWindows:
         """The windows of some rows (all: None) of a step.
 
-        attempts: (row, slot) -> least attempt that is acceptable, for windows that could not be read: the next of the same task and
-        bucket, within the same tokens; all other windows stay as they are. The window delivered says its `attempt`.
+        attempts: (row, slot) -> least attempt that is acceptable, for windows that could not be read: the next of the same task
+        and bucket, within the same tokens; all other windows stay as they are. The window delivered says its `attempt`.
         """
         rows = np.arange(self.rows) if rows is None else np.asarray(rows, np.int64)
         return self.many([step], [rows], attempts)[0]
