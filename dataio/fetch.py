@@ -1,0 +1,58 @@
+"""From missing units to bytes: ranges of one object are asked for together, objects beside each other, as many as are allowed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataio.episode import DataError
+from dataio.storage import Store
+from dataio.units import UnitMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Fetcher:
+    """Reads units from the stores of a UnitMap's datasets."""
+
+    def __init__(self, units: UnitMap, requests: int):
+        self.units = units
+        self.stores = [Store(index.url, requests=requests) for index in units.datasets]
+
+    async def fetch(self, units: np.ndarray, put: Callable[[int, Buffer], None]) -> dict[int, Exception]:
+        """Hand over each unit's bytes through `put`. Returns what could not be read because it is not there (any more).
+
+        Raises what no other draw would mend: a store that cannot be reached, refused access, a replaced object.
+        """
+        where = self.units.ranges(units)
+        order = np.lexsort((where.offset, where.shard, where.dataset))
+        new = np.flatnonzero(np.diff(where.dataset[order]) | np.diff(where.shard[order])) + 1
+        failed: dict[int, Exception] = {}
+
+        async def one(group: np.ndarray) -> None:
+            dataset, shard = int(where.dataset[group[0]]), int(where.shard[group[0]])
+            store, name = self.stores[dataset], self.units.datasets[dataset].shard_name(shard)
+            numbers, starts, sizes = (a[group].tolist() for a in (units, where.offset, where.size))
+            try:
+                buffers: Sequence[Any] = await store.read_ranges_async(name, starts, sizes)
+            except (FileNotFoundError, DataError) as error:
+                failed.update(dict.fromkeys(numbers, error))
+                return
+            for unit, data in zip(numbers, buffers, strict=True):
+                put(unit, data)
+
+        if len(units):
+            await asyncio.gather(*(one(group) for group in np.split(order, new)))
+        return failed
+
+    async def read_window(self, entry: int, episode: int, first: int, rows: int, fields: Sequence[str]) -> list[Buffer]:
+        """The buffers that `EpisodeIndex.decode` wants for one window, straight from the store."""
+        dataset = self.units.entry_dataset[entry]
+        index, store = self.units.datasets[dataset], self.stores[dataset]
+        wanted = index.ranges(episode, first, rows, fields)
+        parts = [store.read_ranges_async(index.shard_name(r.shard), [r.offset], [r.size]) for r in wanted]
+        return [buffer for (buffer,) in await asyncio.gather(*parts)]

@@ -1,0 +1,256 @@
+"""`TrajectoryLoader`: finished batches of the sampling plan, made ahead of time in a process of its own.
+
+The trainer's side. The loader process (`loader_process.py`) is started fresh, never forked, and imports no torch. It ends with
+the trainer however that ends; if it dies itself it is started again at the step that was to come, which is exact because the
+plan is a pure function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataio import shared_memory
+from dataio.episode import Needs, Window
+
+if TYPE_CHECKING:
+    from dataio.placement import Home
+    from dataio.sampling import SamplingPlan
+
+log = logging.getLogger(__name__)
+
+MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]
+_RESTARTS = 3  # of a loader process that dies without handing over a batch in between
+_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dataio.loader_process import main; main()"
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """What one loader may hold of its data: bytes in memory, bytes on disk, and the folder for the latter."""
+
+    memory: int = 1 << 30
+    disk: int = 0
+    dir: str = ""
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """All that a loader process is told when it starts."""
+
+    plan: SamplingPlan
+    home: Home
+    make_batch: MakeBatch
+    needs: tuple[Needs, ...]
+    tasks: tuple[np.ndarray, ...] | None
+    cache: CacheBudget
+    requests: int
+    prefetch: int
+    step: int
+    stop: int | None
+
+
+@dataclass
+class LoadedBatch:
+    """One step's rows of this process.
+
+    arrays       what make_batch returned, in shared memory: valid until `release()`
+    counters     what it cost (docs/loader.md)
+    quarantined  episodes that could not be read, with the windows drawn in their place: the trainer puts them into the plan's
+                 log from a later step on
+    """
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    counters: dict[str, float]
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    _release: Callable[[], None] | None = None
+
+    def release(self) -> None:
+        """Give the memory back. What still views `arrays` sees later batches from now on."""
+        if self._release is not None:
+            self.arrays = {}
+            self._release()
+            self._release = None
+
+
+class TrajectoryLoader:
+    """Iterator of LoadedBatch for steps [start, stop) of a plan: this home's rows, in order, each exactly once.
+
+    make_batch  picklable; called in the loader process with (step, rows int64 [n], each row's windows in slot order)
+    needs       what each line of the mixture asks of an episode
+    tasks       one an entry: task of its dataset -> the task's number in the run's list (None: as in the dataset)
+    cache       bytes that this loader may hold of the data
+    requests    range requests in flight
+    prefetch    bytes of finished batches that may wait
+    on_memory   called with each newly mapped piece of shared memory (uint8 array), to pin it for a GPU
+
+    `__next__` raises what went wrong in the loader process, with its traceback as a note. Context manager; also closed by
+    garbage collection and at exit.
+    """
+
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        home: Home,
+        make_batch: MakeBatch,
+        needs: Sequence[Needs],
+        *,
+        tasks: Sequence[np.ndarray] | None = None,
+        cache: CacheBudget | None = None,
+        requests: int = 64,
+        prefetch: int = 256 << 20,
+        start: int = 0,
+        stop: int | None = None,
+        on_memory: Callable[[np.ndarray], None] | None = None,
+    ):
+        self.plan, self.home, self.make_batch, self.needs = plan, home, make_batch, tuple(needs)
+        self.tasks = None if tasks is None else tuple(np.asarray(t) for t in tasks)
+        self.cache, self.requests, self.prefetch = cache or CacheBudget(), requests, prefetch
+        self.step, self.stop, self.on_memory = start, stop, on_memory
+        self._process: _Process | None = None
+        self._failures = 0
+        self._generation = 0
+
+    def start(self) -> None:
+        """Start the loader process, if it does not run; `__next__` does so too."""
+        if self._process is None:
+            settings = LoaderSettings(
+                self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests,
+                self.prefetch, self.step, self.stop,
+            )  # fmt: skip
+            self._process = _Process(settings)
+            self._generation = 0
+
+    def __iter__(self) -> TrajectoryLoader:
+        return self
+
+    def __next__(self) -> LoadedBatch:
+        if self.stop is not None and self.step >= self.stop:
+            raise StopIteration
+        began = time.monotonic()
+        message = self._receive()
+        slot, memory = message["slot"], None
+        process = self._process
+        assert process is not None
+        memory, new = process.reader.memory(slot, message["bytes"])
+        if new and self.on_memory is not None:
+            self.on_memory(memory)
+        arrays = process.reader.arrays(memory, message["places"])
+        counters = {**message["counters"], "wait": time.monotonic() - began}
+        self.step, self._failures = message["step"] + 1, 0
+        return LoadedBatch(
+            message["step"], arrays, counters, message["quarantined"], lambda: process.send({"release": slot})
+        )
+
+    def _receive(self) -> dict[str, Any]:
+        """The next batch's message. A process that died is started again; an error it sent is raised."""
+        while True:
+            self.start()
+            assert self._process is not None
+            try:
+                message = self._process.connection.recv()
+            except (EOFError, OSError):
+                self._died()
+                continue
+            if "error" in message:
+                self.close()
+                raise message["error"]
+            if message["generation"] == self._generation:
+                return message
+            self._process.send({"release": message["slot"]})  # made before the plan changed
+
+    def _died(self) -> None:
+        assert self._process is not None
+        code = self._process.close()
+        self._process = None
+        self._failures += 1
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        if self._failures > _RESTARTS:
+            raise RuntimeError(
+                f"the loader process ended {how} {self._failures} times in a row at step {self.step}; "
+                "signal 9 usually means that memory ran out: lower data.cache.memory or data.prefetch"
+            )
+        log.warning("the loader process ended %s; starting it again at step %d", how, self.step)
+
+    def append(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Put events into the plan's log, here and in the loader process. Batches made too early are made again."""
+        for event in events:
+            self.plan.log.append(dict(event))
+        if self._process is not None and events:
+            self._generation += 1
+            self._process.send({"events": [dict(e) for e in events], "generation": self._generation, "step": self.step})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step that comes next, and the plan's log: all that an exact resume needs, on any number of homes."""
+        return {**self.plan.state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.close()
+        self.plan.load_state_dict(state)
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """End the loader process. Batches that were handed over stay readable."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def __enter__(self) -> TrajectoryLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Process:
+    """A running loader process, the connection to it, and the memory shared with it."""
+
+    def __init__(self, settings: LoaderSettings):
+        ours, theirs = socket.socketpair()
+        memory = shared_memory.create()
+        with theirs:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), str(memory)],
+                pass_fds=(theirs.fileno(), memory),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.connection = Connection(ours.detach())
+        self.reader = shared_memory.SlotReader(memory)
+        self._close = weakref.finalize(self, _end, self.popen, self.connection, memory)
+        with contextlib.suppress(BrokenPipeError):  # a process that died at once is found out by the next receive
+            self.connection.send_bytes(pickle.dumps(settings, protocol=5))
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Nothing where the process is gone: the next receive finds out."""
+        if not self.connection.closed:
+            with contextlib.suppress(OSError):
+                self.connection.send(message)
+
+    def close(self) -> int:
+        self._close()
+        return self.popen.returncode
+
+
+def _end(popen: subprocess.Popen[bytes], connection: Connection, memory: int) -> None:
+    connection.close()  # the process ends when its side of the connection does
+    os.close(memory)
+    try:
+        popen.wait(0.2)
+    except subprocess.TimeoutExpired:
+        popen.kill()
+        popen.wait()

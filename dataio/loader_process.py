@@ -1,0 +1,317 @@
+"""The loader process: plans ahead, fetches what the cache lacks, decodes, makes batches, and hands them over in plan order.
+
+One thread and one event loop do the work: transfers go on in obstore's own threads while rows are decoded. A second thread
+listens to the trainer, and ends the process as soon as the trainer is gone, however that went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataio import shared_memory
+from dataio.assemble import Assembler
+from dataio.cache import Block, RangeCache
+from dataio.episode import DataError, Window
+from dataio.fetch import Fetcher
+from dataio.placement import Placement
+from dataio.units import Span, UnitMap, UnitRanges
+
+if TYPE_CHECKING:
+    from dataio.loader import LoaderSettings
+    from dataio.sampling import PlannedWindows
+
+_AHEAD = 64  # steps whose ranges may be on their way
+_ATTEMPTS = 8  # draws in the place of one window that cannot be read
+_MOST_BAD = (
+    0.1  # share of the windows of the last steps that may be redrawn: beyond it, it is not an episode that is bad
+)
+
+
+@dataclass
+class Work:
+    """A step on its way."""
+
+    step: int
+    rows: np.ndarray
+    planned: PlannedWindows
+    spans: list[Span]
+    ranges: list[UnitRanges]
+    block: Block
+    fetched: asyncio.Task[dict[int, Exception]]
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+class LoaderProcess:
+    """What happens between the settings and the slots."""
+
+    def __init__(self, settings: LoaderSettings, connection: Connection, memory: int):
+        self.settings, self.connection = settings, connection
+        self.plan = settings.plan
+        self.placement = Placement(self.plan, settings.home)
+        self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
+        indexes = [entry.index for entry in self.plan.entries]
+        self.units = UnitMap(indexes, settings.needs)
+        self.assembler = Assembler(self.units, settings.tasks)
+        self.fetcher = Fetcher(self.units, settings.requests)
+        self.step, self.generation = settings.step, 0
+        self._planned: dict[int, tuple[np.ndarray, PlannedWindows, list[Span]]] = {}
+        self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
+        self._loop = asyncio.get_running_loop()
+        self._freed = asyncio.Event()
+        self._events: list[dict[str, Any]] = []
+        self._changed = asyncio.Event()
+        self.cache = self._new_cache()
+
+    def _new_cache(self) -> RangeCache:
+        budget = self.settings.cache
+        return RangeCache(
+            self.units.units,
+            self.units.sizes,
+            self._block_units,
+            total=sum(column.total for column in self.units.columns),
+            memory=budget.memory,
+            disk=budget.disk,
+            directory=budget.dir,
+            fingerprint="-".join(d.fingerprint for d in self.units.datasets) + f"-{self.units.run}",
+            start=self.step,
+            stop=self.settings.stop,
+        )
+
+    # What the trainer says
+
+    def hear(self, message: dict[str, Any]) -> None:
+        if "release" in message:
+            self.slots.release(message["release"])
+            self._freed.set()
+        else:
+            self._events += message["events"]
+            self.generation, self.step = message["generation"], message["step"]
+            self._changed.set()
+
+    # The plan
+
+    def _windows(self, step: int) -> tuple[np.ndarray, PlannedWindows, list[Span]]:
+        """Rows of a step that are at home here, their windows, and the bytes that these want."""
+        known = self._planned.pop(step, None)
+        if known is None:
+            rows = self.placement.rows(step)
+            planned = self.plan.windows(step, rows)
+            known = rows, planned, self.units.spans(planned)
+        return known
+
+    def _block_units(self, step: int) -> np.ndarray:
+        known = self._windows(step)
+        self._planned[step] = known  # asked for again when the step is opened, or taken back from the look-ahead
+        if len(self._planned) > 2 * _AHEAD:
+            del self._planned[min(self._planned)]
+        spans = known[2]
+        return np.concatenate([s.units for s in spans]) if spans else np.zeros(0, np.int64)
+
+    # The work
+
+    async def run(self) -> None:
+        while True:
+            pipeline = asyncio.create_task(self._pipeline())
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait({pipeline, changed}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._changed.is_set():
+                pipeline.result()
+                await changed  # all steps are made; the plan may still change, and the slots must stay readable
+            pipeline.cancel()
+            await asyncio.gather(pipeline, return_exceptions=True)
+            self._changed.clear()
+            for event in self._events:
+                self.plan.log.append(event)
+            self._events.clear()
+            self._planned.clear()
+            self.cache.close()
+            self.cache = self._new_cache()
+
+    async def _pipeline(self) -> None:
+        """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""
+        begun: deque[Work] = deque()
+        try:
+            while True:
+                while len(begun) < _AHEAD and self.cache.can_open():
+                    begun.append(self._begin())
+                if not begun:
+                    return
+                await self._finish(begun.popleft())
+        finally:
+            for work in begun:
+                work.fetched.cancel()
+
+    def _begin(self) -> Work:
+        began = time.perf_counter()
+        block = self.cache.open()
+        rows, planned, spans = self._windows(block.number)
+        ranges = [self.units.ranges(span.units) for span in spans]
+        fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
+        work = Work(block.number, rows, planned, spans, ranges, block, fetched)
+        work.counters["plan_seconds"] = time.perf_counter() - began
+        return work
+
+    async def _finish(self, work: Work) -> None:
+        began = time.perf_counter()
+        failed = await work.fetched
+        fetched = time.perf_counter()
+        windows = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.get)
+        quarantined: list[dict[str, Any]] = []
+        for i, window in enumerate(windows):
+            if isinstance(window, DataError):
+                windows[i], events = await self._mend(work, i, window, failed)
+                quarantined += events
+        work.block.close()
+        self._judge(len(windows), len(quarantined), quarantined)
+        decoded = time.perf_counter()
+        by_row: list[list[Window]] = [[] for _ in work.rows]
+        place = {row: k for k, row in enumerate(work.rows.tolist())}
+        for row, window in zip(work.planned.row.tolist(), windows, strict=True):
+            assert isinstance(window, Window)
+            by_row[place[row]].append(window)
+        arrays = self.settings.make_batch(work.step, work.rows, by_row)
+        made = time.perf_counter()
+        places, size = shared_memory.layout(arrays)
+        while (slot := self.slots.acquire(size)) is None:
+            self._freed.clear()
+            await self._freed.wait()
+        self.slots.write(slot, places, arrays)
+        work.counters.update(
+            windows=len(windows),
+            fetch_wait_seconds=fetched - began,
+            decode_seconds=decoded - fetched,
+            make_seconds=made - decoded,
+        )
+        self.connection.send(
+            {
+                "step": work.step,
+                "generation": self.generation,
+                "slot": slot,
+                "bytes": size,
+                "places": places,
+                "counters": self._counters(work),
+                "quarantined": quarantined,
+            }
+        )
+
+    async def _mend(
+        self, work: Work, i: int, error: DataError, failed: dict[int, Exception]
+    ) -> tuple[Window, list[dict[str, Any]]]:
+        """A window whose bytes were wrong: read once more, past the cache; else another in its place, and the event."""
+        events: list[dict[str, Any]] = []
+        planned = work.planned
+        for attempt in range(int(planned.attempt[i]), int(planned.attempt[i]) + _ATTEMPTS):
+            if attempt > int(planned.attempt[i]):
+                row, slot = int(work.planned.row[i]), int(work.planned.slot[i])
+                again = self.plan.windows(work.step, np.array([row]), attempts={(row, slot): attempt})
+                place = int(np.flatnonzero(again.slot == slot)[0])
+                planned_one = _only(again, place)
+            else:
+                planned_one = _only(planned, i)
+            found = await self._read_alone(planned_one)
+            if isinstance(found, Window):
+                return found, events
+            entry, episode = int(planned_one.entry[0]), int(planned_one.episode[0])
+            index = self.plan.entries[entry].index
+            events.append(
+                {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
+                 "id": index.id(episode), "reason": str(found)}
+            )  # fmt: skip
+            error = found
+        raise DataError(f"step {work.step}: {_ATTEMPTS} windows in a row could not be read; the last one: {error}")
+
+    async def _read_alone(self, planned: PlannedWindows) -> Window | DataError:
+        """One planned window straight from the store."""
+        spans = self.units.spans(planned)
+        ranges = [self.units.ranges(s.units) for s in spans]
+        got: dict[int, Any] = {}
+        units = np.unique(np.concatenate([s.units for s in spans])) if spans else np.zeros(0, np.int64)
+        failed = await self.fetcher.fetch(units, got.__setitem__)
+        for missing in failed.values():
+            return DataError(str(missing))
+        (window,) = self.assembler.windows(planned, spans, ranges, lambda u: memoryview(got[u]))
+        return window
+
+    def _judge(self, windows: int, redrawn: int, events: list[dict[str, Any]]) -> None:
+        """Some episodes are bad; when many are, something else is, and silence would bias the training."""
+        self._recent.append((windows, redrawn))
+        all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
+        if bad >= 10 and bad > _MOST_BAD * all_windows:
+            raise DataError(
+                f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. "
+                f"The last one: {events[-1]['reason'] if events else ''}"
+            )
+
+    def _counters(self, work: Work) -> dict[str, float]:
+        statistics = self.cache.statistics()
+        traffic = [store.traffic for store in self.fetcher.stores]
+        return {
+            **work.counters,
+            **{f"cache_{name}": float(value) for name, value in statistics.items()},
+            "store_requests": float(sum(t.requests for t in traffic)),
+            "store_bytes": float(sum(t.bytes for t in traffic)),
+            "store_retries": float(sum(t.retries for t in traffic)),
+        }
+
+
+def _only(planned: PlannedWindows, i: int) -> PlannedWindows:
+    arrays: Any = (a[i : i + 1] for a in planned)
+    return type(planned)(*arrays)
+
+
+def _listen(connection: Connection, trainer: int, hear: Any) -> None:
+    """Pass on what the trainer says; end the process when the trainer is gone."""
+    try:
+        while True:
+            if connection.poll(0.5):
+                hear(connection.recv())
+            elif os.getppid() != trainer:  # the connection may live on in other children of a killed trainer
+                break
+    except (EOFError, OSError):
+        pass
+    os._exit(0)
+
+
+async def _serve(settings: LoaderSettings, connection: Connection, memory: int, trainer: int) -> None:
+    process = LoaderProcess(settings, connection, memory)
+    loop = asyncio.get_running_loop()
+
+    def hear(message: dict[str, Any]) -> None:
+        loop.call_soon_threadsafe(process.hear, message)
+
+    threading.Thread(target=_listen, args=(connection, trainer, hear), daemon=True).start()
+    await process.run()
+
+
+def main() -> None:
+    """`argv`: (sys.path), the connection's file descriptor, the shared memory's."""
+    connection, memory, trainer = Connection(int(sys.argv[2])), int(sys.argv[3]), os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    try:
+        settings = pickle.loads(connection.recv_bytes())  # from our own parent, over a private pipe
+        asyncio.run(_serve(settings, connection, memory, trainer))
+    except EOFError:
+        pass
+    except BaseException as error:
+        error.add_note("In the loader process:\n" + traceback.format_exc())
+        try:
+            data = pickle.dumps({"error": error})
+            pickle.loads(data)
+        except Exception:  # what cannot travel as it is
+            text = "".join(traceback.format_exception(error))
+            data = pickle.dumps({"error": RuntimeError(f"the loader process failed:\n{text}")})
+        connection.send_bytes(data)
+    os._exit(0)

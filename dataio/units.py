@@ -1,0 +1,222 @@
+"""Units: the runs of rows in which data are fetched and cached, numbered over all datasets of a plan.
+
+A unit of `steps.npy` is a run of `run` rows; a unit of a large field is as many of its chunks as hold about `run` rows, at
+least one. Episodes are cut from their first row on, so a unit's bytes follow from its number by arithmetic and two bisections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataio.episode import DataError, Needs
+from dataio.index import STEPS
+
+if TYPE_CHECKING:
+    from dataio.index import EpisodeIndex
+    from dataio.sampling import PlannedWindows
+
+Ints = NDArray[np.int64]
+
+
+class UnitRanges(NamedTuple):
+    """Where units lie: one element a unit."""
+
+    dataset: Ints  # number in UnitMap.datasets
+    shard: Ints
+    offset: Ints
+    size: Ints
+
+
+class Span(NamedTuple):
+    """The bytes that some windows of a step want of one column: all arrays one element a window.
+
+    column      number in UnitMap.columns
+    window      the window's number in the step
+    low, high   its units
+    begin, end  its bytes within the shard: at the ends it may want less than its units hold
+    """
+
+    column: int
+    window: Ints
+    low: Ints
+    high: Ints
+    begin: Ints
+    end: Ints
+
+    @property
+    def units(self) -> Ints:
+        return expand(self.low, self.high)
+
+
+def expand(low: Ints, high: Ints) -> Ints:
+    """All integers of the ranges [low, high), one range after the other."""
+    count = high - low
+    ends = np.cumsum(count)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(low - (ends - count), count)
+
+
+class UnitMap:
+    """The units of the datasets that a plan's entries draw from.
+
+    indexes, needs  one an entry; entries of the same dataset share its units
+    run             rows of a unit
+    """
+
+    def __init__(self, indexes: Sequence[EpisodeIndex], needs: Sequence[Needs], run: int = 2):
+        if len(indexes) != len(needs):
+            raise ValueError(f"{len(indexes)} lines of the mixture, but what {len(needs)} of them need is given")
+        self.run, self.needs = run, tuple(needs)
+        self.datasets: list[EpisodeIndex] = []
+        self.entry_dataset: list[int] = []
+        for index in indexes:
+            same = [i for i, d in enumerate(self.datasets) if (d.url, d.fingerprint) == (index.url, index.fingerprint)]
+            self.entry_dataset.append(same[0] if same else len(self.datasets))
+            if not same:
+                self.datasets.append(index)
+        self.columns: list[StepsColumn | ChunksColumn] = []
+        self._by_entry: list[list[int]] = [[] for _ in needs]
+        self.units = 0
+        for number, index in enumerate(self.datasets):
+            mine = [e for e, d in enumerate(self.entry_dataset) if d == number]
+            wanted = sorted({f for e in mine for f in needs[e].fields})
+            self._add(StepsColumn(number, index, self.units, run), mine)
+            for field in wanted:
+                if f"chunks.{field}.first" in index.arrays:
+                    users = [e for e in mine if field in needs[e].fields]
+                    self._add(ChunksColumn(number, index, field, self.units, run), users)
+        self._firsts = np.array([c.first_unit for c in self.columns], np.int64)
+
+    def _add(self, column: StepsColumn | ChunksColumn, entries: Sequence[int]) -> None:
+        self.columns.append(column)
+        self.units += column.units
+        for entry in entries:
+            self._by_entry[entry].append(len(self.columns) - 1)
+
+    def rows(self, planned: PlannedWindows) -> tuple[Ints, Ints]:
+        """(first row, rows) of each planned window with what lies after it, cut at its episode's end.
+
+        An episode without actions (an image with its caption, a document) is always read whole.
+        """
+        first = np.asarray(planned.start, np.int64).copy()
+        count = np.asarray(planned.units, np.int64).copy()
+        for entry in np.unique(planned.entry).tolist():
+            index, here = self.datasets[self.entry_dataset[entry]], np.flatnonzero(planned.entry == entry)
+            episode = planned.episode[here]
+            still = index.steps[episode] == 0
+            first[here] = np.where(still, 0, first[here])
+            all_rows = index.rows[episode].astype(np.int64)
+            count[here] = np.where(
+                still, all_rows, np.minimum(count[here] + self.needs[entry].after, all_rows - first[here])
+            )
+        if len(count) and count.min() <= 0:
+            bad = int(np.argmin(count))
+            raise DataError(
+                f"entry {int(planned.entry[bad])}, episode {int(planned.episode[bad])}: the plan's window from row "
+                f"{int(first[bad])} on lies outside; plan and dataset do not belong together"
+            )
+        return first, count
+
+    def spans(self, planned: PlannedWindows) -> list[Span]:
+        """What the windows want, column by column; windows that want nothing of a column are absent there."""
+        first, count = self.rows(planned)
+        out = []
+        for number, column in enumerate(self.columns):
+            entries = [e for e, columns in enumerate(self._by_entry) if number in columns]
+            window = np.flatnonzero(np.isin(planned.entry, entries))
+            if len(window):
+                low, high, begin, end = column.span(planned.episode[window], first[window], count[window])
+                some = high > low
+                out.append(Span(number, window[some], low[some], high[some], begin[some], end[some]))
+        return out
+
+    def sizes(self, units: Ints) -> Ints:
+        """Bytes of each unit."""
+        return self.ranges(units).size
+
+    def ranges(self, units: Ints) -> UnitRanges:
+        units = np.asarray(units, np.int64)
+        out = UnitRanges(*(np.zeros(len(units), np.int64) for _ in range(4)))
+        which = np.searchsorted(self._firsts, units, side="right") - 1
+        for number in np.unique(which).tolist():
+            here = np.flatnonzero(which == number)
+            column = self.columns[number]
+            out.dataset[here] = column.dataset
+            out.shard[here], out.offset[here], out.size[here] = column.ranges(units[here])
+        return out
+
+
+class StepsColumn:
+    """The units of a dataset's `steps.npy` members."""
+
+    def __init__(self, dataset: int, index: EpisodeIndex, first_unit: int, run: int):
+        self.dataset, self.index, self.first_unit, self.run, self.field = dataset, index, first_unit, run, STEPS
+        has = np.asarray(index.arrays["offset"]) >= 0
+        self.base = _bases(np.where(has, -(-np.asarray(index.rows, np.int64) // run), 0))
+        self.units = int(self.base[-1])
+        self.total = int(self.ranges_of_episodes().sum())
+
+    def ranges_of_episodes(self) -> Ints:
+        """int64 [E]: bytes of each episode's rows."""
+        everything = np.arange(self.index.episodes)
+        return self.index.row_ranges(everything, np.zeros(1, np.int64), self.index.rows)[2]
+
+    def span(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        _, begin, size = self.index.row_ranges(episode, first, count)
+        base = self.base[episode] + self.first_unit
+        low = base + first // self.run
+        return low, np.where(size > 0, base + (first + count - 1) // self.run + 1, low), begin, begin + size
+
+    def ranges(self, units: Ints) -> tuple[Ints, Ints, Ints]:
+        local = units - self.first_unit
+        episode = np.searchsorted(self.base, local, side="right") - 1
+        return self.index.row_ranges(episode, (local - self.base[episode]) * self.run, np.full(len(units), self.run))
+
+
+class ChunksColumn:
+    """The units of one large field of a dataset."""
+
+    def __init__(self, dataset: int, index: EpisodeIndex, field: str, first_unit: int, run: int):
+        self.dataset, self.index, self.first_unit, self.field = dataset, index, first_unit, field
+        arrays = {n: index.arrays[f"chunks.{field}.{n}"] for n in ("first", "rows", "offset", "size")}
+        self.first = np.asarray(arrays["first"], np.int64)
+        self.frames = np.maximum(np.asarray(arrays["rows"], np.int64), 1)
+        self.offset, self.size = arrays["offset"], arrays["size"]
+        self.group = np.maximum(1, run // self.frames)  # chunks of a unit
+        self.base = _bases(-(-np.diff(self.first) // self.group))
+        self.units = int(self.base[-1])
+        has = np.flatnonzero(np.diff(self.first) > 0)
+        last = self.first[has + 1] - 1
+        self.total = int((self.offset[last].astype(np.int64) + self.size[last] - self.offset[self.first[has]]).sum())
+        whole = {t.name: {f.name for f in t.fields if f.per == "episode"} for t in index.tasks}
+        self._whole = np.array([field in whole[t.name] for t in index.tasks] or [False])
+
+    def span(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        one = self._whole[self.index.task[episode]]
+        first, count = np.where(one, 0, first), np.where(one, 1, count)
+        frames, group = self.frames[episode], self.group[episode]
+        chunks = self.first[episode + 1] - self.first[episode]
+        low = np.minimum(first // frames, chunks)
+        high = np.minimum(-(-(first + count) // frames), chunks)
+        some = high > low
+        base = self.base[episode] + self.first_unit
+        a, z = np.where(some, self.first[episode] + low, 0), np.where(some, self.first[episode] + high - 1, 0)
+        end = self.offset[z].astype(np.int64) + self.size[z] if len(self.offset) else a
+        begin = self.offset[a].astype(np.int64) if len(self.offset) else a
+        return base + low // group, np.where(some, base + -(-high // group), base + low // group), begin, end
+
+    def ranges(self, units: Ints) -> tuple[Ints, Ints, Ints]:
+        local = units - self.first_unit
+        episode = np.searchsorted(self.base, local, side="right") - 1
+        a = self.first[episode] + (local - self.base[episode]) * self.group[episode]
+        z = np.minimum(a + self.group[episode], self.first[episode + 1]) - 1
+        offset = self.offset[a].astype(np.int64)
+        return self.index.shard[episode], offset, self.offset[z] + self.size[z] - offset
+
+
+def _bases(units: Ints) -> Ints:
+    """int64 [E + 1]: units before each episode."""
+    return np.concatenate([[0], np.cumsum(units)]).astype(np.int64)

@@ -1,0 +1,365 @@
+"""TrajectoryLoader: what arrives is what the plan says, on any number of homes, after any interruption; nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from loading import CONTROL, PICTURES, dataset, describe, digest_batch
+
+from dataio.dataset import read_episode
+from dataio.episode import Needs, Window
+from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from dataio.placement import Home
+from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+
+NEEDS = (
+    Needs(("observation", "action", "reward", "instruction"), after=2),
+    Needs(("observation.image", "observation.state", "action")),
+)
+CACHE = CacheBudget(memory=4 << 20)
+ONE = Home(0, 1)
+
+
+def lengths(index: Any, window: int) -> EntryLengths:
+    tasks = len(index.tasks)
+    return EntryLengths(
+        units=index.steps.astype(np.int64), window=np.full(tasks, window, np.int32), per_unit=np.full(tasks, 3, np.int32),
+        fixed=np.full(index.episodes, 4, np.int32), prompt=0.25, prompt_units=np.full(tasks, 4, np.int32),
+    )  # fmt: skip
+
+
+def make_plan(index: Any, **more: Any) -> SamplingPlan:
+    entries = [
+        PlanEntry(index, lengths(index, 10), 0.7, "control", [0], None),
+        PlanEntry(index, lengths(index, 6), 0.3, "pictures", [1], None),
+    ]
+    return SamplingPlan(entries, rows=12, budget=64, seed=5, **more)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return dataset(str(tmp_path_factory.mktemp("data") / "set"))
+
+
+def load(index: Any, home: Home = ONE, start: int = 0, stop: int = 6, **more: Any) -> list[LoadedBatch]:
+    """All batches, copied out of shared memory."""
+    batches = []
+    with TrajectoryLoader(
+        make_plan(index), home, digest_batch, NEEDS, cache=CACHE, start=start, stop=stop, **more
+    ) as loader:
+        for batch in loader:
+            arrays = {k: v.copy() for k, v in batch.arrays.items()}
+            batches.append(LoadedBatch(batch.step, arrays, batch.counters, batch.quarantined))
+            batch.release()
+    return batches
+
+
+def rows_of(batches: list[LoadedBatch]) -> dict[tuple[int, int], bytes]:
+    """(step, row) -> the row's digest; each row once."""
+    out: dict[tuple[int, int], bytes] = {}
+    for batch in batches:
+        for row, digest in zip(batch.arrays["row"].tolist(), batch.arrays["digest"], strict=True):
+            assert (batch.step, row) not in out
+            out[batch.step, row] = digest.tobytes()
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(index: Any) -> dict[tuple[int, int], bytes]:
+    return rows_of(load(index))
+
+
+def oracle(index: Any, step: int, row: int) -> list[Window]:
+    """A row's windows, cut from whole episodes."""
+    plan, out = make_plan(index), []
+    p = plan.windows(step, np.array([row]))
+    for i in range(len(p.row)):
+        entry, number = int(p.entry[i]), int(p.episode[i])
+        episode, needs = read_episode(index, number), NEEDS[int(p.entry[i])]
+        start, units = int(p.start[i]), int(p.units[i])
+        rows = min(units + needs.after, int(index.rows[number]) - start)
+        reward = np.append(np.cumsum(episode.fields["reward"].astype(np.float64)[::-1])[::-1], 0.0)
+        fields: dict[str, Any] = {}
+        for name in needs.fields:
+            spec = next(f for f in (CONTROL, PICTURES)[int(p.task[i])].fields if f.name == name)
+            value = episode.fields[name]
+            if spec.per == "step":
+                cut = value[start : start + rows]
+                fields[name] = np.concatenate([cut, np.zeros((rows - len(cut), *spec.shape), cut.dtype)])
+            else:
+                fields[name] = value
+        step_of = np.arange(start, start + rows)
+        out.append(
+            Window(entry, int(p.task[i]), episode.id, start, units, episode.steps, fields, step_of,
+                   reward[start : start + rows].astype(np.float32), step_of < episode.steps,
+                   bool(p.prompt[i]), int(p.tokens[i]))
+        )  # fmt: skip
+    return out
+
+
+def test_every_window_equals_the_slice_of_its_episode(index: Any, reference: dict[tuple[int, int], bytes]) -> None:
+    assert set(reference) == {(s, r) for s in range(6) for r in range(12)}
+    for (step, row), digest in reference.items():
+        expected = digest_batch(step, np.array([row]), [oracle(index, step, row)])
+        assert digest == expected["digest"].tobytes(), "".join(map(describe, oracle(index, step, row)))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_homes_sees_the_same_batches(
+    index: Any, processes: int, reference: dict[tuple[int, int], bytes]
+) -> None:
+    together: dict[tuple[int, int], bytes] = {}
+    for process in range(processes):
+        mine = rows_of(load(index, Home(process, processes)))
+        assert not set(mine) & set(together)
+        together |= mine
+    assert together == reference
+
+
+def test_resuming_at_any_step_on_another_number_of_homes(index: Any, reference: dict[tuple[int, int], bytes]) -> None:
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE) as loader:
+        for _ in range(3):
+            next(loader).release()
+        state = loader.state_dict()
+    together = {}
+    for process in range(2):
+        plan = make_plan(index)
+        with TrajectoryLoader(plan, Home(process, 2), digest_batch, NEEDS, cache=CACHE, stop=6) as loader:
+            loader.load_state_dict(state)
+            for batch in loader:
+                together |= rows_of([batch])
+                batch.release()
+    assert together == {k: v for k, v in reference.items() if k[0] >= 3}
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 64 << 20])
+def test_the_cache_changes_nothing(index: Any, memory: int, reference: dict[tuple[int, int], bytes]) -> None:
+    batches = []
+    with TrajectoryLoader(
+        make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=memory), stop=6
+    ) as loader:
+        for batch in loader:
+            batches.append(LoadedBatch(batch.step, {k: v.copy() for k, v in batch.arrays.items()}, batch.counters))
+            batch.release()
+    assert rows_of(batches) == reference
+
+
+def big_batch(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
+    return {"step": np.full((step % 7 + 1, 100_000), step, np.int64), "empty": np.zeros((0, 3), np.float32)}
+
+
+def test_batches_of_any_size_stay_within_the_bytes_allowed_and_are_valid_until_released(index: Any) -> None:
+    with TrajectoryLoader(make_plan(index), ONE, big_batch, NEEDS, cache=CACHE, prefetch=20 << 20, stop=15) as loader:
+        held = []
+        for batch in loader:
+            held.append(batch)
+            if len(held) == 2:
+                time.sleep(0.05)  # time for the loader to overwrite what it must not
+                first = held.pop(0)
+                assert (first.arrays["step"] == first.step).all()
+                assert first.arrays["step"].shape == (first.step % 7 + 1, 100_000)
+                assert first.arrays["empty"].shape == (0, 3)
+                first.release()
+                assert loader._process is not None
+                assert shared_bytes(loader._process.popen.pid) <= 21 << 20
+
+
+def shared_bytes(pid: int) -> int:
+    return sum(m.rss for m in psutil.Process(pid).memory_maps() if "tiphys-batches" in m.path)
+
+
+def test_memory_is_pinned_once_a_slot(index: Any) -> None:
+    seen: list[int] = []
+    with TrajectoryLoader(
+        make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=20, prefetch=1 << 17,
+        on_memory=lambda memory: seen.append(memory.ctypes.data),
+    ) as loader:  # fmt: skip
+        for batch in loader:
+            batch.release()
+    assert 1 <= len(seen) == len(set(seen)) <= 2
+
+
+# Events and errors
+
+
+def test_a_change_of_the_plan_reaches_batches_that_were_made_ahead(index: Any) -> None:
+    def run(wait: float) -> dict[tuple[int, int], bytes]:
+        out = {}
+        with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+            for batch in loader:
+                out |= rows_of([batch])
+                batch.release()
+                if batch.step == 2:
+                    time.sleep(wait)  # the loader is ahead, or is not
+                    loader.append([{"step": 4, "kind": "weights", "weights": {"control": 0.1, "pictures": 0.9}}])
+        return out
+
+    late, early = run(0.5), run(0.0)
+    assert late == early
+    plan = make_plan(index)
+    plan.log.append({"step": 4, "kind": "weights", "weights": {"control": 0.1, "pictures": 0.9}})
+    known = {}
+    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+        for batch in loader:
+            known |= rows_of([batch])
+            batch.release()
+    assert late == known
+
+
+def fails_at_step_2(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
+    if step == 2:
+        raise KeyError("no such thing")
+    return digest_batch(step, rows, windows)
+
+
+def test_an_error_in_the_loader_process_is_raised_at_its_step_with_its_traceback(index: Any) -> None:
+    with TrajectoryLoader(make_plan(index), ONE, fails_at_step_2, NEEDS, cache=CACHE) as loader:
+        assert [next(loader).step, next(loader).step] == [0, 1]
+        with pytest.raises(KeyError, match="no such thing") as caught:
+            next(loader)
+    assert "fails_at_step_2" in "".join(caught.value.__notes__)
+
+
+def objects(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
+    return {"x": np.array([object()])}
+
+
+def test_what_is_not_plain_memory_is_refused(index: Any) -> None:
+    with (
+        TrajectoryLoader(make_plan(index), ONE, objects, NEEDS, cache=CACHE) as loader,
+        pytest.raises(TypeError, match="'x' has dtype object"),
+    ):
+        next(loader)
+
+
+# Processes
+
+
+def test_the_loader_process_imports_no_torch_and_stays_small(index: Any) -> None:
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=3) as loader:
+        for batch in loader:
+            batch.release()
+        process = psutil.Process(loader._process.popen.pid)  # type: ignore[union-attr]
+        assert not any("torch" in m.path for m in process.memory_maps())
+        assert process.memory_info().rss < 200 << 20
+
+
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_killed_loader_process_is_started_again_at_the_same_step(
+    index: Any, when: int, reference: dict[tuple[int, int], bytes]
+) -> None:
+    out: dict[tuple[int, int], bytes] = {}
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=6) as loader:
+        loader.start()
+        for _ in range(6):
+            if len(out) == 12 * when:
+                os.kill(loader._process.popen.pid, signal.SIGKILL)  # type: ignore[union-attr]
+            batch = next(loader)
+            out |= rows_of([batch])
+            batch.release()
+    assert out == reference
+
+
+def dies(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_a_loader_process_that_always_dies_is_an_error(index: Any) -> None:
+    with (
+        TrajectoryLoader(make_plan(index), ONE, dies, NEEDS, cache=CACHE) as loader,
+        pytest.raises(RuntimeError, match="by signal 9 4 times in a row at step 0"),
+    ):
+        next(loader)
+
+
+TRAINER = """
+    import os, sys, time
+    sys.path[:0] = {paths!r}
+    from test_loader import *
+    loader = TrajectoryLoader(make_plan(EpisodeIndex.open({url!r})), ONE, digest_batch, NEEDS, cache=CACHE)
+    next(loader).release()
+    print(loader._process.popen.pid, flush=True)
+    {then}
+"""
+
+
+@pytest.fixture
+def trainer(index: Any, tmp_path: Path) -> Iterator[Any]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(then: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+        paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+        code = textwrap.dedent(TRAINER).format(paths=paths, url=index.url, then=then)
+        code = code.replace(
+            "from test_loader import *", "from test_loader import *; from dataio.index import EpisodeIndex"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process, psutil.Process(int(process.stdout.readline()))
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def gone(process: psutil.Process, seconds: float = 2.0) -> bool:
+    try:
+        process.wait(seconds)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("then", ["next(loader); time.sleep(60)", "[next(loader).release() for _ in range(10**9)]"])
+def test_the_loader_process_ends_with_the_trainer(trainer: Any, number: int, then: str) -> None:
+    process, child = trainer(then)
+    process.send_signal(number)
+    assert process.wait(1.5) != 0
+    assert gone(child)
+
+
+def test_ctrl_c_reaches_the_whole_group_and_ends_it_within_a_second(trainer: Any) -> None:
+    process, child = trainer("[next(loader).release() for _ in range(10**9)]")
+    os.killpg(process.pid, signal.SIGINT)
+    began = time.monotonic()
+    assert process.wait(5) != 0
+    assert time.monotonic() - began < 1.0
+    assert gone(child)
+
+
+def test_an_ordinary_end_without_close_leaves_nothing(trainer: Any) -> None:
+    process, child = trainer("batch = next(loader)")
+    assert process.wait(3) == 0
+    assert gone(child)
+
+
+def test_the_loader_process_ends_though_another_child_holds_its_connection(trainer: Any) -> None:
+    process, child = trainer("os.fork() or time.sleep(5); time.sleep(60)")
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert gone(child)
+
+
+def test_nothing_is_left_in_shared_memory(index: Any) -> None:
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    load(index, stop=2)
+    after = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    assert after <= before
