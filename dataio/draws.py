@@ -13,7 +13,8 @@ from .mixture import Mix
 from .philox import PROMPT, WINDOW, Words, uniform32, uniform53, words
 from .plan_index import PlanIndex, tile_count
 
-SAME_TASK, ATTEMPTS = 16, 64  # redraws within the task and bucket, then within the bucket, then an error
+# Redraws: up to 16 stay with task and bucket, up to 64 with the bucket; the first 32 avoid the episode that was drawn first.
+SAME_TASK, OTHER_EPISODE, ATTEMPTS = 16, 32, 64
 Ints = NDArray[np.int64]
 Refused = Callable[[Ints, Ints, Ints], NDArray[np.bool_]]
 Columns = dict[
@@ -59,6 +60,7 @@ class Drawer:
 
     def __init__(self, index: PlanIndex, mix: Mix, budget: int, seed: int, tiles: bool = False) -> None:
         self.index, self.mix, self.budget, self.seed, self.tiles = index, mix, budget, seed, tiles
+        self.prompt_room = np.maximum(budget - index.strata.least, 0)  # most tokens of a prompt, by stratum
         filled = mix.slots[mix.slots > 0]
         self._slots = 1 + int(np.ceil(filled.mean())) if len(filled) else 1  # windows drawn at once for each row
 
@@ -171,7 +173,7 @@ class Drawer:
         stratum = cell % len(strata)
         _, b, c, d = words(self.seed, counter, row, 0, attempt, purpose=PROMPT)
         other, part, alone = self._another(cell, place, uniform53(b, c))
-        room = (self.budget - strata.least[stratum]) // strata.per_unit[stratum]
+        room = self.prompt_room[stratum] // strata.per_unit[stratum]
         units = np.minimum(np.minimum(strata.prompt_units[stratum], index.units[other]), room)
         last = index.units[other] - units
         first = np.where((d & np.uint64(1)) == 1, last, np.minimum((part * (last + 1)).astype(np.int64), last))
@@ -222,7 +224,7 @@ class Drawer:
 
         needed   least attempt of each that is acceptable, at least 1
         refused  (cell, place, which of the windows) -> bool: whether an episode may not be used
-        Task, bucket and the tokens set aside stay; only where sixteen attempts found nothing, another task of the bucket is taken.
+        Task, bucket and tokens stay; only where sixteen attempts found nothing, another task of the bucket is taken.
         """
         out = {k: v.copy() for k, v in columns.items()} | {"attempt": np.zeros(len(row), np.int64)}
         open_ = np.arange(len(row))
@@ -239,6 +241,8 @@ class Drawer:
                 )
                 new["tokens"] = new["units"] * self.index.strata.per_unit[new["cell"] % len(self.index.strata)]
             good = (new["units"] > 0) & (attempt >= needed[of]) & ~refused(new["cell"], new["place"], of)
+            if attempt <= OTHER_EPISODE:
+                good &= new["place"] != columns["place"][of]
             for k in ("cell", "place", "start", "units", "tokens"):
                 out[k][of[good]] = new[k][good]
             out["attempt"][of[good]] = attempt

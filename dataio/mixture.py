@@ -65,7 +65,7 @@ def free_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: i
     Every cell must get its share of the delivered windows (or tokens). Rows end, so of each stratum's draws only a part is
     delivered, which depends on what else the bucket's rows hold: a fixed point, reached in a few rounds.
     """
-    strata, buckets = index.strata, index.buckets
+    strata = index.strata
     number = len(strata)
     mass = index.cell_mass
     cell, level = index.level_cell, index.level
@@ -90,15 +90,20 @@ def free_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: i
     share = begun.sum(1)
     share /= share.sum()
     expected = share[:, None] * draw * rows
-    choice = np.cumsum(draw, 1)
-    choice = np.divide(choice, choice[:, -1:], where=choice[:, -1:] > 0, out=np.ones_like(choice))
     return Mix(
         cut=cuts(share, rows),
-        choice=(choice + np.arange(buckets)[:, None]).reshape(-1),
+        choice=running_share(draw),
         slots=(draw * windows).sum(1),
         windows=expected * windows,
         tokens=expected * tokens,
     )
+
+
+def running_share(chance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mix.choice from each bucket's chances [buckets, strata] of its strata."""
+    running = np.cumsum(chance, 1)
+    running = np.divide(running, running[:, -1:], where=running[:, -1:] > 0, out=np.ones_like(running))
+    return (running + np.arange(len(chance))[:, None]).reshape(-1)
 
 
 def _normalised(x: NDArray[np.float64]) -> NDArray[np.float64]:

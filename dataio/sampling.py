@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .draws import Columns, Drawer, Ints, Quarantine
 from .episode import DataError
+from .epochs import EpochDrawer, epoch_mix
 from .index import EpisodeIndex
 from .mixture import UNIT, Mix, entry_shares, free_mix
 from .philox import BUCKET, words
@@ -376,9 +377,41 @@ class SamplingPlan:
             phase = self._phases[number]
             index = self._index(phase.entries)
             shares = entry_shares(index, phase.weights, [e.name for e in phase.entries], self.held_out)
-            mix = free_mix(index, shares, self.rows, self.budget, self.weight_unit)
-            self._built[number] = _Ready(index, mix, Drawer(index, mix, self.budget, self.seed), phase.skipped)
+            make = free_mix if self.replacement else epoch_mix
+            mix = make(index, shares, self.rows, self.budget, self.weight_unit)
+            drawer = (
+                Drawer(index, mix, self.budget, self.seed) if self.replacement else self._epochs(number, index, mix)
+            )
+            self._built[number] = _Ready(index, mix, drawer, phase.skipped)
         return self._built[number]
+
+    def _epochs(self, number: int, index: PlanIndex, mix: Mix) -> EpochDrawer:
+        """Streams go on where the phase before left them, but for entries whose episodes changed."""
+        phase = self._phases[number]
+        begun, entries = phase.first + phase.skipped, len(phase.entries)
+        before, generation = np.zeros((self.buckets, entries), np.int64), np.zeros(entries, np.int64)
+        if number:
+            last = self._phases[number - 1].entries
+            drawer = self._ready(number - 1).drawer
+            assert isinstance(drawer, EpochDrawer)
+            old = drawer.numbers(np.arange(self.buckets * len(last)), np.full(self.buckets * len(last), begun))
+            generation[: len(last)] = drawer.generation
+            for i, entry in enumerate(last):
+                if entry is phase.entries[i]:
+                    before[:, i] = old.reshape(self.buckets, -1)[:, i]
+                else:
+                    generation[i] += 1
+        return EpochDrawer(
+            index,
+            mix,
+            self.budget,
+            self.seed,
+            slope=_GOLDEN,
+            offset=self._offset,
+            begun=begun,
+            before=before.reshape(-1),
+            generation=generation,
+        )
 
     def _index(self, entries: tuple[PlanEntry, ...]) -> PlanIndex:
         key = tuple(map(id, entries))

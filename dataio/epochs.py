@@ -1,0 +1,298 @@
+"""Sampling without replacement: epochs over disjoint tiles of the episodes, still a pure function of (step, row).
+
+An episode of T units is cut into ⌈T/K⌉ tiles of at most K units. The tiles of one entry in one bucket form a *stream* of
+tokens, epoch after epoch, each epoch in another order; every row of the stream takes the next stretch of it. A tile that a
+row's end cuts goes on in the stream's next row, so that each epoch delivers every unit exactly once.
+
+Which stretch is a row's? Rows stand on the line of mass at distances of `UNIT` from an offset that moves by a constant (modulo
+`UNIT`) from step to step; so the number of a stream's rows before a step is a sum of floors, which Euclid's algorithm gives in
+some twenty rounds. The order of an epoch: the stream's tiles are dealt out to blocks of about a thousand; blocks change places
+each epoch, and so do the tiles within each. Only blocks in use are ever written down.
+
+What weights mean here: an entry's weight is its share of the delivered tiles or tokens as ever, hence how fast its epochs go by.
+Its rows hold windows of this entry only. Priorities only leave episodes out (0); every other tile comes once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .draws import Columns, Drawer, Ints
+from .mixture import UNIT, Mix, cuts, running_share
+from .philox import EPOCH, words
+from .plan_index import PlanIndex, tile_count
+
+_BLOCK = 1024  # tiles of a block: enough that a row's tiles are as good as drawn from the whole stream
+_MOST = 2048  # blocks that are kept written down: 80 MiB
+_SHARE = 2**20  # resolution of the share of rows with a prompt
+_T = TypeVar("_T")
+
+
+def floor_sum(n: Ints, modulus: int, slope: int, intercept: Ints) -> Ints:
+    """Σ ⌊(slope · i + intercept) / modulus⌋ over 0 ≤ i < n, elementwise (Graham, Knuth, Patashnik 1994, section 3.5)."""
+    n, b = np.broadcast_arrays(np.asarray(n, np.int64), np.asarray(intercept, np.int64))
+    total = n * (b // modulus)
+    n, b, a, m = n.copy(), b % modulus, np.int64(slope), np.int64(modulus)
+    while True:
+        total = total + n * (n - 1) // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        if a == 0 or (top < m).all():
+            return total
+        n, b = top // m, top % m
+        a, m = m, a
+
+
+def rows_below(cut: Ints, steps: Ints, slope: int, offset: int) -> Ints:
+    """Rows that stand below `cut` on the line in `steps` steps; the i-th has the offset (offset + slope · i) mod UNIT."""
+    cut, steps = np.asarray(cut, np.int64), np.asarray(steps, np.int64)
+    last = slope * np.maximum(steps - 1, 0)
+    return steps + floor_sum(steps, UNIT, slope, cut - 1 - offset - last) + floor_sum(steps, UNIT, slope, offset)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How an entry's rows cut its streams; one element an entry.
+
+    length    tokens of the stream that a row takes; what a row has beyond lets a cut tile repeat its fixed tokens and a unit end
+    prompt    tokens less that a row with a prompt takes
+    prompted  share of rows with a prompt, in 1/_SHARE
+    """
+
+    length: Ints
+    prompt: Ints
+    prompted: Ints
+
+    @classmethod
+    def of(cls, index: PlanIndex, entries: int, budget: int) -> Rows:
+        strata = index.strata
+        length, prompt, prompted = (np.zeros(entries, np.int64) for _ in range(3))
+        for e in range(entries):
+            s = np.flatnonzero(strata.entry == e)
+            if not len(s):
+                continue
+            length[e] = budget - (strata.least[s] - strata.per_unit[s]).max() - (strata.per_unit[s].max() - 1)
+            prompted[e] = round(float(strata.prompt[s[0]]) * _SHARE)
+            room = np.maximum(length[e] - strata.least[s], 0) // strata.per_unit[s]
+            prompt[e] = (np.minimum(strata.prompt_units[s], room) * strata.per_unit[s]).max()
+            prompted[e] *= prompt[e] > 0
+        return cls(length, prompt, prompted)
+
+    @property
+    def payload(self) -> NDArray[np.float64]:
+        """Mean tokens of the stream a row."""
+        return self.length - self.prompt * self.prompted / _SHARE
+
+    def start(self, entry: Ints, number: Ints) -> Ints:
+        """Where in its stream each row begins, by its number in the stream."""
+        return number * self.length[entry] - (number * self.prompted[entry] // _SHARE) * self.prompt[entry]
+
+    def has_prompt(self, entry: Ints, number: Ints) -> NDArray[np.bool_]:
+        return (number + 1) * self.prompted[entry] // _SHARE > number * self.prompted[entry] // _SHARE
+
+
+def epoch_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: int, unit: str) -> Mix:
+    """How the weights divide the rows among the streams (segment = bucket · entries + entry)."""
+    strata, entries = index.strata, len(shares)
+    to_entry = np.zeros((len(strata), entries))
+    to_entry[np.arange(len(strata)), strata.entry] = 1
+    cell_tokens = np.diff(index.tokens[index.first]).reshape(index.buckets, -1)
+    tokens, tiles = cell_tokens @ to_entry, index.cell_mass @ to_entry
+    all_tokens, all_tiles = np.maximum(tokens.sum(0), 1), np.maximum(tiles.sum(0), 1)
+    payload = Rows.of(index, entries, budget).payload
+    per_entry = shares * (all_tokens / all_tiles if unit == "windows" else 1.0)
+    per_entry = np.divide(per_entry, payload, where=payload > 0, out=np.zeros(entries))
+    segments = tokens * (per_entry / all_tokens)
+    segments /= segments.sum()
+    delivered = segments * rows * payload / np.maximum(tokens, 1)  # epochs of each stream a step
+    per_cell = delivered[:, strata.entry]
+    mean_tokens = np.divide(tokens, tiles, where=tiles > 0, out=np.ones_like(tokens))
+    row_share = segments.sum(1, keepdims=True)
+    slots = (segments / np.maximum(row_share, 1e-300) * payload / np.maximum(mean_tokens, 1)).sum(1)
+    return Mix(
+        cut=cuts(segments.reshape(-1), rows),
+        choice=running_share(per_cell * index.cell_mass),
+        slots=slots,
+        windows=per_cell * index.cell_mass,
+        tokens=per_cell * cell_tokens,
+    )
+
+
+class _Kept(Generic[_T]):
+    """The results of a pure function that were used last."""
+
+    def __init__(self, make: Callable[..., _T], most: int) -> None:
+        self._make, self._most = make, most
+        self._values: OrderedDict[tuple[int, ...], _T] = OrderedDict()
+
+    def __call__(self, *key: int) -> _T:
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = self._make(*key)
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
+        else:
+            self._values.move_to_end(key)
+        return value
+
+
+class EpochDrawer(Drawer):
+    """Draws rows from the streams.
+
+    slope, offset  of the offsets of steps (see `rows_below`), at the plan's own count 0
+    begun          the plan's own count at which the weights came into force, and each stream's number of rows before
+    generation     int [entries]: how often an entry's episodes have changed, which begins its epochs anew
+    """
+
+    def __init__(
+        self,
+        index: PlanIndex,
+        mix: Mix,
+        budget: int,
+        seed: int,
+        *,
+        slope: int,
+        offset: int,
+        begun: int,
+        before: Ints,
+        generation: Ints,
+    ) -> None:
+        super().__init__(index, mix, budget, seed, tiles=True)
+        self.entries = len(before) // index.buckets
+        self.slope, self.begun, self.before, self.generation = slope, begun, before, generation
+        self.offset = (offset + slope * begun) % UNIT
+        self.shape = Rows.of(index, self.entries, budget)
+        self.prompt_room = np.minimum(self.prompt_room, self.shape.prompt[index.strata.entry])
+        self._strata = [np.flatnonzero(index.strata.entry == e) for e in range(self.entries)]
+        streams = index.buckets * self.entries
+        self._totals, self._costs = _Kept(self._total, 2 * streams), _Kept(self._block_costs, 2 * streams)
+        self._orders, self._blocks = _Kept(self._order, 3 * streams), _Kept(self._tiles, min(2 * streams, _MOST))
+
+    def numbers(self, segment: Ints, counter: Ints) -> Ints:
+        """How many rows of each stream stand in steps before `counter`."""
+        steps = counter - self.begun
+        low, high = self.mix.cut[segment], self.mix.cut[segment + 1]
+        below = rows_below(np.concatenate([low, high]), np.tile(steps, 2), self.slope, self.offset)
+        return self.before[segment] + below[len(segment) :] - below[: len(segment)]
+
+    def rows(self, counter: Ints, row: Ints, segment: Ints) -> tuple[Columns, Columns]:
+        """As in `Drawer`; `segment` numbers streams."""
+        offset = (self.offset + self.slope * ((counter - self.begun) % UNIT)) % UNIT
+        first_row = -((offset - self.mix.cut[segment]) // UNIT)  # of the segment in this step
+        number = self.numbers(segment, counter) + row - first_row
+        entry = segment % self.entries
+        begin, end = self.shape.start(entry, number), self.shape.start(entry, number + 1)
+        windows = self._cut(*self._stretches(segment.tolist(), begin.tolist(), end.tolist()))
+        counts = np.bincount(windows["at"], minlength=len(row))
+        first = np.cumsum(counts) - counts
+        at = np.flatnonzero(self.shape.has_prompt(entry, number) & (counts > 0))
+        head = first[at]
+        prompts = self.prompt(
+            at, counter[at], row[at], windows["cell"][head], windows["place"][head], windows["start"][head], 0
+        )
+        return windows, prompts
+
+    def _stretches(self, segments: list[int], begins: list[int], ends: list[int]) -> tuple[Ints, Ints, Ints, Ints]:
+        """The tiles (see `_tiles`) that each stretch [begin, end) of a stream touches, one stretch after the other [5, n]; for
+        each tile the number of its stretch and the stretch's bounds in the block's tokens."""
+        parts, owner, low, high = [], [], [], []
+        for number, (segment, begin, end) in enumerate(zip(segments, begins, ends)):
+            total = self._totals(segment)
+            while begin < end:
+                epoch, x = divmod(begin, total)
+                order, at = self._orders(segment, epoch)
+                i = int(at.searchsorted(x, "right")) - 1
+                first, stop = int(at[i]), min(end - begin + x, int(at[i + 1]))
+                tiles = self._blocks(segment, epoch, int(order[i]))
+                where = tiles[0]
+                j, k = where.searchsorted(x - first, "right") - 1, where.searchsorted(stop - first, "left")
+                parts.append(tiles[:, j:k])
+                owner.append(number)
+                low.append(x - first)
+                high.append(stop - first)
+                begin += stop - x
+        sizes = [p.shape[1] for p in parts]
+        tiles = np.concatenate(parts, axis=1) if parts else np.zeros((5, 0), np.int64)
+        return tiles, np.repeat(owner, sizes), np.repeat(low, sizes), np.repeat(high, sizes)
+
+    def _cut(self, tiles: Ints, owner: Ints, low: Ints, high: Ints) -> Columns:
+        """What each stretch takes of its tiles: the units whose first token lies in it."""
+        at, cell, place, start, units = tiles
+        fixed, per_unit = (
+            self.index.fixed[place].astype(np.int64),
+            self.index.strata.per_unit[cell % len(self.index.strata)],
+        )
+        from_unit = np.maximum(-(-(low - at - fixed) // per_unit), 0)
+        to_unit = np.minimum(-(-(high - at - fixed) // per_unit), units)
+        some = np.flatnonzero(to_unit > from_unit)
+        taken, owner = (to_unit - from_unit)[some], owner[some].astype(np.int64)
+        return {
+            "at": owner,
+            "slot": np.arange(len(owner)) - np.searchsorted(owner, owner) + 1,
+            "cell": cell[some],
+            "place": place[some],
+            "start": (start + from_unit)[some],
+            "units": taken,
+            "tokens": fixed[some] + taken * per_unit[some],
+        }
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def _places(self, segment: int) -> tuple[int, int]:
+        bucket, entry = divmod(segment, self.entries)
+        s, number = self._strata[entry], len(self.index.strata)
+        return int(self.index.first[bucket * number + s[0]]), int(self.index.first[bucket * number + s[-1] + 1])
+
+    def _total(self, segment: int) -> int:
+        low, high = self._places(segment)
+        return int(self.index.tokens[high] - self.index.tokens[low])
+
+    def _block_costs(self, segment: int) -> Ints:
+        """Tokens of each block of a stream: tile i belongs to block i mod blocks."""
+        low, high = self._places(segment)
+        bucket, number = segment // self.entries, len(self.index.strata)
+        cells = bucket * number + self._strata[segment % self.entries]
+        stratum = np.repeat(cells % number, self.index.first[cells + 1] - self.index.first[cells])
+        units, fixed = self.index.units[low:high].astype(np.int64), self.index.fixed[low:high].astype(np.int64)
+        window, per_unit = self.index.strata.window[stratum], self.index.strata.per_unit[stratum]
+        count = tile_count(units, window)
+        cost = np.repeat(fixed + window * per_unit, count)
+        cost[np.cumsum(count) - 1] = fixed + (units - (count - 1) * window) * per_unit
+        blocks = max(1, len(cost) // _BLOCK)
+        padded = np.zeros(-(-len(cost) // blocks) * blocks, np.int64)
+        padded[: len(cost)] = cost
+        return padded.reshape(-1, blocks).sum(0)
+
+    def _keys(self, segment: int, epoch: int, item: Ints, kind: int) -> Ints:
+        """The order of some items in an epoch."""
+        generation = int(self.generation[segment % self.entries])
+        count = (generation << 40 | epoch << 1) + kind
+        a, b, *_ = words(self.seed, count, item, segment & 0xFFFF, segment >> 16, EPOCH)
+        return np.argsort(a << np.uint64(32) | b, kind="stable")
+
+    def _order(self, segment: int, epoch: int) -> tuple[Ints, Ints]:
+        """Blocks in an epoch's order, and where each begins in the epoch's tokens [blocks + 1]."""
+        costs = self._costs(segment)
+        order = self._keys(segment, epoch, np.arange(len(costs)), 0)
+        return order, np.concatenate([[0], np.cumsum(costs[order])])
+
+    def _tiles(self, segment: int, epoch: int, block: int) -> Ints:
+        """A block's tiles in an epoch's order [5, tiles]: where each begins in the block's tokens, cell, place, start, units."""
+        low, high = self._places(segment)
+        index, number = self.index, len(self.index.strata)
+        first = index.mass[low]
+        tile = np.arange(block, int(index.mass[high] - first), len(self._costs(segment)))
+        tile = tile[self._keys(segment, epoch, tile, 1)]
+        place = np.searchsorted(index.mass, first + tile, side="right") - 1
+        cell = np.searchsorted(index.first, place, side="right") - 1
+        window, per_unit = index.strata.window[cell % number], index.strata.per_unit[cell % number]
+        start = (first + tile - index.mass[place]).astype(np.int64) * window
+        units = np.minimum(index.units[place] - start, window)
+        cost = index.fixed[place] + units * per_unit
+        return np.stack([np.cumsum(cost) - cost, cell, place, start, units]).astype(np.int64)
