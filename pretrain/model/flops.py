@@ -1,0 +1,80 @@
+"""Floating-point operations of a step: active parameters, attention inside the windows, logits at targets; no padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+CHANNELS = 64  # of the embedders' convolutions
+
+
+def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
+    """Operations of a forward and a backward pass over this batch; a multiply and an add are two.
+
+    The backward pass counts twice the forward one. Norms, softmaxes, rotations and table look-ups are left out, and so is
+    what is recomputed.
+    """
+    lengths, causal = window_lengths(batch)
+    # A causal query sees half of its window on average; both products of attention count.
+    pairs = float((lengths * np.where(causal, (lengths + 1) / 2, lengths)).sum())
+    forward = lengths.sum() * sum(layer_flops(config, i) for i in range(config.num_hidden_layers))
+    forward += config.num_hidden_layers * 4 * pairs * config.num_attention_heads * config.head_size
+    bounds = [(0, config.vocab_size), *((r[1], r[2]) for r in config.ranges)]
+    counts = np.bincount(batch.softmax[batch.target >= 0], minlength=len(bounds))
+    forward += sum(2 * config.hidden_size * (hi - lo) * n for (lo, hi), n in zip(bounds, counts, strict=True))
+    for name, r in batch.regression.items():
+        forward += 2 * config.hidden_size * config.regressions[name] * len(r.index)
+    for name, e in batch.embedded.items():
+        forward += embedder_flops(config.embedders[name], config.hidden_size) * len(e.index)
+    return 3.0 * float(forward)
+
+
+def window_lengths(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Length and causal flag of every window of a batch."""
+    segment = batch.segment.reshape(-1)
+    real = np.flatnonzero(segment > 0)
+    key = real // max(1, batch.length) << 32 | segment[real]
+    first = np.flatnonzero(np.diff(key, prepend=-1))
+    return np.diff(first, append=len(real)), batch.causal.reshape(-1)[real[first]]
+
+
+def layer_flops(config: DecisionConfig, layer: int) -> float:
+    """Operations of one layer's matrices for one token, forward."""
+    size = config.hidden_size
+    attention = 2 * size * config.head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    if not config.has_experts(layer):
+        return attention + 6 * size * config.intermediate_size
+    experts = config.num_experts_per_tok + int(config.shared_expert)
+    return attention + 6 * size * config.moe_intermediate_size * experts + 2 * size * config.num_experts
+
+
+def embedder_flops(spec: dict[str, Any], size: int) -> float:
+    """Operations of one embedded value, forward."""
+    shape = spec["shape"]
+    if spec["kind"] == "vector":
+        return 2 * size * (int(np.prod(shape)) + size)
+    convolution = 2 * 9 * CHANNELS * CHANNELS
+    if spec["kind"] == "patch":
+        cells = -(-shape[0] // 2) * -(-shape[1] // 2)
+        return cells * (2 * 9 * shape[2] * CHANNELS + 2 * convolution + 2 * CHANNELS * size)
+    stride = max(1, -(-max(shape[:2]) // 9))
+    cells = -(-shape[0] // stride) * -(-shape[1] // stride)
+    return shape[0] * shape[1] * convolution + cells * (convolution + 2 * CHANNELS * size)
+
+
+def parameters(config: DecisionConfig) -> tuple[int, int]:
+    """(all, active a token) parameters of the layers and the two matrices of the vocabulary."""
+    table = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    everything = active = float(table)
+    for layer in range(config.num_hidden_layers):
+        used = layer_flops(config, layer) / 2
+        active += used
+        idle = config.num_experts - config.num_experts_per_tok if config.has_experts(layer) else 0
+        everything += used + idle * 3 * config.hidden_size * config.moe_intermediate_size
+    return int(everything), int(active)

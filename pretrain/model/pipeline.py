@@ -1,0 +1,219 @@
+"""The model's layers as stages of a pipeline: the same classes, whose forward takes and gives a tuple of tensors.
+
+Between stages travel exactly two tensors: the hidden states [T, D], which carry the gradient, and one int32 *cargo* with
+everything else: windows, attributes, targets, the loss's divisors. One float, and first, because each float costs a backward
+pass of its own (which would inject the auxiliary gradients twice) and because DeepSpeed reuses its receive buffers by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.model.embedding import Embedding, TokenTable
+from pretrain.model.flops import layer_flops
+from pretrain.model.heads import Head, Output
+from pretrain.model.inputs import Inputs, missing, scalars, target_names
+from pretrain.model.layers import Module
+from pretrain.model.layout import Layout
+from pretrain.model.transformer import Block, build_layers
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+ENDS = 2  # layers before the first block (token, embedding), and after the last one (head, output)
+
+
+def cargo_names(config: DecisionConfig) -> list[str]:
+    return ["windows", "attributes", "scalars", *target_names(config)]
+
+
+def own_names(config: DecisionConfig) -> list[str]:
+    """What only the first stage needs."""
+    names = ["tokens", "local", "timestep"]
+    return names + [
+        f"embedded/{name}/{key}" for name in sorted(config.embedders) for key in ("index", "value", "place")
+    ]
+
+
+def pipeline_inputs(
+    inputs: Mapping[str, Tensor],
+    config: DecisionConfig,
+    normaliser: Tensor | float = 1.0,
+    tokens_global: Tensor | float = 1.0,
+    auxiliary_scale: Tensor | float = 1.0,
+) -> tuple[Tensor, ...]:
+    """What the first stage takes for one micro-batch: `to_tensors`' dictionary and the arguments of the model's forward."""
+    device = inputs["attributes"].device
+    numbers = scalars(normaliser, tokens_global, auxiliary_scale, device).view(1, -1)
+    parts = []
+    for name in cargo_names(config):
+        part = numbers if name == "scalars" else inputs.get(name)
+        parts.append(missing(name, config, device) if part is None else part.to(device))
+    header = torch.tensor([size for part in parts for size in part.shape], dtype=torch.int32).to(device)
+    cargo = torch.cat([header, *(part.reshape(-1) for part in parts)])
+    own = (inputs.get(name) for name in own_names(config))
+    return cargo, *(missing(n, config, device) if t is None else t for n, t in zip(own_names(config), own, strict=True))
+
+
+def unload(cargo: Tensor, config: DecisionConfig) -> tuple[Inputs, Layout]:
+    """The named parts of a cargo, and its layout. Layers of one stage share the result.
+
+    Shapes must be known on the host: on a CUDA stage this waits once a micro-batch.
+    """
+    known = getattr(cargo, "_unloaded", None)
+    if known is None:
+        names = cargo_names(config)
+        shapes = cargo[: 2 * len(names)].view(-1, 2).tolist()
+        flat = cargo[2 * len(names) :].split([rows * columns for rows, columns in shapes])
+        parts = {name: t.view(shape) for name, t, shape in zip(names, flat, shapes, strict=True)}
+        layout = Layout(parts.pop("windows").cpu(), parts.pop("attributes"), parts.pop("scalars").view(-1))
+        known = parts, layout
+        cargo._unloaded = known  # type: ignore[attr-defined]
+    return known
+
+
+class TokenStage(TokenTable):
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        cargo, tokens, *rest = tensors
+        return super().forward(tokens), cargo, *rest
+
+
+class EmbeddingStage(Embedding):
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__(config)
+        self.own = own_names(config)[1:]
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, cargo, *rest = tensors
+        return super().forward(x, dict(zip(self.own, rest, strict=True))), cargo
+
+
+class BlockStage(Block):
+    def __init__(self, config: DecisionConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.config = config
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, cargo = tensors
+        _, layout = unload(cargo, self.config)
+        if self.config.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, x, layout, use_reentrant=False), cargo
+        return super().forward(x, layout), cargo
+
+
+class HeadStage(Head):
+    """Gives more than one float: it must stand on the same stage as the output, as `partition` makes it."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, cargo = tensors
+        return *super().forward(x, *unload(cargo, self.config)), cargo
+
+
+class OutputStage(Output):
+    """The loss, a scalar. `loss_by_task` [tasks, 3] sums over micro-batches until `take_loss_by_task`."""
+
+    def __init__(self, config: DecisionConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        self.loss_by_task: Tensor | None = None
+
+    def forward(self, tensors: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+        hidden, loss, sums, cargo = tensors
+        total, sums = super().forward(hidden, loss, sums, *unload(cargo, self.config))
+        self.loss_by_task = sums if self.loss_by_task is None else self.loss_by_task + sums
+        return total
+
+    def take_loss_by_task(self) -> Tensor | None:
+        """What has been summed since the last call; None before the first micro-batch."""
+        taken, self.loss_by_task = self.loss_by_task, None
+        return taken
+
+
+_STAGES: dict[type[Module], type[Module]] = {
+    TokenTable: TokenStage,
+    Embedding: EmbeddingStage,
+    Block: BlockStage,
+    Head: HeadStage,
+    Output: OutputStage,
+}
+
+
+def pipeline_layers(config: DecisionConfig) -> list[tuple[type[Module], tuple[Any, ...]]]:
+    """(class, arguments) of every layer in order: what `deepspeed.pipe.LayerSpec` takes."""
+    return [(_STAGES[kind], arguments) for _, kind, arguments in build_layers(config)]
+
+
+def canonical_name(name: str, config: DecisionConfig) -> str:
+    """The plain model's name of a parameter or buffer of a `PipelineModule`: `5.attention…` -> `layers.3.attention…`."""
+    if name.startswith("tied_modules."):
+        return name.removeprefix("tied_modules.")
+    number, _, rest = name.partition(".")
+    return f"{build_layers(config)[int(number)][0]}.{rest}"
+
+
+def layer_costs(config: DecisionConfig, window: int = 256, targets: float = 0.3) -> list[float]:
+    """Operations a token of every layer, for windows of that many tokens of which that share is predicted."""
+    attention = 2 * window * config.num_attention_heads * config.head_size
+    blocks = [layer_flops(config, i) + attention for i in range(config.num_hidden_layers)]
+    return [0.0, 0.0, *blocks, 0.0, targets * 2 * config.hidden_size * config.vocab_size]
+
+
+def partition(
+    config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None, experts_everywhere: bool = False
+) -> list[int]:
+    """Bounds [0, …, number of layers] of the stages, so that the most expensive stage is as cheap as possible.
+
+    Every stage has a block. With `experts_everywhere` every stage has a mixture of experts: DeepSpeed's expert groups wait
+    for each other on all stages. Raises ValueError where that is impossible.
+    """
+    costs = list(layer_costs(config) if costs is None else costs)
+    blocks = config.num_hidden_layers
+    cost = [0.0, *costs[ENDS : ENDS + blocks]]
+    cost[1] += sum(costs[:ENDS])
+    cost[-1] += sum(costs[ENDS + blocks :])
+    sums = [sum(cost[: i + 1]) for i in range(blocks + 1)]
+    sparse = [0]
+    for i in range(blocks):
+        sparse.append(sparse[-1] + config.has_experts(i))
+    if stages > blocks:
+        raise ValueError(
+            f"{blocks} layers cannot make {stages} pipeline stages: raise model.layers or lower parallel.pipeline"
+        )
+    if experts_everywhere and sparse[-1] < stages:
+        raise ValueError(
+            f"{sparse[-1]} layers with experts cannot stand on all of {stages} pipeline stages: "
+            f"lower model.moe.every to {max(1, blocks // stages)} or less, or parallel.pipeline"
+        )
+
+    def allowed(start: int, stop: int) -> bool:
+        return stop > start and (not experts_everywhere or sparse[stop] > sparse[start])
+
+    # best[j]: cheapest maximum over the stages so far that end before block j, and where the last of them begins
+    best: list[tuple[float, list[int]]] = [(0.0, [0])] + [(float("inf"), [])] * blocks
+    for _ in range(stages):
+        best = [
+            min(
+                (
+                    (max(best[i][0], sums[j] - sums[i]), [*best[i][1], j])
+                    for i in range(j)
+                    if allowed(i, j) and best[i][1]
+                ),
+                default=(float("inf"), []),
+            )
+            for j in range(blocks + 1)
+        ]
+    inner = best[blocks][1][1:-1]
+    return [0, *(ENDS + j for j in inner), ENDS + blocks + ENDS]
