@@ -1,0 +1,451 @@
+"""Checkpoints that know no layout: saved from any, loaded on any other, bit for bit.
+
+Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
+Saving copies them to host memory and writes in a thread, without a collective; `checkpoint_files` says when the result counts.
+Loading reads, of all ranks' files, only what overlaps with the ranges that this rank holds now. Files are safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import fnmatch
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pretrain import checkpoint_files as files
+from pretrain import deepspeed_state as state_of
+from pretrain.checkpoint_files import CheckpointError
+from recipes.load import differences, digest, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine
+    from recipes.schema import Recipe
+
+# Keys of a recipe that may change between a checkpoint and its continuation: they decide where and how fast, not what.
+FREE = (
+    *(
+        "train.steps",
+        "train.log_every",
+        "train.compile",
+        "checkpoint.*",
+        "validate.*",
+        "evaluate.*",
+        "publish.*",
+        "run.*",
+    ),
+    *("parallel.*", "data.cache.*", "data.requests", "data.prefetch", "model.checkpointing", "model.init", "name"),
+    *("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"),
+    *(
+        "deepspeed.zero_optimization",
+        "deepspeed.zero_optimization.*",
+        "deepspeed.steps_per_print",
+        "deepspeed.dump_state",
+    ),
+    *("deepspeed.wall_clock_breakdown", "deepspeed.memory_breakdown", "deepspeed.comms_logger*", "deepspeed.pipeline*"),
+    *("deepspeed.flops_profiler*", "deepspeed.tensorboard*", "deepspeed.wandb*", "deepspeed.csv_monitor*"),
+    *("deepspeed.optimizer.params.torch_adam", "deepspeed.scheduler.params.total_num_steps"),
+)
+
+
+@dataclass
+class Snapshot:
+    """One rank's part of a checkpoint, in host memory. `save` is one word for all ranks of this save."""
+
+    step: int
+    rank: int
+    world: int
+    save: str
+    tensors: dict[str, torch.Tensor]
+    index: list[dict[str, Any]]
+    rng: dict[str, str]
+    state: dict[str, Any] = field(default_factory=dict)  # rank 0 only: what goes into state.json
+
+
+class _Piece(NamedTuple):
+    start: int
+    stop: int
+    rank: int
+    step: float
+
+
+def snapshot(engine: Engine, save: str, state: Mapping[str, Any]) -> Snapshot:
+    """Copy what this rank owns. No collective. Raises CheckpointError where the state is not fit to be saved."""
+    if state_of.inside_accumulation(engine.deepspeed):
+        raise CheckpointError("a checkpoint between the micro-batches of a step would lose their gradients")
+    state_of.materialise(engine.deepspeed)
+    tensors: dict[str, torch.Tensor] = {}
+    index: list[dict[str, Any]] = []
+    for fragment in state_of.fragments(engine.deepspeed, engine.address):
+        _check_weight(fragment)
+        if not fragment.owner:
+            continue
+        step = float(fragment.slot["step"]) if fragment.slot is not None else None
+        _add(tensors, index, fragment.name, fragment.shape, fragment.start, fragment.views, step)
+    if engine.world.replica == 0:
+        for name, buffer in engine.buffers():
+            _add(tensors, index, name, tuple(buffer.shape), 0, {"buffer": buffer.reshape(-1)}, None)
+    progress = state_of.progress(engine.deepspeed) if engine.world.rank == 0 else {}
+    meta = {**state, "engine": progress} if engine.world.rank == 0 else {}
+    return Snapshot(engine.step, engine.world.rank, engine.world.world, save, tensors, index, _rng(), meta)
+
+
+def _add(
+    tensors: dict[str, torch.Tensor],
+    index: list[dict[str, Any]],
+    name: str,
+    shape: Sequence[int],
+    start: int,
+    views: Mapping[str, torch.Tensor],
+    step: float | None,
+) -> None:
+    numel = 0
+    for key, view in views.items():
+        tensors[f"{name}@{start}|{key}"] = view.detach().to("cpu", copy=True)
+        numel = view.numel()
+    index.append(
+        {"name": name, "shape": list(shape), "start": start, "numel": numel, "keys": list(views), "step": step}
+    )
+
+
+def _check_weight(fragment: state_of.Fragment) -> None:
+    """The weight that the model computes with must be its master, rounded: else this is not what was trained."""
+    master, weight = fragment.views.get("master"), fragment.weight
+    if master is None or weight is None:
+        return
+    if not torch.equal(master.to(weight.dtype).to(weight.device), weight):
+        why = (
+            "holds NaN" if bool(torch.isnan(master).any()) else "differs from the weights that the model computes with"
+        )
+        stop = fragment.start + fragment.numel
+        raise CheckpointError(f"{fragment.name}[{fragment.start}:{stop}]: the fp32 master {why}; nothing was saved")
+
+
+def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
+    """Write one rank's part; on rank 0, wait for the others and commit. The folder counts only when this is done there."""
+    folder = files.folder_of(run_dir, snap.step)
+    tensors, name = files.rank_files(snap.rank)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / files.MANIFEST).unlink(missing_ok=True)  # an older save stops counting before its files are replaced
+        files.write_file(folder / tensors, lambda path: save_file(snap.tensors, path))
+        index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
+        files.write_json(folder / name, index)
+        if snap.rank == 0:
+            files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
+    except OSError as error:
+        _tell(folder / name, snap.save, error)
+        raise CheckpointError(f"{folder}: not written, the folder does not count: {error}") from error
+    return folder
+
+
+def _tell(path: Path, save: str, error: OSError) -> None:
+    """Leave the error for rank 0's writer, which otherwise waits; where even that cannot be written it waits out its time."""
+    try:
+        files.write_json(path, {"save": save, "error": str(error)})
+    except OSError:
+        return
+
+
+class Writer:
+    """Saves one checkpoint at a time, in a thread beside the training. One a process.
+
+    launch    one word for this launch, the same on all ranks
+    """
+
+    def __init__(self, run_dir: str | Path, launch: str, *, asynchronous: bool = True, timeout: float = 1800.0) -> None:
+        self.run_dir, self.launch = Path(run_dir), launch
+        self.asynchronous, self.timeout = asynchronous, timeout
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saves = 0
+        self.stall = 0.0  # seconds that the last save held up training
+
+    def save(
+        self,
+        engine: Engine,
+        state: Mapping[str, Any],
+        then: Callable[[Path], None] | None = None,
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Copy now, write in the background. `then` gets the folder when it is written (on rank 0: committed).
+
+        Raises what went wrong with the save before, or with this one's copy.
+        """
+        self.wait()
+        start = time.perf_counter()
+        self._saves += 1
+        snap = snapshot(engine, f"{self.launch}-{self._saves}", state)
+        self.stall = time.perf_counter() - start
+        self._thread = threading.Thread(target=self._run, args=(snap, then), name="checkpoint")
+        self._thread.start()
+        if wait or not self.asynchronous:
+            self.wait()
+
+    def _run(self, snap: Snapshot, then: Callable[[Path], None] | None) -> None:
+        try:
+            folder = write(snap, self.run_dir, self.timeout)
+            if then is not None:
+                then(folder)
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r})"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        manifest = files.read_manifest(Path(path))
+        if manifest is None:
+            raise CheckpointError(
+                f"{path}: not a whole checkpoint ({files.MANIFEST} or a file that it names is missing)"
+            )
+        return cls(Path(path), manifest)
+
+    @classmethod
+    def all(cls, run_dir: str | Path) -> list[Checkpoint]:
+        """Whole checkpoints of a run, newest first."""
+        return [cls(folder, manifest) for folder, manifest in files.whole(run_dir)]
+
+    @classmethod
+    def newest_whole(cls, run_dir: str | Path, *, verify: bool = False) -> Checkpoint | None:
+        """The newest checkpoint whose files are all there, in full size; with `verify`, of the right digests too."""
+        for folder, manifest in files.whole(run_dir):
+            checkpoint = cls(folder, manifest)
+            if verify:
+                try:
+                    checkpoint.verify()
+                except CheckpointError:
+                    continue
+            return checkpoint
+        return None
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def world(self) -> int:
+        return int(self.manifest["world"])
+
+    def state(self) -> dict[str, Any]:
+        """What is not a tensor: step, plan, recipe and its hash, the engine's progress, fingerprints of the datasets."""
+        return files.read_json(self.path / files.STATE)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the digests of all files, or of one part of them. Raises CheckpointError."""
+        files.verify(self.path, self.manifest, part, parts)
+
+    def load(self, engine: Engine) -> dict[str, Any]:
+        """Put this checkpoint into an engine of any layout; returns `state()`. Collective.
+
+        Raises CheckpointError where digests, parameters or shapes do not fit; the engine's state is then undefined.
+        """
+        world = engine.world
+        _agree(world, lambda: self.verify(world.rank, world.world), "verify")
+        state = self.state()
+        state_of.materialise(engine.deepspeed)
+        with _Reader(self) as reader:
+            _agree(world, lambda: self._fill(engine, reader), "load")
+            if self.world == world.world:
+                _set_rng(reader.rng[world.rank])
+        state_of.refresh(engine.deepspeed)
+        state_of.set_progress(engine.deepspeed, state["engine"])
+        world.barrier()
+        return state
+
+    def _fill(self, engine: Engine, reader: _Reader) -> None:
+        steps: set[float] = set()
+        wanted: set[str] = set()
+        for fragment in state_of.fragments(engine.deepspeed, engine.address):
+            wanted.add(fragment.name)
+            for key, view in fragment.views.items():
+                steps |= reader.copy(fragment.name, key, fragment.shape, fragment.start, view)
+        for name, buffer in engine.buffers():
+            wanted.add(name)
+            flat = torch.empty(buffer.numel(), dtype=buffer.dtype)
+            reader.copy(name, "buffer", tuple(buffer.shape), 0, flat)
+            buffer.copy_(flat.view(buffer.shape))
+        extra = sorted(set(reader.pieces) - wanted) if engine.world.world == 1 else []
+        if extra:
+            raise CheckpointError(f"{self.path}: holds {', '.join(extra[:5])}, which this model does not have")
+        if len(steps) > 1:
+            raise CheckpointError(f"{self.path}: parameters of different steps: {sorted(steps)}")
+        if not steps and reader.steps:
+            steps = {max(reader.steps)}  # nothing of a trained parameter lies here
+        if steps:
+            state_of.set_step(engine.deepspeed, steps.pop())
+
+
+class _Reader:
+    """Flat ranges of canonical parameters out of all ranks' files; opens only those that are needed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.pieces: dict[str, dict[str, list[_Piece]]] = {}
+        self.rng: list[dict[str, str]] = []
+        self.steps: set[float] = set()
+        self.bytes = 0  # read so far
+        self._files: dict[int, Any] = {}
+        for rank in range(checkpoint.world):
+            index = files.read_json(self.path / files.rank_files(rank)[1])
+            self.rng.append(index["rng"])
+            for entry in index["fragments"]:
+                self._index(rank, entry)
+
+    def _index(self, rank: int, entry: Mapping[str, Any]) -> None:
+        name, start, step = entry["name"], int(entry["start"]), entry["step"]
+        self.shapes[name] = tuple(entry["shape"])
+        if step is not None:
+            self.steps.add(step)
+        piece = _Piece(start, start + int(entry["numel"]), rank, step)
+        for key in entry["keys"]:
+            self.pieces.setdefault(name, {}).setdefault(key, []).append(piece)
+
+    def copy(self, name: str, key: str, shape: tuple[int, ...], start: int, into: torch.Tensor) -> set[float]:
+        """Fill the flat tensor `into` with the elements from `start` on; returns the optimizer steps they are from."""
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.path}: has no parameter {name!r}")
+        if self.shapes[name] != tuple(shape):
+            raise CheckpointError(f"{self.path}: {name} has shape {self.shapes[name]}, the model's is {tuple(shape)}")
+        if key not in self.pieces[name]:
+            have = ", ".join(self.pieces[name])
+            raise CheckpointError(
+                f"{self.path}: {name} was saved as {have}, not as {key}; is it frozen in one recipe only?"
+            )
+        stop, found, steps = start + into.numel(), 0, set()
+        for piece in self.pieces[name][key]:
+            low, high = max(piece.start, start), min(piece.stop, stop)
+            if low < high:
+                part = self._slice(piece.rank, f"{name}@{piece.start}|{key}", low - piece.start, high - piece.start)
+                into[low - start : high - start].copy_(part)
+                found += high - low
+                self.bytes += part.numel() * part.element_size()
+                if piece.step is not None:
+                    steps.add(piece.step)
+        if found != into.numel():
+            raise CheckpointError(
+                f"{self.path}: {name}|{key}: {found} of {into.numel()} elements from {start} on are there"
+            )
+        return steps
+
+    def whole(self, name: str, key: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        first = self.pieces[name][key][0]
+        dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
+        out = torch.empty(int(torch.Size(shape).numel()), dtype=dtype)
+        self.copy(name, key, shape, 0, out)
+        return out.view(shape)
+
+    def _slice(self, rank: int, key: str, low: int, high: int) -> torch.Tensor:
+        if rank not in self._files:
+            self._files[rank] = safe_open(self.path / files.rank_files(rank)[0], "pt").__enter__()
+        return self._files[rank].get_slice(key)[low:high]
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.__exit__(*error)
+        self._files.clear()
+
+
+def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Floating masters become `dtype` if given."""
+    return dict(iterate(checkpoint, dtype))
+
+
+def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `export_weights`, one tensor at a time."""
+    with _Reader(checkpoint) as reader:
+        for name, keys in reader.pieces.items():
+            key = next(k for k in ("master", "frozen", "buffer") if k in keys)
+            tensor = reader.whole(name, key)
+            yield name, tensor.to(dtype) if dtype is not None and key == "master" else tensor
+
+
+def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
+    """Canonical name -> key -> whole tensor, of everything; to compare checkpoints."""
+    with _Reader(checkpoint) as reader:
+        return {name: {key: reader.whole(name, key) for key in keys} for name, keys in reader.pieces.items()}
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's part of `state.json`."""
+    return {"recipe": to_dict(recipe), "hash": digest(recipe)}
+
+
+def check_recipe(state: Mapping[str, Any], recipe: Recipe, where: str) -> None:
+    """Raises CheckpointError, with the keys that differ, where `recipe` does not continue the run that was saved."""
+    if state["hash"] == digest(recipe):
+        return
+    matter = [
+        line for line in differences(from_dict(state["recipe"], where), recipe) if not _free(line.partition(": ")[0])
+    ]
+    if matter:
+        raise CheckpointError(
+            f"{where}: belongs to another recipe. Differing keys (saved -> now):\n  "
+            + "\n  ".join(matter)
+            + "\nUse another run.dir, or start from this run's weights with model.init."
+        )
+
+
+def _free(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
+
+
+def _agree(world: Any, action: Callable[[], None], what: str) -> None:
+    """Run `action`; where it fails on any rank, all ranks raise, instead of some waiting for the others."""
+    error: CheckpointError | None = None
+    try:
+        action()
+    except CheckpointError as caught:
+        error = caught
+    if world.sum([error is not None]).result()[0]:
+        raise error or CheckpointError(f"another rank could not {what} the checkpoint; its message says why")
+
+
+def _rng() -> dict[str, str]:
+    """torch's generators, for dropout; all other randomness is a function of seed, step and row."""
+    out = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
+    if torch.cuda.is_available():
+        out["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return out
+
+
+def _set_rng(states: Mapping[str, str]) -> None:
+    def tensor(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(states["cpu"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensor(states["cuda"]))

@@ -1,0 +1,198 @@
+"""A checkpoint's folder on disk: when it counts as whole, how it becomes so, how old ones go.
+
+    <run.dir>/checkpoints/step-00001000/
+        rank00000.safetensors   the fragments that rank 0 owns
+        rank00000.json          their index, with the digest of the file above
+        …                       one pair a rank
+        state.json              all that is not a tensor
+        manifest.json           written last: size and SHA-256 of every file above
+
+Every file is written under a temporary name, synced and renamed. A folder without a manifest is not a checkpoint, whatever
+else lies in it; removing one takes the manifest first. No process talks to another: rank 0 waits for the index files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or continued. The message names the file and what to do."""
+
+
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    match = _STEP.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder}: a checkpoint's folder is named step-00001000")
+    return int(match[1])
+
+
+def rank_files(rank: int) -> tuple[str, str]:
+    """(tensors, index) of one rank."""
+    return f"rank{rank:05d}.safetensors", f"rank{rank:05d}.json"
+
+
+def folders(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything under `<run_dir>/checkpoints` that is named like a checkpoint, oldest first."""
+    parent = Path(run_dir) / "checkpoints"
+    if not parent.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(p.name), p) for p in parent.iterdir() if p.is_dir()]
+    return sorted((int(m[1]), p) for m, p in matches if m)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, then put it in place: whole or not at all, and there after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_file(path, fill)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: float = 0.02) -> list[dict[str, Any]]:
+    """The index of every rank, as soon as all of them belong to this save.
+
+    `save` is the same word on all ranks of one save and no other, so that what a crashed one left behind is not taken.
+    """
+    deadline = time.monotonic() + timeout
+    found: dict[int, dict[str, Any]] = {}
+    while len(found) < world:
+        for rank in (r for r in range(world) if r not in found):
+            path = folder / rank_files(rank)[1]
+            if path.exists():
+                index = read_json(path)
+                if index.get("save") == save:
+                    if "error" in index:
+                        raise CheckpointError(f"{folder}: rank {rank} could not write its part: {index['error']}")
+                    found[rank] = index
+        if len(found) < world:
+            if time.monotonic() > deadline:
+                missing = [r for r in range(world) if r not in found]
+                raise CheckpointError(
+                    f"{folder}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after {timeout:.0f} s; "
+                    "run.dir must lie on a file system that all hosts share"
+                )
+            time.sleep(pause)
+    return [found[rank] for rank in range(world)]
+
+
+def commit(folder: Path, step: int, world: int, save: str, state: Mapping[str, Any], timeout: float) -> None:
+    """What rank 0 does when its own part is written: wait for the others, then make the folder a checkpoint."""
+    indexes = await_indexes(folder, world, save, timeout)
+    files = {}
+    for rank, index in enumerate(indexes):
+        tensors, name = rank_files(rank)
+        files[tensors], files[name] = index["file"], digest(folder / name)
+    write_json(folder / STATE, state)
+    files[STATE] = digest(folder / STATE)
+    write_json(folder / MANIFEST, {"version": VERSION, "step": step, "world": world, "save": save, "files": files})
+    _sync_folder(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder whose files all have the size that it says; None where it is no whole checkpoint."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_json(path)
+        if manifest["version"] != VERSION:
+            raise CheckpointError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
+        sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r})") from error
+    for name, size in sizes.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file() or file.stat().st_size != size:
+            return None
+    return manifest
+
+
+def verify(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> None:
+    """Compare digests, of every `parts`-th file from number `part` on. Raises CheckpointError for a file that differs."""
+    for name in sorted(manifest["files"])[part::parts]:
+        if digest(folder / name) != manifest["files"][name]:
+            raise CheckpointError(
+                f"{folder / name}: differs from its digest in {MANIFEST}; resume from another checkpoint"
+            )
+
+
+def whole(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Whole checkpoints of a run, newest first; those that are not are passed over."""
+    for _, folder in reversed(folders(run_dir)):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:
+            continue
+        if manifest is not None:
+            yield folder, manifest
+
+
+def remove(folder: Path) -> None:
+    """Take the manifest first, so that a folder half removed is not a checkpoint."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+def prune(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()) -> list[Path]:
+    """Remove all but the newest `keep` whole checkpoints, and broken folders older than the newest whole one."""
+    kept = [folder for folder, _ in whole(run_dir)]
+    if not kept:
+        return []
+    newest, stay = kept[0], {*kept[: max(keep, 1)], *protect}
+    gone = [folder for _, folder in folders(run_dir) if folder < newest and folder not in stay]
+    for folder in gone:
+        remove(folder)
+    return gone
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,322 @@
+"""Where a DeepSpeed engine keeps masters, moments and weights. Every attribute of DeepSpeed that is not its public API is here.
+
+DeepSpeed flattens parameters into groups and gives each data-parallel rank a stretch of them; which stretch, and in which
+attribute, differs by ZeRO stage and optimizer wrapper. `fragments` turns all of them into one form: flat ranges of named
+parameters, as live views. Tested with DeepSpeed 0.19.4 … 0.19.8 (pyproject.toml pins the range).
+
+`named` gives a parameter's canonical address, whatever layout it lives in: see `Address`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, beside `step`
+WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+
+
+class UnknownState(TypeError):
+    """An engine whose optimizer state this module does not know how to find."""
+
+
+class Address(NamedTuple):
+    """Where a local parameter lies in the model: its canonical name, the flat offset of its first element there, and the
+    canonical shape (an expert rank's stack is a slice of dimension 0 of the whole stack)."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+
+Named = Callable[[str, torch.nn.Parameter, tuple[int, ...]], Address]
+
+
+@dataclass
+class Fragment:
+    """The flat range [start, start + numel) of a canonical parameter, as this rank holds it.
+
+    views    key (master, exp_avg, exp_avg_sq, or frozen) -> live flat tensor of `numel` elements
+    weight   the same range of the weight that the model computes with; None where it is the master itself or elsewhere
+    slot     the optimizer's entry that holds `step`
+    owner    False: a copy that another rank saves
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    views: dict[str, torch.Tensor]
+    weight: torch.Tensor | None = None
+    slot: dict[str, Any] | None = None
+    owner: bool = True
+
+
+def check(engine: Any) -> None:
+    """Raises UnknownState for an optimizer whose masters or moments would be missed."""
+    optimizer = engine.optimizer
+    name = type(optimizer).__name__
+    if name not in WRAPPERS and not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnknownState(f"{name}: unknown optimizer wrapper; a checkpoint of it would lack masters or moments")
+    base = _base(optimizer)
+    if not any(cls.__name__ in ("Adam", "FusedAdam", "DeepSpeedCPUAdam") for cls in type(base).__mro__):
+        raise UnknownState(f"{type(base).__name__}: only Adam and AdamW state can be saved")
+    if getattr(optimizer, "swap_optimizer", False):
+        raise UnknownState("optimizer state offloaded to NVMe cannot be saved; offload to the CPU instead")
+
+
+def inside_accumulation(engine: Any) -> bool:
+    """True between the micro-batches of a step, when gradients exist that no state shows."""
+    return engine.micro_steps % engine.gradient_accumulation_steps() != 0
+
+
+def materialise(engine: Any) -> None:
+    """Create Adam's state, which the first step would create, with zeros."""
+    base = _base(engine.optimizer)
+    for flat in _flats(engine.optimizer):
+        state = base.state[flat]
+        if not state:
+            state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(flat.data)
+
+
+def fragments(engine: Any, named: Named) -> Iterator[Fragment]:
+    """Every part of every parameter that this rank holds, in the model's order. No collective."""
+    check(engine)
+    finder = _finder(engine)
+    for local, parameter in engine.module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        address = named(local, parameter, shape)
+        fragment = finder(parameter, address)
+        if fragment is not None:
+            yield fragment
+
+
+def set_step(engine: Any, step: float) -> None:
+    """Adam's step counter of every flat tensor, also of those with nothing but padding here."""
+    base = _base(engine.optimizer)
+    for flat in _flats(engine.optimizer):
+        state = base.state[flat]
+        if torch.is_tensor(state["step"]):
+            state["step"].fill_(step)
+        else:
+            state["step"] = int(step)
+    for group in base.param_groups:
+        if "step" in group:  # FusedAdam counts a second time, by group
+            group["step"] = int(step)
+
+
+@torch.no_grad()
+def refresh(engine: Any) -> None:
+    """The weights that the model computes with, from the masters. Collective."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        optimizer._partition_all_parameters()  # small parameters stay gathered between steps: let go of them first
+        for i in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):  # ZeRO-1/2, BF16_Optimizer
+        optimizer.update_lp_params()
+
+
+def progress(engine: Any) -> dict[str, Any]:
+    """Counters, schedule and the optimizer's current hyperparameters, as JSON."""
+    group = _base(engine.optimizer).param_groups[0]
+    scheduler = engine.lr_scheduler
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "scheduler": _plain(scheduler.state_dict()) if scheduler is not None else None,
+        "hyperparameters": {key: _plain(group[key]) for key in ("lr", "betas") if key in group},
+    }
+
+
+def set_progress(engine: Any, state: dict[str, Any]) -> None:
+    for key in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, key, int(state[key]))
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # this layout's, not the saver's
+    if engine.lr_scheduler is not None and state["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(state["scheduler"])
+    for group in _base(engine.optimizer).param_groups:  # DeepSpeed's schedules do not restore these
+        for key, value in state["hyperparameters"].items():
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def gradient_norm(engine: Any) -> float | torch.Tensor:
+    """Norm of the last step's gradient before clipping; without ZeRO it must be asked for before the step."""
+    norm = getattr(engine.optimizer, "_global_grad_norm", None)
+    if norm is None:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients]))
+    return norm
+
+
+def learning_rate(engine: Any) -> float:
+    return float(_base(engine.optimizer).param_groups[0]["lr"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _base(optimizer: Any) -> Any:
+    """The optimizer that steps: the wrapped one, where there is a wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _flats(optimizer: Any) -> list[torch.Tensor]:
+    """The fp32 tensors that the base optimizer steps."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _finder(engine: Any) -> Callable[[Any, Address], Fragment | None]:
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return _Partitioned(engine)
+    if hasattr(optimizer, "round_robin_bit16_groups"):
+        return _Flattened(engine, _round_robin_places(optimizer), optimizer.single_partition_of_fp32_groups)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return _Flattened(engine, _mapped_places(optimizer), optimizer.fp32_groups_flat_partition)
+    return _Whole(engine)
+
+
+class _Finder:
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.optimizer = engine, engine.optimizer
+        self.state = _base(engine.optimizer).state
+
+    def saves(self, parameter: Any) -> bool:
+        """Of the ranks that hold this parameter whole: am I the one that saves it?"""
+        if getattr(parameter, "ds_pipe_replicated", False):  # tied over stages: the first stage saves it
+            return False
+        group = self.engine.data_parallel_group
+        if getattr(parameter, "allreduce", True) is False:
+            group = self.engine.expert_data_parallel_group[parameter.group_name]
+        return torch.distributed.get_rank(group) == 0
+
+    def views(self, flat: torch.Tensor, start: int, numel: int) -> dict[str, torch.Tensor]:
+        state = self.state[flat]
+        stretch = slice(start, start + numel)
+        moments = {key: state[key].view(-1)[stretch] for key in MOMENTS if key in state}
+        return {"master": flat.data.view(-1)[stretch], **moments}
+
+    def frozen(self, parameter: Any, address: Address) -> Fragment:
+        data = parameter.data.view(-1)
+        views = {"frozen": data}
+        return Fragment(address.name, address.shape, address.start, data.numel(), views, owner=self.saves(parameter))
+
+
+class _Whole(_Finder):
+    """No ZeRO, fp32: every rank holds everything."""
+
+    def __call__(self, parameter: Any, address: Address) -> Fragment:
+        if not parameter.requires_grad:
+            return self.frozen(parameter, address)
+        numel = parameter.numel()
+        views = self.views(parameter, 0, numel)
+        slot = self.state[parameter]
+        return Fragment(
+            address.name, address.shape, address.start, numel, views, slot=slot, owner=self.saves(parameter)
+        )
+
+
+class _Place(NamedTuple):
+    flat: int  # which flat tensor
+    at: int  # where in it
+    start: int  # first element of the parameter that lies there
+    numel: int
+
+
+def _round_robin_places(optimizer: Any) -> dict[int, _Place]:
+    """ZeRO-1/2. Not from `_hp_mapping`, which is wrong under round_robin_gradients, but from the real order."""
+    places: dict[int, _Place] = {}
+    for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
+        size = optimizer.single_partition_of_fp32_groups[group].numel()
+        low = torch.distributed.get_rank(optimizer.real_dp_process_group[group]) * size
+        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
+            first, last = max(offset, low), min(offset + parameter.numel(), low + size)
+            if first < last:
+                places[id(parameter)] = _Place(group, first - low, first - offset, last - first)
+    return places
+
+
+def _mapped_places(optimizer: Any) -> dict[int, _Place]:
+    """BF16_Optimizer, which keeps the parameters' own order."""
+    places: dict[int, _Place] = {}
+    for group, parameters in enumerate(optimizer.bf16_groups):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                hp, lp = mapping.hp_fragment_address, mapping.lp_fragment_address
+                places[id(parameter)] = _Place(group, hp.start, lp.start, hp.numel)
+    return places
+
+
+class _Flattened(_Finder):
+    """ZeRO-1/2 and BF16_Optimizer: a rank has a stretch of each flat group; weights are whole everywhere."""
+
+    def __init__(self, engine: Any, places: dict[int, _Place], flats: list[torch.Tensor]) -> None:
+        super().__init__(engine)
+        self.places, self.flats = places, flats
+
+    def __call__(self, parameter: Any, address: Address) -> Fragment | None:
+        if not parameter.requires_grad:
+            return self.frozen(parameter, address)
+        place = self.places.get(id(parameter))
+        if place is None:
+            return None
+        flat = self.flats[place.flat]
+        return Fragment(
+            address.name,
+            address.shape,
+            address.start + place.start,
+            place.numel,
+            self.views(flat, place.at, place.numel),
+            weight=parameter.data.view(-1)[place.start : place.start + place.numel],
+            slot=self.state[flat],
+            owner=not getattr(parameter, "ds_pipe_replicated", False),
+        )
+
+
+class _Partitioned(_Finder):
+    """ZeRO-3: the weights are divided too."""
+
+    def __call__(self, parameter: Any, address: Address) -> Fragment | None:
+        group = getattr(parameter, "ds_process_group", None) or self.engine.data_parallel_group
+        part = parameter.partition_numel()
+        start = torch.distributed.get_rank(group) * part
+        numel = max(0, min(part, parameter.ds_numel - start))
+        if numel == 0:  # nothing but padding here
+            return None
+        where = (address.name, address.shape, address.start + start, numel)
+        weight = parameter.ds_tensor.data.view(-1)[:numel]
+        if not parameter.requires_grad:
+            return Fragment(*where, {"frozen": weight})
+        optimizer = self.optimizer
+        index, at, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[index]
+        return Fragment(*where, self.views(flat, at, numel), weight=weight, slot=self.state[flat])
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts out of what schedulers keep. Raises UnknownState for anything else."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if torch.is_tensor(value) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    raise UnknownState(f"a schedule keeps a {type(value).__name__}, which a checkpoint cannot hold")

@@ -1,0 +1,126 @@
+"""What is measured on the way: times, rates, and MFU against the rate that this machine's matrix products reach."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pretrain.engine import StepResult
+
+# Dense bf16 tensor-core peak of one device, FLOP/s, from the vendor's data sheets (without sparsity).
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass
+class StepMetrics:
+    """One step as the trainer saw it.
+
+    seconds    from the end of the step before to the end of this one
+    wait       of these, waiting for the loader
+    peak       FLOP/s that all processes together could reach
+    counters   what the loaders report, summed over the ranks
+    """
+
+    result: StepResult
+    seconds: float
+    wait: float
+    peak: float
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.result.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (forward and backward of what is not padding) ÷ what the devices could have done meanwhile."""
+        return self.result.flops / (self.seconds * self.peak)
+
+    def to_json(self, tasks: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
+        """The line of metrics.jsonl. `loss_by_task` holds each task's own mean over its targets."""
+        r = self.result
+        by_task = {tasks[t] if t < len(tasks) else str(t): s / n for t, (s, n) in r.loss_by_task.items() if n}
+        return {
+            "step": r.step,
+            "loss": r.loss,
+            "auxiliary": r.auxiliary,
+            "gradient_norm": r.gradient_norm,
+            "learning_rate": r.learning_rate,
+            "rows": r.rows,
+            "tokens": r.tokens,
+            "targets": r.targets,
+            "flops": r.flops,
+            "seconds": round(self.seconds, 6),
+            "data_wait": round(self.wait, 6),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "mfu": round(self.mfu, 5),
+            "loss_by_task": by_task,
+            "loader": dict(self.counters),
+        }
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that one process could reach: the device's data sheet where we know it, else what its products measure."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name:
+                return peak
+    return matrix_rate(device, dtype)
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.15) -> float:
+    """FLOP/s of square matrix products, the best of several within `seconds`; measured once a process.
+
+    The best, not the mean: another process on the same cores slows training, not the machine.
+    """
+    size = size or (768 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    with torch.no_grad():
+        _synchronise(device, a @ b)
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            _synchronise(device, a @ b)
+            best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _synchronise(device: torch.device, _: torch.Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds since the last `lap`."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return max(elapsed, 1e-9)
+
+
+class Smoothed:
+    """An exponential mean of the last ~`steps` values, without the bias of the start."""
+
+    def __init__(self, steps: float = 20.0) -> None:
+        self._keep, self._sum, self._weight = 1.0 - 1.0 / steps, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        self._sum = self._sum * self._keep + value
+        self._weight = self._weight * self._keep + 1.0
+        return self.value
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0

@@ -1,0 +1,224 @@
+"""The training loop, on one screen; everything else happens in callbacks at named stages."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from pretrain.batch import TokenBatch
+from pretrain.callbacks import Callback
+from pretrain.checkpoint import Checkpoint, check_recipe, describe
+from pretrain.checkpoint_files import CheckpointError
+from pretrain.metrics import StepMetrics, Stopwatch, peak_rate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pretrain.engine import Engine
+    from recipes.schema import Recipe
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class Loaded(Protocol):
+    """One step's rows from a loader; its arrays are valid until `release()`. `quarantined`: events for the plan's log."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    counters: dict[str, float]
+    quarantined: list[dict[str, Any]]
+
+    def release(self) -> None: ...
+
+
+class Loader(Protocol):
+    """An iterator of steps that can be put back to any of them."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def append(self, events: Sequence[dict[str, Any]]) -> None: ...
+
+
+class Trainer:
+    """Trains `engine` on `loader` for `recipe.train.steps` steps.
+
+    loader      None on pipeline stages that take no data
+    datasets    fingerprints of the datasets; a resumed run must have the same
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        loader: Loader | None,
+        callbacks: Sequence[Callback] = (),
+        datasets: Sequence[str] = (),
+    ) -> None:
+        self.recipe, self.engine, self.loader = recipe, engine, loader
+        self.callbacks, self.datasets = list(callbacks), list(datasets)
+        self.world, self.steps = engine.world, recipe.train.steps
+        self.resumed: Checkpoint | None = None
+        self.peak = 0.0  # FLOP/s of all processes together
+        self.stopped = False
+        self._counters: list[str] | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.engine.step
+
+    def fit(self, resume: Checkpoint | None = None) -> bool:
+        """Train to the end; False when a signal stopped the run early (after saving).
+
+        Raises CheckpointError where `resume` does not continue this recipe, TrainingError where the loss is not finite.
+        """
+        self._resume(resume)
+        mine = peak_rate(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
+        self.peak = self.world.sum([mine]).result()[0]
+        self._notify("on_start")
+        with Signals(self.world.rank == 0) as signals:
+            clock = Stopwatch()
+            for batch, wait, loaded in self._batches():
+                agreed = self._agree(signals.asked, wait, loaded)
+                result = self.engine.train_step(batch)
+                stop, wait, counters = agreed(batch.step)
+                metrics = StepMetrics(result, clock.lap(), wait, self.peak, counters)
+                if not math.isfinite(result.loss):
+                    raise TrainingError(
+                        f"step {result.step}: the loss is {result.loss}; nothing was saved since it is so"
+                    )
+                self._notify("on_step", metrics)
+                if stop:
+                    self.stopped = True
+                    break
+        self._notify("on_end")
+        return not self.stopped
+
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
+        self.resumed = checkpoint
+        if checkpoint is None:
+            return
+        state = checkpoint.state()
+        check_recipe(state, self.recipe, str(checkpoint.path))
+        if state["datasets"] != self.datasets:
+            raise CheckpointError(
+                f"{checkpoint.path}: the datasets have changed since (fingerprints {state['datasets']} -> {self.datasets}); "
+                "use another run.dir, or put the old datasets back"
+            )
+        checkpoint.load(self.engine)
+        if self.loader is not None:
+            self.loader.load_state_dict(state["loader"])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the engine."""
+        loader = {"step": self.step} if self.loader is None else {**self.loader.state_dict(), "step": self.step}
+        return {"step": self.step, "loader": loader, "datasets": self.datasets, **describe(self.recipe)}
+
+    def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
+        """(rows of this rank, seconds waited for them, what the loader gave), with the next step's counts under way."""
+        if self.loader is None:
+            for step in range(self.step, self.steps):
+                yield self._announced(TokenBatch.empty(step, 0)), 0.0, None
+            return
+        loader = iter(self.loader)
+        following = self._next(loader, self.step) if self.step < self.steps else None
+        while following is not None:
+            batch, wait, loaded = following
+            step = batch.step + 1
+            following = self._next(loader, step) if step < self.steps else None
+            yield batch, wait, loaded
+            loaded.release()
+
+    def _next(self, loader: Iterator[Loaded], step: int) -> tuple[TokenBatch, float, Loaded]:
+        watch = Stopwatch()
+        loaded = next(loader)
+        if loaded.step != step:
+            raise TrainingError(f"the loader gave step {loaded.step} where step {step} was due")
+        return self._announced(TokenBatch.from_arrays(loaded.arrays)), watch.lap(), loaded
+
+    def _announced(self, batch: TokenBatch) -> TokenBatch:
+        self.engine.announce(batch)
+        return batch
+
+    def _agree(
+        self, stop: bool, wait: float, loaded: Loaded | None
+    ) -> Callable[[int], tuple[bool, float, dict[str, float]]]:
+        """Start what the ranks must agree on while the step runs: whether to stop, and what their loaders have seen.
+
+        The result, called with the step, gives on every rank the same (stop, mean wait of the loaders, their counters:
+        summed, rates averaged).
+        """
+        counters = loaded.counters if loaded is not None else {}
+        if self._counters is None:  # every rank must send the same numbers: agree once on their names
+            self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
+        bad = loaded.quarantined if loaded is not None else []
+        values = [counters.get(name, 0.0) for name in self._counters]
+        sums = self.world.sum([stop, loaded is not None, wait, len(bad), *values])
+
+        def agreed(step: int) -> tuple[bool, float, dict[str, float]]:
+            stops, loaders, waits, quarantined, *totals = sums.result()
+            if quarantined:
+                found = [event for events in self.world.gather(bad) for event in events]
+                once = {(event["entry"], event["episode"]): event for event in found}
+                if self.loader is not None:  # in force from step + 2 on: step + 1 is drawn already
+                    self.loader.append([{**event, "step": step + 2} for event in once.values()])
+            named = dict(zip(self._counters or (), totals, strict=True))
+            return (
+                stops > 0,
+                waits / max(loaders, 1.0),
+                {
+                    name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
+                    for name, total in named.items()
+                },
+            )
+
+        return agreed
+
+    def _notify(self, stage: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, stage)(self, *arguments)
+
+    def saved(self, folder: Path, step: int) -> None:
+        """Called by the Checkpointer, on rank 0 alone, when a checkpoint is committed."""
+        self._notify("on_checkpoint", folder, step)
+
+
+class Signals:
+    """While it lasts, SIGINT and SIGTERM ask for a stop after the step that runs; a second Ctrl-C ends the process at once.
+
+    SIGTERM may come more than once: a launcher sends its own beside the terminal's Ctrl-C.
+    """
+
+    def __init__(self, speaks: bool) -> None:
+        self.asked, self._interrupts, self._speaks = False, 0, speaks
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os._exit(130)
+        if self._speaks and not self.asked:
+            # os.write: print may be what was interrupted
+            os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; Ctrl-C again ends at once\n")
+        self.asked = True

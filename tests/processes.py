@@ -1,0 +1,109 @@
+"""Ranks for tests: the same script in n processes, started directly (fast) or by the real `deepspeed` launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "pretrain")])
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+class Ranks:
+    """n processes of one script, with the environment that torch.distributed expects."""
+
+    def __init__(self, script: str | Path, arguments: Sequence[object], ranks: int) -> None:
+        port = free_port()
+        self.outputs, self.processes = [], []
+        for rank in range(ranks):
+            output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the test)
+            env = environment() | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            command = [sys.executable, str(script), *map(str, arguments)]
+            self.outputs.append(output)
+            self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+
+    def wait(self, timeout: float = 300.0) -> list[int]:
+        """Exit statuses. Where one fails, the others, which would wait for it, are ended."""
+        try:
+            pending = list(self.processes)
+            while pending:
+                for process in list(pending):
+                    try:
+                        status = process.wait(0.05)
+                    except subprocess.TimeoutExpired:
+                        timeout -= 0.05
+                        if timeout < 0:
+                            raise AssertionError(f"still running:\n{self.text()}") from None
+                        continue
+                    pending.remove(process)
+                    if status:
+                        self.kill()
+        finally:
+            self.kill()
+        return [int(p.returncode) for p in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def text(self) -> str:
+        parts = []
+        for rank, output in enumerate(self.outputs):
+            output.seek(0)
+            parts.append(f"--- rank {rank}\n{output.read()[-6000:]}")
+        return "\n".join(parts)
+
+
+def run(script: str | Path, arguments: Sequence[object], ranks: int, timeout: float = 300.0) -> str:
+    """Run to the end; the ranks' output. Raises AssertionError with it where one fails."""
+    started = Ranks(script, arguments, ranks)
+    statuses = started.wait(timeout)
+    text = started.text()
+    assert not any(statuses), f"exit statuses {statuses}\n{text}"
+    return text
+
+
+def launch(script: str | Path, arguments: Sequence[object], ranks: int, timeout: float = 300.0) -> str:
+    """The same through the `deepspeed` launcher."""
+    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--no_local_rank"]
+    done = subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        env=environment(),
+        timeout=timeout,
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
