@@ -43,8 +43,8 @@ class MetaWorld(Family):
 
 def _environment(name: str, horizon: int, options: dict[str, Any]) -> Environment:
     import gymnasium
+    import mujoco
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-    from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
     env: Any = ALL_V3_ENVIRONMENTS[name](**options)
     # What a benchmark's Task would set, without making fifty goals first: the goal is visible (the scripted policies
@@ -67,13 +67,10 @@ def _environment(name: str, horizon: int, options: dict[str, Any]) -> Environmen
             self._steps = 0
             if seed is not None:
                 env.seed(seed)
-            # SawyerXYZEnv.reset lowers the arm twice, the first time from wherever the last episode left it; once is
-            # half the time of a short episode, and free of what came before.
-            env.curr_path_length = 0
-            observation, info = super(SawyerXYZEnv, env).reset()
-            env._prev_obs = observation[:18].copy()
-            observation[18:36] = env._prev_obs
-            return observation.astype(np.float64), info
+            # Both resets are needed for an episode to follow from its seed alone: this one keeps what the last episode left
+            # out of the draws, and reset_model twice (which the next line does) out of 13 tasks' first observation.
+            mujoco.mj_resetData(env.model, env.data)
+            return env.reset()
 
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
             observation, reward, _, _, info = env.step(np.asarray(action, np.float32))
