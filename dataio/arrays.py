@@ -211,17 +211,19 @@ def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: S
     one = np.array([row_dtype(t).itemsize for t in tasks] or [0], np.int64)
     possible = (steps >= 0) & (rows >= 1) & ((rows == steps) | (rows == steps + 1))
     _require(possible, where, "steps and rows do not belong together")
-    end = offset + rows * one[loaded["task"]] if len(offset) else offset
-    _require((offset >= -1) & ((offset < 0) | (end <= size[shard])), where, "steps.npy reaches beyond its shard")
+    length = rows * one[loaded["task"]] if len(rows) else rows
+    _require((offset < 0) | _inside(offset, length, size[shard]), where, "steps.npy reaches beyond its shard")
     for name in ("sample", "json"):
-        begin, length = loaded[name], loaded[f"{name}_bytes"]
-        _require(
-            (begin >= 0) & (length >= 0) & (begin + length <= size[shard]), where, f"{name} reaches beyond its shard"
-        )
-    for field in [n[: -len(".first")] for n in loaded if n.startswith("chunks.") and n.endswith(".first")]:
-        owner = np.repeat(shard, np.diff(loaded[f"{field}.first"]))
-        at, length = loaded[f"{field}.offset"], loaded[f"{field}.size"]
-        _require((at >= 0) & (length >= 0) & (at + length <= size[owner]), where, f"{field} reaches beyond its shard")
+        good = _inside(loaded[name], loaded[f"{name}_bytes"], size[shard])
+        _require(good, where, f"{name} reaches beyond its shard")
+    for name in [n[: -len(".first")] for n in loaded if n.startswith("chunks.") and n.endswith(".first")]:
+        owner = np.repeat(shard, np.diff(loaded[f"{name}.first"]))
+        good = _inside(loaded[f"{name}.offset"], loaded[f"{name}.size"], size[owner])
+        _require(good, where, f"{name} reaches beyond its shard")
+
+
+def _inside(begin: np.ndarray, length: np.ndarray, size: np.ndarray) -> np.ndarray:
+    return (begin >= 0) & (length >= 0) & (begin <= size) & (length <= size - begin)
 
 
 def _require(good: np.ndarray, where: str, what: str) -> None:

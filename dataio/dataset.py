@@ -1,15 +1,41 @@
-"""What one does with a whole dataset: read an episode back, look at it."""
+"""What one does with a whole dataset: read an episode, look at it, and make datasets of datasets without copying shards."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataio.episode import DataError, Episode
+from dataio.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
+from dataio.episode import DataError, Episode, TaskSpec
+from dataio.foreign import absolute, index_foreign
 from dataio.index import EpisodeIndex
 from dataio.rows import ONLY_WITH_ACTION
+from dataio.shards import merge_tasks
+from dataio.statistics import Statistics
+from dataio.table import Part, Shard, batches, combine
+from dataio.verify import Finding, Report, verify
+
+__all__ = [
+    "Finding",
+    "Report",
+    "append",
+    "filter",
+    "index_foreign",
+    "inspect",
+    "merge",
+    "read_episode",
+    "split",
+    "verify",
+]
 
 
 def read_episode(index: EpisodeIndex, episode: int) -> Episode:
@@ -99,3 +125,155 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
     counts, edges = np.histogram(finite, bins=20)
     low, mean, high = float(finite.min()), float(finite.mean()), float(finite.max())
     return {"min": low, "mean": mean, "max": high, "histogram": counts.tolist(), "edges": edges.tolist()}
+
+
+def merge(urls: Sequence[str], destination: str) -> EpisodeIndex:
+    """A dataset of the episodes of several. Its index points at their shards; no shard is copied, so they must stay.
+
+    Raises DataError where one task's name stands for two things.
+    """
+    return _assemble([_Source(url) for url in urls], destination)
+
+
+def append(url: str, sources: Sequence[str]) -> EpisodeIndex:
+    """Add the episodes of other datasets to one, by reference."""
+    return _assemble([_Source(url), *(_Source(s) for s in sources)], url)
+
+
+def filter(
+    url: str,
+    destination: str,
+    *,
+    tasks: Sequence[str] = (),
+    agents: Sequence[str] = (),
+    min_return: float | None = None,
+    max_return: float | None = None,
+    top: float | None = None,
+    success: bool | None = None,
+    min_length: int = 0,
+    max_length: int | None = None,
+) -> EpisodeIndex:
+    """A dataset of those episodes that meet every condition given; its index points at the shards of the first.
+
+    tasks, agents            names or globs
+    min_return, max_return   undiscounted return, inclusive
+    top                      share in (0, 1] with the highest returns of each task, of what the other conditions leave
+    success                  only episodes with this known outcome
+    min_length, max_length   steps, inclusive
+    """
+    index = EpisodeIndex.open(url)
+    keep = np.ones(index.episodes, bool)
+    if tasks:
+        keep &= _matching([t.name for t in index.tasks], tasks)[index.task]
+    if agents:
+        codes, names = index.agents()
+        keep &= (codes >= 0) & np.append(_matching(list(names), agents), False)[codes]
+    if min_return is not None:
+        keep &= index.total_return >= min_return
+    if max_return is not None:
+        keep &= index.total_return <= max_return
+    if success is not None:
+        keep &= index.success == int(success)
+    keep &= index.steps >= min_length
+    if max_length is not None:
+        keep &= index.steps <= max_length
+    if top is not None:
+        if not 0 < top <= 1:
+            raise ValueError(f"top is a share in (0, 1], not {top}")
+        keep &= _top(index, keep, top)
+    return _assemble([_Source(url, keep)], destination)
+
+
+def split(url: str, shares: Mapping[str, float]) -> dict[str, EpisodeIndex]:
+    """Datasets (destination -> share) that take the episodes apart by the hash of their ids, which decides for ever."""
+    if not shares or min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+        raise ValueError(f"shares must be positive and sum to at most 1, not {dict(shares)}")
+    place = EpisodeIndex.open(url).hash.astype(np.float64) * 2.0**-64
+    bounds = np.cumsum([0.0, *shares.values()])
+    if abs(bounds[-1] - 1) < 1e-9:
+        bounds[-1] = 2.0  # a hash may round up to 1
+    cuts = zip(shares, bounds[:-1], bounds[1:])
+    return {name: _assemble([_Source(url, (place >= a) & (place < b))], name) for name, a, b in cuts}
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
+    """bool [len(names)]: which match a pattern. Raises DataError for a pattern that matches none."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise DataError(f"{pattern!r} matches none of {', '.join(names[:20])}")
+    return np.array([any(fnmatch.fnmatchcase(n, p) for p in patterns) for n in names], bool)
+
+
+def _top(index: EpisodeIndex, keep: np.ndarray, share: float) -> np.ndarray:
+    best = np.zeros(index.episodes, bool)
+    for task in range(len(index.tasks)):
+        mine = np.flatnonzero(keep & (index.task == task))
+        order = np.argsort(-index.total_return[mine], kind="stable")
+        best[mine[order[: math.ceil(share * len(mine))]]] = True
+    return best
+
+
+@dataclass(frozen=True)
+class _Source:
+    url: str
+    keep: np.ndarray | None = None  # bool [E]; None: all
+
+
+def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
+    """Write a dataset whose index holds episodes of others. The statistics of a part are those of the whole that it is of."""
+    from dataio.storage import Store
+
+    target = Store(destination)
+    own = absolute(destination)
+    if all(absolute(s.url) != own for s in sources) and exists(target, DATASET):
+        raise FileExistsError(f"{destination} is a dataset already; choose another destination")
+    scratch = Path(tempfile.mkdtemp(prefix="tiphys-dataset-"))
+    tasks: dict[str, TaskSpec] = {}
+    shards: dict[str, Shard] = {}
+    statistics, parts, partial = Statistics(), list[Part](), False
+    quarantine: list[dict[str, Any]] = []
+    try:
+        for number, source in enumerate(sources):
+            file = scratch / f"{number:06d}.parquet"
+            document = _fetch_whole(source.url, file, scratch / "statistics.parquet")
+            merge_tasks(tasks, document["tasks"], source.url)
+            here = absolute(source.url) == own
+            base = absolute(source.url)
+            rename = {s.name: s.name if here or "://" in s.name else f"{base}/{s.name}" for s in document["shards"]}
+            for shard in document["shards"]:
+                shards[rename[shard.name]] = Shard(rename[shard.name], shard.size, shard.crc)
+            parts.append(Part(file, source.keep, rename))
+            broken = document.get("quarantine", [])
+            quarantine += [q | {"shard": rename.get(q["shard"], q["shard"])} for q in broken]
+            statistics.merge(Statistics.read(scratch / "statistics.parquet"))
+            partial = partial or source.keep is not None or bool(document.get("statistics_of_superset"))
+        used = _used(parts)
+        combine(parts, scratch / INDEX, list(tasks.values()), [s for n, s in shards.items() if n in used])
+        more: dict[str, Any] = {"quarantine": quarantine} if quarantine else {}
+        if partial:
+            more["statistics_of_superset"] = True
+        publish(target, scratch / INDEX, statistics, **more)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return EpisodeIndex.open(destination)
+
+
+def _fetch_whole(url: str, file: Path, sketches: Path) -> dict[str, Any]:
+    """Index and statistics of a dataset as local files; they must be those that its dataset.json names."""
+    from dataio.storage import Store
+
+    store = Store(url)
+    document = parse(store.read(DATASET), f"{url}/{DATASET}")
+    if fetch(store, INDEX, file) != document["digests"][INDEX]:
+        raise DataError(f"{url}/{INDEX} is not the one that {DATASET} names; run `tiphys verify --repair`")
+    fetch(store, STATISTICS, sketches)
+    return document
+
+
+def _used(parts: Sequence[Part]) -> set[str]:
+    """Names of the shards that the parts' episodes lie in."""
+    used: set[str] = set()
+    for part in parts:
+        for batch in batches(part):
+            used.update(batch.column("shard").unique().to_pylist())
+    return used

@@ -150,6 +150,10 @@ class EpisodeIndex:
 
     # Ranges
 
+    def row_dtype(self, task: int) -> np.dtype:
+        """dtype of the rows of `steps.npy` of a task."""
+        return self._dtypes[task]
+
     def row_bytes(self, task: int) -> int:
         """Bytes of one row of `steps.npy` of a task."""
         return int(self._row_bytes[task])
@@ -179,7 +183,7 @@ class EpisodeIndex:
         one = self._row_bytes.item(task)
         out = [Range(shard, first + start * one, rows * one, STEPS)] if first >= 0 else []
         for spec in self._wanted(task, fields).large:
-            chunks = self._chunks(episode, spec, start, rows)
+            chunks = self.chunks(episode, spec, start, rows)
             if chunks:
                 begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
                 out.append(Range(shard, begin, end - begin, spec.name))
@@ -198,7 +202,7 @@ class EpisodeIndex:
             )
         return wanted
 
-    def _chunks(self, episode: int, spec: FieldSpec, start: int, rows: int) -> list[_Chunk]:
+    def chunks(self, episode: int, spec: FieldSpec, start: int, rows: int) -> list[Chunk]:
         """The chunks that hold rows [start, start + rows) of a large field, as far as it reaches."""
         name = f"chunks.{spec.name}"
         if f"{name}.first" not in self.arrays:
@@ -213,7 +217,7 @@ class EpisodeIndex:
         low, high = a + start // frames, min(b, a + -(-min(start + rows, last) // frames))
         offset, size, crc = (self.arrays[f"{name}.{n}"] for n in ("offset", "size", "crc"))
         return [
-            _Chunk(
+            Chunk(
                 encodings.KINDS[kind],
                 int(offset[i]),
                 int(size[i]),
@@ -313,7 +317,7 @@ class EpisodeIndex:
         self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None
     ) -> np.ndarray:
         pieces = []
-        chunks = self._chunks(episode, spec, start, rows) if part else []
+        chunks = self.chunks(episode, spec, start, rows) if part else []
         for chunk in chunks:
             assert part is not None
             begin = chunk.offset - part[0].offset
@@ -366,7 +370,7 @@ class _Wanted(NamedTuple):
     episodic: list[FieldSpec]  # the index
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     kind: str
     offset: int
     size: int
@@ -375,7 +379,7 @@ class _Chunk(NamedTuple):
     rows: int
 
 
-def _decode_chunk(data: memoryview, chunk: _Chunk, spec: FieldSpec) -> np.ndarray:
+def _decode_chunk(data: memoryview, chunk: Chunk, spec: FieldSpec) -> np.ndarray:
     if chunk.kind != "raw":
         return encodings.decode(data, chunk.kind, chunk.rows, spec.shape)
     dtype = np.dtype(spec.dtype).newbyteorder("<")

@@ -178,7 +178,7 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
         tasks: dict[str, TaskSpec] = {}
         shards: list[table.Shard] = []
         statistics = Statistics()
-        files = []
+        parts = []
         for i, name in enumerate(names):
             file, sketches = scratch / f"{i:06d}.parquet", scratch / "statistics.parquet"
             fetch(store, f"pieces/{name}.parquet", file)
@@ -187,9 +187,9 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
             merge_tasks(tasks, own_tasks, f"piece {name}")
             shards += own_shards
             statistics.merge(Statistics.read(sketches))
-            files.append(file)
+            parts.append(table.Part(file))
         index = scratch / INDEX
-        table.combine(files, index, list(tasks.values()), shards)
+        table.combine(parts, index, list(tasks.values()), shards)
         publish(store, index, statistics)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

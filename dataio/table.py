@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from dataio.episode import DataError, TaskSpec
 
@@ -114,7 +116,7 @@ class TableWriter:
     def finish(self, file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
         """Write the one file and remove the parts."""
         self._flush()
-        combine(self.parts, file, tasks, shards)
+        combine([Part(p) for p in self.parts], file, tasks, shards)
         for part in self.parts:
             part.unlink()
         self.parts = []
@@ -155,48 +157,82 @@ def chunk_type() -> pa.DataType:
     return pa.struct({"kind": pa.string(), "rows": pa.int32(), **lists})
 
 
-def combine(parts: Iterable[Path], file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
-    """Concatenate index tables into one file, with every column that any of them has, in bounded memory."""
+@dataclass(frozen=True)
+class Part:
+    """An index file that goes into another one: all its rows or those of `keep` (bool [E]), shards renamed by `rename`."""
+
+    file: Path
+    keep: np.ndarray | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+
+def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
+    """Concatenate index files into one, with every column that any of them has, in bounded memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = [pq.ParquetFile(p, memory_map=True) for p in parts]
-    schema = _table([]).schema
-    for name in sorted({n for f in files for n in f.schema_arrow.names} - set(schema.names)):
-        types = {f.schema_arrow.field(name).type for f in files if name in f.schema_arrow.names}
-        if len(types) > 1:
-            raise DataError(f"index column {name!r} has several types: {', '.join(map(str, types))}")
-        schema = schema.append(pa.field(name, types.pop()))
-    plain = [n for n in schema.names if n in ("id", "hash", "offset", "sample", "json") or n.startswith("value.")]
-    dictionary = [n for n in schema.names if n not in plain]
+    parts = list(parts)
+    schema = _schema([pq.read_schema(p.file) for p in parts])
+    # what differs in every row is not worth a dictionary
+    unique = [n for n in schema.names if n in ("id", "hash", "offset", "sample", "json") or n.startswith("value.")]
+    dictionary = [n for n in schema.names if n not in unique]
     with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=dictionary) as writer:
-        for source in files:
-            for batch in source.iter_batches(batch_size=PART):
+        for part in parts:
+            for batch in batches(part):
                 columns = [
                     batch.column(f.name) if f.name in batch.schema.names else pa.nulls(len(batch), f.type)
                     for f in schema
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
-        described = {
-            "version": 1,
-            "tasks": [t.to_dict() for t in tasks],
-            "shards": [[s.name, s.size, s.crc] for s in shards],
-        }
+        listed = [[s.name, s.size, s.crc] for s in shards]
+        described = {"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed}
         writer.add_key_value_metadata({METADATA.decode(): json.dumps(described)})
-    for source in files:
-        source.close()
+
+
+def _schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The columns of all, those that every index has first."""
+    import pyarrow as pa
+
+    out = _table([]).schema
+    for name in sorted({n for s in schemas for n in s.names} - set(out.names)):
+        types = {s.field(name).type for s in schemas if name in s.names}
+        if len(types) > 1:
+            raise DataError(f"index column {name!r} has several types: {', '.join(map(str, types))}")
+        out = out.append(pa.field(name, types.pop()))
+    return out
+
+
+def batches(part: Part) -> Iterator[pa.RecordBatch]:
+    """The rows of a part that are kept, with their shards renamed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    first = 0
+    with pq.ParquetFile(part.file, memory_map=True) as source:
+        for batch in source.iter_batches(batch_size=PART):
+            keep = None if part.keep is None else part.keep[first : first + len(batch)]
+            first += len(batch)
+            if part.rename:
+                names = batch.column("shard").dictionary_encode()
+                renamed = pa.array([part.rename.get(n, n) for n in names.dictionary.to_pylist()], pa.string())
+                column = pa.DictionaryArray.from_arrays(names.indices, renamed).cast(pa.string())
+                batch = batch.set_column(batch.schema.get_field_index("shard"), "shard", column)
+            if keep is not None:
+                batch = batch.filter(pa.array(keep))
+            if len(batch):
+                yield batch
 
 
 def describe(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
-    """The tasks and shards that an index file names in its metadata."""
+    """The tasks and shards that an index file names in its metadata. Raises DataError where it is no index."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    metadata = pq.read_metadata(file).metadata or {}
-    if METADATA not in metadata:
-        raise DataError(
-            f"{file.name} is a Parquet file, but not a Tiphys index: it has no {METADATA.decode()!r} metadata"
-        )
-    described = json.loads(metadata[METADATA])
-    if described["version"] != 1:
-        raise DataError(f"{file.name} has version {described['version']}; this Tiphys reads version 1")
-    return [TaskSpec(**t) for t in described["tasks"]], [Shard(*s) for s in described["shards"]]
+    try:
+        metadata = pq.read_metadata(file).metadata or {}
+        described = json.loads(metadata[METADATA])
+        if described["version"] != 1:
+            raise DataError(f"{file.name} has version {described['version']}; this Tiphys reads version 1")
+        return [TaskSpec(**t) for t in described["tasks"]], [Shard(*s) for s in described["shards"]]
+    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise DataError(f"{file.name} is no index of a Tiphys dataset: {type(error).__name__}: {error}") from None
