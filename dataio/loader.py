@@ -123,7 +123,8 @@ class TrajectoryLoader:
         self.step, self.stop, self.on_memory = start, stop, on_memory
         self._process: _Process | None = None
         self._failures = 0
-        self._generation = 0
+        self._changes: list[int] = []  # the first step that each change of the plan touched, since the process started
+        self._horizon = start
 
     def start(self) -> None:
         """Start the loader process, if it does not run; `__next__` does so too."""
@@ -133,7 +134,7 @@ class TrajectoryLoader:
                 self.prefetch, self.step, self.stop,
             )  # fmt: skip
             self._process = _Process(settings)
-            self._generation = 0
+            self._changes = []
 
     def __iter__(self) -> TrajectoryLoader:
         return self
@@ -169,7 +170,8 @@ class TrajectoryLoader:
             if "error" in message:
                 self.close()
                 raise message["error"]
-            if message["generation"] == self._generation:
+            if all(message["step"] < first for first in self._changes[message["generation"] :]):
+                self._horizon = message["horizon"]
                 return message
             self._process.send({"release": message["slot"]})  # made before the plan changed
 
@@ -187,12 +189,31 @@ class TrajectoryLoader:
         log.warning("the loader process ended %s; starting it again at step %d", how, self.step)
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Put events into the plan's log, here and in the loader process. Batches made too early are made again."""
+        """Put events into the plan's log, here and in the loader process. Batches made too early are made again.
+
+        ValueError for an event in force from a step that was already handed over.
+        """
         for event in events:
-            self.plan.log.append(dict(event))
+            if event["step"] < self.step:
+                raise ValueError(f"the plan cannot change at step {event['step']}: step {self.step} comes next")
+            self.plan.log.append(event)
+        self._announce(list(events))
+
+    def refresh(self) -> list[dict[str, Any]]:
+        """Adopt events that the log's file gained (`tiphys mixture RUN set`), and return them."""
+        events = self.plan.log.refresh()
+        self._announce(events)
+        return events
+
+    @property
+    def horizon(self) -> int:
+        """The first step that is not being made yet: a change in force from there costs no work."""
+        return max(self._horizon, self.step)
+
+    def _announce(self, events: Sequence[Mapping[str, Any]]) -> None:
         if self._process is not None and events:
-            self._generation += 1
-            self._process.send({"events": [dict(e) for e in events], "generation": self._generation, "step": self.step})
+            self._changes.append(min(e["step"] for e in events))
+            self._process.send({"events": [dict(e) for e in events], "generation": len(self._changes)})
 
     def state_dict(self) -> dict[str, Any]:
         """The step that comes next, and the plan's log: all that an exact resume needs, on any number of homes."""

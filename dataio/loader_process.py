@@ -27,6 +27,7 @@ from dataio.cache import Block, RangeCache
 from dataio.episode import DataError, Window
 from dataio.fetch import Fetcher
 from dataio.placement import Placement
+from dataio.plan_log import PlanLog
 from dataio.units import Span, UnitMap, UnitRanges
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Work:
     ranges: list[UnitRanges]
     block: Block
     fetched: asyncio.Task[dict[int, Exception]]
+    generation: int  # of the plan
     counters: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,18 +62,19 @@ class LoaderProcess:
     def __init__(self, settings: LoaderSettings, connection: Connection, memory: int):
         self.settings, self.connection = settings, connection
         self.plan = settings.plan
+        self.plan.log = PlanLog(events=self.plan.log.events)  # the file, if there is one, is the trainer's to write
         self.placement = Placement(self.plan, settings.home)
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
         indexes = [entry.index for entry in self.plan.entries]
         self.units = UnitMap(indexes, settings.needs)
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests)
-        self.step, self.generation = settings.step, 0
+        self.step, self.generation = settings.step, 0  # step: the next one to be handed over
         self._planned: dict[int, tuple[np.ndarray, PlannedWindows, list[Span]]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
         self._loop = asyncio.get_running_loop()
         self._freed = asyncio.Event()
-        self._events: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
         self.cache = self._new_cache()
 
@@ -97,8 +100,7 @@ class LoaderProcess:
             self.slots.release(message["release"])
             self._freed.set()
         else:
-            self._events += message["events"]
-            self.generation, self.step = message["generation"], message["step"]
+            self._messages.append(message)
             self._changed.set()
 
     # The plan
@@ -123,22 +125,33 @@ class LoaderProcess:
     # The work
 
     async def run(self) -> None:
+        pipeline = asyncio.create_task(self._pipeline())
         while True:
-            pipeline = asyncio.create_task(self._pipeline())
             changed = asyncio.create_task(self._changed.wait())
             await asyncio.wait({pipeline, changed}, return_when=asyncio.FIRST_COMPLETED)
             if not self._changed.is_set():
                 pipeline.result()
-                await changed  # all steps are made; the plan may still change, and the slots must stay readable
-            pipeline.cancel()
-            await asyncio.gather(pipeline, return_exceptions=True)
+                await changed  # all steps are made, but the plan may still change
             self._changed.clear()
-            for event in self._events:
-                self.plan.log.append(event)
-            self._events.clear()
+            messages, self._messages = self._messages, []
+            first = min(event["step"] for m in messages for event in m["events"])
+            again = first < self.cache.next
+            if again:
+                pipeline.cancel()
+                await asyncio.gather(pipeline, return_exceptions=True)
+            else:
+                self.cache.replan(first)
+            for message in messages:
+                for event in message["events"]:
+                    self.plan.log.append(event)
+                self.generation = message["generation"]
             self._planned.clear()
-            self.cache.close()
-            self.cache = self._new_cache()
+            if again:
+                self.step = min(self.step, first)
+                self.cache.close()
+                self.cache = self._new_cache()
+            if again or pipeline.done():
+                pipeline = asyncio.create_task(self._pipeline())
 
     async def _pipeline(self) -> None:
         """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""
@@ -160,7 +173,7 @@ class LoaderProcess:
         rows, planned, spans = self._windows(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
         fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
-        work = Work(block.number, rows, planned, spans, ranges, block, fetched)
+        work = Work(block.number, rows, planned, spans, ranges, block, fetched, self.generation)
         work.counters["plan_seconds"] = time.perf_counter() - began
         return work
 
@@ -198,7 +211,8 @@ class LoaderProcess:
         self.connection.send(
             {
                 "step": work.step,
-                "generation": self.generation,
+                "generation": work.generation,
+                "horizon": self.cache.next,
                 "slot": slot,
                 "bytes": size,
                 "places": places,
@@ -206,6 +220,7 @@ class LoaderProcess:
                 "quarantined": quarantined,
             }
         )
+        self.step = work.step + 1
 
     async def _mend(
         self, work: Work, i: int, error: DataError, failed: dict[int, Exception]
