@@ -21,23 +21,38 @@ def centre_crop(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """[N, H, W, C] -> [N, size, size, C] by a triangle filter that widens when it shrinks (antialiased). 0: no change."""
-    height, width = images.shape[1:3]
+    """uint8 [N, H, W, C] -> [N, size, size, C] by a triangle filter that widens when it shrinks (antialiased). 0: no change.
+
+    The weights are whole numbers, so that float32 products are exact: an image becomes the same bytes in any company.
+    """
+    count, height, width, channels = images.shape
     if not size or (height, width) == (size, size):
         return images
-    rows, columns = _triangle(height, size), _triangle(width, size)
-    out = np.einsum("yh,nhwc->nywc", rows, images.astype(np.float32), optimize=True)
-    out = np.einsum("xw,nywc->nyxc", columns, out, optimize=True)
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+    if width != size:
+        lines = np.moveaxis(images, 2, 3).reshape(-1, width).astype(np.float32)
+        lines = _rounded(lines @ _triangle(width, size).T)
+        images = np.moveaxis(lines.reshape(count, height, channels, size), 3, 2)
+    if height != size:
+        columns = images.reshape(count, height, size * channels).astype(np.float32)
+        images = _rounded(_triangle(height, size) @ columns).reshape(count, size, size, channels)
+    return images
+
+
+_WEIGHT = 1 << 12  # sum of a target pixel's weights; times 255 it stays below 2^24, where float32 is exact
+
+
+def _rounded(weighted: np.ndarray) -> np.ndarray:
+    return ((weighted + np.float32(_WEIGHT // 2)) // np.float32(_WEIGHT)).astype(np.uint8)
 
 
 def _triangle(source: int, target: int) -> np.ndarray:
-    """float32 [target, source]: weights of a triangle of half-width max(1, source/target) around each target pixel."""
+    """float32 [target, source], whole numbers with rows that sum to _WEIGHT: a triangle of half-width max(1, source/target)."""
     scale = source / target
-    support = max(1.0, scale)
     centre = (np.arange(target) + 0.5) * scale
-    weights = np.maximum(0.0, 1.0 - np.abs(np.arange(source)[None] + 0.5 - centre[:, None]) / support)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    share = np.maximum(0.0, 1.0 - np.abs(np.arange(source)[None] + 0.5 - centre[:, None]) / max(1.0, scale))
+    upto = np.cumsum(share / share.sum(1, keepdims=True), axis=1)
+    upto[:, -1] = 1.0
+    return np.diff(np.rint(upto * _WEIGHT), axis=1, prepend=0).astype(np.float32)
 
 
 def patch_grid(height: int, width: int) -> tuple[int, int]:

@@ -20,9 +20,8 @@ from pretrain.tokenizer import Bins, Codec, Discrete, Quantiles
 from pretrain.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
 
 if TYPE_CHECKING:
-    from dataio.sampling import EntryLengths
-
     from dataio.index import EpisodeIndex
+    from dataio.sampling import EntryLengths
     from dataio.statistics import FieldStatistics
     from recipes.schema import Entry, Objective, Recipe
 

@@ -43,7 +43,7 @@ def inverse_mu_law(y: np.ndarray) -> np.ndarray:
 def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
     """[N, *shape] -> [N, numbers]; NaN raises BadValue."""
     x = np.asarray(x)
-    flat = x.reshape(len(x), int(np.prod(x.shape[1:], dtype=np.int64))).astype(dtype, copy=False)
+    flat = x.reshape(len(x), int(np.prod(x.shape[1:], dtype=np.int64))).astype(dtype or x.dtype, copy=False)
     if x.dtype.kind == "f" and len(x):
         bad = np.isnan(flat).any(axis=1)
         if bad.any():

@@ -1,0 +1,414 @@
+"""Windows -> tokens: Gato by hand, the fast layout against the slow one, targets, costs, and what is refused."""
+
+import functools
+import json
+import pickle
+import subprocess
+import sys
+
+import layout_oracle
+import numpy as np
+import pytest
+from token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
+
+from dataio.episode import DataError, FieldSpec, TaskSpec, Window
+from pretrain.batch import MODALITIES, TokenBatch
+from pretrain.describe import describe_row
+from pretrain.objectives import Objectives, table
+from pretrain.paradigms import PARADIGMS
+from recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
+
+SETUPS = {
+    "gato": ("gato", {"context": 1200}),
+    "gato by range, resized": (
+        "gato",
+        {"context": 400, "softmax": "range", "fields": {"*.front": FieldTokens(resize=16)}},
+    ),
+    "bc": ("bc", {"context": 200, "loss_weight": 0.5}),
+    "bc regressed": ("bc", {"context": 200, "discretise": "no"}),
+    "bc strided": ("bc", {"context": 300, "fields": {"observation.front": FieldTokens(stride=2)}}),
+    "bc chunked": ("bc", {"context": 300, "fields": {"action*": FieldTokens(chunk=3)}}),
+    "bc quantiles": ("bc", {"context": 200, "fields": {"action": FieldTokens(encoding="quantile", bins=32)}}),
+    "dt": ("dt", {"context": 200}),
+}
+
+
+def batch_of(objectives, rows, step=5, numbers=None, training=False):
+    numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
+    arrays = objectives.make_batch(step, numbers, rows, seed=11, training=training)
+    return TokenBatch.from_arrays(arrays)
+
+
+def some_rows(objectives, rng, rows=5):
+    """Rows of random windows of all tasks, as many as fit, some beginning with a prompt."""
+    out = []
+    for r in range(rows):
+        row, left = [], objectives.length
+        while True:
+            task = objectives.tasks[rng.integers(len(objectives.tasks))].name
+            steps = 1 if task == "caption" else int(rng.integers(1, 5))
+            timestep = next(t for t in objectives.schemes[0].values() if t.task == task)
+            cost = timestep.width * steps + 45
+            prompt = not row and r % 2 == 0 and timestep.acts
+            if left < cost * (1 + prompt):
+                break
+            last = bool(rng.random() < 0.3) and steps > 1
+            start = int(rng.integers(0, 9))
+            if prompt:
+                row.append(window(objectives, task, steps, rng, prompt=True))
+            row.append(window(objectives, task, steps, rng, start=start, last_without_action=last))
+            left -= cost * (1 + prompt)
+        out.append(row)
+    return [*out, []]
+
+
+def same(batch, expected):
+    for name in (
+        "tokens",
+        "modality",
+        "segment",
+        "position",
+        "local",
+        "timestep",
+        "task",
+        "causal",
+        "target",
+        "softmax",
+    ):
+        assert np.array_equal(getattr(batch, name), expected[name]), name
+    assert np.allclose(batch.weight, expected["weight"])
+    for kind in ("embedded", "regression"):
+        found, wanted = getattr(batch, kind), expected[kind]
+        assert {n for n, p in found.items() if len(p.index)} == wanted.keys()
+        for name, parts in wanted.items():
+            assert found[name].index.tolist() == [cell for cell, _, _ in parts]
+            assert np.array_equal(found[name].value, np.stack([value for _, value, _ in parts]))
+            third = [x for _, _, x in parts]
+            if kind == "regression":
+                assert np.allclose(found[name].weight, third)
+            elif name.startswith("patch"):
+                assert found[name].place.tolist() == [list(place) for place in third]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_fast_layout_equals_the_slow_one(setup):
+    paradigm, options = SETUPS[setup]
+    tasks = [GRID, ARM, CAMERA, CAPTION] if paradigm == "gato" else [GRID, ARM, CAMERA]
+    objectives = make(tasks, paradigm, **options)
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        rows = some_rows(objectives, rng)
+        same(batch_of(objectives, rows), layout_oracle.lay(objectives, rows))
+
+
+def test_a_gato_timestep_by_hand():
+    """Reed et al. 2022: text, image patches, discrete and continuous by name, separator, actions."""
+    task = TaskSpec(
+        "by hand",
+        (
+            FieldSpec("b", "observation", "continuous", "float32", (2,)),
+            FieldSpec("a", "observation", "discrete", "int64", values=5),
+            FieldSpec("z", "observation", "image", "uint8", (16, 32, 3)),
+            FieldSpec("words", "text", "text", "str"),
+            FieldSpec("action", "action", "continuous", "float32", (2,), low=(-2.0,), high=(2.0,)),
+        ),
+    )
+    o = make([task], "gato", text=300, context=64)
+    image = np.random.default_rng(0).integers(0, 256, (1, 16, 32, 3)).astype(np.uint8)
+    fields = {
+        "b": np.array([[1.0, -300.0]], np.float32),
+        "a": np.array([4]),
+        "z": image,
+        "words": np.array(["ab"], np.dtypes.StringDType()),
+        "action": np.array([[2.0, -0.5]], np.float32),
+    }
+    w = Window(0, 0, "e", 0, 1, 1, fields, np.array([7]), np.zeros(1, np.float32), np.ones(1, bool))
+    b = batch_of(o, [[w]])
+    text, continuous, discrete, special = (low for _, low, _ in o.vocabulary.ranges)
+    assert (text, continuous, discrete, special) == (0, 300, 1324, 2348)
+    words = o.text.encode(["ab"])[0].tolist()
+    mu = int((np.log(101) / np.log(256 * 100 + 1) + 1) / 2 * 1024)
+    expected = [
+        *words,
+        o.vocabulary.embedded,
+        o.vocabulary.embedded,
+        discrete + 4,
+        continuous + mu,
+        continuous + 0,
+        o.vocabulary.separator,
+        continuous + 1023,
+        continuous + 384,  # (-0.5/2 + 1)/2 · 1024
+    ]
+    n = len(expected)
+    assert b.tokens[0, :n].tolist() == expected
+    assert b.real_tokens == n
+    assert b.local[0, :n].tolist() == [*range(n - 2), 511, 511]
+    kinds = ["text"] * len(words) + ["image"] * 2 + ["discrete"] + ["continuous"] * 2 + ["separator"] + ["action"] * 2
+    assert [MODALITIES[m] for m in b.modality[0, :n]] == kinds
+    target = [-1] * n
+    target[: len(words) - 1] = words[1:]  # the first token of a segment has nothing before it
+    target[n - 3], target[n - 2] = expected[n - 2], expected[n - 1]
+    assert b.target[0, :n].tolist() == target
+    assert (b.softmax == 0).all()
+    patch = b.embedded["patch:3"]
+    assert np.allclose(patch.value[0], (image[0, :, :16].astype(float) / 127.5 - 1) / 4, atol=1e-6)
+    assert patch.place.tolist() == [[63, 31], [63, 95]]
+
+
+def test_a_compact_timestep_is_few_tokens():
+    o = make([GRID, ARM], "bc", context=64)
+    assert [t.width for t in o.schemes[0].values()] == [
+        4,
+        4,
+    ]  # direction, grid, separator, action; vector, separator, 2
+    rng = np.random.default_rng(0)
+    w = window(o, "arm", 2, rng)
+    b = batch_of(o, [[w]])
+    ids = o.schemes[0][w.task].elements[-1].codec.encode(w.fields["action"])
+    separator, embedded = o.vocabulary.separator, o.vocabulary.embedded
+    assert b.tokens[0, :8].tolist() == [embedded, separator, *ids[0], embedded, separator, *ids[1]]
+    assert b.target[0, :8].tolist() == [-1, *ids[0], -1, -1, *ids[1], -1]
+    assert set(b.softmax[b.target >= 0]) == {o.vocabulary.softmax("continuous")}
+
+
+def test_a_decision_transformer_sees_return_observation_action_and_regresses():
+    o = make([ARM], "dt", context=30)
+    rng = np.random.default_rng(0)
+    w = window(o, "arm", 3, rng)
+    b = batch_of(o, [[w]])
+    assert [MODALITIES[m] for m in b.modality[0, :9]] == ["return", "continuous", "action"] * 3
+    head = b.regression["action:2"]
+    assert head.index.tolist() == [1, 4, 7]  # at the observation, whose successor is the action
+    assert np.allclose(head.value, w.fields["action"] / [2, 5] - [0, 1], atol=1e-6)
+    assert (head.value == b.embedded["vector:action:2"].value).all()
+    largest = np.abs(FakeIndex([ARM]).total_return).max()
+    assert np.allclose(b.embedded["vector:return:1"].value[:, 0], w.returns_to_go / largest, atol=1e-6)
+    assert b.targets == 3
+
+
+def test_a_prompt_has_no_targets_and_shares_its_windows_segment():
+    o = make([GRID], "gato", context=700)
+    rng = np.random.default_rng(0)
+    prompt, first, second = window(o, "grid", 1, rng, prompt=True), window(o, "grid", 1, rng), window(o, "grid", 1, rng)
+    b = batch_of(o, [[prompt, first, second]])
+    segments = b.segment[0]
+    assert sorted(set(segments.tolist())) == [0, 1, 2]
+    size = o.schemes[0][0].width
+    assert (b.target[0, : size - 1] < 0).all()
+    text = len(o.text.encode([first.fields["observation.mission"]])[0])
+    assert (segments == 1).sum() == 2 * size + text
+    assert b.position[0, : 2 * size + text].tolist() == list(range(2 * size + text))
+    assert b.target[0, size - 1] == b.tokens[0, size]  # the prompt's last position predicts what follows it
+    assert b.target[0, 2 * size + text - 1] == -1  # a segment's last position does not predict the next segment
+
+
+def test_grouping_of_rows_does_not_change_them():
+    o = make([GRID, ARM, CAMERA, CAPTION], "gato", context=1200)
+    rows = some_rows(o, np.random.default_rng(4), 6)
+    numbers = np.array([3, 8, 1, 200, 7, 0, 12])
+    whole = batch_of(o, rows, numbers=numbers, training=True)
+    parts = [batch_of(o, [row], numbers=[n], training=True) for row, n in zip(rows, numbers, strict=True)]
+    joined = TokenBatch.concatenate(parts)
+    for name, array in whole.to_arrays().items():
+        assert np.array_equal(array, joined.to_arrays()[name]), name
+    back = batch_of(o, rows[::-1], numbers=numbers[::-1], training=True)
+    for i in range(len(rows)):
+        one, other = whole.select(slice(i, i + 1)).to_arrays(), back.select(slice(-1 - i, len(rows) - i)).to_arrays()
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_windows_cost_what_the_plan_is_told(setup):
+    pytest.importorskip("dataio.sampling")
+    paradigm, options = SETUPS[setup]
+    o = make([GRID, ARM, CAMERA], paradigm, **options)
+    lengths, (codes, texts) = o.lengths(0), FakeIndex([GRID]).text("observation.mission")
+    index = FakeIndex([GRID, ARM, CAMERA])
+    rng = np.random.default_rng(2)
+    for episode in range(9):
+        number = int(index.task[episode])
+        task, timestep = o.tasks[number], o.schemes[0][number]
+        for units in (1, 2, 3, int(lengths.window[number])):
+            w = window(o, task.name, units, rng, start=episode)
+            if "observation.mission" in w.fields:
+                w.fields["observation.mission"] = texts[codes[episode]]
+            planned = int(lengths.fixed[episode]) + units * int(lengths.per_unit[number])
+            used = batch_of(o, [[w]]).real_tokens if planned <= o.length else 0
+            assert used <= planned
+            assert timestep.varies or used in (planned, 0)
+            if lengths.prompt and units <= lengths.prompt_units[number]:
+                p = window(o, task.name, units, rng, start=episode, prompt=True)
+                assert batch_of(o, [[p]]).real_tokens <= units * lengths.per_unit[number]
+
+
+def test_pickled_it_makes_the_same_batches_without_its_indexes():
+    o = make([GRID, ARM], "bc", context=100)
+    rows = some_rows(o, np.random.default_rng(0), 2)
+    expected = o.make_batch(1, np.arange(3), rows, seed=2)
+    data = pickle.dumps(functools.partial(o.make_batch, seed=2))
+    assert b"token_fixtures" not in data
+    found = pickle.loads(data)(1, np.arange(3), rows)
+    assert all(np.array_equal(found[n], expected[n]) for n in expected)
+
+
+def test_no_torch_in_the_loader():
+    code = "import sys, pretrain.objectives, pretrain.processor; assert not {'torch', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_needs_are_what_is_shown():
+    o = make([CAMERA, CAPTION], "gato", context=500, fields={"observation.joints": FieldTokens(encoding="skip")})
+    assert set(o.needs(0).fields) == {
+        "observation.front",
+        "observation.gripper",
+        "observation.goal",
+        "observation.said",
+        "action.arm",
+        "action.hand",
+        "image",
+        "caption",
+    }
+
+
+def test_a_value_without_encoding_is_named_with_its_episode_and_step():
+    o = make([ARM, GRID], "bc", context=100)
+    rng = np.random.default_rng(0)
+    good, bad = window(o, "arm", 3, rng), window(o, "arm", 4, rng, start=20)
+    bad.fields["observation"][2, 1] = np.nan
+    with pytest.raises(DataError, match=r"task 'arm', field 'observation', episode 'arm-20', step 22: NaN"):
+        batch_of(o, [[good], [bad]])
+    wrong = window(o, "grid", 2, rng, start=5)
+    wrong.fields["action"][1] = 7
+    with pytest.raises(DataError, match=r"field 'action', episode 'grid-5', step 6: 7 is none of 0 … 6"):
+        batch_of(o, [[wrong]])
+    del wrong.fields["action"]
+    with pytest.raises(DataError, match="'grid-5' has no field 'action'"):
+        batch_of(o, [[wrong]])
+
+
+def test_a_row_that_is_too_long_is_refused():
+    o = make([ARM], "bc", context=16)
+    with pytest.raises(DataError, match="row 9 of the batch has 20 tokens"):
+        batch_of(o, [[window(o, "arm", 5, np.random.default_rng(0))]], numbers=[9])
+
+
+def test_a_context_that_cannot_hold_a_timestep_is_refused():
+    with pytest.raises(
+        DataError, match=r"context of 100 cannot hold one timestep of 150 tokens .*observation.image 147"
+    ):
+        make([GRID], "gato", context=100)
+
+
+def with_action(**changes):
+    fields = {"name": "action", "role": "action", "modality": "continuous", "dtype": "float32", "shape": (1,)} | changes
+    return TaskSpec("t", (FieldSpec("observation", "observation", "continuous", "float32", (2,)), FieldSpec(**fields)))
+
+
+def test_clipped_actions_are_refused_unless_allowed(monkeypatch):
+    task = with_action(low=(-1.0,), high=(1.0,))
+    index = FakeIndex([task])
+    clipped = index.statistics["t"]["action"]
+    object.__setattr__(clipped, "clipped", 0.02)
+
+    def build(**options):
+        recipe = Recipe(
+            name="x",
+            data=Data(mixture=[Entry(dataset="fake", objective="bc")]),
+            objectives={"bc": Objective(options=options)},
+            model=Model(text_vocabulary=300),
+            run=Run(dir="unused"),
+        )
+        return Objectives(recipe, [index])
+
+    with pytest.raises(DataError, match=r"task 't', field 'action': 2.00% .*allow_clipped: 0.0200"):
+        build()
+    assert build(allow_clipped=0.02).tasks == (task,)
+
+
+def test_actions_without_bounds_are_mapped_by_the_datas_range():
+    o = make([with_action()], "bc", context=64)
+    codec = o.schemes[0][0].elements[-1].codec
+    found = FakeIndex([with_action()]).statistics["t"]["action"]
+    assert codec.low == (float(found.min[0]),)
+    assert codec.high == (float(found.max[0]),)
+    inside = make([with_action(low=(-0.5,), high=(0.5,))], "bc", context=64).schemes[0][0].elements[-1].codec
+    assert (inside.low, inside.high) == ((-1.0,), (1.0,))  # what lies in [-1, 1] is not mapped
+
+
+def test_one_task_name_means_one_thing():
+    other = TaskSpec("arm", (*ARM.fields[:1], FieldSpec("action", "action", "discrete", "int64", values=3)))
+    recipe = Recipe(
+        name="x",
+        data=Data(mixture=[Entry(dataset="a", objective="bc"), Entry(dataset="b", objective="bc")]),
+        model=Model(text_vocabulary=300),
+        run=Run(dir="unused"),
+    )
+    with pytest.raises(DataError, match=r"task 'arm' has other fields in b than in a: action, reward"):
+        Objectives(recipe, [FakeIndex([ARM], url="a"), FakeIndex([other], url="b")])
+
+
+def test_two_lines_share_tasks_and_keep_their_own_weight_and_objective():
+    recipe = Recipe(
+        name="x",
+        data=Data(
+            mixture=[
+                Entry(dataset="a", objective="gato", tasks=["arm"]),
+                Entry(dataset="b", objective="bc", loss_weight=0.25),
+            ]
+        ),
+        model=Model(text_vocabulary=300),
+        run=Run(dir="unused"),
+    )
+    o = Objectives(recipe, [FakeIndex([GRID, ARM], url="a"), FakeIndex([ARM, GRID], url="b")])
+    assert [t.name for t in o.tasks] == ["arm", "grid"]
+    assert o.task_numbers(0).tolist() == [-1, 0]
+    assert o.task_numbers(1).tolist() == [0, 1]
+    assert o.schemes[0][0].width > o.schemes[1][0].width
+    assert o.schemes[1][0].weight == 0.25
+    with pytest.raises(DataError, match=r"no task of a matches nothing\*; it has arm"):
+        Objectives(
+            Recipe(name="x", data=Data(mixture=[Entry(dataset="a", tasks=["nothing*"])]), run=Run(dir="unused")),
+            [FakeIndex([ARM])],
+        )
+
+
+def test_the_text_tokenizer_is_the_same_in_every_process():
+    code = (
+        "from pretrain.text_tokenizers import learn; import hashlib; "
+        "print(hashlib.sha256(learn({f'go to the {c} {o} {i}' for c in ('red', 'grün') "
+        "for o in ('ball', 'key') for i in range(300)}, 400).encode()).hexdigest())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+
+
+def test_any_text_round_trips():
+    o = make([GRID], "bc", context=64, text=300)
+    for text in ["", "go to the red ball", "日本語 🙂\n\t", "<mask> [SEP]", "öffne"]:
+        ids = o.text.encode([text])[0]
+        assert o.text.decode(ids) == text
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < 300)
+    rich = make([GRID], "bc", context=64, text=2000)
+    assert len(rich.text.encode(["go to the red ball"])[0]) == 5
+
+
+def test_the_table_has_a_row_for_each_paradigm():
+    assert [row["name"] for row in table()] == list(PARADIGMS)
+    assert json.dumps(table())
+
+
+def test_a_row_can_be_read():
+    o = make([GRID, ARM], "bc", context=100)
+    rng = np.random.default_rng(0)
+    w = window(o, "grid", 2, rng)
+    lines = describe_row(batch_of(o, [[window(o, "arm", 1, rng)], [w]]), 1, o.vocabulary)
+    text = "".join(line["shows"].removeprefix("text ").strip("'") for line in lines if line["modality"] == "text")
+    assert text == w.fields["observation.mission"]
+    predicted = [line["predicts"] for line in lines if "predicts" in line]
+    assert predicted == [f"discrete {a}" for a in w.fields["action"]]
+    assert any(line["shows"].startswith("grid:observation.image:7x7x3 7×7×3") for line in lines)

@@ -1,0 +1,139 @@
+"""Small tasks, an index without bytes, and windows, for tests of tokens and objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dataio.episode import FieldSpec, TaskSpec, Window
+from dataio.statistics import Sketch
+from pretrain.objectives import Objectives
+from recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+
+TEXTS = ["go to the red ball", "go to a grey box", "öffne die Tür", "pick up the key"]
+
+GRID = TaskSpec(
+    "grid",
+    (
+        FieldSpec("observation.image", "observation", "discrete", "uint8", (7, 7, 3), values=11),
+        FieldSpec("observation.direction", "observation", "discrete", "int64", values=4),
+        FieldSpec("observation.mission", "text", "text", "str", per="episode"),
+        FieldSpec("action", "action", "discrete", "int64", values=7),
+    ),
+)
+ARM = TaskSpec(
+    "arm",
+    (
+        FieldSpec("observation", "observation", "continuous", "float32", (5,)),
+        FieldSpec("action", "action", "continuous", "float32", (2,), low=(-2.0, 0.0), high=(2.0, 10.0)),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+    ),
+)
+CAMERA = TaskSpec(
+    "camera",
+    (
+        FieldSpec("observation.front", "observation", "image", "uint8", (20, 32, 3)),
+        FieldSpec("observation.joints", "observation", "continuous", "float32", (2,)),
+        FieldSpec("observation.gripper", "observation", "discrete", "int64", (2,), values=3),
+        FieldSpec("observation.goal", "observation", "continuous", "float32", (2,), per="episode"),
+        FieldSpec("observation.said", "text", "text", "str"),
+        FieldSpec("action.arm", "action", "continuous", "float32", (2,), low=(-1.0,), high=(1.0,)),
+        FieldSpec("action.hand", "action", "discrete", "int64", values=2),
+    ),
+)
+CAPTION = TaskSpec(
+    "caption",
+    (
+        FieldSpec("image", "observation", "image", "uint8", (16, 16, 3)),
+        FieldSpec("caption", "text", "text", "str", per="episode"),
+    ),
+)
+
+
+class FakeIndex:
+    """As much of an EpisodeIndex as objectives ask: tasks, lengths, texts, statistics."""
+
+    def __init__(self, tasks: Sequence[TaskSpec], episodes: int = 40, seed: int = 0, url: str = "fake"):
+        rng = np.random.default_rng(seed)
+        self.url = self.fingerprint = url
+        self.tasks = tuple(tasks)
+        self.task = (np.arange(episodes) % len(tasks)).astype(np.int32)
+        acts = np.array([any(f.role == "action" for f in t.fields) for t in tasks])
+        self.steps = np.where(acts[self.task], rng.integers(3, 30, episodes), 0).astype(np.int32)
+        self.total_return = rng.uniform(-3, 5, episodes).astype(np.float32)
+        self.codes = rng.integers(0, len(TEXTS), episodes).astype(np.int32)
+        known = {t.name: [f for f in t.fields if f.modality not in ("text", "image")] for t in tasks}
+        self.statistics = {name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()}
+
+    def text(self, field: str) -> tuple[np.ndarray, list[str]]:
+        has = np.array([any(f.name == field for f in t.fields) for t in self.tasks])
+        return np.where(has[self.task], self.codes, -1), TEXTS
+
+    def id(self, episode: int) -> str:
+        return f"episode-{episode}"
+
+
+def _statistics(field: FieldSpec, rng: np.random.Generator) -> Any:
+    sketch = Sketch(field.shape)
+    sketch.add(values(field, 200, rng).reshape(200, -1).astype(np.float64))
+    return sketch.result()
+
+
+def values(field: FieldSpec, rows: int, rng: np.random.Generator) -> np.ndarray:
+    shape = (rows, *field.shape)
+    if field.dtype == "str":
+        return np.array([TEXTS[i] for i in rng.integers(0, len(TEXTS), rows)], dtype=np.dtypes.StringDType())
+    if field.modality == "image":
+        return rng.integers(0, 256, shape).astype(field.dtype)
+    if field.modality == "discrete":
+        return rng.integers(0, field.values or 2, shape).astype(field.dtype)
+    low = np.array(field.low) if field.low else -3.0
+    high = np.array(field.high) if field.high else 3.0
+    return rng.uniform(low, high, shape).astype(field.dtype)
+
+
+def window(
+    objectives: Objectives,
+    name: str,
+    rows: int,
+    rng: np.random.Generator,
+    *,
+    start: int = 3,
+    prompt: bool = False,
+    last_without_action: bool = False,
+) -> Window:
+    """Random rows of a task, in line 0 of the mixture."""
+    task = next(t for t in objectives.tasks if t.name == name)
+    fields: dict[str, Any] = {}
+    for f in task.fields:
+        found = values(f, rows, rng)
+        fields[f.name] = (str(found[0]) if f.dtype == "str" else found[0]) if f.per == "episode" else found
+    valid = np.ones(rows, bool)
+    valid[-1] = not last_without_action
+    return Window(
+        entry=0,
+        task=objectives.tasks.index(task),
+        episode=f"{name}-{start}",
+        start=start,
+        steps=rows,
+        episode_steps=start + rows,
+        fields=fields,
+        step=np.arange(start, start + rows),
+        returns_to_go=rng.uniform(0, 5, rows).astype(np.float32),
+        valid=valid,
+        prompt=prompt,
+    )
+
+
+def make(tasks: Sequence[TaskSpec], paradigm: str, text: int = 600, **options: Any) -> Objectives:
+    """Objectives of one dataset with these tasks under one objective."""
+    recipe = Recipe(
+        name="test",
+        data=Data(mixture=[Entry(dataset="fake", objective="it", loss_weight=options.pop("loss_weight", 1.0))]),
+        objectives={"it": Objective(paradigm=paradigm, **options)},
+        model=Model(text_vocabulary=text),
+        run=Run(dir="unused"),
+    )
+    return Objectives(recipe, [FakeIndex(tasks)])
