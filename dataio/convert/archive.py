@@ -6,7 +6,7 @@ import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 from dataio.convert.limits import EPISODE_BYTES, FILES, RATIO, RATIO_FREE, check_size
 from dataio.convert.source import Source
@@ -32,12 +32,16 @@ def open_zip(stream: BinaryIO, where: str) -> Iterator[zipfile.ZipFile]:
                 raise DataError(f"{here}: is there twice")
             seen.add(member.filename)
             if member.file_size > RATIO_FREE and member.file_size > RATIO * max(member.compress_size, 1):
-                raise DataError(f"{here}: {member.compress_size:,} bytes claim to hold {member.file_size:,}; a decompression bomb")
+                raise DataError(
+                    f"{here}: {member.compress_size:,} bytes claim to hold {member.file_size:,}; a decompression bomb"
+                )
         yield archive
 
 
 @contextmanager
-def open_member(archive: zipfile.ZipFile, name: str, where: str, limit: int = EPISODE_BYTES) -> Iterator[tuple[BinaryIO, int]]:
+def open_member(
+    archive: zipfile.ZipFile, name: str, where: str, limit: int = EPISODE_BYTES
+) -> Iterator[tuple[BinaryIO, int]]:
     """(stream, size) of a member; zipfile gives at most the size that the directory states, and checks the CRC."""
     try:
         info = archive.getinfo(name)
@@ -56,7 +60,7 @@ def open_member(archive: zipfile.ZipFile, name: str, where: str, limit: int = EP
 class _Guarded(io.RawIOBase):
     """A member's stream whose errors name it."""
 
-    def __init__(self, stream: zipfile.ZipExtFile, where: str):  # type: ignore[name-defined]
+    def __init__(self, stream: IO[bytes], where: str):
         self._stream, self._where = stream, where
 
     def readable(self) -> bool:

@@ -6,6 +6,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
@@ -113,25 +114,43 @@ class Converter(ABC):
         return [self.source.version(n) for n in names if self.source.exists(n)]
 
 
+def group_files(source: Source, files: Iterable[str], most: int) -> list[Piece]:
+    """Pieces of consecutive files, of about `most` bytes each."""
+    groups: list[list[str]] = []
+    size = 0
+    for path in files:
+        here = source.size(path)
+        if not groups or size + here > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += here
+    return [Piece(f"{i:06d}", {"files": g}) for i, g in enumerate(groups)]
+
+
 T = TypeVar("T")
 
 
-def read_each(keys: Iterable[T], read: Callable[[T], Episode], where: Callable[[T], str], start: int = 0) -> Iterator[Item]:
+def read_each(
+    keys: Iterable[T], read: Callable[[T], Episode], where: Callable[[T], str], start: int = 0
+) -> Iterator[Item]:
     """`read` for each key; what it cannot read becomes a BadEpisode. For sources whose episodes lie side by side."""
     for number, key in enumerate(keys):
         if number >= start:
-            yield attempt(lambda: read(key), where(key))  # noqa: B023 (called at once)
+            yield attempt(partial(read, key), where(key))
 
 
-def attempt(read: Callable[[], Episode], where: str) -> Item:
-    """The episode, or why there is none. A failing store, a missing package, no memory are no fault of the episode."""
+def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
+    """What `read` gives, or why there is none. A failing store, a missing package, no memory are no fault of the episode."""
     try:
         return read()
     except (SourceUnavailable, ImportError):
         raise
     except DataError as error:
         return BadEpisode(where, str(error))
-    except Exception as error:  # a library met bytes that it did not foresee: it is the data's fault until shown otherwise
+    except MemoryError:
+        return BadEpisode(where, "reading it needs more memory than a reader may take")
+    except Exception as error:  # a library met bytes that it did not foresee
         return BadEpisode(where, f"{type(error).__name__}: {error}")
 
 

@@ -1,7 +1,8 @@
-"""D4RL HDF5: flat arrays over all steps, cut into episodes where `terminals` or `timeouts` say so. https://github.com/Farama-Foundation/D4RL
+"""D4RL HDF5: flat arrays over all steps, cut into episodes where `terminals` or `timeouts` say so.
+https://github.com/Farama-Foundation/D4RL
 
-Without `timeouts` an episode also ends where `next_observations` does not continue in the next row, or after `max_steps` (an option).
-Where there are `next_observations`, the last of an episode becomes its row T + 1.
+Without `timeouts` an episode also ends where `next_observations` does not continue in the next row, or after
+`max_steps` (an option). Where there are `next_observations`, the last of an episode becomes its row T + 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from dataio.episode import DataError, Episode
 
 _SCAN = 1 << 20  # rows of flags looked at together
 _PIECE_ROWS = 200_000
-_NAMES = {"observations": "observation", "actions": "action", "rewards": "reward", "terminals": "terminated", "timeouts": "truncated"}
+_NAMES = {
+    "observations": "observation",
+    "actions": "action",
+    "rewards": "reward",
+    "terminals": "terminated",
+    "timeouts": "truncated",
+}
 
 
 class D4rl(Converter):
@@ -48,7 +55,7 @@ class D4rl(Converter):
 
     def pieces(self) -> list[Piece]:
         """Consecutive episodes of about 200,000 rows."""
-        out = []
+        out: list[Piece] = []
         for path in self._files:
             with hdf5.open_hdf5(self.source, path) as file:
                 ends = self._ends(file, self.source.where(path))
@@ -67,7 +74,9 @@ class D4rl(Converter):
         limit = int(self.options.get("max_steps") or 0)
         if not names:
             raise DataError(f"{where}: neither `terminals` nor `timeouts`; nothing says where its episodes end")
-        follow = "timeouts" not in file and "next_observations" in file and not hasattr(file["next_observations"], "keys")
+        follow = (
+            "timeouts" not in file and "next_observations" in file and not hasattr(file["next_observations"], "keys")
+        )
         found = []
         for start in range(0, rows, _SCAN):
             stop = min(rows, start + _SCAN)
@@ -88,7 +97,9 @@ class D4rl(Converter):
         ends = np.unique(ends)
         if limit > 0:
             begins = np.concatenate([[0], ends[:-1]])
-            ends = np.concatenate([np.append(np.arange(b + limit, e, limit), e) for b, e in zip(begins, ends, strict=True)])
+            ends = np.concatenate(
+                [np.append(np.arange(b + limit, e, limit), e) for b, e in zip(begins, ends, strict=True)]
+            )
         return ends.astype(np.int64)
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:

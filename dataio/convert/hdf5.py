@@ -121,7 +121,9 @@ def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> n
         raise DataError(f"{where}: an empty dataset")
     string = h5py.check_string_dtype(dataset.dtype)
     rows = _rows(dataset, start, stop)
-    shape = check_shape((rows, *dataset.shape[1:]) if dataset.shape else (), dataset.dtype.itemsize, where, EPISODE_BYTES)
+    shape = check_shape(
+        (rows, *dataset.shape[1:]) if dataset.shape else (), dataset.dtype.itemsize, where, EPISODE_BYTES
+    )
     _check_chunks(dataset, where)
     try:
         value = dataset[start : start + rows] if dataset.shape else dataset[()]

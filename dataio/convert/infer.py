@@ -29,10 +29,15 @@ _SMALLEST_IMAGE = 16  # a smaller uint8 grid (MiniGrid's 7 × 7 × 3) holds code
 
 
 def canonical(name: str) -> str:
-    """`obs.image` -> `observation.image`, `next.reward` -> `reward`; other names stay."""
-    name = name.removeprefix("next.")
-    head, dot, rest = name.partition(".")
+    """`obs.image` -> `observation.image`, `next.reward` -> `reward`; other names stay, but for what a name may not hold."""
+    head, dot, rest = safe(name.removeprefix("next.")).partition(".")
     return _CANONICAL.get(head, head) + dot + rest
+
+
+def safe(name: str) -> str:
+    """The name with what no field may be called (spaces, slashes, …) as `_`; at most 64 characters, never empty parts."""
+    parts = [p for p in re.sub(r"[^A-Za-z0-9_.-]", "_", name).split(".") if p]
+    return ".".join(parts)[:64].rstrip(".") or "_"
 
 
 def role_of(name: str, modality: str) -> str:
@@ -94,7 +99,9 @@ def field_spec(name: str, dtype: Any, shape: Sequence[int], *, per: str = "step"
     )
 
 
-def infer_task(name: str, episodes: Sequence[Episode], known: Mapping[str, FieldSpec] | None = None, **task: Any) -> TaskSpec:
+def infer_task(
+    name: str, episodes: Sequence[Episode], known: Mapping[str, FieldSpec] | None = None, **task: Any
+) -> TaskSpec:
     """A task from a few of its episodes: the fields that all have; text that never changes is one for the episode."""
     fields: list[FieldSpec] = []
     shared = sorted(set.intersection(*(set(e.fields) for e in episodes)))
@@ -162,7 +169,9 @@ def conform(episode: Episode, task: TaskSpec, where: str) -> Episode:
     fields: dict[str, Any] = {}
     for spec in task.fields:
         if spec.name not in episode.fields:
-            raise DataError(f"{where}: has no field {spec.name!r}, which task {task.name!r} has; drop it in a mapping file")
+            raise DataError(
+                f"{where}: has no field {spec.name!r}, which task {task.name!r} has; drop it in a mapping file"
+            )
         fields[spec.name] = _conform_field(episode.fields[spec.name], spec, episode.steps, where)
     return replace(episode, fields=fields)
 
@@ -179,7 +188,10 @@ def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
             raise DataError(f"{where}: field {spec.name!r} holds {array.dtype}, not {spec.dtype}")
         array = _cast(array, np.dtype(spec.dtype), spec.name, where)
     shape = array.shape if spec.per == "episode" else array.shape[1:]
-    if shape != spec.shape or (spec.per == "step" and not array.shape):
+    same = len(shape) == len(spec.shape) and all(
+        want in (0, have) for want, have in zip(spec.shape, shape, strict=True)
+    )
+    if not same or (spec.per == "step" and not array.shape):
         raise DataError(f"{where}: field {spec.name!r} has shape {shape} a step, and its task says {spec.shape}")
     if spec.per == "step":
         most = steps + 1 if spec.role in ("observation", "text", "mask", "info") or steps == 0 else steps
@@ -196,5 +208,7 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarr
         out = array.astype(dtype)
         same = np.can_cast(array.dtype, dtype, "same_kind") or bool(np.all(out.astype(array.dtype) == array))
     if not same:
-        raise DataError(f"{where}: field {name!r} holds {array.dtype} values that {dtype} cannot; set its dtype in a mapping file")
+        raise DataError(
+            f"{where}: field {name!r} holds {array.dtype} values that {dtype} cannot; set its dtype in a mapping file"
+        )
     return out

@@ -1,7 +1,8 @@
 """LeRobot v2.0, v2.1 and v3.0: Parquet rows, MP4 or PNG pictures, tasks in words.
 
-https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet and one video a camera for each episode; v3 packs many
-episodes into each file and keeps their places in `meta/episodes`. Frames are found by time, as LeRobot itself does.
+https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet and one video a camera for each episode;
+v3 packs many episodes into each file and keeps their places in `meta/episodes`. Frames are found by time, as LeRobot
+itself does. The option `resize: [height, width]` shrinks the frames of videos while they are read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from dataio.convert.infer import canonical, field_spec, texts
 from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image
 from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows
 from dataio.convert.source import Source, expand
-from dataio.convert.video import VideoFrames
+from dataio.convert.video import VideoFrames, frame_size
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # follow from an episode's place
@@ -43,6 +44,7 @@ class Record:
 
 class LeRobot(Converter):
     name = "lerobot"
+    options_known = frozenset({"resize"})
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -105,8 +107,10 @@ class LeRobot(Converter):
             raise DataError(f"{where}: chunks_size {chunk!r}")
         for row in self.source.json_lines("meta/episodes.jsonl"):
             number, length = row.get("episode_index"), row.get("length")
-            if not _index(number) or not _index(length):
-                raise DataError(f"{self.source.where('meta/episodes.jsonl')}: an episode without index or length: {str(row)[:80]}")
+            if not (isinstance(number, int) and isinstance(length, int) and min(number, length) >= 0):
+                raise DataError(
+                    f"{self.source.where('meta/episodes.jsonl')}: an episode without index or length: {str(row)[:80]}"
+                )
             at: dict[str, Any] = {"episode_index": number, "episode_chunk": number // chunk}
             videos = {k: (expand(self.info.get("video_path"), where, video_key=k, **at), 0.0) for k in self._videos}  # type: ignore[arg-type]
             data = expand(self.info.get("data_path"), where, **at)  # type: ignore[arg-type]
@@ -143,7 +147,10 @@ class LeRobot(Converter):
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
         name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
         if dtype in ("video", "image"):
-            return field_spec(name, np.uint8, _picture_shape(feature), modality="image")
+            shape = list(_picture_shape(feature))
+            if dtype == "video":
+                shape[:2] = frame_size(self.options) or shape[:2]
+            return field_spec(name, np.uint8, shape, modality="image")
         if dtype == "string":
             return field_spec(name, "str", ())
         try:
@@ -188,10 +195,10 @@ class LeRobot(Converter):
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         records = self._records[piece.data["first"] :][: piece.data["count"]]
-        with _Files(self.source) as files:
+        with _Files(self.source, frame_size(self.options)) as files:
             for number, record in enumerate(records):
                 if number >= start:
-                    item = attempt(lambda: self._read(record, files), f"{self.source.url}, episode {record.number}")  # noqa: B023
+                    item = attempt(partial(self._read, record, files), f"{self.source.url}, episode {record.number}")
                     if isinstance(item, BadEpisode):
                         files.forget()
                     yield item
@@ -201,7 +208,9 @@ class LeRobot(Converter):
             raise DataError(f"{self.source.url}, episode {record.number}: {record.length:,} rows")
         for path in [record.data, *(v for v, _ in record.videos.values())]:
             if not self.source.exists(path):
-                raise DataError(f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}")
+                raise DataError(
+                    f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}"
+                )
         where = f"{self.source.where(record.data)}, episode {record.number}"
         table = files.rows(record, where)
         fields: dict[str, Any] = {}
@@ -211,7 +220,7 @@ class LeRobot(Converter):
                 path, offset = record.videos[key]
                 times = _column(table, "timestamp", where, ()).astype(np.float64) + offset
                 grey = _picture_shape(feature)[2] == 1
-                fields[name] = files.video(path, grey).at(times, 0.25 / float(self.info["fps"]))
+                fields[name] = files.video(path, grey).at(times.tolist(), 0.25 / float(self.info["fps"]))
             elif feature.get("dtype") == "image":
                 fields[name] = self._pictures(table, key, where)
             else:
@@ -258,8 +267,8 @@ class LeRobot(Converter):
 class _Files:
     """The Parquet and video files of a piece, kept open while consecutive episodes lie in them."""
 
-    def __init__(self, source: Source):
-        self._source = source
+    def __init__(self, source: Source, size: tuple[int, int] | None):
+        self._source, self._size = source, size
         self._open: dict[str, tuple[str, ExitStack, Any]] = {}
         self._rest: Any = None  # rows that were read beyond an episode's end
 
@@ -279,7 +288,7 @@ class _Files:
     def video(self, path: str, grey: bool) -> VideoFrames:
         def make(stack: ExitStack) -> VideoFrames:
             stream = stack.enter_context(self._source.open(path))
-            return stack.enter_context(VideoFrames(stream, self._source.where(path), grey=grey))
+            return stack.enter_context(VideoFrames(stream, self._source.where(path), grey=grey, size=self._size))
 
         camera = path.rpartition("/")[0] + str(grey)
         return self._kept(camera, path, make)
@@ -357,5 +366,3 @@ def _positive(value: Any) -> bool:
 
 def _index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-

@@ -12,7 +12,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -44,7 +44,9 @@ def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EP
             raise DataError(f"{where}: {tuple(shape)!r} is not the shape of an array")
         out.append(int(size))
     if math.prod(out) * max(itemsize, 1) > limit:
-        raise DataError(f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes, over {limit:,}")
+        raise DataError(
+            f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes, over {limit:,}"
+        )
     return tuple(out)
 
 
@@ -98,11 +100,17 @@ def read_npy(stream: BinaryIO, size: int, where: str, limit: int = EPISODE_BYTES
     check_shape(shape, dtype.itemsize, where, limit)
     count = math.prod(shape)
     if stream.tell() + count * dtype.itemsize != size:
-        raise DataError(f"{where}: {size:,} bytes do not hold an array of {dtype} and shape {shape}; the file is cut or damaged")
+        raise DataError(
+            f"{where}: {size:,} bytes do not hold an array of {dtype} and shape {shape}; the file is cut or damaged"
+        )
     array = np.empty(count, dtype)
-    view = memoryview(array.view(np.uint8) if count else b"")
-    read_into(stream, view, where)
+    read_into(stream, bytes_of(array), where)
     return array.reshape(shape, order="F" if fortran else "C")
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, writable in place."""
+    return memoryview(cast(Any, array.reshape(-1).view(np.uint8))) if array.size else memoryview(b"")
 
 
 def npy_header(stream: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...], bool]:
@@ -147,8 +155,8 @@ class BoundedInflate(io.RawIOBase):
     wbits: 31 gzip, 15 zlib, −15 raw deflate.
     """
 
-    def __init__(self, stream: BinaryIO, where: str, *, wbits: int = 31, limit: int = 1 << 50):
-        self._stream, self._where, self._limit = stream, where, limit
+    def __init__(self, stream: BinaryIO, where: str, *, wbits: int = 31, limit: int = 1 << 50, ratio: int = RATIO):
+        self._stream, self._where, self._limit, self._ratio = stream, where, limit, ratio
         self._inflate = zlib.decompressobj(wbits)
         self._taken = self._given = 0
 
@@ -176,7 +184,7 @@ class BoundedInflate(io.RawIOBase):
             if not out:
                 continue
             self._given += len(out)
-            if self._given > self._limit or (self._given > RATIO_FREE and self._given > RATIO * self._taken):
+            if self._given > self._limit or (self._given > RATIO_FREE and self._given > self._ratio * self._taken):
                 raise DataError(
                     f"{self._where}: {self._taken:,} compressed bytes swell to more than {self._given:,}; a decompression bomb"
                 )

@@ -1,7 +1,8 @@
 """Minari datasets, HDF5 and Arrow or Parquet: one folder each, or a tree of them. https://minari.farama.org
 
-Episodes have T actions and T + 1 observations. Spaces come from `metadata.json` (or, before Minari 0.5, from the attributes of the HDF5
-file). Without spaces the fields are inferred. Pictures are JPEG inside the file where Minari made them so.
+Episodes have T actions and T + 1 observations. Spaces come from `metadata.json` (or, before Minari 0.5, from the
+attributes of the HDF5 file). Without spaces the fields are inferred. Pictures are JPEG inside the file where Minari
+made them so.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Minari(Converter):
         return str(known) if known else folder.removesuffix("data").strip("/") or self.source.name
 
     def pieces(self) -> list[Piece]:
-        out = []
+        out: list[Piece] = []
         for folder, metadata in self._metadata.items():
             numbers = metadata["episodes"]
             each = max(1, int(_PIECE_BYTES * len(numbers) / max(metadata["bytes"], 1)))
@@ -129,11 +130,19 @@ class Minari(Converter):
         found: list[Episode] = []
         for piece in self.pieces():
             if piece.data["folder"] == folder and len(found) < 3:
-                found += [i for i in self.episodes(Piece(piece.name, {**piece.data, "episodes": piece.data["episodes"][:3]})) if isinstance(i, Episode)]
+                found += [
+                    i
+                    for i in self.episodes(Piece(piece.name, {**piece.data, "episodes": piece.data["episodes"][:3]}))
+                    if isinstance(i, Episode)
+                ]
         if not found:
             if not known:
                 raise DataError(f"{where}: no episode can be read, and no space says what the fields are")
-            results = [field_spec("reward", "float64", ()), field_spec("terminated", bool, ()), field_spec("truncated", bool, ())]
+            results = [
+                field_spec("reward", "float64", ()),
+                field_spec("terminated", bool, ()),
+                field_spec("truncated", bool, ()),
+            ]
             return TaskSpec(self._task(folder), (*known.values(), *results))
         low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
         return infer_task(
@@ -166,7 +175,9 @@ class Minari(Converter):
 
         if not self._is_hdf5(folder):
             files = self._arrow_files(folder)
-            yield from read_each(numbers, lambda n: self._read_arrow(folder, files.get(n, []), n, where(n)), where, start)
+            yield from read_each(
+                numbers, lambda n: self._read_arrow(folder, files.get(n, []), n, where(n)), where, start
+            )
             return
         with hdf5.open_hdf5(self.source, self._path(folder, _MAIN)) as file:
             yield from read_each(numbers, lambda n: self._read_hdf5(file, folder, n, where(n)), where, start)
@@ -188,7 +199,9 @@ class Minari(Converter):
             for part, (name, _) in _SPACES.items():
                 value = hdf5.member(group, part, where)
                 found = hdf5.datasets(value, where, name) if hasattr(value, "keys") else {name: value}
-                fields.update({k.replace("._index_", "."): channels_last(hdf5.read(d, f"{where}, {k}")) for k, d in found.items()})
+                fields.update(
+                    {k.replace("._index_", "."): channels_last(hdf5.read(d, f"{where}, {k}")) for k, d in found.items()}
+                )
         for part, name in _RESULTS.items():
             fields[name] = hdf5.read(hdf5.member(group, part, where), f"{where}, {part}")
         if "infos" in group:
@@ -232,8 +245,8 @@ class Minari(Converter):
             fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
         if "infos" in table.schema.names:
             fields.update(_infos(_column(table, "infos", where), "info", where))
-        path = self._path(folder, f"{number}/metadata.json")
-        about = self.source.json(path) if self.source.exists(path) else {}
+        beside = self._path(folder, f"{number}/metadata.json")
+        about = self.source.json(beside) if self.source.exists(beside) else {}
         info = {k: about[k] for k in ("seed", "id") if isinstance(about, dict) and isinstance(about.get(k), int | str)}
         return self._episode(folder, number, fields, info, where)
 
@@ -340,4 +353,3 @@ def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
                 array = array[:, 0]
             out[name] = array
     return out
-

@@ -1,21 +1,24 @@
-"""NPZ files: one episode each, or several in flat arrays with `episode_ends`; also what `tiphys export --to npz` writes.
+"""NPZ files: one episode each, or several in flat arrays with `episode_ends`; also what `tiphys export --to npz`
+writes.
 
-Names follow the conventions (`observations`, `obs.image`, `actions`, `rewards`, `terminals`, …). In a file with `episode_ends` (or
-`episode_lengths`, or flags `terminals`/`dones`/`timeouts` of which more than the last is set) all arrays are flat over its steps.
-A member `_tiphys.json` (as bytes), written by the export, says everything that arrays cannot.
+Names follow the conventions (`observations`, `obs.image`, `actions`, `rewards`, `terminals`, …). In a file with
+`episode_ends` (or `episode_lengths`, or flags `terminals`/`dones`/`timeouts` of which more than the last is set) all
+arrays are flat over its steps. A member `_tiphys.json` (as bytes), written by the export, says everything that arrays
+cannot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from dataio.convert.archive import open_member, open_zip
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
 from dataio.convert.infer import canonical, channels_last, texts
 from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, check_size, parse_json, read_npy
 from dataio.convert.source import Source
@@ -56,28 +59,19 @@ class Npz(Converter):
         return self._exported or super().tasks()
 
     def pieces(self) -> list[Piece]:
-        groups: list[list[str]] = []
-        size = 0
-        for path in self._files:
-            here = self.source.size(path)
-            if not groups or size + here > _PIECE_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(path)
-            size += here
-        return [Piece(f"{i:06d}", {"files": g}) for i, g in enumerate(groups)]
+        return group_files(self.source, self._files, _PIECE_BYTES)
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         number = 0
         for path in piece.data["files"]:
             where = self.source.where(path)
-            read = attempt(lambda: cast(Episode, self._file(path, where)), where)  # noqa: B023 (called at once)
+            read = attempt(partial(self._file, path, where), where)
             if isinstance(read, BadEpisode):
                 if number >= start:
                     yield read
                 number += 1
                 continue
-            for one in cast(list[Any], read):
+            for one in read:
                 if number >= start:
                     yield attempt(one, where)
                 number += 1
@@ -108,7 +102,9 @@ class Npz(Converter):
         if bounds is None:
             return [lambda: self._episode(fields, identity, where)]
         return [
-            lambda i=i: self._episode(_cut(fields, bounds[i], bounds[i + 1], bounds[-1]), f"{identity}/{i:06d}", f"{where}, episode {i}")
+            lambda i=i: self._episode(
+                _cut(fields, bounds[i], bounds[i + 1], bounds[-1]), f"{identity}/{i:06d}", f"{where}, episode {i}"
+            )
             for i in range(len(bounds) - 1)
         ]
 
@@ -161,7 +157,7 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
     if ends.dtype.kind not in "iu" or ends.ndim != 1 or not len(ends):
         raise DataError(f"{where}: `{_ENDS}` must be a list of ascending row numbers")
     bounds = [0, *ends.astype(np.int64).tolist()]
-    if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(bounds)):
         raise DataError(f"{where}: `{_ENDS}` does not ascend")
     steps = _steps(fields, where)
     if bounds[-1] > steps:
@@ -179,7 +175,9 @@ def _exported(arrays: dict[str, np.ndarray], about: Any, where: str) -> Episode:
         fields: dict[str, Any] = {k: arrays[k] for k in about["arrays"]}
         for name, value in about["texts"].items():
             fields[name] = value if isinstance(value, str) else texts(value, f"{where}, {name}")
-        episode = Episode(str(about["id"]), str(about["task"]), fields, int(about["steps"]), about["success"], str(about["agent"]))
+        episode = Episode(
+            str(about["id"]), str(about["task"]), fields, int(about["steps"]), about["success"], str(about["agent"])
+        )
         return replace(episode, info=dict(about["info"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: {ABOUT} is not what an export writes ({type(error).__name__}: {error})") from None

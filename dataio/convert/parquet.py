@@ -66,7 +66,10 @@ def read_columns(source: Source, path: str, columns: Sequence[str] | None = None
 
 
 def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.ndarray:
-    """An Arrow array of numbers, or lists of them at any depth, or texts, as [rows, *shape]. DataError on nulls or ragged lists."""
+    """An Arrow array of numbers, or lists of them at any depth, or texts, as [rows, *shape].
+
+    DataError on missing values and on lists of different lengths.
+    """
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):
@@ -80,7 +83,9 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type):
         return texts(column.to_pylist(), where)
     rows, inner = len(column), []
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+    while (
+        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
+    ):
         size = _list_size(column, where)
         column = column.flatten()
         inner.append(size)

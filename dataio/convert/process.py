@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, BinaryIO
 
 from dataio.convert import wire
@@ -50,8 +51,17 @@ class ReaderDied(DataError):
 class Reader:
     """One source and format, read in a child. Context manager."""
 
-    def __init__(self, source: str, target: str, options: Mapping[str, Any] | None = None, *, memory: int = MEMORY, timeout: float = TIMEOUT):
-        self._job = {"source": source, "target": target, "options": dict(options or {})}
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        options: Mapping[str, Any] | None = None,
+        *,
+        memory: int = MEMORY,
+        timeout: float = TIMEOUT,
+    ):
+        self._source = source
+        self._job: dict[str, Any] = {"source": source, "target": target, "options": dict(options or {})}
         self._memory, self._timeout = memory, timeout
         self._child: subprocess.Popen[bytes] | None = None
         self._answers = -1
@@ -84,10 +94,10 @@ class Reader:
                 return
             except ReaderDied as error:
                 deaths += 1
-                yield BadEpisode(f"{self._job['source']}, piece {piece.name}, item {done}", str(error))
+                yield BadEpisode(f"{self._source}, piece {piece.name}, item {done}", str(error))
                 done += 1
                 if deaths == 3:  # it dies whatever is passed over: the file itself, not an episode
-                    raise DataError(f"{self._job['source']}, piece {piece.name}: {error}; three times in a row") from None
+                    raise DataError(f"{self._source}, piece {piece.name}: {error}; three times in a row") from None
 
     def close(self) -> None:
         if self._child is not None:
@@ -110,7 +120,7 @@ class Reader:
             import fcntl
 
             fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
         self._child = subprocess.Popen(
             [sys.executable, "-m", "dataio.convert.process", str(write), str(self._memory)],
@@ -127,7 +137,8 @@ class Reader:
         """Answers to one request. Left before its end, the child is stopped: what it still sends belongs to no one."""
         if self._child is None:
             self._start()
-        assert self._child is not None and self._child.stdin is not None
+        assert self._child is not None
+        assert self._child.stdin is not None
         finished = False
         try:
             with contextlib.suppress(BrokenPipeError):  # then it is dead, and reading says why
@@ -138,13 +149,13 @@ class Reader:
                 self._read_into(memoryview(head))
                 kind, size = _HEAD.unpack(head)
                 if kind == _EPISODE:
-                    yield wire.load(self._read_into, self._job["source"])
+                    yield wire.load(self._read_into, self._source)
                     continue
                 if size > JSON_BYTES * 4:
-                    raise ReaderDied(f"{self._job['source']}: the reader sent {size:,} bytes of metadata")
+                    raise ReaderDied(f"{self._source}: the reader sent {size:,} bytes of metadata")
                 body = bytearray(size)
                 self._read_into(memoryview(body))
-                value = json.loads(bytes(body)) if size else None
+                value: Any = json.loads(bytes(body)) if size else None
                 if kind == _END:
                     finished = True
                     return
@@ -164,10 +175,10 @@ class Reader:
             left = end - time.monotonic()
             if left <= 0 or not poll.poll(max(1, int(left * 1000))):
                 self.close()
-                raise ReaderDied(f"{self._job['source']}: the reader gave no answer for {self._timeout:.0f} s")
+                raise ReaderDied(f"{self._source}: the reader gave no answer for {self._timeout:.0f} s")
             count = os.readv(self._answers, [view])
             if count == 0:
-                raise ReaderDied(f"{self._job['source']}: {self._epitaph()}")
+                raise ReaderDied(f"{self._source}: {self._epitaph()}")
             view = view[count:]
             end = time.monotonic() + self._timeout
 
@@ -205,8 +216,8 @@ def _answer(request: dict[str, Any], out: BinaryIO) -> None:
     piece = Piece(**request["piece"])
     for item in converter.episodes(piece, request["start"]):
         if isinstance(item, Episode):
-            sent = attempt(lambda: _send_episode(out, item), f"{source.url}, episode {item.id}")  # noqa: B023 (called at once)
-            if not isinstance(sent, BadEpisode):
+            sent = attempt(partial(_send_episode, out, item), f"{source.url}, episode {item.id}")
+            if isinstance(sent, Episode):
                 continue
             item = sent
         _send(out, _BAD, asdict(item))

@@ -1,8 +1,9 @@
 """RLDS episodes of TensorFlow Datasets (Open X-Embodiment): TFRecord shards with `features.json`, without TensorFlow.
 
-TFDS flattens nested features into one tf.Example with names like `steps/observation/image`; a feature of a step then has its values of
-all steps one after another. The rows are kept as they are: whether the last step's action means anything differs between datasets
-(RLDS says no, most of Open X-Embodiment records it); the option `last_step: observation` drops it.
+TFDS flattens nested features into one tf.Example with names like `steps/observation/image`; a feature of a step then
+has its values of all steps one after another. The rows are kept as they are: whether the last step's action means
+anything differs between datasets (RLDS says no, most of Open X-Embodiment records it); the option `last_step:
+observation` drops it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -117,9 +118,13 @@ class Rlds(Converter):
     def _lengths(self, folder: str) -> dict[str, list[int]]:
         splits = self._info(folder).get("splits") or []
         try:
-            return {str(s["name"]): [int(n) for n in s.get("shardLengths") or s.get("shard_lengths") or []] for s in splits}
+            return {
+                str(s["name"]): [int(n) for n in s.get("shardLengths") or s.get("shard_lengths") or []] for s in splits
+            }
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise DataError(f"{self.source.where(self._path(folder, 'dataset_info.json'))}: splits are not understood ({error})") from None
+            raise DataError(
+                f"{self.source.where(self._path(folder, 'dataset_info.json'))}: splits are not understood ({error})"
+            ) from None
 
     def notes(self) -> list[str]:
         out = []
@@ -128,7 +133,7 @@ class Rlds(Converter):
             for where, split, path, _ in self._shards:
                 if where == folder:
                     have.setdefault(split, set()).add(int(path.rpartition(".tfrecord-")[2][:5]))
-            for split, lengths in self._lengths(folder).items():
+            for split in self._lengths(folder):
                 if self.options.get("split") not in (None, split):
                     continue
                 if split not in have:
@@ -164,7 +169,9 @@ class Rlds(Converter):
                 varies = feature.in_steps and any(bool(np.any(s != s[0])) for s in seen if len(s))
                 fields.append(field_spec(feature.field, "str", (), per="step" if varies else "episode"))
             elif shape and -1 in shape:
-                raise DataError(f"{self.source.url}: feature {feature.path!r} has no fixed shape, and no episode shows one")
+                raise DataError(
+                    f"{self.source.url}: feature {feature.path!r} has no fixed shape, and no episode shows one"
+                )
             else:
                 fields.append(_spec_of(feature, shape))
         fields += [f for f in _ends(self._features(folder)) if f.name not in {g.name for g in fields}]
@@ -200,10 +207,13 @@ class Rlds(Converter):
             for record in records(stream, self.source.size(path), where):
                 if number >= start:
                     key = f"{task}/{split}-{shard}-{number:06d}"
-                    yield attempt(lambda: self._read(record, features, task, key, f"{where}, record {number}"), f"{where}, record {number}")  # noqa: B023
+                    here = f"{where}, record {number}"
+                    yield attempt(partial(self._read, record, features, task, key, here), here)
                 number += 1
         if piece.data.get("count") is not None and number != piece.data["count"]:
-            raise DataError(f"{where}: holds {number} episodes, and dataset_info.json says {piece.data['count']}; it is cut")
+            raise DataError(
+                f"{where}: holds {number} episodes, and dataset_info.json says {piece.data['count']}; it is cut"
+            )
 
     def _read(self, record: memoryview, features: list[Feature], task: str, key: str, where: str) -> Episode:
         example = parse_example(record, where)
@@ -267,7 +277,9 @@ def _ends(features: list[Feature]) -> list[FieldSpec]:
 def _spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
     per = "step" if feature.in_steps else "episode"
     if feature.kind == "image":
-        return field_spec(feature.field, feature.dtype, shape, modality="image" if feature.dtype == "uint8" else None, per=per)
+        return field_spec(
+            feature.field, feature.dtype, shape, modality="image" if feature.dtype == "uint8" else None, per=per
+        )
     return field_spec(feature.field, feature.dtype, shape, per=per, values=feature.classes or None)
 
 
@@ -329,16 +341,18 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
 
 def _steps(example: Mapping[str, Value], features: list[Feature], where: str) -> int:
     """Number of steps: what every feature of a step agrees on."""
-    counts = set()
+    counts: set[float] = set()
     for feature in features:
         if not feature.in_steps or feature.path not in example:
             continue
         value = example[feature.path]
         size = 1 if isinstance(value, list) else math.prod(feature.shape)
         if -1 not in feature.shape or isinstance(value, list):
-            counts.add(len(value) / size if size else 0)
+            counts.add(len(value) / size if size else 0.0)
     if len(counts) != 1 or not next(iter(counts)).is_integer():
-        raise DataError(f"{where}: its features have different numbers of steps ({', '.join(f'{c:g}' for c in sorted(counts)[:5])})")
+        raise DataError(
+            f"{where}: its features have different numbers of steps ({', '.join(f'{c:g}' for c in sorted(counts)[:5])})"
+        )
     steps = int(next(iter(counts)))
     if not 0 < steps <= EPISODE_STEPS:
         raise DataError(f"{where}: an episode of {steps:,} steps")
@@ -418,9 +432,10 @@ def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: st
     if not isinstance(values, np.ndarray) or not isinstance(lengths, np.ndarray) or len(lengths) != rows:
         raise DataError(f"{where}: a ragged feature without its row lengths")
     if rows == 0 or bool(np.any(lengths != lengths[0])) or feature.shape.count(-1) != 1:
-        raise DataError(f"{where}: has another length at each step; drop it in a mapping file (`fields: {{{feature.field}: drop}}`)")
+        raise DataError(
+            f"{where}: has another length at each step; drop it in a mapping file (`fields: {{{feature.field}: drop}}`)"
+        )
     shape = check_shape([int(lengths[0]) if s == -1 else s for s in feature.shape], 8, where)
     if values.size != rows * math.prod(shape):
         raise DataError(f"{where}: {values.size} values in {rows} rows are not rows of shape {shape}")
     return _to(values, feature.dtype, where).reshape(rows, *shape)
-

@@ -1,7 +1,7 @@
 """robomimic HDF5: `data/demo_k` with obs, next_obs, actions, rewards, dones, states; `mask/NAME` lists demonstrations.
 
-https://robomimic.github.io/docs/datasets/overview.html. An episode's masks (train, valid, 20_percent, …) stand in its info, and the
-option `mask` keeps one of them.
+https://robomimic.github.io/docs/datasets/overview.html. An episode's masks (train, valid, 20_percent, …) stand in its
+info, and the option `mask` keeps one of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Robomimic(Converter):
         return out
 
     def pieces(self) -> list[Piece]:
-        out = []
+        out: list[Piece] = []
         for path, (_, demos, _) in self._contents.items():
             each = max(1, int(_PIECE_BYTES * len(demos) / max(self.source.size(path), 1)))
             for first in range(0, len(demos), each):
@@ -103,7 +103,9 @@ class Robomimic(Converter):
                 continue
             value = channels_last(hdf5.read(dataset, f"{where}, {key}"))
             name = canonical(key)
-            if name.partition(".")[0] not in ("observation", "action", "reward", "terminated") or key.startswith("states"):
+            if name.partition(".")[0] not in ("observation", "action", "reward", "terminated") or key.startswith(
+                "states"
+            ):
                 name = f"info.{key}"  # the simulator's state, other forms of the actions
             if name in ("reward", "terminated"):
                 value = value.reshape(steps)

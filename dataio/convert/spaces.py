@@ -14,7 +14,9 @@ from dataio.episode import DataError, FieldSpec
 _DEPTH = 16
 
 
-def leaves(space: Any, name: str, where: str, depth: int = 0) -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Any]]]:
+def leaves(
+    space: Any, name: str, where: str, depth: int = 0
+) -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Any]]]:
     """(dotted name, path of keys, space) of each leaf. A Tuple's keys are its numbers."""
     if isinstance(space, str):
         space = parse_json(space, where)
@@ -38,7 +40,10 @@ def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
     kind = space.get("type")
     try:
         if kind == "Box":
-            dtype, shape = np.dtype(space["dtype"]), check_shape(space["shape"], np.dtype(space["dtype"]).itemsize, where)
+            dtype, shape = (
+                np.dtype(space["dtype"]),
+                check_shape(space["shape"], np.dtype(space["dtype"]).itemsize, where),
+            )
             if len(shape) == 2 and is_picture(space):
                 shape = (*shape, 1)
             if dtype.kind in "iu":
@@ -47,14 +52,14 @@ def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
             return field_spec(name, dtype, shape, low=low, high=high)
         if kind == "Discrete":
             start, count = int(space.get("start", 0)), int(space["n"])
-            bounds = {"low": (float(start),), "high": (float(start + count - 1),)} if start else {}
-            return field_spec(name, space.get("dtype", "int64"), (), values=count, **bounds)
+            low, high = ((float(start),), (float(start + count - 1),)) if start else (None, None)
+            return field_spec(name, space.get("dtype", "int64"), (), values=count, low=low, high=high)
         if kind == "MultiDiscrete":
-            sizes = np.asarray(space["nvec"], np.int64)
-            return field_spec(name, space["dtype"], sizes.shape, values=int(sizes.max()), modality="discrete")
+            counts = np.asarray(space["nvec"], np.int64)
+            return field_spec(name, space["dtype"], counts.shape, values=int(counts.max()), modality="discrete")
         if kind == "MultiBinary":
-            shape = space["n"] if isinstance(space["n"], list) else [int(space["n"])]
-            return field_spec(name, "int8", check_shape(shape, 1, where), values=2, modality="discrete")
+            sizes = space["n"] if isinstance(space["n"], list) else [int(space["n"])]
+            return field_spec(name, "int8", check_shape(sizes, 1, where), values=2, modality="discrete")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: the space of {name!r} is not understood ({type(error).__name__}: {error})") from None
     if kind == "Text":
@@ -87,6 +92,13 @@ def _bounds(space: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -
 def is_picture(space: Mapping[str, Any]) -> bool:
     """Whether Minari would store it as JPEG: uint8 0…255 of at least 32 × 32."""
     shape = space.get("shape")
-    if space.get("type") != "Box" or space.get("dtype") != "uint8" or not isinstance(shape, list) or len(shape) not in (2, 3):
+    if (
+        space.get("type") != "Box"
+        or space.get("dtype") != "uint8"
+        or not isinstance(shape, list)
+        or len(shape) not in (2, 3)
+    ):
         return False
-    return bool(min(shape[:2]) >= 32 and np.all(np.asarray(space["low"]) == 0) and np.all(np.asarray(space["high"]) == 255))
+    return bool(
+        min(shape[:2]) >= 32 and np.all(np.asarray(space["low"]) == 0) and np.all(np.asarray(space["high"]) == 255)
+    )

@@ -1,7 +1,7 @@
 """TFRecord files and tf.Example messages, read without TensorFlow; every length is checked before it is believed.
 
-TFRecord: u64 length, masked CRC-32C of it, data, masked CRC-32C of the data
-(tensorflow/core/lib/io/record_writer.h). tf.Example: tensorflow/core/example/{example,feature}.proto.
+TFRecord: u64 length, masked CRC-32C of it, data, masked CRC-32C of the data (tensorflow/core/lib/io/record_writer.h).
+tf.Example: tensorflow/core/example/{example,feature}.proto.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def records(stream: BinaryIO, size: int, where: str) -> Iterator[memoryview]:
         if masked(head[:8]) != check:
             raise DataError(f"{here}: the record's length fails its CRC; not a TFRecord file, or damaged")
         if length > RECORD_BYTES or at + _HEAD.size + length + 4 > size:
-            raise DataError(f"{here}: a record of {length:,} bytes in a file that ends after {size - at:,}, or over the limit")
+            raise DataError(
+                f"{here}: a record of {length:,} bytes in a file that ends after {size - at:,}, or over the limit"
+            )
         data = read_exactly(stream, length, here)
         (check,) = struct.unpack("<I", read_exactly(stream, 4, here))
         if masked(data) != check:
@@ -97,7 +99,9 @@ def _integers(data: memoryview, where: str) -> np.ndarray:
     parts: list[np.ndarray] = []
     for number, content in _fields(data, where):
         if number == 1:
-            parts.append(_varints(content, where) if isinstance(content, memoryview) else np.array([_signed(content)], np.int64))
+            parts.append(
+                _varints(content, where) if isinstance(content, memoryview) else np.array([_signed(content)], np.int64)
+            )
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,27 +16,29 @@ _SEEK = 10.0  # seconds ahead beyond which seeking to a key frame is cheaper tha
 class VideoFrames:
     """A video opened for reading forward. Context manager. Runs in a reader process: FFmpeg may crash on a bad file."""
 
-    def __init__(self, stream: BinaryIO, where: str, *, grey: bool = False):
+    def __init__(self, stream: BinaryIO, where: str, *, grey: bool = False, size: tuple[int, int] | None = None):
         import av
 
+        self._size = size  # height, width of what is given
         self._av, self._where, self._format = av, where, "gray" if grey else "rgb24"
         stream.seek(0)
         container_format = _container(stream.read(12), where)
         stream.seek(0)
         try:
             # `file` handed over as an object: FFmpeg has no name from which it could open anything else.
-            self._container = av.open(stream, format=container_format, options={"protocol_whitelist": ""})
+            self._container: Any = av.open(stream, format=container_format, options={"protocol_whitelist": ""})
         except (av.FFmpegError, ValueError, OSError) as error:
             raise DataError(f"{where}: not a readable video ({error})") from None
         if not self._container.streams.video:
             self._container.close()
             raise DataError(f"{where}: has no video stream")
-        self._stream = self._container.streams.video[0]
+        self._stream: Any = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self._decoder: Iterator[tuple[float, Any]] = self._decode()
         self._pending: tuple[float, Any] | None = None
         self._position = -1.0  # time of the last frame that was decoded
-        self._first = float(self._stream.start_time * self._stream.time_base) if self._stream.start_time else 0.0
+        stream_: Any = self._stream
+        self._first = float(stream_.start_time * stream_.time_base) if stream_.start_time else 0.0
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > PIXELS:
             raise DataError(f"{where}: frames of {width} × {height} pixels, over {PIXELS:,}")
@@ -70,7 +72,9 @@ class VideoFrames:
             if out is None:
                 out = np.empty(check_shape((len(times), *frame.shape), 1, self._where, EPISODE_BYTES), np.uint8)
             if frame.shape != out.shape[1:]:
-                raise DataError(f"{self._where}: frames of different sizes, {out.shape[1:]} and {frame.shape} at {time:.3f} s")
+                raise DataError(
+                    f"{self._where}: frames of different sizes, {out.shape[1:]} and {frame.shape} at {time:.3f} s"
+                )
             out[row] = frame
         assert out is not None
         return out
@@ -108,15 +112,33 @@ class VideoFrames:
             for frame in self._container.decode(self._stream):
                 if frame.width * frame.height > PIXELS:
                     raise DataError(f"{self._where}: a frame of {frame.width} × {frame.height} pixels, over {PIXELS:,}")
-                time = self._position + 1 / (self.rate or 30.0) if frame.pts is None else float(frame.pts * frame.time_base) - self._first
+                time = (
+                    self._position + 1 / (self.rate or 30.0)
+                    if frame.pts is None
+                    else float(frame.pts * frame.time_base) - self._first
+                )
                 self._position = time
                 yield time, frame
         except (self._av.FFmpegError, ValueError, OSError) as error:
-            raise DataError(f"{self._where}: cannot be decoded after {max(self._position, 0):.3f} s ({error})") from None
+            raise DataError(
+                f"{self._where}: cannot be decoded after {max(self._position, 0):.3f} s ({error})"
+            ) from None
 
     def _array(self, frame: Any) -> np.ndarray:
+        if self._size is not None:
+            frame = frame.reformat(width=self._size[1], height=self._size[0], format=self._format, interpolation="AREA")
         array = frame.to_ndarray(format=self._format)
         return array[..., None] if array.ndim == 2 else array
+
+
+def frame_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The option `resize: [height, width]` of formats with videos; None where it is not given."""
+    size = options.get("resize")
+    if size is None:
+        return None
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(s, int) and 0 < s <= 8192 for s in size):
+        raise DataError(f"options: resize {size!r}; [height, width] is expected")
+    return size[0], size[1]
 
 
 def _container(head: bytes, where: str) -> str:

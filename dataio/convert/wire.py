@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
-from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, check_shape, parse_json
+from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, bytes_of, check_shape, parse_json
 from dataio.episode import DataError, Episode
 
 _KINDS = "biuf"
@@ -46,7 +46,7 @@ def dump(episode: Episode) -> list[bytes | memoryview]:
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         total += array.nbytes
         header["fields"][name] = {"dtype": array.dtype.str, "shape": array.shape}
-        buffers.append(memoryview(array.reshape(-1).view(np.uint8)) if array.size else b"")
+        buffers.append(bytes_of(array))
     if total > EPISODE_BYTES:
         raise DataError(f"the episode needs {total:,} bytes, over {EPISODE_BYTES:,}; drop fields in a mapping file")
     text = json.dumps(header, default=_plain).encode()
@@ -102,6 +102,5 @@ def _field(entry: dict[str, Any], read_into: Callable[[memoryview], None], where
         raise DataError(f"{where}: the reader sent an array of {dtype}")
     shape = check_shape(entry["shape"], dtype.itemsize, where)
     array = np.empty(math.prod(shape), dtype)
-    if array.size:
-        read_into(memoryview(array.view(np.uint8)))
+    read_into(bytes_of(array))
     return array.reshape(shape)

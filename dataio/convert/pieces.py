@@ -1,0 +1,345 @@
+"""source -> shards: a map over independent pieces of the source, restartable and idempotent, on one machine or on Ray.
+
+Each piece becomes shards and a part of the index of its own, committed by one last upload. What was killed is simply
+run again: finished pieces are kept, unfinished ones are written anew over what they left, and the pieces are merged at
+the end. The bytes do not depend on the number of processes, on their order, or on how often the conversion was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as Dict
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dataio.convert.converter import BadEpisode, Piece, converters
+from dataio.convert.infer import conform
+from dataio.convert.mapping import Mapping
+from dataio.convert.process import MEMORY, TIMEOUT, Reader
+from dataio.convert.source import Source
+from dataio.encodings import Encoding
+from dataio.episode import DataError, TaskSpec
+from dataio.shards import ShardWriter, merge_pieces
+from dataio.storage import Store
+
+PLAN, REPORT = "pieces/plan.json", "conversion.json"
+_LISTED = 1000  # malformed episodes that a printed report names
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did. `str()` of it is for people; `conversion.json` in the dataset holds the same."""
+
+    destination: str
+    format: str
+    tasks: tuple[str, ...]
+    episodes: int
+    steps: int
+    bad: tuple[BadEpisode, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.destination}: {self.episodes:,} episodes, {self.steps:,} steps from {self.format} ({', '.join(self.tasks)})"
+        ]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.bad:
+            lines.append(f"{len(self.bad):,} malformed episodes were left out:")
+            lines += [f"  {b.where}: {b.reason}" for b in self.bad[:_LISTED]]
+            if len(self.bad) > _LISTED:
+                lines.append(f"  … and {len(self.bad) - _LISTED:,} more in {REPORT}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to convert one piece; plain values, so that it can be sent anywhere."""
+
+    source: str
+    target: str  # module:class of the converter
+    destination: str
+    tasks: tuple[dict[str, Any], ...]
+    mapping: dict[str, Any]
+    encodings: dict[str, dict[str, Any]]
+    shard_bytes: int
+    skip_bad: bool
+    memory: int
+    timeout: float
+    piece: Piece = field(default_factory=lambda: Piece(""))
+
+
+def convert(
+    source: str,
+    destination: str,
+    *,
+    format: str | None = None,
+    mapping: str | Mapping | Dict[str, Any] | None = None,
+    skip_bad: bool = False,
+    processes: int = 0,
+    on: str = "local",
+    progress: Progress | None = None,
+    shard_bytes: int = 64 << 20,
+    memory: int = MEMORY,
+    timeout: float = TIMEOUT,
+) -> ConversionReport:
+    """Convert a source of any known format into a dataset.
+
+    source       path or URL, of a folder or a file
+    destination  folder of the dataset, in any store; one that holds an unfinished conversion of the same is finished
+    format       name of a converter; recognised when not given
+    mapping      YAML file, or what it holds
+    skip_bad     leave malformed episodes out, count and list them; else the first is a DataError
+    processes    pieces converted at a time; 0: as many as cores
+    on           local | ray (a cluster that RAY_ADDRESS names, or one started here)
+    progress     called with (pieces done, pieces)
+    memory       bytes that the reader of one piece may take;  timeout: seconds until a silent reader counts as hanging
+
+    Raises DataError for malformed data, FileExistsError where the destination holds something else.
+    """
+    known = converters()
+    rules = mapping if isinstance(mapping, Mapping) else _load_mapping(mapping)
+    if format is None:
+        with Reader(source, "", memory=memory, timeout=timeout) as reader:
+            format = reader.recognise(known)
+    if format not in known:
+        raise DataError(f"format {format!r} is none of {', '.join(known)}")
+    if on not in ("local", "ray"):
+        raise DataError(f"on {on!r}: local or ray")
+    with Reader(source, known[format], rules.options, memory=memory, timeout=timeout) as reader:
+        pieces, found, notes, versions = reader.plan()
+    tasks = rules.tasks(found)
+    encodings = rules.encodings(found)
+    job = Job(
+        source,
+        known[format],
+        destination,
+        tuple(t.to_dict() for t in tasks),
+        rules.to_dict(),
+        {k: asdict(e) for k, e in encodings.items()},
+        shard_bytes,
+        skip_bad,
+        memory,
+        timeout,
+    )
+    store = Store(destination)
+    done = _begin(store, destination, _digest(job, pieces, versions))
+    todo = [p for p in pieces if p.name not in done]
+    if progress is not None:
+        progress(len(done), len(pieces))
+    run = _on_ray if on == "ray" else _on_this_machine
+    jobs = (Job(**{**_shallow(job), "piece": p}) for p in todo)
+    for number, _ in enumerate(run(jobs, len(todo), processes), len(done) + 1):
+        if progress is not None:
+            progress(number, len(pieces))
+    return _finish(store, destination, format, tasks, pieces, notes)
+
+
+def convert_piece(job: Job) -> str:
+    """Write one piece: its shards, its report, then the part of the index that commits it."""
+    rules = Mapping.from_dict(job.mapping)
+    tasks = {t["name"]: TaskSpec(**t) for t in job.tasks}
+    encodings = {k: Encoding(**e) for k, e in job.encodings.items()}
+    bad: list[BadEpisode] = []
+    episodes = steps = 0
+
+    def reject(item: BadEpisode) -> None:
+        if not job.skip_bad:
+            raise DataError(f"{item.where}: {item.reason}. With --skip-bad such episodes are left out and listed")
+        bad.append(item)
+
+    with (
+        ShardWriter(
+            job.destination,
+            list(tasks.values()),
+            piece=job.piece.name,
+            encodings=encodings,
+            shard_bytes=job.shard_bytes,
+        ) as writer,
+        _reader(job) as reader,
+    ):
+        try:
+            for item in reader.episodes(job.piece):
+                if isinstance(item, BadEpisode):
+                    reject(item)
+                    continue
+                where = f"{job.source}, episode {item.id}"
+                try:
+                    item = rules.episode(item)
+                    if item.task not in tasks:
+                        raise DataError(f"belongs to the task {item.task!r}, which the source did not announce")
+                    writer.write(conform(item, tasks[item.task], where))
+                except DataError as error:
+                    reject(BadEpisode(where, str(error).removeprefix(where + ": ")))
+                    continue
+                episodes, steps = episodes + 1, steps + item.steps
+        except DataError as error:  # nothing more of this piece can be read
+            if not job.skip_bad:
+                raise
+            bad.append(BadEpisode(f"{job.source}, piece {job.piece.name} after {episodes} episodes", str(error)))
+        report = {"episodes": episodes, "steps": steps, "bad": [asdict(b) for b in bad]}
+        Store(job.destination).write(f"pieces/{job.piece.name}.json", json.dumps(report).encode())
+    return job.piece.name
+
+
+def _reader(job: Job) -> Reader:
+    return Reader(job.source, job.target, job.mapping.get("options") or {}, memory=job.memory, timeout=job.timeout)
+
+
+def _shallow(job: Job) -> dict[str, Any]:
+    return {name: getattr(job, name) for name in job.__dataclass_fields__}
+
+
+def _load_mapping(given: str | Dict[str, Any] | None) -> Mapping:
+    if given is None:
+        return Mapping()
+    return Mapping.load(given) if isinstance(given, str) else Mapping.from_dict(dict(given))
+
+
+def _digest(job: Job, pieces: list[Piece], versions: list[list[str]]) -> bytes:
+    """What two runs must share to be the same conversion. Not --skip-bad: a finished piece has the same bytes either way."""
+    plan = {
+        "converter": job.target,
+        "source": Source(job.source).name,
+        "tasks": job.tasks,
+        "mapping": job.mapping,
+        "encodings": job.encodings,
+        "shard_bytes": job.shard_bytes,
+    }
+    state = hashlib.blake2b(json.dumps(plan, sort_keys=True, default=list).encode(), digest_size=16)
+    for piece, version in zip(pieces, versions, strict=True):
+        state.update(json.dumps([piece.name, dict(piece.data), version], sort_keys=True).encode())
+    return json.dumps(
+        {"digest": state.hexdigest(), "pieces": len(pieces), **plan}, sort_keys=True, indent=1, default=list
+    ).encode()
+
+
+def _begin(store: Store, destination: str, plan: bytes) -> set[str]:
+    """Names of the pieces that an earlier run has finished. FileExistsError where the destination is something else."""
+    there = set(store.list("pieces"))
+    if PLAN in there:
+        old = json.loads(store.read(PLAN))
+        if old.get("digest") != json.loads(plan)["digest"]:
+            differs = [k for k, v in json.loads(plan).items() if old.get(k) != v and k != "digest"] or [
+                "the source's files"
+            ]
+            raise FileExistsError(
+                f"{destination} holds a conversion that differs in {', '.join(differs)}; "
+                "choose another folder, or delete this one"
+            )
+    else:
+        try:
+            store.head("dataset.json")
+        except FileNotFoundError:
+            store.write(PLAN, plan)
+        else:
+            raise FileExistsError(f"{destination} holds a dataset already; choose another folder, or delete it")
+    suffix = ".parquet"
+    return {
+        p.removeprefix("pieces/")[: -len(suffix)]
+        for p in there
+        if p.endswith(suffix) and not p.endswith(".statistics.parquet")
+    }
+
+
+def _finish(
+    store: Store, destination: str, format: str, tasks: list[TaskSpec], pieces: list[Piece], notes: list[str]
+) -> ConversionReport:
+    episodes = steps = 0
+    bad: list[BadEpisode] = []
+    for piece in pieces:
+        part = json.loads(store.read(f"pieces/{piece.name}.json"))
+        episodes, steps = episodes + part["episodes"], steps + part["steps"]
+        bad += [BadEpisode(**b) for b in part["bad"]]
+    if not episodes:
+        listed = "; ".join(f"{b.where}: {b.reason}" for b in bad[:3]) or "the source has none"
+        raise DataError(f"{destination}: no episode could be converted ({listed})")
+    report = ConversionReport(
+        destination, format, tuple(t.name for t in tasks), episodes, steps, tuple(bad), tuple(notes)
+    )
+    said = {**asdict(report), "destination": None}
+    del said["destination"]
+    store.write(REPORT, json.dumps(said, indent=1, ensure_ascii=False).encode())
+    merge_pieces(destination, [p.name for p in pieces])
+    return report
+
+
+# ---- where the pieces run --------------------------------------------------------------------------------------------
+
+
+def _on_this_machine(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
+    """Names of pieces as they are finished. At most `processes` at a time; the first error ends all."""
+    from multiprocessing import get_context
+
+    workers = min(processes or os.cpu_count() or 1, count)
+    if workers <= 1:
+        yield from map(convert_piece, jobs)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        flying: set[Future[str]] = set()
+        for job in jobs:
+            flying.add(pool.submit(convert_piece, job))
+            if len(flying) >= 2 * workers:
+                yield from _landed(flying)
+        while flying:
+            yield from _landed(flying)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a converting process was killed (out of memory?): {error}; run it again, with fewer processes"
+        ) from None
+    except BaseException:
+        for process in list((pool._processes or {}).values()):  # running pieces are of no use: each is begun anew
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _landed(flying: set[Future[str]]) -> Iterator[str]:
+    finished, _ = wait(flying, return_when=FIRST_COMPLETED)
+    for future in finished:
+        flying.discard(future)
+        yield future.result()
+
+
+def _on_ray(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
+    """The same map on a Ray cluster, whose nodes must all reach source and destination."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("--on ray needs Ray: pip install 'tiphys[ray]'") from error
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        most = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        task = ray.remote(num_cpus=1, max_retries=3)(convert_piece)
+        flying: list[Any] = []
+        for job in jobs:
+            flying.append(task.remote(job))
+            if len(flying) >= 2 * most:
+                yield from _arrived(flying)
+        while flying:
+            yield from _arrived(flying)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _arrived(flying: list[Any]) -> Iterator[str]:
+    import ray
+
+    ready, rest = ray.wait(flying)
+    flying[:] = rest
+    for reference in ready:
+        try:
+            yield ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else DataError(str(error))) from None

@@ -1,0 +1,171 @@
+"""Text: `.jsonl` (a `text` in each line), `.parquet` (a column of texts), plain `.txt` and `.md`; `.gz` of the first
+and last.
+
+A document is an episode without actions. In JSON lines and Parquet the text is the value called `text`, `content`,
+`document` or `caption`, or as the option `column` says. A plain file is one document, or, over 1 MiB, one for each
+block between blank lines; the option `split` (file, paragraph, line) decides otherwise.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any, BinaryIO, cast
+
+from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from dataio.convert.infer import field_spec, texts
+from dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
+from dataio.convert.parquet import batches, open_parquet
+from dataio.convert.source import Source
+from dataio.episode import DataError, Episode, TaskSpec
+
+_PIECE_BYTES = 256 << 20
+_COLUMNS = ("text", "content", "document", "caption")
+_ONE_DOCUMENT = 1 << 20  # a larger plain file is a collection
+_PLAIN = (".txt", ".md", ".txt.gz", ".md.gz")
+_JSON = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+
+
+class Text(Converter):
+    name = "text"
+    options_known = frozenset({"column", "split"})
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        if any(p.endswith(".mp4") for p in source.files):
+            return 0.0
+        for path in source.files:
+            if path.endswith(_JSON):
+                with ExitStack() as stack:
+                    line = _open(source, path, stack).readline(1 << 20)
+                    value = parse_json(line, source.where(path))
+                    return (
+                        0.5 if isinstance(value, dict) and any(isinstance(value.get(c), str) for c in _COLUMNS) else 0.0
+                    )
+            if path.endswith(".parquet"):
+                with open_parquet(source, path) as file:
+                    return 0.5 if set(_COLUMNS) & set(file.schema_arrow.names) else 0.0
+        return 0.2 if any(p.endswith(_PLAIN) for p in source.files) else 0.0
+
+    @cached_property
+    def _files(self) -> list[str]:
+        found = [p for p in self.source.files if p.endswith((*_JSON, *_PLAIN, ".parquet"))]
+        if not found:
+            raise DataError(f"{self.source.url}: no .jsonl, .parquet, .txt or .md")
+        if any(p.endswith((*_JSON, ".parquet")) for p in found):  # then a README.md is no document
+            found = [p for p in found if not p.endswith(_PLAIN)]
+        return found
+
+    def tasks(self) -> list[TaskSpec]:
+        return [TaskSpec(self.source.name, (field_spec("text", "str", (), per="episode"),))]
+
+    def pieces(self) -> list[Piece]:
+        return group_files(self.source, self._files, _PIECE_BYTES)
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        number = 0
+        for path in piece.data["files"]:
+            documents = self._documents(path)
+            for line, document in enumerate(documents):
+                if number >= start:
+                    where = f"{self.source.where(path)}, document {line}"
+                    yield document if isinstance(document, BadEpisode) else self._episode(path, line, document, where)
+                number += 1
+
+    def _episode(self, path: str, line: int, document: str | bytes, where: str) -> Item:
+        def make() -> Episode:
+            text = str(texts([document], where)[0])
+            return Episode(f"{self.source.name}/{path}/{line:08d}", self.source.name, {"text": text}, 0)
+
+        return attempt(make, where)
+
+    def _documents(self, path: str) -> Iterator[str | bytes | BadEpisode]:
+        if path.endswith(".parquet"):
+            yield from self._parquet(path)
+            return
+        with ExitStack() as stack:
+            stream = _open(self.source, path, stack)
+            if path.endswith(_JSON):
+                for number, line in enumerate(_lines(stream, self.source.where(path)), 1):
+                    yield self._value(line, f"{self.source.where(path)}, line {number}")
+                return
+            split = self.options.get("split") or ("file" if self.source.size(path) <= _ONE_DOCUMENT else "paragraph")
+            if split == "file":
+                data = stream.read(TEXT_BYTES + 1)
+                if len(data) > TEXT_BYTES:
+                    raise DataError(
+                        f"{self.source.where(path)}: one document of over {TEXT_BYTES:,} bytes; set the option split"
+                    )
+                yield data
+            elif split in ("line", "paragraph"):
+                yield from _blocks(
+                    _lines(stream, self.source.where(path), blank=True), split == "line", self.source.where(path)
+                )
+            else:
+                raise DataError(f"options: split {split!r} is none of file, paragraph, line")
+
+    def _value(self, line: bytes, where: str) -> str | BadEpisode:
+        wanted = [self.options["column"]] if "column" in self.options else _COLUMNS
+        try:
+            value = parse_json(line, where)
+        except DataError as error:
+            return BadEpisode(where, str(error))
+        for column in wanted:
+            if isinstance(value, dict) and isinstance(value.get(column), str):
+                return str(value[column])
+        return BadEpisode(where, f"has no text called {' or '.join(wanted)}; name it with the option column")
+
+    def _parquet(self, path: str) -> Iterator[str | BadEpisode]:
+        import pyarrow as pa
+
+        where = self.source.where(path)
+        with open_parquet(self.source, path) as file:
+            wanted = [self.options["column"]] if "column" in self.options else _COLUMNS
+            column = next((c for c in wanted if c in file.schema_arrow.names), None)
+            if column is None:
+                raise DataError(f"{where}: has no column {' or '.join(wanted)}; name it with the option column")
+            kind: Any = file.schema_arrow.field(column).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+                raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
+            row = 0
+            for batch in batches(file, [column], where, 256):
+                for value in batch.column(0).to_pylist():
+                    yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "no text in this row")
+                    row += 1
+
+
+def _open(source: Source, path: str, stack: ExitStack) -> BinaryIO:
+    stream = stack.enter_context(source.open(path))
+    if path.endswith(".gz"):
+        return cast(BinaryIO, stack.enter_context(io.BufferedReader(BoundedInflate(stream, source.where(path)))))
+    return stream
+
+
+def _lines(stream: BinaryIO, where: str, blank: bool = False) -> Iterator[bytes]:
+    """The lines of a file, one at a time; DataError at one that is too long to be a text."""
+    number = 0
+    while line := stream.readline(TEXT_BYTES + 2):
+        number += 1
+        if len(line) > TEXT_BYTES:
+            raise DataError(f"{where}, line {number}: over {TEXT_BYTES:,} bytes")
+        if blank or line.strip():
+            yield line.rstrip(b"\r\n")
+
+
+def _blocks(lines: Iterator[bytes], single: bool, where: str) -> Iterator[bytes]:
+    """Each line that is not blank, or each run of such lines."""
+    block: list[bytes] = []
+    size = 0
+    for line in lines:
+        if line.strip():
+            block.append(line)
+            size += len(line) + 1
+            if size > TEXT_BYTES:
+                raise DataError(f"{where}: a paragraph of over {TEXT_BYTES:,} bytes; set the option split to line")
+        if block and (single or not line.strip()):
+            yield b"\n".join(block)
+            block, size = [], 0
+    if block:
+        yield b"\n".join(block)

@@ -1,0 +1,186 @@
+"""VPT contractor data (OpenAI 2022, arXiv:2206.11795): a recording is `NAME.mp4` with `NAME.jsonl`, one line of input a
+frame.
+
+Actions as MineRL has them: `action.buttons` (20 keys, in the order of BUTTONS) and `action.camera` (pitch and yaw,
+degrees). As in OpenAI's loader a mouse movement is scaled by 360/2400, an `attack` that the recorder left pressed
+before the first press is ignored, and a change of the selected slot is the press of its key. Options: `resize: [height,
+width]` of the frames, `segment`: most steps of an episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dataio.convert.converter import Converter, Item, Piece, attempt
+from dataio.convert.infer import field_spec
+from dataio.convert.limits import EPISODE_BYTES, check_shape
+from dataio.convert.source import Source
+from dataio.convert.video import VideoFrames, frame_size
+from dataio.episode import DataError, Episode, TaskSpec
+
+_KEYS = {
+    "key.keyboard.w": "forward",
+    "key.keyboard.s": "back",
+    "key.keyboard.a": "left",
+    "key.keyboard.d": "right",
+    "key.keyboard.space": "jump",
+    "key.keyboard.left.shift": "sneak",
+    "key.keyboard.left.control": "sprint",
+    "key.keyboard.e": "inventory",
+    "key.keyboard.q": "drop",
+    "key.keyboard.escape": "ESC",
+    **{f"key.keyboard.{i}": f"hotbar.{i}" for i in range(1, 10)},
+}
+_MOUSE = ("attack", "use", "pickItem")
+BUTTONS = (
+    *("attack", "back", "drop", "forward"),
+    *(f"hotbar.{i}" for i in range(1, 10)),
+    *("inventory", "jump", "left", "right", "sneak", "sprint", "use"),
+)
+_COLUMN = {name: i for i, name in enumerate(BUTTONS)}
+_SCALE = 360.0 / 2400.0
+
+
+class Vpt(Converter):
+    name = "vpt"
+    options_known = frozenset({"resize", "segment"})
+
+    @classmethod
+    def recognise(cls, source: Source) -> float:
+        names = set(source.files)
+        for path in source.files:
+            if path.endswith(".mp4") and path[:-4] + ".jsonl" in names:
+                with source.open(path[:-4] + ".jsonl") as stream:
+                    return 0.9 if b'"mouse"' in stream.readline(1 << 20) else 0.0
+        return 0.0
+
+    @cached_property
+    def _recordings(self) -> list[str]:
+        """Names without suffix, of everything that has either file."""
+        found = sorted({p.rpartition(".")[0] for p in self.source.files if p.endswith((".mp4", ".jsonl"))})
+        if not found:
+            raise DataError(f"{self.source.url}: no NAME.mp4 with NAME.jsonl")
+        return found
+
+    def tasks(self) -> list[TaskSpec]:
+        shape = None
+        for name in self._recordings:
+            if self.source.exists(name + ".mp4"):
+                with (
+                    self.source.open(name + ".mp4") as stream,
+                    VideoFrames(stream, self.source.where(name + ".mp4"), size=frame_size(self.options)) as video,
+                ):
+                    shape = next((f.shape for f in video), None)
+                if shape is not None:
+                    break
+        if shape is None:
+            raise DataError(f"{self.source.url}: no video can be read")
+        fields = (
+            field_spec("observation.image", np.uint8, shape, modality="image"),
+            field_spec("action.buttons", np.uint8, (len(BUTTONS),), values=2, modality="discrete"),
+            field_spec("action.camera", np.float32, (2,), low=(-180.0,), high=(180.0,)),
+            field_spec("info.gui", bool, ()),
+        )
+        return [TaskSpec(self.source.name, fields)]
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(f"{i:06d}", {"recording": r, "files": [r + ".mp4", r + ".jsonl"]})
+            for i, r in enumerate(self._recordings)
+        ]
+
+    def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
+        name = piece.data["recording"]
+        where = self.source.where(name + ".mp4")
+        for path in piece.data["files"]:
+            if not self.source.exists(path):
+                raise DataError(f"{self.source.where(path)}: is missing; a recording needs both files")
+        ticks = self.source.json_lines(name + ".jsonl")
+        if not ticks:
+            raise DataError(f"{self.source.where(name + '.jsonl')}: has no lines")
+        buttons, camera, gui = _actions(ticks, self.source.where(name + ".jsonl"))
+        most = int(self.options.get("segment") or 0) or len(ticks)
+        with (
+            self.source.open(name + ".mp4") as stream,
+            VideoFrames(stream, where, size=frame_size(self.options)) as video,
+        ):
+            frames = iter(video)
+            for number, begin in enumerate(range(0, len(ticks), most)):
+                end = min(len(ticks), begin + most)
+                rows = (buttons[begin:end], camera[begin:end], gui[begin:end])
+                item = attempt(partial(self._episode, name, number, frames, *rows), where)
+                if number >= start:
+                    yield item
+            if next(frames, None) is not None and next(frames, None) is not None:  # the recorder may add one at the end
+                raise DataError(
+                    f"{where}: has more frames than {name}.jsonl has lines ({len(ticks)}); they do not belong together"
+                )
+
+    def _episode(
+        self,
+        name: str,
+        number: int,
+        frames: Iterator[np.ndarray],
+        buttons: np.ndarray,
+        camera: np.ndarray,
+        gui: np.ndarray,
+    ) -> Episode:
+        where = self.source.where(name + ".mp4")
+        steps, image, last = len(buttons), None, -1
+        for row, frame in enumerate(islice(frames, steps)):
+            if image is None:
+                image = np.empty(
+                    check_shape(
+                        (steps, *frame.shape), 1, f"{where} (set the options segment and resize)", EPISODE_BYTES
+                    ),
+                    np.uint8,
+                )
+            if frame.shape != image.shape[1:]:
+                raise DataError(f"{where}: frames of different sizes")
+            image[row] = frame
+            last = row
+        if image is None or last != steps - 1:
+            raise DataError(f"{where}: has fewer frames than {name}.jsonl has lines")
+        fields = {"observation.image": image, "action.buttons": buttons, "action.camera": camera, "info.gui": gui}
+        identity = f"{self.source.name}/{name}" + (f"/{number:04d}" if self.options.get("segment") else "")
+        return Episode(identity, self.source.name, fields, steps, agent="contractor")
+
+
+def _actions(ticks: list[dict[str, Any]], where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Buttons uint8 [T, 20], camera float32 [T, 2], whether a menu was open bool [T]."""
+    buttons = np.zeros((len(ticks), len(BUTTONS)), np.uint8)
+    camera = np.zeros((len(ticks), 2), np.float32)
+    gui = np.zeros(len(ticks), bool)
+    stuck, slot = False, 0
+    for row, tick in enumerate(ticks):
+        try:
+            mouse, keyboard = tick["mouse"], tick["keyboard"]
+            pressed, fresh = list(mouse["buttons"]), list(mouse.get("newButtons") or [])
+            if row == 0:
+                stuck = pressed == [0]
+            elif stuck and 0 in fresh:
+                stuck = False
+            for number in pressed:
+                if number in (0, 1, 2) and not (stuck and number == 0) and _MOUSE[number] in _COLUMN:
+                    buttons[row, _COLUMN[_MOUSE[number]]] = 1
+            for key in keyboard["keys"]:
+                if _KEYS.get(key) in _COLUMN:
+                    buttons[row, _COLUMN[_KEYS[key]]] = 1
+            moved = np.array([float(mouse["dy"]), float(mouse["dx"])]) * _SCALE
+            camera[row] = np.where(np.abs(moved) > 180, 0, moved)  # a jump when a menu opens is no movement
+            now = int(tick.get("hotbar", slot))
+            if row and now != slot and f"hotbar.{now + 1}" in _COLUMN:
+                buttons[row, _COLUMN[f"hotbar.{now + 1}"]] = 1
+            slot, gui[row] = now, bool(tick.get("isGuiOpen", False))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}, line {row + 1}: not a tick of a VPT recording ({type(error).__name__}: {error})"
+            ) from None
+    if not np.isfinite(camera).all():
+        raise DataError(f"{where}: mouse movements that are not finite")
+    return buttons, camera, gui
