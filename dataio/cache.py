@@ -20,8 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache_tiers import DiskTier, MemoryTier
+from .slabs import ALIGN, size_classes, slab_size
+
 Units = NDArray[np.int64]
-MAX_LOOK_AHEAD = 255  # blocks: what a count of one byte can hold
+MAX_LOOK_AHEAD = 65535  # blocks: what a count of two bytes can hold
+_ROUNDS = 4  # of making room for the units of a block
+_SAMPLE = 16384  # units whose sizes shape the tiers
+_NOWHERE, _STAGED = -1, -2  # places of a unit that is not here, and of one whose bytes an open block holds
 
 
 def hit_bound(share: float, pin: bool = False) -> float:
@@ -70,12 +76,12 @@ class Block:
 
 @dataclass
 class _Staged:
-    data: Any = None
+    data: memoryview | None = None
     blocks: int = 1  # open blocks that need it
 
 
 class RangeCache:
-    """A bounded cache of units over memory and disk, driven by a plan.
+    """A bounded cache of units over memory and disk, driven by a plan. Not for use by several threads at once.
 
     Args:
         units: number of units, which are numbered from 0.
@@ -83,9 +89,10 @@ class RangeCache:
         plan: block -> units that it uses, in any order, repeats allowed. Must give the same answer until `replan`.
         total: bytes of all data that this process draws from, for the bound that is reported.
         memory: bytes of the memory tier, of which a quarter is set aside for the misses of open blocks.
-        disk: bytes of the disk tier, in `directory`.
-        fingerprint: names data and unit layout; files of the disk tier with another fingerprint are not used.
+        disk: bytes of the disk tier, in `directory`, which no other process uses.
+        fingerprint: names data and unit layout; a disk tier of another fingerprint is discarded.
         start, stop: first block, and the block before which the plan ends.
+        look_ahead: most blocks of the future that are counted.
         pin: keep what came first instead of what is needed next (sampling without replacement).
 
     The loop of its user::
@@ -114,17 +121,29 @@ class RangeCache:
     ) -> None:
         self.sizes, self.plan, self.total, self.pin = sizes, plan, total, pin
         self.staging = memory // 4
-        self.capacity = memory - self.staging
         self.next, self.far, self.stop = start, start, stop
         self.look_ahead = min(look_ahead, MAX_LOOK_AHEAD)
-        self._planned = np.zeros(units, np.uint8)
-        self._kept: dict[int, bytes] = {}
+        sample = (
+            sizes(np.unique(np.linspace(0, units - 1, min(units, _SAMPLE)).astype(np.int64))) if units else np.ones(1)
+        )
+        self._tiers = _tiers(sample, memory - self.staging, disk, directory, fingerprint)
+        self._base = [0]  # where each tier begins in the space of places; a place counts in ALIGN bytes
+        for tier in self._tiers:
+            self._base.append(self._base[-1] + tier.slabs.count * tier.slabs.slab)
+        self.capacity = self._base[-1]
+        wide = self.capacity // ALIGN >= 2**31 - 4
+        self._place = np.full(units, _NOWHERE, np.int64 if wide else np.int32)
+        self._planned = np.zeros(units, np.uint16)  # announced blocks that use a unit
         self._staged: dict[int, _Staged] = {}
         self._open: dict[int, Block] = {}
-        self._idle: deque[Units] = deque()
-        self._peeked: tuple[int, Units, Units] | None = None
-        self.occupied = self.live = self.staged = self.peak = 0
-        self.counters = dict.fromkeys(("units", "misses", "bytes", "memory_bytes", "disk_bytes", "missed_bytes"), 0)
+        self._idle: deque[Units] = deque()  # kept units without a planned use, those that were used longest ago first
+        self._idle_units = 0
+        self._peeked: tuple[Units, Units, int] | None = None
+        self._reach, self._retracted = 2.0, False
+        self.live = self.staged = self.peak = 0
+        self.counters = dict.fromkeys(("units", "misses", "bytes", "missed_bytes", "damaged", "kept"), 0)
+        self.counters |= {f"{name}_bytes": 0 for name in ("memory", "disk", "shared")}
+        self._adopt()
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -132,37 +151,32 @@ class RangeCache:
         """Whether the next block exists and its misses fit beside those of the blocks that are open."""
         if self.stop is not None and self.next >= self.stop:
             return False
-        _, _, misses = self._peek()
-        return not self._open or self.staged + int(self.sizes(misses).sum()) <= self.staging
+        return not self._open or self.staged + self._peek()[2] <= self.staging
 
     def open(self) -> Block:
-        """The next block. MemoryError if one block alone exceeds what is set aside for misses."""
-        number, units, misses = self._peek()
-        self._look()
-        missed = int(self.sizes(misses).sum())
+        """The next block. MemoryError where one block alone exceeds what is set aside for misses."""
+        units, misses, missed = self._peek()
+        number = self.next
         if self.staged + missed > self.staging:
             raise MemoryError(
                 f"cache: block {number} needs {missed} bytes that are not cached, beside {self.staged} of other open blocks, "
                 f"but a quarter of data.cache.memory is {self.staging}; give it at least {4 * (self.staged + missed)} bytes"
             )
-        staged = [u for u in units.tolist() if u in self._staged]
-        for unit in staged:
+        self._look()
+        place = self._place[units]
+        shared = units[place == _STAGED]
+        for unit in shared.tolist():
             self._staged[unit].blocks += 1
-        for unit in misses.tolist():
-            self._staged[unit] = _Staged()
-        block = Block(number, units, misses, self, np.union1d(misses, np.array(staged, np.int64)))
-        self._open[number] = block
+        self._place[misses] = _STAGED
+        self._staged.update((unit, _Staged()) for unit in misses.tolist())
+        block = self._open[number] = Block(number, units, misses, self, np.concatenate([misses, shared]))
         self.staged += missed
         self.next, self._peeked = number + 1, None
-        self.counters["units"] += len(units)
-        self.counters["misses"] += len(misses)
-        self.counters["missed_bytes"] += missed
-        self.counters["bytes"] += int(self.sizes(units).sum())
-        self.peak = max(self.peak, self.staged + self.occupied)
+        self._count(units, place, misses, missed)
         return block
 
     def replan(self, first: int) -> None:
-        """Forgets what was announced of blocks from `first` on. Call it before the plan changes there.
+        """Forgets what was announced of blocks from `first` on. To be called before the plan changes there.
 
         ValueError if such a block is open already.
         """
@@ -172,104 +186,292 @@ class RangeCache:
             self._retract()
         self._peeked = None
 
+    @property
+    def occupied(self) -> int:
+        """Bytes of both tiers in use, whole slabs."""
+        return sum(tier.slabs.used for tier in self._tiers)
+
     def statistics(self) -> dict[str, float]:
-        """Counters since the start, occupied bytes, look-ahead in blocks, the hit rate in bytes and the best possible one."""
-        seen = max(self.counters["bytes"], 1)
+        """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes and the best possible one."""
+        memory, *disk = self._tiers
         return {
             **self.counters,
-            "occupied": self.occupied,
+            "memory_used": memory.slabs.used + self.staged,
+            "disk_used": sum(t.slabs.used for t in disk),
             "look_ahead": self.far - self.next,
-            "hit_rate": 1 - self.counters["missed_bytes"] / seen,
+            "hit_rate": 1 - self.counters["missed_bytes"] / max(self.counters["bytes"], 1),
             "bound": hit_bound(self.capacity / max(self.total, 1), self.pin),
         }
 
     def close(self) -> None:
-        """Gives everything back."""
-        self._kept.clear()
+        """Gives memory back; what is on disk stays for the next start."""
         self._staged.clear()
+        for tier in self._tiers:
+            tier.close()
+
+    def _peek(self) -> tuple[Units, Units, int]:
+        """The next block's units, its misses, and their bytes."""
+        if self._peeked is None:
+            units = np.unique(self.plan(self.next))
+            misses = units[self._place[units] == _NOWHERE]
+            self._peeked = units, misses, int(self.sizes(misses).sum())
+        return self._peeked
+
+    def _count(self, units: Units, place: NDArray, misses: Units, missed: int) -> None:
+        sizes = self.sizes(units)
+        memory = place >= 0
+        memory &= place < self._base[1] // ALIGN
+        in_memory, shared = int(sizes[memory].sum()), int(sizes[place == _STAGED].sum())
+        everything = int(sizes.sum())
+        for name, value in (
+            ("units", len(units)),
+            ("misses", len(misses)),
+            ("bytes", everything),
+            ("missed_bytes", missed),
+            ("memory_bytes", in_memory),
+            ("shared_bytes", shared),
+            ("disk_bytes", everything - missed - in_memory - shared),
+        ):
+            self.counters[name] += value
+        self._measure()
+
+    def _measure(self) -> None:
+        self.peak = max(self.peak, self.staged + self.occupied)
 
     # -- look-ahead --------------------------------------------------------------------------------------------------
 
-    def _peek(self) -> tuple[int, Units, Units]:
-        if self._peeked is None:
-            units = np.unique(self.plan(self.next))
-            there = np.array([u in self._kept or u in self._staged for u in units.tolist()], bool)
-            self._peeked = (self.next, units, units[~there])
-        return self._peeked
-
     def _look(self) -> None:
-        """Announces blocks while the budget has room for more of the future, a few at a time so that no call takes long."""
-        for _ in range(2):
+        """Announces blocks while the budget has room for more of the future; a few at a time, so that no call takes long."""
+        if self.pin:
+            self.far = max(self.far, self.next + 1)
+            return
+        # After the budget forced the far end nearer, it goes on from there slowly: announcing costs a plan.
+        self._reach = max(2.0, float(self.far - self.next)) if self._retracted else self._reach + 2
+        self._retracted = False
+        for _ in range(3):
             ahead = self.far - self.next
-            if ahead > 0 and (self.live >= self.capacity or ahead >= self.look_ahead or self.far == self.stop):
+            if ahead > 0 and (
+                self.live >= self.capacity or ahead >= min(self._reach, self.look_ahead) or self.far == self.stop
+            ):
                 return
-            units = np.unique(self.plan(self.far))
-            fresh = [u for u in units[self._planned[units] == 0].tolist() if u in self._kept]
-            self.live += sum(len(self._kept[u]) for u in fresh)
+            units = self._peek()[0] if self.far == self.next else np.unique(self.plan(self.far))
+            fresh = units[self._planned[units] == 0]
+            self.live += int(self._slot_bytes(fresh).sum())
             self._planned[units] += 1
             self.far += 1
 
     def _retract(self) -> None:
+        """Takes back the farthest announcement; what only it needed is idle now, and the first to go."""
         self.far -= 1
+        self._retracted = True
+        if self.pin:
+            return
         units = np.unique(self.plan(self.far))
         self._planned[units] -= 1
-        gone = np.array([u for u in units[self._planned[units] == 0].tolist() if u in self._kept], np.int64)
-        self.live -= sum(len(self._kept[u]) for u in gone.tolist())
-        self._idle.append(gone)
+        gone = units[self._planned[units] == 0]
+        gone = gone[self._place[gone] >= 0]
+        self.live -= int(self._slot_bytes(gone).sum())
+        self._idle.appendleft(gone)
+        self._idle_units += len(gone)
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 
     def _put(self, unit: int, data: Any) -> None:
-        size = int(self.sizes(np.array([unit]))[0])
         view = memoryview(data).cast("B")
+        size = int(self.sizes(np.array([unit]))[0])
         if len(view) != size:
             raise ValueError(f"cache: unit {unit} has {size} bytes, got {len(view)}")
-        self._staged[unit].data = view
+        staged = self._staged.get(unit)
+        if staged is None:
+            raise ValueError(f"cache: nothing waits for unit {unit}")
+        staged.data = view
 
     def _get(self, unit: int) -> memoryview | None:
-        staged = self._staged.get(unit)
-        if staged is not None:
-            return staged.data
-        kept = self._kept.get(unit)
-        return None if kept is None else memoryview(kept)
+        place = int(self._place[unit])
+        if place == _STAGED:
+            return self._staged[unit].data
+        if place < 0:
+            raise ValueError(f"cache: unit {unit} is not of an open block")
+        tier, address = self._where(place)
+        data = tier.read(address, unit, int(self.sizes(np.array([unit]))[0]))
+        if data is None:
+            self._damaged(unit)
+        return data
+
+    def _damaged(self, unit: int) -> None:
+        """Forgets a unit whose cached bytes are wrong; the blocks that are open wait for it to be fetched and put."""
+        self.counters["damaged"] += 1
+        units = np.array([unit], np.int64)
+        if self._planned[unit]:
+            self.live -= int(self._slot_bytes(units).sum())
+        self._free(units)
+        waiting = [
+            b for b in self._open.values() if np.searchsorted(b.units, unit, "right") > np.searchsorted(b.units, unit)
+        ]
+        self._staged[unit] = _Staged(blocks=len(waiting))
+        self._place[unit] = _STAGED
+        self.staged += int(self.sizes(units)[0])
+        for block in waiting:
+            block._staged = np.append(block._staged, unit)
 
     def _close(self, block: Block) -> None:
         del self._open[block.number]
-        self._planned[block.units] -= 1
-        done = block.units[self._planned[block.units] == 0]
-        idle = np.array([u for u in done.tolist() if u in self._kept], np.int64)
-        self.live -= sum(len(self._kept[u]) for u in idle.tolist())
-        self._idle.append(idle)
+        if not self.pin:
+            self._planned[block.units] -= 1
+            done = block.units[self._planned[block.units] == 0]
+            done = done[self._place[done] >= 0]
+            self.live -= int(self._slot_bytes(done).sum())
+            self._retire(done)
+        over = []
         for unit in block._staged.tolist():
             staged = self._staged[unit]
             staged.blocks -= 1
             if staged.blocks == 0:
-                del self._staged[unit]
-                self.staged -= int(self.sizes(np.array([unit]))[0])
-                if staged.data is not None:
-                    self._keep(unit, staged.data)
+                over.append(unit)
+        units = np.array(over, np.int64)
+        self._place[units] = _NOWHERE
+        data = {unit: self._staged.pop(unit).data for unit in over}
+        self.staged -= int(self.sizes(units).sum())
+        self._keep(units[[data[u] is not None for u in over]] if over else units, data)
+        self._measure()
 
-    def _keep(self, unit: int, data: memoryview) -> None:
-        while self.occupied + len(data) > self.capacity:
-            if self.pin or not self._planned[unit] or not self._make_room():
+    def _keep(self, units: Units, data: dict[int, memoryview | None]) -> None:
+        """Copies units into the tiers: those with a planned use, and the others as long as there is room anyway."""
+        self._fill(units, data)
+        for attempt in range(_ROUNDS):
+            wanted = units[(self._place[units] == _NOWHERE) & (self._planned[units] > 0)]
+            wanted = wanted[self._fits(wanted)]
+            if self.pin or not len(wanted):
+                break
+            if attempt < _ROUNDS - 1:
+                if not self._make_room(int(self.sizes(wanted).sum())):
+                    break
+            else:  # there is room, but in slabs of other sizes: take one of them over
+                self._vacate(wanted)
+            self._fill(wanted, data)
+        for tier in self._tiers:
+            tier.flush()
+
+    def _fits(self, units: Units) -> NDArray[np.bool_]:
+        """Whether each unit is small enough for any tier."""
+        largest = max(int(tier.slabs.classes[-1]) - tier.HEADER for tier in self._tiers if tier.slabs.count)
+        return self.sizes(units) <= largest
+
+    def _fill(self, units: Units, data: dict[int, memoryview | None]) -> None:
+        """Puts as many of the units as have room into slots, those with a planned use first."""
+        units = units[np.argsort(self._planned[units] == 0, kind="stable")]
+        for number, tier in enumerate(self._tiers):
+            kinds = tier.slabs.class_of(self.sizes(units) + tier.HEADER)
+            for kind in np.unique(kinds[kinds < len(tier.slabs.classes)]).tolist():
+                self._write(number, kind, units[kinds == kind], data)
+            units = units[self._place[units] == _NOWHERE]
+            if not len(units):
                 return
-        if not self._planned[unit]:  # kept only because there was room
-            self._idle.append(np.array([unit]))
-        else:
-            self.live += len(data)
-        self._kept[unit] = bytes(data)
-        self.occupied += len(data)
-        self.peak = max(self.peak, self.staged + self.occupied)
 
-    def _make_room(self) -> bool:
-        while self._idle:
+    def _write(self, number: int, kind: int, units: Units, data: dict[int, memoryview | None]) -> None:
+        """Writes units of one size class into a tier, as far as it has slots."""
+        tier, base = self._tiers[number], self._base[number]
+        addresses = tier.slabs.take(kind, units)
+        units = units[: len(addresses)]
+        written = [tier.write(a, u, data[u]) for a, u in zip(addresses.tolist(), units.tolist())]  # type: ignore[arg-type]
+        if not all(written):
+            good = np.array(written)
+            tier.slabs.give(addresses[~good])
+            units, addresses = units[good], addresses[good]
+        self._place[units] = (addresses + base) // ALIGN
+        wanted = self._planned[units] > 0
+        self.live += int(wanted.sum()) * int(tier.slabs.classes[kind])
+        self.counters["kept"] += len(units)
+        if not self.pin:
+            self._retire(units[~wanted])
+
+    def _make_room(self, size: int) -> bool:
+        """Evicts about `size` bytes that no announced block needs, announcing less if need be. False where all is needed."""
+        freed = 0
+        while freed < size:
+            while not self._idle:
+                if self.far <= self.next:
+                    return freed > 0
+                self._retract()
             units = self._idle.popleft()
-            gone = [u for u in units.tolist() if self._planned[u] == 0 and u in self._kept]
-            for unit in gone:
-                self.occupied -= len(self._kept.pop(unit))
-            if gone:
-                return True
-        if self.far <= self.next:
-            return False
-        self._retract()
+            self._idle_units -= len(units)
+            gone = units[(self._planned[units] == 0) & (self._place[units] >= 0)]
+            room = np.cumsum(self._slot_bytes(gone))
+            enough = int(np.searchsorted(room, size - freed)) + 1
+            gone, rest = gone[:enough], gone[enough:]
+            if len(rest):
+                self._idle.appendleft(rest)
+                self._idle_units += len(rest)
+            freed += int(room[len(gone) - 1]) if len(gone) else 0
+            self._free(np.unique(gone))
         return True
+
+    def _vacate(self, wanted: Units) -> None:
+        """Empties the slabs that hold least, one for each class of which not one slot could be had."""
+        tier = max(self._tiers, key=lambda t: t.slabs.count)
+        for _ in np.unique(tier.slabs.class_of(self.sizes(wanted) + tier.HEADER)):
+            units = tier.slabs.emptiest()
+            units = units[self._place[units] >= 0]
+            in_use = np.isin(units, np.concatenate([b.units for b in self._open.values()] or [units[:0]]))
+            if in_use.any():
+                return
+            self.live -= int(self._slot_bytes(units[self._planned[units] > 0]).sum())
+            self._free(units)
+
+    def _retire(self, units: Units) -> None:
+        """Marks kept units as idle. Units that were used again in between stand in the queue twice; it is tidied now and then."""
+        if not len(units):
+            return
+        self._idle.append(units)
+        self._idle_units += len(units)
+        if self._idle_units > 2 * len(units) + 2 * sum(int(t.slabs.live.sum()) for t in self._tiers):
+            everything = np.concatenate(self._idle)[::-1]
+            last = np.sort(np.unique(everything, return_index=True)[1])[::-1]
+            kept = everything[last]
+            kept = kept[(self._planned[kept] == 0) & (self._place[kept] >= 0)]
+            self._idle = deque([kept])
+            self._idle_units = len(kept)
+
+    def _free(self, units: Units) -> None:
+        place = self._place[units].astype(np.int64) * ALIGN
+        self._place[units] = _NOWHERE
+        for base, end, tier in zip(self._base, self._base[1:], self._tiers):
+            tier.slabs.give(place[(place >= base) & (place < end)] - base)
+
+    def _where(self, place: int) -> tuple[MemoryTier | DiskTier, int]:
+        address = place * ALIGN
+        number = 0 if address < self._base[1] else 1
+        return self._tiers[number], address - self._base[number]
+
+    def _slot_bytes(self, units: Units) -> NDArray[np.int64]:
+        """Bytes of the slots of units; 0 for those that are not kept."""
+        place = self._place[units].astype(np.int64) * ALIGN
+        out = np.zeros(len(units), np.int64)
+        for base, end, tier in zip(self._base, self._base[1:], self._tiers):
+            here = (place >= base) & (place < end)
+            out[here] = tier.slabs.slot_bytes(place[here] - base)
+        return out
+
+    def _adopt(self) -> None:
+        """Finds again what a disk tier held before a restart."""
+        for base, tier in zip(self._base, self._tiers):
+            address, unit, _ = tier.slabs.contents() if isinstance(tier, DiskTier) else (np.zeros(0, np.int64),) * 3
+            strange = unit >= len(self._place)
+            tier.slabs.give(address[strange])
+            address, unit = address[~strange], unit[~strange]
+            self._place[unit] = (address + base) // ALIGN
+            if not self.pin:
+                self._retire(unit)
+
+
+def _tiers(sample: NDArray, memory: int, disk: int, directory: str, fingerprint: str) -> list[MemoryTier | DiskTier]:
+    out: list[MemoryTier | DiskTier] = []
+    for capacity, header in ((memory, MemoryTier.HEADER), (disk, DiskTier.HEADER)):
+        items = np.asarray(sample, np.int64) + header
+        slab = slab_size(capacity, items)
+        classes = size_classes(items, capacity // slab, slab)
+        if not out:
+            out.append(MemoryTier(capacity, slab, classes))
+        elif capacity // slab and directory:
+            out.append(DiskTier(capacity, slab, classes, directory, fingerprint))
+    return out
