@@ -116,19 +116,6 @@ class TokenBatch:
             regression[name] = Regression(r.index[p] - lo * length, r.value[p], r.weight[p])
         return replace(self, **dense, embedded=embedded, regression=regression)
 
-    def cut(self, length: int) -> TokenBatch:
-        """The same batch with rows of `length` positions; ValueError where that would cut off a token."""
-        if (self.segment[:, length:] > 0).any():
-            raise ValueError(f"rows of {int((self.segment > 0).sum(axis=1).max())} tokens cannot be cut to {length}")
-        dense: dict[str, Any] = {n: getattr(self, n)[:, :length] for n in _DENSE if n != "row"}
-
-        def moved(index: np.ndarray) -> np.ndarray:
-            return index // self.length * length + index % self.length
-
-        embedded = {n: replace(e, index=moved(e.index)) for n, e in self.embedded.items()}
-        regression = {n: replace(r, index=moved(r.index)) for n, r in self.regression.items()}
-        return replace(self, **dense, embedded=embedded, regression=regression)
-
     def fill(self, rows: int) -> TokenBatch:
         """The same batch with filler rows (no token, no target) appended until it has `rows` rows."""
         more = rows - self.rows

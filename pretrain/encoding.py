@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 CLIPPED = 1e-3  # share of an action field's values that may lie beyond what has an id
 _MANY = 16  # entries of a discrete vector above which the compact scheme makes one token of it
 _RETURN_LIMIT = 10.0
+OPTIONS = {
+    "text_tokens": "most tokens of a text",
+    "allow_clipped": "share of an action field's values that may be clamped",
+    "action_quantile": "an action field without bounds is mapped from this quantile to the opposite one; 0: from its extremes",
+}
 _IMAGES, _REST = 0, 1
 
 
@@ -215,29 +220,37 @@ class Encoding:
 
         Raises DataError where more than 0.1 % of the data would be clamped, unless `allow_clipped` is at least that share.
         """
-        bounds = _bounds(field)
-        quantile = float(self.option("action_quantile", 0.0))
-        found = self.statistics.get(field.name)
-        if bounds is None and (found is None or not found.count):
-            raise DataError(
-                f"{self.where(field)}: neither the space nor the data says what range it has; give low and high"
-            )
-        if bounds is None:
-            assert found is not None
-            bounds = _quantiles(found, (quantile, 1 - quantile), field)
-            clipped = 2 * quantile
-        else:
-            clipped = found.clipped if found is not None else 0.0
-        allowed = float(self.option("allow_clipped", CLIPPED))
-        if clipped > allowed:
+        low, high = self._data_range(field) if (bounds := _bounds(field)) is None else bounds
+        clipped = self.clipped(field)
+        if clipped > float(self.option("allow_clipped", CLIPPED)):
             raise DataError(
                 f"{self.where(field)}: {clipped:.2%} of its values lie outside what its tokens can say; mend its bounds, "
                 f"or accept it by `options: {{allow_clipped: {clipped:.4f}}}` of the objective"
             )
-        low, high = bounds
-        if (low >= -1).all() and (high <= 1).all():
+        if _within_unit(low, high):
             return (-1.0,), (1.0,)
         return _numbers(low), _numbers(high)
+
+    def _data_range(self, field: FieldSpec) -> tuple[np.ndarray, np.ndarray]:
+        found = self.statistics.get(field.name)
+        if found is None or not found.count:
+            raise DataError(
+                f"{self.where(field)}: neither the space nor the data says what range it has; give low and high"
+            )
+        quantile = float(self.option("action_quantile", 0.0))
+        low, high = _quantiles(found, (quantile, 1 - quantile), field)
+        return low, high
+
+    def clipped(self, field: FieldSpec) -> float:
+        """Share of an action field's values in the data that its tokens clamp."""
+        found, bounds = self.statistics.get(field.name), _bounds(field)
+        if field.modality != "continuous" or found is None or not found.count:
+            return 0.0
+        if bounds is None:
+            return 2 * float(self.option("action_quantile", 0.0))
+        if _within_unit(*bounds) and _within_unit(found.min, found.max):
+            return 0.0
+        return found.clipped
 
     def discrete(self, field: FieldSpec) -> Codec:
         values, low = self.counted(field)
@@ -331,6 +344,10 @@ def _bounds(field: FieldSpec) -> tuple[np.ndarray, np.ndarray] | None:
     low, high = np.asarray(field.low, np.float64), np.asarray(field.high, np.float64)
     usable = np.isfinite(low).all() and np.isfinite(high).all() and (high > low).all()
     return (low, high) if usable else None
+
+
+def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
+    return bool(np.min(low) >= -1 and np.max(high) <= 1)
 
 
 def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:

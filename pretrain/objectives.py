@@ -11,7 +11,7 @@ import numpy as np
 
 from dataio.episode import DataError, Needs, TaskSpec, Window
 from pretrain import text_tokenizers
-from pretrain.encoding import Encoding, Ranges, pooled
+from pretrain.encoding import OPTIONS, Encoding, Ranges, pooled
 from pretrain.paradigms import PARADIGMS, Paradigm, table
 from pretrain.sequence import assemble
 from pretrain.text import TextTokenizer
@@ -74,6 +74,8 @@ class Objectives:
         self.length = max(line.objective.context for line in lines)
         number = {task.name: i for i, task in enumerate(self.tasks)}
         self._numbers = [_numbers(line, number) for line in lines]
+        _check_names(lines)
+        self._clipped: dict[str, float] = {}
         self._returns = {task.name: _returns(lines, task.name) for task in self.tasks}
         definition, text = _tokenizer(recipe, lines), recipe.model.text_vocabulary
         # the ranges are as large as the codecs want them, and the codecs' ids follow from the ranges
@@ -91,15 +93,21 @@ class Objectives:
     def _schemes(self, lines: Sequence[_Line], number: Mapping[str, int], ranges: Ranges) -> list[dict[int, Timestep]]:
         """line of the mixture -> task -> its timestep."""
         found = _statistics(lines)
-        return [
-            {
-                number[task.name]: Encoding(
-                    task, line.objective, line.paradigm, found[task.name], ranges, self._returns[task.name].largest
-                ).timestep(number[task.name], line.entry.loss_weight)
-                for _, task in line
-            }
-            for line in lines
-        ]
+        schemes: list[dict[int, Timestep]] = []
+        for line in lines:
+            timesteps = {}
+            for _, task in line:
+                largest = self._returns[task.name].largest
+                encoding = Encoding(task, line.objective, line.paradigm, found[task.name], ranges, largest)
+                timesteps[number[task.name]] = encoding.timestep(number[task.name], line.entry.loss_weight)
+                for field in encoding.shown("action"):
+                    self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
+            schemes.append(timesteps)
+        return schemes
+
+    def clipped(self) -> dict[str, float]:
+        """ "task/field" -> share of an action field's values in the data that its tokens clamp."""
+        return dict(self._clipped)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lines": None}
@@ -137,7 +145,7 @@ class Objectives:
             window[i] = timestep.window or max(1, (line.objective.context - least) // per_unit[i])
             steps = line.objective.prompt_steps or (self.length // 2) // int(per_unit[i])
             prompt_units[i] = max(1, min(steps, self.length // int(per_unit[i])))
-        return EntryLengths(units, window, per_unit, fixed, share, prompt_units)
+        return EntryLengths(units, window, per_unit, fixed.astype(np.int32), share, prompt_units)
 
     def _preambles(self, line: _Line, timestep: Timestep, mine: np.ndarray) -> np.ndarray:
         """Ids of the texts that stand once in a window, for the episodes of a mask."""
@@ -244,6 +252,21 @@ def _tasks(lines: Sequence[_Line]) -> tuple[TaskSpec, ...]:
                     "rename one of the tasks, or mend the fields"
                 )
     return tuple(task for task, _ in found.values())
+
+
+def _check_names(lines: Sequence[_Line]) -> None:
+    """Options that nobody reads and patterns that no field matches are typing errors: DataError."""
+    fields: dict[str, set[str]] = {}
+    for line in lines:
+        fields.setdefault(line.name, set()).update(f.name for _, task in line for f in task.fields)
+    for line in lines:
+        for option in line.objective.options:
+            if option not in OPTIONS:
+                raise DataError(f"objectives.{line.name}.options: no option {option!r}; there are {', '.join(OPTIONS)}")
+        for pattern in line.objective.fields:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[line.name]):
+                has = ", ".join(sorted(fields[line.name]))
+                raise DataError(f"objectives.{line.name}.fields: no field matches {pattern!r}; the tasks have {has}")
 
 
 def _numbers(line: _Line, number: Mapping[str, int]) -> np.ndarray:

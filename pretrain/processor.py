@@ -47,10 +47,10 @@ class Acting:
     open: np.ndarray
     slots: tuple[Slot, ...]
 
-    def answer(self, slot: int, value: np.ndarray) -> None:
-        """Writes the answers [R] (ids) or [R, d] (vectors) of a slot into the batch, so that the next one can be read."""
-        rows = np.arange(len(self.open))
-        column = self.open + slot
+    def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Writes the answers [n] (ids) or [n, d] (vectors) of a slot into these rows (None: all), for the next slot to read."""
+        rows = np.arange(len(self.open)) if rows is None else rows
+        column = self.open[rows] + slot
         if not self.slots[slot].head:
             self.batch.tokens[rows, column] = value
             return
@@ -168,11 +168,8 @@ class Processor:
 
     def encode(self, timestep: Timestep, windows: Sequence[Sequence[Window]]) -> TokenBatch:
         """TokenBatch of rows of windows of one task (entry 0, task 0), as long as the longest row."""
-        length = self.length
         rows = np.arange(len(windows))
-        batch = assemble(0, rows, windows, [{0: timestep}], self.vocabulary, self.text, length=length, training=False)
-        used = int((batch.segment > 0).sum(axis=1).max(initial=1))
-        return batch.cut(used)
+        return assemble(0, rows, windows, [{0: timestep}], self.vocabulary, self.text, training=False)
 
 
 @dataclass

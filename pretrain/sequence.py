@@ -100,11 +100,11 @@ def assemble(
     vocabulary: Vocabulary,
     text: TextTokenizer,
     *,
-    length: int,
+    length: int | None = None,
     seed: int = 0,
     training: bool = True,
 ) -> TokenBatch:
-    """The TokenBatch of rows [R] of the global batch, each with its windows in order.
+    """The TokenBatch of rows [R] of the global batch, each with its windows in order; length None: as long as the longest.
 
     The target of a predicted position stands at the position before it, within its segment; a prompt has none.
     Raises DataError where a window lacks a field, has a value without encoding, or a row exceeds `length`.
@@ -115,24 +115,17 @@ def assemble(
     size = np.zeros(len(flat), np.int64)
     for group in groups:
         size[group.number] = group.preamble() + group.body()
-    start = _starts(size, row_of, rows, length)
+    used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
+    length = int(used.max(initial=1)) if length is None else length
+    if (used > length).any():
+        at = int(used.argmax())
+        raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, more than the {length} of a row")
+    start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
     draft.spans(flat, size, start, row_of, np.array([schemes[w.entry][w.task].number for w in flat], np.int32))
     for group in groups:
         draft.lay(group, start[group.number])
     return draft.finish(step, seed, training)
-
-
-def _starts(size: np.ndarray, row_of: np.ndarray, rows: np.ndarray, length: int) -> np.ndarray:
-    """int64 [W]: where each window starts, row · length + position."""
-    ends = np.cumsum(size)
-    used = np.zeros(len(rows), np.int64)
-    np.add.at(used, row_of, size)
-    if (used > length).any():
-        at = int(used.argmax())
-        raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, more than the {length} of a row")
-    before = np.cumsum(used) - used
-    return row_of * length + ends - size - before[row_of]
 
 
 def _group(flat: list[Window], schemes: Schemes, vocabulary: Vocabulary, text: TextTokenizer) -> list[_Group]:

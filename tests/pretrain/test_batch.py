@@ -40,18 +40,3 @@ def test_fillers_count_nothing(batch):
     assert TokenBatch.empty(1, 16, 2).real_tokens == 0
     with pytest.raises(ValueError, match="5 rows cannot be filled up to 3"):
         batch.fill(3)
-
-
-def test_cut_drops_padding_only(batch):
-    used = int((batch.segment > 0).sum(axis=1).max())
-    short = batch.cut(used)
-    assert short.length == used
-    assert (short.targets, short.real_tokens) == (batch.targets, batch.real_tokens)
-    for name, part in batch.embedded.items():
-        row, column = np.divmod(part.index, batch.length)
-        assert np.array_equal(short.embedded[name].index, row * used + column)
-        assert (short.tokens.ravel()[short.embedded[name].index] == batch.tokens.ravel()[part.index]).all()
-    for name, part in batch.regression.items():
-        assert (short.segment.ravel()[short.regression[name].index] == batch.segment.ravel()[part.index]).all()
-    with pytest.raises(ValueError, match="cannot be cut"):
-        batch.cut(used - 1)

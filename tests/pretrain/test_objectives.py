@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import layout_oracle
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
 
 from dataio.episode import DataError, FieldSpec, TaskSpec, Window
+from dataio.sampling import PlanEntry, SamplingPlan
 from pretrain.batch import MODALITIES, TokenBatch
 from pretrain.describe import describe_row
 from pretrain.objectives import Objectives, table
@@ -219,7 +221,6 @@ def test_grouping_of_rows_does_not_change_them():
 
 @pytest.mark.parametrize("setup", SETUPS)
 def test_windows_cost_what_the_plan_is_told(setup):
-    pytest.importorskip("dataio.sampling")
     paradigm, options = SETUPS[setup]
     o = make([GRID, ARM, CAMERA], paradigm, **options)
     lengths, (codes, texts) = o.lengths(0), FakeIndex([GRID]).text("observation.mission")
@@ -239,6 +240,33 @@ def test_windows_cost_what_the_plan_is_told(setup):
             if lengths.prompt and units <= lengths.prompt_units[number]:
                 p = window(o, task.name, units, rng, start=episode, prompt=True)
                 assert batch_of(o, [[p]]).real_tokens <= units * lengths.per_unit[number]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_what_the_plan_packs_fits_its_rows(setup):
+    """The real plan fills rows by these lengths; whatever it packs, prompts too, fits."""
+    paradigm, options = SETUPS[setup]
+    tasks = [GRID, ARM, CAMERA, CAPTION] if paradigm == "gato" else [GRID, ARM, CAMERA]
+    o = make(tasks, paradigm, **options)
+    index = FakeIndex(tasks)
+    entry = PlanEntry(index, o.lengths(0), 1.0, "it", range(len(tasks)), None)
+    plan = SamplingPlan([entry], rows=16, budget=o.length, seed=0, buckets=1)
+    rng = np.random.default_rng(0)
+    full = []
+    for step in range(3):
+        planned = plan.windows(step)
+        rows = [[] for _ in range(16)]
+        for i in range(len(planned.row)):
+            episode, task = int(planned.episode[i]), tasks[int(planned.task[i])].name
+            w = window(o, task, int(planned.units[i]), rng, start=int(planned.start[i]), prompt=bool(planned.prompt[i]))
+            for name in w.fields:
+                if name in ("observation.mission", "caption"):
+                    codes, texts = index.text(name)
+                    w.fields[name] = texts[codes[episode]]
+            rows[int(planned.row[i])].append(w)
+        full.append((batch_of(o, rows, step=step).segment > 0).mean())
+    if not any(o.schemes[0][t].varies for t in range(len(tasks))):
+        assert np.mean(full) > 0.6  # what is left of a row is less than its next window's first timestep
 
 
 def test_pickled_it_makes_the_same_batches_without_its_indexes():
@@ -304,11 +332,11 @@ def with_action(**changes):
     return TaskSpec("t", (FieldSpec("observation", "observation", "continuous", "float32", (2,)), FieldSpec(**fields)))
 
 
-def test_clipped_actions_are_refused_unless_allowed(monkeypatch):
+def test_clipped_actions_are_refused_unless_allowed():
     task = with_action(low=(-1.0,), high=(1.0,))
     index = FakeIndex([task])
-    clipped = index.statistics["t"]["action"]
-    object.__setattr__(clipped, "clipped", 0.02)
+    found = index.statistics["t"]["action"]
+    index.statistics["t"]["action"] = replace(found, clipped=0.02, max=np.array([1.5]))
 
     def build(**options):
         recipe = Recipe(
@@ -322,7 +350,14 @@ def test_clipped_actions_are_refused_unless_allowed(monkeypatch):
 
     with pytest.raises(DataError, match=r"task 't', field 'action': 2.00% .*allow_clipped: 0.0200"):
         build()
-    assert build(allow_clipped=0.02).tasks == (task,)
+    assert build(allow_clipped=0.02).clipped() == {"t/action": 0.02}
+    with pytest.raises(DataError, match="no option 'allow_clip'; there are"):
+        build(allow_clip=0.02)
+
+
+def test_a_pattern_that_no_field_matches_is_refused():
+    with pytest.raises(DataError, match=r"fields: no field matches 'observation.imag'; the tasks have action, "):
+        make([GRID], "bc", context=64, fields={"observation.imag": FieldTokens(encoding="skip")})
 
 
 def test_actions_without_bounds_are_mapped_by_the_datas_range():

@@ -53,7 +53,7 @@ CAPTION = TaskSpec(
 
 
 class FakeIndex:
-    """As much of an EpisodeIndex as objectives ask: tasks, lengths, texts, statistics."""
+    """As much of an EpisodeIndex as objectives and a plan ask: tasks, lengths, texts, statistics."""
 
     def __init__(self, tasks: Sequence[TaskSpec], episodes: int = 40, seed: int = 0, url: str = "fake"):
         rng = np.random.default_rng(seed)
@@ -63,6 +63,9 @@ class FakeIndex:
         acts = np.array([any(f.role == "action" for f in t.fields) for t in tasks])
         self.steps = np.where(acts[self.task], rng.integers(3, 30, episodes), 0).astype(np.int32)
         self.total_return = rng.uniform(-3, 5, episodes).astype(np.float32)
+        self.episodes = episodes
+        self.success = np.full(episodes, -1, np.int8)
+        self.hash = rng.integers(0, 1 << 63, episodes).astype(np.uint64)
         self.codes = rng.integers(0, len(TEXTS), episodes).astype(np.int32)
         known = {t.name: [f for f in t.fields if f.modality not in ("text", "image")] for t in tasks}
         self.statistics = {name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()}
@@ -70,6 +73,9 @@ class FakeIndex:
     def text(self, field: str) -> tuple[np.ndarray, list[str]]:
         has = np.array([any(f.name == field for f in t.fields) for t in self.tasks])
         return np.where(has[self.task], self.codes, -1), TEXTS
+
+    def held_out(self, share: float) -> np.ndarray:
+        return np.zeros(self.episodes, bool)
 
     def id(self, episode: int) -> str:
         return f"episode-{episode}"
