@@ -11,7 +11,7 @@ from pretrain.batch import TokenBatch
 if TYPE_CHECKING:
     from pretrain.model.config import DecisionConfig
 
-CHANNELS = 64  # of the embedders' convolutions
+CHANNELS = 64  # of the convolutions over patches and grids (embedding.py); here, where nothing imports torch
 
 
 def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:

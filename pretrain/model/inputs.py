@@ -89,14 +89,13 @@ def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
     if len(real) == 0:
         return np.zeros(min(1, rows * length), np.int64), np.array([[1, 1]][: rows * length], np.int32).reshape(-1, 2)
     key = real // length << 32 | segment[real]
-    first = np.flatnonzero(np.diff(key, prepend=-1))
+    first = np.flatnonzero((np.diff(key, prepend=-1) != 0) | (np.diff(real, prepend=-2) != 1))
     size = np.diff(first, append=len(real))
-    consecutive = real[first + size - 1] - real[first] == size - 1
-    if len(np.unique(key[first])) != len(first) or not consecutive.all():
-        where = int(real[first[np.flatnonzero(~consecutive)[0]]]) if not consecutive.all() else -1
+    names, times = np.unique(key[first], return_counts=True)
+    if len(names) < len(first):
+        torn = int(names[times > 1][0])
         raise ValueError(
-            f"step {batch.step}: the positions of a segment must follow each other"
-            + (f" (row {where // length}, segment {segment[where]})" if where >= 0 else "")
+            f"step {batch.step}, row {torn >> 32}: the positions of segment {torn & 0xFFFFFFFF} do not follow each other"
         )
     flags = batch.causal.reshape(-1)[real]
     causal = flags[first]

@@ -1,0 +1,112 @@
+"""Experts divided among ranks under DeepSpeed: every rank keeps its slice of each expert layer, tokens travel to them.
+
+DeepSpeed knows an expert layer by `isinstance(module, MoE)` and its parameters by `allreduce` and `group_name`; with these it
+averages their gradients over the ranks that hold the same slice, and dense ones over all. The parameters keep the plain
+model's names, `….experts.up` and `….experts.down`, with fewer rows from number `first` on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from pretrain.model.moe import Experts, mixtures
+
+if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
+
+
+class ShardedExperts(MoE, Experts):
+    """Experts [first, first + count) of a layer, of `size` ranks that hold all of them between them.
+
+    `MoE.__init__` is not called: it would build DeepSpeed's own gate and experts.
+    """
+
+    def __init__(self, config: DecisionConfig, rank: int, size: int) -> None:
+        if config.num_experts % size:
+            raise ValueError(
+                f"parallel.expert: {size} does not divide {config.num_experts} experts (model.moe.experts)"
+            )
+        count = config.num_experts // size
+        Experts.__init__(self, config, count, rank * count)
+        self.num_experts, self.num_local_experts, self.first, self.ep_size = (
+            config.num_experts,
+            count,
+            rank * count,
+            size,
+        )
+        self.expert_group_name = f"ep_size_{size}"
+        self.group: Any = None
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by `deepspeed.initialize`: finds, or creates on every rank alike, the groups of this size."""
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+        self.group = groups._get_expert_parallel_group(self.expert_group_name)
+        rank = dist.get_rank(self.group)
+        if rank * self.num_local_experts != self.first:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} holds experts from {self.first} on, but is number {rank} of its group"
+            )
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, D], sorted by expert of the whole layer; counts int64 [E] -> [N, D]. A collective over the group."""
+        sent = counts.view(self.ep_size, self.num_local_experts)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        # Uneven sizes must be known on the host: the one wait of this layer.
+        go, come = sent.sum(1).tolist(), received.sum(1).tolist()
+        rows = _AllToAll.apply(x, come, go, self.group)
+        # They come by sender, then expert; grouped products want them by expert.
+        kind = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
+        order = kind.repeat_interleave(received.view(-1), output_size=sum(come)).argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        made = Experts.forward(self, rows.index_select(0, order), received.sum(0))
+        return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows of x to the ranks of a group, `go` to each, `come` from each; the gradient takes the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, come: list[int], go: list[int], group: Any) -> Tensor:
+        ctx.come, ctx.go, ctx.group = come, go, group
+        return _exchange(x, come, go, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient, ctx.go, ctx.come, ctx.group), None, None, None
+
+
+def _exchange(x: Tensor, come: list[int], go: list[int], group: Any) -> Tensor:
+    out = x.new_empty(sum(come), x.shape[1])
+    dist.all_to_all_single(out, x.contiguous(), come, go, group=group)
+    return out
+
+
+@torch.no_grad()
+def shard_experts(module: nn.Module, config: DecisionConfig, rank: int, size: int) -> None:
+    """Replace every expert layer of a model or a stage by this rank's slice of it, before `deepspeed.initialize`.
+
+    rank  this rank's number in its expert group (`ParallelDims.expert_rank`);  size  of the group (`parallel.expert`)
+    """
+    for mixture in mixtures(module):
+        whole = mixture.experts
+        if isinstance(whole, ShardedExperts):
+            raise RuntimeError(f"the experts of layer {mixture.number} are sharded already")
+        part = ShardedExperts(config, rank, size)
+        for name in ("up", "down"):
+            full, own = getattr(whole, name), getattr(part, name)
+            own.data = full[part.first : part.first + part.num_local_experts].clone()
+            own.requires_grad_(full.requires_grad)
+        mixture.experts = part

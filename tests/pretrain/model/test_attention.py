@@ -1,0 +1,82 @@
+"""Attention over windows against the full mask; the layout of windows."""
+
+import numpy as np
+import pytest
+import torch
+from model_fakes import make_batch, make_config
+
+from pretrain.model import attention as module
+from pretrain.model.attention import Attention, grouped_attention
+from pretrain.model.inputs import scalars, to_tensors
+from pretrain.model.layers import initialise
+from pretrain.model.layout import Layout, group_windows, length_class
+
+
+def masked_attention(q, k, v, windows):
+    """One T × T mask."""
+    lengths, causal = torch.tensor(windows).unbind(1)
+    window = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    order = torch.arange(len(window))
+    mask = (window[:, None] == window) & ((order[:, None] >= order) | ~causal.bool()[window][:, None])
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
+
+
+def make_windows(lengths, causal):
+    order = np.lexsort((lengths, ~np.asarray(causal, bool)))
+    return np.stack([np.asarray(lengths)[order], np.asarray(causal)[order]], -1).astype(np.int32)
+
+
+@pytest.mark.parametrize("short", [0, 1000], ids=["fused", "plain"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
+    monkeypatch.setattr(module, "SHORT", short)
+    g = np.random.default_rng(kv_heads)
+    windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6)
+    tokens = int(windows[:, 0].sum())
+    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    assert any(group.slots is not None for group in layout.groups)
+    q, k, v = (torch.randn(tokens, h, 8, requires_grad=True) for h in (4, kv_heads, kv_heads))
+    y = torch.randn(tokens, 4, 8)
+    results = []
+    for f in (lambda: grouped_attention(q, k, v, layout), lambda: masked_attention(q, k, v, windows)):
+        q.grad = k.grad = v.grad = None
+        out = f()
+        (out * y).sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    for fast, slow in zip(*results):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_hold_every_token_once_with_little_padding():
+    g = np.random.default_rng(0)
+    windows = make_windows(g.integers(1, 1025, 300), g.random(300) < 0.5)
+    groups = group_windows(windows, torch.device("cpu"))
+    assert [a.stop for a in groups[:-1]] == [b.start for b in groups[1:]]
+    assert groups[-1].stop == windows[:, 0].sum()
+    padded = sum(group.windows * group.length for group in groups)
+    assert padded < 1.125 * windows[:, 0].sum()
+    for group in groups:
+        if group.slots is not None:
+            assert torch.equal(group.slots[group.places], torch.arange(group.stop - group.start))
+    assert (length_class(np.arange(1, 17)) == np.arange(1, 17)).all()
+
+
+def test_positions_are_relative():
+    """Rotary attention of a window does not change when all of its positions move."""
+    config = make_config()
+    layer = Attention(config, 0)
+    initialise(layer, 1)
+    torch.nn.init.normal_(layer.qkv.weight, std=0.3)
+    inputs = to_tensors(make_batch(rows=1))
+    x = torch.randn(len(inputs["index"]), 32)
+    attributes = inputs["attributes"].clone()
+    before = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    attributes[:, 0] += 7
+    after = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-6)
+    attributes[:, 0] *= 2
+    assert not torch.allclose(
+        before, layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu"))), atol=1e-4
+    )
