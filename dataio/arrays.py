@@ -28,10 +28,20 @@ def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[
     `id` and `value.F` have `.first` and `.bytes` by episode. `chunks.F` has `.kind`, `.rows`, and `.first`: where an
     episode's entries begin in `.offset`, `.size`, `.crc`.
     """
+    import pyarrow as pa
+
+    try:
+        return _decode(file, Sink(out), tasks, shards)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the file's content
+            raise
+        raise DataError(f"{file.name} is damaged: {error}") from None
+
+
+def _decode(file: Path, sink: Sink, tasks: Sequence[str], shards: Sequence[str]) -> dict[str, np.ndarray]:
     import pyarrow.parquet as pq
 
-    sink = Sink(out)
-    with pq.ParquetFile(file, memory_map=True) as source:
+    with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as source:
         names = source.schema_arrow.names
         for name in names:  # they become file names
             if not _COLUMN.fullmatch(name):

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,10 @@ class ShardWriter:
         task = self.tasks.get(episode.task)
         if task is None:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} was not declared; call add_task first")
-        sample = Sample(task, episode, self._dtypes[task.name], self._chosen[task.name])
+        try:
+            sample = Sample(task, episode, self._dtypes[task.name], self._chosen[task.name])
+        except UnicodeEncodeError as error:
+            raise DataError(f"episode {ascii(episode.id)[:80]}: a text is not Unicode: {error}") from None
         with self._full_disk():
             if self._tar is not None and self._tar.size + sample.bytes > self.shard_bytes and self._tar.samples:
                 self._finish_shard()
@@ -146,7 +149,7 @@ class ShardWriter:
         """Leave off: what was uploaded is no dataset, and the scratch folder is removed. Does nothing after `close`."""
         self._closed = True
         if self._tar is not None:
-            self._tar.stream.close()
+            self._tar.discard()
             self._tar = None
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -261,6 +264,10 @@ class _Tar:
             chunks=chunks,
         )
 
+    def discard(self) -> None:
+        self.stream.discard()
+        self._writer.close()
+
     def close(self) -> table.Shard:
         self._writer.close()
         self.stream.close()
@@ -275,6 +282,8 @@ class _Checked:
         self.size = self.crc = 0
 
     def write(self, data: bytes) -> int:
+        if self._file.closed:  # discarded: TarWriter still wants to write its end
+            return len(data)
         self.crc = crc32c(data, self.crc)
         self.size += len(data)
         return self._file.write(data)
@@ -284,3 +293,8 @@ class _Checked:
 
     def close(self) -> None:
         self._file.close()
+
+    def discard(self) -> None:
+        """Close the file, whatever a full disk says; what is written afterwards goes nowhere."""
+        with suppress(OSError):
+            self._file.close()

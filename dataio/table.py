@@ -18,7 +18,8 @@ Columns
 | `value.FIELD` | binary | an array that is one for the whole episode, little endian |
 | `chunks.FIELD` | struct | a large field: `kind`, `rows` of a chunk, and for each chunk `offset` in the shard, `size`, `crc` |
 
-The file's key-value metadata holds, under `tiphys`, the tasks and the shards with their sizes and CRCs: it describes itself.
+The file describes itself: its key-value metadata holds, under `tiphys`, the tasks and the shards with sizes and CRCs. Its
+pages carry checksums.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from crc32c import crc32c
 
 from dataio.episode import DataError, TaskSpec
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes of a row group
-METADATA = b"tiphys"
+METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
 
 
 class Chunks(NamedTuple):
@@ -176,7 +178,8 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
     # what differs in every row is not worth a dictionary
     unique = [n for n in schema.names if n in ("id", "hash", "offset", "sample", "json") or n.startswith("value.")]
     dictionary = [n for n in schema.names if n not in unique]
-    with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=dictionary) as writer:
+    options = {"compression": "zstd", "use_dictionary": dictionary, "write_page_checksum": True}
+    with pq.ParquetWriter(file, schema, **options) as writer:
         for part in parts:
             for batch in batches(part):
                 columns = [
@@ -186,7 +189,8 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
                 writer.write_table(pa.table(columns, schema=schema))
         listed = [[s.name, s.size, s.crc] for s in shards]
         described = {"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed}
-        writer.add_key_value_metadata({METADATA.decode(): json.dumps(described)})
+        text = json.dumps(described)
+        writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
 
 
 def _schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
@@ -208,7 +212,7 @@ def batches(part: Part) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet as pq
 
     first = 0
-    with pq.ParquetFile(part.file, memory_map=True) as source:
+    with pq.ParquetFile(part.file, memory_map=True, page_checksum_verification=True) as source:
         for batch in source.iter_batches(batch_size=PART):
             keep = None if part.keep is None else part.keep[first : first + len(batch)]
             first += len(batch)
@@ -230,9 +234,14 @@ def describe(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
 
     try:
         metadata = pq.read_metadata(file).metadata or {}
-        described = json.loads(metadata[METADATA])
+        text = metadata[METADATA.encode()]
+        if crc32c(text) != int(metadata[METADATA_CRC.encode()]):
+            raise DataError(f"{file.name} is damaged: the CRC-32C of its metadata does not match")
+        described = json.loads(text)
         if described["version"] != 1:
             raise DataError(f"{file.name} has version {described['version']}; this Tiphys reads version 1")
         return [TaskSpec(**t) for t in described["tasks"]], [Shard(*s) for s in described["shards"]]
-    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError) as error:
         raise DataError(f"{file.name} is no index of a Tiphys dataset: {type(error).__name__}: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +98,7 @@ def npy_header(data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream, max_header_size=MAX_HEADER)
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, tokenize.TokenError) as error:
         raise DataError(f"the header of the .npy member is damaged: {error}") from None
     if fortran or dtype.hasobject:
         raise DataError("the .npy member is in Fortran order or holds Python objects")

@@ -1,0 +1,134 @@
+"""Statistics against NumPy over everything at once, and against themselves under any grouping."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hn
+from making import RICH, SMALL, observed, random_episode
+
+from dataio import statistics
+from dataio.episode import FieldSpec, TaskSpec
+from dataio.rows import pack_rows, row_dtype
+from dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
+
+
+def gathered(task, episodes):
+    out = Statistics()
+    for e in episodes:
+        out.add(task, pack_rows(task, e, row_dtype(task)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    rng = np.random.default_rng(0)
+    return [random_episode(RICH, f"e{i}", int(rng.integers(1, 40)), rng, observed(RICH)) for i in range(60)]
+
+
+def test_moments_extremes_and_clipping_are_numpys(episodes):
+    result = gathered(RICH, episodes).result(["rich"])["rich"]
+    for name in ("observation.state", "action", "reward", "gripper", "terminated"):
+        values = np.concatenate([e.fields[name] for e in episodes]).astype(np.float64)
+        s = result[name]
+        assert s.count == len(values)
+        for got, wanted in (
+            (s.mean, values.mean(0)),
+            (s.std, values.std(0)),
+            (s.min, values.min(0)),
+            (s.max, values.max(0)),
+        ):
+            assert got.shape == wanted.shape
+            assert np.allclose(got, wanted, rtol=1e-10)
+    actions = np.concatenate([e.fields["action"] for e in episodes])
+    assert result["action"].clipped == pytest.approx((np.abs(actions) > 1).mean())
+    assert result["reward"].clipped == 0.0
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda rng: rng.normal(size=20_000),
+        lambda rng: rng.normal(size=20_000) * 1e-6 + 1e-5,
+        lambda rng: rng.exponential(size=20_000) * 1e6,
+        lambda rng: -rng.exponential(size=20_000),
+        lambda rng: rng.integers(0, 5, 20_000).astype(float),
+        lambda rng: np.full(1000, -0.0),
+    ],
+)
+def test_quantiles_are_near_the_true_ones(draw):
+    values = draw(np.random.default_rng(0)).astype(np.float32).astype(np.float64)
+    sketch = Sketch(())
+    for part in np.array_split(values, 7):
+        sketch.add(part[:, None])
+    got = sketch.result().quantiles
+    below = np.quantile(values, np.clip(np.array(QUANTILES) - 1e-4, 0, 1), method="lower")
+    above = np.quantile(values, np.clip(np.array(QUANTILES) + 1e-4, 0, 1), method="higher")
+    assert (got >= below - np.abs(below) * 0.004 - 1e-12).all()
+    assert (got <= above + np.abs(above) * 0.004 + 1e-12).all()
+    assert (np.diff(got) >= 0).all()
+
+
+@given(
+    hn.arrays(
+        np.float64, st.tuples(st.integers(1, 40), st.just(3)), elements=st.floats(-(2.0**100), 2.0**100, width=32)
+    ),
+    st.lists(st.integers(0, 40), max_size=4),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_grouping_gives_the_same(values, cuts):
+    whole = Sketch((3,))
+    whole.add(values)
+    merged = Sketch((3,))
+    for part in np.split(values, sorted(min(c, len(values)) for c in cuts)):
+        one = Sketch((3,))
+        one.add(part)
+        merged.merge(one)
+    a, b = whole.result(), merged.result()
+    assert a.count == b.count
+    for name in ("min", "max", "quantiles"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+    scale = np.abs(values).max() + 1e-300
+    assert np.allclose(a.mean / scale, b.mean / scale, atol=1e-12)
+    assert np.allclose(a.std / scale, b.std / scale, atol=1e-7)
+
+
+def test_what_is_not_finite_is_counted_apart():
+    sketch = Sketch((2,))
+    sketch.add(np.array([[1.0, 2.0], [np.nan, 0.0], [3.0, np.inf], [5.0, 6.0]]))
+    result = sketch.result()
+    assert (result.count, result.invalid) == (2, 2)
+    assert result.mean.tolist() == [3.0, 4.0]
+    assert np.isfinite(result.quantiles).all()
+
+
+def test_wide_fields_are_pooled():
+    task = TaskSpec("wide", (FieldSpec("x", "observation", "continuous", "float32", (600,)),))
+    rng = np.random.default_rng(0)
+    episode = random_episode(task, "e", 30, rng)
+    s = gathered(task, [episode]).result(["wide"])["wide"]["x"]
+    assert s.mean.shape == ()
+    assert s.count == 30 * 600
+    assert s.mean == pytest.approx(episode.fields["x"].mean(dtype=np.float64))
+
+
+def test_small_buffers_and_large_ones_agree(episodes, monkeypatch):
+    large = gathered(RICH, episodes).result(["rich"])["rich"]
+    monkeypatch.setattr(statistics, "_BUFFER", 1)
+    for name, s in gathered(RICH, episodes).result(["rich"])["rich"].items():
+        assert np.array_equal(s.quantiles, large[name].quantiles)
+        assert np.allclose(s.mean, large[name].mean, rtol=1e-12, atol=1e-15)
+
+
+def test_files_and_json_round_trip(tmp_path, episodes):
+    rng = np.random.default_rng(1)
+    both = gathered(RICH, episodes)
+    both.merge(gathered(SMALL, [random_episode(SMALL, "s", 9, rng)]))
+    both.write(tmp_path / "a.parquet")
+    again = Statistics.read(tmp_path / "a.parquet")
+    again.write(tmp_path / "b.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    for fields in again.result(["rich", "small"]).values():
+        for s in fields.values():
+            t = FieldStatistics.from_dict(s.to_dict())
+            assert all(np.array_equal(getattr(t, n), getattr(s, n)) for n in s.to_dict())
