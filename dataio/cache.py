@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -58,24 +58,27 @@ class Block:
     units: Units
     misses: Units
     _cache: RangeCache
-    _staged: Units = field(default_factory=lambda: np.empty(0, np.int64))
+    _staged: list[int]
+    _views: dict[int, memoryview]  # what is in memory
+    _kept: dict[int, tuple[int, int]]  # what is on disk: unit -> place, size
 
     def put(self, unit: int, data: Any) -> None:
         """Hands over a fetched unit: any buffer of exactly its size. It is not copied unless the cache keeps it."""
-        self._cache._put(unit, data)
+        self._views[unit] = self._cache._put(unit, data)
 
     def get(self, unit: int) -> memoryview | None:
         """The bytes of one of the block's units, valid until the block is closed; None if they must be fetched (and put):
         not there yet, or the cached copy was damaged."""
-        return self._cache._get(unit)
+        return self._views.get(unit) or self._cache._elsewhere(self, unit)
 
     def close(self) -> None:
         """Done with the block: what no planned block needs may now make room."""
         self._cache._close(self)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Staged:
+    size: int
     data: memoryview | None = None
     blocks: int = 1  # open blocks that need it
 
@@ -123,16 +126,16 @@ class RangeCache:
         self.staging = memory // 4
         self.next, self.far, self.stop = start, start, stop
         self.look_ahead = min(look_ahead, MAX_LOOK_AHEAD)
-        sample = (
-            sizes(np.unique(np.linspace(0, units - 1, min(units, _SAMPLE)).astype(np.int64))) if units else np.ones(1)
-        )
-        self._tiers = _tiers(sample, memory - self.staging, disk, directory, fingerprint)
+        some = np.unique(np.linspace(0, max(units - 1, 0), min(units, _SAMPLE)).astype(np.int64))
+        sample = sizes(some) if units else np.ones(1, np.int64)
+        self._memory, self._disk = _tiers(sample, memory - self.staging, disk, directory, fingerprint)
+        self._tiers: list[MemoryTier | DiskTier] = [self._memory] + ([self._disk] if self._disk else [])
         self._base = [0]  # where each tier begins in the space of places; a place counts in ALIGN bytes
         for tier in self._tiers:
             self._base.append(self._base[-1] + tier.slabs.count * tier.slabs.slab)
         self.capacity = self._base[-1]
         wide = self.capacity // ALIGN >= 2**31 - 4
-        self._place = np.full(units, _NOWHERE, np.int64 if wide else np.int32)
+        self._place: NDArray[Any] = np.full(units, _NOWHERE, np.int64 if wide else np.int32)
         self._planned = np.zeros(units, np.uint16)  # announced blocks that use a unit
         self._staged: dict[int, _Staged] = {}
         self._open: dict[int, Block] = {}
@@ -163,16 +166,18 @@ class RangeCache:
                 f"but a quarter of data.cache.memory is {self.staging}; give it at least {4 * (self.staged + missed)} bytes"
             )
         self._look()
-        place = self._place[units]
-        shared = units[place == _STAGED]
-        for unit in shared.tolist():
+        place, sizes = self._place[units], self.sizes(units)
+        shared = units[place == _STAGED].tolist()
+        for unit in shared:
             self._staged[unit].blocks += 1
         self._place[misses] = _STAGED
-        self._staged.update((unit, _Staged()) for unit in misses.tolist())
-        block = self._open[number] = Block(number, units, misses, self, np.concatenate([misses, shared]))
+        missing = misses.tolist()
+        self._staged.update(zip(missing, map(_Staged, sizes[place == _NOWHERE].tolist())))
+        views, kept = self._find(units, place, sizes)
+        block = self._open[number] = Block(number, units, misses, self, missing + shared, views, kept)
         self.staged += missed
         self.next, self._peeked = number + 1, None
-        self._count(units, place, misses, missed)
+        self._count(place, sizes, missed)
         return block
 
     def replan(self, first: int) -> None:
@@ -193,11 +198,10 @@ class RangeCache:
 
     def statistics(self) -> dict[str, float]:
         """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes and the best possible one."""
-        memory, *disk = self._tiers
         return {
             **self.counters,
-            "memory_used": memory.slabs.used + self.staged,
-            "disk_used": sum(t.slabs.used for t in disk),
+            "memory_used": self._memory.slabs.used + self.staged,
+            "disk_used": self._disk.slabs.used if self._disk else 0,
             "look_ahead": self.far - self.next,
             "hit_rate": 1 - self.counters["missed_bytes"] / max(self.counters["bytes"], 1),
             "bound": hit_bound(self.capacity / max(self.total, 1), self.pin),
@@ -217,15 +221,13 @@ class RangeCache:
             self._peeked = units, misses, int(self.sizes(misses).sum())
         return self._peeked
 
-    def _count(self, units: Units, place: NDArray, misses: Units, missed: int) -> None:
-        sizes = self.sizes(units)
-        memory = place >= 0
-        memory &= place < self._base[1] // ALIGN
+    def _count(self, place: Units, sizes: NDArray[np.int64], missed: int) -> None:
+        memory = (place >= 0) & (place < self._base[1] // ALIGN)
         in_memory, shared = int(sizes[memory].sum()), int(sizes[place == _STAGED].sum())
         everything = int(sizes.sum())
         for name, value in (
-            ("units", len(units)),
-            ("misses", len(misses)),
+            ("units", len(place)),
+            ("misses", int((place == _NOWHERE).sum())),
             ("bytes", everything),
             ("missed_bytes", missed),
             ("memory_bytes", in_memory),
@@ -276,43 +278,58 @@ class RangeCache:
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 
-    def _put(self, unit: int, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        size = int(self.sizes(np.array([unit]))[0])
-        if len(view) != size:
-            raise ValueError(f"cache: unit {unit} has {size} bytes, got {len(view)}")
+    def _find(
+        self, units: Units, place: Units, sizes: NDArray[np.int64]
+    ) -> tuple[dict[int, memoryview], dict[int, tuple[int, int]]]:
+        """Views of the units that are in memory, and places and sizes of those on disk."""
+        border = self._base[1] // ALIGN
+        memory, disk = (place >= 0) & (place < border), place >= border
+        begin = place[memory].astype(np.int64) * ALIGN
+        view = self._memory.view
+        slices = [view[a:z] for a, z in zip(begin.tolist(), (begin + sizes[memory]).tolist())]
+        on_disk = zip(place[disk].tolist(), sizes[disk].tolist())
+        return dict(zip(units[memory].tolist(), slices)), dict(zip(units[disk].tolist(), on_disk))
+
+    def _put(self, unit: int, data: Any) -> memoryview:
         staged = self._staged.get(unit)
         if staged is None:
             raise ValueError(f"cache: nothing waits for unit {unit}")
+        view = memoryview(data).cast("B")
+        if view.nbytes != staged.size:
+            raise ValueError(f"cache: unit {unit} has {staged.size} bytes, got {view.nbytes}")
         staged.data = view
+        return view
 
-    def _get(self, unit: int) -> memoryview | None:
-        place = int(self._place[unit])
-        if place == _STAGED:
-            return self._staged[unit].data
-        if place < 0:
-            raise ValueError(f"cache: unit {unit} is not of an open block")
-        tier, address = self._where(place)
-        data = tier.read(address, unit, int(self.sizes(np.array([unit]))[0]))
-        if data is None:
-            self._damaged(unit)
-        return data
+    def _elsewhere(self, block: Block, unit: int) -> memoryview | None:
+        """A unit of a block that is not in memory: on disk, or fetched (or not yet) for another block."""
+        if unit in block._kept:
+            place, size = block._kept[unit]
+            assert self._disk is not None
+            data = self._disk.read(place * ALIGN - self._base[1], unit, size)
+            if data is None:
+                self._damaged(unit, size)
+            else:
+                block._views[unit] = data
+            return data
+        staged = self._staged.get(unit)
+        if staged is None:
+            raise ValueError(f"cache: unit {unit} is not of block {block.number}")
+        return staged.data
 
-    def _damaged(self, unit: int) -> None:
+    def _damaged(self, unit: int, size: int) -> None:
         """Forgets a unit whose cached bytes are wrong; the blocks that are open wait for it to be fetched and put."""
         self.counters["damaged"] += 1
         units = np.array([unit], np.int64)
         if self._planned[unit]:
             self.live -= int(self._slot_bytes(units).sum())
         self._free(units)
-        waiting = [
-            b for b in self._open.values() if np.searchsorted(b.units, unit, "right") > np.searchsorted(b.units, unit)
-        ]
-        self._staged[unit] = _Staged(blocks=len(waiting))
+        waiting = [block for block in self._open.values() if unit in block._kept]
+        self._staged[unit] = _Staged(size, blocks=len(waiting))
         self._place[unit] = _STAGED
-        self.staged += int(self.sizes(units)[0])
+        self.staged += size
         for block in waiting:
-            block._staged = np.append(block._staged, unit)
+            del block._kept[unit]
+            block._staged.append(unit)
 
     def _close(self, block: Block) -> None:
         del self._open[block.number]
@@ -322,20 +339,22 @@ class RangeCache:
             done = done[self._place[done] >= 0]
             self.live -= int(self._slot_bytes(done).sum())
             self._retire(done)
-        over = []
-        for unit in block._staged.tolist():
+        over: list[int] = []
+        data: dict[int, memoryview] = {}
+        for unit in block._staged:
             staged = self._staged[unit]
             staged.blocks -= 1
             if staged.blocks == 0:
+                del self._staged[unit]
+                self.staged -= staged.size
                 over.append(unit)
-        units = np.array(over, np.int64)
-        self._place[units] = _NOWHERE
-        data = {unit: self._staged.pop(unit).data for unit in over}
-        self.staged -= int(self.sizes(units).sum())
-        self._keep(units[[data[u] is not None for u in over]] if over else units, data)
+                if staged.data is not None:
+                    data[unit] = staged.data
+        self._place[np.array(over, np.int64)] = _NOWHERE
+        self._keep(np.array(list(data), np.int64), data)
         self._measure()
 
-    def _keep(self, units: Units, data: dict[int, memoryview | None]) -> None:
+    def _keep(self, units: Units, data: dict[int, memoryview]) -> None:
         """Copies units into the tiers: those with a planned use, and the others as long as there is room anyway."""
         self._fill(units, data)
         for attempt in range(_ROUNDS):
@@ -354,10 +373,10 @@ class RangeCache:
 
     def _fits(self, units: Units) -> NDArray[np.bool_]:
         """Whether each unit is small enough for any tier."""
-        largest = max(int(tier.slabs.classes[-1]) - tier.HEADER for tier in self._tiers if tier.slabs.count)
-        return self.sizes(units) <= largest
+        largest = [int(tier.slabs.classes[-1]) - tier.HEADER for tier in self._tiers if tier.slabs.count]
+        return self.sizes(units) <= max(largest, default=0)
 
-    def _fill(self, units: Units, data: dict[int, memoryview | None]) -> None:
+    def _fill(self, units: Units, data: dict[int, memoryview]) -> None:
         """Puts as many of the units as have room into slots, those with a planned use first."""
         units = units[np.argsort(self._planned[units] == 0, kind="stable")]
         for number, tier in enumerate(self._tiers):
@@ -368,12 +387,12 @@ class RangeCache:
             if not len(units):
                 return
 
-    def _write(self, number: int, kind: int, units: Units, data: dict[int, memoryview | None]) -> None:
+    def _write(self, number: int, kind: int, units: Units, data: dict[int, memoryview]) -> None:
         """Writes units of one size class into a tier, as far as it has slots."""
         tier, base = self._tiers[number], self._base[number]
         addresses = tier.slabs.take(kind, units)
         units = units[: len(addresses)]
-        written = [tier.write(a, u, data[u]) for a, u in zip(addresses.tolist(), units.tolist())]  # type: ignore[arg-type]
+        written = [tier.write(a, u, data[u]) for a, u in zip(addresses.tolist(), units.tolist())]
         if not all(written):
             good = np.array(written)
             tier.slabs.give(addresses[~good])
@@ -438,11 +457,6 @@ class RangeCache:
         for base, end, tier in zip(self._base, self._base[1:], self._tiers):
             tier.slabs.give(place[(place >= base) & (place < end)] - base)
 
-    def _where(self, place: int) -> tuple[MemoryTier | DiskTier, int]:
-        address = place * ALIGN
-        number = 0 if address < self._base[1] else 1
-        return self._tiers[number], address - self._base[number]
-
     def _slot_bytes(self, units: Units) -> NDArray[np.int64]:
         """Bytes of the slots of units; 0 for those that are not kept."""
         place = self._place[units].astype(np.int64) * ALIGN
@@ -454,24 +468,27 @@ class RangeCache:
 
     def _adopt(self) -> None:
         """Finds again what a disk tier held before a restart."""
-        for base, tier in zip(self._base, self._tiers):
-            address, unit, _ = tier.slabs.contents() if isinstance(tier, DiskTier) else (np.zeros(0, np.int64),) * 3
+        if self._disk:
+            address, unit, _ = self._disk.slabs.contents()
             strange = unit >= len(self._place)
-            tier.slabs.give(address[strange])
+            self._disk.slabs.give(address[strange])
             address, unit = address[~strange], unit[~strange]
-            self._place[unit] = (address + base) // ALIGN
+            self._place[unit] = (address + self._base[1]) // ALIGN
             if not self.pin:
                 self._retire(unit)
 
 
-def _tiers(sample: NDArray, memory: int, disk: int, directory: str, fingerprint: str) -> list[MemoryTier | DiskTier]:
-    out: list[MemoryTier | DiskTier] = []
-    for capacity, header in ((memory, MemoryTier.HEADER), (disk, DiskTier.HEADER)):
+def _tiers(
+    sample: NDArray[Any], memory: int, disk: int, directory: str, fingerprint: str
+) -> tuple[MemoryTier, DiskTier | None]:
+    """The tiers, with slabs and size classes that suit a sample of the units' sizes."""
+
+    def shape(capacity: int, header: int) -> tuple[int, NDArray[np.int64]]:
         items = np.asarray(sample, np.int64) + header
         slab = slab_size(capacity, items)
-        classes = size_classes(items, capacity // slab, slab)
-        if not out:
-            out.append(MemoryTier(capacity, slab, classes))
-        elif capacity // slab and directory:
-            out.append(DiskTier(capacity, slab, classes, directory, fingerprint))
-    return out
+        return slab, size_classes(items, capacity // slab, slab)
+
+    if disk and not directory:
+        raise ValueError("cache: a disk tier needs a folder (data.cache.dir)")
+    on_disk = DiskTier(disk, *shape(disk, DiskTier.HEADER), directory, fingerprint) if disk else None
+    return MemoryTier(memory, *shape(memory, MemoryTier.HEADER)), on_disk

@@ -28,27 +28,24 @@ _VERSION = 1
 
 
 class MemoryTier:
-    """Items in anonymous memory; pages that were never used take no room."""
+    """Items in anonymous memory (`view`); pages that were never used take no room."""
 
     HEADER = 0
 
     def __init__(self, capacity: int, slab: int, classes: Ints) -> None:
         self.slabs = Slabs(capacity, slab, classes)
         self._map = mmap.mmap(-1, max(self.slabs.count * slab, 1))
-        self._view = memoryview(self._map)
+        self.view = memoryview(self._map)
 
     def write(self, address: int, item: int, data: memoryview) -> bool:
-        self._view[address : address + len(data)] = data
+        self.view[address : address + len(data)] = data
         return True
-
-    def read(self, address: int, item: int, size: int) -> memoryview | None:
-        return self._view[address : address + size]
 
     def flush(self) -> None:
         """Nothing to record."""
 
     def close(self) -> None:
-        self._view.release()
+        self.view.release()
         with contextlib.suppress(BufferError):  # a window still views it: the memory goes with the last view
             self._map.close()
 

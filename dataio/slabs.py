@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 ALIGN = 8  # every item begins at a multiple of this
 _SMALLEST = 64
-_PER_OCTAVE = 8
+_PER_OCTAVE = 16
 
 
 def size_classes(sample: Ints, slabs: int, slab: int) -> Ints:
