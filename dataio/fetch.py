@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class Fetcher:
     """Reads units from the stores of a UnitMap's datasets."""
 
-    def __init__(self, units: UnitMap, requests: int):
+    def __init__(self, units: UnitMap, requests: int, timeout: float = 10.0, attempts: int = 8):
         self.units = units
-        self.stores = [Store(index.url, requests=requests) for index in units.datasets]
+        self.stores = [
+            Store(index.url, requests=requests, timeout=timeout, attempts=attempts) for index in units.datasets
+        ]
 
     async def fetch(self, units: np.ndarray, put: Callable[[int, Buffer], None]) -> dict[int, Exception]:
         """Hand over each unit's bytes through `put`. Returns what could not be read because it is not there (any more).

@@ -58,6 +58,8 @@ class LoaderSettings:
     tasks: tuple[np.ndarray, ...] | None
     cache: CacheBudget
     requests: int
+    timeout: float
+    attempts: int
     prefetch: int
     step: int
     stop: int | None
@@ -95,6 +97,8 @@ class TrajectoryLoader:
     tasks       one an entry: task of its dataset -> the task's number in the run's list (None: as in the dataset)
     cache       bytes that this loader may hold of the data
     requests    range requests in flight
+    timeout     seconds without a byte after which a request is made again
+    attempts    most tries of one request
     prefetch    bytes of finished batches that may wait
     on_memory   called with each newly mapped piece of shared memory (uint8 array), to pin it for a GPU
 
@@ -112,6 +116,8 @@ class TrajectoryLoader:
         tasks: Sequence[np.ndarray] | None = None,
         cache: CacheBudget | None = None,
         requests: int = 64,
+        timeout: float = 10.0,
+        attempts: int = 8,
         prefetch: int = 256 << 20,
         start: int = 0,
         stop: int | None = None,
@@ -119,7 +125,8 @@ class TrajectoryLoader:
     ):
         self.plan, self.home, self.make_batch, self.needs = plan, home, make_batch, tuple(needs)
         self.tasks = None if tasks is None else tuple(np.asarray(t) for t in tasks)
-        self.cache, self.requests, self.prefetch = cache or CacheBudget(), requests, prefetch
+        self.cache, self.prefetch = cache or CacheBudget(), prefetch
+        self.requests, self.timeout, self.attempts = requests, timeout, attempts
         self.step, self.stop, self.on_memory = start, stop, on_memory
         self._process: _Process | None = None
         self._failures = 0
@@ -130,8 +137,8 @@ class TrajectoryLoader:
         """Start the loader process, if it does not run; `__next__` does so too."""
         if self._process is None:
             settings = LoaderSettings(
-                self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests,
-                self.prefetch, self.step, self.stop,
+                self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
+                self.attempts, self.prefetch, self.step, self.stop,
             )  # fmt: skip
             self._process = _Process(settings)
             self._changes = []

@@ -7,6 +7,7 @@ listens to the trainer, and ends the process as soon as the trainer is gone, how
 from __future__ import annotations
 
 import asyncio
+import mmap
 import os
 import pickle
 import signal
@@ -68,11 +69,12 @@ class LoaderProcess:
         indexes = [entry.index for entry in self.plan.entries]
         self.units = UnitMap(indexes, settings.needs)
         self.assembler = Assembler(self.units, settings.tasks)
-        self.fetcher = Fetcher(self.units, settings.requests)
+        self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
         self._planned: dict[int, tuple[np.ndarray, PlannedWindows, list[Span]]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
-        self._loop = asyncio.get_running_loop()
+        self._episodes: deque[tuple[int, int]] = deque(maxlen=256)
+        self._totals: dict[str, float] = {}
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
@@ -179,13 +181,13 @@ class LoaderProcess:
 
     async def _finish(self, work: Work) -> None:
         began = time.perf_counter()
-        failed = await work.fetched
+        await work.fetched
         fetched = time.perf_counter()
         windows = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.get)
         quarantined: list[dict[str, Any]] = []
         for i, window in enumerate(windows):
             if isinstance(window, DataError):
-                windows[i], events = await self._mend(work, i, window, failed)
+                windows[i], events = await self._mend(work, i, window)
                 quarantined += events
         work.block.close()
         self._judge(len(windows), len(quarantined), quarantined)
@@ -222,9 +224,7 @@ class LoaderProcess:
         )
         self.step = work.step + 1
 
-    async def _mend(
-        self, work: Work, i: int, error: DataError, failed: dict[int, Exception]
-    ) -> tuple[Window, list[dict[str, Any]]]:
+    async def _mend(self, work: Work, i: int, error: DataError) -> tuple[Window, list[dict[str, Any]]]:
         """A window whose bytes were wrong: read once more, past the cache; else another in its place, and the event."""
         events: list[dict[str, Any]] = []
         planned = work.planned
@@ -236,8 +236,11 @@ class LoaderProcess:
                 planned_one = _only(again, place)
             else:
                 planned_one = _only(planned, i)
-            found = await self._read_alone(planned_one)
+            found, got = await self._read_alone(planned_one)
             if isinstance(found, Window):
+                if not events:  # the block's other windows, and later ones, get the good bytes too
+                    for unit in np.intersect1d(list(got), work.block.misses).tolist():
+                        work.block.put(unit, got[unit])
                 return found, events
             entry, episode = int(planned_one.entry[0]), int(planned_one.episode[0])
             index = self.plan.entries[entry].index
@@ -248,17 +251,17 @@ class LoaderProcess:
             error = found
         raise DataError(f"step {work.step}: {_ATTEMPTS} windows in a row could not be read; the last one: {error}")
 
-    async def _read_alone(self, planned: PlannedWindows) -> Window | DataError:
-        """One planned window straight from the store."""
+    async def _read_alone(self, planned: PlannedWindows) -> tuple[Window | DataError, dict[int, Any]]:
+        """One planned window straight from the store, and the bytes of its units."""
         spans = self.units.spans(planned)
         ranges = [self.units.ranges(s.units) for s in spans]
         got: dict[int, Any] = {}
         units = np.unique(np.concatenate([s.units for s in spans])) if spans else np.zeros(0, np.int64)
         failed = await self.fetcher.fetch(units, got.__setitem__)
         for missing in failed.values():
-            return DataError(str(missing))
+            return DataError(str(missing)), {}
         (window,) = self.assembler.windows(planned, spans, ranges, lambda u: memoryview(got[u]))
-        return window
+        return window, got
 
     def _judge(self, windows: int, redrawn: int, events: list[dict[str, Any]]) -> None:
         """Some episodes are bad; when many are, something else is, and silence would bias the training."""
@@ -271,20 +274,50 @@ class LoaderProcess:
             )
 
     def _counters(self, work: Work) -> dict[str, float]:
+        """What the step cost, and how it compares with what is possible. Sums, but for names that end in _rate or _bound."""
         statistics = self.cache.statistics()
         traffic = [store.traffic for store in self.fetcher.stores]
+        totals: dict[str, float] = {
+            "bytes_memory": statistics["bytes"] - statistics["missed_bytes"] - statistics["disk_bytes"],
+            "bytes_disk": statistics["disk_bytes"],
+            "bytes_missed": statistics["missed_bytes"],
+            "bytes_store": sum(t.bytes for t in traffic),
+            "requests": sum(t.requests for t in traffic),
+            "retries": sum(t.retries for t in traffic),
+            "throttled": sum(t.throttled for t in traffic),
+            "cpu_seconds": time.process_time(),
+        }
+        step = {name: float(total - self._totals.get(name, 0.0)) for name, total in totals.items()}
+        self._totals = totals
+        served = step["bytes_memory"] + step["bytes_disk"]
+        self._episodes.extend(zip(work.planned.entry.tolist(), work.planned.episode.tolist(), strict=True))
         return {
             **work.counters,
-            **{f"cache_{name}": float(value) for name, value in statistics.items()},
-            "store_requests": float(sum(t.requests for t in traffic)),
-            "store_bytes": float(sum(t.bytes for t in traffic)),
-            "store_retries": float(sum(t.retries for t in traffic)),
+            **step,
+            "cache_hit_rate": served / max(served + step["bytes_missed"], 1.0),
+            "cache_hit_bound": float(statistics["bound"]),
+            "cache_bytes": float(self.cache.occupied),
+            "look_ahead_steps": float(statistics["look_ahead"]),
+            "queue_steps": float(self.cache.next - work.step - 1),
+            "resident_bytes": float(_resident()),
+            "distinct_rate": self._distinct(),
         }
+
+    def _distinct(self) -> float:
+        """Distinct episodes among the last 256 windows, as a share of these: how random the stream is."""
+        drawn = len(self._episodes)
+        return len(set(self._episodes)) / drawn if drawn else 1.0
 
 
 def _only(planned: PlannedWindows, i: int) -> PlannedWindows:
     arrays: Any = (a[i : i + 1] for a in planned)
     return type(planned)(*arrays)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:

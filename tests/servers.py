@@ -91,6 +91,7 @@ class FaultyFront:
         self.requests: list[Request] = []
         self.faults = 0
         self._loop = asyncio.new_event_loop()
+        self._open: set[asyncio.StreamWriter] = set()
 
     def __enter__(self) -> FaultyFront:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -110,7 +111,21 @@ class FaultyFront:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
+    def away(self, seconds: float) -> None:
+        """Refuse every connection for a while, and break those that are open."""
+
+        async def leave() -> None:
+            port = self._server.sockets[0].getsockname()[1]
+            self._server.close()
+            for writer in list(self._open):
+                writer.transport.abort()
+            await asyncio.sleep(seconds)
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+
+        asyncio.run_coroutine_threadsafe(leave(), self._loop)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -123,7 +138,8 @@ class FaultyFront:
                 fault = self.rule(request)
                 self.faults += fault is not None
                 if not await self._answer(writer, method, head, body, fault):
-                    return
+                    break
+        self._open.discard(writer)
         writer.close()
 
     async def _answer(
