@@ -52,6 +52,7 @@ class _Changes:
 def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
     """Raises LayoutError where DeepSpeed cannot run the section on this layout, or would run it wrongly."""
     changes = _Changes(copy.deepcopy(dict(recipe.deepspeed)))
+    _precision(changes, accelerator)
     _automatic(changes, recipe)
     stage, bf16 = _refuse(changes.config, grid)
     rows, micro, accumulation = _sizes(changes.config, grid)
@@ -69,11 +70,25 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
         changes.set("gradient_clipping", 1.0, "DeepSpeed's default; 0 turns clipping off")
     if accelerator == "cpu" and not changes.config["optimizer"].get("params", {}).get("torch_adam"):
         changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would be compiled first")
-    if grid.pipeline > 1:
-        changes.set("pipeline.use_reentrant", False, "integer inputs cannot be recomputed reentrantly")
-        if recipe.model.checkpointing:
-            changes.set("pipeline.activation_checkpoint_interval", 1, "model.checkpointing")
     return Derived(changes.config, changes.values, rows, rows_per_rank, micro, accumulation, stage, bf16)
+
+
+def _precision(changes: _Changes, accelerator: str) -> None:
+    """`bf16: {enabled: auto}`: bf16 where the device multiplies it natively; elsewhere its products are emulated, ~10× slower."""
+    if (changes.config.get("bf16") or {}).get("enabled") == "auto":
+        native = accelerator != "cpu" or cpu_has_bf16()
+        why = "this CPU multiplies bf16 natively" if native else "this CPU has no bf16 products"
+        changes.set("bf16.enabled", native, why if accelerator == "cpu" else "auto")
+
+
+def cpu_has_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    """Whether every processor listed has bf16 matrix or dot products (x86: AVX512-BF16 or AMX; Arm: bf16)."""
+    try:
+        with open(cpuinfo, encoding="utf-8", errors="replace") as lines:
+            flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
+    except OSError:
+        return False
+    return bool(flags) and all(f & {"avx512_bf16", "amx_bf16", "bf16"} for f in flags)
 
 
 def _automatic(changes: _Changes, recipe: Recipe) -> None:
