@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from pretrain.batch import MODALITIES, TokenBatch
 from pretrain.text import TextTokenizer
+from pretrain.timestep import Timestep
+from pretrain.tokenizer import Patches
 from pretrain.vocabulary import Vocabulary
 
 
@@ -52,6 +55,43 @@ def describe_row(batch: TokenBatch, row: int, vocabulary: Vocabulary) -> list[di
             entry["predicts"], entry["weight"] = regressed[cell]
         out.append(entry)
     return out
+
+
+def pictures(batch: TokenBatch, row: int, timesteps: Iterable[Timestep]) -> list[tuple[int, int, str, np.ndarray]]:
+    """(segment, timestep, field, uint8 [height, width, channels]) of each picture of a row, put together from its patches.
+
+    timesteps  those of the run's tasks (`Objectives.schemes`); where lines of the mixture show one task's pictures
+               differently, only the first line's can be put together
+    """
+    scheme: dict[int, Timestep] = {}
+    for timestep in timesteps:
+        scheme.setdefault(timestep.number, timestep)
+    out = []
+    for name, part in batch.embedded.items():
+        if not len(part.place):
+            continue
+        mine = np.flatnonzero(part.index // batch.length == row)
+        at = part.index[mine] % batch.length
+        keys = np.stack(
+            [batch.segment[row, at], batch.position[row, at] - batch.local[row, at], batch.timestep[row, at]]
+        )
+        for number in _runs(keys):
+            segment, _, step = (int(v) for v in keys[:, number[0]])
+            left = part.value[mine[number]]
+            for element in scheme[int(batch.task[row, at[number[0]]])].elements:
+                codec = element.codec
+                if isinstance(codec, Patches) and codec.embedder == name and step % element.stride == 0 and len(left):
+                    out.append((segment, step, element.field, codec.decode(left[None, : codec.tokens])[0]))
+                    left = left[codec.tokens :]
+    return sorted(out, key=lambda picture: picture[:3])
+
+
+def _runs(keys: np.ndarray) -> list[np.ndarray]:
+    """Numbers of consecutive equal columns of [k, n]."""
+    if not keys.shape[1]:
+        return []
+    edges = np.flatnonzero((np.diff(keys) != 0).any(axis=0)) + 1
+    return np.split(np.arange(keys.shape[1]), edges)
 
 
 def show(token: int, vocabulary: Vocabulary, text: TextTokenizer | None) -> str:

@@ -69,10 +69,13 @@ class _Group:
                 )
         return np.concatenate(parts)
 
-    def pictures(self, field: str, codec: Patches) -> np.ndarray:
+    def pictures(self, field: str, codec: Patches, constant: bool) -> np.ndarray:
         """uint8 [N, height, width, C] of pictures whose sizes differ between windows."""
-        pairs = zip(self.windows, self.steps.tolist(), strict=True)
-        return np.concatenate([codec.pixels(_field(w, field)[:n]) for w, n in pairs])
+        parts = []
+        for window, n in zip(self.windows, self.steps.tolist(), strict=True):
+            rows = _field(window, field)
+            parts.append(np.repeat(codec.pixels(rows[None]), n, axis=0) if constant else codec.pixels(rows[:n]))
+        return np.concatenate(parts)
 
     def refuse(self, field: str, error: BadValue) -> DataError:
         """The error of a value, with the episode and the step it stands in."""
@@ -286,7 +289,7 @@ class _Draft:
             raw = None
         try:
             if isinstance(codec, Patches) and codec.varies:
-                encoded = to_patches(group.pictures(element.field, codec))
+                encoded = to_patches(group.pictures(element.field, codec, element.constant))
             else:
                 encoded = codec.encode(group.gather(element.field, element.constant) if raw is None else raw)
         except BadValue as error:

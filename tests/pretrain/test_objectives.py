@@ -15,7 +15,7 @@ from token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
 from dataio.episode import DataError, FieldSpec, TaskSpec, Window
 from dataio.sampling import PlanEntry, SamplingPlan
 from pretrain.batch import MODALITIES, TokenBatch
-from pretrain.describe import describe_row
+from pretrain.describe import describe_row, pictures
 from pretrain.objectives import Objectives, table
 from pretrain.paradigms import PARADIGMS
 from recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
@@ -447,3 +447,42 @@ def test_a_row_can_be_read():
     predicted = [line["predicts"] for line in lines if "predicts" in line]
     assert predicted == [f"discrete {a}" for a in w.fields["action"]]
     assert any(line["shows"].startswith("grid:observation.image:7x7x3 7×7×3") for line in lines)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pictures_of_a_row_are_those_of_its_windows(stride):
+    o = make([CAMERA, CAPTION], "gato", context=400, fields={"observation.front": FieldTokens(stride=stride)})
+    rng = np.random.default_rng(0)
+    windows = [window(o, "camera", 3, rng, start=4), window(o, "caption", 1, rng), window(o, "camera", 1, rng, start=6)]
+    batch = batch_of(o, [[], windows])
+    found = pictures(batch, 1, o.schemes[0].values())
+    wanted = [
+        (segment, int(w.step[s]), name, w.fields[name][s])
+        for segment, w, name in zip(
+            (1, 2, 3), windows, ("observation.front", "image", "observation.front"), strict=True
+        )
+        for s in range(w.steps)
+        if name == "image" or w.step[s] % stride == 0
+    ]
+    assert [p[:3] for p in found] == [p[:3] for p in wanted]
+    for (*_, one), (*_, other) in zip(found, wanted, strict=True):
+        assert np.array_equal(one, other)
+    assert pictures(batch, 0, o.schemes[0].values()) == []
+
+
+def test_pictures_of_any_size_become_one_size():
+    task = TaskSpec("web", (FieldSpec("image", "observation", "image", "uint8", (0, 0, 3)), CAPTION.fields[1]))
+    with pytest.raises(DataError, match=r"task 'web', field 'image': .* give `resize`"):
+        make([task], "gato", context=64)
+    o = make([task], "gato", context=64, fields={"image": FieldTokens(crop=40, resize=32)})
+    rng = np.random.default_rng(0)
+    rows = []
+    for shape in ((50, 70, 3), (16, 20, 3)):
+        image = rng.integers(0, 256, (1, *shape)).astype(np.uint8)
+        fields = {"image": image, "caption": "go"}
+        rows.append([Window(0, 0, "w", 0, 1, 0, fields, np.zeros(1, int), np.zeros(1, np.float32), np.zeros(1, bool))])
+    batch = batch_of(o, rows)
+    assert batch.embedded["patch:3"].value.shape == (8, 16, 16, 3)
+    ids = [*o.text.encode(["go"])[0], o.vocabulary.end_of_text]
+    assert batch.tokens[0, 4 : 4 + len(ids)].tolist() == ids
+    assert batch.target[0, 3 : 3 + len(ids)].tolist() == ids  # the last patch predicts the caption's first token
