@@ -81,7 +81,7 @@ def make_plan(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
 ) -> SamplingPlan:
     """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
-    from dataio.draws import priorities
+    from dataio.preferences import preference
     from dataio.sampling import PlanEntry, SamplingPlan
 
     entries = []
@@ -94,7 +94,7 @@ def make_plan(
                 weight=line.weight,
                 name=f"{i}:{line.dataset}",
                 tasks=[int(t) for t in range(len(index.tasks)) if numbers[t] >= 0],
-                priority=None if held_out else priorities(index, line.prefer, line.top),
+                priority=None if held_out else preference(index, line.prefer, line.top),
             )
         )
     return SamplingPlan(
