@@ -7,6 +7,7 @@ the end. The bytes do not depend on the number of processes, on their order, or 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -105,14 +106,12 @@ def convert(
     """
     known = converters()
     rules = mapping if isinstance(mapping, Mapping) else _load_mapping(mapping)
-    if format is None:
-        with Reader(source, "", memory=memory, timeout=timeout) as reader:
-            format = reader.recognise(known)
-    if format not in known:
+    if format is not None and format not in known:
         raise DataError(f"format {format!r} is none of {', '.join(known)}")
     if on not in ("local", "ray"):
         raise DataError(f"on {on!r}: local or ray")
-    with Reader(source, known[format], rules.options, memory=memory, timeout=timeout) as reader:
+    with Reader(source, known.get(format or "", ""), rules.options, memory=memory, timeout=timeout) as reader:
+        format = format or reader.recognise(known)
         pieces, found, notes, versions = reader.plan()
     tasks = rules.tasks(found)
     encodings = rules.encodings(found)
@@ -154,18 +153,12 @@ def convert_piece(job: Job) -> str:
             raise DataError(f"{item.where}: {item.reason}. With --skip-bad such episodes are left out and listed")
         bad.append(item)
 
-    with (
-        ShardWriter(
-            job.destination,
-            list(tasks.values()),
-            piece=job.piece.name,
-            encodings=encodings,
-            shard_bytes=job.shard_bytes,
-        ) as writer,
-        _reader(job) as reader,
-    ):
+    writer = ShardWriter(
+        job.destination, list(tasks.values()), piece=job.piece.name, encodings=encodings, shard_bytes=job.shard_bytes
+    )
+    with writer:
         try:
-            for item in reader.episodes(job.piece):
+            for item in _reader(job).episodes(job.piece):
                 if isinstance(item, BadEpisode):
                     reject(item)
                     continue
@@ -188,8 +181,23 @@ def convert_piece(job: Job) -> str:
     return job.piece.name
 
 
+_readers: dict[str, Reader] = {}  # this process' reader, kept from piece to piece
+
+
 def _reader(job: Job) -> Reader:
-    return Reader(job.source, job.target, job.mapping.get("options") or {}, memory=job.memory, timeout=job.timeout)
+    options = job.mapping.get("options") or {}
+    key = json.dumps([job.source, job.target, options, job.memory, job.timeout], sort_keys=True)
+    if key not in _readers:
+        _close_readers()
+        _readers[key] = Reader(job.source, job.target, options, memory=job.memory, timeout=job.timeout)
+    return _readers[key]
+
+
+@atexit.register
+def _close_readers() -> None:
+    for reader in _readers.values():
+        reader.close()
+    _readers.clear()
 
 
 def _shallow(job: Job) -> dict[str, Any]:
@@ -279,7 +287,10 @@ def _on_this_machine(jobs: Iterator[Job], count: int, processes: int) -> Iterato
 
     workers = min(processes or os.cpu_count() or 1, count)
     if workers <= 1:
-        yield from map(convert_piece, jobs)
+        try:
+            yield from map(convert_piece, jobs)
+        finally:
+            _close_readers()
         return
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:

@@ -74,7 +74,10 @@ class Reader:
         self.close()
 
     def recognise(self, known: Mapping[str, str]) -> str:
-        return str(self._one("recognise", known=dict(known)))
+        """The name of the source's format, among name -> module:class; it is the one that is read from then on."""
+        name = str(self._one("recognise", known=dict(known)))
+        self._job["target"] = known[name]
+        return name
 
     def plan(self) -> tuple[list[Piece], list[TaskSpec], list[str], list[list[str]]]:
         """Pieces, tasks, notes, and each piece's file versions."""

@@ -83,8 +83,16 @@ _TASKS = ("Pick it up.", "Put it down.")
 
 def _lerobot_info(version: str, codec: str, fps: int) -> dict[str, Any]:
     v3 = version == "v3.0"
-    place = "chunk-{chunk_index:03d}/file-{file_index:03d}" if v3 else "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
-    video_path = "videos/{video_key}/" + place if v3 else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}"
+    place = (
+        "chunk-{chunk_index:03d}/file-{file_index:03d}"
+        if v3
+        else "chunk-{episode_chunk:03d}/episode_{episode_index:06d}"
+    )
+    video_path = (
+        "videos/{video_key}/" + place
+        if v3
+        else "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}"
+    )
     number = {"dtype": "int64", "shape": [1], "names": None}
     return {
         "codebase_version": version,
@@ -100,7 +108,7 @@ def _lerobot_info(version: str, codec: str, fps: int) -> dict[str, Any]:
             "next.reward": {"dtype": "float32", "shape": [1], "names": None},
             "next.done": {"dtype": "bool", "shape": [1], "names": None},
             "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-            **{k: number for k in ("frame_index", "episode_index", "index", "task_index")},
+            **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), number),
         },
     }
 
@@ -108,10 +116,17 @@ def _lerobot_info(version: str, codec: str, fps: int) -> dict[str, Any]:
 def _table(rows: dict[str, Any]) -> Any:
     import pyarrow as pa
 
-    return pa.table({k: pa.array(v.tolist(), pa.list_(pa.from_numpy_dtype(v.dtype))) if v.ndim > 1 else pa.array(v) for k, v in rows.items()})
+    return pa.table(
+        {
+            k: pa.array(v.tolist(), pa.list_(pa.from_numpy_dtype(v.dtype))) if v.ndim > 1 else pa.array(v)
+            for k, v in rows.items()
+        }
+    )
 
 
-def _lerobot_expected(name: str, number: int, rows: dict[str, Any], frames: np.ndarray) -> tuple[str, tuple[int, dict[str, Any]]]:
+def _lerobot_expected(
+    name: str, number: int, rows: dict[str, Any], frames: np.ndarray
+) -> tuple[str, tuple[int, dict[str, Any]]]:
     fields = {
         "observation.state": rows["observation.state"],
         "action": rows["action"],
@@ -130,7 +145,9 @@ def lerobot_v2(folder: Path, codec: str = "libx264") -> Expected:
     (folder / "meta").mkdir(parents=True)
     (folder / "data/chunk-000").mkdir(parents=True)
     (folder / "meta/info.json").write_text(json.dumps(_lerobot_info("v2.1", codec, fps)))
-    (folder / "meta/tasks.jsonl").write_text("".join(json.dumps({"task_index": i, "task": t}) + "\n" for i, t in enumerate(_TASKS)))
+    (folder / "meta/tasks.jsonl").write_text(
+        "".join(json.dumps({"task_index": i, "task": t}) + "\n" for i, t in enumerate(_TASKS))
+    )
     lines = []
     for number, length in enumerate(LENGTHS):
         rows = _lerobot_rows(number, length, first, fps)
@@ -228,12 +245,22 @@ def tfrecord(records: list[bytes]) -> bytes:
 
 def rlds(folder: Path) -> Expected:
     def tensor(dtype: str, *shape: int) -> dict[str, Any]:
-        return {"pythonClassName": "x.Tensor", "tensor": {"shape": {"dimensions": [str(s) for s in shape]} if shape else {}, "dtype": dtype, "encoding": "none"}}
+        return {
+            "pythonClassName": "x.Tensor",
+            "tensor": {
+                "shape": {"dimensions": [str(s) for s in shape]} if shape else {},
+                "dtype": dtype,
+                "encoding": "none",
+            },
+        }
 
     def features(**children: Any) -> dict[str, Any]:
         return {"pythonClassName": "x.FeaturesDict", "featuresDict": {"features": children}}
 
-    image = {"pythonClassName": "x.Image", "image": {"shape": {"dimensions": ["16", "16", "3"]}, "dtype": "uint8", "encodingFormat": "png"}}
+    image = {
+        "pythonClassName": "x.Image",
+        "image": {"shape": {"dimensions": ["16", "16", "3"]}, "dtype": "uint8", "encodingFormat": "png"},
+    }
     step = features(
         observation=features(image=image, state=tensor("float32", 2), count=tensor("int64")),
         action=tensor("float32", 2),
@@ -249,7 +276,10 @@ def rlds(folder: Path) -> Expected:
     )
     folder.mkdir(parents=True)
     (folder / "features.json").write_text(json.dumps(tree))
-    info = {"name": "toy", "splits": [{"name": "train", "shardLengths": ["2", "1"]}, {"name": "val", "shardLengths": ["1"]}]}
+    info = {
+        "name": "toy",
+        "splits": [{"name": "train", "shardLengths": ["2", "1"]}, {"name": "val", "shardLengths": ["1"]}],
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     out, records = {}, []
     for number, steps in enumerate(LENGTHS):
@@ -335,7 +365,14 @@ def minari(folder: Path, data_format: str = "hdf5") -> Expected:
                 while not done:
                     *_, terminated, truncated, _ = env.step(env.action_space.sample())
                     done = terminated or truncated
-            made = env.create_dataset("toy/data-v0", algorithm_name="random", author="a", author_email="a@b.c", code_permalink="-", description="-")
+            made = env.create_dataset(
+                "toy/data-v0",
+                algorithm_name="random",
+                author="a",
+                author_email="a@b.c",
+                code_permalink="-",
+                description="-",
+            )
             env.close()
             episodes = list(made.iterate_episodes())
             del library
@@ -489,10 +526,19 @@ def npz(folder: Path) -> Expected:
     for number, steps in enumerate(LENGTHS):
         r = rng(number)
         image = r.integers(0, 256, (steps + 1, 3, 20, 20), np.uint8)
-        fields = {"observation.vector": r.normal(size=(steps + 1, 3)), "action": r.integers(0, 4, steps), "reward": r.normal(size=steps)}
+        fields = {
+            "observation.vector": r.normal(size=(steps + 1, 3)),
+            "action": r.integers(0, 4, steps),
+            "reward": r.normal(size=steps),
+        }
         np.savez_compressed(
             folder / f"{number:03d}.npz",
-            **{"obs.vector": fields["observation.vector"], "obs.image": image, "actions": fields["action"], "rewards": fields["reward"]},
+            **{
+                "obs.vector": fields["observation.vector"],
+                "obs.image": image,
+                "actions": fields["action"],
+                "rewards": fields["reward"],
+            },
             instruction=np.array(f"go {number}"),
         )
         fields |= {"observation.image": np.moveaxis(image, 1, -1), "instruction": f"go {number}"}
@@ -536,7 +582,10 @@ def plain_text(folder: Path) -> Expected:
     folder.mkdir(parents=True)
     (folder / "a.txt").write_text("Alpha\nbeta")
     (folder / "b.md").write_text("# Gamma")
-    return {f"{folder.name}/a.txt/00000000": (0, {"text": "Alpha\nbeta"}), f"{folder.name}/b.md/00000000": (0, {"text": "# Gamma"})}
+    return {
+        f"{folder.name}/a.txt/00000000": (0, {"text": "Alpha\nbeta"}),
+        f"{folder.name}/b.md/00000000": (0, {"text": "# Gamma"}),
+    }
 
 
 def image_text(folder: Path) -> Expected:
@@ -599,8 +648,17 @@ def vpt(folder: Path) -> Expected:
             jump = t % 2 == 0
             lines.append(
                 {
-                    "mouse": {"dx": 10.0 * t, "dy": -4.0, "buttons": [0] if t == 2 else [], "newButtons": [0] if t == 2 else []},
-                    "keyboard": {"keys": ["key.keyboard.w", *(["key.keyboard.space"] if jump else [])], "newKeys": [], "chars": ""},
+                    "mouse": {
+                        "dx": 10.0 * t,
+                        "dy": -4.0,
+                        "buttons": [0] if t == 2 else [],
+                        "newButtons": [0] if t == 2 else [],
+                    },
+                    "keyboard": {
+                        "keys": ["key.keyboard.w", *(["key.keyboard.space"] if jump else [])],
+                        "newKeys": [],
+                        "chars": "",
+                    },
                     "hotbar": 0 if t < 1 else 3,
                     "isGuiOpen": False,
                 }
@@ -611,7 +669,12 @@ def vpt(folder: Path) -> Expected:
             buttons[t, BUTTONS.index("hotbar.4")] = t == 1
             camera[t] = (-4.0 * 0.15, 10.0 * t * 0.15)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        fields = {"observation.image": frames, "action.buttons": buttons, "action.camera": camera, "info.gui": np.zeros(steps, bool)}
+        fields = {
+            "observation.image": frames,
+            "action.buttons": buttons,
+            "action.camera": camera,
+            "info.gui": np.zeros(steps, bool),
+        }
         out[f"{folder.name}/{name}"] = (steps, fields)
     return out
 

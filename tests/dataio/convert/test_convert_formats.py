@@ -15,8 +15,6 @@ from dataio.convert.source import Source
 from dataio.episode import Episode
 
 
-
-
 def reader(url: Path, format: str, **options: Any) -> Converter:
     return load_converter(BUILT_IN[format])(Source(str(url)), options)
 

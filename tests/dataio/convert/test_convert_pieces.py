@@ -1,0 +1,275 @@
+"""source -> shards: what comes out is what went in, whatever the number of processes, and however often it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from convert_sources import lerobot_v2, npz
+from test_convert_formats import assert_same
+
+from dataio.convert import convert
+from dataio.dataset import inspect, read_episode
+from dataio.episode import DataError, Episode
+from dataio.index import EpisodeIndex
+
+# Runs convert() in a process that can be killed; prints once it has begun.
+CONVERT = """
+import sys
+import dataio.convert
+
+if __name__ == "__main__":
+    print("go", flush=True)
+    dataio.convert.convert(sys.argv[1], sys.argv[2], shard_bytes=20_000)
+"""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Everything that a dataset consists of; `pieces/` is the conversion's own."""
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.relative_to(folder).parts[0] != "pieces"
+    }
+
+
+def episodes_of(folder: Path) -> dict[str, Episode]:
+    index = EpisodeIndex.open(str(folder))
+    return {index.id(e): read_episode(index, e) for e in range(index.episodes)}
+
+
+@pytest.mark.parametrize("name", ["lerobot-v2", "minari-hdf5", "rlds", "webdataset", "dqn-replay"])
+def test_round_trip_through_shards(made: Any, name: str, tmp_path: Path) -> None:
+    source, format, expected = made(name)
+    report = convert(str(source), str(tmp_path / "out"), processes=1)
+    assert (report.format, report.episodes, report.bad) == (format, len(expected), ())
+    found = episodes_of(tmp_path / "out")
+    assert sorted(found) == sorted(expected)
+    for key, (steps, fields) in expected.items():
+        assert found[key].steps == steps
+        for field, wanted in fields.items():
+            assert_same(found[key].fields[field], wanted, f"{key} {field}")
+    summary = inspect(str(tmp_path / "out"))
+    assert summary["episodes"] == len(expected)
+    assert summary["steps"] == sum(s for s, _ in expected.values())
+
+
+def test_webdataset_iterates_the_result(made: Any, tmp_path: Path) -> None:
+    import webdataset
+
+    source, _, expected = made("npz")
+    convert(str(source), str(tmp_path / "out"), processes=1)
+    shards = [str(p) for p in sorted((tmp_path / "out/shards").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    found = {s["json"]["id"]: s for s in samples}
+    assert sorted(found) == sorted(expected)
+    for key, (steps, fields) in expected.items():
+        np.testing.assert_array_equal(found[key]["steps.npy"]["action"][:steps], fields["action"])
+
+
+def test_the_bytes_do_not_depend_on_processes_and_again_is_nothing(made: Any, tmp_path: Path) -> None:
+    source = made("dqn-replay")[0]
+    convert(str(source), str(tmp_path / "one"), processes=1)
+    seen: list[tuple[int, int]] = []
+    report = convert(str(source), str(tmp_path / "two"), processes=2, progress=lambda a, b: seen.append((a, b)))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "two/shards").iterdir()}
+    again = convert(str(source), str(tmp_path / "two"), processes=2)
+    assert again == report
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "two/shards").iterdir()}
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(made: Any, tmp_path: Path) -> None:
+    source = made("dqn-replay")[0]
+    whole = tmp_path / "whole"
+    convert(str(source), str(whole), processes=1, shard_bytes=20_000)
+    began = time.monotonic()
+    convert(str(source), str(tmp_path / "timed"), processes=1, shard_bytes=20_000)
+    took = time.monotonic() - began
+    choose = random.Random(1)
+    killed = tmp_path / "killed"
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", CONVERT, str(source), str(killed)], stdout=subprocess.PIPE, start_new_session=True
+        ) as child:
+            assert child.stdout is not None
+            child.stdout.read(3)
+            time.sleep(choose.uniform(0, took))
+            os.killpg(child.pid, signal.SIGKILL)
+    convert(str(source), str(killed), processes=1, shard_bytes=20_000)
+    assert digests(killed) == digests(whole)
+
+
+@pytest.mark.long
+def test_killed_many_times(tmp_path: Path) -> None:
+    from convert_sources import dqn_replay
+
+    source = tmp_path / "source"
+    dqn_replay(source)
+    convert(str(source), str(tmp_path / "whole"), processes=2, shard_bytes=20_000)
+    choose = random.Random(2)
+    for number in range(15):
+        killed = tmp_path / f"killed-{number}"
+        for _ in range(choose.randrange(1, 4)):
+            with subprocess.Popen(
+                [sys.executable, "-c", CONVERT, str(source), str(killed)],
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            ) as child:
+                assert child.stdout is not None
+                child.stdout.read(3)
+                time.sleep(choose.uniform(0, 6))
+                os.killpg(child.pid, signal.SIGKILL)
+        convert(str(source), str(killed), processes=1, shard_bytes=20_000)
+        assert digests(killed) == digests(tmp_path / "whole")
+
+
+def test_malformed_episodes(tmp_path: Path) -> None:
+    """Without skip_bad the first is an error that names its file, and nothing looks whole; with it, all others are there."""
+    expected = lerobot_v2(tmp_path / "robot")
+    missing = tmp_path / "robot/videos/chunk-000/observation.images.top/episode_000001.mp4"
+    missing.unlink()
+    with pytest.raises(DataError, match=r"episode_000001\.mp4: is missing.*--skip-bad"):
+        convert(str(tmp_path / "robot"), str(tmp_path / "out"), processes=1)
+    assert not (tmp_path / "out/dataset.json").exists()
+    report = convert(str(tmp_path / "robot"), str(tmp_path / "out"), processes=1, skip_bad=True)
+    assert report.episodes == 2
+    assert [b.where.rpartition(", ")[2] for b in report.bad] == ["episode 1"]
+    assert "1 malformed episodes were left out" in str(report)
+    assert sorted(episodes_of(tmp_path / "out")) == [k for k in sorted(expected) if not k.endswith("1")]
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["bad"][0]["reason"].endswith("lists episode 1")
+
+
+def test_all_episodes_malformed(tmp_path: Path) -> None:
+    lerobot_v2(tmp_path / "robot")
+    for file in (tmp_path / "robot/data/chunk-000").iterdir():
+        file.write_bytes(b"not parquet")
+    with pytest.raises(DataError, match="no episode could be converted"):
+        convert(str(tmp_path / "robot"), str(tmp_path / "out"), processes=1, skip_bad=True)
+    assert not (tmp_path / "out/dataset.json").exists()
+
+
+def test_another_conversion_is_not_mixed_in(made: Any, tmp_path: Path) -> None:
+    npz(tmp_path / "source")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), processes=1)
+    with pytest.raises(FileExistsError, match="differs in mapping, tasks"):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), mapping={"task": "other"}, processes=1)
+    (tmp_path / "source/001.npz").touch()
+    os.utime(tmp_path / "source/001.npz", (1, 1))
+    with pytest.raises(FileExistsError, match="the source's files"):
+        convert(str(tmp_path / "source"), str(tmp_path / "out"), processes=1)
+
+
+def test_mapping(made: Any, tmp_path: Path) -> None:
+    source, _, expected = made("lerobot-v2")
+    file = tmp_path / "map.yaml"
+    file.write_text(
+        """
+task: bottle
+environment: robots/bottle
+max_steps: 100
+fields:
+  observation.images.*: {encoding: jpeg, quality: 90}
+  observation.state: {name: observation.joints, low: -1, high: [1e0, 2, 3]}
+  terminated: drop
+text:
+  mission: always the same
+"""
+    )
+    convert(str(source), str(tmp_path / "out"), mapping=str(file), processes=1)
+    index = EpisodeIndex.open(str(tmp_path / "out"))
+    (task,) = index.tasks
+    assert (task.name, task.environment, task.max_steps) == ("bottle", "robots/bottle", 100)
+    assert "terminated" not in {f.name for f in task.fields}
+    assert (task.field("observation.joints").low, task.field("observation.joints").high) == ((-1.0,), (1.0, 2.0, 3.0))
+    for key, episode in episodes_of(tmp_path / "out").items():
+        fields = expected[key][1]
+        assert episode.fields["mission"] == "always the same"
+        assert_same(episode.fields["observation.joints"], fields["observation.state"], key)
+        error = episode.fields["observation.images.top"].astype(int) - fields["observation.images.top"]
+        assert 0 < np.abs(error).mean() < 10  # JPEG
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fields: {nothing: drop}", "no field matches 'nothing'; there are action"),
+        ("feilds: {}\nfields: {a: {rol: x}}", "unknown key 'feilds'.*unknown key 'rol'"),
+        ("task: a\ntask: b", "line 2: the key 'task' stands there twice"),
+        ("fields: {action: {role: actoin}}", "role 'actoin' is none of"),
+        ("fields: {action: {name: reward}}", "two fields.*reward"),
+        ("options: {stack: 4}", "options: stack unknown to format 'npz'"),
+        ("fields: {action: {encoding: h265}}", "encoding 'h265' is none of"),
+        ("[1, 2]", "keys and values are expected"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_mapping(made: Any, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        convert(str(made("npz")[0]), str(tmp_path / "out"), mapping=str(tmp_path / "map.yaml"), processes=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converter_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with an entry point, as an installed one has it; its reader runs in a child like the built-in ones."""
+    package = tmp_path / "site"
+    (package / "mine-1.0.dist-info").mkdir(parents=True)
+    (package / "mine-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (package / "mine-1.0.dist-info/entry_points.txt").write_text("[tiphys.converters]\nmine = mine:Mine\n")
+    (package / "mine.py").write_text(
+        """
+import numpy as np
+from dataio.convert.converter import Converter, Piece
+from dataio.episode import Episode
+
+class Mine(Converter):
+    name = "mine"
+    @classmethod
+    def recognise(cls, source):
+        return 1.0 if any(p.endswith(".mine") for p in source.files) else 0.0
+    def pieces(self):
+        return [Piece(f"{i:03d}", {"files": [p]}) for i, p in enumerate(self.source.files)]
+    def episodes(self, piece, start=0):
+        values = np.array([float(x) for x in self.source.read(piece.data["files"][0]).split()])
+        yield Episode("e" + piece.name, "mine", {"observation": values[:, None], "action": values[:, None]}, len(values))
+"""
+    )
+    monkeypatch.syspath_prepend(str(package))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.mine").write_text("1 2 3")
+    (tmp_path / "data/b.mine").write_text("4 5")
+    report = convert(str(tmp_path / "data"), str(tmp_path / "out"), processes=1)
+    assert (report.format, report.episodes, report.steps) == ("mine", 2, 5)
+    (tmp_path / "data/c.mine").write_text("not numbers")
+    with pytest.raises(DataError, match="could not convert string to float"):
+        convert(str(tmp_path / "data"), str(tmp_path / "more"), processes=1)
+
+
+@pytest.mark.long
+def test_on_ray(made: Any, tmp_path: Path) -> None:
+    import ray
+
+    source = made("dqn-replay")[0]
+    convert(str(source), str(tmp_path / "here"), processes=1)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        convert(str(source), str(tmp_path / "there"), on="ray")
+        lerobot_v2(tmp_path / "robot")
+        (tmp_path / "robot/data/chunk-000/episode_000001.parquet").unlink()
+        with pytest.raises(DataError, match="episode_000001"):
+            convert(str(tmp_path / "robot"), str(tmp_path / "broken"), on="ray")
+    finally:
+        ray.shutdown()
+    assert digests(tmp_path / "here") == digests(tmp_path / "there")
