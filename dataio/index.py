@@ -15,7 +15,7 @@ from dataio import encodings
 from dataio.arrays import load
 from dataio.document import DATASET, cache_folder, decoded, parse
 from dataio.episode import DataError, FieldSpec, TaskSpec
-from dataio.rows import ONLY_WITH_ACTION, broken_row, is_large, is_small, row_dtype
+from dataio.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
 from dataio.statistics import FieldStatistics
 from dataio.table import Shard
 
@@ -80,8 +80,8 @@ class EpisodeIndex:
         self.task, self.steps, self.rows, self.shard = (arrays[n] for n in ("task", "steps", "rows", "shard"))
         self.total_return, self.success, self.hash = arrays["return"], arrays["success"], arrays["hash"]
         self.ids = Strings(arrays["id.first"], arrays["id.bytes"])
-        self._dtypes = [row_dtype(t) for t in self.tasks]
-        self._row_bytes = np.array([d.itemsize for d in self._dtypes] or [0], np.int64)
+        self.layouts = tuple(Layout(t) for t in self.tasks)
+        self._row_bytes = np.array([one.dtype.itemsize for one in self.layouts] or [0], np.int64)
         self._offset = arrays["offset"]
         self._sorted: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
 
@@ -149,10 +149,6 @@ class EpisodeIndex:
         return Store(self.url)
 
     # Ranges
-
-    def row_dtype(self, task: int) -> np.dtype:
-        """dtype of the rows of `steps.npy` of a task."""
-        return self._dtypes[task]
 
     def row_bytes(self, task: int) -> int:
         """Bytes of one row of `steps.npy` of a task."""
@@ -284,7 +280,7 @@ class EpisodeIndex:
         return {"fields": out, "step": step, "returns_to_go": returns, "valid": valid}
 
     def _decode_rows(self, episode: int, start: int, rows: int, buffers: Sequence[Buffer]) -> np.ndarray:
-        dtype = self._dtypes[self.task.item(episode)]
+        dtype = self.layouts[self.task.item(episode)].dtype
         if not buffers:
             raise DataError(f"episode {self.id(episode)!r}: no buffer was given for its rows")
         packed = memoryview(buffers[0]).cast("B")
@@ -298,7 +294,11 @@ class EpisodeIndex:
                 f"{self._place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
                 "again, and if it stays so, run `tiphys verify`"
             )
-        return np.frombuffer(packed, dtype)
+        table = np.frombuffer(packed, dtype)
+        if table["_step"][0] != start:
+            place = self.ranges(episode, start, rows, ())[0]
+            raise DataError(f"{self._place(episode, place)}: row {table['_step'][0]} stands there, not row {start}")
+        return table
 
     def _parts(
         self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]

@@ -13,47 +13,45 @@ from crc32c import crc32c
 
 from dataio import encodings, tar
 from dataio.encodings import Encoding
-from dataio.episode import DataError, FieldSpec, TaskSpec
-from dataio.rows import broken_row, is_large, row_dtype
+from dataio.episode import DataError, FieldSpec
+from dataio.rows import Layout, broken_row
 from dataio.table import Chunks, Record
 
 
-def records(file: Path, shard: str, tasks: Mapping[str, TaskSpec]) -> Iterator[Record | DataError]:
+def records(file: Path, shard: str, layouts: Mapping[str, Layout]) -> Iterator[Record | DataError]:
     """A record for each sample of a shard that ShardWriter wrote, or what is wrong with it; the tar's own fault comes last."""
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             for sample in tar.samples(file):
                 try:
-                    yield _record(sample, memoryview(data), shard, tasks)
+                    yield _record(sample, memoryview(data), shard, layouts)
                 except DataError as error:
                     yield DataError(f"sample {sample.key!r} at byte {sample.begin}: {error}")
         except DataError as error:
             yield error
 
 
-def _record(sample: tar.Sample, data: memoryview, shard: str, tasks: Mapping[str, TaskSpec]) -> Record:
+def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[str, Layout]) -> Record:
     for extension in ("json", "steps.npy"):
         if extension not in sample.members:
             raise DataError(f"it has no .{extension} member: not a sample of ours")
     said = described(member_bytes(data, sample.members["json"]))
-    task = tasks.get(said["task"])
-    if task is None:
+    layout = layouts.get(said["task"])
+    if layout is None:
         raise DataError(f"task {said['task']!r} is not in dataset.json")
-    rows, offset = _rows(sample.members["steps.npy"], data, task)
+    rows, offset = _rows(sample.members["steps.npy"], data, layout)
     texts, values = {}, {}
-    for field in task.fields:
+    for field in layout.episodic:
         value = said["fields"].get(field.name)
-        if field.per == "episode" and not is_large(field) and value is not None:
-            if field.dtype == "str":
-                texts[field.name] = str(value)
-            else:
-                values[field.name] = np.asarray(value, np.dtype(field.dtype).newbyteorder("<")).tobytes()
+        if value is not None and field.dtype == "str":
+            texts[field.name] = str(value)
+        elif value is not None:
+            values[field.name] = np.asarray(value, np.dtype(field.dtype).newbyteorder("<")).tobytes()
     names = rows.dtype.names or ()
     reward = float(np.sum(rows["reward"][: said["steps"]], dtype=np.float64)) if "reward" in names else 0.0
-    large = [f for f in task.fields if is_large(f)]
     return Record(
         id=said["id"],
-        task=task.name,
+        task=layout.task.name,
         steps=said["steps"],
         rows=len(rows),
         total_return=reward,
@@ -68,7 +66,7 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, tasks: Mapping[str
         short=tuple(said["short"]),
         texts=texts,
         values=values,
-        chunks={f.name: _chunks(sample, data, f, said["encodings"].get(f.name)) for f in large},
+        chunks={f.name: _chunks(sample, data, f, said["encodings"].get(f.name)) for f in layout.large},
     )
 
 
@@ -92,10 +90,9 @@ def described(raw: bytes) -> dict[str, Any]:
         raise DataError(f"its .json member is damaged: {type(error).__name__} {error}") from None
 
 
-def _rows(member: tar.Member, data: memoryview, task: TaskSpec) -> tuple[np.ndarray, int]:
+def _rows(member: tar.Member, data: memoryview, layout: Layout) -> tuple[np.ndarray, int]:
     """The rows of a `steps.npy` member, each verified, and the byte of the shard at which they begin."""
-    offset = rows_offset(member, data, task)
-    expected = row_dtype(task)
+    offset, expected = rows_offset(member, data, layout), layout.dtype
     content = data[offset : member.offset + member.size]
     broken = broken_row(content, expected.itemsize)
     if broken >= 0:
@@ -103,12 +100,12 @@ def _rows(member: tar.Member, data: memoryview, task: TaskSpec) -> tuple[np.ndar
     return np.frombuffer(content, expected), offset
 
 
-def rows_offset(member: tar.Member, data: memoryview, task: TaskSpec) -> int:
+def rows_offset(member: tar.Member, data: memoryview, layout: Layout) -> int:
     """Where row 0 of a `steps.npy` member lies. Raises DataError where its dtype is not the task's."""
     dtype, shape, header = tar.npy_header(bytes(data[member.offset : member.offset + min(member.size, tar.MAX_HEADER)]))
-    expected = row_dtype(task)
+    expected = layout.dtype
     if dtype != expected or len(shape) != 1 or shape[0] < 1 or header + shape[0] * expected.itemsize != member.size:
-        raise DataError(f"steps.npy does not hold rows of task {task.name!r} as dataset.json declares it")
+        raise DataError(f"steps.npy does not hold rows of task {layout.task.name!r} as dataset.json declares it")
     return member.offset + header
 
 

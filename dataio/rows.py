@@ -72,13 +72,28 @@ def row_dtype(task: TaskSpec) -> np.dtype:
     return np.dtype([*columns, ("_crc", "<u4")])
 
 
-def row_count(task: TaskSpec, episode: Episode) -> int:
-    """T, or T + 1 where any field has a value after the last action; at least 1."""
-    counts = [episode.steps, 1]
-    for field in task.fields:
-        if field.per == "step" and field.role not in ONLY_WITH_ACTION and episode.fields.get(field.name) is not None:
-            counts.append(len(episode.fields[field.name]))
-    return max(counts)
+class Layout:
+    """Where a task's fields are stored, worked out once.
+
+    small     fields that are columns of `steps.npy`
+    large     fields with members of their own
+    episodic  values that are one for the whole episode: in the .json member and the index
+    observed  fields by step that may have a value after the last action
+    """
+
+    def __init__(self, task: TaskSpec) -> None:
+        self.task = task
+        self.dtype = row_dtype(task)
+        self.small = [f for f in task.fields if is_small(f)]
+        self.large = [f for f in task.fields if is_large(f)]
+        self.episodic = [f for f in task.fields if not is_small(f) and not is_large(f)]
+        self.observed = [f for f in task.fields if f.per == "step" and f.role not in ONLY_WITH_ACTION]
+        self.names = frozenset(f.name for f in task.fields)
+
+    def row_count(self, episode: Episode) -> int:
+        """T, or T + 1 where any field has a value after the last action; at least 1."""
+        values = (episode.fields.get(f.name) for f in self.observed)
+        return max(episode.steps, 1, *(len(v) for v in values if v is not None))
 
 
 def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:
@@ -104,7 +119,7 @@ def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:
     return np.ascontiguousarray(array, np.dtype(field.dtype).newbyteorder("<"))
 
 
-def returns_to_go(task: TaskSpec, episode: Episode, rows: int) -> np.ndarray:
+def returns_to_go(episode: Episode, rows: int) -> np.ndarray:
     """float64 [rows]: undiscounted sum of the rewards from each row on; several rewards of a step are added."""
     out = np.zeros(rows)
     if episode.steps and episode.fields.get("reward") is not None:
@@ -113,18 +128,17 @@ def returns_to_go(task: TaskSpec, episode: Episode, rows: int) -> np.ndarray:
     return out
 
 
-def pack_rows(task: TaskSpec, episode: Episode, dtype: np.dtype) -> np.ndarray:
-    """The episode's rows as the structured array that becomes `steps.npy`."""
-    count = row_count(task, episode)
-    rows = np.zeros(count, dtype)
+def pack_rows(layout: Layout, episode: Episode) -> np.ndarray:
+    """The episode's rows as the structured array that becomes `steps.npy`. Raises DataError where it does not fit."""
+    count = layout.row_count(episode)
+    rows = np.zeros(count, layout.dtype)
     rows["_step"] = np.arange(count)
-    rows["_return_to_go"] = returns_to_go(task, episode, count)
-    rows["_valid"] = np.arange(count) < episode.steps
-    for field in task.fields:
-        if is_small(field):
-            values = column(field, episode, count)
-            rows[field.name][: len(values)] = values
-    raw = rows.view(np.uint8).reshape(count, dtype.itemsize)
+    rows["_valid"][: episode.steps] = 1
+    for field in layout.small:
+        values = column(field, episode, count)
+        rows[field.name][: len(values)] = values
+    rows["_return_to_go"] = returns_to_go(episode, count)
+    raw = rows.view(np.uint8).reshape(count, layout.dtype.itemsize)
     rows["_crc"] = np.fromiter(map(crc32c, raw[:, :-4]), np.uint32, count)
     return rows
 

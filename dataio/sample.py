@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from crc32c import crc32c
 
 from dataio import encodings as codecs
 from dataio.encodings import Encoding
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.rows import ONLY_WITH_ACTION, column, is_large, pack_rows
+from dataio.episode import DataError, Episode, FieldSpec
+from dataio.rows import Layout, column, pack_rows
 
 BLOCK = 512  # of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode
@@ -23,30 +24,25 @@ MAX_TEXT = 1 << 24  # bytes of a text that is one for the whole episode
 class Sample:
     """An episode as the members of one WebDataset sample, in the order in which TarWriter writes them."""
 
-    def __init__(self, task: TaskSpec, episode: Episode, dtype: np.dtype, chosen: Mapping[str, Encoding]) -> None:
+    def __init__(self, layout: Layout, episode: Episode, chosen: Mapping[str, Encoding]) -> None:
         if not 0 < len(episode.id.encode()) <= 512 or episode.steps < 0:
             raise DataError(f"episode {episode.id[:60]!r}: an id of 1 to 512 bytes and steps ≥ 0 are needed")
-        unknown = set(episode.fields) - {f.name for f in task.fields}
+        unknown = episode.fields.keys() - layout.names
         if unknown:
-            raise DataError(
-                f"episode {episode.id!r}: task {task.name!r} declares no field {', '.join(sorted(unknown))}"
-            )
+            raise DataError(f"episode {episode.id!r}: task {episode.task!r} has no field {', '.join(sorted(unknown))}")
         self.episode = episode
-        self.rows = pack_rows(task, episode, dtype)
+        self.rows = pack_rows(layout, episode)
         self.members: dict[str, bytes] = {"steps.npy": npy(self.rows)}
         self.texts: dict[str, str] = {}
         self.values: dict[str, bytes] = {}
         # field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC)])
         self.chunks: dict[str, tuple[str, int, list[tuple[str, int, int, int]]]] = {}
         count = len(self.rows)
-        self.short: list[str] = []
-        for field in task.fields:
-            if is_large(field):
-                self._add_large(field, chosen[field.name], count)
-            elif field.per == "episode":
-                self._add_episodic(field)
-            if field.per == "step" and field.role not in ONLY_WITH_ACTION and len(episode.fields[field.name]) < count:
-                self.short.append(field.name)
+        for field in layout.large:
+            self._add_large(field, chosen[field.name], count)
+        for field in layout.episodic:
+            self._add_episodic(field)
+        self.short = [f.name for f in layout.observed if len(episode.fields[f.name]) < count]
         self.members["json"] = self._json(chosen)
         # header and padding of each member
         self.bytes = sum(BLOCK + -(-len(m) // BLOCK) * BLOCK for m in self.members.values())
@@ -131,7 +127,17 @@ def _stepwise(field: FieldSpec) -> FieldSpec:
 
 
 def npy(array: np.ndarray) -> bytes:
-    """An array as `.npy` bytes."""
+    """An array as `.npy` bytes, version 1.0 where its header fits."""
+    array = np.ascontiguousarray(array)
+    return _header(array.dtype, array.shape) + array.tobytes()
+
+
+@lru_cache(maxsize=4096)
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     out = io.BytesIO()
-    np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    try:
+        np.lib.format.write_array_header_1_0(out, described)
+    except ValueError:  # too many columns
+        np.lib.format.write_array_header_2_0(out, described)
     return out.getvalue()

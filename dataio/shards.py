@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from dataio.document import DATASET, INDEX, STATISTICS, describe, exists, fetch,
 from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, TaskSpec
 from dataio.index import EpisodeIndex
-from dataio.rows import check_task, is_large, row_dtype
+from dataio.rows import Layout, check_task
 from dataio.sample import BLOCK, Sample
 from dataio.statistics import Statistics
 
@@ -60,7 +61,7 @@ class ShardWriter:
         self.url, self.piece, self.shard_bytes = url, piece, shard_bytes
         self.encodings = dict(encodings or {})
         self.tasks: dict[str, TaskSpec] = {}
-        self._dtypes: dict[str, Any] = {}
+        self._layouts: dict[str, Layout] = {}
         self._chosen: dict[str, dict[str, Encoding]] = {}
         for task in tasks:
             self.add_task(task)
@@ -80,17 +81,17 @@ class ShardWriter:
         if known is not None and known != task:
             raise DataError(f"task {task.name!r} is declared twice, with different fields or scores")
         check_task(task)
-        self._chosen[task.name] = {f.name: codecs.choose(f, self.encodings) for f in task.fields if is_large(f)}
-        self._dtypes[task.name] = row_dtype(task)
+        layout = self._layouts[task.name] = Layout(task)
+        self._chosen[task.name] = {f.name: codecs.choose(f, self.encodings) for f in layout.large}
         self.tasks[task.name] = task
 
     def write(self, episode: Episode) -> None:
         """Add one episode."""
-        task = self.tasks.get(episode.task)
-        if task is None:
+        layout = self._layouts.get(episode.task)
+        if layout is None:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} was not declared; call add_task first")
         try:
-            sample = Sample(task, episode, self._dtypes[task.name], self._chosen[task.name])
+            sample = Sample(layout, episode, self._chosen[episode.task])
         except UnicodeEncodeError as error:
             raise DataError(f"episode {ascii(episode.id)[:80]}: a text is not Unicode: {error}") from None
         with self._full_disk():
@@ -101,7 +102,7 @@ class ShardWriter:
                 self._tar = _Tar(self._scratch / f"{stem}.tar", stem)
             record = self._tar.add(sample)
             self._table.add(record)
-        self._statistics.add(task, sample.rows)
+        self._statistics.add(layout, sample.rows)
 
     def _finish_shard(self) -> None:
         tar, self._tar = self._tar, None
@@ -229,11 +230,13 @@ class _Tar:
 
     def add(self, sample: Sample) -> table.Record:
         begin = self.size
-        self._writer.write({"__key__": f"{self.stem}/{self.samples:06d}", **sample.members})
+        key = f"{self.stem}/{self.samples:06d}"
+        self._writer.write({"__key__": key, **sample.members})
+        self._writer.tarstream.members = []  # tarfile would keep them all
         data: dict[str, int] = {}
         for member in sorted(sample.members):
-            data[member] = self.size + BLOCK
-            self.size += BLOCK + -(-len(sample.members[member]) // BLOCK) * BLOCK
+            data[member] = self.size + _header_bytes(f"{key}.{member}")
+            self.size = data[member] + -(-len(sample.members[member]) // BLOCK) * BLOCK
         if self._writer.tarstream.offset != self.size:
             raise RuntimeError(f"{self.file.name}: TarWriter is at {self._writer.tarstream.offset}, not {self.size}")
         self.samples += 1
@@ -272,6 +275,11 @@ class _Tar:
         self._writer.close()
         self.stream.close()
         return table.Shard(self.name, self.stream.size, self.stream.crc)
+
+
+def _header_bytes(name: str) -> int:
+    """Bytes of a member's header: a name over 100 characters stands in blocks of its own."""
+    return BLOCK if len(name) <= 100 else len(tarfile.TarInfo(name).tobuf(tarfile.PAX_FORMAT))
 
 
 class _Checked:

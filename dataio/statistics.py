@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import FieldSpec, TaskSpec
-from dataio.rows import is_small
+from dataio.episode import FieldSpec
+from dataio.rows import ONLY_WITH_ACTION, Layout
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 MOST_DIMENSIONS = 512  # of a field; a larger one has statistics over all its elements together
 _SHIFT = np.uint32(15)
 _CELLS = 1 << 17
-_BUFFER = 1 << 19  # values that wait before they are counted
+_BUFFER = 16 << 20  # bytes of rows that wait before they are counted
 
 
 @dataclass(frozen=True)
@@ -174,37 +174,30 @@ class Statistics:
 
     def __init__(self) -> None:
         self.sketches: dict[tuple[str, str], Sketch] = {}
-        self._waiting: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._sizes: dict[tuple[str, str], int] = {}
+        self._waiting: dict[str, tuple[Layout, list[np.ndarray]]] = {}
+        self._bytes = 0
 
-    def add(self, task: TaskSpec, rows: np.ndarray) -> None:
+    def add(self, layout: Layout, rows: np.ndarray) -> None:
         """Count an episode's rows of `steps.npy`. What only actions have is counted where there is an action."""
-        valid = rows["_valid"] != 0
-        for spec in task.fields:
-            if not is_small(spec):
-                continue
-            values = rows[spec.name]
-            if spec.role in ("action", "reward", "terminated", "truncated"):
-                values = values[valid]
-            key = (task.name, spec.name)
-            sketch = self.sketches.get(key)
-            if sketch is None:
-                self.sketches[key] = sketch = Sketch(_kept_shape(spec))
-            _count_outside(sketch, spec, values)
-            self._waiting.setdefault(key, []).append(values)
-            self._sizes[key] = self._sizes.get(key, 0) + values.size
-            if self._sizes[key] >= _BUFFER:
-                self._flush(key)
-
-    def _flush(self, key: tuple[str, str]) -> None:
-        sketch = self.sketches[key]
-        values = np.concatenate([v.reshape(-1, len(sketch.mean)) for v in self._waiting.pop(key, [])])
-        self._sizes[key] = 0
-        sketch.add(values.astype(np.float64))
+        self._waiting.setdefault(layout.task.name, (layout, []))[1].append(rows)
+        self._bytes += rows.nbytes
+        if self._bytes >= _BUFFER:
+            self.flush()
 
     def flush(self) -> None:
-        for key in list(self._waiting):
-            self._flush(key)
+        """Count the rows that wait."""
+        for layout, parts in self._waiting.values():
+            rows = np.concatenate(parts)
+            acted = rows["_valid"] != 0
+            for spec in layout.small:
+                values = rows[spec.name][acted] if spec.role in ONLY_WITH_ACTION else rows[spec.name]
+                key = (layout.task.name, spec.name)
+                if key not in self.sketches:
+                    self.sketches[key] = Sketch(_kept_shape(spec))
+                sketch = self.sketches[key]
+                _count_outside(sketch, spec, values)
+                sketch.add(values.reshape(-1, len(sketch.mean)).astype(np.float64))
+        self._waiting, self._bytes = {}, 0
 
     def merge(self, other: Statistics) -> None:
         """Count what the other one has counted; the other one is left as it is, but for being flushed."""

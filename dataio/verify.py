@@ -16,9 +16,9 @@ from crc32c import crc32c
 
 from dataio import arrays, rebuild, table, tar
 from dataio.document import DATASET, INDEX, describe, fetch, parse, publish, sha256
-from dataio.episode import DataError, TaskSpec
+from dataio.episode import DataError
 from dataio.index import EpisodeIndex
-from dataio.rows import broken_row, is_large
+from dataio.rows import Layout, broken_row
 from dataio.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -147,18 +147,18 @@ def _accept(
 
 
 def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Report) -> EpisodeIndex | None:
-    tasks: dict[str, TaskSpec] = {t.name: t for t in document["tasks"]}
+    layouts = {t.name: Layout(t) for t in document["tasks"]}
     folder = scratch / "rebuilt"
     folder.mkdir()
     writer = table.TableWriter(folder)
     for shard in document["shards"]:
         file = _local(store, shard, scratch, Report(store.url))  # what is wrong with it is found when it is verified
-        for record in rebuild.records(file, shard.name, tasks) if file is not None else ():
+        for record in rebuild.records(file, shard.name, layouts) if file is not None else ():
             if isinstance(record, DataError):
                 report.add("structure", shard.name, str(record))
             else:
                 writer.add(record)
-    writer.finish(scratch / INDEX, list(tasks.values()), document["shards"])
+    writer.finish(scratch / INDEX, document["tasks"], document["shards"])
     document["digests"][INDEX] = sha256(scratch / INDEX)
     report.repairs.append(f"{INDEX} was made again from {len(document['shards'])} shards")
     return _accept(store, scratch / INDEX, document, scratch, report, True)
@@ -260,7 +260,6 @@ def _verify_episode(
     index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample | None, statistics: Statistics | None
 ) -> None:
     """Raises DataError with the first thing that is wrong with an episode."""
-    task = index.tasks[index.task[e]]
     begin, size = int(index.arrays["sample"][e]), int(index.arrays["sample_bytes"][e])
     if begin + size > len(data):
         raise DataError(f"its bytes {begin}–{begin + size - 1} lie behind the end of the shard")
@@ -272,36 +271,34 @@ def _verify_episode(
         if broken >= 0:
             at = offset + broken * one
             raise DataError(f"steps.npy, bytes {at}–{at + one - 1}: the CRC-32C of row {broken} does not match")
-    for spec in task.fields:
-        if is_large(spec):
-            for chunk in index.chunks(e, spec, 0, rows):
-                if crc32c(data[chunk.offset : chunk.offset + chunk.size]) != chunk.crc:
-                    end = chunk.offset + chunk.size - 1
-                    raise DataError(f"{spec.name}, bytes {chunk.offset}–{end}: the chunk's CRC-32C does not match")
+    layout = index.layouts[index.task[e]]
+    for spec in layout.large:
+        for chunk in index.chunks(e, spec, 0, rows):
+            if crc32c(data[chunk.offset : chunk.offset + chunk.size]) != chunk.crc:
+                end = chunk.offset + chunk.size - 1
+                raise DataError(f"{spec.name}, bytes {chunk.offset}–{end}: the chunk's CRC-32C does not match")
     if offset >= 0:
         if sample is not None:
-            _verify_sample(index, e, data, sample, task)
+            _verify_sample(index, e, data, sample, layout)
         if statistics is not None:
-            statistics.add(task, np.frombuffer(bytes(content), index.row_dtype(int(index.task[e]))))
+            statistics.add(layout, np.frombuffer(bytes(content), layout.dtype))
 
 
-def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, task: TaskSpec) -> None:
+def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, layout: Layout) -> None:
     """The members of a sample of ours against the index."""
     if not {"json", "steps.npy"} <= set(sample.members):
         raise DataError(f"sample {sample.key!r} lacks its .json or .steps.npy member")
     said = rebuild.described(rebuild.member_bytes(data, sample.members["json"]))
-    if (said["id"], said["task"], said["steps"]) != (index.id(e), task.name, int(index.steps[e])):
+    if (said["id"], said["task"], said["steps"]) != (index.id(e), layout.task.name, int(index.steps[e])):
         raise DataError(f"sample {sample.key!r} is of episode {said['id']!r}, not of the one that the index names")
-    if rebuild.rows_offset(sample.members["steps.npy"], data, task) != int(index.arrays["offset"][e]):
+    if rebuild.rows_offset(sample.members["steps.npy"], data, layout) != int(index.arrays["offset"][e]):
         raise DataError(f"sample {sample.key!r}: the rows do not begin where the index says")
     places = [(m.offset, m.offset + m.size, n) for n, m in sample.members.items()]
-    for spec in task.fields:
-        if is_large(spec):
-            name = f"{spec.name.lower()}."
-            own = [(a, b) for a, b, n in places if n.startswith(name)]
-            for chunk in index.chunks(e, spec, 0, int(index.rows[e])):
-                if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in own):
-                    raise DataError(f"{spec.name}: byte {chunk.offset} lies in none of its members")
+    for spec in layout.large:
+        own = [(a, b) for a, b, n in places if n.startswith(f"{spec.name.lower()}.")]
+        for chunk in index.chunks(e, spec, 0, int(index.rows[e])):
+            if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in own):
+                raise DataError(f"{spec.name}: byte {chunk.offset} lies in none of its members")
 
 
 def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch: Path, statistics: Statistics) -> None:

@@ -9,14 +9,14 @@ from making import RICH, SMALL, observed, random_episode
 
 from dataio import statistics
 from dataio.episode import FieldSpec, TaskSpec
-from dataio.rows import pack_rows, row_dtype
+from dataio.rows import Layout, pack_rows
 from dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
 
 
 def gathered(task, episodes):
-    out = Statistics()
+    out, layout = Statistics(), Layout(task)
     for e in episodes:
-        out.add(task, pack_rows(task, e, row_dtype(task)))
+        out.add(layout, pack_rows(layout, e))
     return out
 
 
