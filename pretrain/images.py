@@ -28,13 +28,13 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     count, height, width, channels = images.shape
     if not size or (height, width) == (size, size):
         return images
-    if width != size:
-        lines = np.moveaxis(images, 2, 3).reshape(-1, width).astype(np.float32)
-        lines = _rounded(lines @ _triangle(width, size).T)
-        images = np.moveaxis(lines.reshape(count, height, channels, size), 3, 2)
     if height != size:
-        columns = images.reshape(count, height, size * channels).astype(np.float32)
-        images = _rounded(_triangle(height, size) @ columns).reshape(count, size, size, channels)
+        columns = images.reshape(count, height, width * channels).astype(np.float32)
+        images = _rounded(_triangle(height, size) @ columns).reshape(count, size, width, channels)
+    if width != size:
+        lines = np.moveaxis(images, 2, 3).astype(np.float32, order="C").reshape(-1, width)
+        across = _rounded(lines @ _triangle(width, size).T).reshape(count, size, channels, size)
+        images = np.ascontiguousarray(np.moveaxis(across, 3, 2))
     return images
 
 
@@ -42,7 +42,10 @@ _WEIGHT = 1 << 12  # sum of a target pixel's weights; times 255 it stays below 2
 
 
 def _rounded(weighted: np.ndarray) -> np.ndarray:
-    return ((weighted + np.float32(_WEIGHT // 2)) // np.float32(_WEIGHT)).astype(np.uint8)
+    """Weighted sums -> bytes, in place: a division by a power of two is exact."""
+    weighted += np.float32(_WEIGHT // 2)
+    weighted *= np.float32(1 / _WEIGHT)
+    return weighted.astype(np.uint8)
 
 
 def _triangle(source: int, target: int) -> np.ndarray:
