@@ -6,8 +6,8 @@ row's end cuts goes on in the stream's next row, so that each epoch delivers eve
 
 Which stretch is a row's? Rows stand on the line of mass at distances of `UNIT` from an offset that moves by a constant (modulo
 `UNIT`) from step to step; so the number of a stream's rows before a step is a sum of floors, which Euclid's algorithm gives in
-some twenty rounds. The order of an epoch: the stream's tiles are dealt out to blocks of about a thousand; blocks change places
-each epoch, and so do the tiles within each. Only blocks in use are ever written down.
+some twenty rounds. The order of an epoch: the stream's tiles are dealt out to blocks of about a thousand, differently each
+epoch; the blocks are put into a random order, and so are the tiles within each. Only blocks in use are ever written down.
 
 What weights mean here: an entry's weight is its share of the delivered tiles or tokens as ever, hence how fast its epochs go by.
 Its rows hold windows of this entry only. Priorities only leave episodes out (0); every other tile comes once an epoch.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from .draws import Columns, Drawer, Ints
 from .mixture import UNIT, Mix, cuts, running_share
-from .philox import EPOCH, words
+from .philox import EPOCH, Words, words
 from .plan_index import PlanIndex, tile_count
 
 _BLOCK = 1024  # tiles of a block: enough that a row's tiles are as good as drawn from the whole stream
@@ -253,8 +253,8 @@ class EpochDrawer(Drawer):
         low, high = self._places(segment)
         return int(self.index.tokens[high] - self.index.tokens[low])
 
-    def _block_costs(self, segment: int) -> Ints:
-        """Tokens of each block of a stream: tile i belongs to block i mod blocks."""
+    def _block_costs(self, segment: int, epoch: int) -> Ints:
+        """Tokens of each block of a stream in an epoch."""
         low, high = self._places(segment)
         bucket, number = segment // self.entries, len(self.index.strata)
         cells = bucket * number + self._strata[segment % self.entries]
@@ -265,20 +265,29 @@ class EpochDrawer(Drawer):
         cost = np.repeat(fixed + window * per_unit, count)
         cost[np.cumsum(count) - 1] = fixed + (units - (count - 1) * window) * per_unit
         blocks = max(1, len(cost) // _BLOCK)
-        padded = np.zeros(-(-len(cost) // blocks) * blocks, np.int64)
+        deals = -(-len(cost) // blocks)
+        padded = np.zeros(deals * blocks, np.int64)
         padded[: len(cost)] = cost
-        return padded.reshape(-1, blocks).sum(0)
+        turned = (np.arange(blocks) - self._turn(segment, epoch, blocks) * np.arange(deals)[:, None]) % blocks
+        return np.take_along_axis(padded.reshape(deals, blocks), turned, axis=1).sum(0)
+
+    def _turn(self, segment: int, epoch: int, blocks: int) -> int:
+        """Tiles are dealt out one a block, each deal this many blocks further on: each epoch, others share a block."""
+        return int(self._words(segment, epoch, np.zeros(1, np.int64), 2)[0][0] % np.uint64(blocks))
 
     def _keys(self, segment: int, epoch: int, item: Ints, kind: int) -> Ints:
         """The order of some items in an epoch."""
-        generation = int(self.generation[segment % self.entries])
-        count = (generation << 40 | epoch << 1) + kind
-        a, b, *_ = words(self.seed, count, item, segment & 0xFFFF, segment >> 16, EPOCH)
+        a, b, *_ = self._words(segment, epoch, item, kind)
         return np.argsort(a << np.uint64(32) | b, kind="stable")
+
+    def _words(self, segment: int, epoch: int, item: Ints, kind: int) -> tuple[Words, Words, Words, Words]:
+        generation = int(self.generation[segment % self.entries])
+        count = generation << 40 | epoch << 2 | kind
+        return words(self.seed, count, item, segment & 0xFFFF, segment >> 16, EPOCH)
 
     def _order(self, segment: int, epoch: int) -> tuple[Ints, Ints]:
         """Blocks in an epoch's order, and where each begins in the epoch's tokens [blocks + 1]."""
-        costs = self._costs(segment)
+        costs = self._costs(segment, epoch)
         order = self._keys(segment, epoch, np.arange(len(costs)), 0)
         return order, np.concatenate([[0], np.cumsum(costs[order])])
 
@@ -287,7 +296,10 @@ class EpochDrawer(Drawer):
         low, high = self._places(segment)
         index, number = self.index, len(self.index.strata)
         first = index.mass[low]
-        tile = np.arange(block, int(index.mass[high] - first), len(self._costs(segment)))
+        tiles, blocks = int(index.mass[high] - first), len(self._costs(segment, epoch))
+        deal = np.arange(-(-tiles // blocks))
+        tile = deal * blocks + (block - self._turn(segment, epoch, blocks) * deal) % blocks
+        tile = tile[tile < tiles]
         tile = tile[self._keys(segment, epoch, tile, 1)]
         place = np.searchsorted(index.mass, first + tile, side="right") - 1
         cell = np.searchsorted(index.first, place, side="right") - 1

@@ -28,6 +28,7 @@ from .mixture import UNIT, Mix, entry_shares, free_mix
 from .philox import BUCKET, words
 from .plan_index import PlanIndex, digest
 from .plan_log import Event, PlanLog
+from .plan_report import report
 from .preferences import priority_of
 
 _GOLDEN = 10368889  # the odd number nearest UNIT / golden ratio: offsets of any span of steps are spread evenly
@@ -426,6 +427,14 @@ class SamplingPlan:
                 cache_dir=self.cache_dir,
             )
         return self._indexes[key]
+
+    def describe(self, step: int = 0) -> dict[str, Any]:
+        """What the plan delivers under the weights in force at a step (see `plan_report.report`); JSON."""
+        number, phase = self._phase(step)
+        names = [e.name for e in self._phases[number].entries]
+        kind = {"replacement": self.replacement, "weight_unit": self.weight_unit, "held_out": self.held_out}
+        told = report(phase.index, phase.mix, names, self.rows, self.budget)
+        return {"buckets": self.buckets, "rows": self.rows, "budget": self.budget, **kind, **told}
 
     # -- state -------------------------------------------------------------------------------------------------------
 

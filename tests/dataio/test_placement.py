@@ -1,0 +1,68 @@
+"""Placement: every process finds its rows alone, and keeps the same data."""
+
+import numpy as np
+import pytest
+from plans import entry, plan
+
+from dataio.placement import Home, Placement, data_share
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+def test_any_number_of_processes_sees_the_same_global_batches(processes, replacement):
+    p = plan(replacement=replacement)
+    places = [Placement(p, Home(i, processes)) for i in range(processes)]
+    for step in range(12):
+        rows = [place.rows(step) for place in places]
+        assert {len(r) for r in rows} <= {32 // processes, -(-32 // processes)}
+        assert np.concatenate(rows).tolist() == list(range(32))
+        parts = [p.windows(step, r) for r in rows]
+        for together, apart in zip(p.windows(step), zip(*parts)):
+            assert (together == np.concatenate(apart)).all()
+
+
+def test_weights_divide_the_rows():
+    p = plan(rows=100)
+    weights = (1.0, 3.0, 0.0, 4.0)
+    counts = np.array([[len(Placement(p, Home(i, 4, weights)).rows(s)) for i in range(4)] for s in range(50)])
+    assert (counts.sum(1) == 100).all()
+    assert np.abs(counts.mean(0) - np.array([12.5, 37.5, 0, 50])).max() < 0.1
+
+
+def test_a_home_keeps_to_its_data():
+    """Rows of a process come from its buckets alone, cut buckets belong to two, and all parts make the whole."""
+    p = plan([entry("a", 20000, 3)], buckets=32)
+    shares = [data_share(p, Home(i, 5)) for i in range(5)]
+    total = np.zeros(32)
+    for i, share in enumerate(shares):
+        seen = {int(b) for step in range(40) for b in p.row_buckets(step)[1][Placement(p, Home(i, 5)).rows(step)]}
+        assert seen == set(share)
+        np.add.at(total, list(share), list(share.values()))
+    assert total == pytest.approx(np.ones(32))
+    assert sum(len(s) for s in shares) <= 32 + 4
+
+
+def test_rows_do_not_depend_on_history():
+    p = plan()
+    late = Placement(p, Home(1, 3)).rows(1000)
+    assert (Placement(plan(), Home(1, 3)).rows(1000) == late).all()
+    p.log.append({"step": 500, "kind": "skip", "steps": 3})
+    assert Placement(p, Home(0, 1)).rows(1000).tolist() == list(range(32))
+
+
+def test_buckets_get_their_share_of_rows_in_any_span():
+    p = plan([entry("a", 20000, 3)], buckets=32)
+    _, low, high = p.segments(0)
+    share = (high - low) / high[-1]
+    for first, steps in ((0, 50), (123, 400)):
+        rows = np.bincount(np.concatenate([p.row_buckets(s)[1] for s in range(first, first + steps)]), minlength=32)
+        assert np.abs(rows - share * 32 * steps).max() < 4
+
+
+def test_homes_that_cannot_be():
+    with pytest.raises(ValueError, match="count from 0"):
+        Home(3, 3)
+    with pytest.raises(ValueError, match="2 weights for 3"):
+        Home(0, 3, (1.0, 1.0))
+    with pytest.raises(ValueError, match="not all 0"):
+        Home(0, 2, (0.0, 0.0))

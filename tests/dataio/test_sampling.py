@@ -1,0 +1,407 @@
+"""The sampling plan: a pure function whose draws have the stated distribution."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+from plans import columns, entry, mixture, plan
+from scipy.stats import chisquare
+
+from dataio.episode import DataError
+from dataio.plan_log import PlanLog
+from dataio.preferences import preference
+from dataio.renewal import visits
+from dataio.sampling import SamplingPlan, choose_buckets
+
+WORST = 1e-4  # least p-value of a chi-square test at a fixed seed
+
+
+def equal(a, b):
+    return all((x == y).all() and len(x) == len(y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_any_row_alone_equals_the_one_in_sequence(replacement):
+    whole = plan(replacement=replacement).many(range(40), [np.arange(32)] * 40)
+    fresh = plan(replacement=replacement)
+    for step, row in [(39, 5), (0, 31), (17, 0), (3, 3), (39, 6)]:
+        alone = fresh.windows(step, [row])
+        there = whole[step].row == row
+        assert equal(alone, [c[there] for c in whole[step]])
+    assert all(equal(fresh.windows(s), whole[s]) for s in (38, 2))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_windows_lie_in_their_episodes_and_rows_in_their_budget(replacement):
+    entries = mixture()
+    all_ = columns(plan(entries, replacement=replacement), range(60))
+    units = np.where(all_["entry"] == 0, *(e.lengths.units[all_["episode"] % e.index.episodes] for e in entries))
+    assert (all_["units"] > 0).all()
+    assert (all_["start"] >= 0).all()
+    assert (all_["start"] + all_["units"] <= units).all()
+    tokens = np.bincount(all_["step"] * 32 + all_["row"], all_["tokens"], 60 * 32)
+    assert tokens.max() <= 1024
+    assert tokens.min() > 0
+    assert tokens.mean() > 0.9 * 1024
+    order = (all_["step"] * 32 + all_["row"]) << 16 | all_["slot"]
+    assert (np.diff(order) > 0).all()
+    assert ((all_["slot"] == 0) == all_["prompt"]).all()
+    for i, e in enumerate(entries):
+        mine = all_["entry"] == i
+        assert (e.index.task[all_["episode"][mine]] == all_["task"][mine]).all()
+        cost = all_["units"][mine] * e.lengths.per_unit[all_["task"][mine]]
+        fixed = np.where(all_["prompt"][mine], 0, e.lengths.fixed[all_["episode"][mine]])
+        assert (all_["tokens"][mine] == cost + fixed).all()
+
+
+def test_all_windows_of_a_row_come_from_its_bucket():
+    entries = mixture()
+    p = plan(entries, buckets=16)
+    for step in range(10):
+        position, bucket = p.row_buckets(step)
+        assert (np.diff(position) > 0).all()
+        assert 0 <= position[0] < position[-1] < 1
+        w = p.windows(step)
+        hashes = np.array([entries[e].index.hash[i] for e, i in zip(w.entry, w.episode)])
+        assert (hashes % np.uint64(16) == bucket[w.row]).all()
+
+
+def test_entries_and_tasks_are_drawn_by_their_weights():
+    for unit in ("windows", "tokens"):
+        entries = mixture()
+        all_ = columns(plan(entries, weight_unit=unit), range(500))
+        drawn = ~all_["prompt"]
+        n = int(drawn.sum())
+        for i, share in enumerate((0.6, 0.4)):
+            lengths, index = entries[i].lengths, entries[i].index
+            mass = np.maximum(lengths.units - lengths.window[index.task] + 1, 1).astype(float)
+            if unit == "tokens":
+                units = np.minimum(lengths.units, lengths.window[index.task])
+                mass *= lengths.fixed + units * lengths.per_unit[index.task]
+            of_task = np.bincount(index.task, mass) / mass.sum() * share
+            for task, expected in enumerate(of_task):
+                mine = drawn & (all_["entry"] == i) & (all_["task"] == task)
+                got = mine.sum() / n if unit == "windows" else all_["tokens"][mine].sum() / all_["tokens"][drawn].sum()
+                sigma = np.sqrt(expected * (1 - expected) / n) * (1 if unit == "windows" else 1.5)
+                assert abs(got - expected) < 4 * sigma, (unit, i, task)
+
+
+@pytest.mark.parametrize("buckets", [1, 32])
+def test_episodes_and_starts_are_drawn_like_free_draws(buckets):
+    """Every window of an entry is as likely as any other, whatever rows, buckets, prompts and the ends of rows do to it."""
+    entries = mixture()
+    all_ = columns(plan(entries, buckets=buckets), range(1200))
+    for i, e in enumerate(entries):
+        windows = np.maximum(e.lengths.units - e.lengths.window[e.index.task] + 1, 1)
+        mine = (all_["entry"] == i) & ~all_["prompt"]
+        drawn = np.bincount(all_["episode"][mine], minlength=e.index.episodes)
+        # Episodes with few expected draws are pooled with their neighbours.
+        group = np.unique((np.cumsum(windows) / windows.sum() * (mine.sum() / 25)).astype(int), return_inverse=True)[1]
+        seen, expected = np.bincount(group, drawn), np.bincount(group, windows)
+        assert chisquare(seen, expected / expected.sum() * seen.sum()).pvalue > WORST
+        long = mine & (windows[np.minimum(all_["episode"], e.index.episodes - 1)] > 20)
+        place = (all_["start"][long] + 0.5) / windows[all_["episode"][long]]
+        assert chisquare(np.bincount((place * 10).astype(int), minlength=10)).pvalue > WORST
+
+
+def test_slow_oracle_that_fills_rows_freely():
+    """Rows filled one draw at a time, in plain Python, with the chances that the plan uses: the same windows a row."""
+    entries = mixture(prompt=0.0)
+    p = plan(entries, buckets=1)
+    ready = p._ready(0)
+    strata, random = ready.index.strata, np.random.default_rng(1)
+    chances = np.diff(np.concatenate([[0.0], ready.mix.choice]))
+    pools = []
+    for s in range(len(strata)):
+        places = np.arange(*ready.index.first[s : s + 2])
+        mass = np.diff(ready.index.mass)[places]
+        pools.append(random.choice(places, 40000, p=mass / mass.sum()))
+    rows, counts = 6000, np.zeros(len(strata))
+    for _ in range(rows):
+        left = 1024
+        while True:
+            s = random.choice(len(strata), p=chances)
+            place = pools[s][random.integers(40000)]
+            if left < strata.least[s]:
+                break
+            counts[s] += 1
+            left -= ready.index.fixed[place] + min(ready.index.units[place], strata.window[s]) * strata.per_unit[s]
+            if left <= 0:
+                break
+    expected = ready.mix.windows[0] / p.rows * rows
+    assert np.abs(counts - expected).max() < 4 * np.sqrt(expected.max())
+    assert abs(counts.sum() / rows - ready.mix.slots[0]) < 0.02 * ready.mix.slots[0]
+    weights = np.bincount(strata.entry, expected) / expected.sum()
+    assert weights == pytest.approx([0.6, 0.4], abs=1e-4)
+
+
+def test_renewal_against_monte_carlo():
+    random = np.random.default_rng(0)
+    cost, gap = np.array([3, 7, 20]), np.array([4, 0, 0])  # the first kind begins only where 7 positions are left
+    chance = np.array([0.5, 0.3, 0.2])
+    positions, rows = 64, 60000
+    at, hits = np.zeros(rows, int), np.zeros(positions)
+    alive = np.ones(rows, bool)
+    while alive.any():
+        np.add.at(hits, at[alive], 1)
+        kind = random.choice(3, rows, p=chance)
+        fits = at + cost[kind] + gap[kind] <= positions
+        at = at + cost[kind]
+        alive &= fits & (at < positions)
+    first = np.zeros((positions, 1))
+    np.add.at(first, (cost, 0), chance)
+    calculated = visits(first, chance[:, None], cost, gap)[:, 0]
+    assert np.abs(hits / rows - calculated).max() < 5 * np.sqrt(0.25 / rows)
+
+
+def test_coarse_renewal_agrees_with_the_exact_one():
+    """Where costs are too many, tokens are rounded to a grain; the shares of the buckets hardly move."""
+    entries = [entry("text", 20000, 1, window=2048, per_unit=(1,), fixed=3, steps=200)]
+    exact = plan(entries, budget=2048, buckets=4)._ready(0)
+    coarse = plan(entries, budget=2048, buckets=64)._ready(0)
+    assert exact.index.grain < coarse.index.grain
+    assert coarse.mix.slots.mean() == pytest.approx(exact.mix.slots.mean(), rel=3e-3)
+
+
+# -- prompts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_prompts(replacement):
+    entries = [entry("a", 3000, 3, 1.0, prompt=0.25, fixed=12)]
+    p = plan(entries, buckets=8, replacement=replacement)
+    all_ = columns(p, range(300))
+    prompts = all_["prompt"]
+    n = 300 * 32
+    assert abs(prompts.sum() / n - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
+    where = np.flatnonzero(prompts)
+    after = where + 1  # the row's first window
+    assert (all_["row"][where] == all_["row"][after]).all()
+    assert (all_["slot"][after] == 1).all()
+    assert (all_["task"][where] == all_["task"][after]).all()
+    assert (all_["episode"][where] != all_["episode"][after]).all()
+    last = entries[0].lengths.units[all_["episode"]] - all_["units"]
+    long = where[last[where] > 20]
+    ends = (all_["start"] == last)[long].mean()
+    assert 0.5 < ends < 0.56  # half of them by intention, and some of the uniform ones
+    uniform = long[all_["start"][long] != last[long]]
+    assert chisquare(np.bincount((all_["start"][uniform] * 8 // last[uniform]).astype(int), minlength=8)).pvalue > WORST
+
+
+def test_a_prompt_of_a_task_with_one_episode_is_its_other_end():
+    lonely = entry("a", 1, 1, window=5, per_unit=(10,), prompt=1.0, steps=300)
+    p = plan([lonely], budget=100)
+    w = p.windows(0)
+    prompt, first = w.start[w.prompt], w.start[w.slot == 1]
+    last = int(lonely.lengths.units[0]) - 5
+    assert (prompt == np.where(2 * first < last, last, 0)).all()
+    assert p.describe()["same_episode_prompts"] == {"cells": 1, "share": 1.0}
+
+
+# -- changes -------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_change_at_their_step():
+    p, before = plan(), plan()
+    p.log.append({"step": 50, "kind": "weights", "weights": {"a": 1, "b": 9}})
+    assert all(equal(p.windows(s), before.windows(s)) for s in (0, 49))
+    drawn = columns(p, range(50, 250))
+    share = (drawn["entry"][~drawn["prompt"]] == 1).mean()
+    assert abs(share - 0.9) < 4 * np.sqrt(0.09 / len(drawn["row"]))
+    assert equal(plan(log=PlanLog(events=p.log.events)).windows(60), p.windows(60))
+    with pytest.raises(DataError, match="nobody"):
+        plan(log=PlanLog(events=[{"step": 1, "kind": "weights", "weights": {"nobody": 1}}])).windows(2)
+
+
+def test_skipped_steps_are_never_seen():
+    p, before = plan(), plan()
+    p.log.append({"step": 10, "kind": "skip", "steps": 5})
+    assert equal(p.windows(9), before.windows(9))
+    assert equal(p.windows(10), before.windows(15))
+    p.log.append({"step": 12, "kind": "skip", "steps": 1})
+    assert equal(p.windows(12), before.windows(18))
+
+
+def test_priorities_by_rule_and_by_file(tmp_path):
+    entries = [entry("a", 2000, 3)]
+    index = entries[0].index
+    p = plan(entries, seed=1)
+    p.log.append({"step": 1, "kind": "priority", "entry": "a", "prefer": "top", "top": 0.1})
+    best = preference(index, "top", 0.1)
+    assert best.sum() == sum(round(0.1 * (index.task == t).sum()) for t in range(3))
+    for t in range(3):
+        chosen = index.total_return[(index.task == t) & (best == 1)]
+        assert chosen.min() > index.total_return[(index.task == t) & (best == 0)].max()
+    assert (best[p.windows(1).episode] == 1).all()
+    assert not (best[p.windows(0).episode] == 1).all()
+
+    some = np.random.default_rng(0).integers(0, 4, 2000).astype(np.float32)
+    np.save(tmp_path / "p.npy", some)
+    event = {"step": 2, "kind": "priority", "entry": "a", "file": str(tmp_path / "p.npy")}
+    p.log.append(event | {"digest": hashlib.sha256((tmp_path / "p.npy").read_bytes()).hexdigest()})
+    drawn = columns(p, range(2, 400))
+    windows = np.maximum(entries[0].lengths.units - 19, 1) * some
+    assert (some[drawn["episode"]] > 0).all()
+    seen, expected = (
+        np.bincount(some[drawn["episode"]].astype(int), minlength=4)[1:],
+        np.bincount(some.astype(int), windows)[1:],
+    )
+    assert chisquare(seen, expected / expected.sum() * seen.sum()).pvalue > WORST
+    with pytest.raises(DataError, match="SHA-256"):
+        plan(entries, log=PlanLog(events=[event | {"digest": "0"}])).windows(2)
+
+
+def test_return_and_success_preferences():
+    index = entry("a", 500, 2).index
+    rank = preference(index, "return")
+    for t in range(2):
+        mine = index.task == t
+        assert (np.argsort(rank[mine], kind="stable") == np.argsort(index.total_return[mine], kind="stable")).all()
+        assert rank[mine].max() == 1.0
+        assert rank[mine].min() > 0
+    assert (preference(index, "success") == (index.success == 1)).all()
+    assert preference(index, "uniform") is None
+    with pytest.raises(DataError, match="none of"):
+        preference(index, "best")
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_quarantined_episode_is_replaced_as_if_it_had_been_found_unreadable(replacement):
+    p, before = plan(replacement=replacement), plan(replacement=replacement)
+    w = before.windows(30)
+    i = len(w.row) // 2
+    bad = {"entry": "ab"[w.entry[i]], "episode": int(w.episode[i])}
+    found = before.windows(30, attempts={(int(w.row[i]), int(w.slot[i])): 1})
+    p.log.append({"step": 30, "kind": "quarantine", "id": "x", "reason": "CRC", **bad})
+    logged = p.windows(30)
+    assert equal(p.windows(29), before.windows(29))
+    others = np.arange(len(w.row)) != i
+    hit = (w.entry == w.entry[i]) & (w.episode == w.episode[i])
+    for got in (found, logged):
+        assert equal([c[~hit] for c in got], [c[~hit] for c in w])
+        assert got.episode[i] != w.episode[i]
+        assert (got.task[i], got.entry[i]) == (w.task[i], w.entry[i])
+        assert got.tokens[i] <= w.tokens[i]
+        assert got.attempt[i] >= 1
+    assert [int(c[i]) for c in found] == [int(c[i]) for c in logged]
+    assert others.sum() + 1 == len(logged.row)
+    drawn = columns(p, range(30, 200))
+    assert not ((drawn["entry"] == w.entry[i]) & (drawn["episode"] == w.episode[i])).any()
+
+
+def test_redraws_in_a_row_give_another_window_each():
+    p = plan()
+    w = p.windows(3)
+    key = (int(w.row[4]), int(w.slot[4]))
+    seen, attempt = {(int(w.episode[4]), int(w.start[4]))}, 0
+    for _ in range(5):
+        again = p.windows(3, [key[0]], attempts={key: attempt + 1})
+        i = int(np.flatnonzero(again.slot == key[1])[0])
+        assert again.attempt[i] > attempt
+        attempt = int(again.attempt[i])
+        seen.add((int(again.episode[i]), int(again.start[i])))
+    assert len(seen) == 6
+
+
+def test_quarantine_of_everything_is_an_error_that_says_so():
+    p = plan([entry("a", 3, 1)])
+    for episode in range(3):
+        p.log.append({"step": 0, "kind": "quarantine", "entry": "a", "episode": episode})
+    with pytest.raises(DataError, match="quarantined or unreadable"):
+        p.windows(0)
+
+
+def test_a_data_set_joins():
+    new = entry("c", 300, 1, seed=7)
+    p = plan(open_entry=lambda event: new)
+    p.log.append({"step": 5, "kind": "dataset", "entry": "c", "dataset": "runs/generated", "weight": 1.0})
+    assert set(p.windows(4).entry) <= {0, 1}
+    drawn = columns(p, range(5, 200))
+    share = (drawn["entry"][~drawn["prompt"]] == 2).mean()
+    assert abs(share - 0.5) < 4 * np.sqrt(0.25 / len(drawn["row"]))
+    with pytest.raises(DataError, match="generated"):
+        plan(log=PlanLog(events=p.log.events)).windows(0)
+
+
+# -- held out, state, errors ---------------------------------------------------------------------------------------------
+
+
+def test_held_out_episodes_are_drawn_by_validation_alone():
+    entries = mixture()
+    train, held = plan(entries, validation=0.1), plan(entries, validation=0.1, held_out=True)
+    for p, expected in ((train, False), (held, True)):
+        drawn = columns(p, range(50))
+        for i, e in enumerate(entries):
+            out = e.index.held_out(0.1)
+            assert (out[drawn["episode"][drawn["entry"] == i]] == expected).all()
+
+
+def test_state_and_spawned_copies():
+    p = plan()
+    p.log.append({"step": 3, "kind": "weights", "weights": {"b": 5}})
+    p.step = 7
+    resumed = plan()
+    resumed.load_state_dict(p.state_dict())
+    assert resumed.step == 7
+    copy = pickle.loads(pickle.dumps(p))
+    for other in (resumed, copy):
+        assert equal(other.windows(7), p.windows(7))
+    assert plan(seed=4).fingerprint != p.fingerprint
+    for different in (plan(seed=4), plan(buckets=4), plan(mixture(prompt=0.0))):
+        with pytest.raises(ValueError, match="plan"):
+            different.load_state_dict(p.state_dict())
+
+
+def test_memory_mapped_index_draws_the_same(tmp_path):
+    built = plan(cache_dir=str(tmp_path))
+    mapped = plan(cache_dir=str(tmp_path))
+    assert isinstance(mapped._ready(0).index.mass, np.memmap)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert equal(built.windows(5), plan().windows(5))
+    assert equal(mapped.windows(5), plan().windows(5))
+
+
+def test_what_cannot_be_drawn_is_named():
+    with pytest.raises(DataError, match="'b'"):
+        plan([entry("a"), entry("b", priority=np.zeros(2000, np.float32))])
+    with pytest.raises(DataError, match="do not fit rows of 16 tokens"):
+        plan([entry("a")], budget=16)
+    with pytest.raises(ValueError, match="weight_unit"):
+        plan(weight_unit="rows")
+    with pytest.raises(DataError, match="no entries"):
+        SamplingPlan([], rows=1, budget=1, seed=0)
+
+
+def test_episodes_too_long_for_a_row_are_left_out_and_counted():
+    e = entry("a", 500, 1, per_unit=(10,), fixed=200)
+    p = plan([e], budget=100)
+    drawn = columns(p, range(100))
+    assert (e.lengths.fixed[drawn["episode"]] <= 90).all()
+    assert p.describe()["too_long"] == {"a": int((e.lengths.fixed > 90).sum())}
+
+
+def test_number_of_buckets():
+    assert choose_buckets(10**6, 512, False) == 512
+    assert choose_buckets(10**6, 512, False, fits=True) == 1
+    assert choose_buckets(10**5, 512, False) == 128  # 400 episodes a bucket
+    assert choose_buckets(10**5, 512, True) == 64
+    assert choose_buckets(10**8, 512, False, processes=256) == 4096
+    assert choose_buckets(100, 512, False) == 1
+
+
+def test_describe_says_what_is_delivered():
+    p = plan(buckets=4)
+    told, drawn = p.describe(), columns(p, range(300))
+    windows = ~drawn["prompt"]
+    assert told["buckets"] == 4
+    assert told["windows_per_row"] == pytest.approx(windows.sum() / (300 * 32), rel=0.02)
+    for i, name in enumerate("ab"):
+        assert told["entries"][name]["windows"] == pytest.approx((drawn["entry"][windows] == i).mean(), abs=0.02)
+        tokens = drawn["tokens"] * windows
+        assert told["entries"][name]["tokens"] == pytest.approx(
+            tokens[drawn["entry"] == i].sum() / tokens.sum(), abs=0.02
+        )
+    rows = (drawn["step"] * 32 + drawn["row"])[windows]
+    pairs = np.unique(np.stack([rows, drawn["entry"][windows], drawn["episode"][windows]]), axis=1).shape[1]
+    assert told["repeats_in_row"] == pytest.approx(1 - pairs / windows.sum(), abs=0.003)
