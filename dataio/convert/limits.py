@@ -110,7 +110,7 @@ def read_npy(stream: BinaryIO, size: int, where: str, limit: int = EPISODE_BYTES
 
 def bytes_of(array: np.ndarray) -> memoryview:
     """The bytes of a contiguous array, writable in place."""
-    return memoryview(cast(Any, array.reshape(-1).view(np.uint8))) if array.size else memoryview(b"")
+    return memoryview(cast(Any, array.reshape(-1).view(np.uint8))) if array.size else memoryview(bytearray())
 
 
 def npy_header(stream: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...], bool]:

@@ -231,6 +231,7 @@ def _send_episode(out: BinaryIO, episode: Episode) -> Episode:
     out.write(_HEAD.pack(_EPISODE, 0))
     for part in parts:
         out.write(part)
+    out.flush()  # else a crash over the next one would lose this one
     return episode
 
 

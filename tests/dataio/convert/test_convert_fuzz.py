@@ -1,0 +1,85 @@
+"""Whatever bytes a source holds, reading it gives episodes, malformed episodes, or a DataError; never anything else."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from convert_sources import MAKERS
+from mutate import damage
+
+from dataio.convert.converter import BUILT_IN, BadEpisode
+from dataio.convert.infer import conform
+from dataio.convert.process import Reader
+from dataio.episode import DataError
+
+INPUTS = int(os.environ.get("TIPHYS_FUZZ_INPUTS", "10000"))  # of each maker, in the long form
+MEMORY = 2 << 30
+
+
+def fuzz(made: Any, name: str, folder: Path, inputs: int, seed: int = 0) -> dict[str, int]:
+    """Counts of what came out. Fails on what should not."""
+    source, format, _ = made(name)
+    root = source.parent if source.is_file() else source
+    files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    target = folder / root.name
+    seen = {"episodes": 0, "bad": 0, "errors": 0, "deaths": 0}
+    url = str(target / source.name) if source.is_file() else str(target)
+    reader = Reader(url, BUILT_IN[format], memory=MEMORY, timeout=60.0)
+    with reader:
+        for number in range(inputs):
+            choose = random.Random(f"{name} {seed} {number}")
+            damaged = damage(target, files, choose)
+            try:
+                _read(reader, seen)
+            except DataError as error:
+                seen["errors"] += 1
+                seen["deaths"] += "reader process" in str(error)
+            except Exception as error:
+                raise AssertionError(f"input {number} of {name} (seed {seed}), {damaged} damaged: {error!r}") from error
+    return seen
+
+
+def _read(reader: Reader, seen: dict[str, int]) -> None:
+    pieces, tasks, _, _ = reader.plan()
+    known = {t.name: t for t in tasks}
+    for piece in pieces:
+        for item in reader.episodes(piece):
+            if isinstance(item, BadEpisode):
+                seen["bad"] += 1
+                seen["deaths"] += "reader process" in item.reason
+                continue
+            assert item.task in known
+            try:
+                conform(item, known[item.task], item.id)
+                seen["episodes"] += 1
+            except DataError:
+                seen["bad"] += 1
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
+    seen = fuzz(made, name, tmp_path, 25)
+    assert seen["episodes"] > 0, "damage that leaves nothing readable proves little"
+    assert seen["errors"] + seen["bad"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(36_000)
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_many_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
+    seen = fuzz(made, name, tmp_path, INPUTS, seed=1)
+    print(name, seen)
+    assert seen["episodes"] > 0
+    assert seen["errors"] + seen["bad"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(36_000)
+@pytest.mark.parametrize(("name", "format"), [("bridge_rlds", "rlds"), ("g1_lerobot", "lerobot")])
+def test_damaged_real_files(shared_data: Path, name: str, format: str, tmp_path: Path) -> None:
+    seen = fuzz(lambda _: (shared_data / name, format, {}), name, tmp_path, INPUTS // 10, seed=2)
+    assert seen["errors"] + seen["bad"] > 0

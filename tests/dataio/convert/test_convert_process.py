@@ -1,0 +1,170 @@
+"""A reader that crashes, hangs, eats memory or lies is an error like any other; what is after it is still read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.dtypes import StringDType
+
+from dataio.convert import wire
+from dataio.convert.converter import BadEpisode, Item
+from dataio.convert.process import Reader
+from dataio.convert.source import SourceUnavailable
+from dataio.episode import DataError, Episode
+
+READERS = """
+    import os, time
+    import numpy as np
+    from dataio.convert.converter import Converter, Piece
+    from dataio.convert.source import SourceUnavailable
+    from dataio.episode import DataError, Episode
+
+    class Trouble(Converter):
+        name = "trouble"
+        options_known = frozenset({"how", "at"})
+        @classmethod
+        def recognise(cls, source):
+            return 1.0
+        def pieces(self):
+            return [Piece("0")]
+        def episodes(self, piece, start=0):
+            for number in range(start, 5):
+                if number in self.options["at"]:
+                    getattr(self, self.options["how"])()
+                yield Episode(f"e{number}", "t", {"action": np.full((3, 2), number, np.float32)}, 3)
+        def crash(self):
+            import ctypes
+            ctypes.string_at(0)
+        def leave(self):
+            os._exit(7)
+        def hang(self):
+            time.sleep(1000)
+        def eat(self):
+            self.kept = np.ones(1 << 30)
+        def chatter(self):
+            print("noise on stdout")
+        def bug(self):
+            raise KeyError("feature")
+        def store(self):
+            raise SourceUnavailable("bucket: 503")
+"""
+
+
+@pytest.fixture
+def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "trouble.py").write_text(textwrap.dedent(READERS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def make(how: str, at: list[int], **options: Any) -> list[Item]:
+        with Reader(str(tmp_path), "trouble:Trouble", {"how": how, "at": at}, **options) as reader:
+            (piece,), _, _, _ = Reader.plan(reader) if how == "chatter" else ([_piece()], 0, 0, 0)
+            return list(reader.episodes(piece))
+
+    return make
+
+
+def _piece() -> Any:
+    from dataio.convert.converter import Piece
+
+    return Piece("0")
+
+
+def ids(items: list[Item]) -> list[str]:
+    return [i.id if isinstance(i, Episode) else "bad" for i in items]
+
+
+def test_a_crash_is_one_bad_episode(trouble: Any) -> None:
+    items = trouble("crash", [1, 3])
+    assert ids(items) == ["e0", "bad", "e2", "bad", "e4"]
+    assert isinstance(items[1], BadEpisode)
+    assert "killed by SIGSEGV" in items[1].reason
+
+
+def test_three_deaths_in_a_row_are_the_file(trouble: Any) -> None:
+    with pytest.raises(DataError, match=r"ended with status 7.*three times in a row"):
+        trouble("leave", [1, 2, 3])
+
+
+def test_a_hang_ends(trouble: Any) -> None:
+    items = trouble("hang", [4], timeout=2.0)
+    assert ids(items) == ["e0", "e1", "e2", "e3", "bad"]
+    assert "no answer for 2 s" in items[4].reason
+
+
+def test_memory_is_bounded(trouble: Any) -> None:
+    with pytest.raises(DataError, match="needs more than the 1,024 MiB"):
+        trouble("eat", [2], memory=1 << 30)
+
+
+def test_what_a_reader_prints_does_not_disturb(trouble: Any) -> None:
+    assert ids(trouble("chatter", [0, 1])) == ["e0", "e1", "e2", "e3", "e4"]
+
+
+def test_a_bug_says_where(trouble: Any) -> None:
+    with pytest.raises(DataError, match=r"KeyError: 'feature' \(at trouble\.py:\d+\)"):
+        trouble("bug", [2])
+
+
+def test_a_failing_store_is_no_bad_episode(trouble: Any) -> None:
+    with pytest.raises(SourceUnavailable, match="503"):
+        trouble("store", [2])
+
+
+def test_no_child_is_left(trouble: Any) -> None:
+    before = _children()
+    trouble("crash", [2])
+    assert _children() == before
+
+
+def _children() -> set[str]:
+    task = Path(f"/proc/{os.getpid()}/task")
+    return {c for t in task.iterdir() for c in (t / "children").read_text().split()}
+
+
+def _reading(parts: list[bytes | memoryview]) -> Any:
+    data, at = b"".join(bytes(p) for p in parts), 0
+
+    def read_into(view: memoryview) -> None:
+        nonlocal at
+        if at + len(view) > len(data):
+            raise DataError("ended")
+        view[:] = data[at : at + len(view)]
+        at += len(view)
+
+    return read_into
+
+
+def test_the_wire_keeps_everything() -> None:
+    fields = {
+        "b": np.array([True, False]),
+        "f": np.arange(6, dtype=">f8").reshape(2, 3)[:, ::-1],
+        "empty": np.zeros((2, 0), np.int16),
+        "words": np.array(["", "ü\n"], dtype=StringDType()),
+        "one": "text",
+    }
+    episode = Episode("i", "t", fields, 2, success=False, agent="a", info={"n": np.float32(0.5), "l": np.arange(2)})
+    back = wire.load(_reading(wire.dump(episode)), "x")
+    assert (back.id, back.task, back.steps, back.success, back.agent) == ("i", "t", 2, False, "a")
+    assert back.info == {"n": 0.5, "l": [0, 1]}
+    assert list(back.fields) == list(fields)
+    for key, value in fields.items():
+        assert np.asarray(back.fields[key]).tolist() == np.asarray(value).tolist()
+
+
+def test_the_wire_is_not_believed() -> None:
+    good = b"".join(bytes(p) for p in wire.dump(Episode("i", "t", {"a": np.zeros((2, 3))}, 2)))
+    choose = np.random.default_rng(0)
+    for _ in range(500):
+        data = bytearray(good)
+        for _ in range(choose.integers(1, 4)):
+            data[choose.integers(len(data))] = choose.integers(256)
+        with contextlib.suppress(DataError):
+            wire.load(_reading([bytes(data[: choose.integers(1, len(data) + 1)])]), "x")
+    with pytest.raises(DataError, match="dtype object"):
+        wire.dump(Episode("i", "t", {"a": np.array([{}, []], object)}, 2))
