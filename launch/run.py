@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.finish import finish, start_evaluation
+from launch.mixture import names
 from recipes.load import to_yaml
 from recipes.schema import Recipe
 
@@ -92,7 +93,7 @@ def make_plan(
                 index=index,
                 lengths=objectives.lengths(i),
                 weight=line.weight,
-                name=f"{i}:{line.dataset}",
+                name=names(recipe)[i],
                 tasks=[int(t) for t in range(len(index.tasks)) if numbers[t] >= 0],
                 priority=None if held_out else preference(index, line.prefer, line.top),
             )

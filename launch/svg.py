@@ -45,11 +45,11 @@ def lines(series: Mapping[str, Points], *, x: str = "step", unit: str = "", log:
         thin = points[:: max(1, len(points) // 600)]
         path = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in thin)
         if len(thin) == 1:
-            out.append(f'<circle class="s{i % 6} dot" cx="{px(thin[0][0]):.1f}" cy="{py(thin[0][1]):.1f}" r="3"/>')
-        out.append(f'<polyline class="s{i % 6}" points="{path}"><title>{html.escape(name)}</title></polyline>')
+            out.append(f'<circle class="s{i % 10} dot" cx="{px(thin[0][0]):.1f}" cy="{py(thin[0][1]):.1f}" r="3"/>')
+        out.append(f'<polyline class="s{i % 10}" points="{path}"><title>{html.escape(name)}</title></polyline>')
     out.append("</svg>")
     if len(clean) > 1:
-        keys = "".join(f'<span class="s{i % 6}">{html.escape(n)}</span>' for i, n in enumerate(clean))
+        keys = "".join(f'<span class="s{i % 10}">{html.escape(n)}</span>' for i, n in enumerate(clean))
         out.append(f'<p class="legend">{keys}</p>')
     return "".join(out)
 
@@ -84,8 +84,8 @@ def _limits(ys: Sequence[float], log: bool) -> tuple[float, float]:
         low, high = min(ys), max(ys)
         if low > 0 and low < 0.5 * high:
             low = 0.0
-    if high - low < 1e-12:
-        low, high = low - 0.5, high + 0.5
+    if high - low <= 1e-9 * abs(high):
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
     pad = 0.04 * (high - low)
     return (low if low == 0 else low - pad), high + pad
 
