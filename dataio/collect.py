@@ -9,12 +9,8 @@ Seeds: demonstrations use [seed, …) below SCORE_SEEDS, scores those from there
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +21,7 @@ from dataio import environments
 from dataio.environments import Environment, Expert, ExpertLost
 from dataio.episode import DataError, Episode, TaskSpec
 from dataio.observation import observation_fields
+from dataio.workers import Workers
 
 if TYPE_CHECKING:
     from dataio.index import EpisodeIndex
@@ -130,20 +127,13 @@ class Players:
     """Processes that play episodes, each with environments made once. Results come in the order of the jobs."""
 
     def __init__(self, processes: int, policy: ExpertFactory | None = None) -> None:
-        self._processes = processes
-        self._pool: ProcessPoolExecutor | None = None
-        if processes > 1:
-            spawn = multiprocessing.get_context("spawn")  # forked simulators share what they must not
-            self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_start, initargs=(policy,))
-        else:
-            _start(policy)
+        self._workers = Workers(processes, _start, policy)
 
     def __enter__(self) -> Players:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.__exit__()
 
     def scored(self, spec: TaskSpec, episodes: int) -> TaskSpec:
         """The task with its random and its expert score, each the mean over `episodes` undisturbed episodes."""
@@ -152,7 +142,7 @@ class Players:
         seeds = range(SCORE_SEEDS, SCORE_SEEDS + episodes)
         chunks = [tuple(seeds[i : i + 5]) for i in range(0, episodes, 5)]
         jobs = [_Scores(spec, who, chunk) for who in ("random", "expert") for chunk in chunks]
-        results = list(self._in_order(jobs))
+        results = list(self._workers.in_order(jobs))
         rows = [
             [score(spec, o) for part in half for o in part] for half in (results[: len(chunks)], results[len(chunks) :])
         ]
@@ -163,26 +153,8 @@ class Players:
             noise = environments.family(spec.name).noise
         ends = range(0, episodes, CHUNK)
         jobs = [_Demonstrations(spec, seed, i, min(i + CHUNK, episodes), episodes, noise) for i in ends]
-        for part in self._in_order(jobs):
+        for part in self._workers.in_order(jobs):
             yield from part
-
-    def _in_order(self, jobs: Iterable[_Scores | _Demonstrations]) -> Iterator[Any]:
-        if not self._pool:
-            yield from (job() for job in jobs)
-            return
-        pending: deque[Any] = deque()
-        try:
-            for job in jobs:
-                pending.append(self._pool.submit(job))
-                if len(pending) > 2 * self._processes:  # bounds what waits in memory for the writer
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise EnvironmentFault(
-                "a process that played episodes was killed (out of memory, or a crash in a simulator's native code); "
-                "collect with fewer processes, or with processes=1 to see the crash"
-            ) from error
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -127,6 +129,12 @@ class Family:
             )
         finally:
             env.close()
+
+
+def render_without_display() -> None:
+    """Lets MuJoCo draw by EGL where there is no display and nobody chose otherwise; before its first renderer is made."""
+    if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def space_fields(observation_space: Any, action_space: Any) -> tuple[FieldSpec, ...]:

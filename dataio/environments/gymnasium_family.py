@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataio.environments.family import Environment, Expert, Family, Stateless
+from dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
 
 
 class GymnasiumFamily(Family):
@@ -21,6 +21,7 @@ class GymnasiumFamily(Family):
     def make(self, task: str, **options: Any) -> Environment:
         import gymnasium
 
+        render_without_display()
         try:
             env: Any = gymnasium.make(task, disable_env_checker=True, **options)
             return env

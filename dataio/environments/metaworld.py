@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.environments.family import Environment, Expert, Family, Stateless
+from dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
 
 PREFIX = "metaworld/"
 HORIZON = 150  # the scripted policies succeed within it; Meta-World's own 500 steps hold mostly a finished robot
@@ -26,6 +26,7 @@ class MetaWorld(Family):
         return sorted(PREFIX + name for name in ALL_V3_ENVIRONMENTS)
 
     def make(self, task: str, horizon: int = HORIZON, **options: Any) -> Environment:
+        render_without_display()
         return _environment(task.removeprefix(PREFIX), horizon, options)
 
     def max_steps(self, task: str, env: Environment) -> int:

@@ -133,7 +133,7 @@ def test_an_expert_that_is_always_lost_is_named(tmp_path):
 
 
 def test_a_killed_process_is_an_error_not_a_hang(tmp_path):
-    with pytest.raises(EnvironmentFault, match="killed"):
+    with pytest.raises(RuntimeError, match="killed"):
         collect(CART, str(tmp_path / "data"), 2, processes=2, policy=faulty.dies, score_episodes=1)
     assert not (tmp_path / "data" / "dataset.json").exists()
 

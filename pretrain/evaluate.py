@@ -1,0 +1,360 @@
+"""How well a policy acts: episodes in its tasks' environments, in processes of their own.
+
+Episodes play in groups of `GROUP`, side by side in one process and in one forward pass a step. A group follows from its task and
+its seeds alone, so the result does not depend on the number of processes. Seeds start where no demonstration reaches
+(`dataio.collect`).
+
+`python -m pretrain.evaluate FOLDER --out evaluation.json` is the same from outside, and what `start` runs beside a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataio import environments
+from dataio.collect import EVALUATION_SEEDS, LONGEST, EnvironmentFault, Outcome, score
+from dataio.environments import Environment
+from dataio.episode import DataError, TaskSpec
+from dataio.workers import Workers
+
+if TYPE_CHECKING:
+    from pretrain.policy import Policy
+
+GROUP = 10  # episodes that one forward pass serves
+
+
+def evaluate(
+    folder: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    episodes: int = 40,
+    seed: int = EVALUATION_SEEDS,
+    processes: int = 0,
+    sample: bool = False,
+    out: str | Path = "",
+    pictures: str | Path = "",
+    videos: int = 1,
+    demonstrations: Sequence[str] = (),
+    device: str = "",
+) -> dict[str, Any]:
+    """Play `episodes` episodes of each task and score them.
+
+    folder          a policy (`Policy.load`)
+    tasks           None: every task of the policy that has an environment
+    seed            episode i plays seed + i
+    processes       0: as many as cores
+    sample          draw actions instead of taking the most probable
+    out             file for the result, written whole or not at all
+    pictures        folder for the first `videos` episodes of each task as film strips, `TASK-SEED.png`
+    demonstrations  datasets that the policy learned from: says what share of the evaluation's states they contain
+
+    Returns {"tasks": {name: see `summary`}}. Raises DataError for a task that the policy does not know or that has no
+    environment, and what environments raise.
+    """
+    specs = _specs(folder, tasks)
+    if episodes < 1:
+        raise DataError(f"{episodes} episodes cannot measure anything; at least 1 is needed")
+    starts = range(seed, seed + episodes, GROUP)
+    jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
+    count = min(processes or os.cpu_count() or 1, len(jobs))
+    played: dict[str, list[Played]] = {spec.name: [] for spec in specs}
+    with Workers(count, _start, str(folder), sample, device) as workers:
+        for job, group in zip(jobs, workers.in_order(jobs), strict=True):
+            played[job.spec.name] += group
+        found = {spec.name: summary(spec, [p.outcome for p in played[spec.name]]) for spec in specs}
+        if pictures and videos:
+            strips = [
+                _Strip(spec, p.seed, p.actions, str(pictures)) for spec in specs for p in played[spec.name][:videos]
+            ]
+            for strip, drawn in zip(strips, workers.in_order(strips), strict=True):
+                found[strip.spec.name].setdefault("pictures", []).append(drawn)
+    for spec in specs if demonstrations else ():
+        found[spec.name]["seen_states"] = seen_states(spec, [p.states for p in played[spec.name]], demonstrations)
+    result = {"tasks": found}
+    if out:
+        write_json(Path(out), result)
+    return result
+
+
+def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any) -> subprocess.Popen[bytes]:
+    """The same in a process of its own, which the caller polls or waits for. Options are those of `evaluate`.
+
+    The process is told nothing of the launcher's ranks and rendezvous, and takes no GPU from the training.
+    """
+    command = [sys.executable, "-m", "pretrain.evaluate", str(folder), "--out", str(out)]
+    for name, value in options.items():
+        if value is True:
+            command.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            command += [f"--{name}", *map(str, value)] if value else []
+        elif value not in (False, "", None):
+            command += [f"--{name}", str(value)]
+    if tasks:
+        command += ["--tasks", *tasks]
+    ranks = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "CROSS_RANK",
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ranks}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
+    return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"})
+
+
+def summary(spec: TaskSpec, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What evaluation.json says of a task.
+
+    episodes, mean_return, success_rate (None where the task has no success), random, expert (scores that the dataset
+    measured: of `normalise`, return or success), expert_normalized = (score − random) / (expert − random), std_return,
+    mean_length, and the 95 % intervals `…_interval` (bootstrap over episodes; Wilson 1927 for the success rate).
+    """
+    returns = np.array([o.total_return for o in outcomes])
+    known = [o.success for o in outcomes if o.success is not None]
+    scores = np.array([score(spec, o) for o in outcomes])
+    normalized = interval = None
+    if spec.random is not None and spec.expert is not None and spec.expert != spec.random:
+        scale = spec.expert - spec.random
+        normalized = (float(scores.mean()) - spec.random) / scale
+        if spec.normalise == "success":
+            ends = wilson(int(scores.sum()), len(scores))
+        else:
+            ends = bootstrap(scores)
+        interval = [(end - spec.random) / scale for end in ends]
+    return {
+        "episodes": len(outcomes),
+        "mean_return": float(returns.mean()),
+        "success_rate": float(np.mean(known)) if known else None,
+        "random": spec.random,
+        "expert": spec.expert,
+        "expert_normalized": normalized,
+        "normalise": spec.normalise,
+        "std_return": float(returns.std()),
+        "mean_length": float(np.mean([o.steps for o in outcomes])),
+        "mean_return_interval": bootstrap(returns),
+        "success_rate_interval": wilson(sum(known), len(known)) if known else None,
+        "expert_normalized_interval": interval,
+    }
+
+
+def wilson(successes: int, trials: int) -> list[float]:
+    """95 % score interval of a rate (Wilson 1927)."""
+    z2, rate = 1.96**2, successes / trials
+    middle, half = rate + z2 / (2 * trials), (z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2))) ** 0.5
+    return [(middle - half) / (1 + z2 / trials), (middle + half) / (1 + z2 / trials)]
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> list[float]:
+    """95 % percentile interval of a mean (Efron 1979), the same for the same values."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (draws, len(values))).mean(1)
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
+
+
+def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
+    """The tasks to play, checked before any process starts."""
+    from pretrain.policy import Policy
+
+    policy = Policy.load(folder, "cpu")
+    known = {name: policy.processor.tasks[name] for name in policy.tasks}
+    names = list(tasks or [n for n, s in known.items() if s.environment])
+    if not names:
+        raise DataError(
+            f"{folder}: none of this policy's tasks has an environment ({', '.join(known) or 'it has no task'})"
+        )
+    for name in names:
+        if name not in known:
+            raise DataError(f"{folder}: this policy knows no task {name!r}; it knows {', '.join(known)}")
+        if not known[name].environment:
+            raise DataError(f"{folder}: task {name!r} has no environment to act in")
+        environments.family(known[name].environment)
+    return [known[name] for name in names]
+
+
+@dataclass
+class Played:
+    """One episode: its outcome, its actions (to draw it again), and hashes of the states it passed, where they are small."""
+
+    seed: int
+    outcome: Outcome
+    actions: list[Any]
+    states: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Group:
+    spec: TaskSpec
+    seeds: tuple[int, ...]
+
+    def __call__(self) -> list[Played]:
+        assert _policy is not None
+        made = _environments(self.spec.environment)
+        while len(made) < len(self.seeds):
+            made.append(environments.make(self.spec.environment))
+        return play_group(_policy, self.spec, made[: len(self.seeds)], self.seeds)
+
+
+@dataclass
+class _Playing:
+    seed: int
+    env: Environment
+    observation: Any
+    reward: float = 0.0
+    rewards: list[float] = field(default_factory=list)
+    actions: list[Any] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+    success: bool | None = None
+    done: bool = False
+
+    def step(self, action: Any, limit: int) -> None:
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        self.reward = float(reward)
+        self.rewards.append(self.reward)
+        self.actions.append(action)
+        if "success" in info:
+            self.success = bool(self.success) or bool(info["success"])
+        self.done = bool(terminated or truncated) or len(self.actions) >= limit
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(float(np.sum(self.rewards, dtype=np.float64)), self.success, len(self.actions))
+
+
+def play_group(
+    policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
+) -> list[Played]:
+    """One episode in each environment, in lock step; those that have ended leave the batch."""
+    from pretrain.states import state_hash
+
+    policy.reset(spec.name, environments=len(seeds))
+    hashed = state_hash(spec)
+    playing = []
+    for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
+        policy.restart(i, stream=seed)
+        playing.append(_Playing(seed, env, _guarded(spec, seed, 0, partial(env.reset, seed=seed))[0]))
+    active = list(range(len(playing)))
+    while active:
+        now = [playing[i] for i in active]
+        for p in now if hashed else ():
+            p.states.append(hashed(p.observation))  # type: ignore[misc]
+        actions = policy.act([p.observation for p in now], [p.reward for p in now], active)
+        for p, action in zip(now, actions, strict=True):
+            _guarded(spec, p.seed, len(p.actions), p.step, action, limit)
+        active = [i for i in active if not playing[i].done]
+    return [Played(p.seed, p.outcome, p.actions, np.array(p.states, np.uint64)) for p in playing]
+
+
+def _guarded(spec: TaskSpec, seed: int, step: int, call: Any, *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        where = f"task {spec.name!r}, seed {seed}, step {step}"
+        raise EnvironmentFault(f"{where}: the environment raised {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Strip:
+    spec: TaskSpec
+    seed: int
+    actions: list[Any]
+    folder: str
+
+    def __call__(self) -> dict[str, Any]:
+        from pretrain.states import film_strip
+
+        name = f"{self.spec.name.replace('/', '_')}-{self.seed}.png"
+        try:
+            strip = film_strip(self.spec.environment, self.seed, self.actions)
+        except Exception as error:  # no display and no EGL, no pygame: the scores stand all the same
+            return {"seed": self.seed, "error": f"{type(error).__name__}: {error}"}
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        strip.save(Path(self.folder) / name)
+        return {"seed": self.seed, "file": name}
+
+
+def seen_states(spec: TaskSpec, states: Sequence[np.ndarray], demonstrations: Sequence[str]) -> float | None:
+    """Share of the states of an evaluation that the demonstrations contain; None where states are too rich to repeat."""
+    from pretrain.states import demonstrated_states
+
+    visited = np.concatenate([np.asarray(s, np.uint64) for s in states])
+    known = demonstrated_states(spec, demonstrations)
+    return None if known is None or not len(visited) else float(np.isin(visited, known).mean())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+# What an evaluating process keeps.
+_policy: Policy | None = None
+
+
+def _start(folder: str, sample: bool, device: str) -> None:
+    global _policy
+    import torch
+
+    from pretrain.policy import Policy
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # processes share the cores
+    _policy = Policy.load(folder, device, sample=sample)
+
+
+@cache
+def _environments(task: str) -> list[Environment]:
+    """The environments of a task that this process has made so far."""
+    return []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description="Let a policy act, and score it.")
+    parser.add_argument("folder")
+    parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEEDS)
+    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--sample", action="store_true")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--pictures", default="")
+    parser.add_argument("--videos", type=int, default=1)
+    parser.add_argument("--demonstrations", nargs="*", default=[])
+    parser.add_argument("--device", default="")
+    options = vars(parser.parse_args(arguments))
+    try:
+        evaluate(options.pop("folder"), options.pop("tasks") or None, **options)
+    except (DataError, OSError, RuntimeError) as error:
+        print(f"evaluation failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Evaluation: the same on any number of processes, equal to the obvious loop, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("minigrid")
+
+import acting_fixtures as acting
+
+from dataio import environments
+from dataio.collect import EnvironmentFault, Outcome, Players
+from dataio.episode import DataError
+from dataio.shards import ShardWriter
+from pretrain import evaluate as evaluating
+from pretrain.evaluate import bootstrap, evaluate, play_group, seen_states, start, summary, wilson, write_json
+from pretrain.policy import Policy
+from pretrain.states import demonstrated_states, state_hash
+
+pytestmark = pytest.mark.envs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return acting.folder(tmp_path_factory.mktemp("policy"))
+
+
+def test_the_same_on_any_number_of_processes(folder, tmp_path):
+    tasks = [acting.CART, acting.GRID]
+    one = evaluate(folder, tasks, episodes=13, processes=1, out=tmp_path / "one.json")
+    two = evaluate(folder, tasks, episodes=13, processes=2, out=tmp_path / "two.json")
+    assert one == two
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert json.loads((tmp_path / "one.json").read_text()) == one
+    assert list(one["tasks"]) == tasks
+    needed = {"episodes", "mean_return", "success_rate", "random", "expert", "expert_normalized"}
+    for found in one["tasks"].values():
+        assert needed <= set(found)
+        assert found["episodes"] == 13
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("task", [acting.CART, acting.GRID])
+def test_lock_step_equals_one_episode_after_another(folder, task, sample):
+    policy = Policy.load(folder, "cpu", sample=sample)
+    spec = policy.processor.tasks[task]
+    seeds = [1_000_000, 1_000_001, 1_000_002]
+    together = play_group(policy, spec, [environments.make(task) for _ in seeds], seeds)
+    env = environments.make(task)
+    for seed, played in zip(seeds, together, strict=True):
+        policy.reset(task)
+        policy.restart(0, stream=seed)
+        (observation, _), done, actions, total, reward = env.reset(seed=seed), False, [], 0.0, 0.0
+        while not done:
+            actions.append(policy.act(observation, reward))
+            observation, reward, terminated, truncated, _ = env.step(actions[-1])
+            total, done = total + reward, terminated or truncated
+        assert actions == played.actions
+        assert total == pytest.approx(played.outcome.total_return)
+
+
+def test_scores_of_known_outcomes():
+    spec = acting.objectives([acting.GRID]).tasks[0]
+    found = summary(spec, [Outcome(0.9, True, 5)] * 3 + [Outcome(0.0, False, 64)])
+    assert found["success_rate"] == 0.75
+    assert found["mean_return"] == pytest.approx(0.675)
+    assert found["expert_normalized"] == pytest.approx((0.75 - 0.1) / 0.9)
+    assert found["mean_length"] == pytest.approx((15 + 64) / 4)
+    low, high = found["expert_normalized_interval"]
+    assert low < found["expert_normalized"] < high
+    cart = acting.objectives([acting.CART]).tasks[0]
+    found = summary(cart, [Outcome(500.0, None, 500), Outcome(260.0, None, 260)])
+    assert found["success_rate"] is None
+    assert found["expert_normalized"] == pytest.approx((380 - 20) / 480)
+    with pytest.raises(DataError, match="success"):
+        summary(spec, [Outcome(1.0, None, 1)])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = {"wilson": 0, "bootstrap": 0}
+    for _ in range(300):
+        low, high = wilson(int(rng.binomial(40, 0.9)), 40)
+        held["wilson"] += low <= 0.9 <= high
+        low, high = bootstrap(rng.normal(3.0, 2.0, 40), draws=500)
+        held["bootstrap"] += low <= 3.0 <= high
+    for count in held.values():
+        assert 0.90 <= count / 300 <= 0.99
+    assert wilson(40, 40)[1] == pytest.approx(1.0)
+    assert wilson(0, 40)[0] == pytest.approx(0.0)
+
+
+def test_pictures_show_the_episodes_that_were_scored(folder, tmp_path):
+    from PIL import Image
+
+    found = evaluate(folder, [acting.GRID], episodes=2, processes=1, pictures=tmp_path / "pictures", videos=2)
+    drawn = found["tasks"][acting.GRID]["pictures"]
+    assert [d["seed"] for d in drawn] == [1_000_000, 1_000_001]
+    with Image.open(tmp_path / "pictures" / drawn[0]["file"]) as strip:
+        pixels = np.asarray(strip.convert("RGB"))
+    assert pixels.shape[0] == 160
+    first = environments.make(acting.GRID, render_mode="rgb_array")
+    first.reset(seed=1_000_000)
+    expected = np.asarray(Image.fromarray(np.asarray(first.render(), np.uint8)).resize((160, 160)))
+    assert np.array_equal(pixels[:, :160], expected)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_scores(folder, tmp_path, monkeypatch):
+    made = environments.make
+
+    def blind(task, **options):
+        if options:
+            raise RuntimeError("no display")
+        return made(task)
+
+    monkeypatch.setattr(environments, "make", blind)
+    found = evaluate(folder, [acting.CART], episodes=1, processes=1, pictures=tmp_path)
+    assert "no display" in found["tasks"][acting.CART]["pictures"][0]["error"]
+
+
+def test_states_that_demonstrations_contain(tmp_path):
+    spec = environments.spec(acting.GRID)
+    with Players(1) as players, ShardWriter(str(tmp_path / "data"), [spec]) as writer:
+        episodes = list(players.demonstrations(spec, 6, 0, None))
+        for episode in episodes[:4]:
+            writer.write(episode)
+    hashed = state_hash(spec)
+    assert hashed is not None
+    assert state_hash(environments.spec(acting.CART)) is None
+
+    def states(episode):
+        rows = episode.fields["observation.image"], episode.fields["observation.direction"]
+        mission = episode.fields["observation.mission"]
+        return [hashed({"image": i, "direction": int(d), "mission": mission}) for i, d in zip(*rows, strict=True)]
+
+    known = demonstrated_states(spec, [str(tmp_path / "data")])
+    assert known is not None
+    inside, outside = ({s for e in part for s in states(e)} for part in (episodes[:4], episodes[4:]))
+    assert set(known.tolist()) == inside
+    share = seen_states(spec, [np.array(states(e), np.uint64) for e in episodes], [str(tmp_path / "data")])
+    visited = [s for e in episodes for s in states(e)]
+    assert share == pytest.approx(np.mean([s in inside for s in visited]))
+    assert outside - inside  # else this test would show nothing
+    assert share is not None
+    assert 0 < share < 1
+
+
+def test_a_process_of_its_own_writes_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    handle = start(folder, [acting.CART], out=tmp_path / "evaluation.json", episodes=2, processes=1, sample=True)
+    assert handle.wait(120) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found == evaluate(folder, [acting.CART], episodes=2, processes=1, sample=True)
+
+
+def test_errors_name_what_is_wrong_and_leave_no_file(folder, tmp_path, capsys):
+    out = tmp_path / "evaluation.json"
+    with pytest.raises(DataError, match=r"metaworld/reach-v3.*CartPole-v1"):
+        evaluate(folder, ["metaworld/reach-v3"], out=out)
+    with pytest.raises(DataError, match="0 episodes"):
+        evaluate(folder, episodes=0, out=out)
+    assert evaluating.main([str(folder), "--tasks", "nowhere", "--out", str(out)]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_an_environment_that_raises_is_named(folder):
+    policy = Policy.load(folder, "cpu")
+
+    class Broken:
+        def reset(self, *, seed):
+            return np.zeros(4, np.float32), {}
+
+        def step(self, action):
+            raise OSError("the simulator is gone")
+
+    broken: Any = Broken()
+    with pytest.raises(EnvironmentFault, match=r"CartPole-v1.*seed 5, step 0.*simulator is gone"):
+        play_group(policy, policy.processor.tasks[acting.CART], [broken], [5])
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "evaluation.json"
+    write_json(file, {"tasks": {}})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(file, {"tasks": {"a": 1}})
+    assert json.loads(file.read_text()) == {"tasks": {}}
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_importing_it_is_cheap():
+    import subprocess
+
+    code = "import sys, pretrain.evaluate; assert not {'torch', 'transformers', 'gymnasium'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
