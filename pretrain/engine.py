@@ -4,12 +4,13 @@ The loss of a step is Σ weight · loss over the targets of the *global* batch �
 number of targets is summed over the ranks before the forward pass (one step ahead, where the trainer announces batches), and
 the model divides by it. DeepSpeed then averages gradients over data-parallel ranks and accumulation steps: the divisor given
 to the model is smaller by just that factor. Auxiliary gradients enter at the routers, past DeepSpeed's division by the
-accumulation steps, so theirs is smaller by the number of data-parallel ranks alone.
+accumulation steps, so they are multiplied by the number of data-parallel ranks alone.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,9 @@ import torch
 from pretrain.batch import TokenBatch
 from pretrain.deepspeed_config import derive
 from pretrain.deepspeed_state import Address, gradient_norm, learning_rate
+from pretrain.model.flops import flops_per_batch
 from pretrain.model.inputs import to_tensors
+from pretrain.model.layers import initialise
 from pretrain.model.moe import mixtures, step_counts
 from pretrain.parallel import LayoutError, ParallelDims, Sum
 
@@ -94,8 +97,15 @@ class Totals:
 def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> Engine:
     """DeepSpeed around a DecisionModel, as the recipe's `deepspeed:` and `parallel:` sections say.
 
+    With pipeline stages, or experts divided among ranks, a rank takes its part of the model's weights and drops the rest.
+    `model` may be on the meta device: its weights are then drawn where they are needed.
+
     Raises LayoutError where the section and the layout do not fit, before anything is built.
     """
+    if world.pipeline > 1:
+        from pretrain.engine_pipeline import PipelineEngine
+
+        return PipelineEngine(recipe, model, world)
     return Engine(recipe, model, world)
 
 
@@ -113,20 +123,25 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
-        self.world, self.config = world, model.config
+        self.world, self.config, self.seed = world, model.config, recipe.train.seed
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
         self.micro_batch, self.accumulation = sizes.micro_batch, sizes.accumulation
         _freeze(model, recipe.model.freeze)
-        trainable = [p for p in model.parameters() if p.requires_grad]
+        module = self._build(model)
+        if world.expert > 1:
+            _shard_experts(module, self.config, world)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=model, model_parameters=trainable, config=sizes.config, dist_init_required=False
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            config=sizes.config,
+            dist_init_required=False,
         )
         if recipe.train.compile:
             self.deepspeed.compile()
         self.module: torch.nn.Module = self.deepspeed.module
-        self.seed = recipe.train.seed
         self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
+        self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
 
     @property
@@ -143,31 +158,15 @@ class Engine:
         A step that was not announced is counted, and waited for, when it is trained on.
         """
         self._announced[batch.step] = self.world.sum(
-            [batch.targets, batch.real_tokens, int((batch.row >= 0).sum()), 0.0]
+            [batch.targets, batch.real_tokens, int((batch.row >= 0).sum()), flops_per_batch(self.config, batch)]
         )
 
     def train_step(self, batch: TokenBatch) -> StepResult:
         """One optimizer step on this rank's rows of the global batch."""
         counts, rate = self._counts(batch), self.learning_rate
         totals = self._totals()
-        scale = self.world.data * self.accumulation
         self.module.train()
-        norm: Any = 0.0
-        for micro in self._micro_batches(batch):
-            output = self.deepspeed(
-                self._inputs(micro, training=True),
-                normaliser=max(counts.targets, 1.0) / scale,
-                tokens_global=max(counts.tokens, 1.0),
-                auxiliary_scale=self.world.data,
-            )
-            self.deepspeed.backward(output.loss)
-            totals.add("loss", output.loss.detach() / scale)
-            totals.add("by_task", output.loss_by_task.detach())
-            if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
-                norm = gradient_norm(self.deepspeed)
-            self.deepspeed.step()
-        if self.zero_stage:
-            norm = gradient_norm(self.deepspeed)
+        norm = self._train(batch, counts, totals)
         self._finish_experts(totals)
         return self._result(counts, totals.numpy(), float(norm), rate)
 
@@ -175,33 +174,62 @@ class Engine:
     def evaluate(self, batch: TokenBatch) -> np.ndarray:
         """Σ weight · loss, Σ loss and number of targets of each task, [tasks, 3], summed over this batch on all ranks.
 
-        Collective. Ranks with fewer rows compute filler rows, because under ZeRO-3 all must go through the model as often.
+        Collective. Ranks with fewer rows compute filler rows, because all must go through the model as often.
         """
         self.module.eval()
         totals = self._totals()
-        rows = self.micro_batch
-        most = max(self.world.gather(batch.rows))
-        for start in range(0, most, rows):
-            micro = batch.select(slice(start, start + rows)).fill(rows)
-            totals.add("by_task", self.module(self._inputs(micro, training=False)).loss_by_task)
+        times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
+        self._evaluate(list(self._cut(batch, times)), totals)
         totals.all_reduce()
         return totals.numpy()["by_task"]
 
+    def canonical(self, local: str) -> str:
+        """The whole model's name of a parameter or buffer of this rank's module."""
+        return local
+
     def address(self, local: str, parameter: torch.nn.Parameter, shape: tuple[int, ...]) -> Address:
         """Where a parameter of this rank's module lies in the whole model."""
-        return Address(local, 0, shape)
+        first = self._first_expert.get(id(parameter))
+        if first is None:
+            return Address(self.canonical(local), 0, shape)
+        return Address(self.canonical(local), first * math.prod(shape[1:]), (self.config.num_experts, *shape[1:]))
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Canonical name and live tensor of everything that is saved and is not a parameter: the routers' shares."""
-        parameters = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         saved = self.module.state_dict().keys()
         for name, buffer in self.module.named_buffers():
-            if name in saved and name not in parameters:
-                yield name, buffer
+            if name in saved:
+                yield self.canonical(name), buffer
 
     def destroy(self) -> None:
         """Give back DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
         self.deepspeed.destroy()
+
+    # --- what a pipeline does differently ------------------------------------------------------------------------------
+
+    def _build(self, model: DecisionModel) -> torch.nn.Module:
+        if any(p.is_meta for p in model.parameters()):
+            model.to_empty(device="cpu")
+            initialise(model, self.seed)
+        return model
+
+    def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
+        """Forward, backward and step; adds what it measures to `totals`; returns the gradient's norm."""
+        scale = self.world.data * self.accumulation
+        norm = None
+        for micro in self._cut(batch, self.accumulation):
+            output = self.deepspeed(self._inputs(micro, training=True), **self._divisors(counts))
+            self.deepspeed.backward(output.loss)
+            totals.add("loss", output.loss.detach() / scale)
+            totals.add("by_task", output.loss_by_task.detach())
+            if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = gradient_norm(self.deepspeed)
+            self.deepspeed.step()
+        return gradient_norm(self.deepspeed) if norm is None else norm
+
+    def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
+        for micro in micros:
+            totals.add("by_task", self.module(self._inputs(micro, training=False)).loss_by_task)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -210,9 +238,18 @@ class Engine:
             self.announce(batch)
         return Counts(*self._announced.pop(batch.step).result())
 
-    def _micro_batches(self, batch: TokenBatch) -> Iterator[TokenBatch]:
-        filled = batch.fill(self.rows_per_rank)
-        for i in range(self.accumulation):
+    def _divisors(self, counts: Counts) -> dict[str, float]:
+        """What the model divides by: see the head of this file."""
+        return {
+            "normaliser": max(counts.targets, 1.0) / (self.world.data * self.accumulation),
+            "tokens_global": max(counts.tokens, 1.0),
+            "auxiliary_scale": float(self.world.data),
+        }
+
+    def _cut(self, batch: TokenBatch, times: int) -> Iterator[TokenBatch]:
+        """The batch as that many micro-batches, the last ones filled up with empty rows."""
+        filled = batch.fill(times * self.micro_batch)
+        for i in range(times):
             yield filled.select(slice(i * self.micro_batch, (i + 1) * self.micro_batch))
 
     def _inputs(self, batch: TokenBatch, *, training: bool) -> dict[str, torch.Tensor]:
@@ -261,3 +298,21 @@ def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+
+
+def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) -> None:
+    from pretrain.model.expert_parallel import shard_experts
+
+    if config.num_experts == 0 or config.num_experts % world.expert:
+        raise LayoutError(f"parallel.expert: {world.expert} does not divide model.moe.experts, {config.num_experts}")
+    shard_experts(module, config, world.expert_rank, world.expert)
+
+
+def _first_experts(module: torch.nn.Module) -> dict[int, int]:
+    """id of each parameter that is a slice of a stack of experts -> number of its first expert."""
+    return {
+        id(p): int(layer.experts.first)  # type: ignore[arg-type]
+        for layer in mixtures(module)
+        if hasattr(layer.experts, "first")
+        for p in layer.experts.parameters()
+    }

@@ -1,0 +1,74 @@
+"""The engine over pipeline stages: the same steps, of which this rank computes the layers of its stage.
+
+Only the first stage gets rows. Targets and the loss's divisors travel with the activations; the last stage has the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pretrain.batch import TokenBatch
+from pretrain.deepspeed_state import gradient_norm
+from pretrain.engine import Counts, Engine, Totals
+from pretrain.model.pipeline import OutputStage, partition, pipeline_inputs
+from pretrain.model.pipeline_module import DecisionPipeline
+from pretrain.parallel import LayoutError
+
+if TYPE_CHECKING:
+    from pretrain.model.transformer import DecisionModel
+
+MicroBatch = tuple[Any, None]
+
+
+class PipelineEngine(Engine):
+    """`train_step` and `evaluate` of stages after the first take a batch without rows."""
+
+    module: DecisionPipeline
+
+    def canonical(self, local: str) -> str:
+        return self._stage.canonical_name(local)
+
+    def _build(self, model: DecisionModel) -> torch.nn.Module:
+        try:
+            bounds = partition(self.config, self.world.pipeline, experts_everywhere=self.world.expert > 1)
+        except ValueError as error:
+            raise LayoutError(f"parallel.pipeline: {error}") from error
+        self._stage = DecisionPipeline(self.config, bounds, seed=self.seed)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in self._stage.named_parameters():
+            source = weights[self._stage.canonical_name(name)]
+            parameter.requires_grad_(source.requires_grad)
+            if not source.is_meta:
+                parameter.data.copy_(source.data)
+        return self._stage
+
+    def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
+        micros = self._cut(batch, self.accumulation) if self.world.is_first_stage else ()
+        loss = self.deepspeed.train_batch(self._feed(micros, training=True, **self._divisors(counts)))
+        if self.world.rank == 0:  # DeepSpeed has told every rank
+            totals.add("loss", loss.detach())
+        self._take(totals)
+        return gradient_norm(self.deepspeed)
+
+    def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
+        if micros:
+            feed = self._feed(micros if self.world.is_first_stage else (), training=False)
+            self.deepspeed.eval_batch(feed, bcast_loss=False, num_micro_batches=len(micros))
+            self._take(totals)
+
+    def _feed(self, micros: Any, *, training: bool, **divisors: float) -> Iterator[MicroBatch]:
+        """What DeepSpeed asks of the first stage (the inputs) and, in vain, of the last (labels, which it has already)."""
+        for micro in micros:
+            yield pipeline_inputs(self._inputs(micro, training=training), self.config, **divisors), None
+        while not self.world.is_first_stage:
+            yield None, None
+
+    def _take(self, totals: Totals) -> None:
+        for layer in self.module.modules():
+            if isinstance(layer, OutputStage):
+                sums = layer.take_loss_by_task()
+                if sums is not None:
+                    totals.add("by_task", sums.detach())
