@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _VERSION = 1
+_JOURNAL = 1 << 20  # bytes of the journal, beside what it must hold, before it is rewritten
 
 
 class MemoryTier:
@@ -178,7 +179,7 @@ class DiskTier:
     def _compact(self) -> None:
         """Rewrites a journal that has grown much longer than what it says."""
         address, item, kind = self.slabs.contents()
-        if self._journal.tell() < (1 << 20) + 4 * 24 * len(address):
+        if self._journal.tell() < _JOURNAL + 4 * 24 * len(address):
             return
         with open(self._path("journal.new"), "wb") as file:
             file.write(np.stack([address, item, kind], axis=1).tobytes())

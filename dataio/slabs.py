@@ -34,11 +34,11 @@ def size_classes(sample: Ints, slabs: int, slab: int) -> Ints:
 
 
 def slab_size(capacity: int, sample: Ints) -> int:
-    """A power of two: about a thousandth of the capacity, but room for eight of the largest items where the capacity allows."""
+    """A power of two: about a thousandth of the capacity, with room for eight of the largest items where the capacity allows."""
     largest = int(sample.max(initial=_SMALLEST))
     size = max(16 << 10, capacity // 1024, 8 * largest)
     size = 2 ** (int(size) - 1).bit_length()
-    while size > 4096 and size * 8 > capacity:
+    while size * 64 > capacity and size // 2 >= largest:
         size //= 2
     return size
 

@@ -81,7 +81,7 @@ def test_epochs_differ_and_mix():
     half = len(tile) // 2
     pairs_of = [set(zip(t[:-1].tolist(), t[1:].tolist())) for t in (tile[:half], tile[half:])]
     assert len(pairs_of[0] & pairs_of[1]) < 1e-3 * half
-    place = (drawn["episode"][:40000] * 16) // 4000
+    place = (tile[:20000] // 100 * 16) // 4000
     pairs = np.bincount(place[:-1] * 16 + place[1:], minlength=256)
     once = np.bincount(place, minlength=16) / len(place)
     assert chisquare(pairs, np.outer(once, once).ravel() * pairs.sum()).pvalue > 1e-4
