@@ -99,7 +99,8 @@ class Drawer:
         """Place and start of a window of each cell, uniform over windows times priority."""
         place, part = self.episode(cell, uniform53(high, low))
         choices = self._starts(cell, place)
-        return place, np.minimum((part * choices).astype(np.int64), choices - 1) * self._stride(cell)
+        start: Ints = np.minimum((part * choices).astype(np.int64), choices - 1) * self._stride(cell)
+        return place, start
 
     def episode(self, cell: Ints, uniform: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float64]]:
         """Place of an episode of each cell, by mass, and where within its mass the draw fell, in [0, 1)."""
@@ -107,8 +108,8 @@ class Drawer:
         first, end = index.first[cell], index.first[cell + 1]
         low = index.mass[first]
         point = low + uniform * (index.mass[end] - low)
-        place = np.searchsorted(index.mass, point, side="right") - 1
-        place = np.minimum(np.maximum(place, first), end - 1)
+        found = np.searchsorted(index.mass, point, side="right") - 1
+        place: Ints = np.minimum(np.maximum(found, first), end - 1)
         below = index.mass[place]
         return place, (point - below) / (index.mass[place + 1] - below)
 

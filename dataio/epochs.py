@@ -53,7 +53,11 @@ def rows_below(cut: Ints, steps: Ints, slope: int, offset: int) -> Ints:
     """Rows that stand below `cut` on the line in `steps` steps; the i-th has the offset (offset + slope · i) mod UNIT."""
     cut, steps = np.asarray(cut, np.int64), np.asarray(steps, np.int64)
     last = slope * np.maximum(steps - 1, 0)
-    return steps + floor_sum(steps, UNIT, slope, cut - 1 - offset - last) + floor_sum(steps, UNIT, slope, offset)
+    return (
+        steps
+        + floor_sum(steps, UNIT, slope, cut - 1 - offset - last)
+        + floor_sum(steps, UNIT, slope, np.full_like(steps, offset))
+    )
 
 
 @dataclass(frozen=True)

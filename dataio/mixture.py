@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .episode import DataError
-from .plan_index import PlanIndex
+from .plan_index import PlanIndex, sums
 from .renewal import up_to, visits
 
 UNIT = 2**24  # positions of a row on the line of all rows' mass: exact in integers and in float64
@@ -40,7 +40,7 @@ def entry_shares(
 
     DataError where an entry of positive weight has none; a held-out set may lack some of the entries, but not all.
     """
-    have = np.bincount(index.strata.entry, index.cell_mass.sum(0), len(weights)) > 0
+    have = sums(index.strata.entry, index.cell_mass.sum(0), len(weights)) > 0
     empty = [n for n, w, h in zip(names, weights, have) if w > 0 and not h]
     out = np.where(have, weights, 0.0)
     if out.sum() <= 0 or (empty and not held_out):
@@ -71,8 +71,8 @@ def free_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: i
     cell, level = index.level_cell, index.level
     bucket, stratum = cell // number, cell % number
     cost = level * index.grain
-    wanted = mass if unit == "windows" else np.bincount(cell, index.level_mass * cost, index.cells).reshape(mass.shape)
-    of_entry = np.bincount(strata.entry, wanted.sum(0), len(shares))
+    wanted = mass if unit == "windows" else sums(cell, index.level_mass * cost, index.cells).reshape(mass.shape)
+    of_entry = sums(strata.entry, wanted.sum(0), len(shares))
     wanted = wanted * np.divide(shares, of_entry, where=of_entry > 0, out=np.zeros(len(shares)))[strata.entry]
     within = index.level_mass / np.maximum(
         mass.reshape(-1)[cell], 1e-300
@@ -123,7 +123,7 @@ class _Starts:
         # Classes of windows: what they take, and where they may not follow.
         gap = np.maximum(-(-strata.least[stratum] // self.grain) - index.level, 0)
         key, of = np.unique(index.level * (positions + 1) + np.minimum(gap, positions), return_inverse=True)
-        chances = np.bincount(of * buckets + bucket, chance, len(key) * buckets).reshape(len(key), buckets)
+        chances = sums(of * buckets + bucket, chance, len(key) * buckets).reshape(len(key), buckets)
         # The first window begins at 0, or behind a prompt.
         self.behind = np.rint(index.prompt_cost / self.grain).astype(np.int64)
         first = np.zeros((positions + 1, buckets))
@@ -159,4 +159,4 @@ class _Starts:
         behind = self.behind[stratum] * self.grain
         tokens -= self.strata.prompt[stratum] * (cost - np.minimum(cost, self.budget - behind))
         cell = bucket * number + stratum
-        return windows, np.bincount(cell, tokens * within, buckets * number).reshape(buckets, number)
+        return windows, sums(cell, tokens * within, buckets * number).reshape(buckets, number)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +126,13 @@ class PlanIndex:
         with open(os.path.join(folder, "plan.json")) as file:
             numbers = json.load(file)
 
-        def read(name: str) -> NDArray:
+        def read(name: str) -> NDArray[Any]:
             return np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
 
         strata = Strata(**{f.name: np.array(read(f"strata.{f.name}")) for f in fields(Strata)})
-        arrays = {f.name: read(f.name) for f in fields(cls) if f.name not in ("buckets", "grain", "strata")}
+        arrays: dict[str, Any] = {
+            f.name: read(f.name) for f in fields(cls) if f.name not in ("buckets", "grain", "strata")
+        }
         return cls(strata=strata, **numbers, **arrays)
 
     def _arrays(self) -> dict[str, NDArray]:
@@ -144,21 +146,20 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
     for entry in entries:
         lengths = entry.lengths
         out.update(json.dumps([entry.index.fingerprint, [int(t) for t in entry.tasks], float(lengths.prompt)]).encode())
-        for array in (
-            lengths.units,
-            lengths.window,
-            lengths.per_unit,
-            lengths.fixed,
-            lengths.prompt_units,
-            entry.priority,
-        ):
-            if array is None:
+        arrays = (lengths.units, lengths.window, lengths.per_unit, lengths.fixed, lengths.prompt_units, entry.priority)
+        for given in arrays:
+            if given is None:
                 out.update(b"none")
             else:
-                array = np.ascontiguousarray(array)
+                array: NDArray[Any] = np.ascontiguousarray(given)
                 out.update(f"{array.dtype.str}{array.shape}".encode())
                 out.update(array.data)
     return out.hexdigest()
+
+
+def sums(where: NDArray[np.int64], values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
+    """Sum of the values at each of the places 0 … number − 1."""
+    return np.bincount(where, values, number).astype(np.float64, copy=False)
 
 
 def tile_count(units: NDArray, window: NDArray) -> NDArray[np.int64]:
@@ -232,10 +233,10 @@ def _build(
         parts["cell"].append(bucket * number + s)
         parts["units"].append(units.astype(np.int32))
         parts["fixed"].append(np.asarray(entry.lengths.fixed[chosen], np.int32))
-        weighted = (
-            entry.priority is not None and not tiles
-        )  # an epoch visits every tile once: there, 0 alone has a meaning
-        parts["mass"].append(windows * (entry.priority[chosen].astype(np.float64) if weighted else 1.0))
+        priority: NDArray[np.float64] | float = 1.0
+        if entry.priority is not None and not tiles:  # an epoch visits every tile once: there, 0 alone has a meaning
+            priority = entry.priority[chosen].astype(np.float64)
+        parts["mass"].append(windows * priority)
     flat = {k: np.concatenate(v) if v else np.zeros(0, np.int64) for k, v in parts.items()}
     order = _stable_order(flat["cell"])
     flat = {k: v[order] for k, v in flat.items()}
@@ -279,7 +280,7 @@ def _finish(
     grain, level_cell, level, level_mass = _histogram(cell, np.minimum(full, budget), mass, cells, buckets, budget)
     room = np.maximum(budget - least, 0)
     prompt = np.minimum(np.minimum(units, strata["prompt_units"][s]) * strata["per_unit"][s], room[s])
-    weight = np.bincount(s, mass, number)
+    weight = sums(s, mass, number)
     return PlanIndex(
         buckets=buckets,
         grain=grain,
@@ -293,8 +294,8 @@ def _finish(
         level_cell=level_cell,
         level=level,
         level_mass=level_mass,
-        square=np.bincount(cell, mass * mass, cells),
-        prompt_cost=np.bincount(s, mass * prompt, number) / np.maximum(weight, 1e-300),
+        square=sums(cell, mass * mass, cells),
+        prompt_cost=sums(s, mass * prompt, number) / np.maximum(weight, 1e-300),
         too_long=too_long,
     )
 
@@ -315,13 +316,13 @@ def _histogram(
     sizes = cells * (top + 2)
     key = cell * (top + 2) + low
     if sizes <= max(2**24, 2 * len(cell)):
-        dense = np.bincount(key, mass * (1 - part), sizes)
+        dense = sums(key, mass * (1 - part), sizes)
         if grain > 1:
-            dense += np.bincount(key + 1, mass * part, sizes)
+            dense += sums(key + 1, mass * part, sizes)
         where = np.flatnonzero(dense)
         values = dense[where]
     else:
         where, inverse = np.unique(np.concatenate([key, key + 1]), return_inverse=True)
-        values = np.bincount(inverse, np.concatenate([mass * (1 - part), mass * part]), len(where))
+        values = sums(inverse, np.concatenate([mass * (1 - part), mass * part]), len(where))
         where, values = where[values > 0], values[values > 0]
     return grain, where // (top + 2), where % (top + 2), values

@@ -90,6 +90,11 @@ class PlannedWindows(NamedTuple):
     attempt: Ints
 
 
+def _part(planned: PlannedWindows, part: slice) -> PlannedWindows:
+    columns: Any = (column[part] for column in planned)
+    return PlannedWindows(*columns)
+
+
 def choose_buckets(episodes: int, rows: int, prompts: bool, processes: int = 1, fits: bool = False) -> int:
     """Number of buckets: 1 where the data fit every process' cache; else the power of two nearest `rows`, or 16 for each
     process if that is more, as long as a bucket holds 400 episodes (1,000 with prompts), below which gradients would vary more
@@ -234,7 +239,7 @@ class SamplingPlan:
             at, planned = self._planned(phase, step, row, attempts or {})
             ends = np.searchsorted(at, np.cumsum(sizes))
             starts = [0, *ends[:-1]]
-            out += [PlannedWindows(*(c[a:b] for c in planned)) for a, b in zip(starts, ends)]
+            out += [_part(planned, slice(a, b)) for a, b in zip(starts, ends)]
         return out
 
     def _planned(
