@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from dataio.convert.exported import restore, tasks_of
 from dataio.convert.infer import canonical, field_spec, texts
-from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image
+from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image, parse_json
 from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows
 from dataio.convert.source import Source, expand
 from dataio.convert.video import VideoFrames, frame_size
@@ -29,6 +30,7 @@ _SCALARS = ("reward", "terminated", "truncated")
 _INFO = "meta/info.json"
 _PIECE_FRAMES = 20_000  # rows of one piece of a v2 source, about
 _INSTRUCTION = "instruction"
+EXPORTED, VALID = "tiphys", "valid"  # what an export of ours adds: to info.json and the table of episodes; to the rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Record:
     tasks: tuple[str, ...]
     data: str
     videos: Mapping[str, tuple[str, float]]
+    about: str = ""  # of an export: what `dataio.convert.exported` restores
 
 
 class LeRobot(Converter):
@@ -69,6 +72,17 @@ class LeRobot(Converter):
     @property
     def _v3(self) -> bool:
         return str(self.info["codebase_version"]) == "v3.0"
+
+    @cached_property
+    def _exported(self) -> tuple[TaskSpec, dict[str, str]] | None:
+        """The task and field -> feature, where the source is an export of ours."""
+        about = self.info.get(EXPORTED)
+        if about is None:
+            return None
+        if not isinstance(about, dict) or not isinstance(about.get("names"), dict):
+            raise DataError(f"{self.source.where(_INFO)}: {EXPORTED!r} is not what an export writes")
+        (task,) = tasks_of([about.get("task")], self.source.where(_INFO))
+        return task, {str(k): str(v) for k, v in about["names"].items()}
 
     @cached_property
     def _features(self) -> dict[str, dict[str, Any]]:
@@ -120,6 +134,7 @@ class LeRobot(Converter):
         where = self.source.where(_INFO)
         columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
         columns += [f"videos/{k}/{c}" for k in self._videos for c in ("chunk_index", "file_index", "from_timestamp")]
+        columns += [EXPORTED] if self._exported else []
         for path in [p for p in self.source.files if re.fullmatch(r"meta/episodes/.*\.parquet", p)]:
             table = read_columns(self.source, path, columns)
             missing = sorted(set(columns) - set(table))
@@ -141,8 +156,8 @@ class LeRobot(Converter):
                     for k in self._videos
                 }
                 data = expand(self.info.get("data_path"), where, **place("data"))  # type: ignore[arg-type]
-                tasks = tuple(str(t) for t in row["tasks"] or ())
-                yield Record(row["episode_index"], row["length"], tasks, data, videos)
+                tasks, about = tuple(str(t) for t in row["tasks"] or ()), str(row.get(EXPORTED) or "")
+                yield Record(row["episode_index"], row["length"], tasks, data, videos, about)
 
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
         name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
@@ -162,6 +177,8 @@ class LeRobot(Converter):
         return field_spec(name, kind, [] if name in _SCALARS and shape == [1] else shape)
 
     def tasks(self) -> list[TaskSpec]:
+        if self._exported is not None:
+            return [self._exported[0]]
         fields = [self._field(k, f) for k, f in self._features.items()]
         several = any(len(r.tasks) > 1 for r in self._records)
         if _INSTRUCTION not in {f.name for f in fields}:
@@ -213,6 +230,8 @@ class LeRobot(Converter):
                 )
         where = f"{self.source.where(record.data)}, episode {record.number}"
         table = files.rows(record, where)
+        if self._exported is not None:
+            return self._restore(record, table, *self._exported, where)
         fields: dict[str, Any] = {}
         for key, feature in self._features.items():
             name = canonical(key)
@@ -236,6 +255,21 @@ class LeRobot(Converter):
             steps=record.length,
             success=None if success is None or isinstance(success, str) else bool(np.any(success)),
         )
+
+    def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
+        """An episode that `dataio.export.lerobot` wrote."""
+        fields: dict[str, Any] = {}
+        for field, key in names.items():
+            feature = self._features.get(key)
+            if feature is None:
+                raise DataError(f"{where}: info.json has no feature {key!r}")
+            if feature.get("dtype") == "image":
+                pictures = self._pictures(table, key, where)
+                shape = task.field(field).shape
+                fields[field] = pictures[..., 0] if len(shape) == 2 else pictures
+            else:
+                fields[field] = _column(table, key, where, task.field(field).shape)
+        return restore(parse_json(record.about, f"{where}, {EXPORTED}"), fields, task, where)
 
     def _instruction(self, table: Any, record: Record, where: str) -> Any:
         """The words of the row's task_index: one text, or one a row where they change."""

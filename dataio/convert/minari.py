@@ -15,13 +15,15 @@ import numpy as np
 
 from dataio.convert import hdf5, spaces
 from dataio.convert.converter import Converter, Item, Piece, read_each
-from dataio.convert.infer import channels_last, field_spec, infer_task
-from dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image
+from dataio.convert.exported import restore, tasks_of
+from dataio.convert.infer import channels_last, field_spec, infer_task, texts
+from dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
 from dataio.convert.parquet import to_rows
 from dataio.convert.source import Source
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
-_MAIN = "main_data.hdf5"
+MAIN = "main_data.hdf5"
+EXPORTED = "tiphys"  # in metadata.json and in each episode: what an export of ours adds
 _PIECE_BYTES = 256 << 20  # of a piece, about
 _RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
 _SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
@@ -34,7 +36,7 @@ class Minari(Converter):
     def recognise(cls, source: Source) -> float:
         for path in source.files:
             folder, _, name = path.rpartition("/")
-            if name == _MAIN:
+            if name == MAIN:
                 return 1.0
             if name == "metadata.json" and f"{folder}/0/metadata.json".lstrip("/") in source.files:
                 metadata = source.json(path)
@@ -47,14 +49,14 @@ class Minari(Converter):
         found = []
         for path in self.source.files:
             folder, _, name = path.rpartition("/")
-            if name == _MAIN:
+            if name == MAIN:
                 found.append(folder)
             elif name == "metadata.json":
                 metadata = self.source.json(path)
                 if isinstance(metadata, dict) and metadata.get("data_format", "hdf5") != "hdf5":
                     found.append(folder)
         if not found:
-            raise DataError(f"{self.source.url}: no {_MAIN} and no metadata.json of Minari")
+            raise DataError(f"{self.source.url}: no {MAIN} and no metadata.json of Minari")
         return list(dict.fromkeys(found))
 
     def _path(self, folder: str, name: str) -> str:
@@ -70,7 +72,7 @@ class Minari(Converter):
             if not isinstance(metadata, dict):
                 raise DataError(f"{self.source.where(path)}: not a JSON object")
             if self._is_hdf5(folder):
-                main = self._path(folder, _MAIN)
+                main = self._path(folder, MAIN)
                 with hdf5.open_hdf5(self.source, main) as file:
                     kept = ("observation_space", "action_space", "env_spec", "dataset_id")
                     metadata = {**{k: hdf5.attribute(file, k) for k in kept}, **metadata}
@@ -83,7 +85,7 @@ class Minari(Converter):
         return out
 
     def _is_hdf5(self, folder: str) -> bool:
-        return self._path(folder, _MAIN) in self.source.files
+        return self._path(folder, MAIN) in self.source.files
 
     def _arrow_files(self, folder: str) -> dict[int, list[str]]:
         out: dict[int, list[str]] = {}
@@ -108,7 +110,7 @@ class Minari(Converter):
             each = max(1, int(_PIECE_BYTES * len(numbers) / max(metadata["bytes"], 1)))
             for first in range(0, len(numbers), each):
                 part = numbers[first : first + each]
-                files = [self._path(folder, _MAIN)] if self._is_hdf5(folder) else []
+                files = [self._path(folder, MAIN)] if self._is_hdf5(folder) else []
                 out.append(Piece(f"{len(out):06d}", {"folder": folder, "episodes": part, "files": files}))
         return out
 
@@ -119,11 +121,23 @@ class Minari(Converter):
             files = [p for n in piece.data["episodes"] for p in known.get(n, [])]
         return [self.source.version(p) for p in files]
 
+    def _exported(self, folder: str) -> tuple[TaskSpec, dict[str, dict[str, str]]] | None:
+        """The task and the places of its fields, where the folder is an export of ours."""
+        about, where = self._metadata[folder].get(EXPORTED), self.source.where(folder)
+        if about is None:
+            return None
+        if not isinstance(about, dict) or not all(isinstance(about.get(k), dict) for k in _SPACES):
+            raise DataError(f"{where}: {EXPORTED!r} in metadata.json is not what an export writes")
+        (task,) = tasks_of([about.get("task")], where)
+        return task, {k: {str(f): str(p) for f, p in about[k].items()} for k in _SPACES}
+
     def tasks(self) -> list[TaskSpec]:
         return [self._spec(folder) for folder in self._folders]
 
     def _spec(self, folder: str) -> TaskSpec:
         metadata, where = self._metadata[folder], self.source.where(folder)
+        if (exported := self._exported(folder)) is not None:
+            return exported[0]
         known: dict[str, FieldSpec] = {}
         for name, _, leaf in self._leaves(folder).values():
             known[name] = spaces.spec(name, leaf, where)
@@ -179,13 +193,15 @@ class Minari(Converter):
                 numbers, lambda n: self._read_arrow(folder, files.get(n, []), n, where(n)), where, start
             )
             return
-        with hdf5.open_hdf5(self.source, self._path(folder, _MAIN)) as file:
+        with hdf5.open_hdf5(self.source, self._path(folder, MAIN)) as file:
             yield from read_each(numbers, lambda n: self._read_hdf5(file, folder, n, where(n)), where, start)
 
     # ---- HDF5
 
     def _read_hdf5(self, file: Any, folder: str, number: int, where: str) -> Episode:
         group = hdf5.member(file, f"episode_{number}", where)
+        if (exported := self._exported(folder)) is not None:
+            return _read_exported(group, *exported, where)
         fields: dict[str, Any] = {}
         leaves = self._leaves(folder)
         for source, (name, path, leaf) in leaves.items():
@@ -297,6 +313,24 @@ class Minari(Converter):
             agent=str(self._metadata[folder].get("algorithm_name") or ""),
             info=info,
         )
+
+
+def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]], where: str) -> Episode:
+    """An episode that `dataio.export.minari` wrote."""
+    about = parse_json(str(hdf5.read(hdf5.member(group, EXPORTED, where), where)), f"{where}, {EXPORTED}")
+    fields: dict[str, Any] = {}
+    for part, known in places.items():
+        for name, key in known.items():
+            holder = hdf5.member(group, part, where)
+            fields[name] = hdf5.read(hdf5.member(holder, key, where) if key else holder, f"{where}, {part}/{key}")
+    for part, name in _RESULTS.items():
+        fields[name] = hdf5.read(hdf5.member(group, part, where), f"{where}, {part}")
+    if "infos" in group:
+        found = hdf5.datasets(hdf5.member(group, "infos", where), where)
+        fields.update({name: hdf5.read(dataset, f"{where}, infos.{name}") for name, dataset in found.items()})
+    words = about.get("words") if isinstance(about, dict) else None
+    fields.update({k: texts(v, f"{where}, {k}") for k, v in words.items()} if isinstance(words, dict) else {})
+    return restore(about, fields, task, where)
 
 
 def _shaped(array: np.ndarray, field: FieldSpec, where: str) -> np.ndarray:

@@ -10,7 +10,6 @@ cannot.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from dataio.convert.archive import open_member, open_zip
 from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from dataio.convert.exported import restore, tasks_of
 from dataio.convert.infer import canonical, channels_last, texts
 from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, check_size, parse_json, read_npy
 from dataio.convert.source import Source
@@ -50,10 +50,8 @@ class Npz(Converter):
         """The tasks, where the folder is an export of ours."""
         if self.source.single or TASKS not in self.source.files:
             return []
-        try:
-            return [TaskSpec(**t) for t in self.source.json(TASKS)["tasks"]]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.source.where(TASKS)}: not a list of tasks ({error})") from None
+        known = self.source.json(TASKS)
+        return tasks_of(known.get("tasks") if isinstance(known, dict) else None, self.source.where(TASKS))
 
     def tasks(self) -> list[TaskSpec]:
         return self._exported or super().tasks()
@@ -94,7 +92,7 @@ class Npz(Converter):
                     elif name.endswith(".npy"):
                         arrays[name[:-4]] = read_npy(member, size, f"{where}, {name}")
         if about is not None:
-            return [lambda: _exported(arrays, about, where)]
+            return [partial(_exported, arrays, about, self._exported, where)]
         base = path.removesuffix(".npz")
         identity = f"{self.source.name}/{base}" if not self.source.single else base
         fields = {canonical(k.replace("/", ".")): v for k, v in arrays.items()}
@@ -169,15 +167,11 @@ def _cut(fields: dict[str, np.ndarray], begin: int, end: int, rows: int) -> dict
     return {k: v[begin:end] if v.ndim and len(v) >= rows else v for k, v in fields.items()}
 
 
-def _exported(arrays: dict[str, np.ndarray], about: Any, where: str) -> Episode:
+def _exported(arrays: dict[str, np.ndarray], about: Any, tasks: list[TaskSpec], where: str) -> Episode:
     """An episode that `dataio.export.npz` wrote."""
-    try:
-        fields: dict[str, Any] = {k: arrays[k] for k in about["arrays"]}
-        for name, value in about["texts"].items():
-            fields[name] = value if isinstance(value, str) else texts(value, f"{where}, {name}")
-        episode = Episode(
-            str(about["id"]), str(about["task"]), fields, int(about["steps"]), about["success"], str(about["agent"])
-        )
-        return replace(episode, info=dict(about["info"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: {ABOUT} is not what an export writes ({type(error).__name__}: {error})") from None
+    words = about.get("words") if isinstance(about, dict) else None
+    task = next((t for t in tasks if isinstance(about, dict) and t.name == about.get("task")), None)
+    if task is None or not isinstance(words, dict):
+        raise DataError(f"{where}: {ABOUT} is not what an export writes, or {TASKS} lacks its task")
+    spoken = {k: texts(v, f"{where}, {k}") for k, v in words.items()}
+    return restore(about, {**arrays, **spoken}, task, where)

@@ -1,0 +1,97 @@
+"""Datasets -> other formats: Minari HDF5, LeRobot v3, NPZ. `dataio.convert` reads each of them back, without loss."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dataio.episode import Episode, TaskSpec
+    from dataio.index import EpisodeIndex
+
+FORMATS = {"minari": "dataio.export.minari", "lerobot": "dataio.export.lerobot", "npz": "dataio.export.npz"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    destination: str
+    format: str
+    episodes: int
+    folders: tuple[str, ...]  # one a task where the format holds one task a folder
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{self.destination}/{f}" if f else self.destination for f in self.folders)
+        return f"{self.episodes:,} episodes as {self.format}: {where}"
+
+
+def export(
+    dataset: str, destination: str, *, format: str, progress: Callable[[int, int], None] | None = None, **options: Any
+) -> ExportReport:
+    """Write all episodes of a dataset in another format.
+
+    destination  an empty folder, in any store. Of several tasks, Minari and LeRobot get a folder each
+    options      `fps` (lerobot): frames a second to be stated, 10 if the data does not say
+
+    One task's files are made in the scratch folder and uploaded whole; the file that makes a folder recognisable is the last.
+    Raises DataError for an unknown format or a task that the format cannot hold, FileExistsError for a folder that is not empty.
+    """
+    from dataio.episode import DataError
+    from dataio.index import EpisodeIndex
+    from dataio.storage import Store
+
+    if format not in FORMATS:
+        raise DataError(f"format {format!r} is none of {', '.join(FORMATS)}")
+    index = EpisodeIndex.open(dataset)
+    store = Store(destination)
+    if store.list():
+        raise FileExistsError(f"{destination} is not empty; choose another folder")
+    module = importlib.import_module(FORMATS[format])
+    done = 0
+
+    def tell(episodes: Iterator[Episode]) -> Iterator[Episode]:
+        nonlocal done
+        for episode in episodes:
+            yield episode
+            done += 1
+            if progress is not None:
+                progress(done, index.episodes)
+
+    groups: list[tuple[str, tuple[TaskSpec, ...]]]
+    if module.ONE_TASK_A_FOLDER and len(index.tasks) > 1:
+        groups = [(folder, (task,)) for folder, task in _folders(index.tasks).items()]
+    else:
+        groups = [("", index.tasks)]
+    for folder, tasks in groups:
+        with tempfile.TemporaryDirectory(prefix="tiphys-export-") as scratch:
+            names = module.write(Path(scratch), tasks, lambda tasks=tasks: tell(episodes_of(index, tasks)), **options)
+            for name in names:
+                store.upload(f"{folder}/{name}" if folder else name, str(Path(scratch) / name))
+    return ExportReport(destination, format, done, tuple(folder for folder, _ in groups))
+
+
+def episodes_of(index: EpisodeIndex, tasks: tuple[TaskSpec, ...]) -> Iterator[Episode]:
+    """The episodes of these tasks, in the order of the dataset, one in memory at a time."""
+    from dataio.dataset import read_episode
+
+    wanted = {number for number, task in enumerate(index.tasks) if task in tasks}
+    for number in range(index.episodes):
+        if int(index.task[number]) in wanted:
+            yield read_episode(index, number)
+
+
+def _folders(tasks: tuple[TaskSpec, ...]) -> Mapping[str, TaskSpec]:
+    """A folder name for each task, all different."""
+    out: dict[str, TaskSpec] = {}
+    for task in tasks:
+        name = base = re.sub(r"[^A-Za-z0-9_-]+", "-", task.name).strip("-") or "task"
+        number = 1
+        while name in out:
+            number += 1
+            name = f"{base}-{number}"
+        out[name] = task
+    return out
