@@ -27,8 +27,15 @@ SETUPS = {
         {"context": 400, "softmax": "range", "fields": {"*.front": FieldTokens(resize=16)}},
     ),
     "bc": ("bc", {"context": 200, "loss_weight": 0.5}),
-    "bc regressed": ("bc", {"context": 200, "discretise": "no"}),
-    "bc strided": ("bc", {"context": 300, "fields": {"observation.front": FieldTokens(stride=2)}}),
+    "bc regressed": ("bc", {"context": 200, "discretise": "no", "loss_weight": 0.25}),
+    "bc strided": (
+        "bc",
+        {
+            "context": 300,
+            "fields": {"observation.front": FieldTokens(stride=2)},
+            "options": {"text_tokens": 1},
+        },
+    ),
     "bc chunked": ("bc", {"context": 300, "fields": {"action*": FieldTokens(chunk=3)}}),
     "bc quantiles": ("bc", {"context": 200, "fields": {"action": FieldTokens(encoding="quantile", bins=32)}}),
     "dt": ("dt", {"context": 200}),

@@ -107,6 +107,13 @@ def test_quantiles_never_leave_their_range_and_decode_to_themselves(x):
     assert (codec.encode(codec.decode(ids)) == ids).all()
 
 
+def test_an_edge_belongs_to_the_bin_above_it_and_the_last_bin_is_closed():
+    x = np.array([[0.0, -1.0], [1.0, 0.0], [4.0, 0.5]])
+    assert (EXAMPLES["quantiles"].encode(x) - FIRST).tolist() == [[0, 0], [1, 1], [1, 1]]
+    uniform = Bins("", (), FIRST, 4, (0.0,), (4.0,))
+    assert (uniform.encode(np.array([0.0, 1.0, 2.0, 3.0, 4.0])) - FIRST).ravel().tolist() == [0, 1, 2, 3, 3]
+
+
 @quick
 @given(st.data(), st.lists(st.integers(1, 1024), min_size=1, max_size=4), st.integers(-5, 5))
 def test_discrete_round_trip(data, counts, low):
