@@ -17,6 +17,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
     """One MP4 whose first frame is a key frame. `quality` 100 … 1 maps to a constant rate factor of 0 … 51 (63 for AV1)."""
     import av
 
+    os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints its settings for every chunk
     n, height, width, channels = planes.shape
     if n * height * width > MAX_PIXELS:
         raise DataError(f"{n} frames of {height}×{width} are too large for one {encoding.kind} chunk; lower `frames`")
