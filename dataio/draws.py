@@ -113,7 +113,7 @@ class Drawer:
         below = index.mass[place]
         return place, (point - below) / (index.mass[place + 1] - below)
 
-    def _stride(self, cell: Ints) -> Ints | int:
+    def _stride(self, cell: Ints) -> Any:
         return self.index.strata.window[cell % len(self.index.strata)] if self.tiles else 1
 
     def _starts(self, cell: Ints, place: Ints) -> Ints:

@@ -24,6 +24,7 @@ from .episode import DataError
 if TYPE_CHECKING:
     from .sampling import PlanEntry
 
+_CHUNK = 1 << 22  # episodes worked on at once
 _LEVEL_WORK = 5e7  # multiplications of one pass of the renewal calculation: some 50 ms
 
 
@@ -164,7 +165,8 @@ def sums(where: NDArray[np.int64], values: NDArray[np.float64], number: int) -> 
 
 def tile_count(units: NDArray, window: NDArray) -> NDArray[np.int64]:
     """Disjoint tiles of at most `window` units that cover each episode."""
-    return -(-units.astype(np.int64) // window)
+    count: NDArray[np.int64] = -(-units.astype(np.int64) // window)
+    return count
 
 
 def _strata(entries: Sequence[PlanEntry], budget: int) -> dict[str, NDArray]:
@@ -191,24 +193,40 @@ def _strata(entries: Sequence[PlanEntry], budget: int) -> dict[str, NDArray]:
     return out
 
 
-def _drawable(
-    entry: PlanEntry,
-    stratum: NDArray[np.int64],
-    strata: dict[str, NDArray],
-    budget: int,
-    validation: float,
-    held_out: bool,
-) -> tuple[NDArray[np.int64], int]:
-    """Numbers of the entry's episodes that can be drawn at all, and how many are left out as too long for a row."""
-    lengths, index = entry.lengths, entry.index
-    keep = (stratum >= 0) & (lengths.units > 0)
-    keep &= index.held_out(validation) if held_out else ~index.held_out(validation)
-    if entry.priority is not None:
-        if not (np.isfinite(entry.priority) & (entry.priority >= 0)).all():
-            raise DataError(f"entry {entry.name!r}: priorities must be finite and at least 0")
-        keep &= entry.priority > 0
-    fits = lengths.fixed + strata["per_unit"][stratum] <= budget
-    return np.flatnonzero(keep & fits), int((keep & ~fits).sum())
+class _Columns:
+    """The drawable episodes of all entries: entry by entry, then sorted by cell."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[NDArray[Any]]] = {k: [] for k in ("episode", "cell", "units", "fixed", "priority")}
+        self.episode = self.units = self.fixed = np.zeros(0, np.int32)
+        self.cell, self.priority = np.zeros(0, np.uint32), np.zeros(0, np.float32)
+
+    def add(self, entry: PlanEntry, chosen: NDArray[np.int64], cell: NDArray[np.int64]) -> None:
+        some = {
+            "episode": chosen.astype(np.int32),
+            "cell": cell.astype(np.uint32),
+            "units": np.asarray(entry.lengths.units[chosen], np.int32),
+            "fixed": np.asarray(entry.lengths.fixed[chosen], np.int32),
+        }
+        if entry.priority is None:
+            some["priority"] = np.broadcast_to(np.float32(1), len(chosen))
+        else:
+            some["priority"] = np.asarray(entry.priority[chosen], np.float32)
+        for name, array in some.items():
+            self.parts[name].append(array)
+
+    def sort(self, plain: bool) -> None:
+        """Stable, by cell: two passes of NumPy's radix sort, which exists for 16 bits only. `plain`: no priorities."""
+        cell = np.concatenate(self.parts["cell"] or [self.cell])
+        order = np.argsort(cell.astype(np.uint16), kind="stable")
+        high = (cell >> 16).astype(np.uint16)
+        if high.any():
+            order = order[np.argsort(high[order], kind="stable")]
+        del high
+        self.cell = cell[order]
+        for name in ("episode", "units", "fixed") if plain else ("episode", "units", "fixed", "priority"):
+            setattr(self, name, np.concatenate(self.parts.pop(name) or [getattr(self, name)])[order])
+        self.parts.clear()
 
 
 def _build(
@@ -216,113 +234,138 @@ def _build(
 ) -> PlanIndex:
     strata = _strata(entries, budget)
     number = len(strata["entry"])
-    parts: dict[str, list[NDArray]] = {k: [] for k in ("episode", "cell", "units", "fixed", "mass")}
-    too_long = []
+    columns, too_long = _Columns(), np.zeros(len(entries), np.int64)
     for i, entry in enumerate(entries):
-        lookup = np.full(1 + max(int(np.max(entry.index.task, initial=0)), max(entry.tasks, default=0)), -1, np.int64)
-        for s in np.flatnonzero(strata["entry"] == i):
-            lookup[strata["task"][s]] = s
-        stratum = lookup[entry.index.task]
-        chosen, long = _drawable(entry, stratum, strata, budget, validation, held_out)
-        too_long.append(long)
-        s = stratum[chosen]
-        units = np.asarray(entry.lengths.units[chosen], np.int64)
-        windows = tile_count(units, strata["window"][s]) if tiles else np.maximum(units - strata["window"][s] + 1, 1)
-        bucket = (entry.index.hash[chosen] % np.uint64(buckets)).astype(np.int64)
-        parts["episode"].append(chosen.astype(np.int32))
-        parts["cell"].append(bucket * number + s)
-        parts["units"].append(units.astype(np.int32))
-        parts["fixed"].append(np.asarray(entry.lengths.fixed[chosen], np.int32))
-        priority: NDArray[np.float64] | float = 1.0
-        if entry.priority is not None and not tiles:  # an epoch visits every tile once: there, 0 alone has a meaning
-            priority = entry.priority[chosen].astype(np.float64)
-        parts["mass"].append(windows * priority)
-    flat = {k: np.concatenate(v) if v else np.zeros(0, np.int64) for k, v in parts.items()}
-    order = _stable_order(flat["cell"])
-    flat = {k: v[order] for k, v in flat.items()}
-    del order
-    return _finish(flat, strata, buckets, budget, tiles, np.array(too_long, np.int64))
+        held = entry.index.held_out(validation)
+        mine = np.flatnonzero(strata["entry"] == i)
+        most = max(int(np.max(entry.index.task, initial=0)), max(entry.tasks, default=0))
+        lookup = np.full(most + 1, -1, np.int64)
+        lookup[strata["task"][mine]] = mine
+        for part in _parts(entry.index.episodes):
+            stratum = lookup[entry.index.task[part]]
+            drawable, long = _drawable(entry, part, stratum, strata, budget, held[part] == held_out)
+            too_long[i] += long
+            chosen = np.flatnonzero(drawable)
+            bucket = (entry.index.hash[part][chosen] % np.uint64(buckets)).astype(np.int64)
+            columns.add(entry, chosen + part.start, bucket * number + stratum[chosen])
+    # Without replacement every tile comes once an epoch: of priorities, 0 alone has a meaning.
+    plain = tiles or all(e.priority is None for e in entries)
+    columns.sort(plain)
+    return _sums(columns, strata, buckets, budget, tiles, plain, too_long)
 
 
-def _stable_order(key: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Stable argsort of numbers below 2^32 by two passes of NumPy's radix sort, which exists for 16 bits only."""
-    order = np.argsort((key & 0xFFFF).astype(np.uint16), kind="stable")
-    high = (key >> 16).astype(np.uint16)
-    return order if not high.any() else order[np.argsort(high[order], kind="stable")]
+def _parts(episodes: int) -> list[slice]:
+    return [slice(a, min(a + _CHUNK, episodes)) for a in range(0, episodes, _CHUNK)]
 
 
-def _finish(
-    flat: dict[str, NDArray],
-    strata: dict[str, NDArray],
+def _drawable(
+    entry: PlanEntry,
+    part: slice,
+    stratum: NDArray[np.int64],
+    strata: dict[str, NDArray[Any]],
+    budget: int,
+    keep: NDArray[np.bool_],
+) -> tuple[NDArray[np.bool_], int]:
+    """Which of some episodes can be drawn at all, and how many are left out as too long for a row."""
+    lengths = entry.lengths
+    keep = keep & (stratum >= 0) & (lengths.units[part] > 0)
+    if entry.priority is not None:
+        priority = entry.priority[part]
+        if not (np.isfinite(priority) & (priority >= 0)).all():
+            raise DataError(f"entry {entry.name!r}: priorities must be finite and at least 0")
+        keep &= priority > 0
+    fits = lengths.fixed[part] + strata["per_unit"][stratum] <= budget
+    return keep & fits, int((keep & ~fits).sum())
+
+
+def _sums(
+    columns: _Columns,
+    strata: dict[str, NDArray[Any]],
     buckets: int,
     budget: int,
     tiles: bool,
+    plain: bool,
     too_long: NDArray[np.int64],
 ) -> PlanIndex:
-    number = len(strata["entry"])
-    cells = buckets * number
-    cell, units, fixed, mass = (
-        flat["cell"],
-        flat["units"].astype(np.int64),
-        flat["fixed"].astype(np.int64),
-        flat["mass"],
-    )
-    s = cell % max(number, 1)
-    largest = np.zeros(number, np.int64)
-    np.maximum.at(largest, s, fixed)
-    least = strata["per_unit"] + largest
-    full = fixed + np.minimum(units, strata["window"][s]) * strata["per_unit"][s]
-    running = np.concatenate([[0.0], np.cumsum(mass)])
-    total_tokens = np.zeros(0)
-    if tiles:
-        each = units * strata["per_unit"][s] + tile_count(units, strata["window"][s]) * fixed
-        total_tokens = np.concatenate([[0.0], np.cumsum(each, dtype=np.float64)])
-    grain, level_cell, level, level_mass = _histogram(cell, np.minimum(full, budget), mass, cells, buckets, budget)
-    room = np.maximum(budget - least, 0)
-    prompt = np.minimum(np.minimum(units, strata["prompt_units"][s]) * strata["per_unit"][s], room[s])
-    weight = sums(s, mass, number)
+    """Running sums over the sorted episodes, in parts, so that a hundred million of them need no more than they must."""
+    number, episodes = len(strata["entry"]), len(columns.cell)
+    cells, window, per_unit = buckets * number, strata["window"], strata["per_unit"]
+    largest, present, first = np.zeros(number, np.int64), np.zeros(budget + 1, bool), np.zeros(cells + 1, np.int64)
+    mass, tokens = np.zeros(episodes + 1), np.zeros(episodes + 1 if tiles else 0)
+    for part in _parts(episodes):
+        cell, units, fixed = columns.cell[part], columns.units[part].astype(np.int64), columns.fixed[part]
+        s = cell % np.uint32(number)
+        np.maximum.at(largest, s, fixed)
+        present[np.minimum(fixed + np.minimum(units, window[s]) * per_unit[s], budget)] = True
+        first[1:] += np.bincount(cell, minlength=cells)
+        after = slice(part.start + 1, part.stop + 1)
+        if tiles:
+            count = tile_count(units, window[s])
+            np.cumsum(units * per_unit[s] + count * fixed, out=tokens[after])
+            tokens[after] += tokens[part.start]
+        else:
+            count = np.maximum(units - window[s] + 1, 1)
+        np.cumsum(count if plain else count * columns.priority[part].astype(np.float64), out=mass[after])
+        mass[after] += mass[part.start]
+    least = per_unit + largest
+    grain, top = _grain(int(present.sum()), buckets, budget)
+    square, weight, prompts = np.zeros(cells), np.zeros(number), np.zeros(number)
+    levels = []
+    for part in _parts(episodes):
+        place, units = columns.cell[part].astype(np.int64), columns.units[part].astype(np.int64)
+        stratum = place % number
+        each = np.diff(mass[part.start : part.stop + 1])
+        full = np.minimum(columns.fixed[part] + np.minimum(units, window[stratum]) * per_unit[stratum], budget)
+        levels.append(_levels(place, full, each, grain, top))
+        square += sums(place, each * each, cells)
+        weight += sums(stratum, each, number)
+        prompt = np.minimum(
+            np.minimum(units, strata["prompt_units"][stratum]) * per_unit[stratum], (budget - least)[stratum]
+        )
+        prompts += sums(stratum, each * prompt, number)
+    keys, inverse = np.unique(np.concatenate([k for k, _ in levels] or [np.zeros(0, np.int64)]), return_inverse=True)
+    level_mass = sums(inverse, np.concatenate([v for _, v in levels] or [np.zeros(0)]), len(keys))
     return PlanIndex(
         buckets=buckets,
         grain=grain,
         strata=Strata(**strata, least=least),
-        episode=flat["episode"].astype(np.int32),
-        units=flat["units"].astype(np.int32),
-        fixed=flat["fixed"].astype(np.int32),
-        mass=running,
-        tokens=total_tokens,
-        first=np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))]).astype(np.int64),
-        level_cell=level_cell,
-        level=level,
+        episode=columns.episode,
+        units=columns.units,
+        fixed=columns.fixed,
+        mass=mass,
+        tokens=tokens,
+        first=np.cumsum(first),
+        level_cell=keys // (top + 2),
+        level=keys % (top + 2),
         level_mass=level_mass,
-        square=sums(cell, mass * mass, cells),
-        prompt_cost=sums(s, mass * prompt, number) / np.maximum(weight, 1e-300),
+        square=square,
+        prompt_cost=prompts / np.maximum(weight, 1e-300),
         too_long=too_long,
     )
 
 
-def _histogram(
-    cell: NDArray[np.int64], cost: NDArray[np.int64], mass: NDArray[np.float64], cells: int, buckets: int, budget: int
-) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Mass by (cell, level of tokens). Where costs are too many for an exact calculation, tokens are rounded to multiples of a
-    grain so that each cost keeps its mean: part of its mass goes to the multiple below and part to the one above."""
-    present = np.bincount(cost, minlength=budget + 1) > 0
-    distinct, grain = int(present.sum()), 1
+def _grain(distinct: int, buckets: int, budget: int) -> tuple[int, int]:
+    """Tokens of one position of the renewal calculation, so that it stays quick, and positions of a row."""
+    grain = 1
     while grain < budget and min(distinct, budget / grain) * (budget / grain) * buckets > _LEVEL_WORK:
         grain += 1
-    top = -(-budget // grain)
+    return grain, -(-budget // grain)
+
+
+def _levels(
+    cell: NDArray[np.int64], cost: NDArray[np.int64], mass: NDArray[np.float64], grain: int, top: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Mass by cell · (top + 2) + level. A cost between two multiples of the grain goes to both, so that its mean stays."""
     low = cost // grain
-    part = cost / grain - low
-    low, part = np.where(low < 1, 1, low), np.where(low < 1, 0.0, part)  # a window takes at least one position
-    sizes = cells * (top + 2)
-    key = cell * (top + 2) + low
-    if sizes <= max(2**24, 2 * len(cell)):
-        dense = sums(key, mass * (1 - part), sizes)
-        if grain > 1:
-            dense += sums(key + 1, mass * part, sizes)
+    part = np.where(low < 1, 0.0, cost / grain - low)
+    low = np.maximum(low, 1)  # a window takes at least one position
+    begin = int(cell.min(initial=0)) * (top + 2)
+    key = cell * (top + 2) + low - begin
+    size = int(key.max(initial=0)) + 2
+    if size <= 2**24:
+        dense = sums(key, mass * (1 - part), size) + (sums(key + 1, mass * part, size) if grain > 1 else 0.0)
         where = np.flatnonzero(dense)
-        values = dense[where]
-    else:
-        where, inverse = np.unique(np.concatenate([key, key + 1]), return_inverse=True)
-        values = sums(inverse, np.concatenate([mass * (1 - part), mass * part]), len(where))
-        where, values = where[values > 0], values[values > 0]
-    return grain, where // (top + 2), where % (top + 2), values
+        return where + begin, dense[where]
+    where, inverse = np.unique(np.concatenate([key, key + 1]), return_inverse=True)
+    values = sums(inverse, np.concatenate([mass * (1 - part), mass * part]), len(where))
+    return where[values > 0] + begin, values[values > 0]

@@ -29,20 +29,21 @@ def visits(first: Floats, chance: Floats, cost: NDArray[np.int64], gap: NDArray[
     positions, buckets = first.shape
     out = first.copy()
     out[0] = 1.0
-    order = np.argsort(cost, kind="stable")
-    chance, cost, gap = chance[order], cost[order], gap[order]
-    flat = out.reshape(-1)
-    columns = np.arange(buckets)
-    reach = np.searchsorted(
-        cost, np.arange(positions), side="left"
-    )  # classes that a position ≥ 1 can follow: cost < position
-    last = int(positions - gap.max(initial=0))  # up to here every class may follow
+    free = gap == 0
+    dense = np.zeros((positions, buckets))  # of the classes that may begin anywhere: chance by cost
+    inside = free & (cost < positions)
+    np.add.at(dense, cost[inside], chance[inside])
+    used = np.flatnonzero(dense.any(1))
+    gapped = [(int(c), int(positions - g), p) for c, g, p in zip(cost[~free], gap[~free], chance[~free])]
     for j in range(1, positions):
-        c = slice(0, int(reach[j]))
-        if c.stop == 0:
-            continue
-        chances = chance[c] if j <= last else np.where((gap[c] + j <= positions)[:, None], chance[c], 0.0)
-        out[j] += np.einsum("cv,cv->v", chances, flat[((j - cost[c]) * buckets)[:, None] + columns])
+        if len(used) * 2 < j:
+            some = used[: np.searchsorted(used, j)]
+            out[j] += np.einsum("cv,cv->v", dense[some], out[j - some])
+        else:
+            out[j] += np.einsum("cv,cv->v", dense[1:j], out[j - 1 : 0 : -1])
+        for c, last, p in gapped:
+            if c < j <= last:
+                out[j] += p * out[j - c]
     return out
 
 

@@ -245,6 +245,9 @@ class SamplingPlan:
     def _planned(
         self, phase: _Ready, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
     ) -> tuple[Ints, PlannedWindows]:
+        # Rows of a bucket are drawn together, whatever their step: the searches then stay within a small part of the index.
+        order = np.argsort(row, kind="stable")
+        step, row = step[order], row[order]
         counter = step + phase.skipped
         segment = phase.segment(self.positions(counter, row))
         windows, prompts = phase.drawer.rows(counter, row, segment)
@@ -255,14 +258,13 @@ class SamplingPlan:
             context = {k: v[firsts][prompts["at"]] for k, v in windows.items()}
             prompts = self._redrawn(phase, prompts, context, step, row, segment, attempts)
             windows = self._redrawn(phase, windows, None, step, row, segment, attempts)
-        columns = windows
-        if len(prompts["at"]):
-            columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
-            order = np.argsort(columns["at"] << 16 | columns["slot"], kind="stable")
-            columns = {k: v[order] for k, v in columns.items()}
-        stratum, at, place = columns["cell"] % len(phase.index.strata), columns["at"], columns["place"]
-        return at, PlannedWindows(
-            row=row[at],
+        columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
+        at = order[columns["at"]]
+        arranged = np.argsort(at << 16 | columns["slot"])
+        columns = {k: v[arranged] for k, v in columns.items()}
+        stratum, place = columns["cell"] % len(phase.index.strata), columns["place"]
+        return at[arranged], PlannedWindows(
+            row=row[columns["at"]],
             slot=columns["slot"],
             entry=phase.index.strata.entry[stratum],
             task=phase.index.strata.task[stratum],
