@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class ShardWriter:
         self._statistics = Statistics()
         self._shards: list[table.Shard] = []
         self._tar: _Tar | None = None
+        self._uploader = ThreadPoolExecutor(1, "tiphys-upload")
+        self._uploads: list[Future[None]] = []
         self._closed = False
 
     def add_task(self, task: TaskSpec) -> None:
@@ -87,6 +90,8 @@ class ShardWriter:
 
     def write(self, episode: Episode) -> None:
         """Add one episode."""
+        if self._closed:
+            raise ValueError(f"the writer of {self.url} is closed")
         layout = self._layouts.get(episode.task)
         if layout is None:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} was not declared; call add_task first")
@@ -105,12 +110,21 @@ class ShardWriter:
         self._statistics.add(layout, sample.rows)
 
     def _finish_shard(self) -> None:
+        """Close the shard and upload it while the next one is being written."""
         tar, self._tar = self._tar, None
         assert tar is not None
-        shard = tar.close()
-        self._store.upload(shard.name, str(tar.file))
-        tar.file.unlink()
-        self._shards.append(shard)
+        self._shards.append(tar.close())
+        self._wait_for_uploads(1)
+        self._uploads.append(self._uploader.submit(self._upload, self._shards[-1].name, tar.file))
+
+    def _upload(self, name: str, file: Path) -> None:
+        self._store.upload(name, str(file))
+        file.unlink()
+
+    def _wait_for_uploads(self, most: int) -> None:
+        """Wait until at most so many shards are on their way; raises what went wrong with one."""
+        while len(self._uploads) > most:
+            self._uploads.pop(0).result()
 
     @contextmanager
     def _full_disk(self) -> Iterator[None]:
@@ -130,25 +144,31 @@ class ShardWriter:
         """Upload what is left, then the index; `dataset.json` comes last. Returns the index (of a piece: of that piece alone)."""
         if self._closed:
             raise ValueError(f"the writer of {self.url} is closed")
-        with self._full_disk():
-            if self._tar is not None:
-                self._finish_shard()
-            index, statistics = self._scratch / INDEX, self._scratch / STATISTICS
-            self._table.finish(index, list(self.tasks.values()), self._shards)
-            self._statistics.write(statistics)
-            if self.piece:
-                self._store.upload(f"pieces/{self.piece}.statistics.parquet", str(statistics))
-                self._store.upload(f"pieces/{self.piece}.parquet", str(index))
-                result = local_index(self.url, index, self._statistics)
-            else:
-                publish(self._store, index, self._statistics)
-                result = EpisodeIndex.open(self.url)
-        self.abort()
-        return result
+        try:
+            with self._full_disk():
+                return self._close()
+        finally:
+            self.abort()
+
+    def _close(self) -> EpisodeIndex:
+        if self._tar is not None:
+            self._finish_shard()
+        index = self._scratch / INDEX
+        self._table.finish(index, list(self.tasks.values()), self._shards)
+        self._wait_for_uploads(0)
+        if not self.piece:
+            publish(self._store, index, self._statistics)
+            return EpisodeIndex.open(self.url)
+        statistics = self._scratch / STATISTICS
+        self._statistics.write(statistics)
+        self._store.upload(f"pieces/{self.piece}.statistics.parquet", str(statistics))
+        self._store.upload(f"pieces/{self.piece}.parquet", str(index))
+        return local_index(self.url, index, self._statistics)
 
     def abort(self) -> None:
         """Leave off: what was uploaded is no dataset, and the scratch folder is removed. Does nothing after `close`."""
         self._closed = True
+        self._uploader.shutdown(cancel_futures=True)
         if self._tar is not None:
             self._tar.discard()
             self._tar = None

@@ -131,7 +131,7 @@ def any_dataset(draw):
 
 
 @given(any_dataset(), st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_window_of_any_episode_equals_the_slices_that_were_written(tmp_path_factory, dataset, data):
     task, episodes, encodings = dataset
     index = write(str(tmp_path_factory.mktemp("d") / "d"), episodes, [task], encodings=encodings)
