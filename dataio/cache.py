@@ -91,12 +91,13 @@ class RangeCache:
         sizes: units (int64 [n]) -> bytes of each (int64 [n]).
         plan: block -> units that it uses, in any order, repeats allowed. Must give the same answer until `replan`.
         total: bytes of all data that this process draws from, for the bound that is reported.
-        memory: bytes of the memory tier, of which a quarter is set aside for the misses of open blocks.
+        memory: bytes of the memory tier, of which a part is set aside for the misses of open blocks.
         disk: bytes of the disk tier, in `directory`, which no other process uses.
         fingerprint: names data and unit layout; a disk tier of another fingerprint is discarded.
         start, stop: first block, and the block before which the plan ends.
         look_ahead: most blocks of the future that are counted.
         pin: keep what came first instead of what is needed next (sampling without replacement).
+        staging: bytes of that part; 0: a quarter.
 
     The loop of its user::
 
@@ -121,9 +122,10 @@ class RangeCache:
         stop: int | None = None,
         look_ahead: int = MAX_LOOK_AHEAD,
         pin: bool = False,
+        staging: int = 0,
     ) -> None:
         self.sizes, self.plan, self.total, self.pin = sizes, plan, total, pin
-        self.staging = memory // 4
+        self.staging = staging or memory // 4
         self.next, self.far, self.stop = start, start, stop
         self.look_ahead = min(look_ahead, MAX_LOOK_AHEAD)
         some = np.unique(np.linspace(0, max(units - 1, 0), min(units, _SAMPLE)).astype(np.int64))
@@ -142,7 +144,6 @@ class RangeCache:
         self._idle: deque[Units] = deque()  # kept units without a planned use, those that were used longest ago first
         self._idle_units = 0
         self._peeked: tuple[Units, Units, int] | None = None
-        self._reach, self._retracted = 2.0, False
         self.live = self.staged = self.peak = 0
         self.counters = dict.fromkeys(("units", "misses", "bytes", "missed_bytes", "damaged", "kept"), 0)
         self.counters |= {f"{name}_bytes": 0 for name in ("memory", "disk", "shared")}
@@ -163,7 +164,7 @@ class RangeCache:
         if self.staged + missed > self.staging:
             raise MemoryError(
                 f"cache: block {number} needs {missed} bytes that are not cached, beside {self.staged} of other open blocks, "
-                f"but a quarter of data.cache.memory is {self.staging}; give it at least {4 * (self.staged + missed)} bytes"
+                f"but only {self.staging} of the cache's memory are set aside for these; raise data.cache.memory"
             )
         self._look()
         place, sizes = self._place[units], self.sizes(units)
@@ -247,14 +248,9 @@ class RangeCache:
         if self.pin:
             self.far = max(self.far, self.next + 1)
             return
-        # After the budget forced the far end nearer, it goes on from there slowly: announcing costs a plan.
-        self._reach = max(2.0, float(self.far - self.next)) if self._retracted else self._reach + 2
-        self._retracted = False
         for _ in range(3):
             ahead = self.far - self.next
-            if ahead > 0 and (
-                self.live >= self.capacity or ahead >= min(self._reach, self.look_ahead) or self.far == self.stop
-            ):
+            if ahead > 0 and (self.live >= self.capacity or ahead >= self.look_ahead or self.far == self.stop):
                 return
             units = self._peek()[0] if self.far == self.next else np.unique(self.plan(self.far))
             fresh = units[self._planned[units] == 0]
@@ -265,7 +261,6 @@ class RangeCache:
     def _retract(self) -> None:
         """Takes back the farthest announcement; what only it needed is idle now, and the first to go."""
         self.far -= 1
-        self._retracted = True
         if self.pin:
             return
         units = np.unique(self.plan(self.far))
@@ -333,6 +328,7 @@ class RangeCache:
 
     def _close(self, block: Block) -> None:
         del self._open[block.number]
+        self._peeked = None  # what was staged may be kept or gone from here on
         if not self.pin:
             self._planned[block.units] -= 1
             done = block.units[self._planned[block.units] == 0]
