@@ -127,6 +127,7 @@ def publish(store: Store, index: Path, statistics: Statistics, **more: Any) -> N
     sketches = index.with_name(STATISTICS)
     statistics.write(sketches)
     described = describe(index, statistics) | more
+    described["digests"][STATISTICS] = sha256(sketches)
     store.upload(STATISTICS, str(sketches))
     store.upload(INDEX, str(index))
     store.write(DATASET, json.dumps(described, indent=1, ensure_ascii=False).encode())

@@ -36,6 +36,13 @@ def is_large(field: FieldSpec) -> bool:
     return field.modality == "image" or field.bytes_per_step > SMALL_FIELD
 
 
+def plain(value: Any) -> Any:
+    """For `json.dumps(default=…)`: NumPy's scalars as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
 def check_task(task: TaskSpec) -> None:
     """Raises DataError where a field's name, dtype or shape cannot be stored."""
     seen: set[str] = set()
@@ -92,8 +99,8 @@ class Layout:
 
     def row_count(self, episode: Episode) -> int:
         """T, or T + 1 where any field has a value after the last action; at least 1."""
-        values = (episode.fields.get(f.name) for f in self.observed)
-        return max(episode.steps, 1, *(len(v) for v in values if v is not None))
+        values = (np.shape(episode.fields.get(f.name, ())) for f in self.observed)
+        return max(episode.steps, 1, *(shape[0] for shape in values if shape))
 
 
 def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from crc32c import crc32c
 from dataio import encodings as codecs
 from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, FieldSpec
-from dataio.rows import Layout, column, pack_rows
+from dataio.rows import Layout, column, pack_rows, plain
 
 BLOCK = 512  # of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode
@@ -107,7 +107,7 @@ class Sample:
         described = {
             "id": e.id,
             "task": e.task,
-            "steps": e.steps,
+            "steps": int(e.steps),
             "success": None if e.success is None else bool(e.success),
             "agent": e.agent,
             "fields": fields,
@@ -116,7 +116,7 @@ class Sample:
             "info": dict(e.info),
         }
         try:
-            return json.dumps(described, ensure_ascii=False).encode()
+            return json.dumps(described, ensure_ascii=False, default=plain).encode()
         except (TypeError, ValueError) as error:
             raise DataError(f"episode {e.id!r}: info holds what JSON cannot: {error}") from None
 

@@ -22,7 +22,7 @@ from dataio.document import DATASET, INDEX, STATISTICS, describe, exists, fetch,
 from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, TaskSpec
 from dataio.index import EpisodeIndex
-from dataio.rows import Layout, check_task
+from dataio.rows import Layout, check_task, plain
 from dataio.sample import BLOCK, Sample
 from dataio.statistics import Statistics
 
@@ -80,6 +80,7 @@ class ShardWriter:
 
     def add_task(self, task: TaskSpec) -> None:
         """Allow episodes of a further task. Raises DataError where its fields cannot be stored, or it is known otherwise."""
+        task = TaskSpec(**json.loads(json.dumps(task.to_dict(), default=plain)))  # bounds may be NumPy's numbers
         known = self.tasks.get(task.name)
         if known is not None and known != task:
             raise DataError(f"task {task.name!r} is declared twice, with different fields or scores")

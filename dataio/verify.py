@@ -15,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from dataio import arrays, rebuild, table, tar
-from dataio.document import DATASET, INDEX, describe, fetch, parse, publish, sha256
+from dataio.document import DATASET, INDEX, STATISTICS, describe, fetch, parse, publish, sha256
 from dataio.episode import DataError
 from dataio.index import EpisodeIndex
 from dataio.rows import Layout, broken_row
@@ -81,6 +81,7 @@ def verify(url: str, repair: bool = False, progress: Callable[[int, int], None] 
     try:
         index = _load(store, scratch, report, repair)
         if index is not None:
+            _verify_statistics(store, index, scratch, report, repair)
             reasons, statistics = _verify_shards(store, index, scratch, report, repair, progress)
             _compare_listing(store, index, report)
             if repair and (reasons or report.repairs):
@@ -162,6 +163,20 @@ def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Repo
     document["digests"][INDEX] = sha256(scratch / INDEX)
     report.repairs.append(f"{INDEX} was made again from {len(document['shards'])} shards")
     return _accept(store, scratch / INDEX, document, scratch, report, True)
+
+
+def _verify_statistics(store: Store, index: EpisodeIndex, scratch: Path, report: Report, repair: bool) -> None:
+    wanted = index.document["digests"].get(STATISTICS)
+    if wanted is None:  # dataset.json was lost or is not ours
+        return
+    try:
+        if fetch(store, STATISTICS, scratch / "old-statistics.parquet") == wanted:
+            return
+        report.add("checksum", STATISTICS, f"it is not the one that {DATASET} names")
+    except FileNotFoundError:
+        report.add("missing", STATISTICS, "there are no statistics")
+    if repair:
+        report.repairs.append(f"{STATISTICS} was made again from the shards")
 
 
 def _local(store: Store, shard: table.Shard, scratch: Path, report: Report) -> Path | None:
@@ -312,7 +327,8 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
     for e, reason in sorted(reasons.items()):
         place = {"shard": index.shard_name(int(index.shard[e])), "sample": int(index.arrays["sample"][e])}
         listed.append({"id": index.id(e), "task": index.tasks[index.task[e]].name, **place, "reason": reason})
-    publish(store, out / INDEX, statistics, quarantine=listed)
+    kept = {k: index.document[k] for k in ("skipped",) if k in index.document}
+    publish(store, out / INDEX, statistics, quarantine=listed, **kept)
 
 
 def _compare_listing(store: Store, index: EpisodeIndex, report: Report) -> None:

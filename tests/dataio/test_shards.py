@@ -71,7 +71,7 @@ def test_offsets_are_those_that_tarfile_finds(tmp_path):
             places = {m.name.split(".", 1)[1]: (m.offset_data, m.size) for m in mine}
             steps, *large = index.ranges(e, 0, int(index.rows[e]), names)
             assert steps.offset + steps.size == sum(places["steps.npy"])
-            assert int(index.arrays["json"][e]), int(index.arrays["json_bytes"][e]) == places["json"]
+            assert (int(index.arrays["json"][e]), int(index.arrays["json_bytes"][e])) == places["json"]
             assert min(m.offset for m in mine) == int(index.arrays["sample"][e])
             for r in large:
                 own = [p for n, p in places.items() if n.startswith(f"{r.field}.")]
@@ -200,6 +200,7 @@ def test_an_episode_that_does_not_fit_leaves_no_trace(tmp_path):
         Episode("b", "other", good[0].fields, 4),
         Episode("", "small", good[0].fields, 4),
         Episode("b", "small", good[0].fields, 4, info={"x": object()}),
+        Episode("b", "small", {**good[0].fields, "observation": np.float32(1)}, 4),
         Episode("b", "small", {**good[0].fields, "mission": "\ud800"}, 4),
     ]
     with ShardWriter(url, [SMALL]) as writer:
@@ -328,6 +329,18 @@ def test_tasks_may_appear_while_writing(tmp_path):
     assert [t.name for t in index.tasks] == ["small", "rich"]
     for i, e in enumerate(episodes):
         assert_equal_fields(read_episode(index, i).fields, e.fields)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    low, high = np.float32([-1, -1]), np.float32([1, 1])
+    fields = [FieldSpec("x", "action", "continuous", "float32", tuple(np.array([2])), low, high)]
+    rng = np.random.default_rng(0)
+    episode = random_episode(TaskSpec("n", tuple(fields)), "e", 3, rng)
+    episode = Episode("e", "n", episode.fields, np.int64(3), np.True_, info={"seed": np.int64(7), "x": np.float32(0.5)})
+    index = write(str(tmp_path / "d"), [episode], [TaskSpec("n", tuple(fields))])
+    assert index.tasks[0].fields[0].high == (1.0, 1.0)
+    assert read_episode(index, 0).info == {"seed": 7, "x": 0.5}
+    assert read_episode(index, 0).success is True
 
 
 def pieces(url, order, count=3):
