@@ -8,7 +8,6 @@ from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from pretrain.vocabulary import Vocabulary
-    from recipes.schema import Model
 
 
 class DecisionConfig(PretrainedConfig):
@@ -119,8 +118,8 @@ class DecisionConfig(PretrainedConfig):
         return bool(self.num_experts) and layer % self.moe_every == self.moe_every - 1
 
     @classmethod
-    def from_recipe(cls, model: Model, vocabulary: Vocabulary) -> DecisionConfig:
-        """The recipe's `model:` section together with what the objectives' vocabulary asks for."""
+    def from_recipe(cls, model: Any, vocabulary: Vocabulary) -> DecisionConfig:
+        """The recipe's `model:` section (recipes.schema.Model) together with what the objectives' vocabulary asks for."""
         moe = model.moe
         return cls(
             vocab_size=vocabulary.size,

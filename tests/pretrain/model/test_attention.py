@@ -31,7 +31,7 @@ def make_windows(lengths, causal):
 @pytest.mark.parametrize("short", [0, 1000], ids=["fused", "plain"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
-    monkeypatch.setattr(module, "SHORT", short)
+    monkeypatch.setattr(module, "SHORT", {torch.float32: short})
     g = np.random.default_rng(kv_heads)
     windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6)
     tokens = int(windows[:, 0].sum())
