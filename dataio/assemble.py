@@ -1,7 +1,7 @@
 """From the bytes of units to `Window`s: every row's CRC is checked, and the windows of a step are decoded task by task.
 
-Windows whose fields all stand in `steps.npy` are decoded together: one pass of CRC and one copy of each column for all windows
-of a task. What also has large fields goes through `EpisodeIndex.decode`, one window at a time.
+The rows of `steps.npy` of all windows of a task are decoded together: one pass of CRC and one copy of each column. Large fields
+that are stored raw become views of the bytes that arrived; a window with anything else goes through `EpisodeIndex.decode`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from crc32c import crc32c
 
+from dataio.encodings import KINDS
 from dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
 from dataio.index import STEPS
 from dataio.rows import broken_row, is_large, is_small, row_dtype
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Get = Callable[[int], "memoryview | None"]
 _ZEROS = bytes(1 << 16)
+_RAW = KINDS.index("raw")
 
 
 class TaskFields(NamedTuple):
@@ -32,7 +35,7 @@ class TaskFields(NamedTuple):
     dtype: np.dtype
     columns: tuple[str, ...]
     episodic: tuple[FieldSpec, ...]
-    large: tuple[str, ...]
+    large: tuple[tuple[FieldSpec, int], ...]  # with the bytes of a step; 0 where that is no fixed number
     names: tuple[str, ...]
 
 
@@ -72,7 +75,7 @@ class Assembler:
         for i, (entry, task) in enumerate(zip(planned.entry.tolist(), planned.task.tolist(), strict=True)):
             wanted = self.wanted(entry, task)
             parts = pieces.get((i, STEPS))
-            if wanted.large or parts is None:
+            if parts is None or not self._is_raw(planned, i, wanted):
                 out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
             else:
                 together.setdefault((entry, task), []).append(i)
@@ -99,6 +102,7 @@ class Assembler:
                 out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
             return
         table = np.frombuffer(data, wanted.dtype)
+        raw = {i: self._raw_fields(planned, i, int(first[i]), int(count[i]), wanted, pieces) for i in members}
         columns = [(name, np.ascontiguousarray(table[name])) for name in wanted.columns]
         step = table["_step"].astype(np.int64)
         returns = np.ascontiguousarray(table["_return_to_go"])
@@ -107,8 +111,56 @@ class Assembler:
         for i in members:
             here = slice(at, at + sizes[i, STEPS] // row_bytes)
             at = here.stop
-            fields: dict[str, Any] = {name: array[here] for name, array in columns}
+            large = raw[i]
+            if large is None:
+                out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
+                continue
+            fields: dict[str, Any] = {name: array[here] for name, array in columns} | large
             out[i] = self._window(planned, i, fields, step[here], returns[here], valid[here], wanted)
+
+    def _is_raw(self, planned: PlannedWindows, i: int, wanted: TaskFields) -> bool:
+        """Whether all large fields of a window are stored as they are in memory."""
+        if not wanted.large:
+            return True
+        arrays, episode = self._index(planned, i).arrays, planned.episode[i]
+        return all(size and arrays[f"chunks.{spec.name}.kind"][episode] == _RAW for spec, size in wanted.large)
+
+    def _raw_fields(
+        self,
+        planned: PlannedWindows,
+        i: int,
+        first: int,
+        count: int,
+        wanted: TaskFields,
+        pieces: dict[tuple[int, str], Any],
+    ) -> dict[str, np.ndarray] | None:
+        """The large fields of a window, from raw chunks that lie side by side; None where that is not so or a CRC differs."""
+        out: dict[str, np.ndarray] = {}
+        arrays, episode = self._index(planned, i).arrays, int(planned.episode[i])
+        for spec, row_bytes in wanted.large:
+            name, parts = f"chunks.{spec.name}", pieces.get((i, spec.name))
+            frames, begin, end = (
+                int(arrays[f"{name}.rows"][episode]),
+                *arrays[f"{name}.first"][episode : episode + 2].tolist(),
+            )
+            low, high = begin + first // frames, min(end, begin + -(-(first + count) // frames))
+            if parts is None or high <= low:
+                return None
+            data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+            at = 0
+            for size, crc in zip(arrays[f"{name}.size"][low:high].tolist(), arrays[f"{name}.crc"][low:high].tolist()):
+                if crc32c(data[at : at + size]) != crc:
+                    return None
+                at += size
+            if at != len(data) or at % row_bytes:
+                return None
+            rows = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(at // row_bytes, *spec.shape)
+            skip = first - (low - begin) * frames
+            rows = rows[skip : skip + count]
+            if len(rows) < count:  # the last, observation-only row of a field that has none there
+                rows = np.concatenate([rows, np.zeros((count - len(rows), *spec.shape), rows.dtype)])
+            out[spec.name] = rows
+        return out
 
     def _one(
         self,
@@ -199,6 +251,10 @@ def _pieces(span: Span, where: UnitRanges, get: Get) -> list[tuple[int, list[Buf
     return out
 
 
+def _fixed_bytes(field: FieldSpec) -> int:
+    return field.bytes_per_step if field.per == "step" and 0 not in field.shape else 0
+
+
 def _task_fields(task: TaskSpec, needs: Needs) -> TaskFields:
     known = {f.name: f for f in task.fields}
     names = tuple(n for n in needs.fields if n in known)  # one line of a mixture may hold tasks of several shapes
@@ -207,6 +263,6 @@ def _task_fields(task: TaskSpec, needs: Needs) -> TaskFields:
         row_dtype(task),
         tuple(f.name for f in chosen if is_small(f)),
         tuple(f for f in chosen if not is_small(f) and not is_large(f)),
-        tuple(f.name for f in chosen if is_large(f)),
+        tuple((f, _fixed_bytes(f)) for f in chosen if is_large(f)),
         names,
     )

@@ -61,6 +61,7 @@ class LoaderSettings:
     timeout: float
     attempts: int
     prefetch: int
+    run: int
     step: int
     stop: int | None
 
@@ -100,6 +101,7 @@ class TrajectoryLoader:
     timeout     seconds without a byte after which a request is made again
     attempts    most tries of one request
     prefetch    bytes of finished batches that may wait
+    run         rows that are fetched and cached as one; 0: chosen from what bytes and requests cost
     on_memory   called with each newly mapped piece of shared memory (uint8 array), to pin it for a GPU
 
     `__next__` raises what went wrong in the loader process, with its traceback as a note. Context manager; also closed by
@@ -119,13 +121,14 @@ class TrajectoryLoader:
         timeout: float = 10.0,
         attempts: int = 8,
         prefetch: int = 256 << 20,
+        run: int = 0,
         start: int = 0,
         stop: int | None = None,
         on_memory: Callable[[np.ndarray], None] | None = None,
     ):
         self.plan, self.home, self.make_batch, self.needs = plan, home, make_batch, tuple(needs)
         self.tasks = None if tasks is None else tuple(np.asarray(t) for t in tasks)
-        self.cache, self.prefetch = cache or CacheBudget(), prefetch
+        self.cache, self.prefetch, self.run = cache or CacheBudget(), prefetch, run
         self.requests, self.timeout, self.attempts = requests, timeout, attempts
         self.step, self.stop, self.on_memory = start, stop, on_memory
         self._process: _Process | None = None
@@ -138,7 +141,7 @@ class TrajectoryLoader:
         if self._process is None:
             settings = LoaderSettings(
                 self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
-                self.attempts, self.prefetch, self.step, self.stop,
+                self.attempts, self.prefetch, self.run, self.step, self.stop,
             )  # fmt: skip
             self._process = _Process(settings)
             self._changes = []

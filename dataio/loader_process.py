@@ -67,7 +67,7 @@ class LoaderProcess:
         self.placement = Placement(self.plan, settings.home)
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
         indexes = [entry.index for entry in self.plan.entries]
-        self.units = UnitMap(indexes, settings.needs)
+        self.units = UnitMap(indexes, settings.needs, settings.run or 2)
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
