@@ -1,8 +1,8 @@
 """What happens beside the loop, at its stages: checkpoints, metrics, progress, validation, evaluation, publication.
 
 Stages: `on_start` once training can begin (after a resume), `on_step` after every step, `on_checkpoint` when one is whole
-(on rank 0 alone), `on_end` after the last step or a stop. All ranks run the same callbacks in the same order; what is
-collective in one must be reached by all.
+(on rank 0 alone), `on_end` after the last step or a stop, `close` at last, after an error too. All ranks run the same
+callbacks in the same order; what is collective in one must be reached by all.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Callback:
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
     def on_checkpoint(self, trainer: Trainer, folder: Path, step: int) -> None: ...
     def on_end(self, trainer: Trainer) -> None: ...
+    def close(self, trainer: Trainer) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,12 @@ class MetricsWriter(Callback):
                 if name not in ("step",):
                     self._board.add_scalar(prefix + name, value, line["step"])
 
-    def on_end(self, trainer: Trainer) -> None:
+    def close(self, trainer: Trainer) -> None:
         if self._file is not None:
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
 
 
 class Progress(Callback):
@@ -206,7 +208,7 @@ class Progress(Callback):
         hits = metrics.counters.get("cache_hit_rate")
         return text if hits is None else f"{text}  cache {hits:.0%}"
 
-    def on_end(self, trainer: Trainer) -> None:
+    def close(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pretrain import checkpoint_files as files
@@ -140,13 +140,13 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
         files.write_json(folder / name, index)
         if snap.rank == 0:
             files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _tell(folder / name, snap.save, error)
         raise CheckpointError(f"{folder}: not written, the folder does not count: {error}") from error
     return folder
 
 
-def _tell(path: Path, save: str, error: OSError) -> None:
+def _tell(path: Path, save: str, error: Exception) -> None:
     """Leave the error for rank 0's writer, which otherwise waits; where even that cannot be written it waits out its time."""
     try:
         files.write_json(path, {"save": save, "error": str(error)})

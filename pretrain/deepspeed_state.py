@@ -164,6 +164,16 @@ def learning_rate(engine: Any) -> float:
     return float(_base(engine.optimizer).param_groups[0]["lr"])
 
 
+def forget_groups() -> None:
+    """Drop DeepSpeed's global view of pipeline and expert groups, so that another layout can follow in this process."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
+        setattr(groups, name, {})
+        setattr(groups, f"{name}_RANKS", {})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -13,14 +13,14 @@ import fnmatch
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from pretrain.batch import TokenBatch
 from pretrain.deepspeed_config import derive
-from pretrain.deepspeed_state import Address, gradient_norm, learning_rate
+from pretrain.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
 from pretrain.model.flops import flops_per_batch
 from pretrain.model.inputs import to_tensors
 from pretrain.model.layers import initialise
@@ -28,6 +28,7 @@ from pretrain.model.moe import mixtures, step_counts
 from pretrain.parallel import LayoutError, ParallelDims, Sum
 
 if TYPE_CHECKING:
+    from pretrain.model.config import DecisionConfig
     from pretrain.model.transformer import DecisionModel
     from recipes.schema import Recipe
 
@@ -123,7 +124,8 @@ class Engine:
         from deepspeed.accelerator import get_accelerator
 
         sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
-        self.world, self.config, self.seed = world, model.config, recipe.train.seed
+        self.world, self.seed = world, recipe.train.seed
+        self.config = cast("DecisionConfig", model.config)
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
         self.micro_batch, self.accumulation = sizes.micro_batch, sizes.accumulation
@@ -204,6 +206,7 @@ class Engine:
     def destroy(self) -> None:
         """Give back DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
         self.deepspeed.destroy()
+        forget_groups()
 
     # --- what a pipeline does differently ------------------------------------------------------------------------------
 

@@ -87,24 +87,27 @@ class Trainer:
         self._resume(resume)
         mine = peak_rate(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
         self.peak = self.world.sum([mine]).result()[0]
-        self._notify("on_start")
-        with Signals(self.world.rank == 0) as signals:
-            clock = Stopwatch()
-            for batch, wait, loaded in self._batches():
-                agreed = self._agree(signals.asked, wait, loaded)
-                result = self.engine.train_step(batch)
-                stop, wait, counters = agreed(batch.step)
-                metrics = StepMetrics(result, clock.lap(), wait, self.peak, counters)
-                if not math.isfinite(result.loss):
-                    raise TrainingError(
-                        f"step {result.step}: the loss is {result.loss}; nothing was saved since it is so"
-                    )
-                self._notify("on_step", metrics)
-                if stop:
-                    self.stopped = True
-                    break
-        self._notify("on_end")
+        try:
+            self._notify("on_start")
+            with Signals(self.world.rank == 0) as signals:
+                self._loop(signals)
+            self._notify("on_end")
+        finally:
+            self._notify("close")
         return not self.stopped
+
+    def _loop(self, signals: Signals) -> None:
+        clock = Stopwatch()
+        for batch, wait, loaded in self._batches():
+            agreed = self._agree(signals.asked, wait, loaded)
+            result = self.engine.train_step(batch)
+            stop, wait, counters = agreed(batch.step)
+            if not math.isfinite(result.loss):
+                raise TrainingError(f"step {result.step}: the loss is {result.loss}; nothing was saved since it is so")
+            self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
+            if stop:
+                self.stopped = True
+                break
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         self.resumed = checkpoint
@@ -128,29 +131,32 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
         """(rows of this rank, seconds waited for them, what the loader gave), with the next step's counts under way."""
-        if self.loader is None:
-            for step in range(self.step, self.steps):
-                yield self._announced(TokenBatch.empty(step, 0)), 0.0, None
-            return
-        loader = iter(self.loader)
-        following = self._next(loader, self.step) if self.step < self.steps else None
+        steps = iter(range(self.step, self.steps))
+        loader = None if self.loader is None else iter(self.loader)
+        following = self._next(loader, next(steps, None))
         while following is not None:
             batch, wait, loaded = following
-            step = batch.step + 1
-            following = self._next(loader, step) if step < self.steps else None
+            following = self._next(loader, next(steps, None))
             yield batch, wait, loaded
-            loaded.release()
+            if loaded is not None:
+                loaded.release()
 
-    def _next(self, loader: Iterator[Loaded], step: int) -> tuple[TokenBatch, float, Loaded]:
-        watch = Stopwatch()
-        loaded = next(loader)
-        if loaded.step != step:
-            raise TrainingError(f"the loader gave step {loaded.step} where step {step} was due")
-        return self._announced(TokenBatch.from_arrays(loaded.arrays)), watch.lap(), loaded
-
-    def _announced(self, batch: TokenBatch) -> TokenBatch:
+    def _next(
+        self, loader: Iterator[Loaded] | None, step: int | None
+    ) -> tuple[TokenBatch, float, Loaded | None] | None:
+        """The rows of a step, announced. Every rank announces in the same order, with rows or without."""
+        if step is None:
+            return None
+        watch, loaded = Stopwatch(), None
+        if loader is None:
+            batch = TokenBatch.empty(step, 0)
+        else:
+            loaded = next(loader)
+            if loaded.step != step:
+                raise TrainingError(f"the loader gave step {loaded.step} where step {step} was due")
+            batch = TokenBatch.from_arrays(loaded.arrays)
         self.engine.announce(batch)
-        return batch
+        return batch, watch.lap(), loaded
 
     def _agree(
         self, stop: bool, wait: float, loaded: Loaded | None

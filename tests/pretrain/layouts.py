@@ -1,0 +1,107 @@
+"""What every rank of a layout proof does: train, save, load, and write down what it saw. Also run as a script, by ranks.
+
+layouts.py OUT JOBS     JOBS: a JSON list of jobs, done one after another in one process group; results go to OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import synthetic
+import torch
+
+from pretrain.batch import TokenBatch
+from pretrain.checkpoint import Checkpoint, Writer
+from pretrain.engine import Engine, build_engine
+from pretrain.model.config import DecisionConfig
+from pretrain.model.inputs import to_tensors
+from pretrain.model.moe import mixtures, step_counts
+from pretrain.model.transformer import DecisionModel
+from pretrain.parallel import ParallelDims
+from recipes.schema import Parallel, Recipe
+
+BATCH, STEPS = 13, 20
+
+
+def recipe_of(job: dict[str, Any]) -> Recipe:
+    zero = {"stage": job.get("stage", 1), **job.get("zero", {})}
+    sizes = {"train_micro_batch_size_per_gpu": job.get("micro", 4)}
+    deepspeed = {**synthetic.recipe().deepspeed, **sizes, "zero_optimization": zero, **job.get("deepspeed", {})}
+    parallel = {"pipeline": job.get("pipeline", 1), "expert": job.get("expert", 1)}
+    return synthetic.recipe(job.get("run", ""), deepspeed=deepspeed, parallel=parallel)
+
+
+def config_of(job: dict[str, Any]) -> DecisionConfig:
+    return synthetic.config(**job.get("config", {}))
+
+
+def rows_for(world: ParallelDims, step: int, order: str = "") -> TokenBatch:
+    """This rank's rows of a step; `order`: other rows than the plain division gives, the same global batch."""
+    if not world.is_first_stage:
+        return TokenBatch.empty(step, 0)
+    everything = list(range(BATCH))
+    if order == "reversed":
+        everything.reverse()
+    if order == "interleaved":
+        everything = everything[::2] + everything[1::2]
+    return synthetic.rows_of(step, [everything[i] for i in synthetic.mine(BATCH, world.replica, world.data)])
+
+
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Load, train from the loaded step on, save, as the job says."""
+    started = time.time()
+    world = ParallelDims(Parallel(job.get("pipeline", 1), job.get("expert", 1)))
+    recipe = recipe_of(job)
+    engine = build_engine(recipe, DecisionModel(config_of(job), seed=3), world)
+    if "load" in job:
+        Checkpoint.open(job["load"]).load(engine)
+    if job.get("resave"):
+        save(engine, job["resave"])
+    steps = []
+    for step in range(engine.step, job.get("steps", STEPS)):
+        result = engine.train_step(rows_for(world, step, job.get("order", "")))
+        steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
+        if result.step == job.get("save_at"):
+            save(engine, job["run"])
+    held_out = engine.evaluate(rows_for(world, 999)).tolist()
+    engine.destroy()
+    return {"steps": steps, "held_out": held_out, "seconds": round(time.time() - started, 1)}
+
+
+def save(engine: Engine, run: str) -> None:
+    word = str(engine.world.gather(str(time.time_ns()))[0])
+    Writer(run, word, timeout=60).save(engine, {"step": engine.step}, wait=True)
+    engine.world.barrier()
+
+
+def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> list[list[float]]:
+    """The obvious oracle: one process, whole batches, torch's AdamW, torch's clipping; (loss, gradient norm) of each step."""
+    model = DecisionModel(config, seed=3)
+    options = recipe.deepspeed["optimizer"]["params"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
+    )
+    model.train()
+    out = []
+    for step in range(steps):
+        batch = synthetic.rows_of(step, list(range(BATCH)))
+        loss = model(to_tensors(batch), batch.targets, batch.real_tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.deepspeed["gradient_clipping"])
+        optimizer.step()
+        for layer, counts in zip(mixtures(model), step_counts(model)[0], strict=True):
+            layer.finish_step(counts)
+        out.append([float(loss), float(norm)])
+    return out
+
+
+if __name__ == "__main__":
+    out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    results = {job["name"]: do(job) for job in jobs}
+    if ParallelDims(Parallel()).rank == 0:
+        out.write_text(json.dumps(results))

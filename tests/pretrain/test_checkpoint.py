@@ -1,0 +1,362 @@
+"""A checkpoint is whole or it does not count; what is loaded on another layout is what was saved, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import layouts
+import processes
+import pytest
+import synthetic
+import torch
+
+from pretrain import checkpoint as ck
+from pretrain import checkpoint_files as files
+from pretrain.checkpoint import Checkpoint, CheckpointError, Snapshot
+from pretrain.engine import build_engine
+from pretrain.model.transformer import DecisionModel
+from pretrain.parallel import ParallelDims
+from recipes.schema import Parallel
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def part(step: int, rank: int = 0, world: int = 1, save: str = "", value: float | None = None) -> Snapshot:
+    """One rank's part of a parameter of 8 elements, dealt out over the ranks."""
+    size = 8 // world
+    tensors = {f"w@{rank * size}|master": torch.full((size,), float(step if value is None else value))}
+    index = [{"name": "w", "shape": [8], "start": rank * size, "numel": size, "keys": ["master"], "step": float(step)}]
+    return Snapshot(step, rank, world, save or f"save-{step}", tensors, index, {}, {"step": step})
+
+
+def newest(run: Path) -> int | None:
+    found = Checkpoint.newest_whole(run)
+    if found is None:
+        return None
+    found.verify()
+    assert found.state()["step"] == found.step
+    torch.testing.assert_close(ck.export_weights(found)["w"], torch.full((8,), float(found.step)), rtol=0, atol=0)
+    return found.step
+
+
+def die_at(call: int, work: Callable[[], Any]) -> bool:
+    """Run `work` in a forked process that kills itself (-9) at its call number `call` that changes the disk; True if it did."""
+    pid = os.fork()
+    if pid == 0:
+        calls = 0
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def inner(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return inner
+
+        for name in ("replace", "fsync", "unlink", "rmdir", "mkdir", "chmod"):
+            setattr(os, name, counted(getattr(os, name)))
+        ck.save_file = counted(ck.save_file)
+        try:
+            work()
+        except BaseException:
+            os._exit(3)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
+    """The newest whole checkpoint is the one before, until it is the new one: never a broken one."""
+    ck.write(part(1), tmp_path)
+    seen, call = [], 1
+    while die_at(call, lambda: ck.write(part(2), tmp_path)):
+        seen.append(newest(tmp_path))
+        call += 1
+    assert call > 10  # the protocol has that many steps
+    assert newest(tmp_path) == 2
+    assert seen == sorted(seen)
+    assert set(seen) == {1, 2}  # killed after the commit counts too
+
+
+def test_killed_at_every_step_of_pruning(tmp_path: Path) -> None:
+    call = 1
+    for step in (1, 2, 3, 4):
+        ck.write(part(step), tmp_path)
+    while die_at(call, lambda: files.prune(tmp_path, 2)):
+        assert newest(tmp_path) == 4
+        for checkpoint in Checkpoint.all(tmp_path):
+            checkpoint.verify()
+        call += 1
+    assert call > 5
+    assert [c.step for c in Checkpoint.all(tmp_path)] == [4, 3]
+
+
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it fills up: a clear error, the checkpoint before stays the newest, nothing temporary remains."""
+    import resource
+
+    ck.write(part(1), tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 50, 300, 420, 700):  # less than the tensors, the index, the state, the manifest
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            try:
+                ck.write(part(2), tmp_path)
+                committed = True
+            except CheckpointError as error:
+                committed = False
+                assert "step-00000002: not written" in str(error)  # noqa: PT017
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert newest(tmp_path) == (2 if committed else 1)
+        assert not list(tmp_path.rglob("*.tmp"))
+        if limit == 0:
+            assert not committed
+    ck.write(part(2), tmp_path)
+    assert newest(tmp_path) == 2
+
+
+def test_rank_0_takes_no_part_of_another_save(tmp_path: Path) -> None:
+    """What a crashed save of the same step left behind is waited over, not committed."""
+    ck.write(part(5, 1, 2, save="crashed", value=-1.0), tmp_path)
+    writer = threading.Thread(target=ck.write, args=(part(5, 0, 2, save="now"), tmp_path))
+    writer.start()
+    writer.join(0.3)
+    assert writer.is_alive()
+    assert newest(tmp_path) is None
+    ck.write(part(5, 1, 2, save="now"), tmp_path)
+    writer.join(10)
+    assert newest(tmp_path) == 5
+
+
+def test_a_rank_that_fails_or_never_comes(tmp_path: Path) -> None:
+    files.folder_of(tmp_path, 3).mkdir(parents=True)
+    ck._tell(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
+    with pytest.raises(CheckpointError, match="rank 1 could not write its part: No space left"):
+        ck.write(part(3, 0, 2, save="s"), tmp_path)
+    with pytest.raises(CheckpointError, match=r"no part from rank 1 .* file system that all hosts share"):
+        ck.write(part(4, 0, 2), tmp_path, timeout=0.1)
+    assert newest(tmp_path) is None
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        ck.write(part(step), tmp_path)
+    tensors = files.folder_of(tmp_path, 3) / "rank00000.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank00000.safetensors: differs from its digest"):
+        Checkpoint.open(files.folder_of(tmp_path, 3)).verify()
+    newest_verified = Checkpoint.newest_whole(tmp_path, verify=True)
+    assert newest_verified is not None
+    assert newest_verified.step == 2
+    tensors.write_bytes(data[:-1])
+    assert newest(tmp_path) == 2
+    (files.folder_of(tmp_path, 2) / "state.json").unlink()
+    assert newest(tmp_path) == 1
+    (files.folder_of(tmp_path, 1) / "manifest.json").write_text("[")
+    assert newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        Checkpoint.open(files.folder_of(tmp_path, 2))
+
+
+def test_a_manifest_names_only_files_of_its_folder(tmp_path: Path) -> None:
+    ck.write(part(1), tmp_path)
+    path = files.folder_of(tmp_path, 1) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    manifest["files"]["../../outside"] = files.digest(outside)
+    path.write_text(json.dumps(manifest))
+    assert newest(tmp_path) is None
+
+
+def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        ck.write(part(step), tmp_path)
+    (files.folder_of(tmp_path, 2) / "manifest.json").unlink()  # broken, older than the newest
+    protected = files.folder_of(tmp_path, 1)
+    gone = files.prune(tmp_path, 2, frozenset({protected}))
+    assert [files.step_of(p) for p in gone] == [2, 3]
+    assert [files.step_of(p) for _, p in files.folders(tmp_path)] == [1, 4, 5]
+
+
+def test_ranges_are_put_together_across_files(tmp_path: Path) -> None:
+    """A range that overlaps several ranks' fragments, element by element; only what overlaps is read."""
+    for rank in (3, 2, 1):
+        ck.write(part(9, rank, 4, save="s", value=float(rank)), tmp_path)
+    ck.write(part(9, 0, 4, save="s", value=0.0), tmp_path)
+    with ck._Reader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
+        for start in range(8):
+            for stop in range(start + 1, 9):
+                into, before = torch.full((stop - start,), -1.0), reader.bytes
+                assert reader.copy("w", "master", (8,), start, into) == {9.0}
+                assert into.tolist() == [float(i // 2) for i in range(start, stop)]
+                assert reader.bytes - before == 4 * (stop - start)
+        with pytest.raises(CheckpointError, match="has shape"):
+            reader.copy("w", "master", (4, 2), 0, torch.zeros(8))
+        with pytest.raises(CheckpointError, match="saved as master, not as frozen"):
+            reader.copy("w", "frozen", (8,), 0, torch.zeros(8))
+        with pytest.raises(CheckpointError, match="no parameter 'v'"):
+            reader.copy("v", "master", (8,), 0, torch.zeros(8))
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_differs_where_it_matters_is_refused() -> None:
+    saved = synthetic.recipe("a")
+    state = ck.describe(saved)
+    fine = synthetic.recipe(
+        "b",
+        train={"steps": 99, "seed": 7},
+        checkpoint={"every": 3},
+        parallel={"pipeline": 2},
+        deepspeed={**saved.deepspeed, "zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1},
+    )
+    ck.check_recipe(state, saved, "x")
+    ck.check_recipe(state, fine, "x")
+    other = synthetic.recipe("b", train={"steps": 20, "seed": 8}, deepspeed={**saved.deepspeed, "train_batch_size": 14})
+    with pytest.raises(CheckpointError) as error:
+        ck.check_recipe(state, other, "runs/x")
+    text = str(error.value)
+    assert "train.seed: 7 -> 8" in text
+    assert "deepspeed.train_batch_size: 13 -> 14" in text
+    assert "run.dir:" not in text
+    assert "runs/x" in text
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[ParallelDims]:
+    with processes.alone():
+        world = ParallelDims(Parallel())
+        yield world
+        world.close()
+
+
+def engine_of(world: ParallelDims, **job: Any) -> Any:
+    recipe = layouts.recipe_of(job)
+    return build_engine(recipe, DecisionModel(layouts.config_of(job), seed=3), world)
+
+
+def test_what_is_not_fit_to_be_saved(world: ParallelDims, tmp_path: Path) -> None:
+    engine = engine_of(world, stage=1)
+    ck.snapshot(engine, "s", {})  # before the first step: Adam's state is zeros
+    batch = layouts.rows_for(world, 0)
+    micro = next(engine._cut(batch, engine.accumulation))
+    output = engine.deepspeed(engine._inputs(micro, training=True))
+    engine.deepspeed.backward(output.loss)
+    engine.deepspeed.step()
+    with pytest.raises(CheckpointError, match="between the micro-batches"):
+        ck.snapshot(engine, "s", {})
+    engine.destroy()
+
+    engine = engine_of(world, stage=1)
+    engine.train_step(batch)
+    with torch.no_grad():
+        next(engine.module.parameters()).view(-1)[3] += 1e-3
+    with pytest.raises(CheckpointError, match=r"token.weight\[0:.*differs from the weights"):
+        ck.snapshot(engine, "s", {})
+    engine.deepspeed.optimizer = type("FP16_UnfusedOptimizer", (), {})()
+    with pytest.raises(TypeError, match="FP16_UnfusedOptimizer: unknown optimizer wrapper"):
+        ck.snapshot(engine, "s", {})
+
+
+def equal(a: Path, b: Path) -> None:
+    """Masters, moments, buffers and steps of two checkpoints, bit for bit."""
+    one, two = Checkpoint.open(a), Checkpoint.open(b)
+    states = [ck.optimizer_state(c) for c in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        assert states[0][name].keys() == states[1][name].keys(), name
+        for key in states[0][name]:
+            torch.testing.assert_close(states[0][name][key], states[1][name][key], rtol=0, atol=0, msg=f"{name}|{key}")
+    for c in (one, two):
+        c.verify()
+    steps = [ck._Reader(c).steps for c in (one, two)]
+    assert steps[0] == steps[1]
+    engines = [c.state()["engine"] for c in (one, two)]
+    assert engines[0] == engines[1]
+
+
+def folder(run: Path, step: int) -> Path:
+    return files.folder_of(run, step)
+
+
+SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8, "warmup_max_lr": 3e-3}}}
+EVERY = {"steps": 6, "save_at": 3, "deepspeed": SCHEDULE}
+
+
+def test_between_stages_and_ranks(world: ParallelDims, tmp_path: Path) -> None:
+    """ZeRO-1 ↔ 2 ↔ 3 and 0, 1 ↔ 2 ranks, pipeline and experts: state bit-equal after loading, losses equal after that."""
+
+    def here(name: str, **job: Any) -> dict[str, Any]:
+        return layouts.do({"name": name, **EVERY, "run": str(tmp_path / name), **job})
+
+    one = here("one-1", stage=1)
+    jobs: list[dict[str, Any]] = []
+    for source, name, job in (
+        ("one-1", "two-1", {"stage": 1}),
+        ("two-1", "two-2", {"stage": 2, "zero": {"round_robin_gradients": True}}),
+        ("two-2", "two-3", {"stage": 3, "zero": {"stage3_param_persistence_threshold": 100}}),
+        ("two-3", "two-p", {"stage": 1, "pipeline": 2}),
+        ("two-p", "two-e", {"stage": 2, "expert": 2}),
+    ):
+        load = str(folder(tmp_path / source, 3))
+        jobs.append({"name": name, **EVERY, **job, "load": load, "resave": str(tmp_path / name)})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    processes.run(layouts.__file__, [tmp_path / "out.json", tmp_path / "jobs.json"], 2)
+    results = json.loads((tmp_path / "out.json").read_text())
+    for i, (source, stage) in enumerate((("two-e", 3), ("one-back0", 0), ("one-back1", 1))):
+        name = f"one-back{i}"
+        load = str(folder(tmp_path / source, 3))
+        results[name] = layouts.do(
+            {"name": name, **EVERY, "stage": stage, "load": load, "resave": str(tmp_path / name), "run": ""}
+            | {"save_at": -1}
+        )
+    for name, result in results.items():
+        equal(folder(tmp_path / "one-1", 3), folder(tmp_path / name, 3))
+        for after, before in zip(result["steps"], one["steps"][3:], strict=True):
+            assert after == pytest.approx(before, abs=2e-6), name
+
+
+def test_frozen_and_tied_parameters(world: ParallelDims, tmp_path: Path) -> None:
+    job = {"config": {"tie_word_embeddings": True}, "run": str(tmp_path / "a"), "steps": 2, "save_at": 2, "stage": 1}
+    layouts.do({"name": "a", **job})
+    names = ck.export_weights(Checkpoint.open(folder(tmp_path / "a", 2)))
+    model = DecisionModel(layouts.config_of(job), seed=5)
+    missing, extra = model.load_state_dict(names, strict=False)
+    assert set(missing) <= {"output.weight"}
+    assert not extra
+    assert "layers.1.mlp.previous" in names
+    layouts.do({"name": "b", **job, "stage": 3, "load": str(folder(tmp_path / "a", 2)), "resave": str(tmp_path / "b")})
+    equal(folder(tmp_path / "a", 2), folder(tmp_path / "b", 2))
+
+
+def test_bf16_state_is_bit_equal(world: ParallelDims, tmp_path: Path) -> None:
+    job: dict[str, Any] = {"deepspeed": {"bf16": {"enabled": True}}, "steps": 2, "save_at": 2}
+    layouts.do({"name": "a", **job, "stage": 1, "run": str(tmp_path / "a")})
+    last = "a"
+    for name, changes in (
+        ("b", {"stage": 3}),
+        ("c", {"stage": 1, "deepspeed": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}}),
+        ("d", {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}),
+    ):
+        layouts.do(
+            {"name": name, **job, **changes, "load": str(folder(tmp_path / last, 2)), "resave": str(tmp_path / name)}
+        )
+        equal(folder(tmp_path / last, 2), folder(tmp_path / name, 2))
+        last = name

@@ -1,0 +1,122 @@
+"""The same loss on every layout, and what the engine refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import layouts
+import numpy as np
+import processes
+import pytest
+import synthetic
+
+from pretrain.deepspeed_config import derive
+from pretrain.parallel import Grid, LayoutError
+from recipes.schema import Recipe
+
+SCRIPT = Path(layouts.__file__)
+
+
+def run(tmp_path: Path, ranks: int, jobs: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    out = tmp_path / "results.json"
+    processes.run(SCRIPT, [out, tmp_path / "jobs.json"], ranks, **options)
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def oracle() -> np.ndarray:
+    return np.array(layouts.plain(synthetic.config(), synthetic.recipe()))
+
+
+def compare(results: dict[str, Any], oracle: np.ndarray, tolerance: float = 1e-5) -> None:
+    held_out = None
+    for name, result in results.items():
+        steps = np.array(result["steps"])
+        worst = np.abs(steps[:, :2] - oracle).max(0)
+        assert (worst < tolerance).all(), f"{name}: loss differs by {worst[0]:.1e}, gradient norm by {worst[1]:.1e}"
+        held_out = np.array(result["held_out"]) if held_out is None else held_out
+        np.testing.assert_allclose(result["held_out"], held_out, rtol=1e-4, err_msg=name)
+
+
+def test_one_rank_equals_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
+    jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
+    jobs += [{"name": "reversed", "order": "reversed", "micro": 3}, {"name": "whole", "micro": 13}]
+    compare(run(tmp_path, 1, jobs), oracle)
+
+
+def test_two_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
+    jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (1, 2, 3)]
+    jobs += [{"name": "interleaved", "order": "interleaved", "micro": 2, "stage": 2}]
+    jobs += [{"name": "pipeline", "pipeline": 2}]
+    jobs += [{"name": f"expert-{stage}", "expert": 2, "stage": stage} for stage in (1, 2)]
+    compare(run(tmp_path, 2, jobs), oracle)
+
+
+RECIPE = synthetic.recipe()
+
+
+def changed(**deepspeed: Any) -> Recipe:
+    return dataclasses.replace(RECIPE, deepspeed={**RECIPE.deepspeed, **deepspeed})
+
+
+def sizes(ranks: int, **deepspeed: Any) -> tuple[int, int, int]:
+    d = derive(changed(**deepspeed), Grid(0, ranks, 1, 1))
+    assert d.config["train_batch_size"] == d.micro_batch * d.accumulation * ranks
+    assert d.rows_per_rank == d.micro_batch * d.accumulation
+    return d.rows, d.micro_batch, d.accumulation
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("rows", [7, 12, 13, 64])
+@pytest.mark.parametrize("micro", [0, 1, 4, 5])
+def test_rows_are_filled_up_never_dropped(ranks: int, rows: int, micro: int) -> None:
+    real, size, accumulation = sizes(
+        ranks, train_batch_size=rows, **({"train_micro_batch_size_per_gpu": micro} if micro else {})
+    )
+    most = -(-rows // ranks)  # no rank has more
+    assert real == rows
+    assert most <= size * accumulation < most + size
+
+
+def test_no_whole_micro_batch_of_filler() -> None:
+    with pytest.raises(LayoutError, match="whole micro-batch would be empty"):
+        sizes(2, train_batch_size=8, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3)
+    with pytest.raises(LayoutError, match="hold only 2"):
+        sizes(2, train_batch_size=8, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1)
+    with pytest.raises(LayoutError, match="more than the 4 rows"):
+        sizes(2, train_batch_size=8, gradient_accumulation_steps=5)
+
+
+@pytest.mark.parametrize(
+    "changes, pipeline, expert, message",
+    [
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 1, 1, "master weights"),
+        ({"fp16": {"enabled": True}}, 1, 1, "use bf16"),
+        ({"zero_optimization": {"stage": 2}}, 2, 1, "needs deepspeed.zero_optimization.stage 1"),
+        ({"zero_optimization": {"stage": 0}}, 2, 1, "wrong gradient norm"),
+        ({"zero_optimization": {"stage": 3}}, 1, 2, "stage 1 or 2"),
+        ({"optimizer": {"type": "Lamb"}}, 1, 1, "Adam and AdamW"),
+        ({"zero_optimization": {"stage": 4}}, 1, 1, "0, 1, 2 or 3"),
+        ({"train_batch_size": 0}, 1, 1, "at least 1"),
+        ({}, 3, 1, "do not divide 4 processes"),
+        ({}, 2, 3, "does not divide the 2 data-parallel"),
+    ],
+)
+def test_what_cannot_run_is_refused(changes: dict[str, Any], pipeline: int, expert: int, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        derive(changed(**changes), Grid(0, 4, pipeline, expert))
+
+
+def test_auto_values_are_filled_in_and_told() -> None:
+    scheduler = {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 5},
+    }
+    d = derive(changed(scheduler=scheduler, gradient_clipping="auto"), Grid(0, 1, 1, 1))
+    assert d.config["scheduler"]["params"] == {"total_num_steps": 20, "warmup_max_lr": 3e-3, "warmup_num_steps": 5}
+    assert d.config["gradient_clipping"] == 1.0
+    assert {"scheduler.params.total_num_steps", "gradient_clipping", "optimizer.params.torch_adam"} <= set(d.values)

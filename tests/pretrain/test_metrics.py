@@ -1,0 +1,39 @@
+"""Rates and their meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.engine import StepResult
+from pretrain.metrics import Smoothed, StepMetrics, matrix_rate, peak_rate
+
+
+def test_matrix_rate_is_measured_once_and_plausible() -> None:
+    rate = matrix_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.02)
+    assert 1e7 < rate < 1e15
+    assert matrix_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.02) == rate
+
+
+def test_a_known_device_has_its_data_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, peak in (("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_rate(torch.device("cuda"), torch.bfloat16) == peak
+
+
+def test_mfu_is_what_was_done_over_what_could_have_been() -> None:
+    result = StepResult(3, 1.5, 0.0, 1.0, 1e-3, 4, 800, 100, 3e9, {0: (6.0, 3), 5: (1.0, 2)})
+    metrics = StepMetrics(result, seconds=2.0, wait=0.5, peak=6e9, counters={"store_bytes": 7.0})
+    assert metrics.mfu == pytest.approx(0.25)
+    assert metrics.tokens_per_second == pytest.approx(400)
+    line = metrics.to_json(["reach"])
+    assert line["loss_by_task"] == {"reach": 2.0, "5": 0.5}
+    assert (line["step"], line["loss"], line["data_wait"], line["loader"]) == (3, 1.5, 0.5, {"store_bytes": 7.0})
+
+
+def test_smoothing_has_no_bias_at_the_start() -> None:
+    smoothed = Smoothed(10)
+    assert [smoothed.add(4.0) for _ in range(3)] == pytest.approx([4.0] * 3)
+    for _ in range(200):
+        smoothed.add(8.0)
+    assert smoothed.value == pytest.approx(8.0, rel=1e-6)

@@ -1,0 +1,51 @@
+"""The grid of a launch against DeepSpeed's own topology, and a world of one process without a launcher."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import processes
+import pytest
+
+from pretrain.parallel import Grid
+
+
+@pytest.mark.parametrize(
+    "world, pipeline, expert", [(1, 1, 1), (4, 1, 2), (4, 2, 1), (4, 2, 2), (8, 2, 2), (8, 4, 1), (6, 3, 2)]
+)
+def test_grid_is_deepspeeds(world: int, pipeline: int, expert: int) -> None:
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    topology = PipeDataParallelTopology(num_pp=pipeline, num_dp=world // pipeline)
+    for rank in range(world):
+        grid = Grid(rank, world, pipeline, expert)
+        place = topology.get_coord(rank)
+        assert (grid.stage, grid.replica) == (place.pipe, place.data)
+        assert grid.is_first_stage == (place.pipe == 0)
+        assert grid.is_last_stage == (place.pipe == pipeline - 1)
+        # neighbours of an expert group are consecutive ranks of one stage
+        assert grid.expert_rank == rank % expert
+
+
+ALONE = """
+from recipes.schema import Parallel
+from pretrain.parallel import ParallelDims
+world = ParallelDims(Parallel())
+assert (world.rank, world.world, world.data, world.stage) == (0, 1, 1, 0), world
+assert world.sum([1.5, 2]).result() == [1.5, 2.0]
+assert world.gather("x") == ["x"]
+home = world.home
+assert (home.process, home.processes) == (0, 1)
+world.barrier()
+world.close()
+"""
+
+
+def test_one_process_needs_no_launcher() -> None:
+    env = {
+        k: v
+        for k, v in processes.environment().items()
+        if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    subprocess.run([sys.executable, "-c", ALONE], env=env, check=True, timeout=120)

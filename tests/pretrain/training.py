@@ -1,0 +1,68 @@
+"""A whole training run for tests, in this process or as a script by ranks.
+
+training.py RUN STEPS [--kill-at STEP] [--pause SECONDS] [--pipeline STAGES]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import layouts
+import synthetic
+
+from pretrain.callbacks import Callback, Checkpointer, MetricsWriter, Progress
+from pretrain.checkpoint import Checkpoint
+from pretrain.engine import build_engine
+from pretrain.model.transformer import DecisionModel
+from pretrain.parallel import ParallelDims
+from pretrain.trainer import Trainer
+from recipes.schema import Parallel
+
+
+class KillAt(Callback):
+    """kill -9 in the middle of training, with a checkpoint perhaps on its way to the disk."""
+
+    def __init__(self, step: int, pause: float) -> None:
+        self.step, self.pause = step, pause
+
+    def on_step(self, trainer: Trainer, metrics: Any) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.pause)
+
+
+def train(
+    run: Path, steps: int, *, kill_at: int = -1, pause: float = 0.0, every: int = 3, loader: Any = None, **job: Any
+) -> tuple[bool, Trainer]:
+    world = ParallelDims(Parallel(job.get("pipeline", 1)))
+    like = layouts.recipe_of(job)
+    sections = {"deepspeed": like.deepspeed, "parallel": {"pipeline": like.parallel.pipeline}}
+    recipe = synthetic.recipe(str(run), train={"steps": steps, "seed": 7}, **sections)
+    engine = build_engine(recipe, DecisionModel(layouts.config_of(job), seed=3), world)
+    if loader is None and world.is_first_stage:
+        loader = synthetic.SyntheticLoader(layouts.BATCH, world.replica, world.data)
+    callbacks: list[Callback] = [MetricsWriter(run, tensorboard=False), Checkpointer(run, every, keep=2)]
+    callbacks += [Progress(terminal=False, seconds=0.0), KillAt(kill_at, pause)]
+    trainer = Trainer(recipe, engine, loader, callbacks, ["data"])
+    try:
+        return trainer.fit(Checkpoint.newest_whole(run)), trainer
+    finally:
+        engine.destroy()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--kill-at", type=int, default=-1)
+    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--pipeline", type=int, default=1)
+    a = parser.parse_args()
+    done, _ = train(a.run, a.steps, kill_at=a.kill_at, pause=a.pause, pipeline=a.pipeline)
+    sys.exit(0 if done else 130)
