@@ -139,14 +139,12 @@ class Assembler:
         arrays, episode = self._index(planned, i).arrays, int(planned.episode[i])
         for spec, row_bytes in wanted.large:
             name, parts = f"chunks.{spec.name}", pieces.get((i, spec.name))
-            frames, begin, end = (
-                int(arrays[f"{name}.rows"][episode]),
-                *arrays[f"{name}.first"][episode : episode + 2].tolist(),
-            )
+            frames = int(arrays[f"{name}.rows"][episode])
+            begin, end = arrays[f"{name}.first"][episode : episode + 2].tolist()
             low, high = begin + first // frames, min(end, begin + -(-(first + count) // frames))
             if parts is None or high <= low:
                 return None
-            data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+            data = memoryview(b"".join(parts))  # a copy: the pieces may be the cache's own memory
             at = 0
             for size, crc in zip(arrays[f"{name}.size"][low:high].tolist(), arrays[f"{name}.crc"][low:high].tolist()):
                 if crc32c(data[at : at + size]) != crc:

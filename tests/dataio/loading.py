@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dataio.encodings import Encoding
 from dataio.episode import Episode, FieldSpec, TaskSpec, Window
 from dataio.index import EpisodeIndex
 from dataio.shards import ShardWriter
@@ -24,6 +25,7 @@ PICTURES = TaskSpec(
     "look",
     (
         FieldSpec("observation.image", "observation", "image", "uint8", (12, 10, 3)),
+        FieldSpec("observation.wrist", "observation", "image", "uint8", (5, 4, 3)),
         FieldSpec("observation.state", "observation", "continuous", "float32", (3,)),
         FieldSpec("action", "action", "discrete", "int64", (), values=5),
         FieldSpec("reward", "reward", "continuous", "float32"),
@@ -50,7 +52,7 @@ def dataset(
 ) -> EpisodeIndex:
     """A dataset of several small shards."""
     rng = np.random.default_rng(seed)
-    with ShardWriter(url, tasks, shard_bytes=200_000) as writer:
+    with ShardWriter(url, tasks, shard_bytes=200_000, encodings={"observation.wrist": Encoding("raw")}) as writer:
         for number in range(episodes):
             writer.write(episode(number, tasks[number % len(tasks)], rng))
     return EpisodeIndex.open(url)

@@ -25,7 +25,7 @@ from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 NEEDS = (
     Needs(("observation", "action", "reward", "instruction"), after=2),
-    Needs(("observation.image", "observation.state", "action")),
+    Needs(("observation.image", "observation.wrist", "observation.state", "action")),
 )
 CACHE = CacheBudget(memory=4 << 20)
 ONE = Home(0, 1)

@@ -16,7 +16,10 @@ from dataio.episode import DataError, Needs
 from dataio.fetch import Fetcher
 from dataio.units import UnitMap, expand
 
-NEEDS = Needs(("observation", "action", "reward", "instruction", "observation.image", "observation.state"), after=3)
+NEEDS = Needs(
+    ("observation", "action", "reward", "instruction", "observation.image", "observation.wrist", "observation.state"),
+    after=3,
+)
 
 
 @pytest.fixture(scope="module")
