@@ -10,7 +10,7 @@ from typing import Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = _parse(parser, list(sys.argv[1:] if argv is None else argv))
     name: str | None = getattr(args, "command", None)
     if name is None:
         parser.print_help()
@@ -31,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tiphys: {error}", file=sys.stderr)
         return 1
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Overrides may stand before or after options, which argparse alone refuses for subcommands."""
+    args, rest = parser.parse_known_args(words)
+    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

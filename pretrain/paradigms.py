@@ -47,7 +47,7 @@ PARADIGMS: dict[str, Paradigm] = {
     for p in (
         Paradigm(
             name="bc",
-            timestep=(TEXT, OBSERVATION, SEPARATOR, ACTION),
+            timestep=(TEXT, OBSERVATION, ACTION),
             targets=(ACTION,),
             discretised=True,
             scheme="compact",

@@ -166,17 +166,14 @@ def test_a_gato_timestep_by_hand():
 
 def test_a_compact_timestep_is_few_tokens():
     o = make([GRID, ARM], "bc", context=64)
-    assert [t.width for t in o.schemes[0].values()] == [
-        4,
-        4,
-    ]  # direction, grid, separator, action; vector, separator, 2
+    assert [t.width for t in o.schemes[0].values()] == [3, 3]  # direction, grid, action; vector, two of an action
     rng = np.random.default_rng(0)
     w = window(o, "arm", 2, rng)
     b = batch_of(o, [[w]])
     ids = o.schemes[0][w.task].elements[-1].codec.encode(w.fields["action"])
-    separator, embedded = o.vocabulary.separator, o.vocabulary.embedded
-    assert b.tokens[0, :8].tolist() == [embedded, separator, *ids[0], embedded, separator, *ids[1]]
-    assert b.target[0, :8].tolist() == [-1, *ids[0], -1, -1, *ids[1], -1]
+    embedded = o.vocabulary.embedded
+    assert b.tokens[0, :6].tolist() == [embedded, *ids[0], embedded, *ids[1]]
+    assert b.target[0, :6].tolist() == [*ids[0], -1, *ids[1], -1]
     assert set(b.softmax[b.target >= 0]) == {o.vocabulary.softmax("continuous")}
 
 
