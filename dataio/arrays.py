@@ -160,7 +160,8 @@ class Sink:
         self._last: dict[str, int] = {}
 
     def append(self, name: str, values: np.ndarray, dtype: Any) -> None:
-        values = np.ascontiguousarray(values, dtype)
+        with np.errstate(over="ignore"):  # a return beyond float32 is an infinity
+            values = np.ascontiguousarray(values, dtype)
         self._dtypes[name] = values.dtype
         self._lengths[name] = self._lengths.get(name, 0) + len(values)
         if self.folder is None:

@@ -116,7 +116,10 @@ class EpisodeIndex:
     @cached_property
     def statistics(self) -> Mapping[str, Mapping[str, FieldStatistics]]:
         stored = self.document["statistics"]
-        return {t: {f: FieldStatistics.from_dict(s) for f, s in fields.items()} for t, fields in stored.items()}
+        try:
+            return {t: {f: FieldStatistics.from_dict(s) for f, s in fields.items()} for t, fields in stored.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.url}/{DATASET}: its statistics are damaged: {error!r}") from None
 
     def id(self, episode: int) -> str:
         return self.ids[episode]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from crc32c import crc32c
 
@@ -25,6 +25,9 @@ from dataio.index import EpisodeIndex
 from dataio.rows import Layout, check_task, plain
 from dataio.sample import BLOCK, Sample
 from dataio.statistics import Statistics
+
+if TYPE_CHECKING:
+    from dataio.storage import Store
 
 _PIECE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -200,25 +203,33 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
         raise FileNotFoundError(f"{url} has no pieces to merge")
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-merge-"))
     try:
+        with ThreadPoolExecutor(16) as pool:  # small files: latency decides
+            files = list(pool.map(lambda name: _fetch_piece(store, name, scratch), names))
         tasks: dict[str, TaskSpec] = {}
         shards: list[table.Shard] = []
         statistics = Statistics()
-        parts = []
-        for i, name in enumerate(names):
-            file, sketches = scratch / f"{i:06d}.parquet", scratch / "statistics.parquet"
-            fetch(store, f"pieces/{name}.parquet", file)
-            fetch(store, f"pieces/{name}.statistics.parquet", sketches)
+        for name, (file, sketches) in zip(names, files):
             own_tasks, own_shards = table.describe(file)
             merge_tasks(tasks, own_tasks, f"piece {name}")
             shards += own_shards
             statistics.merge(Statistics.read(sketches))
-            parts.append(table.Part(file))
+        parts = [table.Part(file) for file, _ in files]
         index = scratch / INDEX
         table.combine(parts, index, list(tasks.values()), shards)
         publish(store, index, statistics)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return EpisodeIndex.open(url)
+
+
+def _fetch_piece(store: Store, name: str, scratch: Path) -> tuple[Path, Path]:
+    """Index and statistics of a piece as local files."""
+    folder = scratch / "pieces"
+    folder.mkdir(exist_ok=True)
+    file, sketches = folder / f"{name}.parquet", folder / f"{name}.statistics.parquet"
+    fetch(store, f"pieces/{name}.parquet", file)
+    fetch(store, f"pieces/{name}.statistics.parquet", sketches)
+    return file, sketches
 
 
 def merge_tasks(tasks: dict[str, TaskSpec], more: Sequence[TaskSpec], source: str) -> None:

@@ -170,7 +170,6 @@ class Part:
 
 def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
     """Concatenate index files into one, with every column that any of them has, in bounded memory."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     parts = list(parts)
@@ -180,17 +179,29 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
     dictionary = [n for n in schema.names if n not in unique]
     options = {"compression": "zstd", "use_dictionary": dictionary, "write_page_checksum": True}
     with pq.ParquetWriter(file, schema, **options) as writer:
-        for part in parts:
-            for batch in batches(part):
-                columns = [
-                    batch.column(f.name) if f.name in batch.schema.names else pa.nulls(len(batch), f.type)
-                    for f in schema
-                ]
-                writer.write_table(pa.table(columns, schema=schema))
+        for group in _groups(parts, schema):
+            writer.write_table(group)
         listed = [[s.name, s.size, s.crc] for s in shards]
         described = {"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed}
         text = json.dumps(described)
         writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
+
+
+def _groups(parts: Iterable[Part], schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows of all parts in groups of PART, wherever the parts end: the file does not show how it was put together."""
+    import pyarrow as pa
+
+    waiting = pa.table([pa.array([], f.type) for f in schema], schema=schema)
+    for part in parts:
+        for batch in batches(part):
+            have = batch.schema.names
+            columns = [batch.column(f.name) if f.name in have else pa.nulls(len(batch), f.type) for f in schema]
+            waiting = pa.concat_tables([waiting, pa.table(columns, schema=schema)])
+            while len(waiting) >= PART:
+                yield waiting.slice(0, PART).combine_chunks()
+                waiting = waiting.slice(PART)
+    if len(waiting):
+        yield waiting.combine_chunks()
 
 
 def _schema(schemas: Sequence[pa.Schema]) -> pa.Schema:

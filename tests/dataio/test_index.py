@@ -12,6 +12,7 @@ import pytest
 from making import RICH, SMALL, observed, random_episode, read_window, small_dataset, write
 
 from dataio import arrays, table
+from dataio.document import parse
 from dataio.episode import DataError
 from dataio.index import EpisodeIndex, Range
 from dataio.table import Chunks, Record, Shard, TableWriter
@@ -174,9 +175,39 @@ def test_a_strangers_dataset_json_is_not_believed(tmp_path, change):
         EpisodeIndex.open(url, str(tmp_path / "fresh"))
 
 
-def test_only_a_local_dataset_may_name_local_shards():
-    from dataio.document import parse
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.long)])
+def test_mutated_files_of_a_stranger_give_clean_errors(tmp_path, count):
+    """Bytes of index.parquet and dataset.json changed at random: they open as something that fits its shards, or not."""
+    rng = np.random.default_rng(0)
+    url = tmp_path / "d"
+    write(str(url), [random_episode(RICH, f"e{i}", 3, rng) for i in range(4)], [RICH])
+    unchecked = tmp_path / "unchecked.parquet"  # a stranger writes no page checksums
+    metadata = pq.read_metadata(url / "index.parquet").metadata
+    content = pq.read_table(url / "index.parquet")
+    with pq.ParquetWriter(unchecked, content.schema) as writer:
+        writer.write_table(content)
+        writer.add_key_value_metadata({k: metadata[k] for k in (b"tiphys", b"tiphys.crc32c")})
+    files = [(url / "index.parquet").read_bytes(), unchecked.read_bytes(), (url / "dataset.json").read_bytes()]
+    refused = 0
+    for i in range(count):
+        data = bytearray(files[i % 3])
+        for _ in range(int(rng.integers(1, 5))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        try:
+            if i % 3 == 2:
+                parse(bytes(data), "dataset.json")
+                continue
+            mutated = tmp_path / "mutated.parquet"
+            mutated.write_bytes(data)
+            tasks, shards = table.describe(mutated)
+            decoded = arrays.decode(mutated, None, [t.name for t in tasks], [s.name for s in shards])
+            arrays.check(decoded, tasks, shards, "mutated")
+        except DataError:
+            refused += 1
+    assert refused > count // 3
 
+
+def test_only_a_local_dataset_may_name_local_shards():
     document = {"version": 1, "tasks": [], "statistics": {}, "digests": {"index.parquet": "0" * 64}}
     raw = json.dumps(document | {"shards": [["file:///etc/passwd", 1, -1]]}).encode()
     parse(raw, "/data/dataset.json")
