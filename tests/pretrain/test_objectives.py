@@ -320,8 +320,8 @@ def test_a_value_without_encoding_is_named_with_its_episode_and_step():
 
 def test_a_row_that_is_too_long_is_refused():
     o = make([ARM], "bc", context=16)
-    with pytest.raises(DataError, match="row 9 of the batch has 20 tokens"):
-        batch_of(o, [[window(o, "arm", 5, np.random.default_rng(0))]], numbers=[9])
+    with pytest.raises(DataError, match="row 9 of the batch has 18 tokens"):
+        batch_of(o, [[window(o, "arm", 6, np.random.default_rng(0))]], numbers=[9])
 
 
 def test_a_context_that_cannot_hold_a_timestep_is_refused():
