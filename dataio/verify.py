@@ -98,15 +98,13 @@ def _load(store: Store, scratch: Path, report: Report, repair: bool) -> EpisodeI
     try:
         fetch(store, INDEX, file)
     except FileNotFoundError:
-        report.add("missing", INDEX, "there is no index; `verify --repair` makes it again from the shards")
+        report.add("missing", INDEX, "there is no index; `verify --repair` makes it again from shards of our own")
     try:
         document = parse(store.read(DATASET), f"{store.url}/{DATASET}")
     except FileNotFoundError:
         if not file.exists():
             raise FileNotFoundError(f"{store.url} is no dataset: it has neither {DATASET} nor {INDEX}") from None
-        report.add(
-            "missing", DATASET, "the dataset was never finished, or lost it; `verify --repair` makes it from the index"
-        )
+        report.add("missing", DATASET, "it was never written, or is lost; `verify --repair` makes it from the index")
         document = None
     except DataError as error:
         report.add("index", DATASET, str(error))
@@ -148,6 +146,13 @@ def _accept(
 
 
 def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Report) -> EpisodeIndex | None:
+    """The index made again from the shards, where all their samples are its episodes."""
+    if "skipped" in document:
+        report.add("index", INDEX, "the tars are others': run `tiphys index` again")
+        return None
+    if any("://" in s.name for s in document["shards"]):
+        report.add("index", INDEX, "some shards belong to other datasets: merge, filter or split these again")
+        return None
     layouts = {t.name: Layout(t) for t in document["tasks"]}
     folder = scratch / "rebuilt"
     folder.mkdir()
@@ -323,10 +328,13 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
     out = scratch / "kept"
     out.mkdir()
     table.combine([table.Part(scratch / INDEX, keep)], out / INDEX, index.tasks, index.shards)
-    listed: list[dict[str, Any]] = list(index.document.get("quarantine", []))
+    before: list[dict[str, Any]] = index.document.get("quarantine", [])
+    listed = []
     for e, reason in sorted(reasons.items()):
         place = {"shard": index.shard_name(int(index.shard[e])), "sample": int(index.arrays["sample"][e])}
         listed.append({"id": index.id(e), "task": index.tasks[index.task[e]].name, **place, "reason": reason})
+    again = {(q["shard"], q["sample"]) for q in listed}
+    listed = [q for q in before if (q["shard"], q["sample"]) not in again] + listed
     kept = {k: index.document[k] for k in ("skipped",) if k in index.document}
     publish(store, out / INDEX, statistics, quarantine=listed, **kept)
 

@@ -269,6 +269,16 @@ def test_filter_against_the_obvious(tmp_path):
         filter(url, str(tmp_path / "no"), tasks=["x"])
 
 
+def test_an_index_that_shards_do_not_determine_is_not_made_again(tmp_path):
+    small_dataset(str(tmp_path / "d"))
+    filter(str(tmp_path / "d"), str(tmp_path / "few"), max_length=2)
+    Path(tmp_path, "few/index.parquet").unlink()
+    report = verify(str(tmp_path / "few"), repair=True)
+    assert "other datasets" in str(report.findings[-1])
+    assert not report.repairs
+    assert not Path(tmp_path, "few/index.parquet").exists()
+
+
 def test_split_takes_apart_by_id(tmp_path):
     url = str(tmp_path / "d")
     episodes, _ = small_dataset(url, 200)
