@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO, BinaryIO, cast
 
 from dataio.convert.limits import EPISODE_BYTES, FILES, RATIO, RATIO_FREE, check_size
-from dataio.convert.source import Source
+from dataio.convert.source import Source, SourceUnavailable
 from dataio.episode import DataError
 
 
@@ -51,8 +51,8 @@ def open_member(
     try:
         with archive.open(info) as stream:
             yield cast(BinaryIO, _Guarded(stream, f"{where}, {name}")), info.file_size
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OverflowError, ValueError) as error:
-        if isinstance(error, DataError):
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OverflowError, ValueError, OSError) as error:
+        if isinstance(error, DataError | SourceUnavailable):
             raise
         raise DataError(f"{where}, {name}: damaged ({error})") from None
 

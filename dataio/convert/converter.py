@@ -146,7 +146,7 @@ def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
         return read()
     except (SourceUnavailable, ImportError):
         raise
-    except DataError as error:
+    except (DataError, FileNotFoundError) as error:
         return BadEpisode(where, str(error))
     except MemoryError:
         return BadEpisode(where, "reading it needs more memory than a reader may take")

@@ -14,7 +14,7 @@ import numpy as np
 
 from dataio.convert.infer import texts
 from dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
-from dataio.convert.source import Source
+from dataio.convert.source import Source, SourceUnavailable
 from dataio.episode import DataError
 
 _KINDS = "biuf"
@@ -32,7 +32,12 @@ def open_hdf5(source: Source, path: str) -> Iterator[Any]:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(f"{source.where(path)}: not a readable HDF5 file ({error})") from None
         with file:
-            yield file
+            try:
+                yield file
+            except (SourceUnavailable, FileNotFoundError):
+                raise
+            except (OSError, RuntimeError) as error:  # any look into a group may meet damage
+                raise DataError(f"{source.where(path)}: the HDF5 structure is damaged ({error})") from None
 
 
 def is_hdf5(source: Source, path: str) -> bool:

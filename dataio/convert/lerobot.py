@@ -20,7 +20,7 @@ from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
 from dataio.convert.exported import restore, tasks_of
 from dataio.convert.infer import canonical, field_spec, texts
 from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image, parse_json
-from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows
+from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows, values
 from dataio.convert.source import Source, expand
 from dataio.convert.video import VideoFrames, frame_size
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
@@ -103,10 +103,10 @@ class LeRobot(Converter):
             rows: Any = zip(table["task_index"], table[column], strict=True)
         else:
             rows = ((r.get("task_index"), r.get("task")) for r in self.source.json_lines("meta/tasks.jsonl"))
-        words = dict(rows)
-        if not all(isinstance(k, int) and isinstance(v, str) for k, v in words.items()):
+        words = list(rows)
+        if not all(isinstance(k, int) and isinstance(v, str) for k, v in words):
             raise DataError(f"{self.source.url}: the table of tasks does not map task_index to a text")
-        return words
+        return dict(words)
 
     @cached_property
     def _records(self) -> list[Record]:
@@ -140,8 +140,8 @@ class LeRobot(Converter):
             missing = sorted(set(columns) - set(table))
             if missing:
                 raise DataError(f"{self.source.where(path)}: lacks the columns {', '.join(missing)}")
-            for values in zip(*(table[c] for c in columns), strict=True):
-                row = dict(zip(columns, values, strict=True))
+            for cells in zip(*(table[c] for c in columns), strict=True):
+                row = dict(zip(columns, cells, strict=True))
                 if not all(_index(row[c]) for c in columns if c.endswith("_index") or c == "length"):
                     raise DataError(f"{self.source.where(path)}: an episode without index, length or place")
 
@@ -284,7 +284,7 @@ class LeRobot(Converter):
 
     def _pictures(self, table: Any, key: str, where: str) -> np.ndarray:
         frames = []
-        for row, value in enumerate(table.column(key).to_pylist()):
+        for row, value in enumerate(values(table.column(key), f"{where}, {key}")):
             at = f"{where}, {key}, row {row}"
             data = value.get("bytes") if isinstance(value, dict) else value
             if data is None and isinstance(value, dict) and value.get("path"):

@@ -11,7 +11,7 @@ import numpy as np
 
 from dataio.convert.infer import texts
 from dataio.convert.limits import EPISODE_BYTES, RECORD_BYTES, check_shape
-from dataio.convert.source import Source
+from dataio.convert.source import Source, SourceUnavailable
 from dataio.episode import DataError
 
 _BATCH = 4096  # rows decoded at a time
@@ -27,8 +27,10 @@ def open_parquet(source: Source, path: str) -> Iterator[Any]:
         try:
             file = pq.ParquetFile(stream, thrift_string_size_limit=RECORD_BYTES, thrift_container_size_limit=10_000_000)
             _check(file.metadata, source.where(path))
-        except pa.ArrowException as error:
-            raise DataError(f"{source.where(path)}: not a readable Parquet file ({error})") from None
+        except SourceUnavailable:
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{source.where(path)}: not a readable Parquet file ({_line(error)})") from None
         yield file
 
 
@@ -49,8 +51,14 @@ def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH) -
 
     try:
         yield from file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False)
-    except pa.ArrowException as error:
-        raise DataError(f"{where}: the Parquet data is damaged ({error})") from None
+    except SourceUnavailable:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: the Parquet data is damaged ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_columns(source: Source, path: str, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
@@ -61,8 +69,18 @@ def read_columns(source: Source, path: str, columns: Sequence[str] | None = None
         out: dict[str, list[Any]] = {n: [] for n in names}
         for batch in batches(file, names, source.where(path)):
             for name in names:
-                out[name] += batch.column(batch.schema.get_field_index(name)).to_pylist()
+                out[name] += values(batch.column(batch.schema.get_field_index(name)), f"{source.where(path)}, {name}")
     return out
+
+
+def values(column: Any, where: str) -> list[Any]:
+    """An Arrow array as Python values; DataError where its texts are no UTF-8."""
+    import pyarrow as pa
+
+    try:
+        return list(column.to_pylist())
+    except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise DataError(f"{where}: holds values that cannot be read ({_line(error)})") from None
 
 
 def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.ndarray:
@@ -81,7 +99,7 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
     if column.null_count:
         raise DataError(f"{where}: has {column.null_count} missing values")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type):
-        return texts(column.to_pylist(), where)
+        return texts(values(column, where), where)
     rows, inner = len(column), []
     while (
         pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
@@ -93,12 +111,12 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
             raise DataError(f"{where}: has missing values inside its lists")
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
         raise DataError(f"{where}: Arrow type {column.type} is not read")
-    values = column.to_numpy(zero_copy_only=False)
+    array = column.to_numpy(zero_copy_only=False)
     target = tuple(inner) if shape is None else tuple(shape)
-    check_shape((rows, *target), values.dtype.itemsize, where)
-    if rows * math.prod(target) != values.size:
-        raise DataError(f"{where}: {values.size} values in {rows} rows are not rows of shape {target}")
-    return values.reshape((rows, *target))
+    check_shape((rows, *target), array.dtype.itemsize, where)
+    if rows * math.prod(target) != array.size:
+        raise DataError(f"{where}: {array.size} values in {rows} rows are not rows of shape {target}")
+    return array.reshape((rows, *target))
 
 
 def _list_size(column: Any, where: str) -> int:

@@ -202,6 +202,15 @@ class Reader:
 
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
     source = Source(request["source"])
+    try:
+        _work(request, source, out)
+    except Exception as error:
+        if source.failed:  # a library may have made something else of it
+            raise SourceUnavailable(source.failed) from error
+        raise
+
+
+def _work(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
     if request["do"] == "recognise":
         _send(out, _RESULT, recognise(source, request["known"]))
         return
@@ -216,13 +225,14 @@ def _answer(request: dict[str, Any], out: BinaryIO) -> None:
         }
         _send(out, _RESULT, plan)
         return
-    piece = Piece(**request["piece"])
-    for item in converter.episodes(piece, request["start"]):
+    for item in converter.episodes(Piece(**request["piece"]), request["start"]):
         if isinstance(item, Episode):
             sent = attempt(partial(_send_episode, out, item), f"{source.url}, episode {item.id}")
             if isinstance(sent, Episode):
                 continue
             item = sent
+        if source.failed:
+            raise SourceUnavailable(source.failed)
         _send(out, _BAD, asdict(item))
 
 

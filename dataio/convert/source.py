@@ -31,6 +31,7 @@ class Source:
         self.url = os.fspath(url).rstrip("/") or "/"
         scheme, separator, rest = self.url.partition("://")
         self._store: Any = None
+        self.failed = ""  # what the store said, should a library swallow the SourceUnavailable in which it said so
         if separator and scheme != "file":
             self._open_remote()
         else:
@@ -143,7 +144,7 @@ class Source:
             with open(self._local(path), "rb") as stream:
                 yield stream
         else:
-            with io.BufferedReader(_RemoteFile(self._store, path, size, self.where(path)), _BLOCK) as stream:
+            with io.BufferedReader(_RemoteFile(self, path, size), _BLOCK) as stream:
                 yield cast(BinaryIO, stream)
 
     def read(self, path: str, limit: int = JSON_BYTES) -> bytes:
@@ -170,8 +171,8 @@ class Source:
 class _RemoteFile(io.RawIOBase):
     """A file in a Store as a seekable stream of range reads."""
 
-    def __init__(self, store: Any, path: str, size: int, where: str):
-        self._store, self._path, self._size, self._where, self._at = store, path, size, where, 0
+    def __init__(self, source: Source, path: str, size: int):
+        self._source, self._path, self._size, self._at = source, path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -192,9 +193,10 @@ class _RemoteFile(io.RawIOBase):
         if count <= 0:
             return 0
         try:
-            (data,) = self._store.read_ranges(self._path, [self._at], [count])
+            (data,) = self._source._store.read_ranges(self._path, [self._at], [count])
         except OSError as error:
-            raise SourceUnavailable(f"{self._where}, bytes {self._at}–{self._at + count}: {error}") from error
+            self._source.failed = f"{self._source.where(self._path)}, bytes {self._at}–{self._at + count}: {error}"
+            raise SourceUnavailable(self._source.failed) from error
         view[:count] = memoryview(data).cast("B")
         self._at += count
         return count

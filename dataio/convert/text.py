@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
 from dataio.convert.infer import field_spec, texts
 from dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
-from dataio.convert.parquet import batches, open_parquet
+from dataio.convert.parquet import batches, open_parquet, values
 from dataio.convert.source import Source
 from dataio.episode import DataError, Episode, TaskSpec
 
@@ -131,7 +131,7 @@ class Text(Converter):
                 raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
             row = 0
             for batch in batches(file, [column], where, 256):
-                for value in batch.column(0).to_pylist():
+                for value in values(batch.column(0), where):
                     yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "no text in this row")
                     row += 1
 

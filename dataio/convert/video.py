@@ -33,6 +33,9 @@ class VideoFrames:
             self._container.close()
             raise DataError(f"{where}: has no video stream")
         self._stream: Any = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise DataError(f"{where}: its video has a codec that this FFmpeg does not decode")
         self._stream.thread_type = "AUTO"
         self._decoder: Iterator[tuple[float, Any]] = self._decode()
         self._pending: tuple[float, Any] | None = None

@@ -1,0 +1,251 @@
+"""How fast each reader is against the format's own library in the same run, and how much memory a conversion takes.
+
+    python benchmarks/convert.py [--steps 400] [--json FILE] [--memory]
+
+Sources are made on the spot by the formats' own libraries. Figures are megabytes of decoded arrays per second of one
+core's CPU time, medians of five alternating rounds. `--memory` converts sources of 1, 4 and 16 times a size and shows
+the largest resident memory of the converting process and of its reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dataio" / "convert"))
+
+import convert_sources as sources
+
+from dataio.convert.converter import BUILT_IN, load_converter
+from dataio.convert.source import Source
+from dataio.episode import Episode
+
+ROUNDS = 5
+
+
+def ours(source: Path, format: str) -> int:
+    """Decoded bytes of all episodes."""
+    converter = load_converter(BUILT_IN[format])(Source(str(source)))
+    total = 0
+    for piece in converter.pieces():
+        for item in converter.episodes(piece):
+            if not isinstance(item, Episode):
+                raise RuntimeError(f"{item.where}: {item.reason}")
+            total += sum(np.asarray(v).nbytes for v in item.fields.values() if not isinstance(v, str))
+    return total
+
+
+# ---- the libraries' own iteration; each returns decoded bytes ------------------------------------------------------------
+
+
+def _decoded(path: Path) -> Iterator[np.ndarray]:
+    import av
+
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
+def lerobot(folder: Path) -> int:
+    """PyAV and pyarrow, as LeRobot's own `pyav` backend."""
+    import pyarrow.parquet as pq
+
+    total = 0
+    for path in sorted(folder.rglob("episode_*.parquet")):
+        table = pq.read_table(path)
+        total += sum(np.array(table.column(c).to_pylist()).nbytes for c in table.column_names)
+    for path in sorted(folder.rglob("*.mp4")):
+        total += np.stack(list(_decoded(path))).nbytes
+    return total
+
+
+def rlds(folder: Path) -> int:
+    """Google's protobuf runtime is what TensorFlow parses with; pictures by Pillow."""
+    from PIL import Image
+    from test_convert_real import _tensorflow_free_records
+
+    total = 0
+    for path in sorted(folder.glob("*.tfrecord-*")):
+        for record in _tensorflow_free_records(path):
+            for key, values in record.items():
+                if key.endswith("image"):
+                    total += np.stack([np.asarray(Image.open(io.BytesIO(v))) for v in values]).nbytes
+                elif values and not isinstance(values[0], bytes):
+                    total += np.asarray(values, np.float32).nbytes
+    return total
+
+
+def minari(folder: Path) -> int:
+    from minari import MinariDataset
+
+    total = 0
+    for episode in MinariDataset(next(folder.rglob("metadata.json")).parent).iterate_episodes():
+        leaves = [*episode.observations["pair"], *episode.actions, episode.observations["image"], episode.rewards]
+        total += sum(np.asarray(v).nbytes for v in leaves)
+    return total
+
+
+def hdf5(folder: Path) -> int:
+    import h5py
+
+    total = 0
+
+    def add(_: str, item: Any) -> None:
+        nonlocal total
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biuf":
+            total += np.asarray(item[()]).nbytes
+
+    for path in sorted(folder.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            file.visititems(add)
+    return total
+
+
+def zarr(folder: Path) -> int:
+    import zarr as library
+
+    root = library.open_group(str(folder), mode="r")
+    ends = [0, *np.asarray(root["meta/episode_ends"][:]).tolist()]  # type: ignore[index]
+    total = 0
+    for begin, end in pairwise(ends):
+        total += sum(np.asarray(root["data"][k][begin:end]).nbytes for k in ("img", "state", "action"))  # type: ignore[index]
+    return total
+
+
+def npz(folder: Path) -> int:
+    total = 0
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path, allow_pickle=False) as file:
+            total += sum(file[k].nbytes for k in file.files)
+    return total
+
+
+def webdataset(folder: Path) -> int:
+    import webdataset as library
+
+    shards = [str(p) for p in sorted(folder.glob("*.tar"))]
+    return sum(s["png"].nbytes for s in library.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+
+
+def dqn_replay(folder: Path) -> int:
+    return sum(np.load(io.BytesIO(gzip.decompress(p.read_bytes()))).nbytes for p in sorted(folder.rglob("*.gz")))
+
+
+def vpt(folder: Path) -> int:
+    total = sum(np.stack(list(_decoded(p))).nbytes for p in sorted(folder.glob("*.mp4")))
+    return total + sum(len([json.loads(line) for line in p.read_text().splitlines()]) for p in folder.glob("*.jsonl"))
+
+
+CASES: dict[str, tuple[str, Callable[[Path], int], str]] = {
+    "lerobot-v2": ("lerobot", lerobot, "PyAV + pyarrow"),
+    "rlds": ("rlds", rlds, "protobuf + Pillow"),
+    "minari-hdf5": ("minari", minari, "minari"),
+    "d4rl": ("d4rl", hdf5, "h5py"),
+    "robomimic": ("robomimic", hdf5, "h5py"),
+    "zarr.zarr": ("zarr", zarr, "zarr"),
+    "npz": ("npz", npz, "NumPy"),
+    "webdataset": ("webdataset", webdataset, "webdataset"),
+    "dqn-replay": ("dqn-replay", dqn_replay, "gzip + NumPy"),
+    "vpt": ("vpt", vpt, "PyAV"),
+}
+
+
+def speed(read: Callable[[], int]) -> float:
+    """Megabytes a second of CPU time, all threads counted."""
+    begin = time.process_time()
+    size = read()
+    return size / 1e6 / max(time.process_time() - begin, 1e-9)
+
+
+def compare(folder: Path, name: str) -> dict[str, Any]:
+    format, library, called = CASES[name]
+    source = folder / name
+    sources.MAKERS[name][1](source)
+    own, other = [], []
+    ours(source, format), library(source)  # imports and the page cache
+    for _ in range(ROUNDS):
+        own.append(speed(lambda: ours(source, format)))
+        other.append(speed(lambda: library(source)))
+    a, b = statistics.median(own), statistics.median(other)
+    return {
+        "format": name,
+        "library": called,
+        "MB_per_s": round(a, 1),
+        "library_MB_per_s": round(b, 1),
+        "ratio": round(a / b, 2),
+    }
+
+
+_MEASURED = """
+import resource, sys
+from dataio.convert import convert
+if __name__ == "__main__":
+    convert(sys.argv[1], sys.argv[2], format="npz", processes=1)
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        print(resource.getrusage(who).ru_maxrss // 1024)
+"""
+
+
+def memory(folder: Path) -> list[dict[str, Any]]:
+    """Largest resident MiB of a conversion, for growing sources of episodes of 8 MB."""
+    out = []
+    for times in (1, 4, 16):
+        source = folder / f"memory-{times}"
+        source.mkdir()
+        for number in range(8 * times):
+            rows = np.random.default_rng(number).normal(size=(1000, 1000))
+            np.savez(source / f"{number:05d}.npz", observations=rows, actions=rows[:, :8])
+        command = [sys.executable, "-c", _MEASURED, str(source), str(folder / f"out-{times}")]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        size = sum(p.stat().st_size for p in source.iterdir()) >> 20
+        out.append({"source_MiB": size, "converter_MiB": int(answer[0]), "reader_MiB": int(answer[1])})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400, help="of each of the three episodes of a source")
+    parser.add_argument("--only", default="", help="names of formats, joined by commas")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    sources.LENGTHS = (args.steps,) * 3
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    result: dict[str, Any] = {"readers": [], "memory": []}
+    with tempfile.TemporaryDirectory(prefix="tiphys-bench-") as scratch:
+        folder = Path(scratch)
+        for name in args.only.split(",") if args.only else CASES:
+            row = compare(folder, name)
+            result["readers"].append(row)
+            print(
+                "{format:12} {MB_per_s:9} MB/s   {library:18} {library_MB_per_s:9} MB/s   ratio {ratio}".format(**row),
+                flush=True,
+            )
+        if args.memory:
+            result["memory"] = memory(folder)
+            for row in result["memory"]:
+                print(
+                    "source {source_MiB} MiB: converter {converter_MiB} MiB, reader {reader_MiB} MiB".format(**row),
+                    flush=True,
+                )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
