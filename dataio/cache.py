@@ -25,7 +25,8 @@ from .slabs import ALIGN, size_classes, slab_size
 
 Units = NDArray[np.int64]
 MAX_LOOK_AHEAD = 65535  # blocks: what a count of two bytes can hold
-_ROUNDS = 4  # of making room for the units of a block
+_ROUNDS, _RETRACTIONS = 3, 8  # of making room for the units of a block; announced blocks that a round may take back
+_IDLE = 4096  # units of one entry of the queue of idle ones
 _SAMPLE = 16384  # units whose sizes shape the tiers
 _NOWHERE, _STAGED = -1, -2  # places of a unit that is not here, and of one whose bytes an open block holds
 
@@ -359,8 +360,7 @@ class RangeCache:
             if self.pin or not len(wanted):
                 break
             if attempt < _ROUNDS - 1:
-                if not self._make_room(int(self.sizes(wanted).sum())):
-                    break
+                self._make_room(wanted)
             else:  # there is room, but in slabs of other sizes: take one of them over
                 self._vacate(wanted)
             self._fill(wanted, data)
@@ -400,36 +400,50 @@ class RangeCache:
         if not self.pin:
             self._retire(units[~wanted])
 
-    def _make_room(self, size: int) -> bool:
-        """Evicts about `size` bytes that no announced block needs, announcing less if need be. False where all is needed."""
-        freed = 0
-        while freed < size:
-            while not self._idle:
-                if self.far <= self.next:
-                    return freed > 0
-                self._retract()
+    def _make_room(self, wanted: Units) -> None:
+        """Frees slots of these units' classes, of units that no announced block needs, announcing less if need be."""
+        missing = len(wanted) - self._evict(wanted, len(wanted))
+        for _ in range(_RETRACTIONS):
+            if missing <= 0 or self.far <= self.next:
+                return
+            self._retract()
+            missing -= self._evict(wanted, missing)
+
+    def _evict(self, wanted: Units, most: int) -> int:
+        """Evicts idle units of the wanted units' classes, those that were used longest ago first. Returns how many."""
+        sizes = self.sizes(wanted)
+        usable = [tier.slabs.kinds_like(sizes + tier.HEADER) for tier in self._tiers]
+        evicted, passed = 0, []
+        while self._idle and evicted < most:
             units = self._idle.popleft()
-            self._idle_units -= len(units)
-            gone = units[(self._planned[units] == 0) & (self._place[units] >= 0)]
-            room = np.cumsum(self._slot_bytes(gone))
-            enough = int(np.searchsorted(room, size - freed)) + 1
-            gone, rest = gone[:enough], gone[enough:]
+            units = units[(self._planned[units] == 0) & (self._place[units] >= 0)]
+            fits = self._kind_in(units, usable)
+            last = np.searchsorted(np.cumsum(fits), most - evicted) + 1
+            gone, rest = units[:last][fits[:last]], np.concatenate([units[:last][~fits[:last]], units[last:]])
+            gone = np.unique(gone)
+            self._free(gone)
+            evicted += len(gone)
             if len(rest):
-                self._idle.appendleft(rest)
-                self._idle_units += len(rest)
-            freed += int(room[len(gone) - 1]) if len(gone) else 0
-            self._free(np.unique(gone))
-        return True
+                passed.append(rest)
+        self._idle.extendleft(reversed(passed))
+        self._idle_units = sum(map(len, self._idle))
+        return evicted
+
+    def _kind_in(self, units: Units, usable: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """Whether each kept unit lies in a slot of a usable class (a mask of classes for each tier)."""
+        place = self._place[units].astype(np.int64) * ALIGN
+        out = np.zeros(len(units), bool)
+        for base, end, tier, mask in zip(self._base, self._base[1:], self._tiers, usable):
+            here = (place >= base) & (place < end)
+            out[here] = mask[tier.slabs.kind[(place[here] - base) // tier.slabs.slab]]
+        return out
 
     def _vacate(self, wanted: Units) -> None:
-        """Empties the slabs that hold least, one for each class of which not one slot could be had."""
+        """Empties the slab that holds least, for a class of which not one slot could be had."""
         tier = max(self._tiers, key=lambda t: t.slabs.count)
-        for _ in np.unique(tier.slabs.class_of(self.sizes(wanted) + tier.HEADER)):
-            units = tier.slabs.emptiest()
-            units = units[self._place[units] >= 0]
-            in_use = np.isin(units, np.concatenate([b.units for b in self._open.values()] or [units[:0]]))
-            if in_use.any():
-                return
+        units = tier.slabs.emptiest(~tier.slabs.kinds_like(self.sizes(wanted) + tier.HEADER))
+        in_use = np.concatenate([block.units for block in self._open.values()] or [units])
+        if not np.isin(units, in_use).any():
             self.live -= int(self._slot_bytes(units[self._planned[units] > 0]).sum())
             self._free(units)
 
@@ -437,14 +451,14 @@ class RangeCache:
         """Marks kept units as idle. Units that were used again in between stand in the queue twice; it is tidied now and then."""
         if not len(units):
             return
-        self._idle.append(units)
+        self._idle.extend(np.array_split(units, -(-len(units) // _IDLE)))
         self._idle_units += len(units)
         if self._idle_units > 2 * len(units) + 2 * sum(int(t.slabs.live.sum()) for t in self._tiers):
             everything = np.concatenate(self._idle)[::-1]
             last = np.sort(np.unique(everything, return_index=True)[1])[::-1]
             kept = everything[last]
             kept = kept[(self._planned[kept] == 0) & (self._place[kept] >= 0)]
-            self._idle = deque([kept])
+            self._idle = deque(np.array_split(kept, -(-len(kept) // _IDLE))) if len(kept) else deque()
             self._idle_units = len(kept)
 
     def _free(self, units: Units) -> None:

@@ -12,25 +12,49 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 ALIGN = 8  # every item begins at a multiple of this
 _SMALLEST = 64
-_PER_OCTAVE = 16
+_CANDIDATES = 256
 
 
 def size_classes(sample: Ints, slabs: int, slab: int) -> Ints:
-    """Sizes of slots, ascending, for items like those of a sample of sizes: at most a quarter as many as there are slabs.
+    """Sizes of slots, ascending, that waste least on items like those of a sample of sizes; one is a whole slab.
 
-    Sizes that make up much of the bytes have a class of their own; between them stand classes in a geometric row.
+    There are at most an eighth as many as slabs, because each may leave a slab half empty. Where there are fewer different sizes
+    than that, each fits exactly.
     """
     most = max(4, slabs // 8)
     rounded = np.maximum(-(-sample // ALIGN) * ALIGN, _SMALLEST)
-    rounded = rounded[rounded <= slab]
-    sizes, counts = np.unique(rounded, return_counts=True)
-    share = sizes * counts / max(float((sizes * counts).sum()), 1.0)
-    frequent = sizes[np.argsort(-share, kind="stable")[:most]]
-    frequent = frequent[share[np.searchsorted(sizes, frequent)] >= 0.5 / most]
-    lowest, highest = int(rounded.min(initial=slab)), slab
-    steps = min(_PER_OCTAVE * (np.log2(highest / lowest) + 1), most)
-    row = np.geomspace(lowest, highest, max(2, int(steps)))
-    return np.unique(np.concatenate([frequent, -(-row.astype(np.int64) // ALIGN) * ALIGN, [slab]])).astype(np.int64)
+    sizes, counts = np.unique(rounded[rounded <= slab], return_counts=True)
+    if len(sizes) > _CANDIDATES:  # cut where their number passes even steps: a frequent size ends its group
+        group = (np.cumsum(counts) - counts) * _CANDIDATES // counts.sum()
+        last = np.append(np.flatnonzero(np.diff(group)), len(sizes) - 1)
+        sizes, counts = sizes[last], np.diff(np.concatenate([[0], np.cumsum(counts)[last]]))
+    chosen = sizes if len(sizes) <= most else sizes[_partition(sizes, counts, most)]
+    # What a slab's end would leave over is given to its slots.
+    return np.unique(np.append(slab // (slab // chosen) // ALIGN * ALIGN, slab)).astype(np.int64)
+
+
+def _partition(sizes: Ints, counts: Ints, classes: int) -> Ints:
+    """Which of the sizes to make classes, so that rounding every size up to the next class wastes the fewest bytes."""
+    n = len(sizes)
+    number = np.concatenate([[0], np.cumsum(counts)])
+    total = np.concatenate([[0], np.cumsum(counts * sizes)])
+    i, j = np.arange(n)[:, None], np.arange(n)[None, :]
+    # Waste if sizes i … j share the class of size j.
+    waste = np.where(i <= j, sizes[j] * (number[j + 1] - number[i]) - (total[j + 1] - total[i]), np.inf)
+    best, before = waste[0].astype(np.float64), []
+    for _ in range(classes - 1):
+        through = np.concatenate([[np.inf], best[:-1]])[:, None] + waste  # [first of the last class, its size]
+        before.append(np.argmin(through, axis=0))
+        best = np.minimum(best, through.min(axis=0))
+    chosen, last = [], n - 1
+    for first in reversed(before):
+        chosen.append(last)
+        if first[last] == 0 or last == 0:
+            break
+        last = int(first[last]) - 1
+    else:
+        chosen.append(last)
+    return np.unique(np.array(chosen, np.int64))
 
 
 def slab_size(capacity: int, sample: Ints) -> int:
@@ -79,6 +103,12 @@ class Slabs:
     def class_of(self, sizes: Ints) -> Ints:
         """Class of each size; len(classes) where an item is too large."""
         return np.searchsorted(self.classes, sizes)
+
+    def kinds_like(self, sizes: Ints) -> NDArray[np.bool_]:
+        """Mask of the classes that items of these sizes belong to."""
+        mask = np.zeros(len(self.classes) + 1, bool)
+        mask[self.class_of(sizes)] = True
+        return mask[:-1]
 
     def slot_bytes(self, addresses: Ints) -> Ints:
         """Bytes of the slots at some addresses."""
@@ -142,9 +172,9 @@ class Slabs:
         if s not in self._gone:
             self._empty.append(s)
 
-    def emptiest(self) -> Ints:
-        """Items of the slab in use that holds the least bytes."""
-        used = np.flatnonzero(self.kind >= 0)
+    def emptiest(self, kinds: NDArray[np.bool_]) -> Ints:
+        """Items of the slab that holds the least bytes, among those of some classes; none where there is no such slab."""
+        used = np.flatnonzero(np.append(kinds, False)[self.kind])
         if not len(used):
             return np.zeros(0, np.int64)
         s = used[np.argmin(self.live[used] * self.classes[self.kind[used]])]

@@ -8,7 +8,7 @@ import pytest
 
 from dataio.cache import RangeCache, hit_bound
 from dataio.episode import DataError
-from dataio.slabs import Slabs, size_classes, slab_size
+from dataio.slabs import Slabs, _partition, size_classes, slab_size
 
 
 def content(unit, size):
@@ -364,8 +364,26 @@ def test_slots_never_overlap_and_are_all_found_again():
 
 
 def test_frequent_sizes_fit_exactly():
-    sample = np.array([584] * 900 + [292] * 90 + list(range(100, 1100, 100)))
-    classes = size_classes(sample, 1024, 1 << 16)
-    assert {584, 296} <= set(classes.tolist())
-    assert (np.diff(classes) > 0).all()
-    assert classes[-1] == 1 << 16
+    random = np.random.default_rng(0)
+    sample = np.concatenate([np.repeat([584, 292], [900, 90]), random.integers(600, 6000, 2000)])
+    for slabs in (80, 1024):
+        classes = size_classes(sample, slabs, 1 << 16)
+        assert 584 in classes
+        assert 296 in classes or slabs == 80
+        assert (np.diff(classes) > 0).all()
+        assert classes[-1] == 1 << 16
+        assert len(classes) <= slabs // 8 + 1
+
+
+def test_classes_waste_least():
+    random = np.random.default_rng(1)
+    for _ in range(40):
+        sizes = np.sort(random.choice(np.arange(8, 800, 8), int(random.integers(3, 9)), replace=False))
+        counts, classes = random.integers(1, 20, len(sizes)), int(random.integers(2, len(sizes)))
+
+        def waste(chosen, sizes=sizes, counts=counts):
+            return int((counts * (sizes[chosen][np.searchsorted(sizes[chosen], sizes)] - sizes)).sum())
+
+        others = range(len(sizes) - 1)
+        best = min(waste([*c, len(sizes) - 1]) for c in itertools.combinations(others, classes - 1))
+        assert waste(_partition(sizes, counts, classes)) == best
