@@ -87,7 +87,6 @@ def bench(
             batch.release()
     seconds = time.monotonic() - began
     steady = {name: counters[name] - halves[0].get(name, 0.0) for name in counters} if halves else counters
-    delivered = sum(steady[n] for n in ("bytes_memory", "bytes_disk", "bytes_missed"))
     count = max(counters["windows"], 1.0)
     episodes = index.episodes
     return {
@@ -98,8 +97,8 @@ def bench(
         "windows_per_second": count / seconds,
         "cpu_seconds_per_1000_windows": counters["cpu_seconds"] / count * 1000,
         "time": {n: counters[f"{n}_seconds"] / seconds for n in ("plan", "fetch_wait", "decode", "make")},
-        "bytes": {n: counters[f"bytes_{n}"] for n in ("memory", "disk", "missed", "store")},
-        "fetched_over_delivered": steady["bytes_store"] / max(delivered, 1.0),
+        "bytes": {n: counters[f"bytes_{n}"] for n in ("delivered", "memory", "disk", "missed", "store")},
+        "fetched_over_delivered": steady["bytes_store"] / max(steady["bytes_delivered"], 1.0),
         "bound": 1.0 - last["cache_hit_bound"],
         "requests": counters["requests"],
         "retries": counters["retries"],

@@ -29,11 +29,12 @@ from dataio.episode import DataError, Window
 from dataio.fetch import Fetcher
 from dataio.placement import Placement
 from dataio.plan_log import PlanLog
+from dataio.runs import RunModel
 from dataio.units import Span, UnitMap, UnitRanges
 
 if TYPE_CHECKING:
     from dataio.loader import LoaderSettings
-    from dataio.sampling import PlannedWindows
+    from dataio.sampling import PlannedWindows, SamplingPlan
 
 _AHEAD = 64  # steps whose ranges may be on their way
 _ATTEMPTS = 8  # draws in the place of one window that cannot be read
@@ -66,8 +67,7 @@ class LoaderProcess:
         self.plan.log = PlanLog(events=self.plan.log.events)  # the file, if there is one, is the trainer's to write
         self.placement = Placement(self.plan, settings.home)
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
-        indexes = [entry.index for entry in self.plan.entries]
-        self.units = UnitMap(indexes, settings.needs, settings.run or 2)
+        self.units, self._staging = _sized(self.plan, self.placement, settings)
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
@@ -78,9 +78,9 @@ class LoaderProcess:
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
-        self.cache = self._new_cache()
+        self.cache = self._new_cache(self.step)
 
-    def _new_cache(self) -> RangeCache:
+    def _new_cache(self, start: int) -> RangeCache:
         budget = self.settings.cache
         return RangeCache(
             self.units.units,
@@ -90,9 +90,12 @@ class LoaderProcess:
             memory=budget.memory,
             disk=budget.disk,
             directory=budget.dir,
-            fingerprint="-".join(d.fingerprint for d in self.units.datasets) + f"-{self.units.run}",
-            start=self.step,
+            fingerprint="-".join(d.fingerprint for d in self.units.datasets)
+            + "".join(f"-{column.run}" for column in self.units.columns),
+            start=start,
             stop=self.settings.stop,
+            pin=not self.plan.replacement,
+            staging=self._staging,
         )
 
     # What the trainer says
@@ -151,7 +154,7 @@ class LoaderProcess:
             if again:
                 self.step = min(self.step, first)
                 self.cache.close()
-                self.cache = self._new_cache()
+                self.cache = self._new_cache(self.step)
             if again or pipeline.done():
                 pipeline = asyncio.create_task(self._pipeline())
 
@@ -171,7 +174,16 @@ class LoaderProcess:
 
     def _begin(self) -> Work:
         began = time.perf_counter()
-        block = self.cache.open()
+        try:
+            block = self.cache.open()
+        except MemoryError:  # a step that needs more than any before: begin again with more room for what is on its way
+            if self._staging >= self.settings.cache.memory // 2:
+                raise
+            self._staging = min(2 * self._staging, self.settings.cache.memory // 2)
+            step = self.cache.next
+            self.cache.close()
+            self.cache = self._new_cache(step)
+            return self._begin()
         rows, planned, spans = self._windows(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
         fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
@@ -206,6 +218,7 @@ class LoaderProcess:
         self.slots.write(slot, places, arrays)
         work.counters.update(
             windows=len(windows),
+            bytes_delivered=float(sum(int((span.end - span.begin).sum()) for span in work.spans)),
             fetch_wait_seconds=fetched - began,
             decode_seconds=decoded - fetched,
             make_seconds=made - decoded,
@@ -307,6 +320,23 @@ class LoaderProcess:
         """Distinct episodes among the last 256 windows, as a share of these: how random the stream is."""
         drawn = len(self._episodes)
         return len(set(self._episodes)) / drawn if drawn else 1.0
+
+
+def _sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -> tuple[UnitMap, int]:
+    """The units, of lengths that suit the data and the cache, and the bytes of the cache for what is on its way."""
+    indexes = [entry.index for entry in plan.entries]
+    first = settings.step if settings.stop is None else min(settings.step, max(settings.stop - 1, 0))
+    some = [plan.windows(step, placement.rows(step)) for step in range(first, first + 4)]
+    rough = UnitMap(indexes, settings.needs, 1 << 20)  # whole episodes: only to know what the data weigh
+    counts = np.concatenate([rough.rows(planned)[1] for planned in some])
+    memory, total = settings.cache.memory, sum(column.total for column in rough.columns)
+    home = total * sum(len(placement.rows(step)) for step in range(first, first + 4)) / (4 * plan.rows)
+    kept = memory * 15 // 16 + settings.cache.disk
+    model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), memory // 16, total)
+    units = UnitMap(indexes, settings.needs, settings.run or model.rows)
+    steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
+    wanted = max(int(units.sizes(step).sum()) for step in steps)
+    return units, min(max(2 * wanted, memory // 32), memory // 2)
 
 
 def _only(planned: PlannedWindows, i: int) -> PlannedWindows:

@@ -41,7 +41,7 @@ __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 T = TypeVar("T")
 _PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
 _BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
-_GAP = 16 << 10  # ranges closer than this are one request: a request costs about as much CPU as 16–64 KiB of payload
+_GAP = 2 << 10  # ranges closer than this are one request: what lies between costs less than a request of its own
 
 
 class StoreError(OSError):

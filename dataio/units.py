@@ -6,7 +6,7 @@ least one. Episodes are cut from their first row on, so a unit's bytes follow fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,13 +63,14 @@ class UnitMap:
     """The units of the datasets that a plan's entries draw from.
 
     indexes, needs  one an entry; entries of the same dataset share its units
-    run             rows of a unit
+    run             rows of a unit, or a function of a row's bytes that gives them
     """
 
-    def __init__(self, indexes: Sequence[EpisodeIndex], needs: Sequence[Needs], run: int = 2):
+    def __init__(self, indexes: Sequence[EpisodeIndex], needs: Sequence[Needs], run: int | Callable[[float], int] = 2):
         if len(indexes) != len(needs):
             raise ValueError(f"{len(indexes)} lines of the mixture, but what {len(needs)} of them need is given")
-        self.run, self.needs = run, tuple(needs)
+        self.needs = tuple(needs)
+        rows_of: Callable[[float], int] = run if callable(run) else lambda row_bytes: run
         self.datasets: list[EpisodeIndex] = []
         self.entry_dataset: list[int] = []
         for index in indexes:
@@ -83,11 +84,12 @@ class UnitMap:
         for number, index in enumerate(self.datasets):
             mine = [e for e, d in enumerate(self.entry_dataset) if d == number]
             wanted = sorted({f for e in mine for f in needs[e].fields})
-            self._add(StepsColumn(number, index, self.units, run), mine)
+            row_bytes = max((index.row_bytes(t) for t in range(len(index.tasks))), default=1)
+            self._add(StepsColumn(number, index, self.units, rows_of(row_bytes)), mine)
             for field in wanted:
                 if f"chunks.{field}.first" in index.arrays:
                     users = [e for e in mine if field in needs[e].fields]
-                    self._add(ChunksColumn(number, index, field, self.units, run), users)
+                    self._add(ChunksColumn(number, index, field, self.units, rows_of), users)
         self._firsts = np.array([c.first_unit for c in self.columns], np.int64)
 
     def _add(self, column: StepsColumn | ChunksColumn, entries: Sequence[int]) -> None:
@@ -179,13 +181,15 @@ class StepsColumn:
 class ChunksColumn:
     """The units of one large field of a dataset."""
 
-    def __init__(self, dataset: int, index: EpisodeIndex, field: str, first_unit: int, run: int):
+    def __init__(self, dataset: int, index: EpisodeIndex, field: str, first_unit: int, rows_of: Callable[[float], int]):
         self.dataset, self.index, self.first_unit, self.field = dataset, index, first_unit, field
         arrays = {n: index.arrays[f"chunks.{field}.{n}"] for n in ("first", "rows", "offset", "size")}
         self.first = np.asarray(arrays["first"], np.int64)
         self.frames = np.maximum(np.asarray(arrays["rows"], np.int64), 1)
         self.offset, self.size = arrays["offset"], arrays["size"]
-        self.group = np.maximum(1, run // self.frames)  # chunks of a unit
+        frames = int((np.diff(self.first) * self.frames).sum())
+        self.run = rows_of(float(np.asarray(self.size, np.int64).sum()) / max(frames, 1))
+        self.group = np.maximum(1, self.run // self.frames)  # chunks of a unit
         self.base = _bases(-(-np.diff(self.first) // self.group))
         self.units = int(self.base[-1])
         has = np.flatnonzero(np.diff(self.first) > 0)

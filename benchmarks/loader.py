@@ -1,0 +1,283 @@
+"""The loader beside plain concurrent ranges and beside memory, on vectors and on images, in one run.
+
+    python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,…]
+
+All read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same data sets; the store
+answers after 15 ms at 80 MB/s a connection and shares the machine's cores with what is measured. The cache holds a quarter of
+the data. Figures are medians over `--repeat` spans of a steady run; CPU seconds are those of the loader process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.store import StoreServer
+from dataio.assemble import Assembler
+from dataio.bench import _distinct_bound, all_fields, stack_windows, window_plan
+from dataio.cache import hit_bound
+from dataio.encodings import Encoding
+from dataio.episode import Episode, FieldSpec, TaskSpec, Window
+from dataio.fetch import Fetcher
+from dataio.index import EpisodeIndex
+from dataio.loader import CacheBudget, TrajectoryLoader
+from dataio.placement import Home
+from dataio.sampling import SamplingPlan
+from dataio.shards import ShardWriter
+from dataio.units import UnitMap
+
+K = 20
+VECTOR = (
+    FieldSpec("observation", "observation", "continuous", "float32", (64,)),
+    FieldSpec("action", "action", "continuous", "float32", (4,)),
+    FieldSpec("reward", "reward", "continuous", "float32"),
+)
+IMAGE = (*VECTOR, FieldSpec("observation.image", "observation", "image", "uint8", (84, 84, 1)))
+KINDS = {"vector": (VECTOR, 150 << 20, 256), "image": (IMAGE, 600 << 20, 64)}  # fields, bytes, rows of a step
+
+
+def write(url: str, fields: tuple[FieldSpec, ...], size: int) -> EpisodeIndex:
+    """Episodes of 20 to 1,000 steps, lognormal around 150, until there are so many bytes."""
+    task, rng, written, number = TaskSpec("t", fields), np.random.default_rng(0), 0, 0
+    with ShardWriter(url, [task], encodings={"observation.image": Encoding("raw")}) as writer:
+        while written < size:
+            steps = int(np.clip(rng.lognormal(5.0, 0.6), K, 1000))
+            values: dict[str, Any] = {}
+            for field in fields:
+                shape = (steps, *field.shape)
+                image = field.modality == "image"
+                values[field.name] = rng.integers(0, 256, shape, np.uint8) if image else rng.random(shape, np.float32)
+            writer.write(Episode(f"{number:07d}", "t", values, steps))
+            written += steps * sum(field.bytes_per_step for field in fields)
+            number += 1
+    return EpisodeIndex.open(url)
+
+
+# What is compared: each yields (windows, process CPU seconds, loader's counters) of one step after the other
+
+
+def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """Every episode as arrays in memory; a window is a slice."""
+    from dataio.dataset import read_episode
+
+    episodes: dict[int, Episode] = {}
+    for step in range(10**9):
+        began = time.process_time()
+        planned = plan.windows(step)
+        spent = time.process_time() - began
+        for e in np.unique(planned.episode).tolist():
+            if e not in episodes:
+                episodes[e] = read_episode(index, e)
+        began = time.process_time()
+        rows: list[list[Window]] = []
+        for i in range(len(planned.row)):
+            episode, start = episodes[int(planned.episode[i])], int(planned.start[i])
+            stop = start + int(planned.units[i])
+            fields = {name: value[start:stop] for name, value in episode.fields.items()}
+            empty = np.zeros(0)
+            rows.append([Window(0, 0, episode.id, start, stop - start, episode.steps, fields, empty, empty, empty)])
+        stack_windows(step, np.arange(len(rows)), rows)
+        yield len(rows), spent + time.process_time() - began, {}
+
+
+def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """One range request a window and column, 128 in flight, four steps ahead, nothing kept."""
+    needs = all_fields(index)
+    units = UnitMap([index], [needs], 1 << 20)  # the decoder is ours, the fetching is plain
+    assembler, fetcher = Assembler(units), Fetcher(units, 128)
+    loop = asyncio.new_event_loop()
+
+    async def fetch(step: int) -> tuple[Any, list[Any]]:
+        planned = plan.windows(step)
+        first, count = units.rows(planned)
+        names = needs.fields
+        wanted = [(int(e), int(a), int(n)) for e, a, n in zip(planned.episode, first, count, strict=True)]
+        return planned, list(await asyncio.gather(*(fetcher.read_window(0, e, a, n, names) for e, a, n in wanted)))
+
+    waiting = [loop.create_task(fetch(step)) for step in range(4)]
+    for step in range(10**9):
+        began = time.process_time()
+        planned, buffers = loop.run_until_complete(waiting.pop(0))
+        waiting.append(loop.create_task(fetch(step + 4)))
+        rows = []
+        first, count = units.rows(planned)
+        for i, parts in enumerate(buffers):
+            decoded = index.decode(int(planned.episode[i]), int(first[i]), int(count[i]), needs.fields, parts)
+            rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
+        stack_windows(step, np.arange(len(rows)), rows)
+        yield len(rows), time.process_time() - began, {}
+
+
+def _rest(decoded: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return decoded["step"], decoded["returns_to_go"], decoded["valid"]
+
+
+def from_loader(
+    index: EpisodeIndex, plan: SamplingPlan, cache: int, run: int
+) -> Iterator[tuple[int, float, dict[str, float]]]:
+    needs = [all_fields(index)]
+    with TrajectoryLoader(
+        plan, Home(0, 1), stack_windows, needs, cache=CacheBudget(memory=cache), requests=128, run=run
+    ) as loader:
+        for batch in loader:
+            counters = batch.counters
+            yield int(counters["windows"]), counters["cpu_seconds"], counters
+            batch.release()
+
+
+def measure(
+    steps: Iterator[tuple[int, float, dict[str, float]]], settle: int, span: int, repeat: int
+) -> dict[str, Any]:
+    """Medians over `repeat` spans of `span` windows, after `settle` windows."""
+    done, speeds, cpu, counted = 0, [], [], []
+    while done < settle:
+        done += next(steps)[0]
+    for _ in range(repeat):
+        began, windows, seconds, total = time.monotonic(), 0, 0.0, dict[str, float]()
+        while windows < span:
+            count, spent, counters = next(steps)
+            windows, seconds = windows + count, seconds + spent
+            for name, value in counters.items():
+                total[name] = total.get(name, 0.0) + value
+            last = counters
+        speeds.append(windows / (time.monotonic() - began))
+        cpu.append(seconds / windows * 1000)
+        counted.append({**total, "last_bound": last.get("cache_hit_bound", 0.0), "steps": float(len(speeds))})
+    steps.close()  # type: ignore[attr-defined]
+    out: dict[str, Any] = {
+        "windows_per_second": statistics.median(speeds), "cpu_per_1000": statistics.median(cpu), "speeds": speeds
+    }  # fmt: skip
+    if "bytes_delivered" in counted[0]:
+        out["fetched_over_delivered"] = statistics.median(c["bytes_store"] / c["bytes_delivered"] for c in counted)
+        out["missed_over_delivered"] = statistics.median(c["bytes_missed"] / c["bytes_delivered"] for c in counted)
+        out["requests_per_window"] = statistics.median(c["requests"] / c["windows"] for c in counted)
+        out["resident_bytes"] = last["resident_bytes"]
+        out["memory_bound"] = 1 - last["cache_hit_bound"]
+    return out
+
+
+def compare(kind: str, index: EpisodeIndex, repeat: int) -> dict[str, Any]:
+    rows = KINDS[kind][2]
+    total = index_bytes(index)
+    cache, windows = total // 4, int(index.steps.sum()) // K
+
+    def plan(**more: Any) -> SamplingPlan:
+        return window_plan(index, rows, K, **more)
+
+    out: dict[str, Any] = {"bytes": total, "cache": cache, "bound": 1 - hit_bound(0.25)}
+    out["memory"] = measure(from_memory(index, plan()), windows // 4, windows // 4, repeat)
+    print(kind, "memory", _short(out["memory"]), flush=True)
+    out["ranges"] = measure(from_ranges(index, plan()), rows * 4, windows // 8, repeat)
+    print(kind, "plain ranges", _short(out["ranges"]), flush=True)
+    for name, run in (("loader", 0), ("loader, run 2", 2)):
+        found = measure(from_loader(index, plan(), cache, run), 3 * windows, windows // 2, repeat)
+        found["share_of_memory"] = found["windows_per_second"] / out["memory"]["windows_per_second"]
+        out[name] = found
+        print(kind, name, _short(found), flush=True)
+    out["ranges"]["share_of_memory"] = out["ranges"]["windows_per_second"] / out["memory"]["windows_per_second"]
+    epochs = measure(
+        from_loader(index, plan(replacement=False), cache, 0), windows, windows // 2, 2 * max(2, repeat // 2)
+    )
+    out["epochs"] = epochs
+    print(kind, "epochs", _short(epochs), flush=True)
+    return out
+
+
+def index_bytes(index: EpisodeIndex) -> int:
+    return sum(column.total for column in UnitMap([index], [all_fields(index)], 1).columns)
+
+
+def randomness(index: EpisodeIndex, rows: int) -> dict[str, float]:
+    """Distinct episodes in 256 consecutive windows over what independent draws give; buckets chosen by the plan itself."""
+    plan, ratios = window_plan(index, rows, K), []
+    stream = np.concatenate([plan.windows(step).episode for step in range(200)])
+    for start in range(0, len(stream) - 256, 256):
+        ratios.append(len(np.unique(stream[start : start + 256])) / 256)
+    return {"distinct_over_uniform": float(np.mean(ratios)) / _distinct_bound(index, K), "buckets": plan.buckets}
+
+
+def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
+    """The trainer's wait where a step takes 1.2 times the loader's time."""
+    with TrajectoryLoader(
+        window_plan(index, rows, K),
+        Home(0, 1),
+        stack_windows,
+        [all_fields(index)],
+        cache=CacheBudget(memory=cache),
+        requests=128,
+    ) as loader:
+        for _ in range(40):
+            next(loader).release()
+        began = time.monotonic()
+        for _ in range(40):
+            next(loader).release()
+        step = 1.2 * (time.monotonic() - began) / 40
+        waited = 0.0
+        for _ in range(60):
+            batch = next(loader)
+            waited += batch.counters["wait"]
+            time.sleep(step)
+            batch.release()
+    return {"step_seconds": step, "wait_share": waited / (60 * step + waited)}
+
+
+def _short(found: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float))
+
+
+@contextlib.contextmanager
+def environment(endpoint: str, cache: Path) -> Iterator[None]:
+    new = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "TIPHYS_CACHE": str(cache),
+    }
+    old = {name: os.environ.get(name) for name in new}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--json", default="")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
+    parser.add_argument("--only", default="vector,image")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch) / "root"
+        for kind in arguments.only.split(","):
+            fields, size, rows = KINDS[kind]
+            local = write(str(root / "bucket" / kind), fields, int(size * arguments.scale))
+            with (
+                StoreServer(root, Path(scratch) / "nginx") as server,
+                environment(server.endpoint, Path(scratch) / "c"),
+            ):
+                index = EpisodeIndex.open(f"s3://bucket/{kind}")
+                results[kind] = compare(kind, index, arguments.repeat)
+                results[kind]["randomness"] = randomness(local, rows)
+                results[kind]["waiting"] = waiting(index, rows, results[kind]["cache"])
+                print(kind, results[kind]["randomness"], results[kind]["waiting"], flush=True)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

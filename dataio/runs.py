@@ -1,0 +1,45 @@
+"""How many rows are fetched and cached as one: a run of b rows, by what bytes, units and requests cost.
+
+A window of K rows needs about (K − 1) / b + 1 units and touches K + b − 1 rows, of which a cache of a given size misses a share
+m, whatever b is (Belady's bound is one of bytes). Each unit costs time in Python, each missed byte time on the network and in
+copies, so the cost of a window is least at b = √(unit · (K − 1) / (byte · m · row bytes)).
+Where all data of a process fit its cache, every byte is fetched once whatever b is: then units are whole episodes, up to 1 MiB.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dataio.cache import hit_bound
+
+UNIT_SECONDS = 4.5e-6  # of CPU for a unit: plan, cache, pieces (benchmarks/loader.py)
+BYTE_SECONDS = 10e-9  # for a missed byte: a loader's share of a node's network is some 100 MB/s
+UNIT_BYTES = 8  # of the cache's memory for what it knows of a unit
+_WHOLE = 1 << 20  # bytes of a unit where everything is kept
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The choice of run lengths for one loader.
+
+    window   mean rows of a window
+    share    of this process' data that its cache can hold (1: all)
+    room     bytes that what is known of units may take
+    total    bytes of the data; with `room` it bounds the number of units
+    """
+
+    window: float
+    share: float
+    room: int
+    total: int
+
+    def rows(self, row_bytes: float) -> int:
+        """Rows of a unit of a column whose rows have so many bytes."""
+        row_bytes = max(row_bytes, 1.0)
+        if self.share >= 1:
+            return max(1, int(_WHOLE / row_bytes))
+        missed = max(1 - hit_bound(self.share), 1e-3)
+        best = math.sqrt(UNIT_SECONDS * max(self.window - 1, 0.0) / (BYTE_SECONDS * missed * row_bytes))
+        least = self.total * UNIT_BYTES / max(self.room, 1) / row_bytes  # so that the units' places fit their room
+        return max(1, round(min(best, self.window)), math.ceil(least))
