@@ -62,7 +62,7 @@ def _read(reader: Reader, seen: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
-    seen = fuzz(made, name, tmp_path, 25)
+    seen = fuzz(made, name, tmp_path, 20)
     assert seen["episodes"] > 0, "damage that leaves nothing readable proves little"
     assert seen["errors"] + seen["bad"] > 0
 

@@ -79,17 +79,17 @@ def test_a_store_that_fails_is_no_malformed_episode(made: Any, bucket: str, monk
         "piece": asdict(piece),
         "start": 0,
     }
-    original, count = Store.read_ranges, 0
+    original, left = Store.read_ranges, 0
 
     def read_ranges(self: Store, *args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count > fails_after:
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise OSError("503 Slow Down")
         return original(self, *args)
 
     monkeypatch.setattr(Store, "read_ranges", read_ranges)
-    for fails_after in (0, 1):
-        count = 0
+    for good in (0, 1):
+        left = good
         with pytest.raises(SourceUnavailable, match="503"):
             _answer(request, BytesIO())

@@ -137,7 +137,7 @@ def test_there_and_back(format: str, tmp_path: Path) -> None:
     assert before == after
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=3),
     format=st.sampled_from(sorted(FORMATS)),
