@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,17 +149,17 @@ def filter(
     min_return: float | None = None,
     max_return: float | None = None,
     top: float | None = None,
-    success: bool | None = None,
-    min_length: int = 0,
-    max_length: int | None = None,
+    success: bool = False,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
 ) -> EpisodeIndex:
     """A dataset of those episodes that meet every condition given; its index points at the shards of the first.
 
     tasks, agents            names or globs
     min_return, max_return   undiscounted return, inclusive
     top                      share in (0, 1] with the highest returns of each task, of what the other conditions leave
-    success                  only episodes with this known outcome
-    min_length, max_length   steps, inclusive
+    success                  only episodes that are known to have succeeded
+    min_steps, max_steps     actions of the episode, inclusive
     """
     index = EpisodeIndex.open(url)
     keep = np.ones(index.episodes, bool)
@@ -172,11 +172,12 @@ def filter(
         keep &= index.total_return >= min_return
     if max_return is not None:
         keep &= index.total_return <= max_return
-    if success is not None:
-        keep &= index.success == int(success)
-    keep &= index.steps >= min_length
-    if max_length is not None:
-        keep &= index.steps <= max_length
+    if success:
+        keep &= index.success == 1
+    if min_steps is not None:
+        keep &= index.steps >= min_steps
+    if max_steps is not None:
+        keep &= index.steps <= max_steps
     if top is not None:
         if not 0 < top <= 1:
             raise ValueError(f"top is a share in (0, 1], not {top}")
@@ -184,16 +185,13 @@ def filter(
     return _assemble([_Source(url, keep)], destination)
 
 
-def split(url: str, shares: Mapping[str, float]) -> dict[str, EpisodeIndex]:
-    """Datasets (destination -> share) that take the episodes apart by the hash of their ids, which decides for ever."""
-    if not shares or min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
-        raise ValueError(f"shares must be positive and sum to at most 1, not {dict(shares)}")
-    place = EpisodeIndex.open(url).hash.astype(np.float64) * 2.0**-64
-    bounds = np.cumsum([0.0, *shares.values()])
-    if abs(bounds[-1] - 1) < 1e-9:
-        bounds[-1] = 2.0  # a hash may round up to 1
-    cuts = zip(shares, bounds[:-1], bounds[1:])
-    return {name: _assemble([_Source(url, (place >= a) & (place < b))], name) for name, a, b in cuts}
+def split(url: str, first: str, second: str, share: float) -> tuple[EpisodeIndex, EpisodeIndex]:
+    """Two datasets; `share` of the episodes go to the second one, by the hash of their ids: the same id goes the same way
+    in every dataset. It is the rule of `EpisodeIndex.held_out`."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is in [0, 1], not {share}")
+    chosen = EpisodeIndex.open(url).held_out(share)
+    return _assemble([_Source(url, ~chosen)], first), _assemble([_Source(url, chosen)], second)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> np.ndarray:

@@ -63,6 +63,12 @@ class Report:
         else:
             self.findings.append(Finding(kind, where, message, episode))
 
+    def __str__(self) -> str:
+        head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
+        found = f"{len(self.findings)} findings" if self.findings else "everything is as it was written"
+        lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
+        return "\n".join(lines + [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs])
+
     def to_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self), "repaired": sorted(self.repaired)}
 

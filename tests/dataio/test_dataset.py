@@ -70,6 +70,7 @@ def test_a_flipped_bit_of_data_is_one_finding_on_its_episode(rich, field):
     assert [f.episode for f in found if f.episode] == ["r7"]
     assert {f.kind for f in found} == {"checksum"}
     assert {f.where for f in found} == {index.shard_name(place.shard)}
+    assert "'r7'" in str(verify(url))
     index = assert_repaired(url, {"r7"})
     assert index.statistics["rich"]["reward"].count == int(index.steps.sum())  # without the lost one's
 
@@ -249,8 +250,8 @@ def test_filter_against_the_obvious(tmp_path):
         ({"min_return": 0.5}, lambda e: np.float32(e.total_return) >= 0.5),
         ({"max_return": 0.0}, lambda e: np.float32(e.total_return) <= 0.0),
         ({"success": True}, lambda e: e.success is True),
-        ({"success": False, "min_length": 4}, lambda e: e.success is False and e.steps >= 4),
-        ({"min_length": 3, "max_length": 6}, lambda e: 3 <= e.steps <= 6),
+        ({"success": True, "min_steps": 4}, lambda e: e.success is True and e.steps >= 4),
+        ({"min_steps": 3, "max_steps": 6}, lambda e: 3 <= e.steps <= 6),
         ({"agents": ["*-1"]}, lambda e: e.agent == "agent-1"),
         ({"tasks": ["sm*"]}, lambda e: True),
     ]
@@ -261,7 +262,7 @@ def test_filter_against_the_obvious(tmp_path):
         if wanted:
             assert_equal_fields(read_episode(index, 0).fields, wanted[0].fields)
         assert index.document["statistics_of_superset"] is True
-    best = filter(url, str(tmp_path / "top"), top=0.2, min_length=3)
+    best = filter(url, str(tmp_path / "top"), top=0.2, min_steps=3)
     ranked = sorted((e for e in episodes if e.steps >= 3), key=lambda e: -e.total_return)
     assert set(best.ids) == {e.id for e in ranked[: best.episodes]}
     assert best.episodes == -(-len(ranked) // 5)
@@ -271,7 +272,7 @@ def test_filter_against_the_obvious(tmp_path):
 
 def test_an_index_that_shards_do_not_determine_is_not_made_again(tmp_path):
     small_dataset(str(tmp_path / "d"))
-    filter(str(tmp_path / "d"), str(tmp_path / "few"), max_length=2)
+    filter(str(tmp_path / "d"), str(tmp_path / "few"), max_steps=2)
     Path(tmp_path, "few/index.parquet").unlink()
     report = verify(str(tmp_path / "few"), repair=True)
     assert "other datasets" in str(report.findings[-1])
@@ -282,14 +283,14 @@ def test_an_index_that_shards_do_not_determine_is_not_made_again(tmp_path):
 def test_split_takes_apart_by_id(tmp_path):
     url = str(tmp_path / "d")
     episodes, _ = small_dataset(url, 200)
-    parts = split(url, {str(tmp_path / "a"): 0.75, str(tmp_path / "b"): 0.25})
-    ids = [set(p.ids) for p in parts.values()]
+    parts = split(url, str(tmp_path / "a"), str(tmp_path / "b"), 0.25)
+    ids = [set(p.ids) for p in parts]
     assert ids[0] | ids[1] == {e.id for e in episodes}
     assert not ids[0] & ids[1]
     assert 30 < len(ids[1]) < 70
     again = small_dataset(str(tmp_path / "d2"), 100)[1]
-    part = split(str(tmp_path / "d2"), {str(tmp_path / "c"): 0.75})
-    assert set(next(iter(part.values())).ids) == ids[0] & set(again.ids)
+    _, second = split(str(tmp_path / "d2"), str(tmp_path / "c"), str(tmp_path / "e"), 0.25)
+    assert set(second.ids) == ids[1] & set(again.ids)
 
 
 def test_inspect(tmp_path, rich):
