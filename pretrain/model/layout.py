@@ -77,7 +77,7 @@ class Layout:
     scalars: Tensor
     auxiliary: dict[int, Tensor] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
-    _rotary: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _rotary: dict[tuple[int, float], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, windows: Tensor, attributes: Tensor, scalars: Tensor) -> Layout:
@@ -138,13 +138,13 @@ class Layout:
                 start = stop
         return out
 
-    def rotary(self, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, size / 2] of the positions (Su et al. 2021), computed in float32."""
-        key = (size, theta, dtype)
+    def rotary(self, size: int, theta: float) -> Tensor:
+        """Turns e^(i · position · frequency), complex64 [T, 1, size / 2] (Su et al. 2021)."""
+        key = (size, theta)
         if key not in self._rotary:
             frequency = theta ** (-torch.arange(0, size, 2, device=self.device, dtype=torch.float32) / size)
             angle = self.attributes[:, :1].float() * frequency
-            self._rotary[key] = (angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None])
+            self._rotary[key] = torch.polar(torch.ones_like(angle), angle)[:, None]
         return self._rotary[key]
 
     def once(self, layer: int) -> bool:

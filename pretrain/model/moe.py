@@ -178,7 +178,7 @@ class MixtureOfExperts(Module):
         counts = torch.zeros_like(self.previous).scatter_add_(0, expert, torch.ones_like(expert))
         y = self.experts(_Gather.apply(x, order // k, inverse, k), counts)
         y = _Gather.apply(y, inverse, order, 1).view(tokens, k, -1)
-        return torch.einsum("tkd,tk->td", y, gates)
+        return (y * gates[..., None]).sum(1)
 
     def _losses(self, logits: Tensor, probabilities: Tensor, layout: Layout) -> Tensor:
         """float32 [2]: balance and z-loss of these tokens, times their coefficients."""
