@@ -38,6 +38,7 @@ from dataio.shards import ShardWriter
 from dataio.units import UnitMap
 
 K = 20
+Steps = Iterator[tuple[int, float, dict[str, float]]]  # windows, CPU seconds of the process, the loader's counters
 VECTOR = (
     FieldSpec("observation", "observation", "continuous", "float32", (64,)),
     FieldSpec("action", "action", "continuous", "float32", (4,)),
@@ -64,22 +65,17 @@ def write(url: str, fields: tuple[FieldSpec, ...], size: int) -> EpisodeIndex:
     return EpisodeIndex.open(url)
 
 
-# What is compared: each yields (windows, process CPU seconds, loader's counters) of one step after the other
+# What is compared: each yields one step after the other
 
 
-def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """Every episode as arrays in memory; a window is a slice."""
+def from_arrays(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
+    """Every episode as arrays in memory; a window is a slice, nothing is decoded or verified: what nobody can beat."""
     from dataio.dataset import read_episode
 
-    episodes: dict[int, Episode] = {}
+    episodes = [read_episode(index, e) for e in range(index.episodes)]
     for step in range(10**9):
         began = time.process_time()
         planned = plan.windows(step)
-        spent = time.process_time() - began
-        for e in np.unique(planned.episode).tolist():
-            if e not in episodes:
-                episodes[e] = read_episode(index, e)
-        began = time.process_time()
         rows: list[list[Window]] = []
         for i in range(len(planned.row)):
             episode, start = episodes[int(planned.episode[i])], int(planned.start[i])
@@ -88,10 +84,30 @@ def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, 
             empty = np.zeros(0)
             rows.append([Window(0, 0, episode.id, start, stop - start, episode.steps, fields, empty, empty, empty)])
         stack_windows(step, np.arange(len(rows)), rows)
-        yield len(rows), spent + time.process_time() - began, {}
+        yield len(rows), time.process_time() - began, {}
 
 
-def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, float, dict[str, float]]]:
+def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
+    """The shards as bytes in memory; a window is cut out, verified and decoded."""
+    shards = [index.store.read(index.shard_name(number)) for number in range(len(index.shards))]
+    names = all_fields(index).fields
+    units = UnitMap([index], [all_fields(index)], 1 << 20)
+    assembler = Assembler(units)
+    for step in range(10**9):
+        began = time.process_time()
+        planned = plan.windows(step)
+        rows = []
+        first, count = units.rows(planned)
+        for i in range(len(planned.row)):
+            window = int(planned.episode[i]), int(first[i]), int(count[i])
+            parts = [shards[r.shard][r.offset : r.offset + r.size] for r in index.ranges(*window, names)]
+            decoded = index.decode(*window, names, parts)
+            rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
+        stack_windows(step, np.arange(len(rows)), rows)
+        yield len(rows), time.process_time() - began, {}
+
+
+def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
     """One range request a window and column, 128 in flight, four steps ahead, nothing kept."""
     needs = all_fields(index)
     units = UnitMap([index], [needs], 1 << 20)  # the decoder is ours, the fetching is plain
@@ -106,26 +122,30 @@ def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Iterator[tuple[int, 
         return planned, list(await asyncio.gather(*(fetcher.read_window(0, e, a, n, names) for e, a, n in wanted)))
 
     waiting = [loop.create_task(fetch(step)) for step in range(4)]
-    for step in range(10**9):
-        began = time.process_time()
-        planned, buffers = loop.run_until_complete(waiting.pop(0))
-        waiting.append(loop.create_task(fetch(step + 4)))
-        rows = []
-        first, count = units.rows(planned)
-        for i, parts in enumerate(buffers):
-            decoded = index.decode(int(planned.episode[i]), int(first[i]), int(count[i]), needs.fields, parts)
-            rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
-        stack_windows(step, np.arange(len(rows)), rows)
-        yield len(rows), time.process_time() - began, {}
+    try:
+        for step in range(10**9):
+            began = time.process_time()
+            planned, buffers = loop.run_until_complete(waiting.pop(0))
+            waiting.append(loop.create_task(fetch(step + 4)))
+            rows = []
+            first, count = units.rows(planned)
+            for i, parts in enumerate(buffers):
+                decoded = index.decode(int(planned.episode[i]), int(first[i]), int(count[i]), needs.fields, parts)
+                rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
+            stack_windows(step, np.arange(len(rows)), rows)
+            yield len(rows), time.process_time() - began, {}
+    finally:
+        for task in waiting:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
+        loop.close()
 
 
 def _rest(decoded: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return decoded["step"], decoded["returns_to_go"], decoded["valid"]
 
 
-def from_loader(
-    index: EpisodeIndex, plan: SamplingPlan, cache: int, run: int
-) -> Iterator[tuple[int, float, dict[str, float]]]:
+def from_loader(index: EpisodeIndex, plan: SamplingPlan, cache: int, run: int) -> Steps:
     needs = [all_fields(index)]
     with TrajectoryLoader(
         plan, Home(0, 1), stack_windows, needs, cache=CacheBudget(memory=cache), requests=128, run=run
@@ -136,9 +156,7 @@ def from_loader(
             batch.release()
 
 
-def measure(
-    steps: Iterator[tuple[int, float, dict[str, float]]], settle: int, span: int, repeat: int
-) -> dict[str, Any]:
+def measure(steps: Steps, settle: int, span: int, repeat: int) -> dict[str, Any]:
     """Medians over `repeat` spans of `span` windows, after `settle` windows."""
     done, speeds, cpu, counted = 0, [], [], []
     while done < settle:
@@ -176,16 +194,17 @@ def compare(kind: str, index: EpisodeIndex, repeat: int) -> dict[str, Any]:
         return window_plan(index, rows, K, **more)
 
     out: dict[str, Any] = {"bytes": total, "cache": cache, "bound": 1 - hit_bound(0.25)}
-    out["memory"] = measure(from_memory(index, plan()), windows // 4, windows // 4, repeat)
-    print(kind, "memory", _short(out["memory"]), flush=True)
-    out["ranges"] = measure(from_ranges(index, plan()), rows * 4, windows // 8, repeat)
-    print(kind, "plain ranges", _short(out["ranges"]), flush=True)
+    others = {"arrays": from_arrays, "memory": from_memory, "ranges": from_ranges}
+    for name, method in others.items():
+        out[name] = measure(method(index, plan()), rows * 4, max(windows // 8, 4 * rows), repeat)
+        print(kind, name, _short(out[name]), flush=True)
     for name, run in (("loader", 0), ("loader, run 2", 2)):
         found = measure(from_loader(index, plan(), cache, run), 3 * windows, windows // 2, repeat)
         found["share_of_memory"] = found["windows_per_second"] / out["memory"]["windows_per_second"]
         out[name] = found
         print(kind, name, _short(found), flush=True)
-    out["ranges"]["share_of_memory"] = out["ranges"]["windows_per_second"] / out["memory"]["windows_per_second"]
+    for name in others:
+        out[name]["share_of_memory"] = out[name]["windows_per_second"] / out["memory"]["windows_per_second"]
     epochs = measure(
         from_loader(index, plan(replacement=False), cache, 0), windows, windows // 2, 2 * max(2, repeat // 2)
     )

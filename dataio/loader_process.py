@@ -332,11 +332,12 @@ def _sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -
     memory, total = settings.cache.memory, sum(column.total for column in rough.columns)
     home = total * sum(len(placement.rows(step)) for step in range(first, first + 4)) / (4 * plan.rows)
     kept = memory * 15 // 16 + settings.cache.disk
-    model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), memory // 16, total)
+    tile = 0 if plan.replacement else max(int(planned.units.max(initial=1)) for planned in some)
+    model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), tile, memory // 16, total)
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    return units, min(max(2 * wanted, memory // 32), memory // 2)
+    return units, min(max(3 * wanted // 2, memory // 32), memory // 2)
 
 
 def _only(planned: PlannedWindows, i: int) -> PlannedWindows:

@@ -2,8 +2,9 @@
 
 A window of K rows needs about (K − 1) / b + 1 units and touches K + b − 1 rows, of which a cache of a given size misses a share
 m, whatever b is (Belady's bound is one of bytes). Each unit costs time in Python, each missed byte time on the network and in
-copies, so the cost of a window is least at b = √(unit · (K − 1) / (byte · m · row bytes)).
-Where all data of a process fit its cache, every byte is fetched once whatever b is: then units are whole episodes, up to 1 MiB.
+copies, so the cost of a window is least at b = √(unit · (K − 1) / (byte · m · row bytes)). Two cases are simpler. Where windows do
+not overlap (epochs over tiles), a unit is a tile. Where all data of a process fit its cache, every byte is fetched once whatever
+b is: then units are whole episodes, up to 1 MiB.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ class RunModel:
 
     window   mean rows of a window
     share    of this process' data that its cache can hold (1: all)
+    tile     rows of a tile where data are visited once an epoch; 0 otherwise
     room     bytes that what is known of units may take
     total    bytes of the data; with `room` it bounds the number of units
     """
 
     window: float
     share: float
+    tile: int
     room: int
     total: int
 
@@ -39,6 +42,8 @@ class RunModel:
         row_bytes = max(row_bytes, 1.0)
         if self.share >= 1:
             return max(1, int(_WHOLE / row_bytes))
+        if self.tile:  # tiles do not overlap: a unit that is a tile is fetched for one window only
+            return self.tile
         missed = max(1 - hit_bound(self.share), 1e-3)
         best = math.sqrt(UNIT_SECONDS * max(self.window - 1, 0.0) / (BYTE_SECONDS * missed * row_bytes))
         least = self.total * UNIT_BYTES / max(self.room, 1) / row_bytes  # so that the units' places fit their room

@@ -328,8 +328,10 @@ def gone(process: psutil.Process, seconds: float = 2.0) -> bool:
     return True
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("then", ["next(loader); time.sleep(60)", "[next(loader).release() for _ in range(10**9)]"])
+IDLE, BUSY = "next(loader); time.sleep(60)", "[next(loader).release() for _ in range(10**9)]"
+
+
+@pytest.mark.parametrize("number,then", [(signal.SIGKILL, BUSY), (signal.SIGTERM, IDLE), (signal.SIGINT, IDLE)])
 def test_the_loader_process_ends_with_the_trainer(trainer: Any, number: int, then: str) -> None:
     process, child = trainer(then)
     process.send_signal(number)
@@ -338,7 +340,7 @@ def test_the_loader_process_ends_with_the_trainer(trainer: Any, number: int, the
 
 
 def test_ctrl_c_reaches_the_whole_group_and_ends_it_within_a_second(trainer: Any) -> None:
-    process, child = trainer("[next(loader).release() for _ in range(10**9)]")
+    process, child = trainer(BUSY)
     os.killpg(process.pid, signal.SIGINT)
     began = time.monotonic()
     assert process.wait(5) != 0
