@@ -10,11 +10,10 @@ Slot 0 of a row is its prompt, where it has one; windows count from 1.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +25,10 @@ from .epochs import EpochDrawer, epoch_mix
 from .index import EpisodeIndex
 from .mixture import UNIT, Mix, entry_shares, free_mix
 from .philox import BUCKET, words
+from .plan_history import History
 from .plan_index import PlanIndex, digest
 from .plan_log import Event, PlanLog
 from .plan_report import report
-from .preferences import priority_of
 
 _GOLDEN = 10368889  # the odd number nearest UNIT / golden ratio: offsets of any span of steps are spread evenly
 
@@ -106,16 +105,6 @@ def choose_buckets(episodes: int, rows: int, prompts: bool, processes: int = 1, 
 
 
 @dataclass(frozen=True)
-class _Phase:
-    """A span of steps without a change of weights, priorities, entries or skipped steps."""
-
-    first: int  # step
-    skipped: int  # steps that were skipped before: the plan's own count is step + skipped
-    entries: tuple[PlanEntry, ...]
-    weights: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
 class _Ready:
     """A phase with all that drawing from it needs."""
 
@@ -173,7 +162,7 @@ class SamplingPlan:
         self.rows, self.budget, self.seed = rows, budget, seed
         self.weight_unit, self.replacement = weight_unit, replacement
         self.validation, self.held_out = validation, held_out
-        self.cache_dir, self.open_entry = cache_dir, open_entry
+        self.cache_dir = cache_dir
         self.entries = tuple(entries)
         episodes = sum(e.index.episodes for e in entries)
         self.buckets = buckets or choose_buckets(episodes, rows, any(e.lengths.prompt > 0 for e in entries))
@@ -182,7 +171,7 @@ class SamplingPlan:
         self._offset = int(words(seed, 0, purpose=BUCKET)[0]) % UNIT
         self._fingerprint = ""
         self._indexes: dict[tuple[int, ...], PlanIndex] = {}
-        self._made: dict[tuple[str, int], PlanEntry] = {}
+        self._history = History(self.entries, open_entry)
         self._forget()
         self._ready(0)  # errors of the data now, not at the first step
 
@@ -322,55 +311,11 @@ class SamplingPlan:
     def _forget(self) -> None:
         """Replays the log. What did not change is not built again."""
         self._applied = len(self.log)
-        self._phases = self._replay()
+        self._phases = self._history.phases(self.log.events)
         self._firsts = [p.first for p in self._phases]
         self._built: dict[int, _Ready] = {}
         known = [(e.name, e.index.fingerprint) for e in self._phases[-1].entries]
         self._quarantine = Quarantine((e for e in self.log.events if e["kind"] == "quarantine"), known)
-
-    def _replay(self) -> list[_Phase]:
-        phases = [_Phase(0, 0, self.entries, np.array([e.weight for e in self.entries], np.float64))]
-        changes = [e for e in self.log.events if e["kind"] != "quarantine"]
-        for event in sorted(changes, key=lambda e: e["step"]):  # stable: of one step, in the order of the log
-            last = phases[-1]
-            if last.first == event["step"]:
-                phases.pop()
-            phases.append(self._changed(event, last))
-        return phases
-
-    def _changed(self, event: Event, last: _Phase) -> _Phase:
-        kind, step = event["kind"], event["step"]
-        if kind == "skip":
-            return replace(last, first=step, skipped=last.skipped + event["steps"])
-        entries, weights = list(last.entries), last.weights.copy()
-        if kind == "dataset":
-            entries.append(self._derived(event, None))
-            weights = np.append(weights, np.float64(event["weight"]))
-            return replace(last, first=step, entries=tuple(entries), weights=weights)
-        names = [e.name for e in entries]
-        for name in event["weights"] if kind == "weights" else [event["entry"]]:
-            if name not in names:
-                raise DataError(f"plan log: step {step} names entry {name!r}; the mixture has {', '.join(names)}")
-            i = names.index(name)
-            if kind == "weights":
-                weights[i] = event["weights"][name]
-            else:
-                entries[i] = self._derived(event, entries[i])
-        return replace(last, first=step, entries=tuple(entries), weights=weights)
-
-    def _derived(self, event: Event, base: PlanEntry | None) -> PlanEntry:
-        """The entry that an event makes, the same object at every replay."""
-        key = (json.dumps(event, sort_keys=True), id(base))
-        if key not in self._made:
-            if base is not None:
-                self._made[key] = replace(base, priority=priority_of(event, base.index))
-            elif self.open_entry is None:
-                raise DataError(
-                    f"plan log: step {event['step']} adds data set {event['dataset']!r}, which nothing here can open"
-                )
-            else:
-                self._made[key] = self.open_entry(event)
-        return self._made[key]
 
     def _phase(self, step: int) -> tuple[int, _Ready]:
         if len(self.log) != self._applied:
@@ -493,9 +438,9 @@ class SamplingPlan:
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; the sorted index is built there, or mapped from `cache_dir`."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_indexes", "_built", "_made")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_indexes", "_built")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._indexes, self._made = {}, {}
+        self._indexes = {}
         self._forget()

@@ -1,0 +1,89 @@
+"""History: what a plan's log makes of its mixture, as spans of steps without a change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .episode import DataError
+from .plan_log import Event
+from .preferences import priority_of
+
+if TYPE_CHECKING:
+    from .sampling import PlanEntry
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A span of steps without a change of weights, priorities, entries or skipped steps. Quarantine makes no phase.
+
+    first    its first step
+    skipped  steps that were skipped before it: the plan's own count is step + skipped
+    weights  float64 [entries]
+    """
+
+    first: int
+    skipped: int
+    entries: tuple[PlanEntry, ...]
+    weights: NDArray[np.float64]
+
+
+class History:
+    """Replays events over a mixture; `open_entry` opens the data set of a `dataset` event."""
+
+    def __init__(self, entries: tuple[PlanEntry, ...], open_entry: Callable[[Event], PlanEntry] | None) -> None:
+        self.entries, self.open_entry = entries, open_entry
+        self._made: dict[tuple[str, int], PlanEntry] = {}
+
+    def phases(self, events: Sequence[Event]) -> list[Phase]:
+        """The phases, ascending, the first from step 0 on. DataError for an event that does not fit the mixture."""
+        out = [Phase(0, 0, self.entries, np.array([e.weight for e in self.entries], np.float64))]
+        changes = [e for e in events if e["kind"] != "quarantine"]
+        for event in sorted(changes, key=lambda e: e["step"]):  # stable: of one step, in the order of the log
+            last = out[-1]
+            if last.first == event["step"]:
+                out.pop()
+            out.append(self._changed(event, last))
+        return out
+
+    def _changed(self, event: Event, last: Phase) -> Phase:
+        kind, step = event["kind"], event["step"]
+        if kind == "skip":
+            return replace(last, first=step, skipped=last.skipped + event["steps"])
+        entries, weights = list(last.entries), last.weights.copy()
+        if kind == "dataset":
+            entries.append(self._derived(event, None))
+            weights = np.append(weights, np.float64(event["weight"]))
+            return replace(last, first=step, entries=tuple(entries), weights=weights)
+        names = [e.name for e in entries]
+        for name in event["weights"] if kind == "weights" else [event["entry"]]:
+            if name not in names:
+                raise DataError(f"plan log: step {step} names entry {name!r}; the mixture has {', '.join(names)}")
+            i = names.index(name)
+            if kind == "weights":
+                weights[i] = event["weights"][name]
+            else:
+                entries[i] = self._derived(event, entries[i])
+        return replace(last, first=step, entries=tuple(entries), weights=weights)
+
+    def _derived(self, event: Event, base: PlanEntry | None) -> PlanEntry:
+        """The entry that an event makes: the same object at every replay, so that nothing is built again."""
+        key = (json.dumps(event, sort_keys=True), id(base))
+        if key not in self._made:
+            if base is not None:
+                self._made[key] = replace(base, priority=priority_of(event, base.index))
+            elif self.open_entry is None:
+                raise DataError(
+                    f"plan log: step {event['step']} adds data set {event['dataset']!r}, which nothing here can open"
+                )
+            else:
+                self._made[key] = self.open_entry(event)
+        return self._made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": self.entries, "open_entry": self.open_entry, "_made": {}}
