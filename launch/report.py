@@ -201,12 +201,12 @@ def _experts(lines: Sequence[Mapping[str, Any]]) -> str:
 def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
     cards = []
     for name, task in (evaluation or {"tasks": {}})["tasks"].items():
-        for file in task.get("pictures", []):
-            path = folder / Path(file).name
+        for picture in task.get("pictures", []):
+            path = folder / Path(picture["file"]).name
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
-                picture = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
-                cards.append(f"<div class='card'><h3>{html.escape(name)}</h3>{picture}</div>")
+                image = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
+                cards.append(f"<div class='card'><h3>{html.escape(name)}</h3>{image}</div>")
     return f"<h2>Rollouts</h2>{''.join(cards)}" if cards else ""
 
 
