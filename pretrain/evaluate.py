@@ -99,7 +99,7 @@ def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **o
             command.append(f"--{name}")
         elif isinstance(value, (list, tuple)):
             command += [f"--{name}", *map(str, value)] if value else []
-        elif value not in (False, "", None):
+        elif value is not None and value is not False and value != "":
             command += [f"--{name}", str(value)]
     if tasks:
         command += ["--tasks", *tasks]

@@ -62,8 +62,11 @@ class Policy:
 
         device  "": a GPU where there is one; "auto": spread over all devices by `accelerate`; else a torch device
         """
+        from transformers.utils import logging
+
         from pretrain.model.transformer import DecisionModel
 
+        logging.disable_progress_bar()  # an evaluation loads a policy in each of its processes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = DecisionModel.from_pretrained(str(folder), device_map=device if device == "auto" else None)
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)

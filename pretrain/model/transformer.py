@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from pretrain.model.inputs import scalars
 from pretrain.model.layers import Mlp, Module, Norm, initialise
 from pretrain.model.layout import Layout
 from pretrain.model.moe import MixtureOfExperts
+
+if TYPE_CHECKING:
+    from pretrain.policy import Policy
 
 
 class Block(Module):
@@ -140,3 +143,14 @@ class DecisionModel(PreTrainedModel):
     def regress(self, hidden: Tensor, name: str) -> Tensor:
         """Normed hidden states [n, D] -> float32 [n, d] of one regression head."""
         return self.head.predict(hidden, name)
+
+    def policy(self, task: str, environments: int = 1, **options: Any) -> Policy:
+        """A policy at the beginning of this task's episodes; the model must have been loaded from a policy's folder or hub.
+
+        Options are those of `Policy.of`.
+        """
+        from pretrain.policy import Policy
+
+        policy = Policy.of(self, **options)
+        policy.reset(task, environments)
+        return policy

@@ -1,0 +1,115 @@
+"""The model card of a policy: README.md with the metadata that hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ACTING = """```python
+{imports}
+from transformers import AutoModel
+
+policy = AutoModel.from_pretrained("{place}", trust_remote_code=True).policy("{task}")
+env = {make}("{environment}")
+observation, _ = env.reset(seed=0)
+done = False
+while not done:
+    observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+    done = terminated or truncated
+```"""
+_PLACE = "path/or/name of this repository"
+# What registers the ids of a family with gymnasium; Meta-World's tasks, which it does not know, come from Tiphys.
+_REGISTERS = {"BabyAI": ", minigrid", "MiniGrid": ", minigrid", "ALE/": ", ale_py"}
+
+
+def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    """README.md: YAML metadata (license, library, tags, model-index with the results), how to act, and the table of results.
+
+    config, processor   of the policy, as their JSON
+    evaluation          evaluation.json, or None
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    about = config.get("tiphys", {})
+    name = about.get("name") or "tiphys-policy"
+    results = (evaluation or {}).get("tasks", {})
+    data = ModelCardData(
+        model_name=name,
+        license=about.get("license"),
+        library_name="transformers",
+        pipeline_tag="reinforcement-learning",
+        tags=["tiphys", "decision-model", "offline-reinforcement-learning", "imitation-learning"],
+        eval_results=[EvalResult(**r) for task, found in results.items() for r in _metrics(task, found)] or None,
+    )
+    tasks = list(processor["tasks"])
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", _what(config, processor), "## Acting", _example(tasks)]
+    if results:
+        parts += ["## Results", *_table(results)]
+    known = ", ".join(f"`{t['name']}`" for t in tasks[:50]) + (
+        f" and {len(tasks) - 50} more" if len(tasks) > 50 else ""
+    )
+    parts += ["## Tasks", known]
+    if about.get("recipe"):
+        parts.append(f"Trained for {about.get('step', 0)} steps by `recipe.yaml` (hash `{about['recipe']}`).")
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
+    experts = config.get("num_experts") or 0
+    kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} a token" if experts else "dense"
+    return (
+        f"A decision Transformer of {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
+        f"from offline trajectories of {len(processor['tasks'])} tasks with Tiphys. It needs `torch` and `transformers`, and "
+        "the environments that it is to act in."
+    )
+
+
+def _example(tasks: list[Mapping[str, Any]]) -> str:
+    acting = [t for t in tasks if t.get("environment")]
+    task = min(acting, key=lambda t: t["environment"].startswith("metaworld/"), default=None)
+    if task is None:
+        return "None of its tasks has an environment; `policy.act(observation)` takes the observations that it was trained on."
+    environment = task["environment"]
+    registers = next((more for prefix, more in _REGISTERS.items() if environment.startswith(prefix)), "")
+    imports, make = f"import gymnasium{registers}", "gymnasium.make"
+    if environment.startswith("metaworld/"):
+        imports, make = "from dataio import environments", "environments.make"
+    return _ACTING.format(imports=imports, make=make, place=_PLACE, task=task["name"], environment=environment)
+
+
+def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of the model-index for one task."""
+    deviation = found.get("std_return")
+    mean = f"{found['mean_return']:.2f}" + (f" +/- {deviation:.2f}" if deviation is not None else "")
+    rows = [("mean_reward", "mean return", mean)]
+    if found.get("success_rate") is not None:
+        rows.append(("success_rate", "success rate", round(found["success_rate"], 4)))
+    if found.get("expert_normalized") is not None:
+        rows.append(("expert_normalized_score", "expert-normalised score", round(found["expert_normalized"], 4)))
+    where = {"task_type": "reinforcement-learning", "dataset_type": task, "dataset_name": task}
+    return [{**where, "metric_type": kind, "metric_name": label, "metric_value": value} for kind, label, value in rows]
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| task | episodes | mean return | success | random | expert | expert-normalised |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task, r in results.items():
+        low, high = r.get("expert_normalized_interval") or (None, None)
+        normalized = _number(r.get("expert_normalized"))
+        if low is not None and high is not None:
+            normalized += f" ({_number(low)} … {_number(high)})"
+        cells = [_number(r[k]) for k in ("mean_return", "success_rate", "random", "expert")]
+        lines.append(f"| {task.replace('|', chr(92) + '|')} | {r['episodes']} | {' | '.join(cells)} | {normalized} |")
+    note = (
+        "Random and expert are scores of the training data's collection: success where the task has it, else return. "
+    )
+    note += "In brackets: 95 % intervals over the episodes."
+    return ["\n".join(lines), note]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -1,0 +1,294 @@
+"""A published policy: whole or not at all, acting where Tiphys is not installed, the same after a bucket and a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("minigrid")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import acting_fixtures as acting
+from hub import Hub
+
+from pretrain import sources
+from pretrain.evaluate import evaluate
+from pretrain.model.config import DecisionConfig
+from pretrain.policy import Policy
+from pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
+
+pytestmark = pytest.mark.envs
+OBJECTIVES = acting.objectives()
+RECIPE = {"name": "small", "model": {"layers": 2}, "evaluate": {"tasks": [acting.CART]}}
+
+
+def save(folder: Path, seed: int = 0, **options: Any) -> Path:
+    model = acting.model(OBJECTIVES, seed)
+    config = DecisionConfig(**{k: v for k, v in model.config.to_dict().items() if k != "auto_map"})
+    return save_policy(
+        folder,
+        model.state_dict(),
+        config,
+        OBJECTIVES.processor(),
+        recipe=RECIPE,
+        step=7,
+        recipe_digest="abc",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = save(tmp_path_factory.mktemp("published") / "policy")
+    add_evaluation(path, evaluate(path, [acting.CART, acting.GRID], episodes=3, processes=1))
+    return path
+
+
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("dataio", "pretrain", "recipes", "launch"):
+            raise ImportError(name + " is not installed here")
+sys.meta_path.insert(0, Absent())
+import json, gymnasium, minigrid, numpy
+from transformers import AutoModel
+acted = {{}}
+for task in ("CartPole-v1", "BabyAI-GoToRedBallGrey-v0", "Pendulum-v1"):
+    policy = AutoModel.from_pretrained({place!r}, trust_remote_code=True).policy(task)
+    env = gymnasium.make(task)
+    observation, _ = env.reset(seed=1)
+    acted[task] = []
+    for _ in range(12):
+        action = policy.act(observation)
+        assert env.action_space.contains(action), (task, action)
+        acted[task].append(numpy.ravel(action).tolist())
+        observation, reward, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+assert not any(n.split(".")[0] in ("dataio", "pretrain", "recipes", "launch") for n in sys.modules)
+print("ACTED" + json.dumps(acted))
+"""
+
+
+def as_a_stranger(place: str, tmp_path: Path, **environment: str) -> dict[str, list[list[float]]]:
+    """What the policy does in a process of its own, in another folder, that cannot import this project."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
+    kept |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-I", "-c", STRANGER.format(place=place)]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("ACTED")[1])
+
+
+def here(folder: Path) -> dict[str, list[list[float]]]:
+    """The same, by this installation."""
+    import gymnasium
+
+    policy = Policy.load(folder, "cpu")
+    acted: dict[str, list[list[float]]] = {}
+    for task in (acting.CART, acting.GRID, acting.SWING):
+        env = gymnasium.make(task)
+        actions: list[Any] = []
+        (observation, _), done = env.reset(seed=1), False
+        policy.reset(task)
+        while not done and len(actions) < 12:
+            actions.append(policy.act(observation))
+            observation, _, terminated, truncated, _ = env.step(actions[-1])
+            done = terminated or truncated
+        acted[task] = [np.ravel(a).tolist() for a in actions]
+    return acted
+
+
+def test_it_acts_where_tiphys_is_not_installed(folder, tmp_path):
+    acted = as_a_stranger(str(folder), tmp_path, HF_HUB_OFFLINE="1")
+    assert acted == here(folder)
+    assert all(len(actions) > 3 for actions in acted.values())
+
+
+def test_what_lies_in_the_folder(folder):
+    import yaml
+    from huggingface_hub import ModelCard
+
+    names = {p.name for p in folder.iterdir()}
+    data = {"config.json", "model.safetensors", "processor.json", "recipe.yaml", "evaluation.json", "README.md"}
+    assert names == data | set(sources.code_files())
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == RECIPE
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "transformer.DecisionModel"
+    assert config["architectures"] == ["DecisionModel"]
+    card = ModelCard.load(folder / "README.md")  # the real reader of model cards
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    evaluation = json.loads((folder / "evaluation.json").read_text())["tasks"]
+    results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert results[(acting.GRID, "success_rate")] == pytest.approx(evaluation[acting.GRID]["success_rate"], abs=1e-3)
+    assert str(results[(acting.CART, "mean_reward")]).startswith(f"{evaluation[acting.CART]['mean_return']:.2f}")
+    assert f"| {acting.CART} | 3 |" in card.text
+
+
+def test_published_sources_import_nothing_of_this_project_and_little_else():
+    import ast
+
+    allowed = {"numpy", "torch", "transformers", "tokenizers"} | set(sys.stdlib_module_names)
+    files = sources.code_files()
+    for name, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in files, (name, node.module)
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] in allowed, (name, node.module)
+            elif isinstance(node, ast.Import):
+                assert all(a.name.split(".")[0] in allowed for a in node.names), name
+
+
+@pytest.mark.parametrize("line", ["from pretrain import batch", "import dataio.philox", "from . import batch"])
+def test_an_import_that_cannot_be_published_is_named(line):
+    with pytest.raises(ValueError, match=r"pretrain\.made_up, line 2.*from pretrain\.NAME import"):
+        sources._flat("pretrain.made_up", f'"""A module."""\n{line}\n')
+
+
+def test_imports_for_type_checkers_are_left_out():
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recipes.schema import Model\nx = 1\n"
+    text, imported = sources._flat("pretrain.made_up", source)
+    assert "recipes" not in text
+    assert imported == set()
+    assert text.endswith("x = 1\n")
+
+
+def test_weights_of_another_model_are_refused_and_nothing_is_written(tmp_path):
+    model = acting.model(OBJECTIVES)
+    config: Any = model.config
+    weights = dict(model.state_dict())
+    name = next(iter(weights))
+    for wrong, told in (
+        ({k: v for k, v in weights.items() if k != name}, f"missing: {name}"),
+        (weights | {"extra": torch.zeros(1)}, "unknown: extra"),
+        (weights | {name: torch.zeros(3)}, f"another shape: {name}"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            save_policy(tmp_path / "policy", wrong, config, OBJECTIVES.processor())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    folder = save(tmp_path / "policy")
+    before = here(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("huggingface_hub.save_torch_state_dict", full)
+        with pytest.raises(OSError, match="No space"):
+            save(folder, seed=5)
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    assert here(folder) == before
+    save(folder, seed=5)
+    assert here(folder) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="something else"):
+        save(other)
+    with pytest.raises(FileExistsError, match="something else"):
+        publish(folder, str(other))
+    assert (other / "chapter.txt").read_text() == "years of work"
+
+
+def test_publishing_to_a_folder_and_to_a_store(folder, tmp_path):
+    copy = publish(folder, str(tmp_path / "copy"))
+    assert is_policy(Path(copy))
+    assert here(Path(copy)) == here(folder)
+    with pytest.raises(ValueError, match="no policy"):
+        publish(tmp_path, str(tmp_path / "copy"))
+
+
+def test_publishing_to_a_bucket_leaves_no_mixture(folder, monkeypatch):
+    """Written in an order in which a reader finds the old policy, none, or the new one."""
+    from dataio.storage import Store
+
+    url = "memory://bucket/policy"
+    store = Store(url)
+    publish(folder, url)
+    names = {p.name for p in folder.iterdir()}
+    assert set(store.list()) == names
+    store.write("model-00002-of-00002.safetensors", b"of a version before")
+    publish(folder, url)
+    assert set(store.list()) == names
+    uploaded = 0
+    real = Store.upload
+
+    def breaks(self: Store, path: str, file: str) -> None:
+        nonlocal uploaded
+        uploaded += 1
+        if uploaded > 4:
+            raise OSError("the line is cut")
+        real(self, path, file)
+
+    monkeypatch.setattr(Store, "upload", breaks)
+    with pytest.raises(OSError, match="cut"):
+        publish(folder, url)
+    assert "config.json" not in store.list()
+
+
+PUBLISHER = """
+import sys
+from pretrain.publish import publish
+print(publish(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
+"""
+
+
+def from_a_process(hub: Hub, folder: Path, to: str, token: str, tmp_path: Path, visibility: str = "private") -> Any:
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "hf"), "HF_DEBUG": "1"}
+    command = [sys.executable, "-c", PUBLISHER, str(folder), to, visibility]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_publishing_to_a_hub(folder, tmp_path):
+    with Hub() as hub:
+        secret = "hf_owner_secret123"
+        done = from_a_process(hub, folder, "hf://owner/small", secret, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("hf://owner/small@")
+        repository = hub.repositories["owner/small"]
+        assert repository.private
+        assert {n for n in repository.files() if n != ".gitattributes"} == {p.name for p in folder.iterdir()}
+        acted = as_a_stranger("owner/small", tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=secret)
+        assert acted == here(folder)
+        repository.commit(repository.files() | {"model-00002-of-00002.safetensors": b"old"})
+        assert from_a_process(hub, folder, "hf://owner/small", secret, tmp_path).returncode == 0
+        assert "model-00002-of-00002.safetensors" not in repository.files()
+
+        repository.private = False
+        refused = from_a_process(hub, folder, "hf://owner/small", secret, tmp_path)
+        assert "public already" in refused.stderr
+        nobody = from_a_process(hub, folder, "hf://owner/other", "hf_stranger_secret123", tmp_path)
+        assert "403" in nobody.stderr
+        for result in (done, refused, nobody):
+            assert "secret123" not in result.stdout + result.stderr
+
+
+def test_errors_hold_no_token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "quite-another-secret")
+    text = without_secrets("401 for hf_abcdefghij0123 and quite-another-secret")
+    assert "hf_abcdefghij0123" not in text
+    assert "quite-another-secret" not in text
+
+
+def test_a_hubs_name_is_checked(folder):
+    with pytest.raises(ValueError, match="owner/name"):
+        publish(folder, "hf://small")
+    with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):  # tests run with the hub switched off
+        publish(folder, "hf://owner/small")
