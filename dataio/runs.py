@@ -1,10 +1,10 @@
-"""How many rows are fetched and cached as one: a run of b rows, by what bytes, units and requests cost.
+"""How many rows are fetched and cached as one: a run of b rows, by what units and bytes cost.
 
-A window of K rows needs about (K − 1) / b + 1 units and touches K + b − 1 rows, of which a cache of a given size misses a share
-m, whatever b is (Belady's bound is one of bytes). Each unit costs time in Python, each missed byte time on the network and in
-copies, so the cost of a window is least at b = √(unit · (K − 1) / (byte · m · row bytes)). Two cases are simpler. Where windows do
-not overlap (epochs over tiles), a unit is a tile. Where all data of a process fit its cache, every byte is fetched once whatever
-b is: then units are whole episodes, up to 1 MiB.
+A window of K rows needs about (K − 1) / b + 1 units and touches K + b − 1 rows, of which a cache misses a share m, whatever b is
+(Belady's bound is one of bytes). Each unit costs time in Python, each missed byte time on the network and in copies, so a window
+costs least at b = √(unit · (K − 1) / (byte · m · row bytes)). Two cases are simpler. Where windows do not overlap (epochs over
+tiles), a unit is a tile. Where all data of a process fit its cache, every byte is fetched once whatever b is: then units are whole
+episodes, up to 1 MiB. Otherwise b does not depend on the number of processes, so that a cache on disk outlives a change of that.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dataio.cache import hit_bound
-
 UNIT_SECONDS = 4.5e-6  # of CPU for a unit: plan, cache, pieces (benchmarks/loader.py)
 BYTE_SECONDS = 10e-9  # for a missed byte: a loader's share of a node's network is some 100 MB/s
+MISSED = 0.4  # share of bytes: a cache of a quarter of the data
 UNIT_BYTES = 8  # of the cache's memory for what it knows of a unit
 _WHOLE = 1 << 20  # bytes of a unit where everything is kept
 
@@ -44,7 +43,6 @@ class RunModel:
             return max(1, int(_WHOLE / row_bytes))
         if self.tile:  # tiles do not overlap: a unit that is a tile is fetched for one window only
             return self.tile
-        missed = max(1 - hit_bound(self.share), 1e-3)
-        best = math.sqrt(UNIT_SECONDS * max(self.window - 1, 0.0) / (BYTE_SECONDS * missed * row_bytes))
+        best = math.sqrt(UNIT_SECONDS * max(self.window - 1, 0.0) / (BYTE_SECONDS * MISSED * row_bytes))
         least = self.total * UNIT_BYTES / max(self.room, 1) / row_bytes  # so that the units' places fit their room
         return max(1, round(min(best, self.window)), math.ceil(least))
