@@ -28,7 +28,7 @@ def open_hdf5(source: Source, path: str) -> Iterator[Any]:
 
     with source.open(path) as stream:
         try:
-            file = h5py.File(stream, "r")
+            file = h5py.File(source.local_path(path) or stream, "r")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(f"{source.where(path)}: not a readable HDF5 file ({error})") from None
         with file:
@@ -51,7 +51,10 @@ def hdf5_files(source: Source) -> list[str]:
 
 def names(group: Any) -> list[str]:
     """The names of a group's members, in natural order (demo_2 before demo_10)."""
-    return sorted(group, key=natural)
+    found = list(group)
+    if not all(isinstance(name, str) for name in found):  # h5py gives what is no UTF-8 as bytes
+        raise DataError(f"{group.name}: holds a member whose name is not UTF-8")
+    return sorted(found, key=natural)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

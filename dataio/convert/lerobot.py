@@ -120,15 +120,20 @@ class LeRobot(Converter):
         if not _positive(chunk):
             raise DataError(f"{where}: chunks_size {chunk!r}")
         for row in self.source.json_lines("meta/episodes.jsonl"):
-            number, length = row.get("episode_index"), row.get("length")
-            if not (isinstance(number, int) and isinstance(length, int) and min(number, length) >= 0):
+            number, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks") or []
+            if not (
+                isinstance(number, int)
+                and isinstance(length, int)
+                and min(number, length) >= 0
+                and isinstance(tasks, list)
+            ):
                 raise DataError(
                     f"{self.source.where('meta/episodes.jsonl')}: an episode without index or length: {str(row)[:80]}"
                 )
             at: dict[str, Any] = {"episode_index": number, "episode_chunk": number // chunk}
             videos = {k: (expand(self.info.get("video_path"), where, video_key=k, **at), 0.0) for k in self._videos}  # type: ignore[arg-type]
             data = expand(self.info.get("data_path"), where, **at)  # type: ignore[arg-type]
-            yield Record(number, length, tuple(str(t) for t in row.get("tasks") or ()), data, videos)
+            yield Record(number, length, tuple(str(t) for t in tasks), data, videos)
 
     def _records_v3(self) -> Iterator[Record]:
         where = self.source.where(_INFO)

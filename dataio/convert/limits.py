@@ -36,6 +36,8 @@ _NPY_KINDS = "biufUS"
 
 def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EPISODE_BYTES) -> tuple[int, ...]:
     """The shape as Python ints. DataError where it is no shape or needs more than `limit` bytes."""
+    if not isinstance(shape, list | tuple):
+        raise DataError(f"{where}: {shape!r} is not the shape of an array")
     if len(shape) > DIMENSIONS:
         raise DataError(f"{where}: an array of {len(shape)} dimensions; at most {DIMENSIONS} are read")
     out = []

@@ -27,9 +27,10 @@ def open_parquet(source: Source, path: str) -> Iterator[Any]:
         try:
             file = pq.ParquetFile(stream, thrift_string_size_limit=RECORD_BYTES, thrift_container_size_limit=10_000_000)
             _check(file.metadata, source.where(path))
+            _ = file.schema_arrow.names
         except SourceUnavailable:
             raise
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{source.where(path)}: not a readable Parquet file ({_line(error)})") from None
         yield file
 

@@ -39,6 +39,7 @@ class Source:
             if not os.path.exists(path):
                 raise DataError(f"{self.url}: there is no such file or folder")
             self.single = "" if os.path.isdir(path) else os.path.basename(path)
+            self._folders: dict[str, str] = {}  # folder -> where it lies, links resolved and checked
             self._root = os.path.dirname(path) if self.single else path
             head, snapshots = os.path.split(os.path.dirname(self._root))
             self._allowed = [self._root, os.path.join(head, "blobs")] if snapshots == "snapshots" else [self._root]
@@ -78,7 +79,13 @@ class Source:
         return path
 
     def _local(self, path: str) -> str:
-        full = os.path.realpath(os.path.join(self._root, self.check(path)))
+        folder, _, name = self.check(path).rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = self._inside(os.path.realpath(os.path.join(self._root, folder)), path)
+        full = os.path.join(self._folders[folder], name)
+        return self._inside(os.path.realpath(full), path) if os.path.islink(full) else full
+
+    def _inside(self, full: str, path: str) -> str:
         if not any(full == root or full.startswith(root.rstrip("/") + "/") for root in self._allowed):
             raise DataError(f"{self.where(path)}: a link that leads out of the source ({full}); it is not followed")
         return full
@@ -139,19 +146,28 @@ class Source:
     @contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
         """The file as a seekable stream. FileNotFoundError where there is none."""
-        size = self.size(path)
         if self._store is None:
-            with open(self._local(path), "rb") as stream:
+            try:
+                stream = open(self._local(path), "rb")  # noqa: SIM115 (closed by the next line)
+            except (FileNotFoundError, IsADirectoryError):
+                raise FileNotFoundError(f"{self.where(path)}: there is no such file") from None
+            with stream:
                 yield stream
         else:
-            with io.BufferedReader(_RemoteFile(self, path, size), _BLOCK) as stream:
-                yield cast(BinaryIO, stream)
+            size = self.size(path)
+            with io.BufferedReader(_RemoteFile(self, path, size), _BLOCK) as remote:
+                yield cast(BinaryIO, remote)
 
     def read(self, path: str, limit: int = JSON_BYTES) -> bytes:
         """The whole file, if it has at most `limit` bytes."""
-        check_size(self.size(path), limit, self.where(path))
         with self.open(path) as stream:
-            return stream.read(limit + 1)
+            check_size(stream.seek(0, os.SEEK_END), limit, self.where(path))
+            stream.seek(0)
+            return stream.read()
+
+    def local_path(self, path: str) -> str | None:
+        """Where a file of a local source lies, for libraries that read a file faster than a stream; None in a store."""
+        return None if self._store is not None else self._local(path)
 
     def json(self, path: str, limit: int = JSON_BYTES) -> Any:
         return parse_json(self.read(path, limit), self.where(path))

@@ -19,7 +19,7 @@ import numpy as np
 from dataio.convert.archive import open_member, open_zip
 from dataio.convert.converter import Converter, Item, Piece, read_each
 from dataio.convert.infer import canonical, channels_last, is_image_shape
-from dataio.convert.limits import EPISODE_STEPS, FIELDS, JSON_BYTES, RECORD_BYTES, check_shape, check_size, parse_json
+from dataio.convert.limits import EPISODE_STEPS, FIELDS, JSON_BYTES, RECORD_BYTES, check_shape, parse_json
 from dataio.convert.source import Source
 from dataio.episode import DataError, Episode
 
@@ -230,9 +230,7 @@ class _Files:
         if self._zip is not None:
             with open_member(self._zip, path, self._source.url, RECORD_BYTES) as (stream, size):
                 return stream.read(size)
-        limit = JSON_BYTES if path.endswith((".zarray", "zarr.json")) else RECORD_BYTES
-        check_size(self._source.size(path), limit, self._source.where(path))
-        return self._source.read(path, limit)
+        return self._source.read(path, JSON_BYTES if path.endswith((".zarray", "zarr.json")) else RECORD_BYTES)
 
     def versions(self) -> list[str]:
         names = (

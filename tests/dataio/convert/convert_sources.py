@@ -490,7 +490,7 @@ def zarr_buffer(folder: Path, zarr_format: int = 2) -> Expected:
     }
     root = zarr.open_group(str(folder), mode="w", zarr_format=zarr_format)
     for key, value in data.items():
-        root.create_array(f"data/{key}", data=value, chunks=(4, *value.shape[1:]))
+        root.create_array(f"data/{key}", data=value, chunks=(max(4, total // 8), *value.shape[1:]))
     root.create_array("meta/episode_ends", data=np.cumsum(LENGTHS).astype(np.int64))
     out, begin = {}, 0
     for number, end in enumerate(np.cumsum(LENGTHS).tolist()):
