@@ -32,9 +32,9 @@ def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[
 
     try:
         return _decode(file, Sink(out), tasks, shards)
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk, not the file's content
-            raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
+            raise  # an errno: the disk, not what the file holds
         raise DataError(f"{file.name} is damaged: {error}") from None
 
 

@@ -51,7 +51,7 @@ class Strings(Sequence[str]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i = int(i) % len(self)
-        return self._data[int(self._first[i]) : int(self._first[i + 1])].tobytes().decode()
+        return self._data[int(self._first[i]) : int(self._first[i + 1])].tobytes().decode(errors="replace")
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
