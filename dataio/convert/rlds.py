@@ -11,43 +11,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
-from dataio.convert.infer import canonical, field_spec, texts
+from dataio.convert.infer import field_spec, texts
 from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
 from dataio.convert.source import Source
+from dataio.convert.tfds import Feature, leaves
 from dataio.convert.tfrecord import Value, parse_example, records
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
 _EPISODE_INFO_BYTES = 4096  # a value of the episode this small goes into `info`
 _LOOK = 4  # episodes that tell whether a text changes by step
-
-
-@dataclass(frozen=True)
-class Feature:
-    """A leaf of features.json. `shape` is that of one step; −1 stands for a length that varies."""
-
-    path: str
-    kind: str  # tensor | image | text
-    dtype: str
-    shape: tuple[int, ...]
-    encoding: str = "none"
-    classes: int = 0
-
-    @property
-    def in_steps(self) -> bool:
-        return self.path.startswith("steps/")
-
-    @property
-    def field(self) -> str:
-        """`steps/observation/image_0` -> `observation.image_0`."""
-        return canonical(self.path.removeprefix("steps/").replace("/", "."))
 
 
 class Rlds(Converter):
@@ -83,7 +62,7 @@ class Rlds(Converter):
     def _features(self, folder: str) -> list[Feature]:
         path = self._path(folder, "features.json")
         try:
-            found = list(_leaves(self.source.json(path), "", self._left_out))
+            found = list(leaves(self.source.json(path), "", self._left_out))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise DataError(f"{self.source.where(path)}: {error}") from None
@@ -281,59 +260,6 @@ def _spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
             feature.field, feature.dtype, shape, modality="image" if feature.dtype == "uint8" else None, per=per
         )
     return field_spec(feature.field, feature.dtype, shape, per=per, values=feature.classes or None)
-
-
-# ---- features.json ---------------------------------------------------------------------------------------------------
-
-
-def _leaves(node: Mapping[str, Any], path: str, left_out: list[str]) -> Iterator[Feature]:
-    """The leaves below a node of the JSON form of tensorflow_datasets' feature.proto (camel or snake case)."""
-
-    def get(camel: str) -> Any:
-        return node.get(camel, node.get(re.sub(r"([A-Z])", lambda m: "_" + m.group(1).lower(), camel)))
-
-    kind = str(get("pythonClassName") or "").rpartition(".")[2]
-    if get("featuresDict") is not None:
-        for key, child in sorted(get("featuresDict")["features"].items()):
-            yield from _leaves(child, f"{path}/{key}" if path else key, left_out)
-    elif get("sequence") is not None:
-        inner, length = get("sequence")["feature"], int(get("sequence").get("length") or -1)
-        if path == "steps" or kind == "Dataset":
-            yield from _leaves(inner, path, left_out)
-            return
-        for leaf in _leaves(inner, path, left_out):
-            if leaf.kind == "tensor" and leaf.encoding == "none":
-                yield Feature(leaf.path, leaf.kind, leaf.dtype, (length, *leaf.shape), leaf.encoding, leaf.classes)
-            else:
-                left_out.append(f"{leaf.path} (a sequence of {leaf.kind}s within a step)")
-    elif get("image") is not None:
-        image = get("image")
-        yield Feature(path, "image", str(image.get("dtype") or "uint8"), _dimensions(image.get("shape")))
-    elif get("text") is not None or kind == "Text":
-        yield Feature(path, "text", "str", ())
-    elif get("classLabel") is not None:
-        yield Feature(path, "tensor", "int64", (), classes=int(get("classLabel").get("numClasses") or 0))
-    elif get("tensor") is not None:
-        tensor = get("tensor")
-        dtype, shape = str(tensor.get("dtype")), _dimensions(tensor.get("shape"))
-        if dtype in ("string", "str", "object"):
-            if shape:
-                left_out.append(f"{path} (an array of texts within a step)")
-            else:
-                yield Feature(path, "text", "str", ())
-            return
-        if np.dtype(dtype).kind not in "biuf":
-            raise DataError(f"feature {path!r} has dtype {dtype!r}, which is not read")
-        yield Feature(path, "tensor", dtype, shape, str(tensor.get("encoding") or "none").lower())
-    else:
-        left_out.append(f"{path} (a {kind or 'feature of unknown kind'})")
-
-
-def _dimensions(shape: Any) -> tuple[int, ...]:
-    """`{"dimensions": ["64", "-1"]}` as ints; −1 for one that varies."""
-    sizes = tuple(int(d) for d in (shape or {}).get("dimensions", []))
-    check_shape([max(s, 0) for s in sizes], 1, "features.json")
-    return sizes
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
