@@ -193,6 +193,21 @@ class RangeCache:
             self._retract()
         self._peeked = None
 
+    def peek(self, unit: int) -> bytes | None:
+        """A copy of a unit's bytes if they are here, for another process that asks; the cache takes no notice."""
+        place = int(self._place[unit]) if 0 <= unit < len(self._place) else _NOWHERE
+        if place == _STAGED:
+            data = self._staged[unit].data
+            return None if data is None else bytes(data)
+        if place == _NOWHERE:
+            return None
+        size, address = int(self.sizes(np.array([unit]))[0]), place * ALIGN
+        if address < self._base[1]:
+            return bytes(self._memory.view[address : address + size])
+        assert self._disk is not None
+        found = self._disk.read(address - self._base[1], unit, size)
+        return None if found is None else bytes(found)
+
     @property
     def occupied(self) -> int:
         """Bytes of both tiers in use, whole slabs."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dataio.episode import DataError
+from dataio.peers import Peers
 from dataio.storage import Store
 from dataio.units import UnitMap
 
@@ -17,10 +19,13 @@ if TYPE_CHECKING:
 
 
 class Fetcher:
-    """Reads units from the stores of a UnitMap's datasets."""
+    """Reads units from the stores of a UnitMap's datasets, or from peers that may have them."""
 
     def __init__(self, units: UnitMap, requests: int, timeout: float = 10.0, attempts: int = 8):
         self.units = units
+        self._peers: Peers | None = None
+        self._owner: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+        self._usual = 0.1  # seconds that the store takes for a step's misses
         self.stores = [
             Store(index.url, requests=requests, timeout=timeout, attempts=attempts) for index in units.datasets
         ]
@@ -30,6 +35,8 @@ class Fetcher:
 
         Raises what no other draw would mend: a store that cannot be reached, refused access, a replaced object.
         """
+        if self._peers is not None:
+            units = await self._ask_peers(units, put)
         where = self.units.ranges(units)
         order = np.lexsort((where.offset, where.shard, where.dataset))
         new = np.flatnonzero(np.diff(where.dataset[order]) | np.diff(where.shard[order])) + 1
@@ -48,8 +55,38 @@ class Fetcher:
                 put(unit, data)
 
         if len(units):
+            asked = time.monotonic()
             await asyncio.gather(*(one(group) for group in np.split(order, new)))
+            if not failed:
+                self._usual += 0.1 * (time.monotonic() - asked - self._usual)
         return failed
+
+    def connect(self, peers: Peers, owner: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        """Ask these first. `owner`: (datasets, episodes) -> the process whose cache may have them, −1: none."""
+        if self._peers is not None:
+            self._peers.close()
+        self._peers, self._owner = peers, owner
+
+    @property
+    def peer_bytes(self) -> int:
+        return self._peers.bytes if self._peers is not None else 0
+
+    async def _ask_peers(self, units: np.ndarray, put: Callable[[int, Buffer], None]) -> np.ndarray:
+        """What peers had is put; returns the rest. They get as long as the store usually takes, not longer."""
+        peers, owner = self._peers, self._owner
+        assert peers is not None
+        assert owner is not None
+        process, sizes, found = owner(*self.units.episodes(units)), self.units.sizes(units), dict[int, Any]()
+
+        async def one(number: int) -> None:
+            here = process == number
+            found.update(await peers.read(number, units[here].tolist(), sizes[here].tolist(), max(self._usual, 0.02)))
+
+        asked = [p for p in np.unique(process).tolist() if p >= 0 and peers.alive(p)]
+        await asyncio.gather(*(one(number) for number in asked))
+        for unit, data in found.items():
+            put(unit, data)
+        return units[~np.isin(units, list(found))] if found else units
 
     async def read_window(self, entry: int, episode: int, first: int, rows: int, fields: Sequence[str]) -> list[Buffer]:
         """The buffers that `EpisodeIndex.decode` wants for one window, straight from the store."""

@@ -26,6 +26,7 @@ import numpy as np
 
 from dataio import shared_memory
 from dataio.episode import Needs, Window
+from dataio.peers import PeerSettings
 
 if TYPE_CHECKING:
     from dataio.placement import Home
@@ -62,6 +63,7 @@ class LoaderSettings:
     attempts: int
     prefetch: int
     run: int
+    peers: PeerSettings | None
     step: int
     stop: int | None
 
@@ -101,6 +103,7 @@ class TrajectoryLoader:
     timeout     seconds without a byte after which a request is made again
     attempts    most tries of one request
     prefetch    bytes of finished batches that may wait
+    peers       lets other processes read this loader's cache (`peer_address`, `connect_peers`)
     run         rows that are fetched and cached as one; 0: chosen from what bytes and requests cost
     on_memory   called with each newly mapped piece of shared memory (uint8 array), to pin it for a GPU
 
@@ -122,6 +125,7 @@ class TrajectoryLoader:
         attempts: int = 8,
         prefetch: int = 256 << 20,
         run: int = 0,
+        peers: PeerSettings | None = None,
         start: int = 0,
         stop: int | None = None,
         on_memory: Callable[[np.ndarray], None] | None = None,
@@ -131,6 +135,8 @@ class TrajectoryLoader:
         self.cache, self.prefetch, self.run = cache or CacheBudget(), prefetch, run
         self.requests, self.timeout, self.attempts = requests, timeout, attempts
         self.step, self.stop, self.on_memory = start, stop, on_memory
+        self.peers, self._peer_address = peers, ""
+        self._connected: dict[str, Any] | None = None
         self._process: _Process | None = None
         self._failures = 0
         self._changes: list[int] = []  # the first step that each change of the plan touched, since the process started
@@ -141,10 +147,12 @@ class TrajectoryLoader:
         if self._process is None:
             settings = LoaderSettings(
                 self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
-                self.attempts, self.prefetch, self.run, self.step, self.stop,
+                self.attempts, self.prefetch, self.run, self.peers, self.step, self.stop,
             )  # fmt: skip
             self._process = _Process(settings)
             self._changes = []
+            if self._connected is not None:
+                self._process.send(self._connected)
 
     def __iter__(self) -> TrajectoryLoader:
         return self
@@ -153,7 +161,8 @@ class TrajectoryLoader:
         if self.stop is not None and self.step >= self.stop:
             raise StopIteration
         began = time.monotonic()
-        message = self._receive()
+        while "slot" not in (message := self._receive()):
+            pass
         slot, memory = message["slot"], None
         process = self._process
         assert process is not None
@@ -177,6 +186,9 @@ class TrajectoryLoader:
             except (EOFError, OSError):
                 self._died()
                 continue
+            if "peer" in message:
+                self._peer_address = message["peer"]
+                return message
             if "error" in message:
                 self.close()
                 raise message["error"]
@@ -197,6 +209,25 @@ class TrajectoryLoader:
                 "signal 9 usually means that memory ran out: lower data.cache.memory or data.prefetch"
             )
         log.warning("the loader process ended %s; starting it again at step %d", how, self.step)
+
+    @property
+    def peer_address(self) -> str:
+        """`host:port` under which other loaders may read this one's cache; starts the process."""
+        if self.peers is None:
+            raise ValueError("this loader was made without PeerSettings")
+        if not self._peer_address:
+            self._receive()
+        return self._peer_address
+
+    def connect_peers(self, addresses: Sequence[str], weights: tuple[float, ...] | None = None) -> None:
+        """After a change of the world's size: ask these before the store, as long as they answer.
+
+        addresses  `peer_address` of each process of the world that was, by its number there; empty where it is gone
+        weights    of the homes there
+        """
+        self._connected = {"peers": list(addresses), "processes": len(addresses), "weights": weights}
+        if self._process is not None:
+            self._process.send(self._connected)
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Put events into the plan's log, here and in the loader process. Batches made too early are made again.

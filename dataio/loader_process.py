@@ -7,6 +7,7 @@ listens to the trainer, and ends the process as soon as the trainer is gone, how
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import mmap
 import os
 import pickle
@@ -27,7 +28,8 @@ from dataio.assemble import Assembler
 from dataio.cache import Block, RangeCache
 from dataio.episode import DataError, Window
 from dataio.fetch import Fetcher
-from dataio.placement import Placement
+from dataio.peers import Peers, PeerServer
+from dataio.placement import Home, Placement
 from dataio.plan_log import PlanLog
 from dataio.runs import RunModel
 from dataio.units import Span, UnitMap, UnitRanges
@@ -90,8 +92,7 @@ class LoaderProcess:
             memory=budget.memory,
             disk=budget.disk,
             directory=budget.dir,
-            fingerprint="-".join(d.fingerprint for d in self.units.datasets)
-            + "".join(f"-{column.run}" for column in self.units.columns),
+            fingerprint=self._layout(),
             start=start,
             stop=self.settings.stop,
             pin=not self.plan.replacement,
@@ -101,12 +102,49 @@ class LoaderProcess:
     # What the trainer says
 
     def hear(self, message: dict[str, Any]) -> None:
-        if "release" in message:
+        if "peers" in message:
+            self._connect(message["peers"], message["processes"], message["weights"])
+        elif "release" in message:
             self.slots.release(message["release"])
             self._freed.set()
         else:
             self._messages.append(message)
             self._changed.set()
+
+    # Peers
+
+    async def serve_peers(self) -> str:
+        """Let others read this process' cache; returns its address."""
+        assert self.settings.peers is not None
+        server = PeerServer(self.settings.peers, self._layout(), lambda unit: self.cache.peek(unit))
+        return await server.start()
+
+    def _connect(self, addresses: list[str], processes: int, weights: tuple[float, ...] | None) -> None:
+        """Peers are numbered as in the world that was: there each bucket had its home, or most of it."""
+        assert self.settings.peers is not None
+        owners, most = np.full(self.plan.buckets, -1), np.zeros(self.plan.buckets)
+        for process in range(processes):
+            for bucket, low, high in Placement(self.plan, Home(process, processes, weights)).share(self.step):
+                if high - low > most[bucket]:
+                    owners[bucket], most[bucket] = process, high - low
+        absent = np.array([not address for address in addresses])
+        hashes = [np.asarray(index.hash) for index in self.units.datasets]
+
+        def owner(dataset: np.ndarray, episode: np.ndarray) -> np.ndarray:
+            out = np.full(len(dataset), -1)
+            for number in np.unique(dataset).tolist():
+                here = dataset == number
+                out[here] = owners[(hashes[number][episode[here]] % np.uint64(self.plan.buckets)).astype(np.int64)]
+            return np.where((out >= 0) & ~absent[out], out, -1)
+
+        self.fetcher.connect(Peers(addresses, self.settings.peers.token, self._layout()), owner)
+
+    def _layout(self) -> str:
+        """Names the data and how they are cut into units."""
+        text = "-".join(
+            [d.fingerprint for d in self.units.datasets] + [f"{c.field}:{c.run}" for c in self.units.columns]
+        )
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     # The plan
 
@@ -295,6 +333,7 @@ class LoaderProcess:
             "bytes_disk": statistics["disk_bytes"],
             "bytes_missed": statistics["missed_bytes"],
             "bytes_store": sum(t.bytes for t in traffic),
+            "bytes_peer": self.fetcher.peer_bytes,
             "requests": sum(t.requests for t in traffic),
             "retries": sum(t.retries for t in traffic),
             "throttled": sum(t.throttled for t in traffic),
@@ -371,6 +410,8 @@ async def _serve(settings: LoaderSettings, connection: Connection, memory: int, 
     def hear(message: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(process.hear, message)
 
+    if settings.peers is not None:
+        connection.send({"peer": await process.serve_peers()})
     threading.Thread(target=_listen, args=(connection, trainer, hear), daemon=True).start()
     await process.run()
 

@@ -3,8 +3,8 @@
 A window of K rows needs about (K − 1) / b + 1 units and touches K + b − 1 rows, of which a cache misses a share m, whatever b is
 (Belady's bound is one of bytes). Each unit costs time in Python, each missed byte time on the network and in copies, so a window
 costs least at b = √(unit · (K − 1) / (byte · m · row bytes)). Two cases are simpler. Where windows do not overlap (epochs over
-tiles), a unit is a tile. Where all data of a process fit its cache, every byte is fetched once whatever b is: then units are whole
-episodes, up to 1 MiB. Otherwise b does not depend on the number of processes, so that a cache on disk outlives a change of that.
+tiles), a unit is a tile. Where all data of a process fit its cache, every byte is fetched once whatever b is: then a unit is an
+episode, up to 1 MiB. Otherwise b does not depend on the number of processes, so that a cache on disk outlives a change of that.
 """
 
 from __future__ import annotations

@@ -139,6 +139,16 @@ class UnitMap:
         """Bytes of each unit."""
         return self.ranges(units).size
 
+    def episodes(self, units: Ints) -> tuple[Ints, Ints]:
+        """(number of the dataset, episode) of each unit."""
+        dataset, episode = np.zeros(len(units), np.int64), np.zeros(len(units), np.int64)
+        which = np.searchsorted(self._firsts, units, side="right") - 1
+        for number in np.unique(which).tolist():
+            here, column = np.flatnonzero(which == number), self.columns[number]
+            dataset[here] = column.dataset
+            episode[here] = np.searchsorted(column.base, units[here] - column.first_unit, side="right") - 1
+        return dataset, episode
+
     def ranges(self, units: Ints) -> UnitRanges:
         units = np.asarray(units, np.int64)
         out = UnitRanges(*(np.zeros(len(units), np.int64) for _ in range(4)))

@@ -1,0 +1,147 @@
+"""Peers: what another process has comes from there; a peer that is dead, slow, wrong or a stranger's is a miss."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from loading import dataset, digest_batch
+from test_loader import NEEDS, make_plan, rows_of
+
+from dataio.loader import CacheBudget, TrajectoryLoader
+from dataio.peers import MOST_UNITS, Peers, PeerServer, PeerSettings
+from dataio.placement import Home
+
+TOKEN = "a-token-of-the-run-0123456789"
+UNITS = {u: bytes([u % 256]) * (u % 97 + 1) for u in range(0, 3000, 3)}
+
+
+def size(unit: int) -> int:
+    return unit % 97 + 1
+
+
+async def with_server(work: Callable[[str, PeerServer], Any], token: str = TOKEN) -> Any:
+    server = PeerServer(PeerSettings("127.0.0.1", token), "data", UNITS.get)
+    return await work(await server.start(), server)
+
+
+def ask(units: list[int], token: str = TOKEN, fingerprint: str = "data") -> dict[int, bytes]:
+    async def work(address: str, server: PeerServer) -> dict[int, bytes]:
+        peers = Peers([address], token, fingerprint)
+        return await peers.read(0, units, [size(u) for u in units], 5.0)
+
+    return asyncio.run(with_server(work))
+
+
+def test_units_that_are_there_come_and_the_others_do_not() -> None:
+    units = list(range(2 * MOST_UNITS + 10))  # several requests on one connection
+    assert ask(units) == {u: UNITS[u] for u in units if u % 3 == 0}
+    assert ask([]) == {}
+    assert ask([1, 2]) == {}
+
+
+def test_a_stranger_gets_nothing() -> None:
+    assert ask([0, 3], token="another-token-0123456789") == {}
+    assert ask([0, 3], fingerprint="other-data") == {}
+
+
+def test_what_is_no_proper_request_is_refused() -> None:
+    async def work(address: str, server: PeerServer) -> list[bytes]:
+        host, port = address.split(":")
+        out = []
+        for path in ("/units/data?1;2", "/units/data?-1", f"/units/data?{'1,' * 600}1", "/etc/passwd", "/units/data?"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET {path} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+            out.append(await reader.readline())
+            writer.close()
+        return out
+
+    for line in asyncio.run(with_server(work)):
+        assert line.split()[1] in (b"400", b"404")
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
+def test_it_listens_to_one_interface_only(host: str) -> None:
+    with pytest.raises(ValueError, match="every interface"):
+        PeerSettings(host, TOKEN)
+
+
+ANSWERS = {
+    "silent": b"",
+    "not HTTP": b"hello\r\n\r\n",
+    "too much": b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\nUnits: 0\r\n\r\n" + b"x" * 99999,
+    "not asked for": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nUnits: 97\r\n\r\nx",
+    "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nUnits: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_peer_that_misbehaves_is_a_miss_within_the_time_given_and_then_left_alone(name: str) -> None:
+    async def scenario() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWERS[name])
+            await asyncio.sleep(10)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        peers = Peers([f"127.0.0.1:{port}"], TOKEN, "data")
+        for _ in range(3):
+            assert peers.alive(0)
+            began = time.monotonic()
+            assert await peers.read(0, [0], [1], 0.1) == {}
+            assert time.monotonic() - began < 2.0
+        assert not peers.alive(0)
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_peer_is_a_miss() -> None:
+    async def scenario() -> dict[int, bytes]:
+        peers = Peers(["", "127.0.0.1:9"], TOKEN, "data")
+        assert not peers.alive(0)
+        return await peers.read(1, [0], [1], 0.5)
+
+    assert asyncio.run(scenario()) == {}
+
+
+def test_a_smaller_world_finds_the_others_caches(tmp_path: Any) -> None:
+    index = dataset(str(tmp_path / "set"))
+    settings, cache = PeerSettings("127.0.0.1", TOKEN), CacheBudget(memory=16 << 20)
+
+    def loader(home: Home, **more: Any) -> TrajectoryLoader:
+        return TrajectoryLoader(
+            make_plan(index, buckets=8), home, digest_batch, NEEDS, cache=cache, run=2, peers=settings, **more
+        )
+
+    def collect(one: TrajectoryLoader) -> tuple[dict[tuple[int, int], bytes], float]:
+        rows, peer_bytes = {}, 0.0
+        with one:
+            for batch in one:
+                rows |= rows_of([batch])
+                peer_bytes += batch.counters["bytes_peer"]
+                batch.release()
+        return rows, peer_bytes
+
+    expected, none = collect(loader(Home(0, 1), start=4, stop=8))
+    assert none == 0
+    with loader(Home(0, 2), stop=4) as first, loader(Home(1, 2), stop=4) as second:
+        for old in (first, second):
+            for batch in old:
+                batch.release()
+        new = loader(Home(0, 1), start=4, stop=8)
+        new.connect_peers([first.peer_address, second.peer_address])
+        found, from_peers = collect(new)
+        assert found == expected
+        assert from_peers > 0
+        half_dead = loader(Home(0, 1), start=4, stop=8)
+        half_dead.connect_peers([first.peer_address, "127.0.0.1:9"])
+        assert collect(half_dead)[0] == expected
+        second.close()
+        dead = loader(Home(0, 1), start=4, stop=8)
+        dead.connect_peers(["", second._peer_address])
+        assert collect(dead) == (expected, 0.0)
