@@ -1,0 +1,90 @@
+"""The report is one page that needs nothing else, and says what the run's files say."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from launch.report import write_report
+
+TASK = {
+    "episodes": 4,
+    "mean_return": 12.5,
+    "success_rate": 0.75,
+    "random": 0.1,
+    "expert": 1.0,
+    "expert_normalized": 0.72,
+    "expert_normalized_interval": [0.2, 0.9],
+    "pictures": [{"seed": 1, "file": "a.png"}],
+}
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.found += [v for k, v in attrs if k in ("src", "href") and not v.startswith("data:")]
+
+
+@pytest.fixture
+def run(tmp_path):
+    lines = [
+        {
+            "step": step,
+            "loss": 3.0 / step,
+            "auxiliary": 0.01,
+            "gradient_norm": 1.0,
+            "learning_rate": 1e-3,
+            "rows": 8,
+            "tokens": 100,
+            "tokens_per_second": 1000.0,
+            "mfu": 0.1,
+            "seconds": 0.1,
+            "data_wait": 0.001,
+            "loss_by_task": {"<b>task</b>": 1.0 / step},
+            "loader": {"cache_hit_rate": 0.5, "cache_bound": 0.6},
+        }
+        for step in range(1, 8)
+    ]
+    lines.append({"kind": "validation", "step": 7, "loss": 0.6})
+    lines.append({"kind": "experts", "step": 7, "tokens_by_task": {"<b>task</b>": [[3, 1], [2, 2]]}})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"tasks": {"<b>task</b>": TASK}}))
+    (tmp_path / "recipe.yaml").write_text("name: a run\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG")
+    return tmp_path
+
+
+def test_the_page_is_whole_and_needs_no_network(run):
+    page = write_report(run).read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found == []
+    assert "script" not in links.tags
+    assert links.tags.count("svg") == 8 + 2  # curves, and a heat map a layer
+    assert "data:image/png;base64," in page
+
+
+def test_it_says_what_the_files_say_and_escapes_names(run):
+    page = write_report(run).read_text()
+    assert "<h1>a run</h1>" in page
+    assert "&lt;b&gt;task&lt;/b&gt;" in page
+    assert "<b>task</b>" not in page
+    assert "0.72" in page
+    assert "0.20 … 0.90" in page
+    assert "0.429" in page  # loss of the last step
+
+
+def test_a_run_without_evaluation_or_steps_still_has_a_page(run):
+    (run / "evaluation.json").unlink()
+    (run / "metrics.jsonl").write_text("")
+    assert "no step yet" in write_report(run).read_text()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run"):
+        write_report(tmp_path)
