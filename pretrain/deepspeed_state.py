@@ -74,14 +74,18 @@ def inside_accumulation(engine: Any) -> bool:
 
 
 def materialise(engine: Any) -> None:
-    """Create Adam's state, which the first step would create, with zeros."""
+    """Create Adam's state, which the first step would create, with zeros. Raises UnknownState where it should exist."""
+    check(engine)
     base = _base(engine.optimizer)
     for flat in _flats(engine.optimizer):
         state = base.state[flat]
-        if not state:
-            state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(flat.data)
+        if state:
+            continue
+        if engine.global_steps > engine.skipped_steps:
+            raise UnknownState(f"after {engine.global_steps} steps the optimizer has no moments where they were expected")
+        state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(flat.data)
 
 
 def fragments(engine: Any, named: Named) -> Iterator[Fragment]:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from pretrain.action_error import COLUMNS, action_errors
 from pretrain.batch import TokenBatch
 from pretrain.deepspeed_config import derive
 from pretrain.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
 from pretrain.model.flops import flops_per_batch
 from pretrain.model.inputs import to_tensors
-from pretrain.model.layers import initialise
 from pretrain.model.moe import mixtures, step_counts
 from pretrain.parallel import LayoutError, ParallelDims, Sum
 
@@ -173,8 +173,9 @@ class Engine:
         return self._result(counts, totals.numpy(), float(norm), rate)
 
     @torch.no_grad()
-    def evaluate(self, batch: TokenBatch) -> np.ndarray:
-        """Σ weight · loss, Σ loss and number of targets of each task, [tasks, 3], summed over this batch on all ranks.
+    def evaluate(self, batch: TokenBatch) -> dict[str, np.ndarray]:
+        """Sums over this batch on all ranks: `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task;
+        `errors` [tasks, 4]: see `action_error` (zeros under a pipeline, whose last stage knows only the loss).
 
         Collective. Ranks with fewer rows compute filler rows, because all must go through the model as often.
         """
@@ -183,7 +184,8 @@ class Engine:
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
         self._evaluate(list(self._cut(batch, times)), totals)
         totals.all_reduce()
-        return totals.numpy()["by_task"]
+        sums = totals.numpy()
+        return {name: sums[name] for name in ("by_task", "errors")}
 
     def canonical(self, local: str) -> str:
         """The whole model's name of a parameter or buffer of this rank's module."""
@@ -211,10 +213,13 @@ class Engine:
     # --- what a pipeline does differently ------------------------------------------------------------------------------
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
-        if any(p.is_meta for p in model.parameters()):
-            model.to_empty(device="cpu")
-            initialise(model, self.seed)
-        return model
+        """The part of the model that this rank holds, with its weights and what is frozen of it."""
+        if not any(p.is_meta for p in model.parameters()):
+            return model
+        drawn = type(model)(self.config, seed=self.seed)
+        for ours, theirs in zip(drawn.parameters(), model.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        return drawn
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
         """Forward, backward and step; adds what it measures to `totals`; returns the gradient's norm."""
@@ -231,8 +236,15 @@ class Engine:
         return gradient_norm(self.deepspeed) if norm is None else norm
 
     def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
+        import deepspeed
+
         for micro in micros:
-            totals.add("by_task", self.module(self._inputs(micro, training=False)).loss_by_task)
+            inputs = self._inputs(micro, training=False)
+            output = self.module(inputs)
+            totals.add("by_task", output.loss_by_task)
+            ends = [*self.module.output.parameters(), *self.module.head.parameters()]  # type: ignore[union-attr]
+            with deepspeed.zero.GatheredParameters(ends, enabled=self.zero_stage == 3):
+                totals.add("errors", action_errors(self.module, output, inputs))  # type: ignore[arg-type]
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -263,7 +275,7 @@ class Engine:
         tasks, experts = max(1, len(self.config.tasks)), self.config.num_experts
         layers = len(self._expert_layers)
         shapes = {"loss": (), "by_task": (tasks, 3), "auxiliary": (2,), "experts": (layers, tasks, experts)}
-        return Totals(shapes, self.world.device)
+        return Totals(shapes | {"errors": (tasks, COLUMNS)}, self.world.device)
 
     def _finish_experts(self, totals: Totals) -> None:
         """Sum what this step counted over the ranks; the routers' shares of the step become those of the next one's loss."""

@@ -37,12 +37,12 @@ class PipelineEngine(Engine):
         except ValueError as error:
             raise LayoutError(f"parallel.pipeline: {error}") from error
         self._stage = DecisionPipeline(self.config, bounds, seed=self.seed)
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        for name, parameter in self._stage.named_parameters():
-            source = weights[self._stage.canonical_name(name)]
-            parameter.requires_grad_(source.requires_grad)
-            if not source.is_meta:
-                parameter.data.copy_(source.data)
+        whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        for name, part in [*self._stage.named_parameters(), *self._stage.named_buffers()]:
+            source = whole[self._stage.canonical_name(name)]
+            part.requires_grad_(source.requires_grad)
+            if not source.is_meta:  # else drawn by name, as the whole model would have been
+                part.data.copy_(source.data)
         return self._stage
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:

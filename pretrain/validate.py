@@ -1,4 +1,4 @@
-"""Loss on held-out rows: what a team can watch without a simulator."""
+"""Loss and open-loop action error on held-out rows: what a team can watch without a simulator."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pretrain.action_error import COLUMNS
 from pretrain.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """sums [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task over the held-out rows."""
+    """Sums over the held-out rows.
+
+    sums     [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task
+    errors   [tasks, 4]: predicted tokens, wrong ones, regressed vectors, Σ of their mean |error|
+    """
 
     sums: np.ndarray
+    errors: np.ndarray
 
     @property
     def loss(self) -> float:
@@ -30,17 +36,28 @@ class ValidationResult:
         return int(self.sums[:, 2].sum())
 
     def to_json(self, tasks: Sequence[str] = ()) -> dict[str, Any]:
-        """`loss_by_task`: each task's own mean, unweighted."""
-        by_task = {
-            tasks[t] if t < len(tasks) else str(t): loss / n for t, (_, loss, n) in enumerate(self.sums.tolist()) if n
+        """By task, each its own unweighted mean: `loss_by_task`; `wrong_by_task`, the share of tokens that were not the most
+        probable ones; `error_by_task`, the mean |error| of regressed actions in the units that they are learned in."""
+
+        def means(total: np.ndarray, count: np.ndarray) -> dict[str, float]:
+            pairs = enumerate(zip(total.tolist(), count.tolist(), strict=True))
+            return {tasks[t] if t < len(tasks) else str(t): s / n for t, (s, n) in pairs if n}
+
+        return {
+            "loss": self.loss,
+            "targets": self.targets,
+            "loss_by_task": means(self.sums[:, 1], self.sums[:, 2]),
+            "wrong_by_task": means(self.errors[:, 1], self.errors[:, 0]),
+            "error_by_task": means(self.errors[:, 3], self.errors[:, 2]),
         }
-        return {"loss": self.loss, "targets": self.targets, "loss_by_task": by_task}
 
 
 def validate(engine: Engine, batches: Sequence[TokenBatch]) -> ValidationResult:
     """Held-out loss over this rank's batches and all other ranks'. Collective; no weight and no router's share moves."""
     most = max(engine.world.gather(len(batches)))
-    sums = np.zeros((max(1, len(engine.config.tasks)), 3))
+    tasks = max(1, len(engine.config.tasks))
+    total = ValidationResult(np.zeros((tasks, 3)), np.zeros((tasks, COLUMNS)))
     for i in range(most):
-        sums += engine.evaluate(batches[i] if i < len(batches) else TokenBatch.empty(0, 1))
-    return ValidationResult(sums)
+        part = engine.evaluate(batches[i] if i < len(batches) else TokenBatch.empty(0, 1))
+        total = ValidationResult(total.sums + part["by_task"], total.errors + part["errors"])
+    return total

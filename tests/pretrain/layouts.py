@@ -29,7 +29,7 @@ BATCH, STEPS = 13, 20
 
 def recipe_of(job: dict[str, Any]) -> Recipe:
     zero = {"stage": job.get("stage", 1), **job.get("zero", {})}
-    sizes = {"train_micro_batch_size_per_gpu": job.get("micro", 4)}
+    sizes = {"train_micro_batch_size_per_gpu": job.get("micro", 4), "train_batch_size": job.get("batch", BATCH)}
     deepspeed = {**synthetic.recipe().deepspeed, **sizes, "zero_optimization": zero, **job.get("deepspeed", {})}
     parallel = {"pipeline": job.get("pipeline", 1), "expert": job.get("expert", 1)}
     return synthetic.recipe(job.get("run", ""), deepspeed=deepspeed, parallel=parallel)
@@ -39,16 +39,16 @@ def config_of(job: dict[str, Any]) -> DecisionConfig:
     return synthetic.config(**job.get("config", {}))
 
 
-def rows_for(world: ParallelDims, step: int, order: str = "") -> TokenBatch:
+def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH) -> TokenBatch:
     """This rank's rows of a step; `order`: other rows than the plain division gives, the same global batch."""
     if not world.is_first_stage:
         return TokenBatch.empty(step, 0)
-    everything = list(range(BATCH))
+    everything = list(range(batch))
     if order == "reversed":
         everything.reverse()
     if order == "interleaved":
         everything = everything[::2] + everything[1::2]
-    return synthetic.rows_of(step, [everything[i] for i in synthetic.mine(BATCH, world.replica, world.data)])
+    return synthetic.rows_of(step, [everything[i] for i in synthetic.mine(batch, world.replica, world.data)])
 
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +63,11 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         save(engine, job["resave"])
     steps = []
     for step in range(engine.step, job.get("steps", STEPS)):
-        result = engine.train_step(rows_for(world, step, job.get("order", "")))
+        result = engine.train_step(rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"]))
         steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
         if result.step == job.get("save_at"):
             save(engine, job["run"])
-    held_out = engine.evaluate(rows_for(world, 999)).tolist()
+    held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999)).items()}
     engine.destroy()
     return {"steps": steps, "held_out": held_out, "seconds": round(time.time() - started, 1)}
 
@@ -88,7 +88,7 @@ def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> list[li
     model.train()
     out = []
     for step in range(steps):
-        batch = synthetic.rows_of(step, list(range(BATCH)))
+        batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])))
         loss = model(to_tensors(batch), batch.targets, batch.real_tokens).loss
         optimizer.zero_grad()
         loss.backward()

@@ -33,13 +33,17 @@ def oracle() -> np.ndarray:
 
 
 def compare(results: dict[str, Any], oracle: np.ndarray, tolerance: float = 1e-5) -> None:
-    held_out = None
+    held_out: dict[str, Any] = {}
     for name, result in results.items():
         steps = np.array(result["steps"])
         worst = np.abs(steps[:, :2] - oracle).max(0)
         assert (worst < tolerance).all(), f"{name}: loss differs by {worst[0]:.1e}, gradient norm by {worst[1]:.1e}"
-        held_out = np.array(result["held_out"]) if held_out is None else held_out
-        np.testing.assert_allclose(result["held_out"], held_out, rtol=1e-4, err_msg=name)
+        sums = result["held_out"]
+        held_out = held_out or sums
+        np.testing.assert_allclose(sums["by_task"], held_out["by_task"], rtol=1e-4, err_msg=name)
+        if "pipeline" not in name:
+            np.testing.assert_allclose(sums["errors"], held_out["errors"], rtol=1e-4, err_msg=name)
+            assert np.sum(sums["errors"]) > 0
 
 
 def test_one_rank_equals_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
@@ -61,6 +65,21 @@ RECIPE = synthetic.recipe()
 
 def changed(**deepspeed: Any) -> Recipe:
     return dataclasses.replace(RECIPE, deepspeed={**RECIPE.deepspeed, **deepspeed})
+
+
+def test_four_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
+    jobs: list[dict[str, Any]] = [{"name": "pipeline-4", "pipeline": 4, "micro": 3}]
+    jobs += [{"name": "pipeline-2-data-2", "pipeline": 2, "micro": 2}]
+    jobs += [{"name": "pipeline-2-data-2-expert-2", "pipeline": 2, "expert": 2, "micro": 2}]
+    compare(run(tmp_path, 4, jobs), oracle)
+
+
+def test_fewer_rows_than_ranks(tmp_path: Path) -> None:
+    """One row a step: the other rank computes filler alone, and takes part in every collective."""
+    jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage, "batch": 1, "steps": 6} for stage in (1, 3)]
+    jobs += [{"name": "expert", "expert": 2, "batch": 1, "steps": 6}]
+    oracle = layouts.plain(synthetic.config(), changed(train_batch_size=1), 6)
+    compare(run(tmp_path, 2, jobs), np.array(oracle))
 
 
 def sizes(ranks: int, **deepspeed: Any) -> tuple[int, int, int]:

@@ -1,0 +1,36 @@
+"""Open-loop error: how far predictions are from what was done, given the real past, on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pretrain.model.inputs import from_bits
+
+if TYPE_CHECKING:
+    from pretrain.model.transformer import DecisionModel, DecisionOutput
+
+COLUMNS = 4  # predicted tokens, wrong ones, regressed vectors, Σ mean |error| of them
+
+
+def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[str, Tensor]) -> Tensor:
+    """float64 [tasks, 4]: see COLUMNS. A token is wrong where another id of its softmax is more probable."""
+    sums = torch.zeros(max(1, len(model.config.tasks)), COLUMNS, dtype=torch.float64, device=output.hidden.device)
+    for name, target in inputs.items():
+        kind, _, rest = name.partition("/")
+        if kind == "target":
+            low = model.output.bounds[int(rest)][0]
+            guess = model.logits(output.hidden[target[:, 0]], int(rest)).argmax(-1) + low
+            _add(sums, target[:, 2], 0, (guess != target[:, 1]).double())
+        elif kind == "regression":
+            guess = model.regress(output.hidden[target[:, 0]], rest)
+            _add(sums, target[:, 1], 2, (guess - from_bits(target[:, 3:])).abs().mean(-1).double())
+    return sums
+
+
+def _add(sums: Tensor, task: Tensor, column: int, errors: Tensor) -> None:
+    sums[:, column].index_add_(0, task, torch.ones_like(errors))
+    sums[:, column + 1].index_add_(0, task, errors)
