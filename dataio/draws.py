@@ -108,7 +108,7 @@ class Drawer:
         first, end = index.first[cell], index.first[cell + 1]
         low = index.mass[first]
         point = low + uniform * (index.mass[end] - low)
-        found = np.searchsorted(index.mass, point, side="right") - 1
+        found = index.find(point)
         place: Ints = np.minimum(np.maximum(found, first), end - 1)
         below = index.mass[place]
         return place, (point - below) / (index.mass[place + 1] - below)
@@ -201,7 +201,7 @@ class Drawer:
         alone = end - first < 2
         point = low + uniform * (high - low - (mine_end - mine))
         point = np.where(point >= mine, point + (mine_end - mine), point)
-        other = np.minimum(np.maximum(np.searchsorted(index.mass, point, side="right") - 1, first), end - 1)
+        other = np.minimum(np.maximum(index.find(point), first), end - 1)
         # Rounding may put a draw at the very edge of `place` into it.
         other = np.where((other == place) & ~alone, np.where(place > first, place - 1, place + 1), other)
         other = np.where(alone, place, other)

@@ -305,7 +305,7 @@ class EpochDrawer(Drawer):
         tile = deal * blocks + (block - self._turn(segment, epoch, blocks) * deal) % blocks
         tile = tile[tile < tiles]
         tile = tile[self._keys(segment, epoch, tile, 1)]
-        place = np.searchsorted(index.mass, first + tile, side="right") - 1
+        place = index.find(first + tile)
         cell = np.searchsorted(index.first, place, side="right") - 1
         window, per_unit = index.strata.window[cell % number], index.strata.per_unit[cell % number]
         start = (first + tile - index.mass[place]).astype(np.int64) * window

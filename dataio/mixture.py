@@ -65,37 +65,27 @@ def free_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: i
     Every cell must get its share of the delivered windows (or tokens). Rows end, so of each stratum's draws only a part is
     delivered, which depends on what else the bucket's rows hold: a fixed point, reached in a few rounds.
     """
-    strata = index.strata
-    number = len(strata)
-    mass = index.cell_mass
-    cell, level = index.level_cell, index.level
-    bucket, stratum = cell // number, cell % number
-    cost = level * index.grain
-    wanted = mass if unit == "windows" else sums(cell, index.level_mass * cost, index.cells).reshape(mass.shape)
-    of_entry = sums(strata.entry, wanted.sum(0), len(shares))
-    wanted = wanted * np.divide(shares, of_entry, where=of_entry > 0, out=np.zeros(len(shares)))[strata.entry]
-    within = index.level_mass / np.maximum(
-        mass.reshape(-1)[cell], 1e-300
-    )  # of a cell's windows, the share with this level
-
+    rows_of = _Rows(index, budget)
+    wanted = index.cell_mass if unit == "windows" else rows_of.cell_tokens
+    of_entry = sums(index.strata.entry, wanted.sum(0), len(shares))
+    wanted = wanted * np.divide(shares, of_entry, where=of_entry > 0, out=np.zeros(len(shares)))[index.strata.entry]
     draw = _normalised(wanted)
     for _ in range(_ROUNDS):
-        started = _Starts(index, draw, within, budget)
-        windows, tokens = started.delivered(bucket, stratum, level, within)
-        value = windows if unit == "windows" else tokens
+        rows_of.fill(draw)
+        value = rows_of.windows() if unit == "windows" else rows_of.tokens()
         begun = np.divide(wanted, value, where=value > 0, out=np.zeros_like(wanted))
         previous, draw = draw, _normalised(begun)
         if np.abs(draw - previous).max() < 1e-6:
             break
     share = begun.sum(1)
     share /= share.sum()
-    expected = share[:, None] * draw * rows
+    expected, windows = share[:, None] * draw * rows, rows_of.windows()
     return Mix(
         cut=cuts(share, rows),
         choice=running_share(draw),
         slots=(draw * windows).sum(1),
         windows=expected * windows,
-        tokens=expected * tokens,
+        tokens=expected * rows_of.tokens(),
     )
 
 
@@ -110,53 +100,61 @@ def _normalised(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return x / np.maximum(x.sum(1, keepdims=True), 1e-300)
 
 
-class _Starts:
-    """Where windows begin in rows of each bucket, given each bucket's chances of drawing a stratum."""
+class _Rows:
+    """How rows of each bucket are filled, given each bucket's chances of drawing a stratum.
 
-    def __init__(self, index: PlanIndex, draw: NDArray[np.float64], within: NDArray[np.float64], budget: int) -> None:
-        strata, self.grain, self.budget = index.strata, index.grain, budget
-        self.strata = strata
-        positions = -(-budget // self.grain)
-        number, buckets = len(strata), index.buckets
-        bucket, stratum = index.level_cell // number, index.level_cell % number
-        chance = draw.reshape(-1)[index.level_cell] * within
-        # Classes of windows: what they take, and where they may not follow.
-        gap = np.maximum(-(-strata.least[stratum] // self.grain) - index.level, 0)
-        key, of = np.unique(index.level * (positions + 1) + np.minimum(gap, positions), return_inverse=True)
-        chances = sums(of * buckets + bucket, chance, len(key) * buckets).reshape(len(key), buckets)
+    cell_tokens  [buckets, strata]: tokens of all of a cell's windows
+    """
+
+    def __init__(self, index: PlanIndex, budget: int) -> None:
+        self.strata, self.grain, self.budget = index.strata, index.grain, budget
+        self.buckets, self.shape = index.buckets, (index.buckets, len(index.strata))
+        self.positions = -(-budget // self.grain)
+        self.cell, self.level = np.asarray(index.level_cell), np.asarray(index.level)
+        self.bucket, self.stratum = self.cell // len(index.strata), self.cell % len(index.strata)
+        # Of a cell's windows, the share with this level.
+        self.within = index.level_mass / np.maximum(index.cell_mass.reshape(-1)[self.cell], 1e-300)
+        self.cell_tokens = self._of_cells(index.level_mass * (self.level * self.grain))
+        # Classes of windows: what they take, and how many of the last positions may not follow them.
+        gap = np.maximum(-(-self.strata.least[self.stratum] // self.grain) - self.level, 0)
+        key = self.level * (self.positions + 1) + np.minimum(gap, self.positions)
+        keys, of = np.unique(key, return_inverse=True)
+        self.cost, self.gap = keys // (self.positions + 1), keys % (self.positions + 1)
+        self.class_at = of * self.buckets + self.bucket
+        self.behind = np.rint(index.prompt_cost / self.grain).astype(np.int64)  # positions of a stratum's prompts
+
+    def _of_cells(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sums(self.cell, values, self.shape[0] * self.shape[1]).reshape(self.shape)
+
+    def fill(self, draw: NDArray[np.float64]) -> None:
+        """Computes where windows begin: running sums of the chance, and of the chance times what is left there."""
+        chance = draw.reshape(-1)[self.cell] * self.within
+        chances = sums(self.class_at, chance, len(self.cost) * self.buckets).reshape(-1, self.buckets)
         # The first window begins at 0, or behind a prompt.
-        self.behind = np.rint(index.prompt_cost / self.grain).astype(np.int64)
-        first = np.zeros((positions + 1, buckets))
-        prompted = strata.prompt[stratum]
-        for shift, part in ((0, 1 - prompted), (self.behind[stratum], prompted)):
-            end = np.minimum(index.level + shift, positions)
-            np.add.at(first, (end, bucket), chance * part)
-        key_cost, key_gap = key // (positions + 1), key % (positions + 1)
-        starts = visits(first[:positions], chances, key_cost, key_gap)
-        self.sum = np.concatenate([np.zeros((1, buckets)), np.cumsum(starts, 0)])
-        left = starts * (budget - np.arange(positions) * self.grain)[:, None]
-        self.sum_left = np.concatenate([np.zeros((1, buckets)), np.cumsum(left, 0)])
+        first, prompted = np.zeros((self.positions + 1) * self.buckets), self.strata.prompt[self.stratum]
+        for shift, part in ((0, 1 - prompted), (self.behind[self.stratum], prompted)):
+            end = np.minimum(self.level + shift, self.positions)
+            first += sums(end * self.buckets + self.bucket, chance * part, len(first))
+        starts = visits(first.reshape(-1, self.buckets)[: self.positions], chances, self.cost, self.gap)
+        left = starts * (self.budget - np.arange(self.positions) * self.grain)[:, None]
+        none = np.zeros((1, self.buckets))
+        self.sum, self.sum_left = (np.concatenate([none, np.cumsum(x, 0)]) for x in (starts, left))
 
-    def delivered(
-        self,
-        bucket: NDArray[np.int64],
-        stratum: NDArray[np.int64],
-        level: NDArray[np.int64],
-        within: NDArray[np.float64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Expected windows and tokens of a row for one draw's chance of a stratum: [buckets, strata] each."""
-        buckets, number = self.sum.shape[1], len(self.strata)
-        column = np.arange(buckets)[:, None]
-        room = (self.budget - self.strata.least) / self.grain
-        windows = up_to(self.sum, np.broadcast_to(room, (buckets, number)), np.broadcast_to(column, (buckets, number)))
-        # A window at position j brings min(cost, budget − j) tokens: whole ones up to budget − cost, shortened ones beyond.
-        cost = np.minimum(level * self.grain, self.budget)
-        whole = np.minimum((self.budget - cost) / self.grain, room[stratum])
-        last = np.broadcast_to(room[stratum], bucket.shape)
-        tokens = cost * up_to(self.sum, whole, bucket)
-        tokens += up_to(self.sum_left, last, bucket) - up_to(self.sum_left, whole, bucket)
+    def windows(self) -> NDArray[np.float64]:
+        """Expected windows of a row for one draw's chance of a stratum [buckets, strata]."""
+        room = np.broadcast_to((self.budget - self.strata.least) / self.grain, self.shape)
+        return up_to(self.sum, room, np.broadcast_to(np.arange(self.buckets)[:, None], self.shape))
+
+    def tokens(self) -> NDArray[np.float64]:
+        """Expected tokens of a row for one draw's chance of a stratum [buckets, strata].
+
+        A window at position j brings min(cost, budget − j) tokens: whole ones up to budget − cost, shortened ones beyond.
+        """
+        cost, last = np.minimum(self.level * self.grain, self.budget), (self.budget - self.strata.least) / self.grain
+        whole = np.minimum((self.budget - cost) / self.grain, last[self.stratum])
+        tokens = cost * up_to(self.sum, whole, self.bucket)
+        tokens += up_to(self.sum_left, last[self.stratum], self.bucket) - up_to(self.sum_left, whole, self.bucket)
         # The first window behind a prompt has less room than one at position 0.
-        behind = self.behind[stratum] * self.grain
-        tokens -= self.strata.prompt[stratum] * (cost - np.minimum(cost, self.budget - behind))
-        cell = bucket * number + stratum
-        return windows, sums(cell, tokens * within, buckets * number).reshape(buckets, number)
+        behind = self.behind[self.stratum] * self.grain
+        tokens -= self.strata.prompt[self.stratum] * (cost - np.minimum(cost, self.budget - behind))
+        return self._of_cells(tokens * self.within)

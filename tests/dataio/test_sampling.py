@@ -362,6 +362,16 @@ def test_memory_mapped_index_draws_the_same(tmp_path):
     assert equal(mapped.windows(5), plan().windows(5))
 
 
+def test_the_search_of_a_large_index_finds_the_same(monkeypatch):
+    index = plan()._ready(0).index
+    random = np.random.default_rng(0)
+    points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, index.mass[1:] - 0.5])
+    expected = index.find(points)
+    monkeypatch.setattr("dataio.plan_index._MANY", 0)
+    monkeypatch.setattr("dataio.plan_index._LARGE", 0)
+    assert (index.find(points) == expected).all()
+
+
 def test_what_cannot_be_drawn_is_named():
     with pytest.raises(DataError, match="'b'"):
         plan([entry("a"), entry("b", priority=np.zeros(2000, np.float32))])
