@@ -142,14 +142,24 @@ class TrajectoryLoader:
         self._changes: list[int] = []  # the first step that each change of the plan touched, since the process started
         self._horizon = start
 
+    def _settings(self) -> LoaderSettings:
+        return LoaderSettings(
+            self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
+            self.attempts, self.prefetch, self.run, self.peers, self.step, self.stop,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What will be cached of what, in which pieces, and the best possible hit rate; starts nothing."""
+        from dataio.loader_process import sized
+        from dataio.placement import Placement
+
+        settings = self._settings()
+        return sized(self.plan, Placement(self.plan, self.home), settings).describe(settings)
+
     def start(self) -> None:
         """Start the loader process, if it does not run; `__next__` does so too."""
         if self._process is None:
-            settings = LoaderSettings(
-                self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
-                self.attempts, self.prefetch, self.run, self.peers, self.step, self.stop,
-            )  # fmt: skip
-            self._process = _Process(settings)
+            self._process = _Process(self._settings())
             self._changes = []
             if self._connected is not None:
                 self._process.send(self._connected)
@@ -232,8 +242,11 @@ class TrajectoryLoader:
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Put events into the plan's log, here and in the loader process. Batches made too early are made again.
 
-        ValueError for an event in force from a step that was already handed over.
+        ValueError for an event in force from a step that was already handed over, or one that brings a new data set: what
+        is needed of its episodes is not known here.
         """
+        if any(event["kind"] == "dataset" for event in events):
+            raise ValueError("a data set joins the mixture: make a new loader, with what is needed of its episodes")
         for event in events:
             if event["step"] < self.step:
                 raise ValueError(f"the plan cannot change at step {event['step']}: step {self.step} comes next")

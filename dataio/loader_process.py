@@ -25,7 +25,7 @@ import numpy as np
 
 from dataio import shared_memory
 from dataio.assemble import Assembler
-from dataio.cache import Block, RangeCache
+from dataio.cache import Block, RangeCache, hit_bound
 from dataio.episode import DataError, Window
 from dataio.fetch import Fetcher
 from dataio.peers import Peers, PeerServer
@@ -69,7 +69,8 @@ class LoaderProcess:
         self.plan.log = PlanLog(events=self.plan.log.events)  # the file, if there is one, is the trainer's to write
         self.placement = Placement(self.plan, settings.home)
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
-        self.units, self._staging = _sized(self.plan, self.placement, settings)
+        sizing = sized(self.plan, self.placement, settings)
+        self.units, self._staging = sizing.units, sizing.staging
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
@@ -361,8 +362,32 @@ class LoaderProcess:
         return len(set(self._episodes)) / drawn if drawn else 1.0
 
 
-def _sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -> tuple[UnitMap, int]:
-    """The units, of lengths that suit the data and the cache, and the bytes of the cache for what is on its way."""
+@dataclass(frozen=True)
+class Sizing:
+    """How a loader cuts and keeps its data: see `sized`."""
+
+    units: UnitMap
+    staging: int  # bytes of the cache's memory for what is on its way
+    home: int  # bytes of the data that are at home here, about
+
+    def describe(self, settings: LoaderSettings) -> dict[str, Any]:
+        """For people, before a run: what is cached of what, in which pieces, and how well that can do at best."""
+        kept = settings.cache.memory - self.staging + settings.cache.disk
+        pin = not settings.plan.replacement
+        runs = {f"{self.units.datasets[c.dataset].url} {c.field}": c.run for c in self.units.columns}
+        return {
+            "data_bytes": sum(column.total for column in self.units.columns),
+            "home_bytes": self.home,
+            "cache_bytes": {"memory": settings.cache.memory, "disk": settings.cache.disk, "on_its_way": self.staging},
+            "units": self.units.units,
+            "rows_of_a_unit": runs,
+            "policy": "pinned (each datum once an epoch)" if pin else "counted look-ahead",
+            "hit_bound": hit_bound(kept / max(self.home, 1), pin),
+        }
+
+
+def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -> Sizing:
+    """Units of lengths that suit the data and the cache, and room in the cache for what is on its way."""
     indexes = [entry.index for entry in plan.entries]
     first = settings.step if settings.stop is None else min(settings.step, max(settings.stop - 1, 0))
     some = [plan.windows(step, placement.rows(step)) for step in range(first, first + 4)]
@@ -376,7 +401,7 @@ def _sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    return units, min(max(3 * wanted // 2, memory // 32), memory // 2)
+    return Sizing(units, min(max(3 * wanted // 2, memory // 32), memory // 2), int(home))
 
 
 def _only(planned: PlannedWindows, i: int) -> PlannedWindows:

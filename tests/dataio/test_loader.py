@@ -115,7 +115,7 @@ def test_every_window_equals_the_slice_of_its_episode(index: Any, reference: dic
         assert digest == expected["digest"].tobytes(), "".join(map(describe, oracle(index, step, row)))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4, 7))])
 def test_any_number_of_homes_sees_the_same_batches(
     index: Any, processes: int, reference: dict[tuple[int, int], bytes]
 ) -> None:
@@ -190,6 +190,21 @@ def test_memory_is_pinned_once_a_slot(index: Any) -> None:
     assert 1 <= len(seen) == len(set(seen)) <= 2
 
 
+def test_a_description_says_what_is_kept_and_how_well_that_can_do(index: Any) -> None:
+    small = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=100 << 10))
+    large = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=64 << 20))
+    epochs = TrajectoryLoader(
+        make_plan(index, replacement=False), Home(1, 2), digest_batch, NEEDS, cache=CacheBudget(memory=100 << 10)
+    )
+    assert 0 < small.describe()["hit_bound"] < 1 == large.describe()["hit_bound"]
+    rows = {name.split()[-1]: count for name, count in small.describe()["rows_of_a_unit"].items()}
+    assert set(rows) == {"steps.npy", "observation.image", "observation.wrist"}
+    assert all(count < whole for count, whole in zip(rows.values(), large.describe()["rows_of_a_unit"].values()))
+    assert 0.4 < epochs.describe()["home_bytes"] / epochs.describe()["data_bytes"] < 0.6
+    assert "once an epoch" in epochs.describe()["policy"]
+    assert large._process is None
+
+
 # Events and errors
 
 
@@ -245,6 +260,13 @@ def test_what_is_not_plain_memory_is_refused(index: Any) -> None:
         next(loader)
 
 
+def test_a_data_set_cannot_join_a_loader_that_does_not_know_it(index: Any) -> None:
+    loader = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE)
+    with pytest.raises(ValueError, match="make a new loader"):
+        loader.append([{"step": 3, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0}])
+    assert len(loader.plan.log) == 0
+
+
 # Processes
 
 
@@ -257,7 +279,7 @@ def test_the_loader_process_imports_no_torch_and_stays_small(index: Any) -> None
         assert process.memory_info().rss < 200 << 20
 
 
-@pytest.mark.parametrize("when", [0, 3])
+@pytest.mark.parametrize("when", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_a_killed_loader_process_is_started_again_at_the_same_step(
     index: Any, when: int, reference: dict[tuple[int, int], bytes]
 ) -> None:
