@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.parallel import ParallelDims
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -32,17 +35,19 @@ def environment() -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """This process as a world of one without a launcher; the environment is put back afterwards."""
+def alone() -> ParallelDims:
+    """This process as a world of one, without a launcher. It stays one: DeepSpeed does not survive a second start."""
+    from pretrain.parallel import ParallelDims
+    from recipes.schema import Parallel
+
     before = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     try:
-        yield
-    finally:
+        return ParallelDims(Parallel())
+    finally:  # for the processes that later tests start; DeepSpeed asks for LOCAL_RANK with every engine
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(before | {"LOCAL_RANK": "0"})
 
 
 class Ranks:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from pretrain.checkpoint import Checkpoint, CheckpointError, Snapshot
 from pretrain.engine import build_engine
 from pretrain.model.transformer import DecisionModel
 from pretrain.parallel import ParallelDims
-from recipes.schema import Parallel
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
@@ -240,11 +239,8 @@ def test_a_recipe_that_differs_where_it_matters_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[ParallelDims]:
-    with processes.alone():
-        world = ParallelDims(Parallel())
-        yield world
-        world.close()
+def world() -> ParallelDims:
+    return processes.alone()
 
 
 def engine_of(world: ParallelDims, **job: Any) -> Any:

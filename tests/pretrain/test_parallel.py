@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import processes
 import pytest
 
@@ -28,24 +25,10 @@ def test_grid_is_deepspeeds(world: int, pipeline: int, expert: int) -> None:
         assert grid.expert_rank == rank % expert
 
 
-ALONE = """
-from recipes.schema import Parallel
-from pretrain.parallel import ParallelDims
-world = ParallelDims(Parallel())
-assert (world.rank, world.world, world.data, world.stage) == (0, 1, 1, 0), world
-assert world.sum([1.5, 2]).result() == [1.5, 2.0]
-assert world.gather("x") == ["x"]
-home = world.home
-assert (home.process, home.processes) == (0, 1)
-world.barrier()
-world.close()
-"""
-
-
 def test_one_process_needs_no_launcher() -> None:
-    env = {
-        k: v
-        for k, v in processes.environment().items()
-        if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    subprocess.run([sys.executable, "-c", ALONE], env=env, check=True, timeout=120)
+    world = processes.alone()
+    assert (world.rank, world.world, world.data, world.stage) == (0, 1, 1, 0)
+    assert world.sum([1.5, 2]).result() == [1.5, 2.0]
+    assert world.gather("x") == ["x"]
+    assert (world.home.process, world.home.processes) == (0, 1)
+    world.barrier()

@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,11 @@ from pretrain.engine import StepResult
 from pretrain.metrics import StepMetrics
 from pretrain.parallel import ParallelDims, Sum
 from pretrain.trainer import Signals, Trainer, TrainingError
-from recipes.schema import Parallel
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[ParallelDims]:
-    with processes.alone():
-        world = ParallelDims(Parallel())
-        yield world
-        world.close()
+def world() -> ParallelDims:
+    return processes.alone()
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
