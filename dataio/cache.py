@@ -430,9 +430,10 @@ class RangeCache:
         usable = [tier.slabs.kinds_like(sizes + tier.HEADER) for tier in self._tiers]
         evicted, passed = 0, []
         while self._idle and evicted < most:
-            some = [self._idle.popleft()]
-            while self._idle and sum(map(len, some)) < _IDLE:  # what was passed over stands in small pieces
+            some, together = [self._idle.popleft()], 0
+            while self._idle and together < _IDLE:  # what was passed over stands in small pieces
                 some.append(self._idle.popleft())
+                together += len(some[-1])
             units = np.concatenate(some)
             units = units[(self._planned[units] == 0) & (self._place[units] >= 0)]
             fits = self._kind_in(units, usable)
