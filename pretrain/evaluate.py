@@ -25,7 +25,7 @@ import numpy as np
 
 from dataio import environments
 from dataio.collect import EVALUATION_SEEDS, LONGEST, EnvironmentFault, Outcome, score
-from dataio.environments import Environment
+from dataio.environments import Environment, Expert
 from dataio.episode import DataError, TaskSpec
 from dataio.workers import Workers
 
@@ -286,6 +286,27 @@ class _Strip:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         strip.save(Path(self.folder) / name)
         return {"seed": self.seed, "file": name}
+
+
+@dataclass(frozen=True)
+class PolicyExpert:
+    """A policy's folder as the expert of a collection (`dataio.collect`): makes one expert for a task and its environment."""
+
+    folder: str
+
+    def __call__(self, task: str, env: Environment) -> Expert:
+        from pretrain.policy import Policy
+
+        policy = Policy.load(self.folder)
+
+        class Acting:
+            def reset(self) -> None:
+                policy.reset(task)
+
+            def act(self, observation: Any, taken: Any = None) -> Any:
+                return policy.act(observation)
+
+        return Acting()
 
 
 def seen_states(spec: TaskSpec, states: Sequence[np.ndarray], demonstrations: Sequence[str]) -> float | None:
