@@ -415,3 +415,23 @@ def test_describe_says_what_is_delivered():
     rows = (drawn["step"] * 32 + drawn["row"])[windows]
     pairs = np.unique(np.stack([rows, drawn["entry"][windows], drawn["episode"][windows]]), axis=1).shape[1]
     assert told["repeats_in_row"] == pytest.approx(1 - pairs / windows.sum(), abs=0.003)
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_stream_of_windows_is_as_random_as_free_draws(replacement):
+    """Distinct episodes in 256 windows in a row, over what free draws by mass give, in many such spans."""
+    e = entry("a", 20000, 3)
+    p = plan([e], rows=64, replacement=replacement)
+    assert p.buckets == 32
+    drawn = columns(p, range(1500 if replacement else 450))
+    episode = drawn["episode"][~drawn["prompt"]]
+    if not replacement:  # what a row's end cuts into two windows is one draw
+        tile = episode * 100 + drawn["start"][~drawn["prompt"]] // 20
+        episode = episode[np.append(True, np.diff(tile) != 0)]
+    spans = episode[: len(episode) // 256 * 256].reshape(-1, 256)
+    assert len(spans) > (1000 if replacement else 250)
+    distinct = np.mean([len(np.unique(s)) for s in spans])
+    units, window = e.lengths.units, 20
+    mass = np.maximum(units - window + 1, 1) if replacement else -(-units // window)
+    expected = (1 - (1 - mass / mass.sum()) ** 256).sum()
+    assert distinct / expected > 0.97
