@@ -8,7 +8,6 @@ A fault costs time, never a wrong byte: every read has a bounded number of tries
 from __future__ import annotations
 
 import asyncio
-import collections
 import os
 import random
 import re
@@ -32,6 +31,7 @@ from dataio.backends import (
     redacted,
 )
 from dataio.episode import DataError
+from dataio.limit import RequestLimit
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -111,7 +111,7 @@ class Store:
         self.traffic = Traffic()
         self._backend = backend(self.url, timeout)
         self._etags: dict[str, str] = {}
-        self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limit] = weakref.WeakKeyDictionary()
+        self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestLimit] = weakref.WeakKeyDictionary()
         self._elsewhere: dict[str, Store] = {}
 
     def __reduce__(self) -> Any:  # sent to a spawned process: as its settings
@@ -325,11 +325,11 @@ class Store:
             f"over {time.monotonic() - began:.0f} s; the last one: {_first_line(failure)}"
         )
 
-    def _limit(self) -> _Limit:
+    def _limit(self) -> RequestLimit:
         loop = asyncio.get_running_loop()
         found = self._limits.get(loop)
         if found is None:
-            found = self._limits[loop] = _Limit(self.requests)
+            found = self._limits[loop] = RequestLimit(self.requests)
         return found
 
     # Names
@@ -380,48 +380,6 @@ def _restore(url: str, requests: int, attempts: int, timeout: float, gap: int) -
 
 def _first_line(text: str) -> str:
     return re.sub(r"\s+", " ", text)[:300] or "no answer"
-
-
-class _Limit:
-    """How many requests may be in flight: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
-
-    def __init__(self, most: int):
-        self.most, self.now, self.flying = most, float(most), 0
-        self.waiting: collections.deque[tuple[asyncio.Future[None], int]] = collections.deque()
-        self.shrunk = 0.0
-
-    async def acquire(self, requests: int = 1) -> None:
-        """Wait until so many more may fly; those that came first go first."""
-        if not self.waiting and self._room(requests):
-            self.flying += requests
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self.waiting.append((turn, requests))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.release(requests)
-            raise
-
-    def _room(self, requests: int) -> bool:
-        return self.flying == 0 or self.flying + requests <= int(self.now)
-
-    def release(self, requests: int = 1) -> None:
-        self.flying -= requests
-        while self.waiting and self._room(self.waiting[0][1]):
-            turn, more = self.waiting.popleft()
-            if not turn.done():
-                self.flying += more
-                turn.set_result(None)
-
-    def shrink(self) -> None:
-        now = time.monotonic()
-        if now - self.shrunk > 0.2:  # one wave of refusals is one piece of news
-            self.now, self.shrunk = max(1.0, self.now / 2), now
-
-    def grow(self) -> None:
-        self.now = min(float(self.most), self.now + 1 / self.now)
 
 
 # One event loop in a thread serves all blocking calls of a process.

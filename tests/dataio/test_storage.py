@@ -17,7 +17,8 @@ from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 
 from dataio.backends import redacted, whole_file
 from dataio.episode import DataError
-from dataio.storage import AccessError, ObjectChanged, Store, StoreError, _Limit, join_ranges
+from dataio.limit import RequestLimit
+from dataio.storage import AccessError, ObjectChanged, Store, StoreError, join_ranges
 
 DATA = os.urandom(300_000)
 
@@ -186,7 +187,7 @@ def test_a_range_read_in_bulk_is_of_the_known_version(faulty: FaultyFront) -> No
 
 def test_refusals_lower_the_number_in_flight_and_success_raises_it() -> None:
     async def scenario() -> None:
-        limit, flying, most = _Limit(16), 0, 0
+        limit, flying, most = RequestLimit(16), 0, 0
 
         async def one() -> None:
             nonlocal flying, most

@@ -1,0 +1,59 @@
+"""Sizing: from the plan's first steps and the cache's budget to the units of a loader's data and the room for what is on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataio.cache import hit_bound
+from dataio.runs import RunModel
+from dataio.units import UnitMap
+
+if TYPE_CHECKING:
+    from dataio.loader import LoaderSettings
+    from dataio.placement import Placement
+    from dataio.sampling import SamplingPlan
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How a loader cuts and keeps its data: see `sized`."""
+
+    units: UnitMap
+    staging: int  # bytes of the cache's memory for what is on its way
+    home: int  # bytes of the data that are at home here, about
+
+    def describe(self, settings: LoaderSettings) -> dict[str, Any]:
+        """For people, before a run: what is cached of what, in which pieces, and how well that can do at best."""
+        kept = settings.cache.memory - self.staging + settings.cache.disk
+        pin = not settings.plan.replacement
+        runs = {f"{self.units.datasets[c.dataset].url} {c.field}": c.run for c in self.units.columns}
+        return {
+            "data_bytes": sum(column.total for column in self.units.columns),
+            "home_bytes": self.home,
+            "cache_bytes": {"memory": settings.cache.memory, "disk": settings.cache.disk, "on_its_way": self.staging},
+            "units": self.units.units,
+            "rows_of_a_unit": runs,
+            "policy": "pinned (each datum once an epoch)" if pin else "counted look-ahead",
+            "hit_bound": hit_bound(kept / max(self.home, 1), pin),
+        }
+
+
+def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -> Sizing:
+    """Units of lengths that suit the data and the cache, and room in the cache for what is on its way."""
+    indexes = [entry.index for entry in plan.entries]
+    first = settings.step if settings.stop is None else min(settings.step, max(settings.stop - 1, 0))
+    some = [plan.windows(step, placement.rows(step)) for step in range(first, first + 4)]
+    rough = UnitMap(indexes, settings.needs, 1 << 20)  # whole episodes: only to know what the data weigh
+    counts = np.concatenate([rough.rows(planned)[1] for planned in some])
+    memory, total = settings.cache.memory, sum(column.total for column in rough.columns)
+    home = total * sum(len(placement.rows(step)) for step in range(first, first + 4)) / (4 * plan.rows)
+    kept = memory * 15 // 16 + settings.cache.disk
+    tile = 0 if plan.replacement else max(int(planned.units.max(initial=1)) for planned in some)
+    model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), tile, memory // 16, total)
+    units = UnitMap(indexes, settings.needs, settings.run or model.rows)
+    steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
+    wanted = max(int(units.sizes(step).sum()) for step in steps)
+    return Sizing(units, min(max(3 * wanted // 2, memory // 32), memory // 2), int(home))
