@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]
 _RESTARTS = 3  # of a loader process that dies without handing over a batch in between
-# Arrays of a few hundred KiB are made and freed all the time: from the heap they cost a third less than as fresh pages (mallopt(3))
+# Arrays of some hundred KiB come and go all the time: from the heap they cost a third less than as fresh pages (mallopt(3))
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dataio.loader_process import main; main()"
 
@@ -75,7 +75,8 @@ class LoadedBatch:
     """One step's rows of this process.
 
     arrays       what make_batch returned, in shared memory: valid until `release()`
-    counters     what it cost (docs/loader.md)
+    counters     what it cost: bytes delivered, and served from memory, disk, peers and store; requests, retries; seconds of each
+                 stage and of the trainer's `wait`; hit rate beside its bound; look-ahead; resident bytes; how random the stream is
     quarantined  episodes that could not be read, with the windows drawn in their place: the trainer puts them into the plan's
                  log from a later step on
     """
