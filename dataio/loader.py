@@ -76,7 +76,7 @@ class LoadedBatch:
 
     arrays       what make_batch returned, in shared memory: valid until `release()`
     counters     what it cost: bytes delivered, and served from memory, disk, peers and store; requests, retries; seconds of each
-                 stage and of the trainer's `wait`; hit rate beside its bound; look-ahead; resident bytes; how random the stream is
+                 stage and of the trainer's `wait`; hit rate beside its bound; look-ahead; resident bytes; how random it was
     quarantined  episodes that could not be read, with the windows drawn in their place: the trainer puts them into the plan's
                  log from a later step on
     """

@@ -1,4 +1,4 @@
-"""Sizing: from a plan's first steps and the cache's budget to the units of a loader's data and the room for what is on its way."""
+"""Sizing: from a plan's first steps and a cache's budget to the units of a loader's data and the room for what is on its way."""
 
 from __future__ import annotations
 

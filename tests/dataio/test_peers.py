@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from loading import dataset, digest_batch
+from servers import Host, two_hosts
 from test_loader import NEEDS, make_plan, rows_of
 
 from dataio.loader import CacheBudget, TrajectoryLoader
@@ -107,6 +110,44 @@ def test_a_dead_peer_is_a_miss() -> None:
         return await peers.read(1, [0], [1], 0.5)
 
     assert asyncio.run(scenario()) == {}
+
+
+SERVE = """
+import asyncio, sys
+from dataio.peers import PeerServer, PeerSettings
+async def main():
+    server = PeerServer(PeerSettings(sys.argv[1], sys.argv[2]), "data", {7: b"seven"}.get)
+    print(await server.start(), flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+READ = """
+import asyncio, sys
+from dataio.peers import Peers
+print(asyncio.run(Peers([sys.argv[1]], sys.argv[2], "data").read(0, [7, 8], [5, 5], 5.0)))
+"""
+
+
+@pytest.mark.root
+def test_a_peer_on_another_host_is_reached_there_and_through_no_other_interface() -> None:
+    with two_hosts() as (one, other):
+        server = subprocess.Popen(
+            one.command(sys.executable, "-c", SERVE, one.address, TOKEN), stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip()
+
+            def read(host: Host, where: str) -> str:
+                return subprocess.run(
+                    host.command(sys.executable, "-c", READ, where, TOKEN), capture_output=True, text=True, check=True
+                ).stdout.strip()
+
+            assert read(other, address) == "{7: b'seven'}"
+            assert read(one, address.replace(one.address, "127.0.0.1")) == "{}"
+        finally:
+            server.kill()
+            server.wait()
 
 
 def test_a_smaller_world_finds_the_others_caches(tmp_path: Any) -> None:
