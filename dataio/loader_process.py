@@ -70,7 +70,7 @@ class LoaderProcess:
         self.placement = Placement(self.plan, settings.home)
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
         sizing = sized(self.plan, self.placement, settings)
-        self.units, self._staging = sizing.units, sizing.staging
+        self.units, self._staging, self._home = sizing.units, sizing.staging, sizing.home
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
@@ -89,7 +89,7 @@ class LoaderProcess:
             self.units.units,
             self.units.sizes,
             self._block_units,
-            total=sum(column.total for column in self.units.columns),
+            total=self._home,
             memory=budget.memory,
             disk=budget.disk,
             directory=budget.dir,
@@ -311,7 +311,8 @@ class LoaderProcess:
         units = np.unique(np.concatenate([s.units for s in spans])) if spans else np.zeros(0, np.int64)
         failed = await self.fetcher.fetch(units, got.__setitem__)
         for missing in failed.values():
-            return DataError(str(missing)), {}
+            gone = f"{missing}: there is no such object" if isinstance(missing, FileNotFoundError) else str(missing)
+            return DataError(gone), {}
         (window,) = self.assembler.windows(planned, spans, ranges, lambda u: memoryview(got[u]))
         return window, got
 
@@ -399,12 +400,21 @@ async def _serve(settings: LoaderSettings, connection: Connection, memory: int, 
     await process.run()
 
 
+def _unpickled(data: bytes) -> LoaderSettings:
+    """The settings, from our own parent over a private pipe."""
+    try:
+        return pickle.loads(data)
+    except AttributeError as error:
+        error.add_note("make_batch must be importable here: define it in a module, not in the script that is run")
+        raise
+
+
 def main() -> None:
     """`argv`: (sys.path), the connection's file descriptor, the shared memory's."""
     connection, memory, trainer = Connection(int(sys.argv[2])), int(sys.argv[3]), os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
     try:
-        settings = pickle.loads(connection.recv_bytes())  # from our own parent, over a private pipe
+        settings = _unpickled(connection.recv_bytes())
         asyncio.run(_serve(settings, connection, memory, trainer))
     except EOFError:
         pass
