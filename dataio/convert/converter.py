@@ -50,6 +50,10 @@ class BadEpisode:
     where: str
     reason: str
 
+    def __str__(self) -> str:
+        """The reason, which mostly names the file itself; else with where it lies before it."""
+        return self.reason if self.reason.startswith(self.where.partition(",")[0]) else f"{self.where}: {self.reason}"
+
 
 Item = Episode | BadEpisode
 
@@ -97,7 +101,7 @@ class Converter(ABC):
                 if isinstance(item, Episode):
                     found.setdefault(item.task, []).append(item)
                 else:
-                    reason = f"{item.where}: {item.reason}"
+                    reason = str(item)
                 if number >= 3:
                     break
         if not found:

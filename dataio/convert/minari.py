@@ -8,6 +8,7 @@ made them so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,7 @@ from dataio.convert.converter import Converter, Item, Piece, read_each
 from dataio.convert.exported import restore, tasks_of
 from dataio.convert.infer import channels_last, field_spec, infer_task, texts
 from dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
-from dataio.convert.parquet import to_rows
+from dataio.convert.parquet import to_rows, values
 from dataio.convert.source import Source
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -27,6 +28,15 @@ EXPORTED = "tiphys"  # in metadata.json and in each episode: what an export of o
 _PIECE_BYTES = 256 << 20  # of a piece, about
 _RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
 _SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the observation or action space."""
+
+    path: tuple[str, ...]  # keys below the space
+    field: FieldSpec
+    jpeg: bool
 
 
 class Minari(Converter):
@@ -138,9 +148,7 @@ class Minari(Converter):
         metadata, where = self._metadata[folder], self.source.where(folder)
         if (exported := self._exported(folder)) is not None:
             return exported[0]
-        known: dict[str, FieldSpec] = {}
-        for name, _, leaf in self._leaves(folder).values():
-            known[name] = spaces.spec(name, leaf, where)
+        known = {leaf.field.name: leaf.field for leaf in self._leaves(folder).values()}
         found: list[Episode] = []
         for piece in self.pieces():
             if piece.data["folder"] == folder and len(found) < 3:
@@ -167,19 +175,24 @@ class Minari(Converter):
             expert=float(high) if isinstance(high, int | float) else None,
         )
 
-    def _leaves(self, folder: str) -> dict[str, tuple[str, tuple[str, ...], Mapping[str, Any]]]:
-        """`observations/a/0` -> (field, path of keys, space); empty where the spaces are not known."""
-        out = {}
-        for group, (name, key) in _SPACES.items():
-            space = self._metadata[folder].get(key)
-            if not isinstance(space, str | Mapping):
-                return {}
-            for dotted, path, leaf in spaces.leaves(space, name, f"{self.source.where(folder)}, {key}"):
-                out["/".join((group, *path))] = (dotted, path, leaf)
-        return out
+    def _leaves(self, folder: str) -> dict[str, Leaf]:
+        """`observations/a/0` -> the leaf; empty where the spaces are not known."""
+        if folder not in self._known_leaves:
+            self._known_leaves[folder] = dict(self._find_leaves(folder))
+        return self._known_leaves[folder]
 
-    def _jpeg(self, folder: str, leaf: Mapping[str, Any]) -> bool:
-        return bool(self._metadata[folder].get("jpeg_encoding", False)) and spaces.is_picture(leaf)
+    @cached_property
+    def _known_leaves(self) -> dict[str, dict[str, Leaf]]:
+        return {}
+
+    def _find_leaves(self, folder: str) -> Iterator[tuple[str, Leaf]]:
+        metadata, where = self._metadata[folder], self.source.where(folder)
+        if not all(isinstance(metadata.get(key), str | Mapping) for _, key in _SPACES.values()):
+            return
+        for group, (name, key) in _SPACES.items():
+            for dotted, path, leaf in spaces.leaves(metadata[key], name, f"{where}, {key}"):
+                jpeg = bool(metadata.get("jpeg_encoding", False)) and spaces.is_picture(leaf)
+                yield "/".join((group, *path)), Leaf(path, spaces.spec(dotted, leaf, where), jpeg)
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         folder, numbers = piece.data["folder"], piece.data["episodes"]
@@ -204,13 +217,13 @@ class Minari(Converter):
             return _read_exported(group, *exported, where)
         fields: dict[str, Any] = {}
         leaves = self._leaves(folder)
-        for source, (name, path, leaf) in leaves.items():
+        for source, leaf in leaves.items():
             dataset = hdf5.member(group, source.partition("/")[0], where)
-            for key in path:  # a Tuple's members are called _index_0, _index_1, …
+            for key in leaf.path:  # a Tuple's members are called _index_0, _index_1, …
                 if not hasattr(dataset, "keys"):
                     raise DataError(f"{where}: {source} was expected inside a group")
                 dataset = hdf5.member(dataset, f"_index_{key}" if f"_index_{key}" in dataset else key, where)
-            fields[name] = self._decode_hdf5(dataset, folder, name, leaf, f"{where}, {source}")
+            fields[leaf.field.name] = _decode_hdf5(dataset, leaf, f"{where}, {source}")
         if not leaves:
             for part, (name, _) in _SPACES.items():
                 value = hdf5.member(group, part, where)
@@ -228,12 +241,6 @@ class Minari(Converter):
         info = {k: v for k in ("seed", "id") if (v := hdf5.attribute(group, k)) is not None}
         return self._episode(folder, number, fields, info, where)
 
-    def _decode_hdf5(self, dataset: Any, folder: str, name: str, leaf: Mapping[str, Any], where: str) -> Any:
-        if self._jpeg(folder, leaf) and dataset.ndim <= 2:
-            return _pictures(hdf5.read_bytes_rows(dataset, where), where)
-        array = hdf5.read(dataset, where)
-        return _shaped(array, spaces.spec(name, leaf, where), where)
-
     # ---- Arrow, Parquet
 
     def _read_arrow(self, folder: str, files: list[str], number: int, where: str) -> Episode:
@@ -249,14 +256,14 @@ class Minari(Converter):
         if not leaves:
             raise DataError(f"{where}: metadata.json has no observation_space and action_space")
         steps = len(table) - 1
-        for source, (name, path, leaf) in leaves.items():
+        for source, leaf in leaves.items():
             column = _column(table, source.partition("/")[0], where)
-            for key in path:
+            for key in leaf.path:
                 if not pa.types.is_struct(column.type) or column.type.get_field_index(key) < 0:
                     raise DataError(f"{where}: {source} has no member {key!r}")
                 column = column.field(key)
-            column = column.slice(0, steps) if name.partition(".")[0] == "action" else column
-            fields[name] = self._decode_arrow(column, folder, name, leaf, f"{where}, {source}")
+            column = column.slice(0, steps) if source.partition("/")[0] == "actions" else column
+            fields[leaf.field.name] = _decode_arrow(column, leaf, f"{where}, {source}")
         for part, name in _RESULTS.items():
             fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
         if "infos" in table.schema.names:
@@ -282,14 +289,6 @@ class Minari(Converter):
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{where}: not a readable Arrow file ({error})") from None
 
-    def _decode_arrow(self, column: Any, folder: str, name: str, leaf: Mapping[str, Any], where: str) -> Any:
-        if self._jpeg(folder, leaf):
-            rows = column.to_pylist()
-            if not all(isinstance(r, bytes) for r in rows):
-                raise DataError(f"{where}: encoded pictures were expected")
-            return _pictures(rows, where)
-        return _shaped(to_rows(column, where), spaces.spec(name, leaf, where), where)
-
     # ---- both
 
     def _episode(self, folder: str, number: int, fields: dict[str, Any], info: dict[str, Any], where: str) -> Episode:
@@ -313,6 +312,21 @@ class Minari(Converter):
             agent=str(self._metadata[folder].get("algorithm_name") or ""),
             info=info,
         )
+
+
+def _decode_hdf5(dataset: Any, leaf: Leaf, where: str) -> Any:
+    if leaf.jpeg and getattr(dataset, "ndim", 3) <= 2:
+        return _pictures(hdf5.read_bytes_rows(dataset, where), where)
+    return _shaped(hdf5.read(dataset, where), leaf.field, where)
+
+
+def _decode_arrow(column: Any, leaf: Leaf, where: str) -> Any:
+    if leaf.jpeg:
+        rows = values(column, where)
+        if not all(isinstance(r, bytes) for r in rows):
+            raise DataError(f"{where}: encoded pictures were expected")
+        return _pictures(rows, where)
+    return _shaped(to_rows(column, where), leaf.field, where)
 
 
 def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]], where: str) -> Episode:

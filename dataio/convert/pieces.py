@@ -21,7 +21,7 @@ from typing import Any
 from dataio.convert.converter import BadEpisode, Piece, converters
 from dataio.convert.infer import conform
 from dataio.convert.mapping import Mapping
-from dataio.convert.process import MEMORY, TIMEOUT, Reader
+from dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
 from dataio.convert.source import Source
 from dataio.encodings import Encoding
 from dataio.episode import DataError, TaskSpec
@@ -53,7 +53,7 @@ class ConversionReport:
         lines += [f"note: {note}" for note in self.notes]
         if self.bad:
             lines.append(f"{len(self.bad):,} malformed episodes were left out:")
-            lines += [f"  {b.where}: {b.reason}" for b in self.bad[:_LISTED]]
+            lines += [f"  {b}" for b in self.bad[:_LISTED]]
             if len(self.bad) > _LISTED:
                 lines.append(f"  … and {len(self.bad) - _LISTED:,} more in {REPORT}")
         return "\n".join(lines)
@@ -150,7 +150,7 @@ def convert_piece(job: Job) -> str:
 
     def reject(item: BadEpisode) -> None:
         if not job.skip_bad:
-            raise DataError(f"{item.where}: {item.reason}. With --skip-bad such episodes are left out and listed")
+            raise DataError(f"{item}. With --skip-bad such episodes are left out and listed")
         bad.append(item)
 
     writer = ShardWriter(
@@ -266,7 +266,7 @@ def _finish(
         episodes, steps = episodes + part["episodes"], steps + part["steps"]
         bad += [BadEpisode(**b) for b in part["bad"]]
     if not episodes:
-        listed = "; ".join(f"{b.where}: {b.reason}" for b in bad[:3]) or "the source has none"
+        listed = "; ".join(str(b) for b in bad[:3]) or "the source has none"
         raise DataError(f"{destination}: no episode could be converted ({listed})")
     report = ConversionReport(
         destination, format, tuple(t.name for t in tasks), episodes, steps, tuple(bad), tuple(notes)
@@ -292,7 +292,9 @@ def _on_this_machine(jobs: Iterator[Job], count: int, processes: int) -> Iterato
         finally:
             _close_readers()
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
+    )
     try:
         flying: set[Future[str]] = set()
         for job in jobs:

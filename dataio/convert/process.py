@@ -3,7 +3,7 @@
 A crash, a hang, or more memory than allowed there is a DataError here, and names the file. One child serves many
 pieces, one after another; after its death the next request starts another.
 
-    python -m dataio.convert.process      reads requests on its standard input, answers on the descriptor that is argument 1
+    python -m dataio.convert.process DESCRIPTOR MEMORY PARENT      reads requests on standard input, answers on DESCRIPTOR
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class Reader:
             fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
+        environment["HDF5_PLUGIN_PRELOAD"] = "::"  # HDF5 loads no filter from a shared library because a file names it
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "dataio.convert.process", str(write), str(self._memory)],
+            [sys.executable, "-m", "dataio.convert.process", str(write), str(self._memory), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,
@@ -251,21 +252,25 @@ def _send(out: BinaryIO, kind: bytes, value: Any = None) -> None:
     out.flush()
 
 
-def _watch(parent: int) -> None:
-    """A parent that is gone needs no answers, even where a native call never returns."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def die_with_parent(parent: int) -> None:
+    """End this process once its parent is gone, killed or not: nobody needs what it does, even in a call that never returns."""
+
+    def watch() -> None:
+        while os.getppid() == parent:  # false at once where it died before this began
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def main(descriptor: int, memory: int) -> None:
+def main(descriptor: int, memory: int, parent: int) -> None:
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    die_with_parent(parent)
     with open(descriptor, "wb", buffering=1 << 16) as out:
         for line in sys.stdin.buffer:
             try:
@@ -292,4 +297,4 @@ def _describe(error: Exception, source: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*(int(a) for a in sys.argv[1:4]))

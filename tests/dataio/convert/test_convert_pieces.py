@@ -135,6 +135,40 @@ def test_killed_many_times(tmp_path: Path) -> None:
         assert digests(killed) == digests(tmp_path / "whole")
 
 
+def test_killed_alone_it_leaves_no_process(tmp_path: Path) -> None:
+    """kill -9 of the main process only: its workers and their readers end by themselves."""
+    from convert_sources import dqn_replay
+
+    dqn_replay(tmp_path / "source")
+    command = [sys.executable, "-c", CONVERT, str(tmp_path / "source"), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
+        assert child.stdout is not None
+        child.stdout.read(3)
+        most, deadline = 0, time.monotonic() + 30
+        while most < 4 and child.poll() is None and time.monotonic() < deadline:  # itself, two workers, a reader
+            most = max(most, len(_of_session(child.pid)))
+            time.sleep(0.02)
+        assert most >= 4
+        os.kill(child.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while _of_session(child.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _of_session(child.pid) == []
+
+
+def _of_session(leader: int) -> list[int]:
+    out = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(") ")[2].split()
+            except (OSError, IndexError):
+                continue
+            if fields[0] != "Z" and int(fields[3]) == leader:
+                out.append(int(entry.name))
+    return out
+
+
 def test_malformed_episodes(tmp_path: Path) -> None:
     """Without skip_bad the first is an error that names its file, and nothing looks whole; with it, all others are there."""
     expected = lerobot_v2(tmp_path / "robot")
