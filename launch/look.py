@@ -50,7 +50,7 @@ def scores(found: Mapping[str, Any]) -> str:
             one["random"],
             one["expert"],
             one["expert_normalized"],
-            _interval(one.get("interval")),
+            _interval(one.get("expert_normalized_interval")),
         )
         for name, one in found["tasks"].items()
     ]

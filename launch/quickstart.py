@@ -12,17 +12,18 @@ from pathlib import Path
 
 from launch.commands import progress_lines
 from launch.submit import submit
+from recipes.load import load_recipe
 
 # dataset -> task -> demonstrations
 DEMONSTRATIONS: dict[str, dict[str, int]] = {
-    "babyai": {"BabyAI-GoToRedBallGrey-v0": 6000, "BabyAI-GoToLocal-v0": 8000},
+    "babyai": {"BabyAI-GoToRedBallGrey-v0": 3000, "BabyAI-GoToLocal-v0": 4000},
     "metaworld": {
-        "metaworld/reach-v3": 250,
+        "metaworld/reach-v3": 300,
         "metaworld/push-v3": 300,
-        "metaworld/drawer-close-v3": 200,
-        "metaworld/door-open-v3": 300,
+        "metaworld/drawer-close-v3": 150,
+        "metaworld/door-open-v3": 200,
     },
-    "classic": {"CartPole-v1": 60, "Pendulum-v1": 200, "LunarLander-v3": 200},
+    "classic": {"CartPole-v1": 60, "Pendulum-v1": 150, "LunarLander-v3": 200},
 }
 RECIPE = "quickstart"
 
@@ -32,12 +33,21 @@ def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes:
     began = time.monotonic()
     for name, tasks in DEMONSTRATIONS.items():
         _collect(f"{datasets}/{name}", {task: max(10, round(n * scale)) for task, n in tasks.items()})
-    paths = [f"data.mixture[{i}].dataset={datasets}/{name}" for i, name in enumerate(DEMONSTRATIONS)]
-    told = [*paths, *overrides] if datasets != "datasets/quickstart" else list(overrides)
+    told = [*_moved(datasets), *overrides]
     print(f"\n$ tiphys train {' '.join([RECIPE, *told])}", flush=True)
     status = submit(RECIPE, told, processes=processes)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in all", flush=True)
     return status
+
+
+def _moved(datasets: str) -> list[str]:
+    """Overrides that point the recipe's mixture at another folder."""
+    lines = enumerate(load_recipe(RECIPE).data.mixture)
+    return [
+        f"data.mixture[{i}].dataset={datasets}/{Path(entry.dataset).name}"
+        for i, entry in lines
+        if entry.dataset != f"{datasets}/{Path(entry.dataset).name}"
+    ]
 
 
 def _collect(url: str, tasks: Mapping[str, int]) -> None:

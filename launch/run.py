@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.finish import finish, start_evaluation
-from launch.mixture import names
+from launch.mixture import follow, names
 from recipes.load import to_yaml
 from recipes.schema import Recipe
 
@@ -50,7 +50,8 @@ def run(recipe: Recipe) -> int:
         loader = TrajectoryLoader(plan, world.home, **arguments, cache=cache_budget(recipe), stop=recipe.train.steps)
     with loader or nullcontext():
         stages = callbacks(recipe, objectives, indexes, world)
-        trainer = Trainer(recipe, engine, loader, stages, [index.fingerprint for index in indexes])
+        requests = follow(recipe.run.dir) if world.rank == 0 else list
+        trainer = Trainer(recipe, engine, loader, stages, [index.fingerprint for index in indexes], requests)
         done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
     rank = world.rank
     world.close()  # nothing collective from here on: the other ranks' cores are free for the evaluation

@@ -56,6 +56,7 @@ class Trainer:
 
     loader      None on pipeline stages that take no data
     datasets    fingerprints of the datasets; a resumed run must have the same
+    requests    asked after every step, on whichever ranks it is given: events for the plan's log (`tiphys mixture`)
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Trainer:
         loader: Loader | None,
         callbacks: Sequence[Callback] = (),
         datasets: Sequence[str] = (),
+        requests: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self.recipe, self.engine, self.loader = recipe, engine, loader
-        self.callbacks, self.datasets = list(callbacks), list(datasets)
+        self.callbacks, self.datasets, self.requests = list(callbacks), list(datasets), requests
         self.world, self.steps = engine.world, recipe.train.steps
         self.resumed: Checkpoint | None = None
         self.peak = 0.0  # FLOP/s of all processes together
@@ -169,17 +171,14 @@ class Trainer:
         counters = loaded.counters if loaded is not None else {}
         if self._counters is None:  # every rank must send the same numbers: agree once on their names
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
-        bad = loaded.quarantined if loaded is not None else []
+        events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
-        sums = self.world.sum([stop, loaded is not None, wait, len(bad), *values])
+        sums = self.world.sum([stop, loaded is not None, wait, len(events), *values])
 
         def agreed(step: int) -> tuple[bool, float, dict[str, float]]:
-            stops, loaders, waits, quarantined, *totals = sums.result()
-            if quarantined:
-                found = [event for events in self.world.gather(bad) for event in events]
-                once = {(event["entry"], event["episode"]): event for event in found}
-                if self.loader is not None:  # in force from step + 2 on: step + 1 is drawn already
-                    self.loader.append([{**event, "step": step + 2} for event in once.values()])
+            stops, loaders, waits, changes, *totals = sums.result()
+            if changes:
+                self._change([event for some in self.world.gather(events) for event in some], step + 2)
             named = dict(zip(self._counters or (), totals, strict=True))
             return (
                 stops > 0,
@@ -191,6 +190,12 @@ class Trainer:
             )
 
         return agreed
+
+    def _change(self, events: list[dict[str, Any]], first: int) -> None:
+        """Put events into the plan's log, the same on every rank; in force from `first` on, for the step before is drawn."""
+        once = {(e["kind"], e.get("entry"), e.get("episode"), str(e.get("weights"))): e for e in events}
+        if self.loader is not None:
+            self.loader.append([{**event, "step": max(event.get("step", 0), first)} for event in once.values()])
 
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
