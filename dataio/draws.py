@@ -60,6 +60,7 @@ class Drawer:
 
     def __init__(self, index: PlanIndex, mix: Mix, budget: int, seed: int, tiles: bool = False) -> None:
         self.index, self.mix, self.budget, self.seed, self.tiles = index, mix, budget, seed, tiles
+        self._before = np.asarray(index.mass[index.first])  # running mass before each cell: small enough for the caches
         self.prompt_room = np.maximum(budget - index.strata.least, 0)  # most tokens of a prompt, by stratum
         filled = mix.slots[mix.slots > 0]
         self._slots = 1 + int(np.ceil(filled.mean())) if len(filled) else 1  # windows drawn at once for each row
@@ -106,8 +107,8 @@ class Drawer:
         """Place of an episode of each cell, by mass, and where within its mass the draw fell, in [0, 1)."""
         index = self.index
         first, end = index.first[cell], index.first[cell + 1]
-        low = index.mass[first]
-        point = low + uniform * (index.mass[end] - low)
+        low = self._before[cell]
+        point = low + uniform * (self._before[cell + 1] - low)
         found = index.find(point)
         place: Ints = np.minimum(np.maximum(found, first), end - 1)
         below = index.mass[place]
@@ -197,7 +198,7 @@ class Drawer:
         """Another episode of the cell, by mass: its place, where in its mass the draw fell, and whether there is none."""
         index = self.index
         first, end = index.first[cell], index.first[cell + 1]
-        low, high, mine, mine_end = index.mass[first], index.mass[end], index.mass[place], index.mass[place + 1]
+        low, high, mine, mine_end = self._before[cell], self._before[cell + 1], index.mass[place], index.mass[place + 1]
         alone = end - first < 2
         point = low + uniform * (high - low - (mine_end - mine))
         point = np.where(point >= mine, point + (mine_end - mine), point)

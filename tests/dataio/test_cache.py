@@ -82,7 +82,7 @@ def test_counted_look_ahead_reaches_the_bound(share):
 def test_within_one_percent_of_the_bound(share):
     stream = Stream(units=200_000, per_block=500)
     cache = stream.cache(share)
-    got = stream.hit_rate(cache, 900, 600)
+    got = stream.hit_rate(cache, 1600, 2400)  # the look-ahead swings by a tenth, over some epochs
     assert got == pytest.approx(hit_bound(cache.capacity / stream.total), rel=0.01)
 
 
