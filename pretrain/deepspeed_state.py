@@ -82,7 +82,9 @@ def materialise(engine: Any) -> None:
         if state:
             continue
         if engine.global_steps > engine.skipped_steps:
-            raise UnknownState(f"after {engine.global_steps} steps the optimizer has no moments where they were expected")
+            raise UnknownState(
+                f"after {engine.global_steps} steps the optimizer has no moments where they were expected"
+            )
         state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
         for key in MOMENTS:
             state[key] = torch.zeros_like(flat.data)

@@ -76,9 +76,10 @@ def die_at(call: int, work: Callable[[], Any]) -> bool:
 def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
     """The newest whole checkpoint is the one before, until it is the new one: never a broken one."""
     ck.write(part(1), tmp_path)
-    seen, call = [], 1
+    seen: list[int] = []
+    call = 1
     while die_at(call, lambda: ck.write(part(2), tmp_path)):
-        seen.append(newest(tmp_path))
+        seen.append(newest(tmp_path) or 0)
         call += 1
     assert call > 10  # the protocol has that many steps
     assert newest(tmp_path) == 2

@@ -138,7 +138,9 @@ class FakeEngine:
     bf16 = False
 
     def __init__(self) -> None:
-        self.world, self.step, self.announced, self.rows = FakeWorld(), 0, [], []
+        self.world, self.step = FakeWorld(), 0
+        self.announced: list[int] = []
+        self.rows: list[list[int]] = []
 
     def announce(self, batch: TokenBatch) -> None:
         self.announced.append(batch.step)
@@ -217,7 +219,8 @@ class FakeCheckpointer(cb.Checkpointer):
 
 class Handle:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.status = folder, None
+        self.folder = folder
+        self.status: int | None = None
 
     def poll(self) -> int | None:
         assert (self.folder / "manifest.json").exists()  # kept while it is needed, though keep=1
