@@ -80,8 +80,12 @@ def evaluate(
             ]
             for strip, drawn in zip(strips, workers.in_order(strips), strict=True):
                 found[strip.spec.name].setdefault("pictures", []).append(drawn)
-    for spec in specs if demonstrations else ():
-        found[spec.name]["seen_states"] = seen_states(spec, [p.states for p in played[spec.name]], demonstrations)
+        for spec in specs if demonstrations else ():
+            parts = [_Demonstrated(spec, tuple(demonstrations), (i, 2 * count)) for i in range(2 * count)]
+            visited = [p.states for p in played[spec.name]]
+            found[spec.name]["seen_states"] = (
+                seen_share(visited, list(workers.in_order(parts))) if len(visited[0]) else None
+            )
     result = {"tasks": found}
     if out:
         write_json(Path(out), result)
@@ -309,13 +313,24 @@ class PolicyExpert:
         return Acting()
 
 
-def seen_states(spec: TaskSpec, states: Sequence[np.ndarray], demonstrations: Sequence[str]) -> float | None:
-    """Share of the states of an evaluation that the demonstrations contain; None where states are too rich to repeat."""
-    from pretrain.states import demonstrated_states
+@dataclass(frozen=True)
+class _Demonstrated:
+    """The states of every n-th episode of a task in the demonstrations."""
 
-    visited = np.concatenate([np.asarray(s, np.uint64) for s in states])
-    known = demonstrated_states(spec, demonstrations)
-    return None if known is None or not len(visited) else float(np.isin(visited, known).mean())
+    spec: TaskSpec
+    datasets: tuple[str, ...]
+    part: tuple[int, int]
+
+    def __call__(self) -> np.ndarray:
+        from pretrain.states import demonstrated_states
+
+        return demonstrated_states(self.spec, self.datasets, self.part)
+
+
+def seen_share(visited: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> float | None:
+    """Share of the states of an evaluation that the demonstrations contain; None where states are too rich to repeat."""
+    states = np.concatenate([np.asarray(v, np.uint64) for v in visited])
+    return float(np.isin(states, np.concatenate(known)).mean()) if len(states) else None
 
 
 def write_json(file: Path, value: Any) -> None:

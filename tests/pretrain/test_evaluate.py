@@ -21,7 +21,7 @@ from dataio.collect import EnvironmentFault, Outcome, Players
 from dataio.episode import DataError
 from dataio.shards import ShardWriter
 from pretrain import evaluate as evaluating
-from pretrain.evaluate import bootstrap, evaluate, play_group, seen_states, start, summary, wilson, write_json
+from pretrain.evaluate import bootstrap, evaluate, play_group, seen_share, start, summary, wilson, write_json
 from pretrain.policy import Policy
 from pretrain.states import demonstrated_states, state_hash
 
@@ -33,10 +33,11 @@ def folder(tmp_path_factory) -> Path:
     return acting.folder(tmp_path_factory.mktemp("policy"))
 
 
-def test_the_same_on_any_number_of_processes(folder, tmp_path):
+def test_the_same_on_any_number_of_processes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "GROUP", 2)
     tasks = [acting.CART, acting.GRID]
-    one = evaluate(folder, tasks, episodes=13, processes=1, out=tmp_path / "one.json")
-    two = evaluate(folder, tasks, episodes=13, processes=2, out=tmp_path / "two.json")
+    one = evaluate(folder, tasks, episodes=5, processes=1, out=tmp_path / "one.json")
+    two = evaluate(folder, tasks, episodes=5, processes=2, out=tmp_path / "two.json")
     assert one == two
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     assert json.loads((tmp_path / "one.json").read_text()) == one
@@ -44,7 +45,7 @@ def test_the_same_on_any_number_of_processes(folder, tmp_path):
     needed = {"episodes", "mean_return", "success_rate", "random", "expert", "expert_normalized"}
     for found in one["tasks"].values():
         assert needed <= set(found)
-        assert found["episodes"] == 13
+        assert found["episodes"] == 5
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -113,6 +114,16 @@ def test_pictures_show_the_episodes_that_were_scored(folder, tmp_path):
     assert np.array_equal(pixels[:, :160], expected)
 
 
+def test_the_share_of_seen_states_is_told_where_states_can_repeat(folder, tmp_path):
+    from dataio.collect import collect
+
+    collect({acting.GRID: 3, acting.CART: 1}, str(tmp_path / "data"), processes=1, score_episodes=1)
+    tasks = [acting.GRID, acting.CART]
+    found = evaluate(folder, tasks, episodes=2, processes=1, demonstrations=[str(tmp_path / "data")])["tasks"]
+    assert 0 <= found[acting.GRID]["seen_states"] <= 1
+    assert found[acting.CART]["seen_states"] is None
+
+
 def test_a_picture_that_cannot_be_drawn_does_not_cost_the_scores(folder, tmp_path, monkeypatch):
     made = environments.make
 
@@ -142,10 +153,11 @@ def test_states_that_demonstrations_contain(tmp_path):
         return [hashed({"image": i, "direction": int(d), "mission": mission}) for i, d in zip(*rows, strict=True)]
 
     known = demonstrated_states(spec, [str(tmp_path / "data")])
-    assert known is not None
     inside, outside = ({s for e in part for s in states(e)} for part in (episodes[:4], episodes[4:]))
     assert set(known.tolist()) == inside
-    share = seen_states(spec, [np.array(states(e), np.uint64) for e in episodes], [str(tmp_path / "data")])
+    thirds = [demonstrated_states(spec, [str(tmp_path / "data")], (i, 3)) for i in range(3)]
+    assert set(np.concatenate(thirds).tolist()) == inside
+    share = seen_share([np.array(states(e), np.uint64) for e in episodes], [known[:3], known[3:]])
     visited = [s for e in episodes for s in states(e)]
     assert share == pytest.approx(np.mean([s in inside for s in visited]))
     assert outside - inside  # else this test would show nothing
@@ -153,6 +165,7 @@ def test_states_that_demonstrations_contain(tmp_path):
     assert 0 < share < 1
 
 
+@pytest.mark.long
 def test_a_process_of_its_own_writes_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -265,8 +265,6 @@ def test_publishing_to_a_hub(folder, tmp_path):
         repository = hub.repositories["owner/small"]
         assert repository.private
         assert {n for n in repository.files() if n != ".gitattributes"} == {p.name for p in folder.iterdir()}
-        acted = as_a_stranger("owner/small", tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=secret)
-        assert acted == here(folder)
         repository.commit(repository.files() | {"model-00002-of-00002.safetensors": b"old"})
         assert from_a_process(hub, folder, "hf://owner/small", secret, tmp_path).returncode == 0
         assert "model-00002-of-00002.safetensors" not in repository.files()
@@ -278,6 +276,15 @@ def test_publishing_to_a_hub(folder, tmp_path):
         assert "403" in nobody.stderr
         for result in (done, refused, nobody):
             assert "secret123" not in result.stdout + result.stderr
+
+
+@pytest.mark.long
+def test_it_acts_from_a_hub(folder, tmp_path):
+    with Hub() as hub:
+        secret = "hf_owner_secret123"
+        assert from_a_process(hub, folder, "hf://owner/small", secret, tmp_path).returncode == 0
+        acted = as_a_stranger("owner/small", tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=secret)
+        assert acted == here(folder)
 
 
 def test_errors_hold_no_token(monkeypatch):
