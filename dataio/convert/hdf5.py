@@ -19,6 +19,7 @@ from dataio.episode import DataError
 
 _KINDS = "biuf"
 _DEPTH = 16
+_BLOCK = 256  # rows of byte strings read at a time
 
 
 @contextmanager
@@ -160,7 +161,9 @@ def read_bytes_rows(dataset: Any, where: str, start: int = 0, stop: int | None =
         raise DataError(f"{where}: encoded pictures were expected")
     rows = _rows(dataset, start, stop)
     try:
-        return [bytes(memoryview(dataset[i])) for i in range(start, start + rows)]
+        stop = start + rows
+        blocks = (dataset[i : min(i + _BLOCK, stop)] for i in range(start, stop, _BLOCK))
+        return [row.tobytes() for block in blocks for row in block]
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(f"{where}: cannot be read ({error})") from None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO, cast
@@ -73,18 +72,16 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
-            width, height = image.size
-            if width * height > PIXELS:
-                raise DataError(f"{where}: an image of {width} × {height} pixels, over {PIXELS:,}")
-            if image.mode.startswith("I"):
-                array = np.asarray(image).astype(np.uint16)
-            else:
-                if image.mode not in ("L", "RGB", "RGBA"):
-                    image = image.convert("RGBA" if "A" in image.mode else "L" if image.mode == "1" else "RGB")  # type: ignore[assignment]
-                array = np.asarray(image)
+        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        width, height = image.size
+        if width * height > PIXELS:
+            raise DataError(f"{where}: an image of {width} × {height} pixels, over {PIXELS:,}")
+        if image.mode.startswith("I"):
+            array = np.asarray(image).astype(np.uint16)
+        else:
+            if image.mode not in ("L", "RGB", "RGBA"):
+                image = image.convert("RGBA" if "A" in image.mode else "L" if image.mode == "1" else "RGB")  # type: ignore[assignment]
+            array = np.asarray(image)
     except DataError:
         raise
     except UnidentifiedImageError:
