@@ -32,7 +32,8 @@ def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes:
     """0 when a policy, its evaluation and the report are there. Demonstrations that are there already are kept."""
     began = time.monotonic()
     for name, tasks in DEMONSTRATIONS.items():
-        _collect(f"{datasets}/{name}", {task: max(10, round(n * scale)) for task, n in tasks.items()})
+        counts = {task: max(10, round(n * scale)) for task, n in tasks.items()}
+        _collect(f"{datasets}/{name}", counts, scored=max(3, round(20 * scale)))
     told = [*_moved(datasets), *overrides]
     print(f"\n$ tiphys train {' '.join([RECIPE, *told])}", flush=True)
     status = submit(RECIPE, told, processes=processes)
@@ -50,7 +51,8 @@ def _moved(datasets: str) -> list[str]:
     ]
 
 
-def _collect(url: str, tasks: Mapping[str, int]) -> None:
+def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
+    """`tasks`: demonstrations of each; `scored`: episodes that measure each task's random and expert score."""
     from dataio.collect import collect
     from dataio.index import EpisodeIndex
 
@@ -67,7 +69,7 @@ def _collect(url: str, tasks: Mapping[str, int]) -> None:
     for task, count in tasks.items():
         print(f"$ tiphys collect {task} --episodes {count} --to {url}", flush=True)
     began = time.monotonic()
-    index = collect(tasks, url, progress=progress_lines())
+    index = collect(tasks, url, score_episodes=scored, progress=progress_lines())
     print(
         f"{url}: {index.episodes} episodes, {int(index.steps.sum())} steps in {time.monotonic() - began:.0f} s",
         flush=True,
