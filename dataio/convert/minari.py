@@ -7,6 +7,7 @@ made them so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,6 +174,7 @@ class Minari(Converter):
             known,
             random=float(low) if isinstance(low, int | float) else None,
             expert=float(high) if isinstance(high, int | float) else None,
+            **_environment(metadata, where),
         )
 
     def _leaves(self, folder: str) -> dict[str, Leaf]:
@@ -312,6 +314,17 @@ class Minari(Converter):
             agent=str(self._metadata[folder].get("algorithm_name") or ""),
             info=info,
         )
+
+
+def _environment(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`environment` and `max_steps` of a TaskSpec, where Gymnasium's name alone says which environment it was."""
+    text = metadata.get("eval_env_spec") or metadata.get("env_spec")
+    spec = parse_json(text, f"{where}, env_spec") if isinstance(text, str) else {}
+    name, steps = (spec.get("id"), spec.get("max_episode_steps")) if isinstance(spec, dict) else (None, None)
+    # `module:Name-v0` would make Gymnasium import a module that the data names
+    if not isinstance(name, str) or not re.fullmatch(r"[\w./-]{1,128}", name) or spec.get("kwargs"):
+        return {}
+    return {"environment": name, "max_steps": steps if isinstance(steps, int) and 0 < steps < 1 << 31 else 0}
 
 
 def _decode_hdf5(dataset: Any, leaf: Leaf, where: str) -> Any:

@@ -89,6 +89,25 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
     assert task.field("observation.image").modality == "image"
 
 
+def test_minari_names_its_environment(made: Any, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(made("minari-hdf5")[0], tmp_path / "m")
+    path = next((tmp_path / "m").rglob("data/metadata.json"))
+    known = json.loads(path.read_text())
+
+    def environment(**spec: Any) -> tuple[str, int]:
+        path.write_text(json.dumps({**known, "env_spec": json.dumps(spec), "ref_min_score": 1, "ref_max_score": 9}))
+        task = reader(tmp_path / "m", "minari").tasks()[0]
+        assert (task.random, task.expert) == (1.0, 9.0)
+        return task.environment, task.max_steps
+
+    assert environment(id="CartPole-v1", max_episode_steps=500, kwargs={}) == ("CartPole-v1", 500)
+    assert environment(id="evil_module:CartPole-v1", kwargs={}) == ("", 0)
+    assert environment(id="CartPole-v1", kwargs={"gravity": 1}) == ("", 0)
+
+
 def test_av1_video(tmp_path: Path) -> None:
     from convert_sources import lerobot_v2
 

@@ -79,7 +79,7 @@ def test_many_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(36_000)
-@pytest.mark.parametrize(("name", "format"), [("bridge_rlds", "rlds"), ("g1_lerobot", "lerobot")])
-def test_damaged_real_files(shared_data: Path, name: str, format: str, tmp_path: Path) -> None:
-    seen = fuzz(lambda _: (shared_data / name, format, {}), name, tmp_path, INPUTS // 10, seed=2)
+@pytest.mark.parametrize(("name", "format", "share"), [("bridge_rlds", "rlds", 10), ("g1_lerobot", "lerobot", 100)])
+def test_damaged_real_files(shared_data: Path, name: str, format: str, share: int, tmp_path: Path) -> None:
+    seen = fuzz(lambda _: (shared_data / name, format, {}), name, tmp_path, INPUTS // share, seed=2)
     assert seen["errors"] + seen["bad"] > 0
