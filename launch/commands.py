@@ -95,7 +95,11 @@ def collect(args: Namespace) -> int:
     from dataio.collect import collect
 
     policy: Any = None
-    if args.policy:
+    if args.policy and (Path(args.policy) / "config.json").is_file():
+        from pretrain.evaluate import PolicyExpert
+
+        policy = PolicyExpert(args.policy)
+    elif args.policy:
         from dataio.environments.agents import agent
 
         policy = agent(args.policy, trusted=args.trust_policy)
