@@ -323,8 +323,8 @@ def _byte_rows(value: Value, rows: int, where: str) -> list[bytes]:
 
 def _images(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
     """Pictures of one size. An empty string, which TFDS writes for a picture that is absent, is black."""
-    first = next((decode_image(d, where) for d in data if d), None)
     shape = feature.shape if -1 not in feature.shape and feature.shape else None
+    first = next((decode_image(d, where) for d in data if d), None) if shape is None else None
     if first is None and shape is None:
         raise DataError(f"{where}: an episode without a single picture, and no shape in features.json")
     size = tuple(shape) if shape is not None else first.shape  # type: ignore[union-attr]
@@ -333,6 +333,8 @@ def _images(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
     for row, picture in enumerate(data):
         if picture:
             array = decode_image(picture, f"{where}, step {row}")
+            if feature.dtype == "float32" and array.dtype == np.uint8 and array.shape[2] == 4:
+                array = np.ascontiguousarray(array).view("<f4")  # TFDS keeps the bytes of a float (depth) as RGBA
             if array.shape != size:
                 raise DataError(f"{where}, step {row}: a picture of {array.shape}, not {size}")
             out[row] = array

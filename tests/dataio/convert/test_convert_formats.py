@@ -89,6 +89,20 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
     assert task.field("observation.image").modality == "image"
 
 
+def test_depth_pictures_of_rlds() -> None:
+    """TFDS writes a float32 picture of one channel as the four bytes of each number, in a PNG."""
+    from convert_sources import picture
+
+    from dataio.convert.rlds import _images
+    from dataio.convert.tfds import Feature
+
+    depth = np.random.default_rng(0).normal(size=(2, 16, 18, 1)).astype(np.float32)
+    data = [picture(d.view(np.uint8)) for d in depth]
+    np.testing.assert_array_equal(_images(data, Feature("steps/depth", "image", "float32", (16, 18, 1)), "x"), depth)
+    black = _images([data[0], b""], Feature("steps/depth", "image", "float32", (16, 18, 1)), "x")
+    assert not black[1].any()
+
+
 def test_minari_names_its_environment(made: Any, tmp_path: Path) -> None:
     import json
     import shutil
