@@ -193,8 +193,9 @@ class Minari(Converter):
             return
         for group, (name, key) in _SPACES.items():
             for dotted, path, leaf in spaces.leaves(metadata[key], name, f"{where}, {key}"):
+                field = spaces.spec(dotted, leaf, where)  # refuses what is no space before it is looked at further
                 jpeg = bool(metadata.get("jpeg_encoding", False)) and spaces.is_picture(leaf)
-                yield "/".join((group, *path)), Leaf(path, spaces.spec(dotted, leaf, where), jpeg)
+                yield "/".join((group, *path)), Leaf(path, field, jpeg)
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         folder, numbers = piece.data["folder"], piece.data["episodes"]
