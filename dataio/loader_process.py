@@ -31,7 +31,7 @@ from dataio.fetch import Fetcher
 from dataio.peers import Peers, PeerServer
 from dataio.placement import Home, Placement
 from dataio.plan_log import PlanLog
-from dataio.sizing import sized
+from dataio.sizing import most_staging, sized
 from dataio.units import Span, UnitRanges
 
 if TYPE_CHECKING:
@@ -216,9 +216,10 @@ class LoaderProcess:
         try:
             block = self.cache.open()
         except MemoryError:  # a step that needs more than any before: begin again with more room for what is on its way
-            if self._staging >= self.settings.cache.memory // 2:
+            most = most_staging(self.settings.cache.memory)
+            if self._staging >= most:
                 raise
-            self._staging = min(2 * self._staging, self.settings.cache.memory // 2)
+            self._staging = min(2 * self._staging, most)
             step = self.cache.next
             self.cache.close()
             self.cache = self._new_cache(step)

@@ -41,6 +41,11 @@ class Sizing:
         }
 
 
+def most_staging(memory: int) -> int:
+    """What may be set aside at most of the cache's memory for what is on its way."""
+    return memory * 7 // 8
+
+
 def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) -> Sizing:
     """Units of lengths that suit the data and the cache, and room in the cache for what is on its way."""
     indexes = [entry.index for entry in plan.entries]
@@ -56,4 +61,4 @@ def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) ->
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    return Sizing(units, min(max(3 * wanted // 2, memory // 32), memory // 2), int(home))
+    return Sizing(units, min(max(3 * wanted // 2, memory // 32), most_staging(memory)), int(home))
