@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from dataio.sampling import PlannedWindows
 
 _AHEAD = 64  # steps whose ranges may be on their way
+_READS = 3  # of one window whose bytes are wrong, before another is drawn
 _ATTEMPTS = 8  # draws in the place of one window that cannot be read
-_MOST_BAD = (
-    0.1  # share of the windows of the last steps that may be redrawn: beyond it, it is not an episode that is bad
-)
+# Share of the windows of the last steps that may be redrawn: beyond it, it is not an episode that is bad
+_MOST_BAD = 0.1
 
 
 @dataclass
@@ -289,7 +289,10 @@ class LoaderProcess:
                 planned_one = _only(again, place)
             else:
                 planned_one = _only(planned, i)
-            found, got = await self._read_alone(planned_one)
+            for _ in range(_READS):
+                found, got = await self._read_alone(planned_one)
+                if isinstance(found, Window):
+                    break
             if isinstance(found, Window):
                 if not events:  # the block's other windows, and later ones, get the good bytes too
                     for unit in np.intersect1d(list(got), work.block.misses).tolist():

@@ -248,6 +248,6 @@ def test_a_full_disk_under_the_cache(index: Any, tmp_path: Path, reference: dict
     if not mounted or mounted.returncode:
         pytest.skip("mounting a small disk needs root: this proof did NOT run")
     try:
-        assert rows_of(load(index, CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(small)))) == reference
+        assert rows_of(load(index, CacheBudget(memory=1 << 20, disk=8 << 20, dir=str(small)))) == reference
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
