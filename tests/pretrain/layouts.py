@@ -96,7 +96,7 @@ def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> list[li
         optimizer.step()
         for layer, counts in zip(mixtures(model), step_counts(model)[0], strict=True):
             layer.finish_step(counts)
-        out.append([float(loss), float(norm)])
+        out.append([loss.item(), norm.item()])
     return out
 
 

@@ -108,21 +108,6 @@ def changed(**deepspeed: Any) -> Recipe:
     return dataclasses.replace(RECIPE, deepspeed={**RECIPE.deepspeed, **deepspeed})
 
 
-def test_four_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
-    jobs: list[dict[str, Any]] = [{"name": "pipeline-4", "pipeline": 4, "micro": 3}]
-    jobs += [{"name": "pipeline-2-data-2", "pipeline": 2, "micro": 2}]
-    jobs += [{"name": "pipeline-2-data-2-expert-2", "pipeline": 2, "expert": 2, "micro": 2}]
-    compare(run(tmp_path, 4, jobs), oracle)
-
-
-def test_fewer_rows_than_ranks(tmp_path: Path) -> None:
-    """One row a step: the other rank computes filler alone, and takes part in every collective."""
-    jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage, "batch": 1, "steps": 6} for stage in (1, 3)]
-    jobs += [{"name": "expert", "expert": 2, "batch": 1, "steps": 6}]
-    oracle = layouts.plain(synthetic.config(), changed(train_batch_size=1), 6)
-    compare(run(tmp_path, 2, jobs), np.array(oracle))
-
-
 def sizes(ranks: int, **deepspeed: Any) -> tuple[int, int, int]:
     d = derive(changed(**deepspeed), Grid(0, ranks, 1, 1))
     assert d.config["train_batch_size"] == d.micro_batch * d.accumulation * ranks
