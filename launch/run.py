@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pretrain.parallel import ParallelDims
 
 
+MAPPED = 200_000  # episodes
+
+
 def run(recipe: Recipe) -> int:
     """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed)."""
     from dataio.loader import TrajectoryLoader
@@ -109,7 +112,14 @@ def make_plan(
         buckets=recipe.data.buckets,
         validation=recipe.data.validation,
         held_out=held_out,
+        # A large plan is sorted once a machine and mapped into memory by every process; a small one is sorted sooner than read.
+        cache_dir=str(cache_folder() / "plans") if sum(index.episodes for index in indexes) > MAPPED else "",
     )
+
+
+def cache_folder() -> Path:
+    """$TIPHYS_CACHE, else ~/.cache/tiphys."""
+    return Path(os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys")
 
 
 def loader_arguments(recipe: Recipe, objectives: Objectives, *, training: bool = True) -> dict[str, Any]:
