@@ -86,6 +86,7 @@ def make_plan(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
 ) -> SamplingPlan:
     """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
+    from dataio.document import cache_folder
     from dataio.preferences import preference
     from dataio.sampling import PlanEntry, SamplingPlan
 
@@ -115,11 +116,6 @@ def make_plan(
         # A large plan is sorted once a machine and mapped into memory by every process; a small one is sorted sooner than read.
         cache_dir=str(cache_folder() / "plans") if sum(index.episodes for index in indexes) > MAPPED else "",
     )
-
-
-def cache_folder() -> Path:
-    """$TIPHYS_CACHE, else ~/.cache/tiphys."""
-    return Path(os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys")
 
 
 def loader_arguments(recipe: Recipe, objectives: Objectives, *, training: bool = True) -> dict[str, Any]:
