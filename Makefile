@@ -1,9 +1,12 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
-EXTRAS ?= envs,agents,convert,s3fs,ray,dev
 VENV := .venv
 BIN := $(VENV)/bin
+# What a user needs, and what the tests need beside it.
+USER_EXTRAS := envs,agents,convert,s3fs
+TEST_EXTRAS := $(USER_EXTRAS),atari,ray,dev
 READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -19,24 +22,28 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tiphys needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(USER_EXTRAS)]'
+	touch $@
+
+$(TEST_READY): $(READY)
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(TEST_EXTRAS)]'
 	touch $@
 
 quickstart: setup
 	$(BIN)/tiphys quickstart
 
-test: setup
+test: $(TEST_READY)
 	$(BIN)/python -m pytest
 
-test-all: setup
+test-all: $(TEST_READY)
 	$(BIN)/python -m pytest -m ""
 
-check: setup
+check: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: $(TEST_READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
