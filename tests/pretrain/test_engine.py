@@ -38,16 +38,16 @@ def oracle() -> np.ndarray:
 
 
 def compare(results: dict[str, Any], oracle: np.ndarray, tolerance: float = 1e-5) -> None:
-    held_out: dict[str, Any] = {}
+    held_out: dict[int, dict[str, Any]] = {}
     for name, result in results.items():
         steps = np.array(result["steps"])
         worst = np.abs(steps[:, :2] - oracle[: len(steps)]).max(0)
         assert (worst < tolerance).all(), f"{name}: loss differs by {worst[0]:.1e}, gradient norm by {worst[1]:.1e}"
         sums = result["held_out"]
-        held_out = held_out or sums
-        np.testing.assert_allclose(sums["by_task"], held_out["by_task"], rtol=1e-4, err_msg=name)
+        first = held_out.setdefault(len(steps), sums)  # of the same number of steps
+        np.testing.assert_allclose(sums["by_task"], first["by_task"], rtol=1e-4, err_msg=name)
         if "pipeline" not in name:
-            np.testing.assert_allclose(sums["errors"], held_out["errors"], rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(sums["errors"], first["errors"], rtol=1e-4, err_msg=name)
             assert np.sum(sums["errors"]) > 0
 
 
@@ -63,15 +63,15 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> No
         {"name": "zero-1", "stage": 1},
         {"name": "zero-2", "stage": 2, "order": "interleaved", "micro": 2},
         {"name": "zero-3", "stage": 3, "order": "reversed", "micro": 3},
-        {"name": "pipeline", "pipeline": 2, "steps": 8},
-        {"name": "expert", "expert": 2, "steps": 8},
-        {"name": "one-row", "stage": 3, "batch": 1, "steps": 6},
-        {"name": "one-row-expert", "expert": 2, "stage": 2, "batch": 1, "steps": 6},
+        {"name": "expert", "expert": 2, "steps": 6},
+        {"name": "pipeline", "pipeline": 2, "steps": 6},
+        {"name": "one-row", "stage": 3, "batch": 1, "steps": 4},
+        {"name": "one-row-expert", "expert": 2, "stage": 2, "batch": 1, "steps": 4},
     ]
     results = run(tmp_path, 2, jobs)
     one_row = {name: results.pop(name) for name in list(results) if name.startswith("one-row")}
     compare(results, oracle)
-    compare(one_row, np.array(layouts.plain(synthetic.config(), changed(train_batch_size=1), 6)))
+    compare(one_row, np.array(layouts.plain(synthetic.config(), changed(train_batch_size=1), 4)))
 
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
