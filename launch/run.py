@@ -42,7 +42,7 @@ def run(recipe: Recipe) -> int:
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
-    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary))
+    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
     if world.rank == 0:
         write_recipe(recipe)
