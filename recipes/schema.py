@@ -93,7 +93,6 @@ class Experts:
 
 @dataclass(frozen=True)
 class Model:
-    init: str = ""  # start from a published policy or a run: folder, URL or hf://org/name
     freeze: list[str] = field(default_factory=list)  # globs of parameter names that stay as they are
     layers: int = 8
     hidden: int = 512
