@@ -41,7 +41,7 @@ FREE = (
         "publish.*",
         "run.*",
     ),
-    *("parallel.*", "data.cache.*", "data.requests", "data.prefetch", "model.checkpointing", "model.init", "name"),
+    *("parallel.*", "data.cache.*", "data.requests", "data.prefetch", "model.checkpointing", "name"),
     *("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"),
     *(
         "deepspeed.zero_optimization",
@@ -415,7 +415,7 @@ def check_recipe(state: Mapping[str, Any], recipe: Recipe, where: str) -> None:
         raise CheckpointError(
             f"{where}: belongs to another recipe. Differing keys (saved -> now):\n  "
             + "\n  ".join(matter)
-            + "\nUse another run.dir, or start from this run's weights with model.init."
+            + "\nUse another run.dir."
         )
 
 
