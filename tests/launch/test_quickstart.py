@@ -17,7 +17,7 @@ from transformers import AutoModel
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("dataio", "pretrain", "recipes", "launch", "deepspeed"):
+        if name.partition(".")[0] in ("dataio", "pretrain", "recipes", "launch"):
             raise ImportError(f"{name} is not installed here")
 
 sys.meta_path.insert(0, Blocked())
