@@ -309,7 +309,8 @@ def test_a_loader_process_that_always_dies_is_an_error(index: Any) -> None:
 
 
 TRAINER = """
-    import os, sys, time
+    import os, signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests in the background ignores it
     sys.path[:0] = {paths!r}
     from test_loader import *
     loader = TrajectoryLoader(make_plan(EpisodeIndex.open({url!r})), ONE, digest_batch, NEEDS, cache=CACHE)
