@@ -78,6 +78,7 @@ class LoaderProcess:
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
         self._episodes: deque[tuple[int, int]] = deque(maxlen=256)
         self._totals: dict[str, float] = {}
+        self._hit_rate = 0.0
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
@@ -348,11 +349,15 @@ class LoaderProcess:
         step = {name: float(total - self._totals.get(name, 0.0)) for name, total in totals.items()}
         self._totals = totals
         served = step["bytes_memory"] + step["bytes_disk"]
+        if (
+            asked := served + step["bytes_missed"]
+        ):  # blocks open ahead of their steps: towards the end none is left to open
+            self._hit_rate = served / asked
         self._episodes.extend(zip(work.planned.entry.tolist(), work.planned.episode.tolist(), strict=True))
         return {
             **work.counters,
             **step,
-            "cache_hit_rate": served / max(served + step["bytes_missed"], 1.0),
+            "cache_hit_rate": self._hit_rate,
             "cache_hit_bound": float(statistics["bound"]),
             "cache_bytes": float(self.cache.occupied),
             "look_ahead_steps": float(statistics["look_ahead"]),

@@ -174,7 +174,7 @@ def _shares(train: Iterable[Mapping[str, Any]]) -> Points:
 
 def _cache(train: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     """Share of the bytes that the cache held, beside the share that theory allows."""
-    names = {"cache_hit_rate": "hit rate", "cache_bound": "bound"}
+    names = {"cache_hit_rate": "hit rate", "cache_hit_bound": "bound"}
     return {
         shown: [(line["step"], line["loader"][key]) for line in train if key in line.get("loader", {})]
         for key, shown in names.items()

@@ -21,6 +21,7 @@ from dataio.environments.family import (
     MissingExtra,
     Stateless,
     UnknownEnvironment,
+    render_without_display,
 )
 from dataio.episode import DataError, TaskSpec
 from dataio.observation import observation_fields
@@ -52,6 +53,7 @@ def make(task: str, **options: Any) -> Environment:
     Raises UnknownEnvironment with the nearest names, or MissingExtra with the line that installs what is missing.
     """
     owner = family(task)
+    render_without_display()
     with _Installed(owner, task):
         if task not in owner.names():
             raise _unknown(task, owner.names())

@@ -132,9 +132,13 @@ class Family:
 
 
 def render_without_display() -> None:
-    """Lets MuJoCo draw by EGL where there is no display and nobody chose otherwise; before its first renderer is made."""
+    """Lets MuJoCo draw by EGL and pygame into memory where there is no display and nobody chose otherwise.
+
+    To be called before their first renderer is made.
+    """
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 
 def space_fields(observation_space: Any, action_space: Any) -> tuple[FieldSpec, ...]:

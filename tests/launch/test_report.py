@@ -45,7 +45,7 @@ def run(tmp_path):
             "seconds": 0.1,
             "data_wait": 0.001,
             "loss_by_task": {"<b>task</b>": 1.0 / step},
-            "loader": {"cache_hit_rate": 0.5, "cache_bound": 0.6},
+            "loader": {"cache_hit_rate": 0.5, "cache_hit_bound": 0.6},
         }
         for step in range(1, 8)
     ]
