@@ -95,7 +95,12 @@ class EpisodeIndex:
         from dataio.storage import Store
 
         store = Store(url)
-        raw = store.read(DATASET)
+        try:
+            raw = store.read(DATASET)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{url}: no dataset is there ({DATASET} is missing); `tiphys collect`, `convert` or `index` makes one"
+            ) from error
         document = parse(raw, f"{url}/{DATASET}")
         folder = decoded(store, document, cache_folder(cache_dir))
         index = cls(url, document, load(folder), hashlib.sha256(raw).hexdigest()[:32])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launch.submit import devices
 from recipes.load import Examined, RecipeError, examine, from_dict
 from recipes.schema import Model, Parallel, Recipe
 
@@ -117,6 +119,8 @@ def _pydantic(section: str, values: dict[str, Any], where: Where) -> Iterator[st
     """What DeepSpeed's own model of a section finds wrong."""
     from pydantic import ValidationError
 
+    if not devices():  # else DeepSpeed warns that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if section == "zero_optimization":
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as model
     elif section == "bf16":
