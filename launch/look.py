@@ -80,11 +80,17 @@ def episode(url: str, number: int, picture: str = "") -> str:
             lines.append(f"  {name}: {value!r}")
         else:
             array = np.asarray(value)
-            first = np.array2string(array[:2], threshold=12, precision=3).replace("\n", " ")
-            lines.append(f"  {name}: {array.dtype}{list(array.shape)} {first}")
+            lines.append(f"  {name}: {array.dtype}{list(array.shape)} {_values(array)}")
     if picture:
         lines.append(f"written: {_picture(found.fields, picture)}")
     return "\n".join(lines)
+
+
+def _values(array: np.ndarray) -> str:
+    """The first steps of small fields; the extremes of large ones."""
+    if array.ndim > 2 and array.dtype.kind in "iuf" and array.size:
+        return f"from {array.min():g} to {array.max():g}"
+    return " ".join(np.array2string(array[:2], threshold=12, precision=3).split())
 
 
 def _picture(fields: Mapping[str, Any], path: str) -> str:
