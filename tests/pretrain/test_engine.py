@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,37 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("tied, chosen", [(False, 2), (True, 1)])
+@pytest.mark.parametrize(
+    "ranks, tied, chosen",
+    [
+        (2, False, 2),
+        (4, False, 2),
+        pytest.param(8, False, 2, marks=pytest.mark.long),
+        *(pytest.param(ranks, True, 1, marks=pytest.mark.long) for ranks in (2, 4, 8)),
+    ],
+)
 def test_every_layout_equals_plain_pytorch(tmp_path: Path, ranks: int, tied: bool, chosen: int) -> None:
-    """30 steps, clipping on, accumulation 4 where the rows suffice; embeddings tied or not, one expert a token or two."""
+    """30 steps, clipping on, accumulation 4 where the rows suffice; embeddings tied or not, one expert a token or two.
+
+    With TIPHYS_LAYOUT_TABLE=docs/layouts.md the run adds its rows to that table.
+    """
     options = {"tie_word_embeddings": tied, "num_experts_per_tok": chosen}
     common = {"steps": 30, "config": options}
     jobs = [{**common, **job, "micro": max(1, 16 // (4 * ranks // job.get("pipeline", 1)))} for job in LAYOUTS[ranks]]
     oracle = np.array(layouts.plain(synthetic.config(**options), RECIPE, 30))
-    compare(run(tmp_path, ranks, jobs, timeout=550), oracle)
+    results = run(tmp_path, ranks, jobs, timeout=550)
+    compare(results, oracle)
+    if table := os.environ.get("TIPHYS_LAYOUT_TABLE"):
+        record(Path(table), results, oracle, f"{'tied' if tied else 'untied'}, {chosen} of 4 experts a token")
+
+
+def record(table: Path, results: dict[str, Any], oracle: np.ndarray, model: str) -> None:
+    """Add a row a layout: the worst difference from plain PyTorch in loss and gradient norm."""
+    with table.open("a", encoding="utf-8") as file:
+        for name, result in results.items():
+            steps = np.array(result["steps"])
+            loss, norm = np.abs(steps[:, :2] - oracle[: len(steps)]).max(0)
+            file.write(f"| {name} | {model} | {len(steps)} | {loss:.1e} | {norm:.1e} |\n")
 
 
 RECIPE = synthetic.recipe()
