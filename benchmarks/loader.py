@@ -1,6 +1,7 @@
 """The loader beside plain concurrent ranges and beside memory, on vectors and on images, in one run.
 
     python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,…]
+    python -m benchmarks.loader --soak MINUTES [--pace STEPS_A_SECOND]    # only the loader's memory, over a long time
 
 All read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same data sets; the store
 answers after 15 ms at 80 MB/s a connection and shares the machine's cores with what is measured. The cache holds a quarter of
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.soak import soak, summary
 from benchmarks.store import StoreServer
 from dataio.assemble import Assembler
 from dataio.bench import _distinct_bound, all_fields, stack_windows, window_plan
@@ -277,11 +279,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
     parser.add_argument("--only", default="vector,image")
+    parser.add_argument(
+        "--soak", type=float, default=0.0, metavar="MINUTES", help="watch the memory of a vector loader"
+    )
+    parser.add_argument("--pace", type=float, default=0.0, help="steps a second that a soak consumes; 0: all it can")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "root"
-        for kind in arguments.only.split(","):
+        for kind in ["vector"] if arguments.soak else arguments.only.split(","):
             fields, size, rows = KINDS[kind]
             local = write(str(root / "bucket" / kind), fields, int(size * arguments.scale))
             with (
@@ -289,6 +295,10 @@ def main() -> None:
                 environment(server.endpoint, Path(scratch) / "c"),
             ):
                 index = EpisodeIndex.open(f"s3://bucket/{kind}")
+                if arguments.soak:
+                    results["soak"] = soak(index, rows, K, index_bytes(index) // 4, arguments.soak, arguments.pace)
+                    print(summary(results["soak"]))
+                    continue
                 results[kind] = compare(kind, index, arguments.repeat)
                 results[kind]["randomness"] = randomness(local, rows)
                 results[kind]["waiting"] = waiting(index, rows, results[kind]["cache"])
