@@ -9,8 +9,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import synthetic
 import torch
 
@@ -78,8 +79,15 @@ def save(engine: Engine, run: str) -> None:
     engine.world.barrier()
 
 
-def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> list[list[float]]:
-    """The obvious oracle: one process, whole batches, torch's AdamW, torch's clipping; (loss, gradient norm) of each step."""
+class Plain(NamedTuple):
+    """What the oracle saw: (loss, gradient norm) of each step, and the weights and buffers after the last."""
+
+    steps: np.ndarray
+    weights: dict[str, torch.Tensor]
+
+
+def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> Plain:
+    """The obvious oracle: one process, whole batches, torch's AdamW, torch's clipping."""
     model = DecisionModel(config, seed=3)
     options = recipe.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
@@ -97,7 +105,7 @@ def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> list[li
         for layer, counts in zip(mixtures(model), step_counts(model)[0], strict=True):
             layer.finish_step(counts)
         out.append([loss.item(), norm.item()])
-    return out
+    return Plain(np.array(out), dict(model.state_dict()))
 
 
 if __name__ == "__main__":

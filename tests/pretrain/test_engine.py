@@ -13,12 +13,16 @@ import numpy as np
 import processes
 import pytest
 import synthetic
+from layouts import Plain
 
+from pretrain.checkpoint import Checkpoint, export_weights
 from pretrain.deepspeed_config import derive
 from pretrain.parallel import Grid, LayoutError, ParallelDims
 from recipes.schema import Recipe
 
 SCRIPT = Path(layouts.__file__)
+# Of a weight, after steps of 3e-3: Adam's quotient m / √v turns the rounding of a small gradient into a part of a step.
+WEIGHTS = 1e-5
 
 
 def run(tmp_path: Path, ranks: int, jobs: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
@@ -34,15 +38,15 @@ def world() -> ParallelDims:
 
 
 @pytest.fixture(scope="module")
-def oracle() -> np.ndarray:
-    return np.array(layouts.plain(synthetic.config(), synthetic.recipe()))
+def oracle() -> Plain:
+    return layouts.plain(synthetic.config(), synthetic.recipe())
 
 
-def compare(results: dict[str, Any], oracle: np.ndarray, tolerance: float = 1e-5) -> None:
+def compare(results: dict[str, Any], oracle: Plain, tolerance: float = 1e-5) -> None:
     held_out: dict[int, dict[str, Any]] = {}
     for name, result in results.items():
         steps = np.array(result["steps"])
-        worst = np.abs(steps[:, :2] - oracle[: len(steps)]).max(0)
+        worst = np.abs(steps[:, :2] - oracle.steps[: len(steps)]).max(0)
         assert (worst < tolerance).all(), f"{name}: loss differs by {worst[0]:.1e}, gradient norm by {worst[1]:.1e}"
         sums = result["held_out"]
         first = held_out.setdefault(len(steps), sums)  # of the same number of steps
@@ -52,13 +56,13 @@ def compare(results: dict[str, Any], oracle: np.ndarray, tolerance: float = 1e-5
             assert np.sum(sums["errors"]) > 0
 
 
-def test_one_rank_equals_plain_pytorch(world: ParallelDims, oracle: np.ndarray) -> None:
+def test_one_rank_equals_plain_pytorch(world: ParallelDims, oracle: Plain) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
     jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
     compare({job["name"]: layouts.do(job) for job in jobs}, oracle)
 
 
-def test_two_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> None:
+def test_two_ranks_equal_plain_pytorch(tmp_path: Path, oracle: Plain) -> None:
     """Also with other rows on each rank, in other micro-batches; and with fewer rows than ranks, where one computes filler."""
     jobs: list[dict[str, Any]] = [
         {"name": "zero-1", "stage": 1},
@@ -72,7 +76,7 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path, oracle: np.ndarray) -> No
     results = run(tmp_path, 2, jobs)
     one_row = {name: results.pop(name) for name in list(results) if name.startswith("one-row")}
     compare(results, oracle)
-    compare(one_row, np.array(layouts.plain(synthetic.config(), changed(train_batch_size=1), 4)))
+    compare(one_row, layouts.plain(synthetic.config(), changed(train_batch_size=1), 4))
 
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
@@ -105,22 +109,52 @@ def test_every_layout_equals_plain_pytorch(tmp_path: Path, ranks: int, tied: boo
     With TIPHYS_LAYOUT_TABLE=docs/layouts.md the run adds its rows to that table.
     """
     options = {"tie_word_embeddings": tied, "num_experts_per_tok": chosen}
-    common = {"steps": 30, "config": options}
-    jobs = [{**common, **job, "micro": max(1, 16 // (4 * ranks // job.get("pipeline", 1)))} for job in LAYOUTS[ranks]]
-    oracle = np.array(layouts.plain(synthetic.config(**options), RECIPE, 30))
+    common = {"steps": 30, "save_at": 30, "config": options}
+    jobs = [
+        {**common, **job, "run": str(tmp_path / job["name"]), "micro": micro_of(ranks // job.get("pipeline", 1))}
+        for job in LAYOUTS[ranks]
+    ]
+    oracle = layouts.plain(synthetic.config(**options), RECIPE, 30)
     results = run(tmp_path, ranks, jobs, timeout=550)
     compare(results, oracle)
+    for job in jobs:
+        results[job["name"]]["weights"] = farthest(Path(job["run"]), oracle)
     if table := os.environ.get("TIPHYS_LAYOUT_TABLE"):
         record(Path(table), results, oracle, f"{'tied' if tied else 'untied'}, {chosen} of 4 experts a token")
 
 
-def record(table: Path, results: dict[str, Any], oracle: np.ndarray, model: str) -> None:
-    """Add a row a layout: the worst difference from plain PyTorch in loss and gradient norm."""
+def micro_of(data: int) -> int:
+    """Rows of a micro-batch, so that a step has four of them where the rows suffice."""
+    return max(1, 16 // (4 * data))
+
+
+def farthest(run_dir: Path, oracle: Plain, tolerance: float = WEIGHTS) -> float:
+    """The largest difference of a trained weight from the oracle's; counts of routed tokens must be equal."""
+    checkpoint = Checkpoint.newest_whole(run_dir, verify=True)
+    assert checkpoint is not None
+    weights = export_weights(checkpoint)
+    tied = {
+        name for name, other in oracle.weights.items() if other.data_ptr() == oracle.weights["token.weight"].data_ptr()
+    }
+    assert oracle.weights.keys() - weights.keys() == tied - {"token.weight"}
+    worst = 0.0
+    for name, weight in weights.items():
+        difference = (weight - oracle.weights[name]).abs().max().item()
+        assert difference <= (tolerance if weight.is_floating_point() else 0), (
+            f"{run_dir.name}: {name}: {difference:.1e}"
+        )
+        worst = max(worst, difference)
+    return worst
+
+
+def record(table: Path, results: dict[str, Any], oracle: Plain, model: str) -> None:
+    """Add a row a layout: the worst difference from plain PyTorch in loss, gradient norm and final weights."""
     with table.open("a", encoding="utf-8") as file:
         for name, result in results.items():
             steps = np.array(result["steps"])
-            loss, norm = np.abs(steps[:, :2] - oracle[: len(steps)]).max(0)
-            file.write(f"| {name} | {model} | {len(steps)} | {loss:.1e} | {norm:.1e} |\n")
+            loss, norm = np.abs(steps[:, :2] - oracle.steps[: len(steps)]).max(0)
+            row = f"{name} | {model} | {len(steps)} | {loss:.1e} | {norm:.1e} | {result['weights']:.1e}"
+            file.write(f"| {row} |\n")
 
 
 RECIPE = synthetic.recipe()
