@@ -95,6 +95,8 @@ def fragments(engine: Any, named: Named) -> Iterator[Fragment]:
     check(engine)
     finder = _finder(engine)
     for local, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "placeholder"):  # not the model's: model/expert_parallel.py
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         address = named(local, parameter, shape)
         fragment = finder(parameter, address)

@@ -33,7 +33,7 @@ class PipelineEngine(Engine):
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
         try:
-            bounds = partition(self.config, self.world.pipeline, experts_everywhere=self.world.expert > 1)
+            bounds = partition(self.config, self.world.pipeline)
         except ValueError as error:
             raise LayoutError(f"parallel.pipeline: {error}") from error
         self._stage = DecisionPipeline(self.config, bounds, seed=self.seed)

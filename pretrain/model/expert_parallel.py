@@ -34,25 +34,14 @@ class ShardedExperts(MoE, Experts):
             )
         count = config.num_experts // size
         Experts.__init__(self, config, count, rank * count)
-        self.num_experts, self.num_local_experts, self.first, self.ep_size = (
-            config.num_experts,
-            count,
-            rank * count,
-            size,
-        )
-        self.expert_group_name = f"ep_size_{size}"
+        self.num_experts, self.num_local_experts = config.num_experts, count
+        self.first, self.ep_size = rank * count, size
         self.group: Any = None
-        for parameter in self.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        _mark(self)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by `deepspeed.initialize`: finds, or creates on every rank alike, the groups of this size."""
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
-            )
-        self.group = groups._get_expert_parallel_group(self.expert_group_name)
+        """Called by `deepspeed.initialize`."""
+        self.group = _group(self.ep_size, use_data_before_expert_parallel_)
         rank = dist.get_rank(self.group)
         if rank * self.num_local_experts != self.first:
             raise RuntimeError(
@@ -73,6 +62,40 @@ class ShardedExperts(MoE, Experts):
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         made = Experts.forward(self, rows.index_select(0, order), received.sum(0))
         return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group)
+
+
+class NoExperts(MoE):
+    """Stands where a rank has no expert to train, as on a pipeline stage of dense layers; takes part in nothing.
+
+    DeepSpeed creates expert groups on all ranks together, and sums the gradient's norm over the stages once for each of its
+    groups of parameters: a stage without an expert parameter would leave the others waiting. This one is never used, stays
+    zero and is not saved.
+    """
+
+    def __init__(self, size: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.ep_size = size, size
+        self.placeholder = nn.Parameter(torch.zeros(size))
+        vars(self.placeholder)["placeholder"] = True  # for `deepspeed_state.fragments`
+        _mark(self)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Called by `deepspeed.initialize`."""
+        _group(self.ep_size, use_data_before_expert_parallel_)
+
+
+def _mark(layer: ShardedExperts | NoExperts) -> None:
+    """Tell DeepSpeed which ranks average the gradients of these parameters."""
+    for parameter in layer.parameters():
+        vars(parameter).update(allreduce=False, group_name=f"ep_size_{layer.ep_size}")
+
+
+def _group(size: int, data_first: bool) -> Any:
+    """This rank's expert group of this size, found, or created on every rank alike."""
+    name = f"ep_size_{size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(size, use_data_before_expert_parallel_=data_first)
+    return groups._get_expert_parallel_group(name)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -110,3 +133,5 @@ def shard_experts(module: nn.Module, config: DecisionConfig, rank: int, size: in
             own.data = full[part.first : part.first + part.num_local_experts].clone()
             own.requires_grad_(full.requires_grad)
         mixture.experts = part
+    if not any(p.requires_grad for mixture in mixtures(module) for p in mixture.experts.parameters()):
+        module.add_module("no_experts", NoExperts(size))

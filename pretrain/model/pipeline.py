@@ -171,13 +171,11 @@ def layer_costs(config: DecisionConfig, window: int = 256, targets: float = 0.3)
     return [0.0, 0.0, *blocks, 0.0, targets * 2 * config.hidden_size * config.vocab_size]
 
 
-def partition(
-    config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None, experts_everywhere: bool = False
-) -> list[int]:
+def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None) -> list[int]:
     """Bounds [0, …, number of layers] of the stages, so that the most expensive stage is as cheap as possible.
 
-    Every stage has a block. With `experts_everywhere` every stage has a mixture of experts: DeepSpeed's expert groups wait
-    for each other on all stages. Raises ValueError where that is impossible.
+    Every stage has a block. `costs`: of every layer, in any unit; None: their operations. Raises ValueError where there are
+    more stages than blocks.
     """
     costs = list(layer_costs(config) if costs is None else costs)
     blocks = config.num_hidden_layers
@@ -185,32 +183,17 @@ def partition(
     cost[1] += sum(costs[:ENDS])
     cost[-1] += sum(costs[ENDS + blocks :])
     sums = [sum(cost[: i + 1]) for i in range(blocks + 1)]
-    sparse = [0]
-    for i in range(blocks):
-        sparse.append(sparse[-1] + config.has_experts(i))
     if stages > blocks:
         raise ValueError(
             f"{blocks} layers cannot make {stages} pipeline stages: raise model.layers or lower parallel.pipeline"
         )
-    if experts_everywhere and sparse[-1] < stages:
-        raise ValueError(
-            f"{sparse[-1]} layers with experts cannot stand on all of {stages} pipeline stages: "
-            f"lower model.moe.every to {max(1, blocks // stages)} or less, or parallel.pipeline"
-        )
-
-    def allowed(start: int, stop: int) -> bool:
-        return stop > start and (not experts_everywhere or sparse[stop] > sparse[start])
 
     # best[j]: cheapest maximum over the stages so far that end before block j, and where the last of them begins
     best: list[tuple[float, list[int]]] = [(0.0, [0])] + [(float("inf"), [])] * blocks
     for _ in range(stages):
         best = [
             min(
-                (
-                    (max(best[i][0], sums[j] - sums[i]), [*best[i][1], j])
-                    for i in range(j)
-                    if allowed(i, j) and best[i][1]
-                ),
+                ((max(best[i][0], sums[j] - sums[i]), [*best[i][1], j]) for i in range(j) if best[i][1]),
                 default=(float("inf"), []),
             )
             for j in range(blocks + 1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +60,8 @@ def build_layers(config: DecisionConfig) -> list[tuple[str, type[Module], tuple[
     return [*layers, ("head", Head, (config,)), ("output", Output, (config,))]
 
 
-@dataclass
-class DecisionOutput:
-    """What a forward pass gives.
+class DecisionOutput(NamedTuple):
+    """What a forward pass gives: a tuple, so that ZeRO-3's hooks see the tensors in it.
 
     loss          scalar: Σ weight · loss over the targets ÷ normaliser, without auxiliary terms
     auxiliary     float32 [2]: balance and z-loss, already injected into the gradient; not part of `loss`

@@ -40,6 +40,16 @@ def config_of(job: dict[str, Any]) -> DecisionConfig:
     return synthetic.config(**job.get("config", {}))
 
 
+def model_of(job: dict[str, Any]) -> DecisionModel:
+    """The model before training; `favourite`: an expert that every router prefers, whatever the token."""
+    model = DecisionModel(config_of(job), seed=3)
+    if "favourite" in job:
+        with torch.no_grad():
+            for layer in mixtures(model):
+                layer.router.modality[:, job["favourite"]] = 40.0
+    return model
+
+
 def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH) -> TokenBatch:
     """This rank's rows of a step; `order`: other rows than the plain division gives, the same global batch."""
     if not world.is_first_stage:
@@ -57,7 +67,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     started = time.time()
     world = ParallelDims(Parallel(job.get("pipeline", 1), job.get("expert", 1)))
     recipe = recipe_of(job)
-    engine = build_engine(recipe, DecisionModel(config_of(job), seed=3), world)
+    engine = build_engine(recipe, model_of(job), world)
     if "load" in job:
         Checkpoint.open(job["load"]).load(engine)
     if job.get("resave"):
@@ -86,16 +96,16 @@ class Plain(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-def plain(config: DecisionConfig, recipe: Recipe, steps: int = STEPS) -> Plain:
+def plain(job: dict[str, Any]) -> Plain:
     """The obvious oracle: one process, whole batches, torch's AdamW, torch's clipping."""
-    model = DecisionModel(config, seed=3)
+    model, recipe = model_of(job), recipe_of(job)
     options = recipe.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
     )
     model.train()
     out = []
-    for step in range(steps):
+    for step in range(job.get("steps", STEPS)):
         batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])))
         loss = model(to_tensors(batch), batch.targets, batch.real_tokens).loss
         optimizer.zero_grad()
