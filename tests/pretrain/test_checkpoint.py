@@ -297,37 +297,75 @@ SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8, 
 EVERY = {"steps": 6, "save_at": 3, "deepspeed": SCHEDULE}
 
 
-def test_between_stages_and_ranks(world: ParallelDims, tmp_path: Path) -> None:
-    """ZeRO-1 ↔ 2 ↔ 3 and 0, 1 ↔ 2 ranks, pipeline and experts: state bit-equal after loading, losses equal after that."""
+Leg = tuple[str, str, dict[str, Any]]  # checkpoint that is loaded, name of the one that is saved again, layout
 
-    def here(name: str, **job: Any) -> dict[str, Any]:
-        return layouts.do({"name": name, **EVERY, "run": str(tmp_path / name), **job})
 
-    one = here("one-1", stage=1)
-    jobs: list[dict[str, Any]] = []
-    for source, name, job in (
-        ("one-1", "two-1", {"stage": 1}),
+def jobs_of(legs: list[Leg], root: Path) -> list[dict[str, Any]]:
+    """Load, save again at once, train on."""
+    return [
+        {"name": name, **EVERY, **layout, "load": str(folder(root / source, 3)), "resave": str(root / name)}
+        for source, name, layout in legs
+    ]
+
+
+def ranks_do(legs: list[Leg], root: Path, ranks: int) -> dict[str, Any]:
+    (root / "jobs.json").write_text(json.dumps(jobs_of(legs, root)))
+    processes.run(layouts.__file__, [root / "out.json", root / "jobs.json"], ranks)
+    return json.loads((root / "out.json").read_text())
+
+
+def here(legs: list[Leg], root: Path) -> dict[str, Any]:
+    return {job["name"]: layouts.do(job) for job in jobs_of(legs, root)}
+
+
+@pytest.fixture(scope="module")
+def first(world: ParallelDims, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Six steps of one process, saved after the third as `one` in the folder."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return root, layouts.do({"name": "one", **EVERY, "stage": 1, "run": str(root / "one")})
+
+
+def same(root: Path, results: dict[str, Any], one: dict[str, Any]) -> None:
+    """Bit-equal state in every checkpoint, and the losses, norms and counts of the steps after it."""
+    for name, result in results.items():
+        equal(folder(root / "one", 3), folder(root / name, 3))
+        assert len(result["steps"]) == 3
+        for after, before in zip(result["steps"], one["steps"][3:], strict=True):
+            assert after == pytest.approx(before, abs=2e-6), name
+
+
+def test_between_stages_and_ranks(first: tuple[Path, dict[str, Any]]) -> None:
+    """1 ↔ 2 ranks, ZeRO-1 → 2 → 3 → two stages → two expert ranks → one rank with ZeRO-3, 0, 1."""
+    root, one = first
+    legs: list[Leg] = [
+        ("one", "two-e1", {"expert": 2}),
+        ("two-e1", "two-1", {"stage": 1}),
         ("two-1", "two-2", {"stage": 2, "zero": {"round_robin_gradients": True}}),
         ("two-2", "two-3", {"stage": 3, "zero": {"stage3_param_persistence_threshold": 100}}),
         ("two-3", "two-p", {"stage": 1, "pipeline": 2}),
         ("two-p", "two-e", {"stage": 2, "expert": 2}),
-    ):
-        load = str(folder(tmp_path / source, 3))
-        jobs.append({"name": name, **EVERY, **job, "load": load, "resave": str(tmp_path / name)})
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    processes.run(layouts.__file__, [tmp_path / "out.json", tmp_path / "jobs.json"], 2)
-    results = json.loads((tmp_path / "out.json").read_text())
-    for i, (source, stage) in enumerate((("two-e", 3), ("one-back0", 0), ("one-back1", 1))):
-        name = f"one-back{i}"
-        load = str(folder(tmp_path / source, 3))
-        results[name] = layouts.do(
-            {"name": name, **EVERY, "stage": stage, "load": load, "resave": str(tmp_path / name), "run": ""}
-            | {"save_at": -1}
-        )
-    for name, result in results.items():
-        equal(folder(tmp_path / "one-1", 3), folder(tmp_path / name, 3))
-        for after, before in zip(result["steps"], one["steps"][3:], strict=True):
-            assert after == pytest.approx(before, abs=2e-6), name
+    ]
+    results = ranks_do(legs, root, 2)
+    results |= here(
+        [("two-e", "back-3", {"stage": 3}), ("back-3", "back-0", {"stage": 0}), ("back-0", "back-1", {})], root
+    )
+    same(root, results, one)
+
+
+def test_pipeline_with_experts_and_one_process(first: tuple[Path, dict[str, Any]]) -> None:
+    """Two stages × two replicas that are two expert ranks, from one process and from ZeRO-3, and back to it."""
+    root, one = first
+    hybrid = {"pipeline": 2, "expert": 2}
+    legs: list[Leg] = [
+        ("one", "hybrid", hybrid),
+        ("hybrid", "four-3", {"stage": 3}),
+        ("four-3", "again", hybrid),
+        ("again", "four-e", {"expert": 2, "stage": 2}),
+        ("four-e", "four-p", {"pipeline": 4}),
+    ]
+    results = ranks_do(legs, root, 4)
+    results |= here([("hybrid", "hybrid-back", {}), ("four-p", "four-back", {"stage": 3})], root)
+    same(root, results, one)
 
 
 def test_frozen_and_tied_parameters(world: ParallelDims, tmp_path: Path) -> None:
