@@ -104,7 +104,7 @@ def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
             window = int(planned.episode[i]), int(first[i]), int(count[i])
             parts = [shards[r.shard][r.offset : r.offset + r.size] for r in index.ranges(*window, names)]
             decoded = index.decode(*window, names, parts)
-            rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
+            rows.append([assembler.window(planned, i, decoded)])
         stack_windows(step, np.arange(len(rows)), rows)
         yield len(rows), time.process_time() - began, {}
 
@@ -133,7 +133,7 @@ def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
             first, count = units.rows(planned)
             for i, parts in enumerate(buffers):
                 decoded = index.decode(int(planned.episode[i]), int(first[i]), int(count[i]), needs.fields, parts)
-                rows.append([assembler._window(planned, i, decoded["fields"], *_rest(decoded), None)])
+                rows.append([assembler.window(planned, i, decoded)])
             stack_windows(step, np.arange(len(rows)), rows)
             yield len(rows), time.process_time() - began, {}
     finally:
@@ -141,10 +141,6 @@ def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*waiting, return_exceptions=True))
         loop.close()
-
-
-def _rest(decoded: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return decoded["step"], decoded["returns_to_go"], decoded["valid"]
 
 
 def from_loader(index: EpisodeIndex, plan: SamplingPlan, cache: int, run: int) -> Steps:

@@ -6,7 +6,7 @@ that are stored raw become views of the bytes that arrived; a window with anythi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,18 +14,15 @@ from crc32c import crc32c
 
 from dataio.encodings import KINDS
 from dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
+from dataio.gather import UNWANTED, Copy, Gathered, gather
 from dataio.index import STEPS
 from dataio.rows import broken_row, is_large, is_small, row_dtype
-from dataio.units import Span, UnitMap, UnitRanges
+from dataio.units import Span, UnitMap, UnitRanges, expand
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from dataio.index import EpisodeIndex
     from dataio.sampling import PlannedWindows
 
-Get = Callable[[int], "memoryview | None"]
-_ZEROS = bytes(1 << 16)
 _RAW = KINDS.index("raw")
 
 
@@ -37,6 +34,19 @@ class TaskFields(NamedTuple):
     episodic: tuple[FieldSpec, ...]
     large: tuple[tuple[FieldSpec, int], ...]  # with the bytes of a step; 0 where that is no fixed number
     names: tuple[str, ...]
+
+
+_Head = tuple[int, int, str, int, int, int]  # the elements of a Window before its fields
+_Tail = tuple[bool, int]  # and after its arrays
+
+
+class _Step(NamedTuple):
+    """The windows of a step: first row and rows of each, and their bytes."""
+
+    planned: PlannedWindows
+    first: np.ndarray
+    rows: np.ndarray
+    gathered: Gathered
 
 
 class Assembler:
@@ -57,196 +67,152 @@ class Assembler:
         return known
 
     def windows(
-        self, planned: PlannedWindows, spans: Sequence[Span], ranges: Sequence[UnitRanges], get: Get
+        self, planned: PlannedWindows, spans: Sequence[Span], ranges: Sequence[UnitRanges], copy: Copy
     ) -> list[Window | DataError]:
         """One a planned window: the Window, or what is wrong with its bytes.
 
-        spans   of the step (UnitMap.spans); ranges: those of each span's units; get: a unit's bytes, None where it has none
+        spans  of the step (UnitMap.spans); ranges: those of each span's units; copy: where their bytes come from
         """
         first, count = self.units.rows(planned)
+        step = _Step(planned, first, count, gather(planned, self.units, spans, ranges, copy))
         out: list[Any] = [None] * len(planned.row)
-        pieces: dict[tuple[int, str], list[Buffer] | None] = {}
-        sizes: dict[tuple[int, str], int] = {}
-        for span, where in zip(spans, ranges, strict=True):
-            field = self.units.columns[span.column].field
-            for window, parts, size in _pieces(span, where, get):
-                pieces[window, field], sizes[window, field] = parts, size
-        together: dict[tuple[int, int], list[int]] = {}
-        for i, (entry, task) in enumerate(zip(planned.entry.tolist(), planned.task.tolist(), strict=True)):
-            wanted = self.wanted(entry, task)
-            parts = pieces.get((i, STEPS))
-            if parts is None or not self._is_raw(planned, i, wanted):
-                out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
-            else:
-                together.setdefault((entry, task), []).append(i)
-        for (entry, task), members in together.items():
-            self._many(planned, members, first, count, self.wanted(entry, task), pieces, sizes, out)
+        pairs, which = np.unique(np.stack([planned.entry, planned.task]), axis=1, return_inverse=True)
+        for number, (entry, task) in enumerate(pairs.T.tolist()):
+            here, wanted = np.flatnonzero(which.reshape(-1) == number), self.wanted(entry, task)
+            simple = self._simple(step, here, entry, wanted)
+            self._many(step, here[simple], entry, wanted, out)
+            for i in here[~simple].tolist():
+                out[i] = self._one(step, i, wanted)
         return out
 
-    def _many(
-        self,
-        planned: PlannedWindows,
-        members: Sequence[int],
-        first: np.ndarray,
-        count: np.ndarray,
-        wanted: TaskFields,
-        pieces: dict[tuple[int, str], Any],
-        sizes: dict[tuple[int, str], int],
-        out: list[Any],
-    ) -> None:
-        """Windows of one entry and task, in one array."""
-        row_bytes = wanted.dtype.itemsize
-        data = b"".join([part for i in members for part in pieces[i, STEPS]])
-        if len(data) != row_bytes * int(sum(count[i] for i in members)) or broken_row(memoryview(data), row_bytes) >= 0:
-            for i in members:  # one of them is damaged: each alone says which and where
-                out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
-            return
-        table = np.frombuffer(data, wanted.dtype)
-        raw = {i: self._raw_fields(planned, i, int(first[i]), int(count[i]), wanted, pieces) for i in members}
-        columns = [(name, np.ascontiguousarray(table[name])) for name in wanted.columns]
-        step = table["_step"].astype(np.int64)
-        returns = np.ascontiguousarray(table["_return_to_go"])
-        valid = table["_valid"] != 0
-        at = 0
-        for i in members:
-            here = slice(at, at + sizes[i, STEPS] // row_bytes)
-            at = here.stop
-            large = raw[i]
-            if large is None:
-                out[i] = self._one(planned, i, int(first[i]), int(count[i]), wanted, pieces)
-                continue
-            fields: dict[str, Any] = {name: array[here] for name, array in columns} | large
-            out[i] = self._window(planned, i, fields, step[here], returns[here], valid[here], wanted)
-
-    def _is_raw(self, planned: PlannedWindows, i: int, wanted: TaskFields) -> bool:
-        """Whether all large fields of a window are stored as they are in memory."""
-        if not wanted.large:
-            return True
-        arrays, episode = self._index(planned, i).arrays, planned.episode[i]
-        return all(size and arrays[f"chunks.{spec.name}.kind"][episode] == _RAW for spec, size in wanted.large)
-
-    def _raw_fields(
-        self,
-        planned: PlannedWindows,
-        i: int,
-        first: int,
-        count: int,
-        wanted: TaskFields,
-        pieces: dict[tuple[int, str], Any],
-    ) -> dict[str, np.ndarray] | None:
-        """The large fields of a window, from raw chunks that lie side by side; None where that is not so or a CRC differs."""
-        out: dict[str, np.ndarray] = {}
-        arrays, episode = self._index(planned, i).arrays, int(planned.episode[i])
+    def _simple(self, step: _Step, here: np.ndarray, entry: int, wanted: TaskFields) -> np.ndarray:
+        """Mask of windows with rows of `steps.npy`, whose bytes are all here and whose large fields are stored raw."""
+        arrays, episode = self._index(entry).arrays, step.planned.episode[here]
+        none = np.full(len(here), UNWANTED)
+        begins = {name: begin[here] for name, begin in step.gathered.begin.items()}
+        simple = np.asarray(begins.get(STEPS, none) >= 0)
         for spec, row_bytes in wanted.large:
-            name, parts = f"chunks.{spec.name}", pieces.get((i, spec.name))
-            frames = int(arrays[f"{name}.rows"][episode])
-            begin, end = arrays[f"{name}.first"][episode : episode + 2].tolist()
-            low, high = begin + first // frames, min(end, begin + -(-(first + count) // frames))
-            if parts is None or high <= low:
-                return None
-            data = memoryview(b"".join(parts))  # a copy: the pieces may be the cache's own memory
-            at = 0
-            for size, crc in zip(arrays[f"{name}.size"][low:high].tolist(), arrays[f"{name}.crc"][low:high].tolist()):
-                if crc32c(data[at : at + size]) != crc:
-                    return None
-                at += size
-            if at != len(data) or at % row_bytes:
-                return None
-            rows = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(at // row_bytes, *spec.shape)
-            skip = first - (low - begin) * frames
-            rows = rows[skip : skip + count]
-            if len(rows) < count:  # the last, observation-only row of a field that has none there
-                rows = np.concatenate([rows, np.zeros((count - len(rows), *spec.shape), rows.dtype)])
-            out[spec.name] = rows
+            raw = arrays[f"chunks.{spec.name}.kind"][episode] == _RAW if row_bytes else none == 0
+            simple &= raw & (begins.get(spec.name, none) >= 0)
+        return simple
+
+    def _many(self, step: _Step, here: np.ndarray, entry: int, wanted: TaskFields, out: list[Any]) -> None:
+        """Windows of one entry and task whose rows lie one after the other, decoded together."""
+        if not len(here):
+            return
+        row_bytes = wanted.dtype.itemsize
+        begin, size = step.gathered.begin[STEPS][here], step.gathered.size[STEPS][here]
+        order = np.argsort(begin)
+        here, begin, size = here[order], begin[order], size[order]
+        low, high = int(begin[0]), int(begin[-1] + size[-1])
+        data = step.gathered.data[low:high]
+        together = high - low == int(size.sum()) and (size == step.rows[here] * row_bytes).all()
+        if not together or broken_row(data.data, row_bytes) >= 0:
+            for i in here.tolist():  # one of them is damaged, or not here: each alone says which and where
+                out[i] = self._one(step, i, wanted)
+            return
+        table = data.view(wanted.dtype)
+        large = [(spec.name, self._raw_field(step, here, entry, spec, row_bytes)) for spec, row_bytes in wanted.large]
+        columns = [(name, np.ascontiguousarray(table[name])) for name in wanted.columns]
+        steps, valid = table["_step"].astype(np.int64), table["_valid"] != 0
+        returns = np.ascontiguousarray(table["_return_to_go"])
+        facts, at = self._facts(step.planned, here), 0
+        for k, (i, count, (head, tail)) in enumerate(zip(here.tolist(), step.rows[here].tolist(), facts, strict=True)):
+            part = slice(at, at + count)
+            at += count
+            fields: dict[str, Any] = {name: array[part] for name, array in columns}
+            for name, arrays in large:
+                fields[name] = arrays[k]
+            if any(arrays[k] is None for _, arrays in large):
+                out[i] = self._one(step, i, wanted)
+            else:
+                fields |= self._episodic(step.planned, i, wanted)
+                out[i] = Window(*head, fields, steps[part], returns[part], valid[part], *tail)
+
+    def _raw_field(
+        self, step: _Step, here: np.ndarray, entry: int, spec: FieldSpec, row_bytes: int
+    ) -> list[np.ndarray | None]:
+        """A large field of some windows, from raw chunks that lie side by side; None where that is not so or a CRC differs."""
+        arrays, episode, name = self._index(entry).arrays, step.planned.episode[here], f"chunks.{spec.name}"
+        first, count = step.first[here], step.rows[here]
+        frames = np.maximum(arrays[f"{name}.rows"][episode].astype(np.int64), 1)
+        chunks = arrays[f"{name}.first"]
+        low = chunks[episode] + first // frames
+        high = np.minimum(chunks[episode + 1], chunks[episode] - (-(first + count) // frames))
+        every = expand(low, np.maximum(low, high))
+        sizes, crcs = arrays[f"{name}.size"][every].tolist(), arrays[f"{name}.crc"][every].tolist()
+        skips = (first - (low - chunks[episode]) * frames).tolist()
+        dtype, view = np.dtype(spec.dtype).newbyteorder("<"), step.gathered.data.data
+        out: list[np.ndarray | None] = []
+        k = 0
+        for begin, size, n, skip, rows_wanted in zip(
+            step.gathered.begin[spec.name][here].tolist(),
+            step.gathered.size[spec.name][here].tolist(),
+            (high - low).tolist(),
+            skips,
+            count.tolist(),
+        ):
+            at, good = begin, n > 0 and size % row_bytes == 0
+            for chunk in range(k, k + n):
+                end = at + sizes[chunk]
+                good = good and crc32c(view[at:end]) == crcs[chunk]
+                at = end
+            k += max(n, 0)
+            if not good or at != begin + size:
+                out.append(None)
+                continue
+            rows = step.gathered.data[begin:at].view(dtype).reshape(size // row_bytes, *spec.shape)
+            rows = rows[skip : skip + rows_wanted]
+            if len(rows) < rows_wanted:  # the last, observation-only row of a field that has none there
+                rows = np.concatenate([rows, np.zeros((rows_wanted - len(rows), *spec.shape), rows.dtype)])
+            out.append(rows)
         return out
 
-    def _one(
-        self,
-        planned: PlannedWindows,
-        i: int,
-        first: int,
-        count: int,
-        wanted: TaskFields,
-        pieces: dict[tuple[int, str], Any],
-    ) -> Window | DataError:
+    def _one(self, step: _Step, i: int, wanted: TaskFields) -> Window | DataError:
         """A window by itself, through the index's own decoder."""
-        index, episode = self._index(planned, i), int(planned.episode[i])
+        planned = step.planned
+        index, episode = self._index(int(planned.entry[i])), int(planned.episode[i])
+        first, count = int(step.first[i]), int(step.rows[i])
         try:
             buffers = []
             for part in index.ranges(episode, first, count, wanted.names):
-                got = pieces.get((i, part.field))
+                got = step.gathered.part(part.field, i)
                 if got is None:
                     name = index.shard_name(part.shard)
                     raise DataError(f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: not read")
-                buffers.append(got[0] if len(got) == 1 else b"".join(got))
+                buffers.append(got)
             decoded = index.decode(episode, first, count, wanted.names, buffers)
         except DataError as error:
             return error
-        return self._window(
-            planned, i, decoded["fields"], decoded["step"], decoded["returns_to_go"], decoded["valid"], None
-        )
+        return self.window(planned, i, decoded)
 
-    def _window(
-        self,
-        planned: PlannedWindows,
-        i: int,
-        fields: dict[str, Any],
-        step: np.ndarray,
-        returns: np.ndarray,
-        valid: np.ndarray,
-        wanted: TaskFields | None,
-    ) -> Window:
-        index, entry, episode = self._index(planned, i), int(planned.entry[i]), int(planned.episode[i])
-        if wanted is not None:
-            for spec in wanted.episodic:
-                value = index._episode_value(episode, spec)
-                if value is not None:
-                    fields[spec.name] = value
-        task = int(planned.task[i])
-        return Window(
-            entry=entry,
-            task=task if self.tasks is None else int(self.tasks[entry][task]),
-            episode=index.id(episode),
-            start=int(planned.start[i]),
-            steps=int(planned.units[i]),
-            episode_steps=int(index.steps[episode]),
-            fields=fields,
-            step=step,
-            returns_to_go=returns,
-            valid=valid,
-            prompt=bool(planned.prompt[i]),
-            tokens=int(planned.tokens[i]),
-        )
+    def window(self, planned: PlannedWindows, i: int, decoded: Mapping[str, Any]) -> Window:
+        """A window from what `EpisodeIndex.decode` gave of it."""
+        ((head, tail),) = self._facts(planned, np.array([i]))
+        return Window(*head, decoded["fields"], decoded["step"], decoded["returns_to_go"], decoded["valid"], *tail)
 
-    def _index(self, planned: PlannedWindows, i: int) -> EpisodeIndex:
-        return self.units.datasets[self.units.entry_dataset[int(planned.entry[i])]]
+    def _facts(self, planned: PlannedWindows, here: np.ndarray) -> list[tuple[_Head, _Tail]]:
+        """The first and the last elements of some Windows of one entry: what is known without their bytes."""
+        entry, episode, task = int(planned.entry[here[0]]), planned.episode[here], planned.task[here]
+        index = self._index(entry)
+        task = task if self.tasks is None else self.tasks[entry][task]
+        starts, units, steps = planned.start[here], planned.units[here], index.steps[episode]
+        lists = (a.tolist() for a in (task, starts, units, steps, planned.prompt[here], planned.tokens[here]))
+        return [
+            ((entry, t, name, start, length, of), (prompt, tokens))
+            for name, t, start, length, of, prompt, tokens in zip(index.ids.many(episode), *lists, strict=True)
+        ]
 
+    def _episodic(self, planned: PlannedWindows, i: int, wanted: TaskFields) -> dict[str, Any]:
+        """Fields with one value for the whole episode, where it has them."""
+        if not wanted.episodic:
+            return {}
+        index, episode = self._index(int(planned.entry[i])), int(planned.episode[i])
+        values = ((spec.name, index._episode_value(episode, spec)) for spec in wanted.episodic)
+        return {name: value for name, value in values if value is not None}
 
-def _pieces(span: Span, where: UnitRanges, get: Get) -> list[tuple[int, list[Buffer] | None, int]]:
-    """(window, its bytes in pieces, their size) for each window of a span; None for the bytes where a unit has none."""
-    units, offsets, sizes = span.units.tolist(), where.offset.tolist(), where.size.tolist()
-    out: list[tuple[int, list[Buffer] | None, int]] = []
-    k = 0
-    for window, low, high, begin, end in zip(
-        span.window.tolist(), span.low.tolist(), span.high.tolist(), span.begin.tolist(), span.end.tolist(), strict=True
-    ):
-        parts: list[Buffer] | None = []
-        at = begin
-        for j in range(k, k + high - low):
-            view = get(units[j])
-            if view is None or parts is None:
-                parts = None
-                continue
-            offset, size = offsets[j], sizes[j]
-            if offset > at:  # between two members lies a tar header, which is in no unit
-                parts.append(_ZEROS[: offset - at] if offset - at <= len(_ZEROS) else bytes(offset - at))
-                at = offset
-            stop = min(offset + size, end)
-            parts.append(view if at == offset and stop == offset + size else view[at - offset : stop - offset])
-            at = stop
-        k += high - low
-        out.append((window, parts, end - begin))
-    return out
+    def _index(self, entry: int) -> EpisodeIndex:
+        return self.units.datasets[self.units.entry_dataset[entry]]
 
 
 def _fixed_bytes(field: FieldSpec) -> int:

@@ -60,17 +60,37 @@ class Block:
     misses: Units
     _cache: RangeCache
     _staged: list[int]
-    _views: dict[int, memoryview]  # what is in memory
-    _kept: dict[int, tuple[int, int]]  # what is on disk: unit -> place, size
+    _address: NDArray[np.int64]  # of each unit in the memory tier; −1: not there
+    _kept: dict[int, tuple[int, int] | memoryview]  # what is on disk: unit -> place, size; once read, its bytes
 
     def put(self, unit: int, data: Any) -> None:
         """Hands over a fetched unit: any buffer of exactly its size. It is not copied unless the cache keeps it."""
-        self._views[unit] = self._cache._put(unit, data)
+        self._cache._put(unit, data)
 
     def get(self, unit: int) -> memoryview | None:
         """The bytes of one of the block's units, valid until the block is closed; None if they must be fetched (and put):
         not there yet, or the cached copy was damaged."""
-        return self._views.get(unit) or self._cache._elsewhere(self, unit)
+        return self._cache._get(self, unit)
+
+    def copy(self, units: Units, low: Units, high: Units, at: Units, out: memoryview) -> list[int]:
+        """Copies bytes [low, high) of each of some of the block's units to `out[at:]`.
+
+        Returns the positions in `units` of those whose bytes must be fetched first (see `get`).
+        """
+        address = self._address[np.searchsorted(self.units, units)]
+        here, size, view = address >= 0, high - low, self._cache._memory.view
+        begin = address + low
+        spots = (a[here].tolist() for a in (at, at + size, begin, begin + size))
+        for a, z, b, e in zip(*spots):
+            out[a:z] = view[b:e]
+        missing = []
+        for i in np.flatnonzero(~here).tolist():
+            data = self._cache._get(self, int(units[i]))
+            if data is None:
+                missing.append(i)
+            else:
+                out[at[i] : at[i] + size[i]] = data[low[i] : high[i]]
+        return missing
 
     def close(self) -> None:
         """Done with the block: what no planned block needs may now make room."""
@@ -144,7 +164,8 @@ class RangeCache:
         self._open: dict[int, Block] = {}
         self._idle: deque[Units] = deque()  # kept units without a planned use, those that were used longest ago first
         self._idle_units = 0
-        self._peeked: tuple[Units, Units, int] | None = None
+        self._upcoming: tuple[Units, NDArray[np.int64]] | None = None  # units of the next block, and their sizes
+        self._missed: int | None = None  # bytes of its misses
         self.live = self.staged = self.peak = 0
         self.counters = dict.fromkeys(("units", "misses", "bytes", "missed_bytes", "damaged", "kept"), 0)
         self.counters |= {f"{name}_bytes": 0 for name in ("memory", "disk", "shared")}
@@ -156,29 +177,31 @@ class RangeCache:
         """Whether the next block exists and its misses fit beside those of the blocks that are open."""
         if self.stop is not None and self.next >= self.stop:
             return False
-        return not self._open or self.staged + self._peek()[2] <= self.staging
+        return not self._open or self.staged + self._missing() <= self.staging
 
     def open(self) -> Block:
         """The next block. MemoryError where one block alone exceeds what is set aside for misses."""
-        units, misses, missed = self._peek()
-        number = self.next
+        units, sizes = self._next_units()
+        number, missed = self.next, self._missing()
         if self.staged + missed > self.staging:
             raise MemoryError(
                 f"cache: block {number} needs {missed} bytes that are not cached, beside {self.staged} of other open blocks, "
                 f"but only {self.staging} of the cache's memory are set aside for these; raise data.cache.memory"
             )
         self._look()
-        place, sizes = self._place[units], self.sizes(units)
+        place = self._place[units]
         shared = units[place == _STAGED].tolist()
         for unit in shared:
             self._staged[unit].blocks += 1
+        absent = place == _NOWHERE
+        misses = units[absent]
         self._place[misses] = _STAGED
         missing = misses.tolist()
-        self._staged.update(zip(missing, map(_Staged, sizes[place == _NOWHERE].tolist())))
-        views, kept = self._find(units, place, sizes)
-        block = self._open[number] = Block(number, units, misses, self, missing + shared, views, kept)
+        self._staged.update(zip(missing, map(_Staged, sizes[absent].tolist())))
+        address, kept = self._find(units, place, sizes)
+        block = self._open[number] = Block(number, units, misses, self, missing + shared, address, kept)
         self.staged += missed
-        self.next, self._peeked = number + 1, None
+        self.next, self._upcoming, self._missed = number + 1, None, None
         self._count(place, sizes, missed)
         return block
 
@@ -191,7 +214,7 @@ class RangeCache:
             raise ValueError(f"cache: block {first} cannot change, blocks before {self.next} are being fetched")
         while self.far > first:
             self._retract()
-        self._peeked = None
+        self._upcoming = self._missed = None
 
     def peek(self, unit: int) -> bytes | None:
         """A copy of a unit's bytes if they are here, for another process that asks; the cache takes no notice."""
@@ -230,13 +253,19 @@ class RangeCache:
         for tier in self._tiers:
             tier.close()
 
-    def _peek(self) -> tuple[Units, Units, int]:
-        """The next block's units, its misses, and their bytes."""
-        if self._peeked is None:
+    def _next_units(self) -> tuple[Units, NDArray[np.int64]]:
+        """The next block's units, and their sizes."""
+        if self._upcoming is None:
             units = _distinct(self.plan(self.next))
-            misses = units[self._place[units] == _NOWHERE]
-            self._peeked = units, misses, int(self.sizes(misses).sum())
-        return self._peeked
+            self._upcoming = units, self.sizes(units)
+        return self._upcoming
+
+    def _missing(self) -> int:
+        """Bytes of the next block's units that are not here."""
+        if self._missed is None:
+            units, sizes = self._next_units()
+            self._missed = int(sizes[self._place[units] == _NOWHERE].sum())
+        return self._missed
 
     def _count(self, place: Units, sizes: NDArray[np.int64], missed: int) -> None:
         memory = (place >= 0) & (place < self._base[1] // ALIGN)
@@ -268,7 +297,7 @@ class RangeCache:
             ahead = self.far - self.next
             if ahead > 0 and (self.live >= self.capacity or ahead >= self.look_ahead or self.far == self.stop):
                 return
-            units = self._peek()[0] if self.far == self.next else _distinct(self.plan(self.far))
+            units = self._next_units()[0] if self.far == self.next else _distinct(self.plan(self.far))
             fresh = units[self._planned[units] == 0]
             self.live += int(self._slot_bytes(fresh).sum())
             self._planned[units] += 1
@@ -291,17 +320,16 @@ class RangeCache:
 
     def _find(
         self, units: Units, place: Units, sizes: NDArray[np.int64]
-    ) -> tuple[dict[int, memoryview], dict[int, tuple[int, int]]]:
-        """Views of the units that are in memory, and places and sizes of those on disk."""
+    ) -> tuple[NDArray[np.int64], dict[int, tuple[int, int] | memoryview]]:
+        """Addresses of the units in the memory tier (−1: not there), and places and sizes of those on disk."""
         border = self._base[1] // ALIGN
-        memory, disk = (place >= 0) & (place < border), place >= border
-        begin = place[memory].astype(np.int64) * ALIGN
-        view = self._memory.view
-        slices = [view[a:z] for a, z in zip(begin.tolist(), (begin + sizes[memory]).tolist())]
-        on_disk = zip(place[disk].tolist(), sizes[disk].tolist())
-        return dict(zip(units[memory].tolist(), slices)), dict(zip(units[disk].tolist(), on_disk))
+        address = np.where((place >= 0) & (place < border), place.astype(np.int64) * ALIGN, -1)
+        if self._disk is None:
+            return address, {}
+        disk = place >= border
+        return address, dict(zip(units[disk].tolist(), zip(place[disk].tolist(), sizes[disk].tolist())))
 
-    def _put(self, unit: int, data: Any) -> memoryview:
+    def _put(self, unit: int, data: Any) -> None:
         staged = self._staged.get(unit)
         if staged is None:
             raise ValueError(f"cache: nothing waits for unit {unit}")
@@ -309,23 +337,27 @@ class RangeCache:
         if view.nbytes != staged.size:
             raise ValueError(f"cache: unit {unit} has {staged.size} bytes, got {view.nbytes}")
         staged.data = view
-        return view
 
-    def _elsewhere(self, block: Block, unit: int) -> memoryview | None:
-        """A unit of a block that is not in memory: on disk, or fetched (or not yet) for another block."""
-        if unit in block._kept:
-            place, size = block._kept[unit]
-            assert self._disk is not None
-            data = self._disk.read(place * ALIGN - self._base[1], unit, size)
-            if data is None:
-                self._damaged(unit, size)
-            else:
-                block._views[unit] = data
-            return data
+    def _get(self, block: Block, unit: int) -> memoryview | None:
         staged = self._staged.get(unit)
-        if staged is None:
+        if staged is not None and staged.data is not None:
+            return staged.data
+        i = int(np.searchsorted(block.units, unit))
+        if i == len(block.units) or block.units[i] != unit:
             raise ValueError(f"cache: unit {unit} is not of block {block.number}")
-        return staged.data
+        if (address := int(block._address[i])) >= 0:
+            return self._memory.view[address : address + int(self.sizes(np.array([unit]))[0])]
+        kept = block._kept.get(unit)
+        if not isinstance(kept, tuple):
+            return kept
+        assert self._disk is not None
+        place, size = kept
+        data = self._disk.read(place * ALIGN - self._base[1], unit, size)
+        if data is None:
+            self._damaged(unit, size)
+        else:
+            block._kept[unit] = data
+        return data
 
     def _damaged(self, unit: int, size: int) -> None:
         """Forgets a unit whose cached bytes are wrong; the blocks that are open wait for it to be fetched and put."""
@@ -344,7 +376,7 @@ class RangeCache:
 
     def _close(self, block: Block) -> None:
         del self._open[block.number]
-        self._peeked = None  # what was staged may be kept or gone from here on
+        self._missed = None  # what was staged may be kept or gone from here on
         if not self.pin:
             self._planned[block.units] -= 1
             done = block.units[self._planned[block.units] == 0]
@@ -363,38 +395,36 @@ class RangeCache:
                 if staged.data is not None:
                     data[unit] = staged.data
         self._place[np.array(over, np.int64)] = _NOWHERE
-        self._keep(np.array(list(data), np.int64), data)
+        self._keep(np.array(list(data), np.int64), np.array([v.nbytes for v in data.values()], np.int64), data)
         self._measure()
 
-    def _keep(self, units: Units, data: dict[int, memoryview]) -> None:
+    def _keep(self, units: Units, sizes: NDArray[np.int64], data: dict[int, memoryview]) -> None:
         """Copies units into the tiers: those with a planned use, and the others as long as there is room anyway."""
-        self._fill(units, data)
+        self._fill(units, sizes, data)
+        largest = max((int(t.slabs.classes[-1]) - t.HEADER for t in self._tiers if t.slabs.count), default=0)
         for attempt in range(_ROUNDS):
-            wanted = units[(self._place[units] == _NOWHERE) & (self._planned[units] > 0)]
-            wanted = wanted[self._fits(wanted)]
-            if self.pin or not len(wanted):
+            still = (self._place[units] == _NOWHERE) & (self._planned[units] > 0) & (sizes <= largest)
+            units, sizes = units[still], sizes[still]
+            if self.pin or not len(units):
                 break
             if attempt < _ROUNDS - 1:
-                self._make_room(wanted)
+                self._make_room(sizes)
             else:  # there is room, but in slabs of other sizes: take one of them over
-                self._vacate(wanted)
-            self._fill(wanted, data)
+                self._vacate(sizes)
+            self._fill(units, sizes, data)
         for tier in self._tiers:
             tier.flush()
 
-    def _fits(self, units: Units) -> NDArray[np.bool_]:
-        """Whether each unit is small enough for any tier."""
-        largest = [int(tier.slabs.classes[-1]) - tier.HEADER for tier in self._tiers if tier.slabs.count]
-        return self.sizes(units) <= max(largest, default=0)
-
-    def _fill(self, units: Units, data: dict[int, memoryview]) -> None:
+    def _fill(self, units: Units, sizes: NDArray[np.int64], data: dict[int, memoryview]) -> None:
         """Puts as many of the units as have room into slots, those with a planned use first."""
-        units = units[np.argsort(self._planned[units] == 0, kind="stable")]
+        order = np.argsort(self._planned[units] == 0, kind="stable")
+        units, sizes = units[order], sizes[order]
         for number, tier in enumerate(self._tiers):
-            kinds = tier.slabs.class_of(self.sizes(units) + tier.HEADER)
+            kinds = tier.slabs.class_of(sizes + tier.HEADER)
             for kind in np.unique(kinds[kinds < len(tier.slabs.classes)]).tolist():
                 self._write(number, kind, units[kinds == kind], data)
-            units = units[self._place[units] == _NOWHERE]
+            homeless = self._place[units] == _NOWHERE
+            units, sizes = units[homeless], sizes[homeless]
             if not len(units):
                 return
 
@@ -415,18 +445,17 @@ class RangeCache:
         if not self.pin:
             self._retire(units[~wanted])
 
-    def _make_room(self, wanted: Units) -> None:
-        """Frees slots of these units' classes, of units that no announced block needs, announcing less if need be."""
-        missing = len(wanted) - self._evict(wanted, len(wanted))
+    def _make_room(self, sizes: NDArray[np.int64]) -> None:
+        """Frees slots for units of these sizes, of units that no announced block needs, announcing less if need be."""
+        missing = len(sizes) - self._evict(sizes, len(sizes))
         for _ in range(_RETRACTIONS):
             if missing <= 0 or self.far <= self.next:
                 return
             self._retract()
-            missing -= self._evict(wanted, missing)
+            missing -= self._evict(sizes, missing)
 
-    def _evict(self, wanted: Units, most: int) -> int:
-        """Evicts idle units of the wanted units' classes, those that were used longest ago first. Returns how many."""
-        sizes = self.sizes(wanted)
+    def _evict(self, sizes: NDArray[np.int64], most: int) -> int:
+        """Evicts idle units of the classes of these sizes, those that were used longest ago first. Returns how many."""
         usable = [tier.slabs.kinds_like(sizes + tier.HEADER) for tier in self._tiers]
         evicted, passed = 0, []
         while self._idle and evicted < most:
@@ -457,10 +486,10 @@ class RangeCache:
             out[here] = mask[tier.slabs.kind[(place[here] - base) // tier.slabs.slab]]
         return out
 
-    def _vacate(self, wanted: Units) -> None:
+    def _vacate(self, sizes: NDArray[np.int64]) -> None:
         """Empties the slab that holds least, for a class of which not one slot could be had."""
         tier = max(self._tiers, key=lambda t: t.slabs.count)
-        units = tier.slabs.emptiest(~tier.slabs.kinds_like(self.sizes(wanted) + tier.HEADER))
+        units = tier.slabs.emptiest(~tier.slabs.kinds_like(sizes + tier.HEADER))
         in_use = np.concatenate([block.units for block in self._open.values()] or [units])
         if not np.isin(units, in_use).any():
             self.live -= int(self._slot_bytes(units[self._planned[units] > 0]).sum())

@@ -114,7 +114,7 @@ class Episode:
         return 0.0 if reward is None else float(np.sum(reward[: self.steps], dtype=np.float64))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Window:
     """Consecutive rows [start, start + steps) of one episode, in memory, with what an objective asked for beside them.
 

@@ -56,6 +56,11 @@ class Strings(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
 
+    def many(self, numbers: np.ndarray) -> list[str]:
+        """The strings with these numbers (int [n], not negative)."""
+        starts, ends = self._first[numbers].tolist(), self._first[numbers + 1].tolist()
+        return [self._data[a:z].tobytes().decode(errors="replace") for a, z in zip(starts, ends, strict=True)]
+
 
 class EpisodeIndex:
     """The episodes of a dataset, as arrays [E], and the byte ranges of their rows.

@@ -24,17 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio import shared_memory
+from dataio.ahead import Ahead
 from dataio.assemble import Assembler
 from dataio.cache import Block, RangeCache
+from dataio.cache_tiers import InheritedTier
 from dataio.episode import DataError, Window
 from dataio.fetch import Fetcher
+from dataio.gather import copy_from
 from dataio.peers import Peers, PeerServer
-from dataio.placement import Home, Placement
+from dataio.placement import Home, Placement, data_share
 from dataio.plan_log import PlanLog
 from dataio.sizing import most_staging, sized
 from dataio.units import Span, UnitRanges
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from dataio.loader import LoaderSettings
     from dataio.sampling import PlannedWindows
 
@@ -74,7 +79,7 @@ class LoaderProcess:
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
-        self._planned: dict[int, tuple[np.ndarray, PlannedWindows, list[Span]]] = {}
+        self.ahead = Ahead(self.plan, self.placement, self.units, _AHEAD)
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
         self._episodes: deque[tuple[int, int]] = deque(maxlen=256)
         self._totals: dict[str, float] = {}
@@ -82,6 +87,7 @@ class LoaderProcess:
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
+        self._connected = asyncio.Event()
         self.cache = self._new_cache(self.step)
 
     def _new_cache(self, start: int) -> RangeCache:
@@ -89,7 +95,7 @@ class LoaderProcess:
         return RangeCache(
             self.units.units,
             self.units.sizes,
-            self._block_units,
+            self.ahead.wanted,
             total=self._home,
             memory=budget.memory,
             disk=budget.disk,
@@ -105,7 +111,8 @@ class LoaderProcess:
 
     def hear(self, message: dict[str, Any]) -> None:
         if "peers" in message:
-            self._connect(message["peers"], message["processes"], message["weights"])
+            self._connect(message["peers"], message["homes"])
+            self._connected.set()
         elif "release" in message:
             self.slots.release(message["release"])
             self._freed.set()
@@ -118,18 +125,26 @@ class LoaderProcess:
     async def serve_peers(self) -> str:
         """Let others read this process' cache; returns its address."""
         assert self.settings.peers is not None
-        server = PeerServer(self.settings.peers, self._layout(), lambda unit: self.cache.peek(unit))
-        return await server.start()
+        opened = (InheritedTier.open(folder, self._layout()) for folder in self.settings.cache.inherited)
+        inherited = [tier for tier in opened if tier is not None]
 
-    def _connect(self, addresses: list[str], processes: int, weights: tuple[float, ...] | None) -> None:
-        """Peers are numbered as in the world that was: there each bucket had its home, or most of it."""
+        def read(unit: int) -> Buffer | None:
+            if (found := self.cache.peek(unit)) is not None or not 0 <= unit < self.units.units or not inherited:
+                return found
+            size = int(self.units.sizes(np.array([unit]))[0])
+            return next((data for tier in inherited if (data := tier.read(unit, size)) is not None), None)
+
+        return await PeerServer(self.settings.peers, self._layout(), read).start()
+
+    def _connect(self, addresses: list[str], homes: list[Home] | None) -> None:
+        """Each bucket's units are asked for where most of the bucket was at home."""
         assert self.settings.peers is not None
         owners, most = np.full(self.plan.buckets, -1), np.zeros(self.plan.buckets)
-        for process in range(processes):
-            for bucket, low, high in Placement(self.plan, Home(process, processes, weights)).share(self.step):
-                if high - low > most[bucket]:
-                    owners[bucket], most[bucket] = process, high - low
-        absent = np.array([not address for address in addresses])
+        homes = homes or [Home(number, len(addresses)) for number in range(len(addresses))]
+        for number, home in enumerate(homes):
+            for bucket, part in data_share(self.plan, home, self.step).items():
+                if addresses[number] and part > most[bucket]:
+                    owners[bucket], most[bucket] = number, part
         hashes = [np.asarray(index.hash) for index in self.units.datasets]
 
         def owner(dataset: np.ndarray, episode: np.ndarray) -> np.ndarray:
@@ -137,7 +152,7 @@ class LoaderProcess:
             for number in np.unique(dataset).tolist():
                 here = dataset == number
                 out[here] = owners[(hashes[number][episode[here]] % np.uint64(self.plan.buckets)).astype(np.int64)]
-            return np.where((out >= 0) & ~absent[out], out, -1)
+            return out
 
         self.fetcher.connect(Peers(addresses, self.settings.peers.token, self._layout()), owner)
 
@@ -148,28 +163,11 @@ class LoaderProcess:
         )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-    # The plan
-
-    def _windows(self, step: int) -> tuple[np.ndarray, PlannedWindows, list[Span]]:
-        """Rows of a step that are at home here, their windows, and the bytes that these want."""
-        known = self._planned.pop(step, None)
-        if known is None:
-            rows = self.placement.rows(step)
-            planned = self.plan.windows(step, rows)
-            known = rows, planned, self.units.spans(planned)
-        return known
-
-    def _block_units(self, step: int) -> np.ndarray:
-        known = self._windows(step)
-        self._planned[step] = known  # asked for again when the step is opened, or taken back from the look-ahead
-        if len(self._planned) > 2 * _AHEAD:
-            del self._planned[min(self._planned)]
-        spans = known[2]
-        return np.concatenate([s.units for s in spans]) if spans else np.zeros(0, np.int64)
-
     # The work
 
     async def run(self) -> None:
+        if self.settings.peers is not None:
+            await self._connected.wait()
         pipeline = asyncio.create_task(self._pipeline())
         while True:
             changed = asyncio.create_task(self._changed.wait())
@@ -190,7 +188,7 @@ class LoaderProcess:
                 for event in message["events"]:
                     self.plan.log.append(event)
                 self.generation = message["generation"]
-            self._planned.clear()
+            self.ahead.forget()
             if again:
                 self.step = min(self.step, first)
                 self.cache.close()
@@ -225,7 +223,7 @@ class LoaderProcess:
             self.cache.close()
             self.cache = self._new_cache(step)
             return self._begin()
-        rows, planned, spans = self._windows(block.number)
+        rows, planned, spans = self.ahead.step(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
         fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
         work = Work(block.number, rows, planned, spans, ranges, block, fetched, self.generation)
@@ -236,7 +234,7 @@ class LoaderProcess:
         began = time.perf_counter()
         await work.fetched
         fetched = time.perf_counter()
-        windows = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.get)
+        windows = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.copy)
         quarantined: list[dict[str, Any]] = []
         for i, window in enumerate(windows):
             if isinstance(window, DataError):
@@ -318,7 +316,7 @@ class LoaderProcess:
         for missing in failed.values():
             gone = f"{missing}: there is no such object" if isinstance(missing, FileNotFoundError) else str(missing)
             return DataError(gone), {}
-        (window,) = self.assembler.windows(planned, spans, ranges, lambda u: memoryview(got[u]))
+        (window,) = self.assembler.windows(planned, spans, ranges, copy_from(lambda u: memoryview(got[u])))
         return window, got
 
     def _judge(self, windows: int, redrawn: int, events: list[dict[str, Any]]) -> None:

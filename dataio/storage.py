@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from dataio.backends import (
     Changed,
     LocalBackend,
@@ -79,16 +81,34 @@ def join_ranges(starts: Sequence[int], sizes: Sequence[int], gap: int = _GAP, mo
 
     No request grows beyond `most` bytes by joining. Every range is served by exactly one request.
     """
+    order = np.argsort(np.asarray(starts, np.int64), kind="stable")
+    start, size = np.asarray(starts, np.int64)[order], np.asarray(sizes, np.int64)[order]
+    reach = np.maximum.accumulate(start + size)
+    cuts = np.flatnonzero(start[1:] > reach[:-1] + gap) + 1
+    numbers, begins, lengths = order.tolist(), start.tolist(), size.tolist()
     joined: list[Joined] = []
-    for i in sorted(range(len(starts)), key=lambda i: starts[i]):
-        start, size = starts[i], sizes[i]
-        last = joined[-1] if joined else None
-        if last and start <= last.start + last.size + gap and start + size - last.start <= max(most, last.size):
-            last.parts.append((i, start - last.start, size))
-            joined[-1] = Joined(last.start, max(last.size, start + size - last.start), last.parts)
-        else:
-            joined.append(Joined(start, size, [(i, 0, size)]))
+    for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)]):
+        if low < high:
+            joined += _joined(numbers[low:high], begins[low:high], lengths[low:high], most)
     return joined
+
+
+def _joined(numbers: list[int], starts: list[int], sizes: list[int], most: int) -> list[Joined]:
+    """Ranges that ascend and may all be joined, as requests of at most `most` bytes."""
+    out: list[Joined] = []
+    first, end = 0, starts[0] + sizes[0]
+    for i in range(1, len(starts) + 1):
+        if i < len(starts):
+            grown = max(end, starts[i] + sizes[i])
+            if grown - starts[first] <= max(most, end - starts[first]):
+                end = grown
+                continue
+        begin = starts[first]
+        parts = [(n, s - begin, z) for n, s, z in zip(numbers[first:i], starts[first:i], sizes[first:i])]
+        out.append(Joined(begin, end - begin, parts))
+        if i < len(starts):
+            first, end = i, starts[i] + sizes[i]
+    return out
 
 
 class Store:

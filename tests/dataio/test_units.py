@@ -14,6 +14,7 @@ from dataio.assemble import Assembler
 from dataio.dataset import read_episode
 from dataio.episode import DataError, Needs
 from dataio.fetch import Fetcher
+from dataio.gather import copy_from
 from dataio.units import UnitMap, expand
 
 NEEDS = Needs(
@@ -49,7 +50,7 @@ def test_windows_are_slices_of_the_episodes(index: Any, run: int) -> None:
     assert asyncio.run(fetcher.fetch(wanted, got.__setitem__)) == {}
     assert {u: memoryview(b).nbytes for u, b in got.items()} == dict(zip(wanted.tolist(), units.sizes(wanted).tolist()))
     windows = Assembler(units).windows(
-        plan, spans, [units.ranges(s.units) for s in spans], lambda u: memoryview(got[u])
+        plan, spans, [units.ranges(s.units) for s in spans], copy_from(lambda u: memoryview(got[u]))
     )
     for i, window in enumerate(windows):
         assert not isinstance(window, DataError)
