@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,5 +128,32 @@ class Mlp(Module):
         self.down = Linear(inner, size, std=STD / (2 * depth) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(gated(self.up(x)))
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) · up of x [N, 2F], which holds both -> [N, F]."""
+    if torch.compiler.is_compiling():  # the compiler fuses this by itself
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+    return _Gated.apply(x)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps x alone for the backward pass, and writes both halves of the gradient where they belong, without joining them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        out = torch.empty_like(x)
+        of_gate, of_up = out.chunk(2, -1)
+        torch.mul(gradient, F.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return out

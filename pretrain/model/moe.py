@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.batch import MODALITIES
-from pretrain.model.layers import STD, Mlp, Module
+from pretrain.model.layers import STD, Mlp, Module, gated
 from pretrain.model.layout import Layout
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class Experts(Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x [N, D], sorted by expert; counts int64 [E]: how many rows each expert has -> [N, D]."""
         ends = counts.cumsum(0).to(torch.int32)
-        gate, up = products(x, self.up, counts, ends).chunk(2, -1)
-        return products(F.silu(gate) * up, self.down, counts, ends)
+        return products(gated(products(x, self.up, counts, ends)), self.down, counts, ends)
 
 
 def products(x: Tensor, weights: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
