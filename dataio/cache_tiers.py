@@ -12,7 +12,7 @@ import json
 import logging
 import mmap
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
@@ -54,8 +54,9 @@ class MemoryTier:
 class DiskTier:
     """Items in the file `items` of a folder, each behind its CRC-32C; `journal` says which item was written where.
 
-    One process uses a folder at a time (DataError otherwise). What another data set, layout or size of the cache left there is
-    discarded. A slot that was freed keeps its bytes until the next item takes it, so the journal records only what is written.
+    One process uses a folder at a time (DataError otherwise). What another data set or layout left there is discarded; where
+    only the capacity is another (a node's loaders are more or fewer than before), the slabs that lie within it stay as they are.
+    A slot that was freed keeps its bytes until the next item takes it, so the journal records only what is written.
     """
 
     HEADER = 4  # bytes before each item
@@ -71,26 +72,27 @@ class DiskTier:
             raise DataError(
                 f"cache: {directory} is in use by another process; give each loader its own folder"
             ) from None
-        geometry = {
-            "version": _VERSION,
-            "fingerprint": fingerprint,
-            "capacity": capacity,
-            "slab": slab,
-            "classes": classes.tolist(),
-        }
-        if self._known() != geometry:
+        known = known_geometry(directory, fingerprint)
+        if known is not None and capacity // 4 <= known["capacity"] <= capacity * 4:
+            slab, classes = known["slab"], np.array(known["classes"], np.int64)
+        else:
+            known = None
             for name in ("geometry.json", "items", "journal"):
                 if os.path.exists(self._path(name)):
                     os.unlink(self._path(name))
         self.slabs = Slabs(capacity, slab, classes)
         self.slabs.adopt(*self._replay())
         self._file = os.open(self._path("items"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if os.fstat(self._file).st_size > self.slabs.count * slab:
+            os.ftruncate(self._file, self.slabs.count * slab)
         self._backed: set[int] = set()  # slabs whose room on disk is sure
         self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
         self._pending: list[tuple[int, int, int]] = []
         self._compact()
-        with open(self._path("geometry.json"), "w") as file:
-            json.dump(geometry, file)
+        geometry = {"version": _VERSION, "fingerprint": fingerprint, "capacity": capacity, "slab": slab}
+        if known is None or known["capacity"] != capacity:
+            with open(self._path("geometry.json"), "w") as file:
+                json.dump({**geometry, "classes": classes.tolist()}, file)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -192,6 +194,50 @@ class DiskTier:
         self._journal.close()
         os.close(self._file)
         os.close(self._lock)
+
+
+def known_geometry(directory: str, fingerprint: str) -> dict[str, Any] | None:
+    """How the items of a folder lie, where it has any of this fingerprint: `capacity`, `slab`, `classes`."""
+    try:
+        with open(os.path.join(directory, "geometry.json")) as file:
+            found = json.load(file)
+        if (found["version"], found["fingerprint"]) != (_VERSION, fingerprint):
+            return None
+        sizes = [*found["classes"], found["slab"]]
+        sound = all(type(n) is int for n in [*sizes, found["capacity"]]) and sizes[0] > 0 and sizes[-2] == sizes[-1]
+        return found if sound and sizes[:-1] == sorted(set(sizes[:-1])) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class InheritedTier:
+    """What an earlier loader left in a folder of its own, for reading only: the node has fewer loaders now."""
+
+    def __init__(self, tier: DiskTier) -> None:
+        address, item, _ = tier.slabs.contents()
+        order = np.argsort(item)
+        self._tier, self._item, self._address = tier, item[order], address[order]
+
+    @classmethod
+    def open(cls, directory: str, fingerprint: str) -> InheritedTier | None:
+        """None where the folder holds nothing of this fingerprint, or is another's."""
+        found = known_geometry(directory, fingerprint)
+        if found is None:
+            return None
+        try:
+            return cls(
+                DiskTier(found["capacity"], found["slab"], np.array(found["classes"], np.int64), directory, fingerprint)
+            )
+        except (DataError, OSError) as error:
+            log.warning("cache: what an earlier loader left in %s is not used: %s", directory, error)
+            return None
+
+    def read(self, item: int, size: int) -> memoryview | None:
+        """The item's bytes, of which there must be `size`; None where they are not here, or not what was written."""
+        place = int(np.searchsorted(self._item, item))
+        if place == len(self._item) or self._item[place] != item:
+            return None
+        return self._tier.read(int(self._address[place]), item, size)
 
 
 def _check(item: int, data: Buffer) -> int:

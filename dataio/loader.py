@@ -38,16 +38,22 @@ MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray
 _RESTARTS = 3  # of a loader process that dies without handing over a batch in between
 # Arrays of some hundred KiB come and go all the time: from the heap they cost a third less than as fresh pages (mallopt(3))
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+# obstore's threads: handing requests from one to another costs a third of a small request's time, so few where cores are few
+_THREADS = {"TOKIO_WORKER_THREADS": str(max(1, (os.cpu_count() or 1) // 8))}
 _START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dataio.loader_process import main; main()"
 
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """What one loader may hold of its data: bytes in memory, bytes on disk, and the folder for the latter."""
+    """What one loader may hold of its data: bytes in memory, bytes on disk, and the folder for the latter.
+
+    inherited  folders that earlier loaders of this node left, which no loader goes on with: read for peers, never written
+    """
 
     memory: int = 1 << 30
     disk: int = 0
     dir: str = ""
+    inherited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,7 @@ class TrajectoryLoader:
         self.requests, self.timeout, self.attempts = requests, timeout, attempts
         self.step, self.stop, self.on_memory = start, stop, on_memory
         self.peers, self._peer_address = peers, ""
+        # A process that has peers waits for this before its first request: for their addresses, or for being asked for a batch
         self._connected: dict[str, Any] | None = None
         self._process: _Process | None = None
         self._failures = 0
@@ -174,6 +181,8 @@ class TrajectoryLoader:
         if self.stop is not None and self.step >= self.stop:
             raise StopIteration
         began = time.monotonic()
+        if self.peers is not None and self._connected is None:
+            self.connect_peers([])
         while "slot" not in (message := self._receive()):
             pass
         slot, memory = message["slot"], None
@@ -232,13 +241,15 @@ class TrajectoryLoader:
             self._receive()
         return self._peer_address
 
-    def connect_peers(self, addresses: Sequence[str], weights: tuple[float, ...] | None = None) -> None:
+    def connect_peers(self, addresses: Sequence[str], homes: Sequence[Home] | None = None) -> None:
         """After a change of the world's size: ask these before the store, as long as they answer.
 
-        addresses  `peer_address` of each process of the world that was, by its number there; empty where it is gone
-        weights    of the homes there
+        addresses  `peer_address` of whoever serves what a process of the world that was has kept; empty where nobody does
+        homes      of those processes; None: processes 0, 1, … of as many as there are addresses
         """
-        self._connected = {"peers": list(addresses), "processes": len(addresses), "weights": weights}
+        if homes is not None and len(homes) != len(addresses):
+            raise ValueError(f"{len(addresses)} addresses of peers, but {len(homes)} homes")
+        self._connected = {"peers": list(addresses), "homes": None if homes is None else list(homes)}
         if self._process is not None:
             self._process.send(self._connected)
 
@@ -248,8 +259,7 @@ class TrajectoryLoader:
         ValueError for an event in force from a step that was already handed over, or one that brings a new data set: what
         is needed of its episodes is not known here.
         """
-        if any(event["kind"] == "dataset" for event in events):
-            raise ValueError("a data set joins the mixture: make a new loader, with what is needed of its episodes")
+        self._check(events)
         for event in events:
             if event["step"] < self.step:
                 raise ValueError(f"the plan cannot change at step {event['step']}: step {self.step} comes next")
@@ -257,10 +267,20 @@ class TrajectoryLoader:
         self._announce(list(events))
 
     def refresh(self) -> list[dict[str, Any]]:
-        """Adopt events that the log's file gained (`tiphys mixture RUN set`), and return them."""
+        """Adopt events that the log's file gained, and return them. ValueError where a new data set is among them."""
         events = self.plan.log.refresh()
+        try:
+            self._check(events)
+        except ValueError:
+            self.close()  # it would go on without them
+            raise
         self._announce(events)
         return events
+
+    @staticmethod
+    def _check(events: Sequence[Mapping[str, Any]]) -> None:
+        if any(event["kind"] == "dataset" for event in events):
+            raise ValueError("a data set joins the mixture: make a new loader, with what is needed of its episodes")
 
     @property
     def horizon(self) -> int:
@@ -305,7 +325,7 @@ class _Process:
                 [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), str(memory)],
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
-                env={**_MALLOC, **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env={**_MALLOC, **_THREADS, **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
         self.connection = Connection(ours.detach())
         self.reader = shared_memory.SlotReader(memory)

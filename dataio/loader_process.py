@@ -111,7 +111,8 @@ class LoaderProcess:
 
     def hear(self, message: dict[str, Any]) -> None:
         if "peers" in message:
-            self._connect(message["peers"], message["homes"])
+            if message["peers"]:
+                self._connect(message["peers"], message["homes"])
             self._connected.set()
         elif "release" in message:
             self.slots.release(message["release"])
@@ -357,7 +358,7 @@ class LoaderProcess:
             **step,
             "cache_hit_rate": self._hit_rate,
             "cache_hit_bound": float(statistics["bound"]),
-            "cache_bytes": float(self.cache.occupied),
+            "cache_bytes": float(self.cache.kept.occupied),
             "look_ahead_steps": float(statistics["look_ahead"]),
             "queue_steps": float(self.cache.next - work.step - 1),
             "resident_bytes": float(_resident()),

@@ -2,8 +2,9 @@
 
 Plain HTTP/1.1. `GET /units/FINGERPRINT?3,17,18` answers 200 with the bytes of those units that are here, one after the other, and
 their numbers in the header `Units`; the fingerprint names the data and how they are cut into units. A token for the run stands in
-`Authorization`. The server listens on one given interface only. A peer that fails, is slow or does not know is a miss: whoever
-asks then goes to the store, so that peers never cost more than the short time that they are given.
+`Authorization`. The server listens on one given interface only, and takes a bounded share of its process' time. A peer that
+fails, is slow or does not know is a miss: whoever asks then goes to the store, so that peers never cost more than the short time
+that they are given; one that has next to nothing any more is not asked again.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ import hmac
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 MOST_UNITS = 512  # of one request
+MOST_BYTES = 8 << 20  # of one answer's body, unless a single unit is larger
 _MOST_HEAD = 1 << 14  # bytes of a request or answer before its body
+_MOST_CONNECTIONS = 256
+_SHARE = 0.25  # of the server's time for peers: the rest is its own loader's
+_AT_ONCE = 2  # requests of one loader to one peer
 _PATIENCE = 3  # failures in a row after which a peer is left alone for a while
 _REST = 30.0  # seconds
+_ENOUGH, _LEAST = 4096, 0.02  # a peer that had less than this share of so many units is not asked any more
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class PeerSettings:
     """What a loader needs to serve others: the address of an interface of its own, and the run's secret."""
 
     host: str
-    token: str
+    token: str = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.host in ("", "0.0.0.0", "::", "*"):
@@ -41,9 +51,11 @@ class PeerSettings:
 class PeerServer:
     """Serves units: `read` gives a unit's bytes, or None."""
 
-    def __init__(self, settings: PeerSettings, fingerprint: str, read: Callable[[int], bytes | None]):
+    def __init__(self, settings: PeerSettings, fingerprint: str, read: Callable[[int], Buffer | None]):
         self._settings, self._path, self._read = settings, f"/units/{fingerprint}?", read
         self._server: asyncio.Server | None = None
+        self._turn = asyncio.Lock()
+        self._connections = 0
         self.served = 0  # bytes
 
     async def start(self) -> str:
@@ -53,15 +65,20 @@ class PeerServer:
         return f"{host}:{port}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
         try:
-            while True:
+            while self._connections <= _MOST_CONNECTIONS:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-                answer = self._answer(head)
-                writer.write(answer)
-                await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass
+                async with self._turn:
+                    began = time.perf_counter()
+                    writer.write(self._answer(head))
+                    await asyncio.sleep((time.perf_counter() - began) * (1 / _SHARE - 1))
+                async with asyncio.timeout(_REST):  # whoever does not take its answer holds memory here
+                    await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
         finally:
+            self._connections -= 1
             writer.close()
 
     def _answer(self, head: str) -> bytes:
@@ -77,10 +94,16 @@ class PeerServer:
         asked = path[len(self._path) :].split(",")
         if len(asked) > MOST_UNITS or not all(u.isdecimal() and len(u) < 19 for u in asked):
             return _response("400 Bad Request", b"")
-        found = [(unit, data) for unit in map(int, asked) if (data := self._read(unit)) is not None]
-        body = b"".join(data for _, data in found)
-        self.served += len(body)
-        return _response("200 OK", body, ",".join(str(unit) for unit, _ in found))
+        parts: list[Buffer] = []
+        found, size = list[str](), 0
+        for unit in asked:
+            data = self._read(int(unit)) if size < MOST_BYTES else None
+            if data is not None:
+                found.append(unit)
+                parts.append(data)
+                size += memoryview(data).nbytes
+        self.served += size
+        return _response("200 OK", b"".join(parts), ",".join(found))
 
 
 def _response(status: str, body: bytes, units: str = "") -> bytes:
@@ -93,6 +116,21 @@ class _Peer:
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
     failures: int = 0
     rests_until: float = 0.0
+    asked: int = 0  # units
+    had: int = 0
+    busy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
+
+
+def _requests(units: Sequence[int], size_of: dict[int, int]) -> list[list[int]]:
+    """The units, as many together as one answer may hold."""
+    out, bytes_of_last = list[list[int]](), MOST_BYTES
+    for unit in units:
+        if bytes_of_last + size_of[unit] > MOST_BYTES or len(out[-1]) == MOST_UNITS:
+            out.append([])
+            bytes_of_last = 0
+        out[-1].append(unit)
+        bytes_of_last += size_of[unit]
+    return out
 
 
 class Peers:
@@ -115,20 +153,36 @@ class Peers:
     async def read(self, process: int, units: Sequence[int], sizes: Sequence[int], timeout: float) -> dict[int, bytes]:
         """Those of the units that the peer had, within `timeout` seconds. Any failure is an empty answer."""
         peer, out = self._peers[process], dict[int, bytes]()
-        size_of = dict(zip(units, sizes, strict=True))
+        try:
+            await asyncio.wait_for(peer.busy.acquire(), timeout)
+        except TimeoutError:  # others of our own requests are being answered: no fault of the peer's
+            return out
         try:
             async with asyncio.timeout(timeout):
-                for start in range(0, len(units), MOST_UNITS):
-                    self.asked += 1
-                    out |= await self._ask(peer, units[start : start + MOST_UNITS], size_of)
+                await self._read(peer, units, dict(zip(units, sizes, strict=True)), out)
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             peer.failures += 1
             if peer.failures >= _PATIENCE:
                 peer.failures, peer.rests_until = 0, time.monotonic() + _REST
         else:
             peer.failures = 0
+        finally:
+            peer.busy.release()
         self.bytes += sum(map(len, out.values()))
         return out
+
+    async def _read(self, peer: _Peer, units: Sequence[int], size_of: dict[int, int], out: dict[int, bytes]) -> None:
+        """Puts into `out` what the peer has. One that has next to nothing rests for good."""
+        for some in _requests(units, size_of):
+            self.asked += 1
+            found = await self._ask(peer, some, size_of)
+            out |= found
+            peer.asked += len(some)
+            peer.had += len(found)
+        if peer.asked >= _ENOUGH:
+            if peer.had < _LEAST * peer.asked:
+                peer.rests_until = float("inf")
+            peer.asked = peer.had = 0
 
     async def _ask(self, peer: _Peer, units: Sequence[int], size_of: dict[int, int]) -> dict[int, bytes]:
         if peer.idle:

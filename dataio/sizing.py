@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio.cache import hit_bound
+from dataio.mixture import UNIT
 from dataio.runs import RunModel
 from dataio.units import UnitMap
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from dataio.loader import LoaderSettings
     from dataio.placement import Placement
     from dataio.sampling import SamplingPlan
+
+_TYPICAL = 256  # rows of the first step whose windows show what windows are like
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) ->
     first = settings.step if settings.stop is None else min(settings.step, max(settings.stop - 1, 0))
     some = [plan.windows(step, placement.rows(step)) for step in range(first, first + 4)]
     rough = UnitMap(indexes, settings.needs, 1 << 20)  # whole episodes: only to know what the data weigh
-    counts = np.concatenate([rough.rows(planned)[1] for planned in some])
+    # The same windows in every process and after every restart: caches on disk and peers agree on the units, or are of no use.
+    typical = plan.windows(0, np.unique(np.linspace(0, plan.rows - 1, min(plan.rows, _TYPICAL)).astype(np.int64)))
+    counts = rough.rows(typical)[1]
     memory, total = settings.cache.memory, sum(column.total for column in rough.columns)
-    home = total * sum(len(placement.rows(step)) for step in range(first, first + 4)) / (4 * plan.rows)
+    home = total * (placement.high - placement.low) / (plan.rows * UNIT)
     kept = memory * 15 // 16 + settings.cache.disk
-    tile = 0 if plan.replacement else max(int(planned.units.max(initial=1)) for planned in some)
+    tile = 0 if plan.replacement else int(typical.units.max(initial=1))
     model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), tile, memory // 16, total)
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    return Sizing(units, min(max(3 * wanted // 2, memory // 32), most_staging(memory)), int(home))
+    return Sizing(units, min(max(5 * wanted // 4, memory // 32), most_staging(memory)), int(home))

@@ -16,7 +16,6 @@ from recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from dataio.index import EpisodeIndex
-    from dataio.loader import CacheBudget
     from dataio.sampling import SamplingPlan
     from pretrain.batch import TokenBatch
     from pretrain.callbacks import Callback
@@ -30,6 +29,7 @@ MAPPED = 200_000  # episodes
 def run(recipe: Recipe) -> int:
     """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed)."""
     from dataio.loader import TrajectoryLoader
+    from launch.node_cache import NodeCache
     from pretrain.checkpoint import Checkpoint
     from pretrain.engine import build_engine
     from pretrain.model.config import DecisionConfig
@@ -47,14 +47,19 @@ def run(recipe: Recipe) -> int:
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
+    fingerprints = [index.fingerprint for index in indexes]
+    sizes = recipe.data.cache
+    cache = NodeCache(world, sizes.dir, size(sizes.memory), size(sizes.disk), fingerprints)
     loader = None
     if world.is_first_stage:
         arguments = loader_arguments(recipe, objectives)
-        loader = TrajectoryLoader(plan, world.home, **arguments, cache=cache_budget(recipe), stop=recipe.train.steps)
+        loader = TrajectoryLoader(
+            plan, world.home, **arguments, cache=cache.budget, peers=cache.peers, stop=recipe.train.steps
+        )
     with loader or nullcontext():
-        stages = callbacks(recipe, objectives, indexes, world)
+        stages = [cache, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, [index.fingerprint for index in indexes], requests)
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
         done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
     rank = world.rank
     world.close()  # nothing collective from here on: the other ranks' cores are free for the evaluation
@@ -140,16 +145,6 @@ def size(text: str) -> int:
         return int(float(number.removesuffix(unit)) * units[unit.strip()])
     except (KeyError, ValueError):
         raise ValueError(f"{text!r} is no size; write 512MiB, 8GiB, 2TB") from None
-
-
-def cache_budget(recipe: Recipe) -> CacheBudget:
-    """This loader's part of the node's cache."""
-    from dataio.loader import CacheBudget
-
-    loaders = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // recipe.parallel.pipeline)
-    cache = recipe.data.cache
-    folder = str(Path(cache.dir) / f"loader-{os.environ.get('LOCAL_RANK', '0')}") if cache.dir else ""
-    return CacheBudget(memory=size(cache.memory) // loaders, disk=size(cache.disk) // loaders, dir=folder)
 
 
 def callbacks(

@@ -112,6 +112,59 @@ def test_a_dead_peer_is_a_miss() -> None:
     assert asyncio.run(scenario()) == {}
 
 
+def test_a_peer_that_has_next_to_nothing_is_not_asked_again() -> None:
+    async def work(address: str, server: PeerServer) -> None:
+        peers = Peers([address], TOKEN, "data")
+        for start in range(0, 5000, 500):
+            assert peers.alive(0)
+            units = [3 * u + 1 for u in range(start, start + 500)]
+            assert await peers.read(0, units, [size(u) for u in units], 5.0) == {}
+            if not peers.alive(0):
+                break
+        assert start == 4000
+
+    asyncio.run(with_server(work))
+
+
+def test_requests_that_wait_for_our_own_are_no_fault_of_the_peer() -> None:
+    async def scenario() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(0.1)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nUnits: 0\r\n\r\nx")
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        peers = Peers([f"127.0.0.1:{server.sockets[0].getsockname()[1]}"], TOKEN, "data")
+        began = time.monotonic()
+        answers = await asyncio.gather(*(peers.read(0, [0], [1], 0.25) for _ in range(40)))
+        assert time.monotonic() - began < 2.0
+        assert 4 <= sum(map(bool, answers)) < 40
+        assert peers.alive(0)
+        server.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_is_bounded_and_takes_a_bounded_share_of_the_servers_time() -> None:
+    large = {u: bytes(3 << 20) for u in range(6)}
+
+    def read(unit: int) -> bytes | None:
+        time.sleep(0.01)
+        return large.get(unit)
+
+    async def scenario() -> None:
+        server = PeerServer(PeerSettings("127.0.0.1", TOKEN), "data", read)
+        peers = Peers([await server.start()], TOKEN, "data")
+        began = time.monotonic()
+        found = await peers.read(0, list(large), [3 << 20] * 6, 10.0)
+        assert found == large  # in several answers of at most MOST_BYTES
+        assert peers.asked == 3
+        assert time.monotonic() - began > 2 * 0.02 * 3  # after each of the first two it does its own work
+
+    asyncio.run(scenario())
+
+
 SERVE = """
 import asyncio, sys
 from dataio.peers import PeerServer, PeerSettings
