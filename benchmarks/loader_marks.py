@@ -36,7 +36,9 @@ def owners(plan: SamplingPlan, processes: int) -> NDArray[np.int64]:
 # Four loaders
 
 
-def four_homes(index: EpisodeIndex, server: StoreServer, share: float = 0.27, passes: int = 3, run: int = 0) -> dict[str, Any]:
+def four_homes(
+    index: EpisodeIndex, server: StoreServer, share: float = 0.27, passes: int = 3, run: int = 0
+) -> dict[str, Any]:
     """Store traffic of four loaders by pass: each of them may cache `share` of the data, and serves a quarter of the rows.
 
     A pass is as many windows as there are disjoint ones. At home is what a process delivers of the buckets of which it holds
@@ -106,13 +108,8 @@ def home_share(plan: SamplingPlan, processes: int, steps: int) -> float:
 class Node(RangeCache):
     """A node's cache, that can be asked what it holds; its bytes are never looked at."""
 
-    def _find(
-        self, units: Units, place: Units, sizes: Units
-    ) -> tuple[dict[int, memoryview], dict[int, tuple[int, int]]]:
-        return {}, {}
-
     def holds(self, units: Units) -> NDArray[np.bool_]:
-        return self._place[units] >= 0
+        return self.kept.place[units] >= 0
 
 
 class Simulation:

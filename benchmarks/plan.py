@@ -165,7 +165,7 @@ def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int 
         "fetched_over_delivered": fetched,
         "bound_of_single_steps": 1 - hit_bound(cache.capacity / total, pin),
         "us_a_window": took / (epoch * block) * 1e6,
-        "metadata_bytes_a_unit": (cache._place.nbytes + cache._planned.nbytes) / units,
+        "metadata_bytes_a_unit": (cache.kept.place.nbytes + cache.kept.planned.nbytes) / units,
     }
 
 

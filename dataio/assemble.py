@@ -76,9 +76,8 @@ class Assembler:
         first, count = self.units.rows(planned)
         step = _Step(planned, first, count, gather(planned, self.units, spans, ranges, copy))
         out: list[Any] = [None] * len(planned.row)
-        pairs, which = np.unique(np.stack([planned.entry, planned.task]), axis=1, return_inverse=True)
-        for number, (entry, task) in enumerate(pairs.T.tolist()):
-            here, wanted = np.flatnonzero(which.reshape(-1) == number), self.wanted(entry, task)
+        for entry, task in sorted(set(zip(planned.entry.tolist(), planned.task.tolist(), strict=True))):
+            here, wanted = np.flatnonzero((planned.entry == entry) & (planned.task == task)), self.wanted(entry, task)
             simple = self._simple(step, here, entry, wanted)
             self._many(step, here[simple], entry, wanted, out)
             for i in here[~simple].tolist():

@@ -34,7 +34,8 @@ def stack_windows(step: int, rows: np.ndarray, windows: list[list[Window]]) -> d
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    same = all(a.shape[1:] == arrays[0].shape[1:] for a in arrays)  # images may differ in size
+    shape = arrays[0].shape[1:]
+    same = {a.shape[1:] for a in arrays} == {shape}  # images may differ in size
     return np.concatenate(arrays) if same else np.concatenate([a.reshape(-1) for a in arrays])
 
 

@@ -12,10 +12,12 @@ import json
 import logging
 import mmap
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
+from numpy.typing import NDArray
 
 from .episode import DataError
 from .slabs import Ints, Slabs
@@ -38,9 +40,13 @@ class MemoryTier:
         self._map = mmap.mmap(-1, max(self.slabs.count * slab, 1))
         self.view = memoryview(self._map)
 
-    def write(self, address: int, item: int, data: memoryview) -> bool:
-        self.view[address : address + len(data)] = data
-        return True
+    def write(self, addresses: Ints, items: Ints, data: Mapping[int, memoryview]) -> NDArray[np.bool_]:
+        """Mask of the items that could be written: all."""
+        view = self.view
+        for address, item in zip(addresses.tolist(), items.tolist()):
+            one = data[item]
+            view[address : address + len(one)] = one
+        return np.ones(len(items), bool)
 
     def flush(self) -> None:
         """Nothing to record."""
@@ -97,15 +103,11 @@ class DiskTier:
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
-    def _known(self) -> object:
-        try:
-            with open(self._path("geometry.json")) as file:
-                return json.load(file)
-        except (OSError, ValueError):
-            return None
+    def write(self, addresses: Ints, items: Ints, data: Mapping[int, memoryview]) -> NDArray[np.bool_]:
+        """Mask of the items that could be written: where the disk is full the tier does not grow any more."""
+        return np.array([self._write(a, i, data[i]) for a, i in zip(addresses.tolist(), items.tolist())], bool)
 
-    def write(self, address: int, item: int, data: memoryview) -> bool:
-        """False where the disk is full: the tier does not grow any more."""
+    def _write(self, address: int, item: int, data: memoryview) -> bool:
         number = address // self.slabs.slab
         try:
             if number not in self._backed:

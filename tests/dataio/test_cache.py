@@ -161,17 +161,17 @@ def test_accounts_agree_with_a_count_from_scratch():
     for i in range(150):
         stream.step(cache)
         if i % 10 == 0:
-            kept = np.flatnonzero(cache._place >= 0)
+            kept = np.flatnonzero(cache.kept.place >= 0)
             planned = np.zeros(6000, int)
             for block in range(cache.next, cache.far):
                 planned[np.unique(stream.plan(block))] += 1
-            assert (planned == cache._planned).all()
-            slabs = cache._memory.slabs
+            assert (planned == cache.kept.planned).all()
+            slabs = cache.kept.memory.slabs
             address, unit, kind = slabs.contents()
             assert sorted(unit.tolist()) == kept.tolist()
-            assert (np.sort(cache._place[unit] * 8) == np.sort(address)).all()
+            assert (np.sort(cache.kept.place[unit] * 8) == np.sort(address)).all()
             wanted = np.isin(unit, np.flatnonzero(planned))
-            assert cache.live == slabs.classes[kind[wanted]].sum()
+            assert cache.kept.live == slabs.classes[kind[wanted]].sum()
             free = np.concatenate([f for lists in slabs._free for f in lists])
             assert len(np.unique(free)) == len(free)
             assert not np.isin(free, address).any()
@@ -229,7 +229,7 @@ def test_a_changed_plan_is_counted_anew():
     planned = np.zeros(6000, int)
     for block in range(cache.next, cache.far):
         planned[np.unique(plan(block))] += 1
-    assert (planned == cache._planned).all()
+    assert (planned == cache.kept.planned).all()
 
 
 # -- disk ----------------------------------------------------------------------------------------------------------------
@@ -240,17 +240,17 @@ def test_a_restart_is_warm_and_exact(tmp_path):
     cold = stream.cache(0.05, 0.3, tmp_path, fingerprint="x")
     for _ in range(150):
         stream.step(cold)
-    kept = int((cold._place >= cold._base[1] // 8).sum())
+    kept = int((cold.kept.place >= cold.kept.base[1] // 8).sum())
     cold.close()
     warm = stream.cache(0.05, 0.3, tmp_path, fingerprint="x", start=150)
-    assert (warm._place >= 0).sum() == kept > 1000
+    assert (warm.kept.place >= 0).sum() == kept > 1000
     for _ in range(30):
         stream.step(warm)
     assert warm.statistics()["hit_rate"] > 0.4
     assert warm.counters["damaged"] == 0
     warm.close()
     other = stream.cache(0.05, 0.3, tmp_path, fingerprint="y")
-    assert (other._place >= 0).sum() == 0
+    assert (other.kept.place >= 0).sum() == 0
 
 
 def test_a_process_that_was_killed_leaves_a_usable_tier(tmp_path):
@@ -306,7 +306,7 @@ def test_a_full_disk_makes_the_tier_smaller(tmp_path, monkeypatch, caplog):
     for _ in range(150):
         stream.step(cache)
     used = cache.statistics()["disk_used"]
-    assert used == 4 * cache._disk.slabs.slab
+    assert used == 4 * cache.kept.disk.slabs.slab
     assert cache.counters["disk_bytes"] > 0
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "takes no more" in caplog.text
@@ -327,11 +327,11 @@ def test_the_journal_does_not_grow_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("dataio.cache_tiers._JOURNAL", 1000)
     for _ in range(300):
         stream.step(cache)
-    live = int(cache._disk.slabs.live.sum())
+    live = int(cache.kept.disk.slabs.live.sum())
     assert os.path.getsize(tmp_path / "journal") < 1000 + 4 * 24 * live + 24 * 40
     cache.close()
     late = stream.cache(0.2, 0.3, tmp_path, start=300)
-    assert (late._place >= 0).sum() == live
+    assert (late.kept.place >= 0).sum() == live
     stream.step(late)
 
 

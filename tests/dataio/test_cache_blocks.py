@@ -36,5 +36,5 @@ def test_every_open_block_has_all_its_units_whatever_was_closed_in_between(seed:
                 assert block.get(unit) == data[unit]
             block.close()
             done += 1
-        assert cache.occupied + cache.staged <= 60_000
+        assert cache.kept.occupied + cache.staged <= 60_000
     assert cache.statistics()["hit_rate"] > 0.2
