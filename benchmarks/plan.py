@@ -115,8 +115,8 @@ def planning(episodes: int, folder: str) -> dict[str, float]:
 
 def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int = 200) -> dict[str, float]:
     """Fetched over delivered bytes in the steady state, and processor time a window for cache alone (without any copy of bytes
-    from a store). Blocks of 32 windows of 20 steps."""
-    runs, block, size = -(-steps // run), 32, 64
+    from a store). Blocks of 256 windows of 20 steps."""
+    runs, block, size = -(-steps // run), 256, 64
     starts = steps // WINDOW
     tiles = episodes * starts
 
