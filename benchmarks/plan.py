@@ -135,13 +135,14 @@ def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int 
         return np.arange(ends[-1]) + np.repeat(episode * runs + first - (ends - count), count)
 
     units = episodes * runs
-    total = units * run * size
+    total, staging = units * run * size, block * (WINDOW + 2 * run) * size
     cache = RangeCache(
         units,
         lambda u: np.full(len(u), run * size),
         plan,
         total=total,
-        memory=int(share * total * 4 / 3) + 4 * block * (WINDOW + run) * size,
+        memory=int(share * total) + staging,
+        staging=staging,
         pin=pin,
     )
     data, epoch = bytes(run * size), episodes * steps // (block * WINDOW)
