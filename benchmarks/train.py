@@ -1,11 +1,16 @@
 """Speed of the model's forward and backward pass, side by side in one run.
 
-    python benchmarks/train.py --hidden 512 --tokens 4096 --json FILE
+    python -m benchmarks.train --hidden 512 --tokens 4096 --json FILE
 
 Three models of one shape (every layer a mixture of experts, SwiGLU, top-k, no shared expert) train on the same tokens with
-AdamW: ours; ours with `deepspeed.moe.layer.MoE` in place of our expert layer; `transformers`' Mixtral. Rounds alternate, so
-that a busy machine slows all of them. The rates are medians; `share` is the useful operations a second over the machine's own
-rate for one matrix product of the layer's shape, measured between the rounds. The losses show that all three learn alike.
+AdamW, from the same weights: ours; ours with `deepspeed.moe.layer.MoE` in place of our expert layer; `transformers`' Mixtral.
+Rounds alternate, so that a busy machine slows all of them. The rates are medians; `share` is the useful operations a second
+over the machine's own rate for one matrix product of the layer's shape, the best of all that were measured between the rounds.
+The losses show that all three learn alike. Peak memory is that of a process of its own for each, parameters, gradients and
+moments included.
+
+On a CPU the processes keep the memory that arrays free, as training under the launcher does (`launch.submit.KEEP_MEMORY`);
+`--malloc default` measures without.
 """
 
 from __future__ import annotations
@@ -13,8 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from launch.submit import KEEP_MEMORY
 from pretrain.batch import TEXT, TokenBatch
+from pretrain.deepspeed_config import cpu_has_bf16
 from pretrain.model.config import DecisionConfig
 from pretrain.model.flops import flops_per_batch
 from pretrain.model.inputs import to_tensors
 from pretrain.model.moe import mixtures
 from pretrain.model.transformer import DecisionModel
+from pretrain.spans import peak_memory
 
 VOCABULARY = 2048
 
@@ -83,6 +92,15 @@ class DeepSpeedMixture(nn.Module):
     def forward(self, x: Tensor, layout: Any) -> Tensor:
         return self.moe(x)[0]
 
+    @torch.no_grad()
+    def take(self, ours: Any) -> None:
+        """Our layer's weights."""
+        layer = self.moe.deepspeed_moe
+        layer.gate.wg.weight.copy_(ours.router.weight)
+        for i, expert in enumerate(layer.experts.deepspeed_experts):
+            expert.up.weight.copy_(ours.experts.up[i].T)
+            expert.down.weight.copy_(ours.experts.down[i].T)
+
 
 def make_deepspeed(
     config: DecisionConfig, options: argparse.Namespace
@@ -90,17 +108,15 @@ def make_deepspeed(
     import deepspeed
     import deepspeed.ops
 
-    from pretrain.model.layers import initialise
-
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if options.device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo" if options.device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
     model = DecisionModel(config)
     for block in model.layers:
-        block.mlp = DeepSpeedMixture(config)
+        ours, block.mlp = block.mlp, DeepSpeedMixture(config)
         block.mlp.moe.set_deepspeed_parallelism()
-    initialise(model, 0)
+        block.mlp.take(ours)
     model = model.to(options.device, options.dtype).train()
     for module in model.modules():
         if type(module).__name__ == "TopKGate":
@@ -124,8 +140,11 @@ def make_mixtral(
             num_local_experts=config.num_experts,
             num_experts_per_tok=config.num_experts_per_tok,
             max_position_embeddings=options.context,
+            rms_norm_eps=config.norm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": config.theta},
         )
     )
+    take(model, DecisionModel(config))
     model = model.to(options.device, options.dtype).train()
 
     def loss(batch: TokenBatch) -> Tensor:
@@ -134,6 +153,25 @@ def make_mixtral(
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
     return model, loss
+
+
+@torch.no_grad()
+def take(mixtral: Any, ours: DecisionModel) -> None:
+    """Our weights as Mixtral's, which turns the halves of a head where we turn neighbouring pairs."""
+    config, size = ours.config, ours.config.head_size
+    halves = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
+    mixtral.model.embed_tokens.weight.copy_(ours.token.weight + ours.embedding.local.weight[0])
+    for theirs, block in zip(mixtral.model.layers, ours.layers, strict=True):
+        heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        q, k, v = block.attention.qkv.weight.split([n * size for n in heads])
+        for name, part in (("q_proj", q), ("k_proj", k)):
+            getattr(theirs.self_attn, name).weight.copy_(part.view(-1, size, part.shape[1])[:, halves].flatten(0, 1))
+        theirs.self_attn.v_proj.weight.copy_(v)
+        theirs.self_attn.o_proj.weight.copy_(block.attention.out.weight)
+        theirs.mlp.gate.weight.copy_(block.mlp.router.weight)
+        theirs.mlp.experts.gate_up_proj.copy_(block.mlp.experts.up.transpose(1, 2))
+        theirs.mlp.experts.down_proj.copy_(block.mlp.experts.down.transpose(1, 2))
+    mixtral.lm_head.weight.copy_(ours.output.weight)
 
 
 MAKERS = {"ours": make_ours, "deepspeed": make_deepspeed, "mixtral": make_mixtral}
@@ -162,14 +200,19 @@ def parse() -> argparse.Namespace:
     shape = {"hidden": 512, "layers": 4, "experts": 8, "k": 2, "tokens": 4096, "context": 256, "rounds": 7}
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 where the device multiplies it natively")
+    parser.add_argument("--malloc", default="keep", choices=["keep", "default"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", nargs="+", default=list(MAKERS), choices=list(MAKERS))
     parser.add_argument("--json", default="")
     options = parser.parse_args()
+    if options.dtype == "auto":
+        options.dtype = "bfloat16" if options.device != "cpu" or cpu_has_bf16() else "float32"
     options.dtype = getattr(torch, options.dtype)
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        if options.malloc == "keep" and not os.environ.keys() >= KEEP_MEMORY.keys():  # read once, at the process' start
+            os.execve(sys.executable, sys.orig_argv, {**os.environ, **KEEP_MEMORY})
     return options
 
 
@@ -213,6 +256,13 @@ class Method:
             self.seconds.append(seconds)
 
 
+def memory_of(method: str) -> float:
+    """Peak of a process that runs one method for two steps."""
+    command = [*sys.orig_argv, "--methods", method, "--rounds", "1", "--json", "/dev/stdout"]
+    told = subprocess.run([sys.executable, *command[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(told[told.index("{\n") :])["peak_mib"]
+
+
 def main() -> None:
     options = parse()
     config, rows, rates = make_config(options), options.tokens // options.context, []
@@ -225,18 +275,20 @@ def main() -> None:
         for method in methods.values():
             method.step(batch, options.device, warm=step > 0)
         rates.append(matrix_rate(options))
-    flops, rate = flops_per_batch(config, batch), statistics.median(rates[1:])
+    flops, rate = flops_per_batch(config, batch), max(rates)
     report: dict[str, Any] = {
         "shape": {k: str(v) for k, v in vars(options).items() if k not in ("json", "methods")},
         "threads": torch.get_num_threads(),
         "matrix_gflops": rate / 1e9,
-        "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_memory(torch.device(options.device)) / 2**20,
         "methods": {},
     }
     print(
-        f"{options.tokens} tokens a step, hidden {options.hidden}, {options.experts} experts, k = {options.k}, {options.dtype}"
+        f"{options.tokens} tokens a step, hidden {options.hidden}, {options.experts} experts, k = {options.k}, "
+        f"{options.dtype}, {torch.get_num_threads()} threads, malloc: {options.malloc}"
     )
     print(f"one matrix product: {rate / 1e9:.0f} GFLOP/s")
+    alone = len(methods) == 1
     for name, method in methods.items():
         seconds = statistics.median(method.seconds)
         row = {
@@ -245,12 +297,14 @@ def main() -> None:
             "share": flops / seconds / rate,
             "first_loss": method.losses[0],
             "last_loss": method.losses[-1],
+            "peak_mib": report["peak_mib"] if alone else memory_of(name),
         }
         report["methods"][name] = row
         rates_told = (
             f"{row['tokens_per_second']:9.0f} tokens/s, {row['gflops']:7.0f} GFLOP/s, {row['share']:.2f} of the product"
         )
-        print(f"{name:10s} {rates_told}, loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}")
+        told = f"{row['peak_mib']:6.0f} MiB, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
+        print(f"{name:10s} {rates_told}, {told}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TRAIN = Path(__file__).with_name("train.py")
+# glibc gives large arrays back to the kernel when they are freed, and every step pays for their pages again: a third of the
+# time of element-wise operations on a CPU (benchmarks/RESULTS.md). These keep them; resident memory stays at its peak.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def launcher(processes: int, *, port: int = 0, hostfile: str = "", extra: Sequence[str] = ()) -> list[str]:
@@ -45,6 +48,7 @@ def environment() -> dict[str, str]:
     env = dict(os.environ)
     if not devices():
         env.setdefault("DS_ACCELERATOR", "cpu")
+        env = {**KEEP_MEMORY, **env}
     # A competing process collapses two OpenMP threads of one rank; one thread a rank is safe.
     env.setdefault("OMP_NUM_THREADS", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
