@@ -159,7 +159,11 @@ def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any
         ("Balance and z-loss", svg.lines({"auxiliary": svg.smooth(_series(train, "auxiliary"))})),
         ("Waiting for data, share of a step", svg.lines({"wait": svg.smooth(_shares(train))})),
         ("Cache", svg.lines(_cache(train))),
+        ("Peak memory of a process, GiB", svg.lines({"peak": _memory(train)})),
     ]
+    layout = {name: svg.smooth(_series(train, name)) for name in ("bubble", "bubble_bound", "all_to_all")}
+    if any(layout.values()):
+        charts.append(("Pipeline bubble and all-to-all, shares", svg.lines({n: p for n, p in layout.items() if p})))
     cards = "".join(f"<div class='card'><h3>{title}</h3>{chart}</div>" for title, chart in charts)
     return f"<div class='cards'>{cards}</div>"
 
@@ -170,6 +174,10 @@ def _series(train: Iterable[Mapping[str, Any]], key: str) -> Points:
 
 def _shares(train: Iterable[Mapping[str, Any]]) -> Points:
     return [(line["step"], line["data_wait"] / max(line["seconds"], 1e-9)) for line in train]
+
+
+def _memory(train: Iterable[Mapping[str, Any]]) -> Points:
+    return [(step, size / 2**30) for step, size in _series(train, "peak_memory")]
 
 
 def _cache(train: Sequence[Mapping[str, Any]]) -> dict[str, Points]:

@@ -10,6 +10,7 @@ parameters, as live views. Tested with DeepSpeed 0.19.4 … 0.19.8 (pyproject.to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,6 +171,22 @@ def gradient_norm(engine: Any) -> float | torch.Tensor:
 
 def learning_rate(engine: Any) -> float:
     return float(_base(engine.optimizer).param_groups[0]["lr"])
+
+
+def time_passes(engine: Any, span: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run every forward and backward pass of a pipeline stage inside a `span()`."""
+
+    def timed(instruction: Callable[..., None]) -> Callable[..., None]:
+        def run(self: Any, **arguments: Any) -> None:
+            with span():
+                instruction(self, **arguments)
+
+        return run
+
+    engine._INSTRUCTION_MAP = {
+        kind: timed(instruction) if kind.__name__ in ("ForwardPass", "BackwardPass") else instruction
+        for kind, instruction in engine._INSTRUCTION_MAP.items()
+    }
 
 
 def forget_groups() -> None:

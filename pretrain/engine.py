@@ -26,6 +26,7 @@ from pretrain.model.flops import flops_per_batch
 from pretrain.model.inputs import to_tensors
 from pretrain.model.moe import mixtures, step_counts
 from pretrain.parallel import LayoutError, ParallelDims, Sum
+from pretrain.spans import Spans, peak_memory
 
 if TYPE_CHECKING:
     from pretrain.model.config import DecisionConfig
@@ -42,6 +43,11 @@ class StepResult:
     gradient_norm    of the whole gradient, before clipping
     loss_by_task     task's number -> (weighted loss sum, number of targets)
     task_counts      [MoE layers, tasks, experts]: tokens routed to each expert
+    memory           bytes: the peak so far on the rank that needed most; of its device, or resident on a CPU
+    all_to_all       seconds that tokens travelled to experts and back, or waited to; the mean over the ranks
+    bubble           share of the time from the first to the last pass of the pipeline that its stages spent outside passes:
+                     the schedule's bubble, uneven stages and transfers; None without a pipeline
+    bubble_bound     what it would be with even stages and free transfers
     """
 
     step: int
@@ -55,6 +61,10 @@ class StepResult:
     flops: float
     loss_by_task: dict[int, tuple[float, int]] = field(default_factory=dict)
     task_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
+    memory: int = 0
+    all_to_all: float | None = None
+    bubble: float | None = None
+    bubble_bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +155,9 @@ class Engine:
         self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
         self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
+        self._travels = Spans(world.device)
+        if world.expert > 1 and not recipe.train.compile:
+            _time_travels(self.module, self._travels)
 
     @property
     def step(self) -> int:
@@ -168,7 +181,10 @@ class Engine:
         counts, rate = self._counts(batch), self.learning_rate
         totals = self._totals()
         self.module.train()
+        self._travels.take()  # what an evaluation left
         norm = self._train(batch, counts, totals)
+        measured = [*self._passes(), self._travels.take()[0], float(peak_memory(self.world.device))]
+        totals["ranks"][self.world.rank] = torch.tensor(measured, dtype=torch.float64)
         self._finish_experts(totals)
         return self._result(counts, totals.numpy(), float(norm), rate)
 
@@ -235,6 +251,10 @@ class Engine:
             self.deepspeed.step()
         return gradient_norm(self.deepspeed) if norm is None else norm
 
+    def _passes(self) -> tuple[float, float]:
+        """Seconds of this step inside the stage's passes, and from the step's start to the end of the last one."""
+        return 0.0, 0.0
+
     def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
         import deepspeed
 
@@ -275,7 +295,7 @@ class Engine:
         tasks, experts = max(1, len(self.config.tasks)), self.config.num_experts
         layers = len(self._expert_layers)
         shapes = {"loss": (), "by_task": (tasks, 3), "auxiliary": (2,), "experts": (layers, tasks, experts)}
-        return Totals(shapes | {"errors": (tasks, COLUMNS)}, self.world.device)
+        return Totals(shapes | {"errors": (tasks, COLUMNS), "ranks": (self.world.world, 4)}, self.world.device)
 
     def _finish_experts(self, totals: Totals) -> None:
         """Sum what this step counted over the ranks; the routers' shares of the step become those of the next one's loss."""
@@ -289,6 +309,13 @@ class Engine:
             layer.finish_step(totals["experts"][place].to(torch.int64))
 
     def _result(self, counts: Counts, totals: dict[str, np.ndarray], norm: float, rate: float) -> StepResult:
+        passes, whole, travels, memory = totals["ranks"].T
+        stages, more = self.world.pipeline, {}
+        if stages > 1:
+            more["bubble"] = float(1 - passes.mean() / max(whole.max(), 1e-9))
+            more["bubble_bound"] = (stages - 1) / (self.accumulation + stages - 1)
+        if self.world.expert > 1:
+            more["all_to_all"] = float(travels.mean())
         return StepResult(
             step=self.step,
             loss=float(totals["loss"]),
@@ -301,6 +328,8 @@ class Engine:
             flops=counts.flops,
             loss_by_task={t: (float(s), int(n)) for t, (s, _, n) in enumerate(totals["by_task"]) if n},
             task_counts=totals["experts"],
+            memory=int(memory.max()),
+            **more,
         )
 
 
@@ -321,6 +350,14 @@ def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) ->
     if config.num_experts == 0 or config.num_experts % world.expert:
         raise LayoutError(f"parallel.expert: {world.expert} does not divide model.moe.experts, {config.num_experts}")
     shard_experts(module, config, world.expert_rank, world.expert)
+
+
+def _time_travels(module: torch.nn.Module, spans: Spans) -> None:
+    from pretrain.model.expert_parallel import ShardedExperts
+
+    for layer in module.modules():
+        if isinstance(layer, ShardedExperts):
+            layer.spans = spans
 
 
 def _first_experts(module: torch.nn.Module) -> dict[int, int]:

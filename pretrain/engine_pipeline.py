@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pretrain.batch import TokenBatch
-from pretrain.deepspeed_state import gradient_norm
+from pretrain.deepspeed_state import gradient_norm, time_passes
 from pretrain.engine import Counts, Engine, Totals
 from pretrain.model.pipeline import OutputStage, partition, pipeline_inputs
 from pretrain.model.pipeline_module import DecisionPipeline
-from pretrain.parallel import LayoutError
+from pretrain.parallel import LayoutError, ParallelDims
+from pretrain.spans import Spans
 
 if TYPE_CHECKING:
     from pretrain.model.transformer import DecisionModel
+    from recipes.schema import Recipe
 
 MicroBatch = tuple[Any, None]
 
@@ -27,6 +29,12 @@ class PipelineEngine(Engine):
     """`train_step` and `evaluate` of stages after the first take a batch without rows."""
 
     module: DecisionPipeline
+
+    def __init__(self, recipe: Recipe, model: DecisionModel, world: ParallelDims) -> None:
+        super().__init__(recipe, model, world)
+        self._clock = Spans(world.device)
+        self._began: Any = None
+        time_passes(self.deepspeed, self._clock.span)
 
     def canonical(self, local: str) -> str:
         return self._stage.canonical_name(local)
@@ -46,6 +54,7 @@ class PipelineEngine(Engine):
         return self._stage
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
+        self._began = self._clock.mark()
         micros = self._cut(batch, self.accumulation) if self.world.is_first_stage else ()
         loss = self.deepspeed.train_batch(self._feed(micros, training=True, **self._divisors(counts)))
         if self.world.rank == 0:  # DeepSpeed has told every rank
@@ -53,10 +62,14 @@ class PipelineEngine(Engine):
         self._take(totals)
         return gradient_norm(self.deepspeed)
 
+    def _passes(self) -> tuple[float, float]:
+        return self._clock.take(self._began)
+
     def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
         if micros:
             feed = self._feed(micros if self.world.is_first_stage else (), training=False)
             self.deepspeed.eval_batch(feed, bcast_loss=False, num_micro_batches=len(micros))
+            self._clock.take()
             self._take(totals)
 
     def _feed(self, micros: Any, *, training: bool, **divisors: float) -> Iterator[MicroBatch]:

@@ -60,9 +60,21 @@ class StepMetrics:
             "data_wait": round(self.wait, 6),
             "tokens_per_second": round(self.tokens_per_second, 1),
             "mfu": round(self.mfu, 5),
+            "peak_memory": r.memory,
+            **{name: round(share, 5) for name, share in self.shares().items()},
             "loss_by_task": by_task,
             "loader": dict(self.counters),
         }
+
+    def shares(self) -> dict[str, float]:
+        """What the layout costs, as far as it has such a part: shares of the step (all_to_all) or of the pipeline's passes."""
+        r = self.result
+        parts = {
+            "all_to_all": None if r.all_to_all is None else r.all_to_all / self.seconds,
+            "bubble": r.bubble,
+            "bubble_bound": r.bubble_bound,
+        }
+        return {name: share for name, share in parts.items() if share is not None}
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:

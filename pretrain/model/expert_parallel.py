@@ -7,6 +7,7 @@ model's names, `….experts.up` and `….experts.down`, with fewer rows from num
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from pretrain.model.moe import Experts, mixtures
 
 if TYPE_CHECKING:
     from pretrain.model.config import DecisionConfig
+    from pretrain.spans import Spans
 
 
 class ShardedExperts(MoE, Experts):
@@ -37,6 +39,7 @@ class ShardedExperts(MoE, Experts):
         self.num_experts, self.num_local_experts = config.num_experts, count
         self.first, self.ep_size = rank * count, size
         self.group: Any = None
+        self.spans: Spans | None = None  # where the engine measures how long tokens travel
         _mark(self)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -52,16 +55,17 @@ class ShardedExperts(MoE, Experts):
         """x [N, D], sorted by expert of the whole layer; counts int64 [E] -> [N, D]. A collective over the group."""
         sent = counts.view(self.ep_size, self.num_local_experts)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
+        with nullcontext() if self.spans is None else self.spans.span():
+            dist.all_to_all_single(received, sent, group=self.group)
         # Uneven sizes must be known on the host: the one wait of this layer.
         go, come = sent.sum(1).tolist(), received.sum(1).tolist()
-        rows = _AllToAll.apply(x, come, go, self.group)
+        rows = _AllToAll.apply(x, come, go, self.group, self.spans)
         # They come by sender, then expert; grouped products want them by expert.
         kind = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
         order = kind.repeat_interleave(received.view(-1), output_size=sum(come)).argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         made = Experts.forward(self, rows.index_select(0, order), received.sum(0))
-        return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group)
+        return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group, self.spans)
 
 
 class NoExperts(MoE):
@@ -102,18 +106,19 @@ class _AllToAll(torch.autograd.Function):
     """Rows of x to the ranks of a group, `go` to each, `come` from each; the gradient takes the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, come: list[int], go: list[int], group: Any) -> Tensor:
-        ctx.come, ctx.go, ctx.group = come, go, group
-        return _exchange(x, come, go, group)
+    def forward(ctx: Any, x: Tensor, come: list[int], go: list[int], group: Any, spans: Spans | None) -> Tensor:
+        ctx.come, ctx.go, ctx.group, ctx.spans = come, go, group, spans
+        return _exchange(x, come, go, group, spans)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(gradient, ctx.go, ctx.come, ctx.group), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _exchange(gradient, ctx.go, ctx.come, ctx.group, ctx.spans), None, None, None, None
 
 
-def _exchange(x: Tensor, come: list[int], go: list[int], group: Any) -> Tensor:
+def _exchange(x: Tensor, come: list[int], go: list[int], group: Any, spans: Spans | None) -> Tensor:
     out = x.new_empty(sum(come), x.shape[1])
-    dist.all_to_all_single(out, x.contiguous(), come, go, group=group)
+    with nullcontext() if spans is None else spans.span():
+        dist.all_to_all_single(out, x.contiguous(), come, go, group=group)
     return out
 
 

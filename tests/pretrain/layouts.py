@@ -80,7 +80,8 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
             save(engine, job["run"])
     held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999)).items()}
     engine.destroy()
-    return {"steps": steps, "held_out": held_out, "seconds": round(time.time() - started, 1)}
+    measured = {name: getattr(result, name) for name in ("memory", "all_to_all", "bubble", "bubble_bound")}
+    return {"steps": steps, "held_out": held_out, "measured": measured, "seconds": round(time.time() - started, 1)}
 
 
 def save(engine: Engine, run: str) -> None:

@@ -95,7 +95,16 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "no-expert-on-a-stage", "pipeline": 2, "config": DENSE_HALF},
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
     ]
-    compare(jobs, run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs]))
+    results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
+    compare(jobs, results)
+    for job in jobs:
+        measured, micro_batches = results[job["name"]]["measured"], 1 if "batch" in job else 4
+        assert 2**27 < measured["memory"] < 2**34
+        assert (measured["all_to_all"] is None) == (job.get("expert", 1) == 1)
+        assert measured["bubble_bound"] == (1 / (micro_batches + 1) if "pipeline" in job else None)
+    # Two stages and one micro-batch: only one of them works at a time, however fast the machine.
+    assert 0.5 <= results["one-row-pipeline"]["measured"]["bubble"] < 1
+    assert results["expert"]["measured"]["all_to_all"] > 0
 
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {

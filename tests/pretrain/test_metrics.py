@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
 from pretrain.engine import StepResult
 from pretrain.metrics import Smoothed, StepMetrics, matrix_rate, peak_rate
+from pretrain.spans import Spans, peak_memory
 
 
 def test_matrix_rate_is_measured_once_and_plausible() -> None:
@@ -37,3 +42,37 @@ def test_smoothing_has_no_bias_at_the_start() -> None:
     for _ in range(200):
         smoothed.add(8.0)
     assert smoothed.value == pytest.approx(8.0, rel=1e-6)
+
+
+def test_only_what_a_layout_has_is_told() -> None:
+    plain = StepResult(3, 1.5, 0.0, 1.0, 1e-3, 4, 800, 100, 3e9, memory=7)
+    line = StepMetrics(plain, seconds=2.0, wait=0.5, peak=6e9).to_json()
+    assert line["peak_memory"] == 7
+    assert not {"bubble", "bubble_bound", "all_to_all"} & line.keys()
+    hybrid = StepResult(3, 1.5, 0.0, 1.0, 1e-3, 4, 800, 100, 3e9, all_to_all=0.5, bubble=0.25, bubble_bound=0.2)
+    line = StepMetrics(hybrid, seconds=2.0, wait=0.5, peak=6e9).to_json()
+    assert (line["all_to_all"], line["bubble"], line["bubble_bound"]) == (0.25, 0.25, 0.2)
+
+
+def test_spans_hold_what_was_inside_them() -> None:
+    spans = Spans(torch.device("cpu"))
+    began = spans.mark()
+    for _ in range(2):
+        time.sleep(0.02)
+        with spans.span():
+            time.sleep(0.03)
+    time.sleep(0.05)
+    after = spans.mark() - began
+    inside, until_last = spans.take(began)
+    assert 0.06 <= inside <= until_last - 0.04
+    assert until_last <= after - 0.05
+    assert spans.take(began) == (0.0, 0.0)
+
+
+def test_peak_memory_is_this_process_own() -> None:
+    """Linux' ru_maxrss would tell a child its parent's, which holds 256 MiB more here."""
+    block = torch.ones(256 << 18)
+    script = "import torch; from pretrain.spans import peak_memory; print(peak_memory(torch.device('cpu')))"
+    child = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
+    assert 2**26 < child < peak_memory(torch.device("cpu")) - 2**27
+    assert block[-1] == 1
