@@ -13,7 +13,9 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -171,10 +173,18 @@ class ObjectBackend:
 
     def __init__(self, url: str, timeout: float):
         import obstore
+
+        self.obstore = obstore
+        self._url, self._timeout = url, timeout
+        self.store, self._keys = self._open()
+        self._renewing = threading.Lock()
+
+    def _open(self) -> tuple[Any, tuple[str, ...]]:
+        """The store, and the credentials that it begins with, where it was given any."""
         from obstore.store import HTTPStore, from_url
 
+        url, timeout = self._url, self._timeout
         scheme = urlsplit(url).scheme.lower()
-        self.obstore = obstore
         client: Any = {
             "read_timeout": f"{max(1, round(timeout * 1000))}ms",  # between two reads of a body: finds stalls
             "timeout": f"{max(60, round(timeout * 20))}s",  # of a whole request, uploads too
@@ -182,69 +192,96 @@ class ObjectBackend:
             "pool_max_idle_per_host": "256",
         }
         retries: Any = {"max_retries": 0}
-        self.store: Any
         if scheme in ("http", "https"):
-            self.store = HTTPStore.from_url(
-                url, client_options={**client, "allow_http": scheme == "http"}, retry_config=retries
-            )
-        elif scheme in ("s3", "s3a"):
+            client["allow_http"] = scheme == "http"
+            return HTTPStore.from_url(url, client_options=client, retry_config=retries), ()
+        if scheme in ("s3", "s3a"):
             config: Any
             config, provider = _s3_configuration()
             client["allow_http"] = config.get("endpoint", "").startswith("http://")
             more: Any = {"credential_provider": provider} if provider else {}
-            self.store = from_url(url, config=config, client_options=client, retry_config=retries, **more)
-        else:
-            local = "AZURE_STORAGE_USE_EMULATOR" in os.environ or "STORAGE_EMULATOR_HOST" in os.environ
-            client["allow_http"] = local
-            url = url.replace("gcs://", "gs://", 1)
-            self.store = from_url(url, client_options=client, retry_config=retries)
+            given = provider() if provider else config
+            keys = tuple(
+                str(given.get(name)) for name in ("access_key_id", "secret_access_key", "session_token", "token")
+            )
+            return from_url(url, config=config, client_options=client, retry_config=retries, **more), keys
+        local = "AZURE_STORAGE_USE_EMULATOR" in os.environ or "STORAGE_EMULATOR_HOST" in os.environ
+        client["allow_http"] = local
+        return from_url(url.replace("gcs://", "gs://", 1), client_options=client, retry_config=retries), ()
+
+    async def _failed(self, error: Exception, key: str, store: Any) -> Exception:
+        """What an exception of obstore's means. Refused credentials are looked up once more: someone may have renewed them."""
+        found = _translated(error, key)
+        if isinstance(found, PermissionError) and any(code in str(found) for code in _EXPIRED):
+            try:
+                renewed = await asyncio.to_thread(self._renew, store)
+            except Exception as failure:
+                return PermissionError(f"{found}; and looking for new credentials: {redacted(str(failure))}")
+            if renewed:
+                return Transient(str(found))
+        return found
+
+    def _renew(self, refused: Any) -> bool:
+        """Whether there are other credentials now than those of the store that was refused."""
+        with self._renewing:
+            if self.store is refused:
+                store, keys = self._open()
+                if keys == self._keys:
+                    return False
+                self.store, self._keys = store, keys
+            return True
 
     async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
         options: Any = {"range": (start, start + size)}
         if etag and not etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1); the caller compares it
             options["if_match"] = etag
+        store = self.store
         try:
-            result = await self.obstore.get_async(self.store, key, options=options)
+            result = await self.obstore.get_async(store, key, options=options)
             data = await result.bytes_async()
         except Exception as error:
-            raise _translated(error, key) from error
+            raise await self._failed(error, key, store) from error
         meta = result.meta
         return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
 
     async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
         """Several ranges at a third of the CPU of as many `fetch`, ten in flight; all fail where one does; no ETag."""
+        store = self.store
         try:
-            return await self.obstore.get_ranges_async(self.store, key, starts=starts, lengths=sizes, coalesce=0)
+            return await self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0)
         except Exception as error:
-            raise _translated(error, key) from error
+            raise await self._failed(error, key, store) from error
 
     async def head(self, key: str) -> ObjectInfo:
+        store = self.store
         try:
-            meta = await self.obstore.head_async(self.store, key)
+            meta = await self.obstore.head_async(store, key)
         except Exception as error:
-            raise _translated(error, key) from error
+            raise await self._failed(error, key, store) from error
         return ObjectInfo(meta["size"], meta["e_tag"] or "")
 
     async def put(self, key: str, source: bytes | Path) -> None:
+        store = self.store
         try:
-            await self.obstore.put_async(self.store, key, source)
+            await self.obstore.put_async(store, key, source)
         except Exception as error:
-            raise _translated(error, key) from error
+            raise await self._failed(error, key, store) from error
 
     async def keys(self, folder: str) -> list[str]:
-        found: list[str] = []
+        found, store = list[str](), self.store
         try:
-            async for page in self.obstore.list(self.store, prefix=folder or None, chunk_size=1000):
+            async for page in self.obstore.list(store, prefix=folder or None, chunk_size=1000):
                 found += [meta["path"] for meta in page]
         except Exception as error:
-            raise _translated(error, folder) from error
+            raise await self._failed(error, folder, store) from error
         return sorted(found)
 
     async def delete(self, key: str) -> None:
+        store = self.store
         try:
-            await self.obstore.delete_async(self.store, key)
+            await self.obstore.delete_async(store, key)
         except Exception as error:
-            raise _translated(error, key) from error
+            raise await self._failed(error, key, store) from error
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -300,7 +337,8 @@ def _s3_configuration() -> tuple[dict[str, str], Any]:
         raise DataError(
             f"AWS_PROFILE={profile}: the profile has no static keys, and finding others needs boto3: pip install boto3"
         ) from None
-    return config, Boto3CredentialProvider(boto3.Session(profile_name=profile))
+    # boto3 renews what has less than ten minutes left; obstore must not hold on to it for longer
+    return config, Boto3CredentialProvider(boto3.Session(profile_name=profile), ttl=timedelta(minutes=10))
 
 
 def _aws_profile(name: str) -> dict[str, str]:
@@ -318,6 +356,21 @@ def _aws_profile(name: str) -> dict[str, str]:
     return settings
 
 
+# What changes when an object is replaced, by the names that fsspec's file systems give it; `ukey` also counts times of access
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5",
+    "blob_id",
+    "version_id",
+    "mtime",
+    "modified",
+    "last_modified",
+    "created",
+)
+
+
 class FsspecBackend:
     """Any other scheme, through fsspec's synchronous interface in threads."""
 
@@ -331,14 +384,18 @@ class FsspecBackend:
 
     async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
         data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
-        # Few of these stores say what they served, and none by an ETag: only a short answer needs the object's size
-        return data, ObjectInfo((await self.head(key)).size if len(data) < size else start + size, "")
+        # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
+        if not etag or len(data) < size:
+            return data, await self.head(key)
+        return data, ObjectInfo(start + size, etag)
 
     async def head(self, key: str) -> ObjectInfo:
+        self.fs.invalidate_cache(self.fs._parent(self._path(key)))
         info = await self._call(self.fs.info, self._path(key))
         if info["type"] == "directory":
             raise FileNotFoundError(key)
-        return ObjectInfo(int(info["size"]), await self._call(self.fs.ukey, self._path(key)))
+        version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
+        return ObjectInfo(int(info["size"]), ";".join([*version, str(info["size"])]) if version else "")
 
     async def put(self, key: str, source: bytes | Path) -> None:
         if isinstance(source, Path):

@@ -190,6 +190,14 @@ class Store:
         place, key = self._locate(path)
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
 
+    async def check_unchanged(self, path: str) -> None:
+        """ObjectChanged where the object is no longer the one that was first read: not all stores tell with each read."""
+        place, key = self._locate(path)
+        known = place._etags.get(key, "")
+        info = await place._patiently(key, "", lambda: place._backend.head(key))
+        if known and info.etag and info.etag != known:
+            raise place._changed(key)
+
     def exists(self, path: str) -> bool:
         try:
             self.head(path)
