@@ -5,6 +5,7 @@ Only the first stage gets rows. Targets and the loss's divisors travel with the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ import torch
 from pretrain.batch import TokenBatch
 from pretrain.deepspeed_state import gradient_norm, time_passes
 from pretrain.engine import Counts, Engine, Totals
+from pretrain.layer_costs import layer_seconds
 from pretrain.model.pipeline import OutputStage, partition, pipeline_inputs
 from pretrain.model.pipeline_module import DecisionPipeline
 from pretrain.parallel import LayoutError, ParallelDims
 from pretrain.spans import Spans
+from recipes.schema import Objective
 
 if TYPE_CHECKING:
     from pretrain.model.transformer import DecisionModel
@@ -31,6 +34,7 @@ class PipelineEngine(Engine):
     module: DecisionPipeline
 
     def __init__(self, recipe: Recipe, model: DecisionModel, world: ParallelDims) -> None:
+        self._recipe = recipe
         super().__init__(recipe, model, world)
         self._clock = Spans(world.device)
         self._began: Any = None
@@ -40,11 +44,7 @@ class PipelineEngine(Engine):
         return self._stage.canonical_name(local)
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
-        try:
-            bounds = partition(self.config, self.world.pipeline)
-        except ValueError as error:
-            raise LayoutError(f"parallel.pipeline: {error}") from error
-        self._stage = DecisionPipeline(self.config, bounds, seed=self.seed)
+        self._stage = DecisionPipeline(self.config, self._bounds(), seed=self.seed)
         whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, part in [*self._stage.named_parameters(), *self._stage.named_buffers()]:
             source = whole[self._stage.canonical_name(name)]
@@ -52,6 +52,26 @@ class PipelineEngine(Engine):
             if not source.is_meta:  # else drawn by name, as the whole model would have been
                 part.data.copy_(source.data)
         return self._stage
+
+    def _bounds(self) -> list[int]:
+        """Where the stages begin. The first rank measures, so that all cut alike; checkpoints do not depend on it."""
+        try:
+            bounds = partition(self.config, self.world.pipeline)
+        except ValueError as error:
+            raise LayoutError(f"parallel.pipeline: {error}") from error
+        if not self._recipe.parallel.measure:
+            return bounds
+        seconds: list[float] = self.world.gather(self._layer_seconds() if self.world.rank == 0 else None)[0]
+        bounds = partition(self.config, self.world.pipeline, costs=seconds)
+        stages = [f"{sum(seconds[i:j]) * 1000:.1f} ms for layers {i}–{j - 1}" for i, j in itertools.pairwise(bounds)]
+        self.derived["pipeline stages"] = f"{', '.join(stages)} (measured, a micro-batch)"
+        return bounds
+
+    def _layer_seconds(self) -> list[float]:
+        length = max((o.context for o in self._recipe.objectives.values()), default=Objective.context)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        world = self.world
+        return layer_seconds(self.config, self.micro_batch, length, world.device, dtype, expert=world.expert)
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
         self._began = self._clock.mark()

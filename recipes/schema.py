@@ -115,6 +115,7 @@ class Model:
 class Parallel:
     pipeline: int = 1
     expert: int = 1
+    measure: bool = True  # cut the stages by the measured time of each layer; False: by its operations
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
     sizes = {"train_micro_batch_size_per_gpu": job.get("micro", 4), "train_batch_size": job.get("batch", BATCH)}
     deepspeed = {**synthetic.recipe().deepspeed, **sizes, "zero_optimization": zero, **job.get("deepspeed", {})}
     parallel = {"pipeline": job.get("pipeline", 1), "expert": job.get("expert", 1)}
+    parallel["measure"] = job.get("measure", False)
     return synthetic.recipe(job.get("run", ""), deepspeed=deepspeed, parallel=parallel)
 
 

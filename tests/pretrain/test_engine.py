@@ -84,6 +84,7 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "zero-3", "stage": 3, "order": "reversed", "micro": 3},
         {"name": "expert", "expert": 2, "steps": 6},
         {"name": "pipeline", "pipeline": 2, "steps": 6},
+        {"name": "measured-pipeline", "pipeline": 2, "measure": True},
         {"name": "one-row", "stage": 3, "batch": 1},
         {"name": "one-row-expert", "expert": 2, "stage": 2, "batch": 1},
         {"name": "one-row-pipeline", "pipeline": 2, "batch": 1},

@@ -42,7 +42,7 @@ def train(
 ) -> tuple[bool, Trainer]:
     world = ParallelDims(Parallel(job.get("pipeline", 1)))
     like = layouts.recipe_of(job)
-    sections = {"deepspeed": like.deepspeed, "parallel": {"pipeline": like.parallel.pipeline}}
+    sections = {"deepspeed": like.deepspeed, "parallel": {"pipeline": like.parallel.pipeline, "measure": False}}
     recipe = synthetic.recipe(str(run), train={"steps": steps, "seed": 7}, **sections)
     engine = build_engine(recipe, DecisionModel(layouts.config_of(job), seed=3), world)
     if loader is None and world.is_first_stage:
