@@ -13,7 +13,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_CACHE_DIR ?= $(CURDIR)/$(VENV)/uv-cache
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-all check format bench clean
+.PHONY: setup quickstart test test-all check format bench benchmark-environment clean
 
 setup: $(READY)
 
@@ -50,5 +50,10 @@ format: $(TEST_READY)
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# Other data loaders, to measure against: never part of the project's own environment.
+benchmark-environment: setup
+	test -x .venv-benchmarks/bin/python || $(BIN)/uv venv -q .venv-benchmarks
+	$(BIN)/uv pip install -q --python .venv-benchmarks/bin/python -r benchmarks/others/requirements.txt
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-benchmarks build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

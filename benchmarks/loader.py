@@ -1,11 +1,14 @@
 """The loader beside plain concurrent ranges and beside memory, on vectors and on images, in one run.
 
-    python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,…]
+    python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,others,processes,plan]
     python -m benchmarks.loader --soak MINUTES [--pace STEPS_A_SECOND]    # only the loader's memory, over a long time
 
 All read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same data sets; the store
 answers after 15 ms at 80 MB/s a connection and shares the machine's cores with what is measured. The cache holds a quarter of
 the data. Figures are medians over `--repeat` spans of a steady run; CPU seconds are those of the loader process alone.
+
+`others` adds other libraries over the same episodes (`other_libraries.py`), `processes` what several processes save together
+(`loader_marks.py`), `plan` the costs of planning.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.loader_marks import eight_nodes, four_homes
+from benchmarks.other_libraries import compare_others
 from benchmarks.soak import soak, summary
 from benchmarks.store import StoreServer
 from dataio.assemble import Assembler
@@ -40,6 +48,7 @@ from dataio.shards import ShardWriter
 from dataio.units import UnitMap
 
 K = 20
+PARTS = "vector,image,others,processes,plan"
 Steps = Iterator[tuple[int, float, dict[str, float]]]  # windows, CPU seconds of the process, the loader's counters
 VECTOR = (
     FieldSpec("observation", "observation", "continuous", "float32", (64,)),
@@ -224,7 +233,11 @@ def randomness(index: EpisodeIndex, rows: int) -> dict[str, float]:
 
 
 def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
-    """The trainer's wait where a step takes 1.2 times the loader's time."""
+    """The trainer's wait where a step takes 1.2 times the loader's own time for one, in a steady run.
+
+    Two passes over the data fill the cache, a third gives the loader's time beside a trainer that takes every batch at once; then
+    as many steps with a pause in the place of the GPU's work.
+    """
     with TrajectoryLoader(
         window_plan(index, rows, K),
         Home(0, 1),
@@ -233,19 +246,21 @@ def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
         cache=CacheBudget(memory=cache),
         requests=128,
     ) as loader:
-        for _ in range(40):
+        steps = max(int(index.steps.sum()) // (K * rows), 60)
+        for _ in range(2 * steps):
             next(loader).release()
         began = time.monotonic()
-        for _ in range(40):
+        for _ in range(steps):
             next(loader).release()
-        step = 1.2 * (time.monotonic() - began) / 40
-        waited = 0.0
-        for _ in range(60):
+        step = 1.2 * (time.monotonic() - began) / steps
+        waits = []
+        for _ in range(steps):
             batch = next(loader)
-            waited += batch.counters["wait"]
+            waits.append(batch.counters["wait"])
             time.sleep(step)
             batch.release()
-    return {"step_seconds": step, "wait_share": waited / (60 * step + waited)}
+    waited = sum(waits)
+    return {"step_seconds": step, "wait_share": waited / (steps * step + waited), "longest_wait": max(waits)}
 
 
 def _short(found: dict[str, Any]) -> str:
@@ -269,36 +284,85 @@ def environment(endpoint: str, cache: Path) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
+def measure_kind(kind: str, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one kind of windows, in one data set behind one store."""
+    fields, size, rows = KINDS[kind]
+    root = scratch / "root"
+    local = write(str(root / "bucket" / kind), fields, int(size * arguments.scale))
+    with StoreServer(root, scratch / "nginx") as server, environment(server.endpoint, scratch / "c"):
+        index = EpisodeIndex.open(f"s3://bucket/{kind}")
+        cache = index_bytes(index) // 4
+        if arguments.soak:
+            found = soak(index, rows, K, cache, arguments.soak, arguments.pace)
+            print(summary(found))
+            return found
+        found = compare(kind, index, arguments.repeat)
+        found["randomness"] = randomness(local, rows)
+        found["waiting"] = waiting(index, rows, cache)
+        print(kind, found["randomness"], found["waiting"], flush=True)
+        if "others" in arguments.only:
+            others = compare_others(local, server, rows, cache, arguments.repeat)
+            for figures in others.values():
+                if "windows_per_second" in figures:
+                    figures["share_of_memory"] = figures["windows_per_second"] / found["memory"]["windows_per_second"]
+            found["others"] = others
+    return found
+
+
+def measure_processes(scratch: Path, scale: float) -> dict[str, Any]:
+    """What four real and eight simulated processes save together."""
+    root, size = scratch / "root", KINDS["vector"][1]
+    write(str(root / "bucket" / "homes"), VECTOR, int(6 * size * scale))
+    with StoreServer(root, scratch / "nginx") as server, environment(server.endpoint, scratch / "c"):
+        found = {"homes": four_homes(EpisodeIndex.open("s3://bucket/homes"), server), "nodes": eight_nodes()}
+    print("four processes", _short(found["homes"]), found["homes"]["passes"], flush=True)
+    print("eight nodes", _short(found["nodes"]), flush=True)
+    return found
+
+
+def measure_plan(scratch: Path, scale: float) -> dict[str, Any]:
+    """`benchmarks/plan.py` in a process of its own, and of its figures those that have marks."""
+    file = scratch / "plan.json"
+    command = [sys.executable, "-m", "benchmarks.plan", "--episodes", f"{1e8 * scale:.0f}", "--json", str(file)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads(file.read_text())
+    planned = found["planning"][-1]
+    print(f"plan over {planned['episodes']:.3g} episodes: {planned['slots_per_second']:.3g} slots/s", flush=True)
+    for case in found["caching"]:
+        print(
+            f"cache, runs of {case['run']}{', pinned' if case['pin'] else ''}: {case['us_a_window']:.1f} µs a window, "
+            f"fetched {case['fetched_over_delivered']:.3f} (single steps at best {case['bound_of_single_steps']:.3f})",
+            flush=True,
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", default="")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
-    parser.add_argument("--only", default="vector,image")
+    parser.add_argument("--only", default="vector,image", help=f"some of {PARTS}")
     parser.add_argument(
         "--soak", type=float, default=0.0, metavar="MINUTES", help="watch the memory of a vector loader"
     )
     parser.add_argument("--pace", type=float, default=0.0, help="steps a second that a soak consumes; 0: all it can")
     arguments = parser.parse_args()
+    arguments.only = ["vector"] if arguments.soak else arguments.only.split(",")
+    if unknown := set(arguments.only) - set(PARTS.split(",")):
+        parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {PARTS}")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / "root"
-        for kind in ["vector"] if arguments.soak else arguments.only.split(","):
-            fields, size, rows = KINDS[kind]
-            local = write(str(root / "bucket" / kind), fields, int(size * arguments.scale))
-            with (
-                StoreServer(root, Path(scratch) / "nginx") as server,
-                environment(server.endpoint, Path(scratch) / "c"),
-            ):
-                index = EpisodeIndex.open(f"s3://bucket/{kind}")
-                if arguments.soak:
-                    results["soak"] = soak(index, rows, K, index_bytes(index) // 4, arguments.soak, arguments.pace)
-                    print(summary(results["soak"]))
-                    continue
-                results[kind] = compare(kind, index, arguments.repeat)
-                results[kind]["randomness"] = randomness(local, rows)
-                results[kind]["waiting"] = waiting(index, rows, results[kind]["cache"])
-                print(kind, results[kind]["randomness"], results[kind]["waiting"], flush=True)
+        for part in arguments.only:
+            folder = Path(scratch) / part
+            folder.mkdir()
+            if part in KINDS:
+                results["soak" if arguments.soak else part] = measure_kind(part, folder, arguments)
+            elif part == "processes":
+                results[part] = measure_processes(folder, arguments.scale)
+            elif part == "plan":
+                results[part] = measure_plan(folder, arguments.scale)
+            shutil.rmtree(folder)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1))
 
