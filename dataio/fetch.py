@@ -30,12 +30,14 @@ class Fetcher:
             Store(index.url, requests=requests, timeout=timeout, attempts=attempts) for index in units.datasets
         ]
 
-    async def fetch(self, units: np.ndarray, put: Callable[[int, Buffer], None]) -> dict[int, Exception]:
+    async def fetch(
+        self, units: np.ndarray, put: Callable[[int, Buffer], None], *, peers: bool = True
+    ) -> dict[int, Exception]:
         """Hand over each unit's bytes through `put`. Returns what could not be read because it is not there (any more).
 
         Raises what no other draw would mend: a store that cannot be reached, refused access, a replaced object.
         """
-        if self._peers is not None:
+        if peers and self._peers is not None:
             units = await self._ask_peers(units, put)
         where = self.units.ranges(units)
         order = np.lexsort((where.offset, where.shard, where.dataset))
@@ -60,6 +62,12 @@ class Fetcher:
             if not failed:
                 self._usual += 0.1 * (time.monotonic() - asked - self._usual)
         return failed
+
+    async def check_unchanged(self, units: np.ndarray) -> None:
+        """ObjectChanged where the shards of these units are no longer those that were first read."""
+        where = self.units.ranges(units)
+        for dataset, shard in {*zip(where.dataset.tolist(), where.shard.tolist())}:
+            await self.stores[dataset].check_unchanged(self.units.datasets[dataset].shard_name(shard))
 
     def connect(self, peers: Peers, owner: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
         """Ask these first. `owner`: (datasets, episodes) -> the process whose cache may have them, −1: none."""

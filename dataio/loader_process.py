@@ -298,6 +298,7 @@ class LoaderProcess:
                     for unit in np.intersect1d(list(got), work.block.misses).tolist():
                         work.block.put(unit, got[unit])
                 return found, events
+            await self.fetcher.check_unchanged(np.array(list(got), np.int64))
             entry, episode = int(planned_one.entry[0]), int(planned_one.episode[0])
             index = self.plan.entries[entry].index
             events.append(
@@ -313,7 +314,7 @@ class LoaderProcess:
         ranges = [self.units.ranges(s.units) for s in spans]
         got: dict[int, Any] = {}
         units = np.unique(np.concatenate([s.units for s in spans])) if spans else np.zeros(0, np.int64)
-        failed = await self.fetcher.fetch(units, got.__setitem__)
+        failed = await self.fetcher.fetch(units, got.__setitem__, peers=False)
         for missing in failed.values():
             gone = f"{missing}: there is no such object" if isinstance(missing, FileNotFoundError) else str(missing)
             return DataError(gone), {}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
+import resource
+import signal
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from loading import dataset, digest_batch
 from servers import Fault, FaultyFront, Request, moto_server, s3_environment
@@ -45,11 +51,23 @@ def front(world: tuple[Any, FaultyFront]) -> Iterator[FaultyFront]:
 
 
 def load(
-    index: Any, cache: CacheBudget = SMALL, each: Callable[[LoadedBatch], None] | None = None, attempts: int = 8
+    index: Any,
+    cache: CacheBudget = SMALL,
+    each: Callable[[LoadedBatch], None] | None = None,
+    attempts: int = 8,
+    prefetch: int = 256 << 20,
 ) -> list[LoadedBatch]:
     batches, plan = [], make_plan(index)
     with TrajectoryLoader(
-        plan, Home(0, 1), digest_batch, NEEDS, cache=cache, stop=STEPS, timeout=0.5, attempts=attempts
+        plan,
+        Home(0, 1),
+        digest_batch,
+        NEEDS,
+        cache=cache,
+        stop=STEPS,
+        timeout=0.5,
+        attempts=attempts,
+        prefetch=prefetch,
     ) as loader:
         for batch in loader:
             if each is not None:
@@ -123,6 +141,26 @@ def test_expired_credentials_are_an_error_at_once(index: Any, front: FaultyFront
         load(index)
     assert "test-secret" not in repr(caught.value) + "".join(caught.value.__notes__)
     assert time.monotonic() - began < 15
+
+
+def test_a_storm_of_refusals_is_waited_out_with_few_requests(
+    index: Any, front: FaultyFront, reference: dict[tuple[int, int], bytes]
+) -> None:
+    """Every request is refused for a while: the loader slows down instead of storming back."""
+    front.requests.clear()
+    until = time.monotonic() + 3.0
+    front.rule = lambda r: Fault(status=503, code="SlowDown") if ".tar" in r.path and time.monotonic() < until else None
+    refused = 0
+
+    def each(batch: LoadedBatch) -> None:
+        nonlocal refused
+        refused = max(refused, front.faults)
+
+    batches = load(index, each=each)
+    assert rows_of(batches) == reference
+    assert sum(b.counters["throttled"] for b in batches) > 0
+    waiting = sum(b.counters["requests"] for b in batches) - sum(b.counters["retries"] for b in batches)
+    assert refused < 5 * waiting
 
 
 @contextlib.contextmanager
@@ -238,6 +276,55 @@ def test_a_damaged_cache_on_disk_is_read_again(
         assert [b.quarantined for b in batches] == [[]] * STEPS
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_cache_damaged_while_it_is_in_use_is_read_again(
+    damage: str, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
+) -> None:
+    def each(batch: LoadedBatch) -> None:
+        (items,) = tmp_path.rglob("items")
+        data = bytearray(items.read_bytes())
+        if damage == "flip":
+            for place in range(0, len(data), 499):
+                data[place] ^= 0x10
+            with open(items, "r+b") as file:  # the file that the loader has open, not another of its name
+                file.write(data)
+        elif damage == "cut":
+            os.truncate(items, len(data) // 3)
+        elif batch.step == 0:
+            for path in tmp_path.rglob("*"):
+                path.unlink(missing_ok=True) if path.is_file() else None
+            items.touch()
+
+    budget = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path))
+    load(index, budget)
+    clean = load(index, budget, prefetch=1 << 12)
+    batches = load(index, budget, each, prefetch=1 << 12)  # made no more than a few steps before they are taken
+    assert rows_of(batches) == reference
+    assert [b.quarantined for b in batches] == [[]] * STEPS
+    if damage != "gone":
+        assert sum(b.counters["bytes_store"] for b in batches) > sum(b.counters["bytes_store"] for b in clean)
+
+
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_a_disk_that_takes_no_more(
+    room: int, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
+) -> None:
+    """The loader process may write files of so many bytes only."""
+    budget, rows = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path)), {}
+    load(index, budget)
+    (items,) = tmp_path.rglob("items")
+    os.truncate(items, 0)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, cache=budget, stop=STEPS) as loader:
+        loader.start()
+        assert loader._process is not None
+        resource.prlimit(loader._process.popen.pid, resource.RLIMIT_FSIZE, (room, room))
+        for batch in loader:
+            rows |= rows_of([batch])
+            batch.release()
+    assert rows == reference
+    assert items.stat().st_size <= room
+
+
 @pytest.mark.root
 def test_a_full_disk_under_the_cache(index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]) -> None:
     small = tmp_path / "small"
@@ -251,3 +338,60 @@ def test_a_full_disk_under_the_cache(index: Any, tmp_path: Path, reference: dict
         assert rows_of(load(index, CacheBudget(memory=1 << 20, disk=8 << 20, dir=str(small)))) == reference
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+# Ends
+
+WAITING = """
+import signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):  # whoever runs these tests in the background ignores the first
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+sys.path[:0] = {paths!r}
+from test_faults import *
+from dataio.index import EpisodeIndex
+loader = TrajectoryLoader(
+    make_plan(EpisodeIndex.open("s3://bucket/set")), Home(0, 1), digest_batch, NEEDS, timeout=60.0,
+    cache=CacheBudget(memory=600 << 10, disk=8 << 20, dir={cache!r}),
+)
+loader.start()
+print(loader._process.popen.pid, flush=True)
+next(loader)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_it_ends_at_once_though_the_store_says_nothing(
+    number: int, index: Any, front: FaultyFront, tmp_path: Path
+) -> None:
+    """SIGINT to the whole group, as a terminal does it; the others to the trainer alone, while it waits for its first batch."""
+    front.rule = lambda r: Fault(after=20, stall=120.0) if ".tar" in r.path else None
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = textwrap.dedent(WAITING).format(paths=paths, cache=str(tmp_path))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    while not front.faults:
+        time.sleep(0.01)
+    began = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(10) != 0
+    child.wait(10)
+    took = time.monotonic() - began
+    print(f"{signal.Signals(number).name}: both processes ended within {took:.2f} s")
+    assert took < 5
+    (lock,) = tmp_path.rglob("lock")
+    with open(lock) as file:  # nobody holds the cache's folder any more
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    mapped = [p for p in Path("/proc").glob("[0-9]*/fd/*") if _target(p).startswith("/memfd:tiphys-batches")]
+    assert not [p for p in mapped if int(p.parts[2]) in (process.pid, child.pid)]
+
+
+def _target(link: Path) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
