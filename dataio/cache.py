@@ -12,7 +12,7 @@ For data that are visited once an epoch no order of eviction helps; there `pin` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -213,6 +213,26 @@ class RangeCache:
             return None
         found = self.kept.read(unit, place, int(self.sizes(np.array([unit]))[0]))
         return None if found is None else bytes(found)
+
+    def absent(self, units: Units) -> Units:
+        """Those of some units that are neither here nor on their way."""
+        return units[self.kept.place[units] == NOWHERE]
+
+    def offer(self, data: Mapping[int, memoryview]) -> bool:
+        """Keeps units that nobody has asked for, as far as there is room; True if there was for all. None that another needs
+        is evicted for them."""
+        units = self.absent(np.array(list(data), np.int64))
+        self.kept.keep({unit: data[unit] for unit in units.tolist()}, [block.units for block in self._open.values()])
+        self._missed = None
+        self._measure()
+        return not len(self.absent(units))
+
+    def correct(self, unit: int, data: Any) -> None:
+        """Puts good bytes in the place of a unit's wrong ones, wherever it is: on its way, or kept."""
+        if self.kept.place[unit] == STAGED:
+            self._put(unit, data)
+        elif self.kept.place[unit] != NOWHERE:
+            self.kept.rewrite(unit, memoryview(data).cast("B"))
 
     def statistics(self) -> dict[str, float]:
         """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes and the best possible one."""

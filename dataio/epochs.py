@@ -272,12 +272,12 @@ class EpochDrawer(Drawer):
         deals = -(-len(cost) // blocks)
         padded = np.zeros(deals * blocks, np.int64)
         padded[: len(cost)] = cost
-        turned = (np.arange(blocks) - self._turn(segment, epoch, blocks) * np.arange(deals)[:, None]) % blocks
+        turned = (np.arange(blocks) - self._turns(segment, epoch, deals, blocks)[:, None]) % blocks
         return np.take_along_axis(padded.reshape(deals, blocks), turned, axis=1).sum(0)
 
-    def _turn(self, segment: int, epoch: int, blocks: int) -> int:
-        """Tiles are dealt out one a block, each deal this many blocks further on: each epoch, others share a block."""
-        return int(self._words(segment, epoch, np.zeros(1, np.int64), 2)[0][0] % np.uint64(blocks))
+    def _turns(self, segment: int, epoch: int, deals: int, blocks: int) -> Ints:
+        """Tiles are dealt out one a block, each deal from another block on: each epoch, others share a block."""
+        return (self._words(segment, epoch, np.arange(deals), 2)[0] % np.uint64(blocks)).astype(np.int64)
 
     def _keys(self, segment: int, epoch: int, item: Ints, kind: int) -> Ints:
         """The order of some items in an epoch."""
@@ -302,7 +302,7 @@ class EpochDrawer(Drawer):
         first = index.mass[low]
         tiles, blocks = int(index.mass[high] - first), len(self._costs(segment, epoch))
         deal = np.arange(-(-tiles // blocks))
-        tile = deal * blocks + (block - self._turn(segment, epoch, blocks) * deal) % blocks
+        tile = deal * blocks + (block - self._turns(segment, epoch, len(deal), blocks)) % blocks
         tile = tile[tile < tiles]
         tile = tile[self._keys(segment, epoch, tile, 1)]
         place = index.find(first + tile)

@@ -108,6 +108,13 @@ class KeptUnits:
         assert self.disk is not None
         return self.disk.read(address - self.base[1], unit, size)
 
+    def rewrite(self, unit: int, data: memoryview) -> None:
+        """Other bytes of the same size for a kept unit."""
+        address, number = int(self.place[unit]) * ALIGN, 0
+        while address >= self.base[number + 1]:
+            number += 1
+        self._tiers[number].write(np.array([address - self.base[number]]), np.array([unit]), {unit: data})
+
     def forget(self, units: Units) -> None:
         """Drops kept units, whoever may need them."""
         self.live -= int(self.slot_bytes(units[self.planned[units] > 0]).sum())

@@ -35,6 +35,7 @@ from dataio.peers import Peers, PeerServer
 from dataio.placement import Home, Placement, data_share
 from dataio.plan_log import PlanLog
 from dataio.sizing import most_staging, sized
+from dataio.stream import FLYING, stream, wanted_units
 from dataio.units import Span, UnitRanges
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class LoaderProcess:
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
         sizing = sized(self.plan, self.placement, settings)
         self.units, self._staging, self._home = sizing.units, sizing.staging, sizing.home
+        self._request = sizing.request
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
@@ -97,7 +99,7 @@ class LoaderProcess:
             self.units.sizes,
             self.ahead.wanted,
             total=self._home,
-            memory=budget.memory,
+            memory=budget.memory - FLYING * self._request,
             disk=budget.disk,
             directory=budget.dir,
             fingerprint=self._layout(),
@@ -169,10 +171,13 @@ class LoaderProcess:
     async def run(self) -> None:
         if self.settings.peers is not None:
             await self._connected.wait()
+        streaming = asyncio.create_task(self._stream())
         pipeline = asyncio.create_task(self._pipeline())
         while True:
             changed = asyncio.create_task(self._changed.wait())
             await asyncio.wait({pipeline, changed}, return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                streaming.result()
             if not self._changed.is_set():
                 pipeline.result()
                 await changed  # all steps are made, but the plan may still change
@@ -196,6 +201,12 @@ class LoaderProcess:
                 self.cache = self._new_cache(self.step)
             if again or pipeline.done():
                 pipeline = asyncio.create_task(self._pipeline())
+
+    async def _stream(self) -> None:
+        """Where there is room for all data that are at home here: read them, beside the steps."""
+        if self._request:
+            wanted = wanted_units(self.plan, self.placement, self.units, self.step)
+            await stream(self.units, wanted, self.fetcher, lambda: self.cache, self._request)
 
     async def _pipeline(self) -> None:
         """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""
@@ -295,8 +306,8 @@ class LoaderProcess:
                     break
             if isinstance(found, Window):
                 if not events:  # the block's other windows, and later ones, get the good bytes too
-                    for unit in np.intersect1d(list(got), work.block.misses).tolist():
-                        work.block.put(unit, got[unit])
+                    for unit, data in got.items():
+                        self.cache.correct(unit, data)
                 return found, events
             await self.fetcher.check_unchanged(np.array(list(got), np.int64))
             entry, episode = int(planned_one.entry[0]), int(planned_one.episode[0])

@@ -10,6 +10,7 @@ import numpy as np
 from dataio.cache import hit_bound
 from dataio.mixture import UNIT
 from dataio.runs import RunModel
+from dataio.stream import FLYING, REQUEST
 from dataio.units import UnitMap
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dataio.placement import Placement
     from dataio.sampling import SamplingPlan
 
+_SMALLEST = 64 << 10  # bytes of a request that is worth its while
 _TYPICAL = 256  # rows of the first step whose windows show what windows are like
 
 
@@ -27,6 +29,7 @@ class Sizing:
     units: UnitMap
     staging: int  # bytes of the cache's memory for what is on its way
     home: int  # bytes of the data that are at home here, about
+    request: int  # bytes of each request of those that read all of it once (stream.py); 0: there is no room for all
 
     def describe(self, settings: LoaderSettings) -> dict[str, Any]:
         """For people, before a run: what is cached of what, in which pieces, and how well that can do at best."""
@@ -40,6 +43,7 @@ class Sizing:
             "units": self.units.units,
             "rows_of_a_unit": runs,
             "policy": "pinned (each datum once an epoch)" if pin else "counted look-ahead",
+            "whole_shards": self.request > 0,
             "hit_bound": hit_bound(kept / max(self.home, 1), pin),
         }
 
@@ -66,4 +70,8 @@ def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) ->
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    return Sizing(units, min(max(5 * wanted // 4, memory // 32), most_staging(memory)), int(home))
+    staging = min(max(5 * wanted // 4, memory // 32), most_staging(memory))
+    remote = not all(index.store.local for index in units.datasets)
+    spare = memory - staging + settings.cache.disk - home if model.share >= 1 and remote else 0.0
+    request = min(REQUEST, memory // 64, int(spare) // (2 * FLYING))
+    return Sizing(units, staging, int(home), request if request >= _SMALLEST else 0)

@@ -13,6 +13,7 @@ Ints = NDArray[np.int64]
 ALIGN = 8  # every item begins at a multiple of this
 _SMALLEST = 64
 _CANDIDATES = 256
+_PAGE = 4096
 
 
 def size_classes(sample: Ints, slabs: int, slab: int) -> Ints:
@@ -58,13 +59,20 @@ def _partition(sizes: Ints, counts: Ints, classes: int) -> Ints:
 
 
 def slab_size(capacity: int, sample: Ints) -> int:
-    """A power of two: about a thousandth of the capacity, with room for eight of the largest items where the capacity allows."""
+    """About a thousandth of the capacity, with room for eight of the largest items where the capacity allows: of such sizes the
+    one whose slabs leave least over when they are filled with items like those of a sample of sizes."""
     largest = int(sample.max(initial=_SMALLEST))
     size = max(16 << 10, capacity // 1024, 8 * largest)
     size = 2 ** (int(size) - 1).bit_length()
     while size * 64 > capacity and size // 2 >= largest:
         size //= 2
-    return size
+    items, counts = np.unique(np.maximum(sample, _SMALLEST), return_counts=True)
+    if len(items) > _CANDIDATES:
+        some = np.linspace(0, len(items) - 1, _CANDIDATES).astype(np.int64)
+        items, counts = items[some], counts[some]
+    sizes = np.arange(size, max(3 * size // 4, largest) - 1, -_PAGE)
+    left_over = (sizes[:, None] // (sizes[:, None] // items) - items) @ counts
+    return int(sizes[np.argmin(left_over)])
 
 
 class Slabs:

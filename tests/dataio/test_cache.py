@@ -387,3 +387,22 @@ def test_classes_waste_least():
         others = range(len(sizes) - 1)
         best = min(waste([*c, len(sizes) - 1]) for c in itertools.combinations(others, classes - 1))
         assert waste(_partition(sizes, counts, classes)) == best
+
+
+@pytest.mark.parametrize("disk", [0, 1 << 20])
+def test_wrong_bytes_of_a_kept_unit_are_put_right(tmp_path, disk):
+    cache = RangeCache(
+        6, lambda u: np.full(len(u), 4000), lambda block: np.arange(6), total=24_000, memory=64 << 10 if disk else 1 << 20,
+        disk=disk, directory=str(tmp_path), staging=(64 << 10) - 4096 if disk else 0, stop=9,
+    )  # fmt: skip
+    block = cache.open()
+    for unit in block.misses.tolist():
+        block.put(unit, bytes(4000))
+    block.close()
+    block = cache.open()
+    assert len(block.misses) == 0
+    cache.correct(3, b"x" * 4000)
+    assert [bytes(block.get(unit) or b"") for unit in (3, 4)] == [b"x" * 4000, bytes(4000)]
+    block.close()
+    assert cache.peek(3) == b"x" * 4000
+    cache.close()
