@@ -235,8 +235,8 @@ def randomness(index: EpisodeIndex, rows: int) -> dict[str, float]:
 def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
     """The trainer's wait where a step takes 1.2 times the loader's own time for one, in a steady run.
 
-    Two passes over the data fill the cache, a third gives the loader's time beside a trainer that takes every batch at once; then
-    as many steps with a pause in the place of the GPU's work.
+    Two passes over the data fill the cache, a third gives the loader's time beside a trainer that takes every batch at once and
+    leaves none finished; a fourth has a pause in the place of the GPU's work. Its first twenty steps are not counted.
     """
     with TrajectoryLoader(
         window_plan(index, rows, K),
@@ -254,12 +254,12 @@ def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
             next(loader).release()
         step = 1.2 * (time.monotonic() - began) / steps
         waits = []
-        for _ in range(steps):
+        for _ in range(20 + steps):
             batch = next(loader)
             waits.append(batch.counters["wait"])
             time.sleep(step)
             batch.release()
-    waited = sum(waits)
+    waited = sum(waits := waits[20:])
     return {"step_seconds": step, "wait_share": waited / (steps * step + waited), "longest_wait": max(waits)}
 
 
