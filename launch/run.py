@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -24,10 +26,15 @@ if TYPE_CHECKING:
 
 
 MAPPED = 200_000  # episodes
+# What gloo and NCCL say when the process at the other end of a connection is gone
+_LOST = re.compile(
+    r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|ncclRemoteError|[Rr]emote process exit"
+)
 
 
 def run(recipe: Recipe) -> int:
-    """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed)."""
+    """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed); 1 when another
+    rank is gone."""
     from dataio.loader import TrajectoryLoader
     from launch.node_cache import NodeCache
     from pretrain.checkpoint import Checkpoint
@@ -60,12 +67,29 @@ def run(recipe: Recipe) -> int:
         stages = [cache, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
-        done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+        try:
+            done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+        except RuntimeError as error:
+            if not _LOST.search(str(error)):
+                raise
+            saved = Checkpoint.newest_whole(recipe.run.dir)
+            print(lost(error, trainer.step, saved.step if saved else 0), file=sys.stderr, flush=True)
+            return 1
     rank = world.rank
     world.close()  # nothing collective from here on: the other ranks' cores are free for the evaluation
     if not done:
         return 130
     return finish(recipe, objectives) if rank == 0 else 0
+
+
+def lost(error: Exception, step: int, saved: int) -> str:
+    """What to say where another process of the run is gone: which connection, and how to go on."""
+    how = next((line for line in str(error).splitlines() if _LOST.search(line)), str(error)).strip()
+    return (
+        f"tiphys: after step {step}: another process of this run is gone or cannot be reached ({how}). "
+        "If it wrote an error, that is the cause; if not, its machine failed or ran out of memory. The same command resumes "
+        + (f"from step {saved}" if saved else "from the beginning: nothing was saved yet")
+    )
 
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:

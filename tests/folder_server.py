@@ -15,12 +15,13 @@ from urllib.parse import unquote
 class FolderServer:
     """GET and HEAD of the files of a folder.
 
+    keep      whether connections stay open between requests
     delay     seconds before each answer; it is given the object's path
     requests  paths that were asked for, in order
     """
 
-    def __init__(self, folder: str | Path, address: str = "127.0.0.1") -> None:
-        self.folder, self.address = Path(folder), address
+    def __init__(self, folder: str | Path, address: str = "127.0.0.1", *, keep: bool = True) -> None:
+        self.folder, self.address, self.keep = Path(folder), address, keep
         self.delay: Callable[[str], float] = lambda path: 0.0
         self.requests: list[str] = []
         self._loop = asyncio.new_event_loop()
@@ -56,6 +57,8 @@ class FolderServer:
                 head, body = self._answer(unquote(path), headers)
                 writer.write(head + (b"" if method == "HEAD" else body))
                 await writer.drain()
+                if not self.keep:
+                    break
         writer.close()
 
     def _answer(self, path: str, headers: dict[str, str]) -> tuple[bytes, bytes]:
@@ -76,6 +79,7 @@ class FolderServer:
         with open(file, "rb") as opened:
             opened.seek(first)
             body = opened.read(last - first + 1)
+        more += "" if self.keep else "Connection: close\r\n"
         head = (
             f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nETag: {etag}\r\nAccept-Ranges: bytes\r\n{more}"
             "Last-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n"

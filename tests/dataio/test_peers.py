@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -110,6 +112,44 @@ def test_a_dead_peer_is_a_miss() -> None:
         return await peers.read(1, [0], [1], 0.5)
 
     assert asyncio.run(scenario()) == {}
+
+
+HALF = """
+import asyncio
+async def serve(reader, writer):
+    await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 1000\\r\\nUnits: 0\\r\\n\\r\\n" + bytes(500))
+    await writer.drain()
+    print("half", flush=True)
+    await asyncio.sleep(60)
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_a_peer_killed_in_the_middle_of_an_answer_is_a_miss_at_once() -> None:
+    server = subprocess.Popen([sys.executable, "-c", HALF], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    port, lines = int(server.stdout.readline()), server.stdout
+
+    async def scenario() -> float:
+        peers = Peers([f"127.0.0.1:{port}"], TOKEN, "data")
+        asked = asyncio.create_task(peers.read(0, [0], [1000], 60.0))
+        assert await asyncio.to_thread(lines.readline) == "half\n"
+        server.kill()
+        began = time.monotonic()
+        assert await asked == {}
+        assert await peers.read(0, [0], [1000], 60.0) == {}
+        return time.monotonic() - began
+
+    try:
+        assert asyncio.run(scenario()) < 10
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_a_peer_that_has_next_to_nothing_is_not_asked_again() -> None:
@@ -235,6 +275,14 @@ def test_a_smaller_world_finds_the_others_caches(tmp_path: Any) -> None:
         half_dead = loader(Home(0, 1), start=4, stop=8)
         half_dead.connect_peers([first.peer_address, "127.0.0.1:9"])
         assert collect(half_dead)[0] == expected
+        third = loader(Home(0, 1), start=4, stop=8)
+        third.connect_peers([first.peer_address, second.peer_address])
+        batch = next(third)
+        begun = rows_of([batch])
+        batch.release()
+        assert second._process is not None
+        os.kill(second._process.popen.pid, signal.SIGKILL)
+        assert begun | collect(third)[0] == expected
         second.close()
         dead = loader(Home(0, 1), start=4, stop=8)
         dead.connect_peers(["", second._peer_address])

@@ -92,7 +92,7 @@ def test_a_host_that_is_gone_ends_the_run_and_a_resume_goes_on(
         statuses = run.wait(60)
         print(f"the other host ended after {time.monotonic() - began:.1f} s")
         assert all(statuses), run.text()
-        assert "resume" in run.text(), run.text()
+        assert "another process of this run is gone" in run.text(), run.text()
         assert [run.left(host) for host in hosts] == [[], []]
         assert sorted(losses(tmp_path / "two" / "metrics.jsonl"))[-1] < 30
         again = Cluster(hosts, file, [])

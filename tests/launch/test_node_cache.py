@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cluster import losses
 from folder_server import FolderServer
 from loading import dataset, digest_batch
+from processes import environment
 from test_loader import NEEDS, make_plan, rows_of
 
 from dataio.index import EpisodeIndex
 from dataio.loader import TrajectoryLoader
 from dataio.placement import Home
 from launch.node_cache import NodeCache, own_address, survey
+from launch.submit import TRAIN, launcher
 
 STEPS = 12  # of a launch
 BUCKETS, MEMORY, DISK = 8, 512 << 10, 8 << 20
@@ -204,3 +208,52 @@ def test_the_token_is_in_no_text(tmp_path: Path) -> None:
     cache = NodeCache(World(0, 0, Meeting(1)), str(tmp_path / "0"), 1 << 20, 1 << 20, ["a"])  # type: ignore[arg-type]
     assert cache.peers is not None
     assert cache.peers.token not in repr(cache.peers)
+
+
+RECIPE = """
+name: elastic
+data:
+  mixture: [{{dataset: {data}, objective: bc}}]
+  validation: 0
+  buckets: 8
+  cache: {{dir: {cache}, memory: 64KiB, disk: 8MiB}}
+objectives: {{bc: {{context: 32, window: 4}}}}
+model: {{layers: 1, hidden: 32, heads: 2, text_vocabulary: 300}}
+deepspeed:
+  train_batch_size: 12
+  zero_optimization: {{stage: 1}}
+  optimizer: {{type: AdamW, params: {{lr: 1e-3}}}}
+train: {{steps: {steps}}}
+checkpoint: {{every: 20}}
+run: {{dir: {run}}}
+"""
+
+
+@pytest.mark.long
+def test_training_goes_on_with_fewer_processes_and_finds_the_others_caches(tmp_path: Path) -> None:
+    """Through the real launcher: two processes, then one, then two again."""
+    pytest.importorskip("gymnasium", reason="needs the envs extra")
+    from dataio.collect import collect
+
+    collect("CartPole-v1", str(tmp_path / "cartpole"), 20, processes=1, score_episodes=2)
+
+    def train(name: str, steps: int, processes: int) -> None:
+        file = tmp_path / "recipe.yaml"
+        settings = {"data": f"{url}/cartpole", "run": tmp_path / name, "cache": tmp_path / f"cache-{name}"}
+        file.write_text(RECIPE.format(**settings, steps=steps))
+        command = [*launcher(processes), str(TRAIN), str(file)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    with FolderServer(tmp_path) as server:
+        url = server.url
+        for steps, processes in ((20, 2), (40, 1), (60, 2)):
+            train("elastic", steps, processes)
+        train("whole", 60, 1)
+    lines = [json.loads(line) for line in (tmp_path / "elastic" / "metrics.jsonl").read_text().splitlines()]
+    peer = {line["step"]: line["loader"]["bytes_peer"] for line in lines if "kind" not in line}
+    assert sum(peer[step] for step in range(1, 21)) == 0
+    assert sum(peer[step] for step in range(21, 41)) > 0
+    assert sum(peer[step] for step in range(41, 61)) > 0
+    found, expected = losses(tmp_path / "elastic" / "metrics.jsonl"), losses(tmp_path / "whole" / "metrics.jsonl")
+    assert found == pytest.approx(expected, rel=1e-4)
