@@ -33,7 +33,7 @@ from dataio.fetch import Fetcher
 from dataio.gather import copy_from
 from dataio.peers import Peers, PeerServer
 from dataio.placement import Home, Placement, data_share
-from dataio.plan_log import PlanLog
+from dataio.plan.log import PlanLog
 from dataio.sizing import most_staging, sized
 from dataio.stream import FLYING, stream, wanted_units
 from dataio.units import Span, UnitRanges

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .mixture import UNIT
+from .plan.mixture import UNIT
 from .sampling import SamplingPlan
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio.cache import hit_bound
-from dataio.mixture import UNIT
+from dataio.plan.mixture import UNIT
 from dataio.runs import RunModel
 from dataio.stream import FLYING, REQUEST
 from dataio.units import UnitMap

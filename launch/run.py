@@ -116,7 +116,7 @@ def make_plan(
 ) -> SamplingPlan:
     """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
     from dataio.document import cache_folder
-    from dataio.preferences import preference
+    from dataio.plan.preferences import preference
     from dataio.sampling import PlanEntry, SamplingPlan
 
     entries = []

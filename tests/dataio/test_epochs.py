@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from plans import columns, entry, mixture, plan
 from scipy.stats import chisquare
 
-from dataio.epochs import floor_sum, rows_below
-from dataio.mixture import UNIT
+from dataio.plan.epochs import floor_sum, rows_below
+from dataio.plan.mixture import UNIT
 
 
 @given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 70), st.integers(-300, 300))

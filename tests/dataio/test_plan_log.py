@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dataio.episode import DataError
-from dataio.plan_log import PlanLog
+from dataio.plan.log import PlanLog
 
 WEIGHTS = {"step": 3, "kind": "weights", "weights": {"a": 1.0}}
 

@@ -9,9 +9,9 @@ from plans import columns, entry, mixture, plan
 from scipy.stats import chisquare
 
 from dataio.episode import DataError
-from dataio.plan_log import PlanLog
-from dataio.preferences import preference
-from dataio.renewal import visits
+from dataio.plan.log import PlanLog
+from dataio.plan.preferences import preference
+from dataio.plan.renewal import visits
 from dataio.sampling import SamplingPlan, choose_buckets
 
 WORST = 1e-4  # least p-value of a chi-square test at a fixed seed
@@ -367,8 +367,8 @@ def test_the_search_of_a_large_index_finds_the_same(monkeypatch):
     random = np.random.default_rng(0)
     points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, index.mass[1:] - 0.5])
     expected = index.find(points)
-    monkeypatch.setattr("dataio.plan_index._MANY", 0)
-    monkeypatch.setattr("dataio.plan_index._LARGE", 0)
+    monkeypatch.setattr("dataio.plan.index._MANY", 0)
+    monkeypatch.setattr("dataio.plan.index._LARGE", 0)
     assert (index.find(points) == expected).all()
 
 

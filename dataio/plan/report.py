@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .index import PlanIndex
 from .mixture import Mix
-from .plan_index import PlanIndex
 
 
 def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: int) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .episode import DataError
+from ..episode import DataError
 
 if TYPE_CHECKING:
-    from .sampling import PlanEntry
+    from .entries import PlanEntry
 
 _STRIDE, _MANY, _LARGE = 64, 4096, 1 << 21  # see PlanIndex.find
 _FORMAT = 1  # of the saved arrays

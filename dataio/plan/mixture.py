@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .episode import DataError
-from .plan_index import PlanIndex, sums
+from ..episode import DataError
+from .index import PlanIndex, sums
 from .renewal import up_to, visits
 
 UNIT = 2**24  # positions of a row on the line of all rows' mass: exact in integers and in float64

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .episode import DataError
-from .plan_log import Event
+from ..episode import DataError
+from .log import Event
 from .preferences import priority_of
 
 if TYPE_CHECKING:
-    from .sampling import PlanEntry
+    from .entries import PlanEntry
 
 
 @dataclass(frozen=True)
