@@ -220,17 +220,24 @@ class StreamingRandom(Streaming):
 
 
 class WebDataset(Tiles):
-    """Small tars, in a new order each pass, through a shuffle buffer of a quarter of the data."""
+    """Small tars, in a new order each pass, through a shuffle buffer of a quarter of the data.
+
+    A window is one structured array: as arrays of their own, small fields would double the bytes (a tar's headers and padding).
+    """
 
     def write(self, folder: Path) -> None:
         import webdataset
 
+        fields = self.episodes.fields.items()
+        row = np.dtype([(name.replace(".", "_"), v.dtype, v.shape[1:]) for name, v in fields])
         with webdataset.ShardWriter(
             str(folder / "%06d.tar"), maxsize=self.settings["shard_bytes"], verbose=0
         ) as writer:
             for number, (episode, tile) in enumerate(self.episodes.tiles()):
-                arrays = {f"{name.replace('.', '_')}.npy": np.ascontiguousarray(v) for name, v in tile.items()}
-                writer.write({"__key__": f"{number:09d}", "episode.cls": episode, **arrays})
+                steps = np.empty(K, row)
+                for name, values in tile.items():
+                    steps[name.replace(".", "_")] = values
+                writer.write({"__key__": f"{number:09d}-{episode}", "npy": steps})
 
     def samples(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         import webdataset
@@ -238,14 +245,10 @@ class WebDataset(Tiles):
         names, shards = list(self.episodes.fields), self.settings["shards"]
         address = self.url.replace("s3:/", os.environ["AWS_ENDPOINT_URL"]) + f"/{{000000..{shards - 1:06d}}}.tar"
         buffer = self.cache // (K * self.episodes.row_bytes)
-        data = (
-            webdataset.WebDataset(address, shardshuffle=shards, seed=0)
-            .repeat()
-            .shuffle(buffer, initial=buffer)
-            .decode()
-        )
-        for sample in data:
-            yield sample["episode.cls"], {name: sample[f"{name.replace('.', '_')}.npy"] for name in names}
+        data = webdataset.WebDataset(address, shardshuffle=shards, seed=0)
+        for sample in data.repeat().shuffle(buffer, initial=buffer).decode():
+            steps = sample["npy"]
+            yield int(sample["__key__"].split("-")[1]), {name: steps[name.replace(".", "_")] for name in names}
 
 
 LIBRARIES: dict[str, Any] = {
