@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataio.encodings import Encoding
 from dataio.episode import Episode, FieldSpec, TaskSpec
+from dataio.format.encodings import Encoding
 from dataio.index import EpisodeIndex
 from dataio.shards import ShardWriter
 

@@ -34,18 +34,18 @@ from benchmarks.loader_marks import eight_nodes, four_homes
 from benchmarks.other_libraries import compare_others
 from benchmarks.soak import soak, summary
 from benchmarks.store import StoreServer
-from dataio.assemble import Assembler
 from dataio.bench import _distinct_bound, all_fields, stack_windows, window_plan
 from dataio.cache import hit_bound
-from dataio.encodings import Encoding
 from dataio.episode import Episode, FieldSpec, TaskSpec, Window
-from dataio.fetch import Fetcher
+from dataio.format.encodings import Encoding
 from dataio.index import EpisodeIndex
 from dataio.loader import CacheBudget, TrajectoryLoader
+from dataio.loading.assemble import Assembler
+from dataio.loading.fetch import Fetcher
+from dataio.loading.units import UnitMap
 from dataio.placement import Home
 from dataio.sampling import SamplingPlan
 from dataio.shards import ShardWriter
-from dataio.units import UnitMap
 
 K = 20
 PARTS = "vector,image,others,processes,plan"

@@ -15,9 +15,9 @@ from dataio.bench import all_fields, stack_windows, window_plan
 from dataio.cache import RangeCache, hit_bound
 from dataio.index import EpisodeIndex
 from dataio.loader import CacheBudget, TrajectoryLoader
+from dataio.loading.units import UnitMap
 from dataio.placement import Home, Placement
 from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
-from dataio.units import UnitMap
 
 ROWS, WINDOW = 512, 20
 _UNIT = 64  # bytes of a simulated unit

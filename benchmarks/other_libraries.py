@@ -37,7 +37,7 @@ def compare_others(index: EpisodeIndex, server: StoreServer, rows: int, cache: i
     out: dict[str, Any] = {}
     uniform = _distinct_bound(index, _WINDOW)
     passes = int(index.steps.sum()) // _WINDOW
-    span = max(passes // 8, 4 * rows)
+    span = max(passes // 2, 16 * rows)
     with tempfile.TemporaryDirectory() as scratch:
         episodes = Path(scratch) / "episodes"
         export(index, episodes, rows, (repeat * span) // rows + 24)

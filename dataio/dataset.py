@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from dataio.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
 from dataio.episode import DataError, Episode, TaskSpec
 from dataio.foreign import absolute, index_foreign
+from dataio.format.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
+from dataio.format.rows import ONLY_WITH_ACTION
+from dataio.format.table import Part, Shard, batches, combine
 from dataio.index import EpisodeIndex
-from dataio.rows import ONLY_WITH_ACTION
 from dataio.shards import merge_tasks
 from dataio.statistics import Statistics
-from dataio.table import Part, Shard, batches, combine
 from dataio.verify import Finding, Report, verify
 
 __all__ = [

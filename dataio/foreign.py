@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from crc32c import crc32c
 
-from dataio import tar
-from dataio.document import DATASET, INDEX, exists, fetch, publish
 from dataio.episode import DataError, FieldSpec, TaskSpec
+from dataio.format import tar
+from dataio.format.document import DATASET, INDEX, exists, fetch, publish
+from dataio.format.sample import MAX_TEXT
+from dataio.format.table import Chunks, Record, Shard, TableWriter
 from dataio.index import EpisodeIndex
 from dataio.rebuild import member_bytes
-from dataio.sample import MAX_TEXT
 from dataio.statistics import Statistics
-from dataio.table import Chunks, Record, Shard, TableWriter
 
 if TYPE_CHECKING:
     from dataio.storage import Store

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio import encodings
-from dataio.arrays import load
-from dataio.document import DATASET, cache_folder, decoded, parse
 from dataio.episode import DataError, FieldSpec, TaskSpec
-from dataio.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
+from dataio.format import encodings
+from dataio.format.arrays import load
+from dataio.format.document import DATASET, cache_folder, decoded, parse
+from dataio.format.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
+from dataio.format.table import Shard
 from dataio.statistics import FieldStatistics
-from dataio.table import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

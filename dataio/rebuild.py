@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
-from dataio import encodings, tar
-from dataio.encodings import Encoding
 from dataio.episode import DataError, FieldSpec
-from dataio.rows import Layout, broken_row
-from dataio.table import Chunks, Record
+from dataio.format import encodings, tar
+from dataio.format.encodings import Encoding
+from dataio.format.rows import Layout, broken_row
+from dataio.format.table import Chunks, Record
 
 
 def records(file: Path, shard: str, layouts: Mapping[str, Layout]) -> Iterator[Record | DataError]:

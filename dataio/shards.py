@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from crc32c import crc32c
 
-from dataio import arrays, table
-from dataio import encodings as codecs
-from dataio.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
-from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, TaskSpec
+from dataio.format import arrays, table
+from dataio.format import encodings as codecs
+from dataio.format.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
+from dataio.format.encodings import Encoding
+from dataio.format.rows import Layout, check_task, plain
+from dataio.format.sample import BLOCK, Sample
 from dataio.index import EpisodeIndex
-from dataio.rows import Layout, check_task, plain
-from dataio.sample import BLOCK, Sample
 from dataio.statistics import Statistics
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
-from dataio import arrays, rebuild, table, tar
-from dataio.document import DATASET, INDEX, STATISTICS, describe, fetch, parse, publish, sha256
+from dataio import rebuild
 from dataio.episode import DataError
+from dataio.format import arrays, table, tar
+from dataio.format.document import DATASET, INDEX, STATISTICS, describe, fetch, parse, publish, sha256
+from dataio.format.rows import Layout, broken_row
 from dataio.index import EpisodeIndex
-from dataio.rows import Layout, broken_row
 from dataio.statistics import Statistics
 
 if TYPE_CHECKING:

@@ -115,7 +115,7 @@ def make_plan(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
 ) -> SamplingPlan:
     """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
-    from dataio.document import cache_folder
+    from dataio.format.document import cache_folder
     from dataio.plan.preferences import preference
     from dataio.sampling import PlanEntry, SamplingPlan
 

@@ -57,6 +57,11 @@ def stacked(windows: list[dict[str, Any]], names: list[str]) -> dict[str, np.nda
     return {name: np.concatenate([window[name] for window in windows]) for name in names}
 
 
+def _plain(name: str) -> str:
+    """A field's name where dots mean something else."""
+    return name.replace(".", "_")
+
+
 class Library:
     """`write` makes the library's own files; `steps` reads what the store serves of them."""
 
@@ -85,7 +90,7 @@ class Lance(Library):
         for name, values in self.episodes.fields.items():
             flat = pa.array(np.ascontiguousarray(values).reshape(-1))
             width = int(np.prod(values.shape[1:], dtype=int))
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, width) if values.ndim > 1 else flat
+            columns[_plain(name)] = pa.FixedSizeListArray.from_arrays(flat, width) if values.ndim > 1 else flat
         lance.write_dataset(pa.table(columns), str(folder))
 
     def steps(self) -> Iterator[Batch]:
@@ -103,7 +108,7 @@ class Lance(Library):
             table = data.take(wanted.ravel())
             out = {}
             for name, shape in shapes.items():
-                column = table.column(name).combine_chunks()
+                column = table.column(_plain(name)).combine_chunks()
                 flat = column.flatten() if shape else column
                 out[name] = flat.to_numpy(zero_copy_only=False).reshape(-1, *shape)
             return out, chosen[:, 0]
@@ -229,14 +234,14 @@ class WebDataset(Tiles):
         import webdataset
 
         fields = self.episodes.fields.items()
-        row = np.dtype([(name.replace(".", "_"), v.dtype, v.shape[1:]) for name, v in fields])
+        row = np.dtype([(_plain(name), v.dtype, v.shape[1:]) for name, v in fields])
         with webdataset.ShardWriter(
             str(folder / "%06d.tar"), maxsize=self.settings["shard_bytes"], verbose=0
         ) as writer:
             for number, (episode, tile) in enumerate(self.episodes.tiles()):
                 steps = np.empty(K, row)
                 for name, values in tile.items():
-                    steps[name.replace(".", "_")] = values
+                    steps[_plain(name)] = values
                 writer.write({"__key__": f"{number:09d}-{episode}", "npy": steps})
 
     def samples(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -248,7 +253,7 @@ class WebDataset(Tiles):
         data = webdataset.WebDataset(address, shardshuffle=shards, seed=0)
         for sample in data.repeat().shuffle(buffer, initial=buffer).decode():
             steps = sample["npy"]
-            yield int(sample["__key__"].split("-")[1]), {name: steps[name.replace(".", "_")] for name in names}
+            yield int(sample["__key__"].split("-")[1]), {name: steps[_plain(name)] for name in names}
 
 
 LIBRARIES: dict[str, Any] = {

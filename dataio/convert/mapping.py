@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from dataio.convert.source import Source
-from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from dataio.format.encodings import Encoding
 
 _KEYS = frozenset({"task", "environment", "normalise", "random", "expert", "max_steps", "fields", "text", "options"})
 _FIELD = frozenset(

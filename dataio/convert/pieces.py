@@ -23,8 +23,8 @@ from dataio.convert.infer import conform
 from dataio.convert.mapping import Mapping
 from dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
 from dataio.convert.source import Source
-from dataio.encodings import Encoding
 from dataio.episode import DataError, TaskSpec
+from dataio.format.encodings import Encoding
 from dataio.shards import ShardWriter, merge_pieces
 from dataio.storage import Store
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dataio.encodings import Encoding
 from dataio.episode import Episode, FieldSpec, TaskSpec, Window
+from dataio.format.encodings import Encoding
 from dataio.index import EpisodeIndex
 from dataio.shards import ShardWriter
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from dataio.episode import Episode, FieldSpec, TaskSpec
+from dataio.format.rows import ONLY_WITH_ACTION
 from dataio.index import EpisodeIndex
-from dataio.rows import ONLY_WITH_ACTION
 from dataio.shards import ShardWriter
 
 RICH = TaskSpec(

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataio.encodings import EXTENSIONS, Encoding, choose, decode, encode
 from dataio.episode import DataError, FieldSpec
+from dataio.format.encodings import EXTENSIONS, Encoding, choose, decode, encode
 
 SHAPES = [(8, 6, 3), (3, 8, 6), (8, 6), (8, 6, 1), (4, 9, 7), (9, 7, 4), (1, 5, 2)]
 

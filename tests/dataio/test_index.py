@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from making import RICH, SMALL, observed, random_episode, read_window, small_dataset, write
 
-from dataio import arrays, table
-from dataio.document import parse
 from dataio.episode import DataError
+from dataio.format import arrays, table
+from dataio.format.document import parse
+from dataio.format.table import Chunks, Record, Shard, TableWriter
 from dataio.index import EpisodeIndex, Range
-from dataio.table import Chunks, Record, Shard, TableWriter
 
 
 def test_columns_and_texts(tmp_path):

@@ -9,7 +9,7 @@ from crc32c import crc32c
 from making import RICH, SMALL, observed, random_episode
 
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.rows import Layout, broken_row, check_task, pack_rows, row_dtype
+from dataio.format.rows import Layout, broken_row, check_task, pack_rows, row_dtype
 
 
 def packed(steps=9, extra=True):
@@ -106,7 +106,7 @@ def test_fields_that_cannot_be_stored_are_refused(field):
 
 
 def test_the_member_is_plain_npy():
-    from dataio.sample import npy
+    from dataio.format.sample import npy
 
     _, rows = packed()
     again = np.load(io.BytesIO(npy(rows)), allow_pickle=False)

@@ -26,10 +26,10 @@ from making import (
 )
 
 from dataio.dataset import read_episode, verify
-from dataio.encodings import Encoding
 from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from dataio.format.encodings import Encoding
+from dataio.format.rows import ONLY_WITH_ACTION, row_dtype
 from dataio.index import EpisodeIndex
-from dataio.rows import ONLY_WITH_ACTION, row_dtype
 from dataio.shards import ShardWriter, merge_pieces
 from dataio.storage import Store
 

@@ -9,7 +9,7 @@ from making import RICH, SMALL, observed, random_episode
 
 from dataio import statistics
 from dataio.episode import FieldSpec, TaskSpec
-from dataio.rows import Layout, pack_rows
+from dataio.format.rows import Layout, pack_rows
 from dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
 
 

@@ -14,9 +14,9 @@ from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from test_loader import NEEDS, make_plan, rows_of
 
 from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from dataio.loading.stream import requests, wanted_units
+from dataio.loading.units import UnitMap
 from dataio.placement import Home, Placement
-from dataio.stream import requests, wanted_units
-from dataio.units import UnitMap
 
 EPISODES, STEPS, ROOMY = 120, 24, CacheBudget(memory=64 << 20)
 

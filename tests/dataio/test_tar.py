@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataio.episode import DataError
-from dataio.sample import npy
-from dataio.tar import members, npy_header, samples
+from dataio.format.sample import npy
+from dataio.format.tar import members, npy_header, samples
 
 
 def make(file, entries, **options):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from loading import CONTROL, PICTURES, dataset
 
-from dataio.assemble import Assembler
 from dataio.dataset import read_episode
 from dataio.episode import DataError, Needs
-from dataio.fetch import Fetcher
-from dataio.gather import copy_from
-from dataio.units import UnitMap, expand
+from dataio.loading.assemble import Assembler
+from dataio.loading.fetch import Fetcher
+from dataio.loading.gather import copy_from
+from dataio.loading.units import UnitMap, expand
 
 NEEDS = Needs(
     ("observation", "action", "reward", "instruction", "observation.image", "observation.wrist", "observation.state"),

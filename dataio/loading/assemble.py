@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio.encodings import KINDS
 from dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
-from dataio.gather import UNWANTED, Copy, Gathered, gather
+from dataio.format.encodings import KINDS
+from dataio.format.rows import broken_row, is_large, is_small, row_dtype
 from dataio.index import STEPS
-from dataio.rows import broken_row, is_large, is_small, row_dtype
-from dataio.units import Span, UnitMap, UnitRanges, expand
+from dataio.loading.gather import UNWANTED, Copy, Gathered, gather
+from dataio.loading.units import Span, UnitMap, UnitRanges, expand
 
 if TYPE_CHECKING:
     from dataio.index import EpisodeIndex

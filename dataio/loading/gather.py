@@ -10,8 +10,8 @@ import numpy as np
 from dataio.index import STEPS
 
 if TYPE_CHECKING:
+    from dataio.loading.units import Ints, Span, UnitMap, UnitRanges
     from dataio.sampling import PlannedWindows
-    from dataio.units import Ints, Span, UnitMap, UnitRanges
 
 # Copies bytes [low, high) of units to `out[at:]`; returns the positions of those that are not there: `Block.copy`
 Copy = Callable[["Ints", "Ints", "Ints", "Ints", memoryview], list[int]]

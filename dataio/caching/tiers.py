@@ -19,7 +19,7 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from .episode import DataError
+from ..episode import DataError
 from .slabs import Ints, Slabs
 
 if TYPE_CHECKING:

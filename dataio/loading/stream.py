@@ -18,10 +18,10 @@ from dataio.storage import StoreError
 
 if TYPE_CHECKING:
     from dataio.cache import RangeCache
-    from dataio.fetch import Fetcher
+    from dataio.loading.fetch import Fetcher
+    from dataio.loading.units import Ints, UnitMap
     from dataio.placement import Placement
     from dataio.sampling import SamplingPlan
-    from dataio.units import Ints, UnitMap
 
 REQUEST = 8 << 20  # bytes of a request at most
 FLYING = 4

@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio import shared_memory
-from dataio.ahead import Ahead
-from dataio.assemble import Assembler
 from dataio.cache import Block, RangeCache
-from dataio.cache_tiers import InheritedTier
+from dataio.caching.tiers import InheritedTier
 from dataio.episode import DataError, Window
-from dataio.fetch import Fetcher
-from dataio.gather import copy_from
+from dataio.loading import shared_memory
+from dataio.loading.ahead import Ahead
+from dataio.loading.assemble import Assembler
+from dataio.loading.fetch import Fetcher
+from dataio.loading.gather import copy_from
+from dataio.loading.sizing import most_staging, sized
+from dataio.loading.stream import FLYING, stream, wanted_units
+from dataio.loading.units import Span, UnitRanges
 from dataio.peers import Peers, PeerServer
 from dataio.placement import Home, Placement, data_share
 from dataio.plan.log import PlanLog
-from dataio.sizing import most_staging, sized
-from dataio.stream import FLYING, stream, wanted_units
-from dataio.units import Span, UnitRanges
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio.cache import hit_bound
+from dataio.loading.runs import RunModel
+from dataio.loading.stream import FLYING, REQUEST
+from dataio.loading.units import UnitMap
 from dataio.plan.mixture import UNIT
-from dataio.runs import RunModel
-from dataio.stream import FLYING, REQUEST
-from dataio.units import UnitMap
 
 if TYPE_CHECKING:
     from dataio.loader import LoaderSettings

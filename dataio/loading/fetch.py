@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio.episode import DataError
+from dataio.loading.units import UnitMap
 from dataio.peers import Peers
 from dataio.storage import Store
-from dataio.units import UnitMap
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

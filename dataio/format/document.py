@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dataio import arrays, table
 from dataio.episode import DataError, TaskSpec
-from dataio.rows import check_task
+from dataio.format import arrays, table
+from dataio.format.rows import check_task
 from dataio.statistics import Statistics
 
 if TYPE_CHECKING:
