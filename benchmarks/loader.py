@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--json", default="")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
-    parser.add_argument("--only", default="vector,image", help=f"some of {PARTS}")
+    parser.add_argument("--only", default=PARTS, help=f"some of {PARTS}")
     parser.add_argument(
         "--soak", type=float, default=0.0, metavar="MINUTES", help="watch the memory of a vector loader"
     )
@@ -351,6 +351,8 @@ def main() -> None:
     arguments.only = ["vector"] if arguments.soak else arguments.only.split(",")
     if unknown := set(arguments.only) - set(PARTS.split(",")):
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {PARTS}")
+    if "others" in arguments.only and not set(KINDS) & set(arguments.only):
+        parser.error("--only: `others` are measured beside `vector` or `image`: name one of these too")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for part in arguments.only:

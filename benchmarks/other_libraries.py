@@ -26,7 +26,7 @@ WORKER = Path(__file__).resolve().parent / "others" / "worker.py"
 HOW = "no other libraries here; `make benchmark-environment` installs them"
 _WINDOW = 20
 _CACHED = ("streaming", "streaming, random access", "webdataset")  # these need a pass before they are steady
-_SECONDS = 20.0  # longest span
+_SECONDS = 10.0  # longest span
 
 
 def compare_others(index: EpisodeIndex, server: StoreServer, rows: int, cache: int, repeat: int) -> dict[str, Any]:

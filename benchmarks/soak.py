@@ -75,7 +75,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _loader_process() -> psutil.Process:
-    (found,) = (c for c in psutil.Process().children() if any("loader_process" in word for word in c.cmdline()))
+    (found,) = (c for c in psutil.Process().children() if any("dataio.loading.process" in word for word in c.cmdline()))
     return found
 
 
