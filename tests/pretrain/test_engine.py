@@ -118,7 +118,12 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"name": "pipeline-4", "pipeline": 4},
         {"name": "pipeline-2-data-2", "pipeline": 2},
         {"name": "pipeline-2-data-2-expert-2", "pipeline": 2, "expert": 2},
-        {"name": "the same, no expert on a stage", "pipeline": 2, "expert": 2, "config": DENSE_HALF},
+        {
+            "name": "pipeline-2-data-2-expert-2, a stage without experts",
+            "pipeline": 2,
+            "expert": 2,
+            "config": DENSE_HALF,
+        },
     ],
     8: [{"name": "pipeline-2-data-4-expert-2", "pipeline": 2, "expert": 2}],
 }
