@@ -201,9 +201,8 @@ class ObjectBackend:
             client["allow_http"] = config.get("endpoint", "").startswith("http://")
             more: Any = {"credential_provider": provider} if provider else {}
             given = provider() if provider else config
-            keys = tuple(
-                str(given.get(name)) for name in ("access_key_id", "secret_access_key", "session_token", "token")
-            )
+            names = ("access_key_id", "secret_access_key", "session_token", "token")
+            keys = tuple(str(given[name]) for name in names if given.get(name))
             return from_url(url, config=config, client_options=client, retry_config=retries, **more), keys
         local = "AZURE_STORAGE_USE_EMULATOR" in os.environ or "STORAGE_EMULATOR_HOST" in os.environ
         client["allow_http"] = local
@@ -226,7 +225,7 @@ class ObjectBackend:
         with self._renewing:
             if self.store is refused:
                 store, keys = self._open()
-                if keys == self._keys:
+                if len(keys) < len(self._keys) or keys == self._keys:  # fewer: the file is just being written
                     return False
                 self.store, self._keys = store, keys
             return True

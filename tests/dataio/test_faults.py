@@ -310,7 +310,8 @@ def test_a_disk_that_takes_no_more(
     room: int, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
 ) -> None:
     """The loader process may write files of so many bytes only."""
-    budget, rows = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path)), {}
+    budget = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path))
+    rows: dict[tuple[int, int], bytes] = {}
     load(index, budget)
     (items,) = tmp_path.rglob("items")
     os.truncate(items, 0)
