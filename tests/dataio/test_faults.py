@@ -148,19 +148,13 @@ def test_a_storm_of_refusals_is_waited_out_with_few_requests(
 ) -> None:
     """Every request is refused for a while: the loader slows down instead of storming back."""
     front.requests.clear()
-    until = time.monotonic() + 3.0
+    until = time.monotonic() + 1.5
     front.rule = lambda r: Fault(status=503, code="SlowDown") if ".tar" in r.path and time.monotonic() < until else None
-    refused = 0
-
-    def each(batch: LoadedBatch) -> None:
-        nonlocal refused
-        refused = max(refused, front.faults)
-
-    batches = load(index, each=each)
+    batches = load(index)
     assert rows_of(batches) == reference
     assert sum(b.counters["throttled"] for b in batches) > 0
-    waiting = sum(b.counters["requests"] for b in batches) - sum(b.counters["retries"] for b in batches)
-    assert refused < 5 * waiting
+    first_tries = sum(b.counters["requests"] - b.counters["retries"] for b in batches)
+    assert front.faults < 5 * first_tries
 
 
 @contextlib.contextmanager
@@ -276,7 +270,7 @@ def test_a_damaged_cache_on_disk_is_read_again(
         assert [b.quarantined for b in batches] == [[]] * STEPS
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["flip", "cut", pytest.param("gone", marks=pytest.mark.long)])
 def test_a_cache_damaged_while_it_is_in_use_is_read_again(
     damage: str, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
 ) -> None:
@@ -305,7 +299,7 @@ def test_a_cache_damaged_while_it_is_in_use_is_read_again(
         assert sum(b.counters["bytes_store"] for b in batches) > sum(b.counters["bytes_store"] for b in clean)
 
 
-@pytest.mark.parametrize("room", [0, 100_000])
+@pytest.mark.parametrize("room", [0, pytest.param(100_000, marks=pytest.mark.long)])
 def test_a_disk_that_takes_no_more(
     room: int, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
 ) -> None:

@@ -16,7 +16,7 @@ from servers import Host, two_hosts
 from dataio.collect import collect
 from launch.submit import TRAIN, launcher
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.long]
 pytest.importorskip("gymnasium", reason="needs the envs extra")
 
 RECIPE = """
@@ -77,7 +77,6 @@ def test_two_hosts_have_the_losses_of_one(hosts: list[Host], folder: Path, tmp_p
     assert found == pytest.approx(on_one_host(tmp_path, str(folder / "cartpole"), 6, 1), rel=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_host_that_is_gone_ends_the_run_and_a_resume_goes_on(
     victim: int, hosts: list[Host], folder: Path, tmp_path: Path

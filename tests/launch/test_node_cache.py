@@ -216,7 +216,7 @@ data:
   mixture: [{{dataset: {data}, objective: bc}}]
   validation: 0
   buckets: 8
-  cache: {{dir: {cache}, memory: 64KiB, disk: 8MiB}}
+  cache: {{dir: {cache}, memory: {memory}KiB, disk: 512KiB}}
 objectives: {{bc: {{context: 32, window: 4}}}}
 model: {{layers: 1, hidden: 32, heads: 2, text_vocabulary: 300}}
 deepspeed:
@@ -235,12 +235,13 @@ def test_training_goes_on_with_fewer_processes_and_finds_the_others_caches(tmp_p
     pytest.importorskip("gymnasium", reason="needs the envs extra")
     from dataio.collect import collect
 
-    collect("CartPole-v1", str(tmp_path / "cartpole"), 20, processes=1, score_episodes=2)
+    collect("CartPole-v1", str(tmp_path / "cartpole"), 60, processes=1, score_episodes=2)
 
     def train(name: str, steps: int, processes: int) -> None:
         file = tmp_path / "recipe.yaml"
         settings = {"data": f"{url}/cartpole", "run": tmp_path / name, "cache": tmp_path / f"cache-{name}"}
-        file.write_text(RECIPE.format(**settings, steps=steps))
+        # As much for each loader: so little memory bounds the number of units, and with it their length
+        file.write_text(RECIPE.format(**settings, steps=steps, memory=192 * processes))
         command = [*launcher(processes), str(TRAIN), str(file)]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
