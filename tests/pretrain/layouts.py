@@ -73,7 +73,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         Checkpoint.open(job["load"]).load(engine)
     if job.get("resave"):
         save(engine, job["resave"])
-    steps = []
+    steps, result = [], None  # none where the checkpoint is of the last step
     for step in range(engine.step, job.get("steps", STEPS)):
         result = engine.train_step(rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"]))
         steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
@@ -81,7 +81,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
             save(engine, job["run"])
     held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999)).items()}
     engine.destroy()
-    measured = {name: getattr(result, name) for name in ("memory", "all_to_all", "bubble", "bubble_bound")}
+    measured = result and {name: getattr(result, name) for name in ("memory", "all_to_all", "bubble", "bubble_bound")}
     return {"steps": steps, "held_out": held_out, "measured": measured, "seconds": round(time.time() - started, 1)}
 
 
