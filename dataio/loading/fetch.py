@@ -63,18 +63,6 @@ class Fetcher:
                 self._usual += 0.1 * (time.monotonic() - asked - self._usual)
         return failed
 
-    async def read_together(self, units: np.ndarray) -> dict[int, memoryview]:
-        """The bytes of units of one shard, which are not far from each other, by one request."""
-        where = self.units.ranges(units)
-        dataset, begin, end = int(where.dataset[0]), int(where.offset.min()), int((where.offset + where.size).max())
-        name = self.units.datasets[dataset].shard_name(int(where.shard[0]))
-        (body,) = await self.stores[dataset].read_ranges_async(name, [begin], [end - begin])
-        view, starts = memoryview(body).cast("B"), where.offset - begin
-        return {
-            unit: view[a:z]
-            for unit, a, z in zip(units.tolist(), starts.tolist(), (starts + where.size).tolist(), strict=True)
-        }
-
     async def check_unchanged(self, units: np.ndarray) -> None:
         """ObjectChanged where the shards of these units are no longer those that were first read."""
         where = self.units.ranges(units)

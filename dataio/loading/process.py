@@ -31,8 +31,9 @@ from dataio.loading.ahead import Ahead
 from dataio.loading.assemble import Assembler
 from dataio.loading.fetch import Fetcher
 from dataio.loading.gather import copy_from
+from dataio.loading.homes import home_units
 from dataio.loading.sizing import most_staging, sized
-from dataio.loading.stream import FLYING, stream, wanted_units
+from dataio.loading.stream import FLYING, stream
 from dataio.loading.units import Span, UnitRanges
 from dataio.peers import Peers, PeerServer
 from dataio.placement import Home, Placement, data_share
@@ -77,7 +78,7 @@ class LoaderProcess:
         self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
         sizing = sized(self.plan, self.placement, settings)
         self.units, self._staging, self._home = sizing.units, sizing.staging, sizing.home
-        self._request = sizing.request
+        self._piece = sizing.piece
         self.assembler = Assembler(self.units, settings.tasks)
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
@@ -99,7 +100,7 @@ class LoaderProcess:
             self.units.sizes,
             self.ahead.wanted,
             total=self._home,
-            memory=budget.memory - FLYING * self._request,
+            memory=budget.memory - FLYING * self._piece,
             disk=budget.disk,
             directory=budget.dir,
             fingerprint=self._layout(),
@@ -203,10 +204,10 @@ class LoaderProcess:
                 pipeline = asyncio.create_task(self._pipeline())
 
     async def _stream(self) -> None:
-        """Where there is room for all data that are at home here: read them, beside the steps."""
-        if self._request:
-            wanted = wanted_units(self.plan, self.placement, self.units, self.step)
-            await stream(self.units, wanted, self.fetcher, lambda: self.cache, self._request)
+        """Where there is room for all data that are at home here, or nearly: read them, beside the steps."""
+        if self._piece:
+            wanted = home_units(self.placement, self.units, self.step, self.cache.capacity / max(self._home, 1))
+            await stream(self.units, wanted, self.fetcher, lambda: self.cache, self._piece)
 
     async def _pipeline(self) -> None:
         """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""

@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataio.cache import hit_bound
+from dataio.loading.homes import bucket_bytes, home_bytes
 from dataio.loading.runs import RunModel
-from dataio.loading.stream import FLYING, REQUEST
+from dataio.loading.stream import PIECE
 from dataio.loading.units import UnitMap
-from dataio.plan.mixture import UNIT
+from dataio.placement import Home, Placement
 
 if TYPE_CHECKING:
     from dataio.loader import LoaderSettings
-    from dataio.placement import Placement
     from dataio.sampling import SamplingPlan
 
-_SMALLEST = 64 << 10  # bytes of a request that is worth its while
+_SMALLEST = 64 << 10  # bytes of a piece that is worth its while
+_ROOMY = 8 << 20  # bytes of memory from which on there is room for some of them
+_NEARLY = 0.8  # of the data at home that fit the cache, from which on streaming is worth its while
+_WASTE = 1.03  # what data take in the cache, over what they weigh
 _TYPICAL = 256  # rows of the first step whose windows show what windows are like
 
 
@@ -28,8 +31,8 @@ class Sizing:
 
     units: UnitMap
     staging: int  # bytes of the cache's memory for what is on its way
-    home: int  # bytes of the data that are at home here, about
-    request: int  # bytes of each request of those that read all of it once (stream.py); 0: there is no room for all
+    home: int  # bytes of the data that are at home here
+    piece: int  # bytes of each piece in which all of it is read once (stream.py); 0: there is no room for all
 
     def describe(self, settings: LoaderSettings) -> dict[str, Any]:
         """For people, before a run: what is cached of what, in which pieces, and how well that can do at best."""
@@ -43,7 +46,7 @@ class Sizing:
             "units": self.units.units,
             "rows_of_a_unit": runs,
             "policy": "pinned (each datum once an epoch)" if pin else "counted look-ahead",
-            "whole_shards": self.request > 0,
+            "whole_shards": self.piece > 0,
             "hit_bound": hit_bound(kept / max(self.home, 1), pin),
         }
 
@@ -63,15 +66,20 @@ def sized(plan: SamplingPlan, placement: Placement, settings: LoaderSettings) ->
     typical = plan.windows(0, np.unique(np.linspace(0, plan.rows - 1, min(plan.rows, _TYPICAL)).astype(np.int64)))
     counts = rough.rows(typical)[1]
     memory, total = settings.cache.memory, sum(column.total for column in rough.columns)
-    home = total * (placement.high - placement.low) / (plan.rows * UNIT)
+    of_buckets = bucket_bytes(plan, rough)
+    homes = [
+        Home(process, placement.home.processes, placement.home.weights) for process in range(placement.home.processes)
+    ]
+    largest = max(home_bytes(Placement(plan, home), of_buckets) for home in homes)
     kept = memory * 15 // 16 + settings.cache.disk
     tile = 0 if plan.replacement else int(typical.units.max(initial=1))
-    model = RunModel(float(counts.mean()) if len(counts) else 1.0, kept / max(home, 1.0), tile, memory // 16, total)
+    share = kept / max(_WASTE * largest, 1.0)
+    model = RunModel(float(counts.mean()) if len(counts) else 1.0, share, tile, memory // 16, total)
     units = UnitMap(indexes, settings.needs, settings.run or model.rows)
     steps = [np.unique(np.concatenate([s.units for s in units.spans(planned)] or [counts[:0]])) for planned in some]
     wanted = max(int(units.sizes(step).sum()) for step in steps)
-    staging = min(max(5 * wanted // 4, memory // 32), most_staging(memory))
-    remote = not all(index.store.local for index in units.datasets)
-    spare = memory - staging + settings.cache.disk - home if model.share >= 1 and remote else 0.0
-    request = min(REQUEST, memory // 64, int(spare) // (2 * FLYING))
-    return Sizing(units, staging, int(home), request if request >= _SMALLEST else 0)
+    home = home_bytes(placement, of_buckets, first)
+    nearly = kept >= _NEARLY * home  # then next to nothing will be on its way
+    staging = min(max(5 * wanted // 4, memory // (64 if nearly else 32)), most_staging(memory))
+    streams = nearly and memory >= _ROOMY and not all(index.store.local for index in units.datasets)
+    return Sizing(units, staging, int(home), min(PIECE, max(memory // 512, _SMALLEST)) if streams else 0)

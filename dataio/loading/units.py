@@ -169,9 +169,9 @@ class StepsColumn:
         has = np.asarray(index.arrays["offset"]) >= 0
         self.base = _bases(np.where(has, -(-np.asarray(index.rows, np.int64) // run), 0))
         self.units = int(self.base[-1])
-        self.total = int(self.ranges_of_episodes().sum())
+        self.total = int(self.bytes_of_episodes().sum())
 
-    def ranges_of_episodes(self) -> Ints:
+    def bytes_of_episodes(self) -> Ints:
         """int64 [E]: bytes of each episode's rows."""
         everything = np.arange(self.index.episodes)
         return self.index.row_ranges(everything, np.zeros(1, np.int64), self.index.rows)[2]
@@ -202,11 +202,17 @@ class ChunksColumn:
         self.group = np.maximum(1, self.run // self.frames)  # chunks of a unit
         self.base = _bases(-(-np.diff(self.first) // self.group))
         self.units = int(self.base[-1])
-        has = np.flatnonzero(np.diff(self.first) > 0)
-        last = self.first[has + 1] - 1
-        self.total = int((self.offset[last].astype(np.int64) + self.size[last] - self.offset[self.first[has]]).sum())
+        self.total = int(self.bytes_of_episodes().sum())
         whole = {t.name: {f.name for f in t.fields if f.per == "episode"} for t in index.tasks}
         self._whole = np.array([field in whole[t.name] for t in index.tasks] or [False])
+
+    def bytes_of_episodes(self) -> Ints:
+        """int64 [E]: from each episode's first chunk to its last one."""
+        out = np.zeros(len(self.first) - 1, np.int64)
+        has = np.flatnonzero(np.diff(self.first) > 0)
+        last = self.first[has + 1] - 1
+        out[has] = self.offset[last].astype(np.int64) + self.size[last] - self.offset[self.first[has]]
+        return out
 
     def span(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         one = self._whole[self.index.task[episode]]

@@ -14,7 +14,8 @@ from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from test_loader import NEEDS, make_plan, rows_of
 
 from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
-from dataio.loading.stream import requests, wanted_units
+from dataio.loading.homes import bucket_bytes, home_bytes, home_units
+from dataio.loading.stream import pieces
 from dataio.loading.units import UnitMap
 from dataio.placement import Home, Placement
 
@@ -83,11 +84,18 @@ def test_faults_while_streaming_change_no_window(world: tuple[Any, FaultyFront])
 def test_the_homes_divide_what_is_wanted(tmp_path: Path) -> None:
     index = dataset(str(tmp_path / "set"), EPISODES)
     plan, units = make_plan(index, buckets=32), UnitMap([index, index], NEEDS, 1 << 20)
-    wanted = [wanted_units(plan, Placement(plan, Home(p, 3)), units, 0) for p in range(3)]
+    wanted = [home_units(Placement(plan, Home(p, 3)), units, 0) for p in range(3)]
     shared = sum(map(len, wanted)) - len(np.unique(np.concatenate(wanted)))
     assert shared <= 2 * units.units / 32 * 3  # of the buckets that are cut in two
-    everything = wanted_units(plan, Placement(plan, Home(0, 1)), units, 0)
+    everything = home_units(Placement(plan, Home(0, 1)), units, 0)
     assert set(everything) == set(np.concatenate(wanted))
+    weigh = bucket_bytes(plan, units)
+    assert weigh.sum() == sum(column.total for column in units.columns)
+    for p in range(3):
+        inside = int(units.sizes(wanted[p]).sum())
+        assert (
+            0.95 < inside / home_bytes(Placement(plan, Home(p, 3)), weigh) <= 1
+        )  # but for tar headers between members
     for step in range(20):
         for p in range(3):
             planned = plan.windows(step, Placement(plan, Home(p, 3)).rows(step))
@@ -95,13 +103,13 @@ def test_the_homes_divide_what_is_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 50_000, 1 << 30])
-def test_requests_name_every_unit_once(tmp_path: Path, most: int) -> None:
+def test_pieces_name_every_unit_once(tmp_path: Path, most: int) -> None:
     index = dataset(str(tmp_path / "set"), 40)
     units = UnitMap([index, index], NEEDS, 4)
     wanted = np.arange(units.units)[::2]
-    groups = list(requests(units, wanted, most))
-    assert np.sort(np.concatenate(groups)).tolist() == wanted.tolist()
-    for group in groups:
-        where = units.ranges(group)
-        assert len(np.unique(where.shard)) == 1
-        assert (where.offset + where.size).max() - where.offset.min() <= most or len(group) == 1
+    found = list(pieces(units, wanted, most))
+    assert np.sort(np.concatenate(found)).tolist() == wanted.tolist()
+    assert all(units.sizes(piece).sum() <= most or len(piece) == 1 for piece in found)
+    where = units.ranges(np.concatenate(found))
+    place = where.shard << 40 | where.offset
+    assert (np.diff(place) > 0).all()

@@ -1,0 +1,63 @@
+"""What is at home with a process: the episodes that it may draw, and what they weigh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from dataio.loading.units import Ints, UnitMap
+    from dataio.placement import Placement
+    from dataio.sampling import SamplingPlan
+
+
+def drawn(plan: SamplingPlan, units: UnitMap) -> list[NDArray[np.bool_]]:
+    """Mask of the episodes of each dataset that any row may draw."""
+    out = [np.zeros(index.episodes, bool) for index in units.datasets]
+    for number, entry in enumerate(plan.entries):
+        index = entry.index
+        some = np.isin(index.task, np.asarray(entry.tasks)) & (index.held_out(plan.validation) == plan.held_out)
+        if entry.priority is not None:
+            some &= np.asarray(entry.priority) > 0
+        out[units.entry_dataset[number]] |= some
+    return out
+
+
+def bucket_bytes(plan: SamplingPlan, units: UnitMap) -> NDArray[np.float64]:
+    """Bytes of each bucket's episodes."""
+    out = np.zeros(plan.buckets)
+    mine = drawn(plan, units)
+    for column in units.columns:
+        some = np.flatnonzero(mine[column.dataset])
+        bucket = np.asarray(column.index.hash)[some] % np.uint64(plan.buckets)
+        out += np.bincount(bucket.astype(np.int64), column.bytes_of_episodes()[some], minlength=plan.buckets)
+    return out
+
+
+def home_bytes(placement: Placement, of_buckets: NDArray[np.float64], step: int = 0) -> float:
+    """Bytes of what a process draws from. A bucket that is cut between two processes is at home with both."""
+    return float(of_buckets[[bucket for bucket, _, _ in placement.share(step)]].sum())
+
+
+def home_units(placement: Placement, units: UnitMap, step: int, part: float = 1.0) -> Ints:
+    """Units of the episodes at home by the weights in force at a step, ascending.
+
+    part  of the buckets: where there is no room for all of them, those of which this process serves least are left out
+    """
+    plan, share = placement.plan, placement.share(step)
+    share.sort(key=lambda bucket: bucket[1] - bucket[2])
+    here = np.zeros(plan.buckets, bool)
+    here[[bucket for bucket, _, _ in share[: int(len(share) * min(part, 1.0))]]] = True
+    mine = drawn(plan, units)
+    out = []
+    for column in units.columns:
+        index = column.index
+        at_home = here[(np.asarray(index.hash) % np.uint64(plan.buckets)).astype(np.int64)]
+        episodes = np.flatnonzero(mine[column.dataset] & at_home)
+        low, high = column.base[episodes], column.base[episodes + 1]
+        ends = np.cumsum(high - low)
+        total = int(ends[-1]) if len(ends) else 0
+        out.append(np.arange(total) + np.repeat(low - (ends - (high - low)), high - low) + column.first_unit)
+    return np.concatenate(out) if out else np.zeros(0, np.int64)
