@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from dataio.placement import data_share
+
 if TYPE_CHECKING:
     from dataio.loading.units import Ints, UnitMap
     from dataio.placement import Placement
@@ -38,7 +40,7 @@ def bucket_bytes(plan: SamplingPlan, units: UnitMap) -> NDArray[np.float64]:
 
 def home_bytes(placement: Placement, of_buckets: NDArray[np.float64], step: int = 0) -> float:
     """Bytes of what a process draws from. A bucket that is cut between two processes is at home with both."""
-    return float(of_buckets[[bucket for bucket, _, _ in placement.share(step)]].sum())
+    return float(of_buckets[list(data_share(placement.plan, placement.home, step))].sum())
 
 
 def home_units(placement: Placement, units: UnitMap, step: int, part: float = 1.0) -> Ints:
@@ -46,10 +48,10 @@ def home_units(placement: Placement, units: UnitMap, step: int, part: float = 1.
 
     part  of the buckets: where there is no room for all of them, those of which this process serves least are left out
     """
-    plan, share = placement.plan, placement.share(step)
-    share.sort(key=lambda bucket: bucket[1] - bucket[2])
+    plan, share = placement.plan, data_share(placement.plan, placement.home, step)
+    most_first = sorted(share, key=lambda bucket: -share[bucket])
     here = np.zeros(plan.buckets, bool)
-    here[[bucket for bucket, _, _ in share[: int(len(share) * min(part, 1.0))]]] = True
+    here[most_first[: int(len(share) * min(part, 1.0))]] = True
     mine = drawn(plan, units)
     out = []
     for column in units.columns:
