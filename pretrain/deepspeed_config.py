@@ -74,7 +74,7 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
 
 
 def _precision(changes: _Changes, accelerator: str) -> None:
-    """`bf16: {enabled: auto}`: bf16 where the device multiplies it natively; elsewhere its products are emulated, five times slower."""
+    """`bf16: {enabled: auto}`: bf16 where the device multiplies it natively; elsewhere it is emulated, five times slower."""
     if (changes.config.get("bf16") or {}).get("enabled") == "auto":
         native = accelerator != "cpu" or cpu_has_bf16()
         why = "this CPU multiplies bf16 natively" if native else "this CPU has no bf16 products"
