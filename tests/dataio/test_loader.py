@@ -21,6 +21,7 @@ from dataio.dataset import read_episode
 from dataio.episode import Needs, Window
 from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
 from dataio.placement import Home
+from dataio.plan.log import PlanLog
 from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 NEEDS = (
@@ -233,6 +234,17 @@ def test_a_change_of_the_plan_reaches_batches_that_were_made_ahead(
             known |= rows_of([batch])
             batch.release()
     assert late == known
+
+
+def test_a_data_set_that_joins_through_the_log_ends_the_loader(index: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "log.jsonl")
+    plan = make_plan(index, log=PlanLog(file))
+    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+        next(loader).release()
+        PlanLog(file).append({"step": 5, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0})
+        with pytest.raises(ValueError, match="a data set joins the mixture: make a new loader"):
+            loader.refresh()
+        assert loader._process is None
 
 
 def fails_at_step_2(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
