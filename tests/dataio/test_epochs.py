@@ -87,6 +87,21 @@ def test_epochs_differ_and_mix():
     assert chisquare(pairs, np.outer(once, once).ravel() * pairs.sum()).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_came_early_in_one_epoch_comes_anywhere_in_the_next(seed):
+    """Also where an epoch has few blocks: a cache that pins what came first then serves every stretch of later epochs alike."""
+    e = entry("a", 700, 1, per_unit=(10,))
+    p = plan([e], replacement=False, buckets=1, seed=seed)
+    steps = int(p.describe()["entries"]["a"]["steps_per_epoch"])
+    drawn = columns(p, range(4 * steps))
+    tile = drawn["episode"] * 100 + drawn["start"] // 20
+    epoch = drawn["step"] // steps
+    early = np.unique(tile[drawn["step"] < steps // 5])
+    for number in range(1, 4):
+        parts = np.array_split(np.isin(tile[epoch == number], early), 5)
+        assert all(0.5 < part.mean() / 0.2 < 1.6 for part in parts)
+
+
 def test_a_change_of_weights_goes_on_where_the_epoch_was():
     entries = mixture(prompt=0.0)
     p = plan(entries, replacement=False, buckets=8)
