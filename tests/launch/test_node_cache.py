@@ -28,7 +28,7 @@ from launch.node_cache import NodeCache, own_address, survey
 from launch.submit import TRAIN, launcher
 
 STEPS = 12  # of a launch
-BUCKETS, MEMORY, DISK = 8, 512 << 10, 8 << 20
+BUCKETS, MEMORY, DISK = 8, 320 << 10, 8 << 20
 
 
 @dataclass
