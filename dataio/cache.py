@@ -227,6 +227,12 @@ class RangeCache:
         self._measure()
         return not len(self.absent(units))
 
+    @property
+    def free(self) -> int:
+        """Bytes of the memory tier that are not in use."""
+        slabs = self.kept.memory.slabs
+        return slabs.count * slabs.slab - slabs.used
+
     def correct(self, unit: int, data: Any) -> None:
         """Puts good bytes in the place of a unit's wrong ones, wherever it is: on its way, or kept."""
         if self.kept.place[unit] == STAGED:

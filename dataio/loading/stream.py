@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from dataio.loading.units import Ints, UnitMap
 
 PIECE = 8 << 20  # bytes of a piece at most: of what is asked for together
-FLYING = 8
+FLYING = 8  # pieces that are on their way at once, for which memory is set aside
+_MORE = 24  # and how many more where the cache has free room for them
 
 
 def pieces(units: UnitMap, wanted: Ints, most: int) -> Iterator[Ints]:
@@ -42,26 +43,29 @@ async def stream(units: UnitMap, wanted: Ints, fetcher: Fetcher, cache: Callable
 
     What cannot be read is left to the steps that need it: they say what is wrong.
     """
-    flying, full = asyncio.Semaphore(FLYING), False
+    flying, full, landed = 0, False, asyncio.Event()
 
     async def one(piece: Ints) -> None:
-        nonlocal full
+        nonlocal flying, full
         data: dict[int, Any] = {}
         try:
             await fetcher.fetch(piece, data.__setitem__)
+            full = not cache().offer({unit: memoryview(part).cast("B") for unit, part in data.items()})
         except StoreError:
-            return
+            pass
         finally:
-            flying.release()
-        full = not cache().offer({unit: memoryview(part).cast("B") for unit, part in data.items()})
+            flying -= 1
+            landed.set()
 
     async with asyncio.TaskGroup() as tasks:
         for piece in pieces(units, wanted, most):
-            await flying.acquire()
+            absent = cache().absent(piece)
+            if not len(absent):
+                continue
+            while flying >= FLYING + min(_MORE, cache().free // (4 * most)):  # an empty cache lends its room
+                landed.clear()
+                await landed.wait()
             if full:
                 break
-            absent = cache().absent(piece)
-            if len(absent):
-                tasks.create_task(one(absent))
-            else:
-                flying.release()
+            flying += 1
+            tasks.create_task(one(absent))
