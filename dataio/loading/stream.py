@@ -50,7 +50,7 @@ async def stream(units: UnitMap, wanted: Ints, fetcher: Fetcher, cache: Callable
         data: dict[int, Any] = {}
         try:
             await fetcher.fetch(piece, data.__setitem__)
-            full = not cache().offer({unit: memoryview(part).cast("B") for unit, part in data.items()})
+            full |= not cache().offer({unit: memoryview(part).cast("B") for unit, part in data.items()})
         except StoreError:
             pass
         finally:
