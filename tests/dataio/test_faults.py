@@ -129,7 +129,7 @@ def test_a_store_that_cannot_be_reached_is_an_error_that_names_the_object(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens to "discard"
     with pytest.raises(
-        StoreError, match=r"s3://bucket/set/shards/0+\d\.tar, bytes \d+–\d+: could not be read in 3 tries"
+        StoreError, match=r"s3://bucket/set/shards/\d{6}\.tar, bytes \d+–\d+: could not be read in 3 tries"
     ):
         load(index, attempts=3)
 
