@@ -229,9 +229,17 @@ class RangeCache:
 
     @property
     def free(self) -> int:
-        """Bytes of the memory tier that are not in use."""
-        slabs = self.kept.memory.slabs
-        return slabs.count * slabs.slab - slabs.used
+        """Bytes of the memory tier that nothing uses, and that are not lent."""
+        return self.kept.memory.slabs.free
+
+    def lend(self, size: int) -> list[int]:
+        """Room of the memory tier, of which `size` bytes or more are free, to whoever has so many bytes on their way. It holds
+        nothing until it is taken back."""
+        return self.kept.memory.slabs.withhold(size)
+
+    def take_back(self, slabs: list[int]) -> None:
+        """What `lend` gave."""
+        self.kept.memory.slabs.release(slabs)
 
     def correct(self, unit: int, data: Any) -> None:
         """Puts good bytes in the place of a unit's wrong ones, wherever it is: on its way, or kept."""

@@ -127,6 +127,21 @@ class Slabs:
         """Bytes of all slabs in use."""
         return int((self.kind >= 0).sum()) * self.slab
 
+    @property
+    def free(self) -> int:
+        """Bytes of all slabs that are empty and may be used."""
+        return len(self._empty) * self.slab
+
+    def withhold(self, size: int) -> list[int]:
+        """Empty slabs of `size` bytes or more together, which stay empty until they are released. There must be as many."""
+        number = -(-size // self.slab)
+        assert number <= len(self._empty)
+        withheld, self._empty = self._empty[:number], self._empty[number:]
+        return withheld
+
+    def release(self, slabs: list[int]) -> None:
+        self._empty[:0] = slabs
+
     def take(self, kind: int, items: Ints) -> Ints:
         """Slots for items of one class: addresses of as many as have room (a prefix of `items`)."""
         found: list[Ints] = []

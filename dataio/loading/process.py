@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import mmap
 import os
 import pickle
 import signal
@@ -25,13 +24,14 @@ import numpy as np
 
 from dataio.cache import Block, RangeCache
 from dataio.caching.tiers import InheritedTier
-from dataio.episode import DataError, Window
+from dataio.episode import Window
 from dataio.loading import shared_memory
 from dataio.loading.ahead import Ahead
 from dataio.loading.assemble import Assembler
+from dataio.loading.counters import Counters
 from dataio.loading.fetch import Fetcher
-from dataio.loading.gather import copy_from
 from dataio.loading.homes import home_units
+from dataio.loading.mending import Mender
 from dataio.loading.sizing import most_staging, sized
 from dataio.loading.stream import FLYING, stream
 from dataio.loading.units import Span, UnitRanges
@@ -46,10 +46,6 @@ if TYPE_CHECKING:
     from dataio.sampling import PlannedWindows
 
 _AHEAD = 64  # steps whose ranges may be on their way
-_READS = 3  # of one window whose bytes are wrong, before another is drawn
-_ATTEMPTS = 8  # draws in the place of one window that cannot be read
-# Share of the windows of the last steps that may be redrawn: beyond it, it is not an episode that is bad
-_MOST_BAD = 0.1
 
 
 @dataclass
@@ -83,14 +79,15 @@ class LoaderProcess:
         self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
         self.step, self.generation = settings.step, 0  # step: the next one to be handed over
         self.ahead = Ahead(self.plan, self.placement, self.units, _AHEAD)
-        self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
-        self._episodes: deque[tuple[int, int]] = deque(maxlen=256)
-        self._totals: dict[str, float] = {}
-        self._hit_rate = 0.0
+        self.mender = Mender(
+            self.plan, self.units, self.fetcher, self.assembler, lambda unit, data: self.cache.correct(unit, data)
+        )
+        self.counters = Counters(self.fetcher)
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
         self._changed = asyncio.Event()
         self._connected = asyncio.Event()
+        self._begun = asyncio.Event()  # a step has been handed over
         self.cache = self._new_cache(self.step)
 
     def _new_cache(self, start: int) -> RangeCache:
@@ -172,42 +169,56 @@ class LoaderProcess:
     async def run(self) -> None:
         if self.settings.peers is not None:
             await self._connected.wait()
-        streaming = asyncio.create_task(self._stream())
+        self._streaming = asyncio.create_task(self._stream())
         pipeline = asyncio.create_task(self._pipeline())
+        changed = asyncio.create_task(self._changed.wait())
         while True:
-            changed = asyncio.create_task(self._changed.wait())
-            await asyncio.wait({pipeline, changed}, return_when=asyncio.FIRST_COMPLETED)
-            if streaming.done():
-                streaming.result()
-            if not self._changed.is_set():
-                pipeline.result()
-                await changed  # all steps are made, but the plan may still change
+            waiting = {task for task in (pipeline, self._streaming) if not task.done()}
+            await asyncio.wait({*waiting, changed}, return_when=asyncio.FIRST_COMPLETED)
+            if self._streaming.done() and not self._streaming.cancelled():
+                self._streaming.result()
+            if pipeline.done():
+                pipeline.result()  # all steps are made, but the plan may still change
+            if not changed.done():
+                continue
             self._changed.clear()
-            messages, self._messages = self._messages, []
-            first = min(event["step"] for m in messages for event in m["events"])
-            again = first < self.cache.next
-            if again:
-                pipeline.cancel()
-                await asyncio.gather(pipeline, return_exceptions=True)
-            else:
-                self.cache.replan(first)
-            for message in messages:
-                for event in message["events"]:
-                    self.plan.log.append(event)
-                self.generation = message["generation"]
-            self.ahead.forget()
-            if again:
-                self.step = min(self.step, first)
-                self.cache.close()
-                self.cache = self._new_cache(self.step)
-            if again or pipeline.done():
-                pipeline = asyncio.create_task(self._pipeline())
+            changed = asyncio.create_task(self._changed.wait())
+            pipeline = await self._adopt(pipeline)
+
+    async def _adopt(self, pipeline: asyncio.Task[None]) -> asyncio.Task[None]:
+        """Takes over what the trainer says of the plan. Steps that were begun too early are begun again."""
+        messages, self._messages = self._messages, []
+        first = min(event["step"] for m in messages for event in m["events"])
+        again = first < self.cache.next
+        if again:
+            pipeline.cancel()
+            await asyncio.gather(pipeline, return_exceptions=True)
+        else:
+            self.cache.replan(first)
+        for message in messages:
+            for event in message["events"]:
+                self.plan.log.append(event)
+            self.generation = message["generation"]
+        self.ahead.forget()
+        if again:
+            self.step = min(self.step, first)
+            await self._restart_cache(self.step)
+        return asyncio.create_task(self._pipeline()) if again or pipeline.done() else pipeline
+
+    async def _restart_cache(self, start: int) -> None:
+        """A new cache, for the steps from `start` on."""
+        self._streaming.cancel()
+        await asyncio.wait({self._streaming})
+        self.cache.close()
+        self.cache = self._new_cache(start)
+        self._streaming = asyncio.create_task(self._stream())
 
     async def _stream(self) -> None:
         """Where there is room for all data that are at home here, or nearly: read them, beside the steps."""
         if self._piece:
+            await self._begun.wait()
             wanted = home_units(self.placement, self.units, self.step, self.cache.capacity / max(self._home, 1))
-            await stream(self.units, wanted, self.fetcher, lambda: self.cache, self._piece)
+            await stream(self.units, wanted, self.fetcher, self.cache, self._piece)
 
     async def _pipeline(self) -> None:
         """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""
@@ -215,7 +226,7 @@ class LoaderProcess:
         try:
             while True:
                 while len(begun) < _AHEAD and self.cache.can_open():
-                    begun.append(self._begin())
+                    begun.append(await self._begin())
                 if not begun:
                     return
                 await self._finish(begun.popleft())
@@ -223,7 +234,7 @@ class LoaderProcess:
             for work in begun:
                 work.fetched.cancel()
 
-    def _begin(self) -> Work:
+    async def _begin(self) -> Work:
         began = time.perf_counter()
         try:
             block = self.cache.open()
@@ -232,10 +243,8 @@ class LoaderProcess:
             if self._staging >= most:
                 raise
             self._staging = min(2 * self._staging, most)
-            step = self.cache.next
-            self.cache.close()
-            self.cache = self._new_cache(step)
-            return self._begin()
+            await self._restart_cache(self.cache.next)
+            return await self._begin()
         rows, planned, spans = self.ahead.step(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
         fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
@@ -247,19 +256,13 @@ class LoaderProcess:
         began = time.perf_counter()
         await work.fetched
         fetched = time.perf_counter()
-        windows = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.copy)
-        quarantined: list[dict[str, Any]] = []
-        for i, window in enumerate(windows):
-            if isinstance(window, DataError):
-                windows[i], events = await self._mend(work, i, window)
-                quarantined += events
+        found = self.assembler.windows(work.planned, work.spans, work.ranges, work.block.copy)
+        windows, quarantined = await self.mender.mend(work.step, work.planned, found)
         work.block.close()
-        self._judge(len(windows), len(quarantined), quarantined)
         decoded = time.perf_counter()
         by_row: list[list[Window]] = [[] for _ in work.rows]
         place = {row: k for k, row in enumerate(work.rows.tolist())}
         for row, window in zip(work.planned.row.tolist(), windows, strict=True):
-            assert isinstance(window, Window)
             by_row[place[row]].append(window)
         arrays = self.settings.make_batch(work.step, work.rows, by_row)
         made = time.perf_counter()
@@ -283,116 +286,16 @@ class LoaderProcess:
                 "slot": slot,
                 "bytes": size,
                 "places": places,
-                "counters": self._counters(work),
+                "counters": {
+                    **work.counters,
+                    **self.counters.step(work.planned, self.cache),
+                    "queue_steps": float(self.cache.next - work.step - 1),
+                },
                 "quarantined": quarantined,
             }
         )
         self.step = work.step + 1
-
-    async def _mend(self, work: Work, i: int, error: DataError) -> tuple[Window, list[dict[str, Any]]]:
-        """A window whose bytes were wrong: read once more, past the cache; else another in its place, and the event."""
-        events: list[dict[str, Any]] = []
-        planned = work.planned
-        for attempt in range(int(planned.attempt[i]), int(planned.attempt[i]) + _ATTEMPTS):
-            if attempt > int(planned.attempt[i]):
-                row, slot = int(work.planned.row[i]), int(work.planned.slot[i])
-                again = self.plan.windows(work.step, np.array([row]), attempts={(row, slot): attempt})
-                place = int(np.flatnonzero(again.slot == slot)[0])
-                planned_one = _only(again, place)
-            else:
-                planned_one = _only(planned, i)
-            for _ in range(_READS):
-                found, got = await self._read_alone(planned_one)
-                if isinstance(found, Window):
-                    break
-            if isinstance(found, Window):
-                if not events:  # the block's other windows, and later ones, get the good bytes too
-                    for unit, data in got.items():
-                        self.cache.correct(unit, data)
-                return found, events
-            await self.fetcher.check_unchanged(np.array(list(got), np.int64))
-            entry, episode = int(planned_one.entry[0]), int(planned_one.episode[0])
-            index = self.plan.entries[entry].index
-            events.append(
-                {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
-                 "id": index.id(episode), "reason": str(found)}
-            )  # fmt: skip
-            error = found
-        raise DataError(f"step {work.step}: {_ATTEMPTS} windows in a row could not be read; the last one: {error}")
-
-    async def _read_alone(self, planned: PlannedWindows) -> tuple[Window | DataError, dict[int, Any]]:
-        """One planned window straight from the store, and the bytes of its units."""
-        spans = self.units.spans(planned)
-        ranges = [self.units.ranges(s.units) for s in spans]
-        got: dict[int, Any] = {}
-        units = np.unique(np.concatenate([s.units for s in spans])) if spans else np.zeros(0, np.int64)
-        failed = await self.fetcher.fetch(units, got.__setitem__, peers=False)
-        for missing in failed.values():
-            gone = f"{missing}: there is no such object" if isinstance(missing, FileNotFoundError) else str(missing)
-            return DataError(gone), {}
-        (window,) = self.assembler.windows(planned, spans, ranges, copy_from(lambda u: memoryview(got[u])))
-        return window, got
-
-    def _judge(self, windows: int, redrawn: int, events: list[dict[str, Any]]) -> None:
-        """Some episodes are bad; when many are, something else is, and silence would bias the training."""
-        self._recent.append((windows, redrawn))
-        all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
-        if bad >= 10 and bad > _MOST_BAD * all_windows:
-            raise DataError(
-                f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. "
-                f"The last one: {events[-1]['reason'] if events else ''}"
-            )
-
-    def _counters(self, work: Work) -> dict[str, float]:
-        """What the step cost, and how it compares with what is possible. Sums, but for names that end in _rate or _bound."""
-        statistics = self.cache.statistics()
-        traffic = [store.traffic for store in self.fetcher.stores]
-        totals: dict[str, float] = {
-            "bytes_memory": statistics["bytes"] - statistics["missed_bytes"] - statistics["disk_bytes"],
-            "bytes_disk": statistics["disk_bytes"],
-            "bytes_missed": statistics["missed_bytes"],
-            "bytes_store": sum(t.bytes for t in traffic),
-            "bytes_peer": self.fetcher.peer_bytes,
-            "requests": sum(t.requests for t in traffic),
-            "retries": sum(t.retries for t in traffic),
-            "throttled": sum(t.throttled for t in traffic),
-            "cpu_seconds": time.process_time(),
-        }
-        step = {name: float(total - self._totals.get(name, 0.0)) for name, total in totals.items()}
-        self._totals = totals
-        served = step["bytes_memory"] + step["bytes_disk"]
-        if (
-            asked := served + step["bytes_missed"]
-        ):  # blocks open ahead of their steps: towards the end none is left to open
-            self._hit_rate = served / asked
-        self._episodes.extend(zip(work.planned.entry.tolist(), work.planned.episode.tolist(), strict=True))
-        return {
-            **work.counters,
-            **step,
-            "cache_hit_rate": self._hit_rate,
-            "cache_hit_bound": float(statistics["bound"]),
-            "cache_bytes": float(self.cache.kept.occupied),
-            "look_ahead_steps": float(statistics["look_ahead"]),
-            "queue_steps": float(self.cache.next - work.step - 1),
-            "resident_bytes": float(_resident()),
-            "distinct_rate": self._distinct(),
-        }
-
-    def _distinct(self) -> float:
-        """Distinct episodes among the last 256 windows, as a share of these: how random the stream is."""
-        drawn = len(self._episodes)
-        return len(set(self._episodes)) / drawn if drawn else 1.0
-
-
-def _only(planned: PlannedWindows, i: int) -> PlannedWindows:
-    arrays: Any = (a[i : i + 1] for a in planned)
-    return type(planned)(*arrays)
-
-
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE
+        self._begun.set()
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:

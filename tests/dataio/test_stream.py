@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,12 @@ from loading import dataset, digest_batch
 from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from test_loader import NEEDS, make_plan, rows_of
 
+from dataio.cache import RangeCache
 from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from dataio.loading import shared_memory
 from dataio.loading.homes import bucket_bytes, home_bytes, home_units
-from dataio.loading.stream import pieces
+from dataio.loading.process import LoaderProcess
+from dataio.loading.stream import FLYING, pieces, stream
 from dataio.loading.units import UnitMap
 from dataio.placement import Home, Placement
 
@@ -113,3 +119,89 @@ def test_pieces_name_every_unit_once(tmp_path: Path, most: int) -> None:
     where = units.ranges(np.concatenate(found))
     place = where.shard << 40 | where.offset
     assert (np.diff(place) > 0).all()
+
+
+class SlowStore:
+    """What a Fetcher does, and the bytes that it asks for and has not seen off: the reader's."""
+
+    def __init__(self, units: UnitMap, rng: np.random.Generator) -> None:
+        self.units, self.rng, self.flying, self.most = units, rng, 0, 0
+
+    async def fetch(self, wanted: np.ndarray, put: Callable[[int, Any], None]) -> dict[int, Exception]:
+        sizes = self.units.sizes(wanted).tolist()
+        self.flying += sum(sizes)
+        self.most = max(self.most, self.flying)
+        await asyncio.sleep(self.rng.uniform(0, 0.02))
+        for unit, size in zip(wanted.tolist(), sizes, strict=True):
+            put(unit, bytes(size))
+        return {}
+
+
+class Watched(RangeCache):
+    """Counts all that is alive at the moments at which it is most."""
+
+    store: SlowStore
+    budget: int
+
+    def check(self) -> None:
+        assert self.kept.occupied + self.staged + self.store.flying <= self.budget
+
+    def offer(self, data: Mapping[int, memoryview]) -> bool:
+        kept = super().offer(data)
+        self.check()  # the piece, and the copy of it
+        self.store.flying -= sum(view.nbytes for view in data.values())
+        return kept
+
+
+@pytest.mark.parametrize("share", [0.7, 0.98, 1.6])
+def test_pieces_on_their_way_never_exceed_the_budget(tmp_path: Path, share: float) -> None:
+    """While steps fill the room that pieces have borrowed, with the same data and with others."""
+    index, most = dataset(str(tmp_path / "set"), 40), 8_000
+    units, rng = UnitMap([index, index], NEEDS, 2), np.random.default_rng(int(share * 100))
+    total, aside = int(units.sizes(np.arange(units.units)).sum()), FLYING * most
+    drawn = [rng.integers(0, units.units, 20) for _ in range(150)]
+
+    async def steps(cache: Watched) -> None:
+        while cache.can_open():
+            block = cache.open()
+            cache.check()
+            await asyncio.sleep(0)
+            sizes = units.sizes(block.misses).tolist()
+            for unit, size in zip(block.misses.tolist(), sizes, strict=True):
+                block.put(unit, bytes(size))
+            block.close()
+            cache.check()
+
+    async def both() -> tuple[int, int]:
+        memory = int(share * total)
+        cache = Watched(
+            units.units, units.sizes, drawn.__getitem__, total=total, memory=memory, stop=150, staging=total // 8
+        )
+        cache.store, cache.budget = SlowStore(units, rng), memory + aside
+        fetcher: Any = cache.store
+        await asyncio.gather(stream(units, np.arange(units.units), fetcher, cache, most), steps(cache))
+        assert cache.free == cache.kept.capacity - cache.kept.occupied  # all that was lent came back
+        return cache.store.most, len(cache.absent(np.arange(units.units)))
+
+    flown, absent = asyncio.run(both())
+    assert flown > aside  # room was borrowed
+    assert absent == 0 or share < 1
+
+
+def test_an_error_that_is_not_the_stores_ends_the_loader_while_steps_still_wait(
+    world: tuple[Any, FaultyFront], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("dataio.loading.process.stream", broken)
+    loader = TrajectoryLoader(make_plan(world[0]), Home(0, 1), digest_batch, NEEDS, cache=ROOMY, prefetch=1)
+    ours, theirs = multiprocessing.Pipe()  # nobody reads, so that the second batch finds no room
+    memory = shared_memory.create()
+
+    async def run() -> None:
+        await asyncio.wait_for(LoaderProcess(loader._settings(), theirs, memory).run(), 30)
+
+    with ours, theirs, pytest.raises(ZeroDivisionError):
+        asyncio.run(run())
+    os.close(memory)
