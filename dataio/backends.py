@@ -1,7 +1,7 @@
 """The places that bytes live in: a local folder, an object store (obstore), anything else that fsspec opens.
 
-Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError,
-`Changed`, `OutOfRange`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
+Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError, `Changed`,
+`OutOfRange`, `Refused`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import configparser
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -47,8 +48,12 @@ class OutOfRange(Exception):
     """The object ends before the first byte asked for."""
 
 
+class Refused(Exception):
+    """The store does not take this request, and would not take it later."""
+
+
 class ObjectInfo(NamedTuple):
-    size: int  # bytes
+    size: int  # bytes of the whole object; −1 where the answer did not say
     etag: str  # changes whenever the object does; empty where the store has none
 
 
@@ -235,19 +240,28 @@ class ObjectBackend:
         if etag and not etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1); the caller compares it
             options["if_match"] = etag
         store = self.store
+        ends = asyncio.get_running_loop().time() + self._patience(size)
         try:
-            result = await self.obstore.get_async(store, key, options=options)
-            data = await result.bytes_async()
+            result = await _by(ends, self.obstore.get_async(store, key, options=options))
+            # One piece, at the body's end or one byte beyond what was asked for: no answer is read without end
+            data = await _by(ends, result.stream(min_chunk_size=size + 1).__anext__())
+        except StopAsyncIteration:
+            data = b""
         except Exception as error:
             raise await self._failed(error, key, store) from error
         meta = result.meta
         return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
 
+    def _patience(self, size: int) -> float:
+        """Seconds that an answer of so many bytes may take: a body that trickles shows the client's timeout always a byte."""
+        return 3 * self._timeout + size / _SLOWEST
+
     async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
         """Several ranges at a third of the CPU of as many `fetch`, ten in flight; all fail where one does; no ETag."""
         store = self.store
+        ends = asyncio.get_running_loop().time() + self._patience(sum(sizes))
         try:
-            return await self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0)
+            return await _by(ends, self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0))
         except Exception as error:
             raise await self._failed(error, key, store) from error
 
@@ -283,7 +297,28 @@ class ObjectBackend:
             raise await self._failed(error, key, store) from error
 
 
+_SLOWEST = 64 << 10  # bytes a second of one body, below which it is asked for again
+
+
+async def _by(ends: float, answer: Any) -> Any:
+    """What obstore's future gives; Transient where it is not there at that time of the event loop.
+
+    An answer that is there is never thrown away, however late the loop comes to see it.
+    """
+    timer = asyncio.get_running_loop().call_at(ends, answer.cancel)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Transient("the answer came too slowly") from None
+    finally:
+        timer.cancel()
+
+
 _STATUS = re.compile(r"status code: (\d{3})")
+_MENDING = (304, 408, 409, 425)  # of a read that set no condition of its kind: not an answer to it, or not yet
 _EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 
 
@@ -294,19 +329,22 @@ def _translated(error: Exception, key: str) -> Exception:
     text = redacted(str(error).split("\n\nDebug source", 1)[0])
     found = _STATUS.search(text)
     status = int(found[1]) if found else 0
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(key)
+    if isinstance(error, (FileNotFoundError, Transient)):
+        return FileNotFoundError(key) if isinstance(error, FileNotFoundError) else error
     if isinstance(error, (o.PermissionDeniedError, o.UnauthenticatedError)) or any(code in text for code in _EXPIRED):
         return PermissionError(text)
     if isinstance(error, o.PreconditionError):
         return Changed()
     if status == 416:
         return OutOfRange()
-    if status in (429, 503) or "SlowDown" in text:
+    if status in (429, 503) or "SlowDown" in text or f"(os error {errno.EMFILE})" in text:  # sockets are files too
         return Throttled(text)
-    if isinstance(error, o.GenericError) and (status == 0 or status >= 500 or status == 408):
+    if not isinstance(error, o.BaseError):
+        return error
+    # A 400 without a store's error code is the word of something in between
+    if status in _MENDING or status >= 500 or (status == 400 and ("<Code>" not in text or "RequestTimeout" in text)):
         return Transient(text)
-    return OSError(text) if isinstance(error, o.BaseError) else error
+    return Transient(text) if status == 0 and isinstance(error, o.GenericError) else Refused(text)
 
 
 def _s3_configuration() -> tuple[dict[str, str], Any]:
@@ -386,7 +424,7 @@ class FsspecBackend:
         # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
         if not etag or len(data) < size:
             return data, await self.head(key)
-        return data, ObjectInfo(start + size, etag)
+        return data, ObjectInfo(-1, etag)
 
     async def head(self, key: str) -> ObjectInfo:
         self.fs.invalidate_cache(self.fs._parent(self._path(key)))

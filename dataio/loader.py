@@ -318,6 +318,7 @@ class _Process:
     """A running loader process, the connection to it, and the memory shared with it."""
 
     def __init__(self, settings: LoaderSettings):
+        _fill_standard_streams()
         ours, theirs = socket.socketpair()
         memory = shared_memory.create()
         with theirs:
@@ -330,7 +331,7 @@ class _Process:
         self.connection = Connection(ours.detach())
         self.reader = shared_memory.SlotReader(memory)
         self._close = weakref.finalize(self, _end, self.popen, self.connection, memory)
-        with contextlib.suppress(BrokenPipeError):  # a process that died at once is found out by the next receive
+        with contextlib.suppress(OSError):  # a process that died at once is found out by the next receive
             self.connection.send_bytes(pickle.dumps(settings, protocol=5))
 
     def send(self, message: dict[str, Any]) -> None:
@@ -342,6 +343,14 @@ class _Process:
     def close(self) -> int:
         self._close()
         return self.popen.returncode
+
+
+def _fill_standard_streams() -> None:
+    """Where a daemon closed its standard streams, let their numbers lead nowhere, here and in children: else a socket would get
+    one of them, and what is printed or logged would go through it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
 
 
 def _end(popen: subprocess.Popen[bytes], connection: Connection, memory: int) -> None:

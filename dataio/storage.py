@@ -27,6 +27,7 @@ from dataio.backends import (
     ObjectBackend,
     ObjectInfo,
     OutOfRange,
+    Refused,
     Throttled,
     Transient,
     backend,
@@ -43,6 +44,7 @@ __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 T = TypeVar("T")
 _PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
 _BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
+_PATIENCE = 6  # tries, over some three seconds, of an object that its index knows, but that the store says is not there
 _GAP = 2 << 10  # ranges closer than this are one request: what lies between costs less than a request of its own
 
 
@@ -131,6 +133,7 @@ class Store:
         self.traffic = Traffic()
         self._backend = backend(self.url, timeout)
         self._etags: dict[str, str] = {}
+        self._missed: set[str] = set()  # objects that were not there, or not of their size, in all tries
         self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestLimit] = weakref.WeakKeyDictionary()
         self._elsewhere: dict[str, Store] = {}
 
@@ -160,25 +163,33 @@ class Store:
         parts = await asyncio.gather(*(place._fetch(key, s, min(_PART, info.size - s)) for s in starts))
         return b"".join(parts)
 
-    def read_ranges(self, path: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
-        """Byte ranges of one object, in the order given. All that one Store ever reads of an object is of one ETag."""
+    def read_ranges(
+        self, path: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None = None
+    ) -> list[Buffer]:
+        """Byte ranges of one object, in the order given. All that one Store ever reads of an object is of one ETag.
+
+        whole  bytes of the whole object, where an index knows them: one of another size is not the object that is meant, and
+               one that is not there may come back, for which it is given a few seconds
+        """
         place, key = self._locate(path)
         if isinstance(place._backend, LocalBackend):
-            return place._read_local(place._backend, key, starts, sizes)
-        return _wait(place.read_ranges_async(key, starts, sizes))
+            return place._read_local(place._backend, key, starts, sizes, whole)
+        return _wait(place.read_ranges_async(key, starts, sizes, whole))
 
-    async def read_ranges_async(self, path: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
+    async def read_ranges_async(
+        self, path: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None = None
+    ) -> list[Buffer]:
         """`read_ranges` for an event loop: as many requests in flight as the store bears."""
         place, key = self._locate(path)
         if isinstance(place._backend, LocalBackend):
-            return await asyncio.to_thread(place._read_local, place._backend, key, starts, sizes)
+            return await asyncio.to_thread(place._read_local, place._backend, key, starts, sizes, whole)
         if len(starts) == 1:  # most requests where a data set has many shards
-            return [await place._fetch_large(key, starts[0], sizes[0])]
+            return [await place._fetch_large(key, starts[0], sizes[0], whole)]
         requests = join_ranges(starts, sizes, self.gap)
         if len(requests) == 1:
-            bodies = [await place._fetch_large(key, requests[0].start, requests[0].size)]
+            bodies = [await place._fetch_large(key, requests[0].start, requests[0].size, whole)]
         else:
-            bodies = await place._bodies(key, requests)
+            bodies = await place._bodies(key, requests, whole)
         out: list[Any] = [b""] * len(starts)
         for request, body in zip(requests, bodies, strict=True):
             view = memoryview(body)
@@ -228,7 +239,9 @@ class Store:
 
     # One request, patiently
 
-    def _read_local(self, files: LocalBackend, key: str, starts: Sequence[int], sizes: Sequence[int]) -> list[Buffer]:
+    def _read_local(
+        self, files: LocalBackend, key: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None
+    ) -> list[Buffer]:
         try:
             parts, info = files.ranges(key, starts, sizes, self._etags.get(key, ""))
         except FileNotFoundError:
@@ -237,6 +250,10 @@ class Store:
             raise AccessError(f"{self._name(key)}: {error.strerror}") from None
         except Changed:
             raise self._changed(key) from None
+        except OSError as error:  # a failing disk; the kernel names no file
+            raise StoreError(f"{self._name(key)}: could not be read: {error.strerror or error}") from error
+        if whole is not None and info.size != whole:
+            raise self._other_size(key, info.size, whole)
         self._etags.setdefault(key, info.etag)
         for part, start, size in zip(parts, starts, sizes, strict=True):
             if len(part) != size:
@@ -245,7 +262,7 @@ class Store:
         self.traffic.bytes += sum(sizes)
         return list(parts)
 
-    async def _bodies(self, key: str, requests: Sequence[Joined]) -> list[Buffer]:
+    async def _bodies(self, key: str, requests: Sequence[Joined], whole: int | None) -> list[Buffer]:
         """The body of each request; many small ones of one object go in bulk."""
         small = [i for i, r in enumerate(requests) if r.size <= _PART]
         bulk = len(small) > 2 and isinstance(self._backend, ObjectBackend)
@@ -253,8 +270,10 @@ class Store:
         if bulk and key not in self._etags:  # bulk reads have no ETag of their own: one must be known before they begin
             alone.append(small.pop(0))
         groups = [small[i : i + _BULK] for i in range(0, len(small), _BULK)] if bulk else []
-        first = await asyncio.gather(*(self._fetch_large(key, requests[i].start, requests[i].size) for i in alone))
-        rest = await asyncio.gather(*(self._fetch_bulk(key, [requests[i] for i in group]) for group in groups))
+        first = await asyncio.gather(
+            *(self._fetch_large(key, requests[i].start, requests[i].size, whole) for i in alone)
+        )
+        rest = await asyncio.gather(*(self._fetch_bulk(key, [requests[i] for i in group], whole) for group in groups))
         out: list[Any] = [None] * len(requests)
         for i, body in zip(alone, first, strict=True):
             out[i] = body
@@ -263,7 +282,7 @@ class Store:
                 out[i] = body
         return out
 
-    async def _fetch_bulk(self, key: str, requests: Sequence[Joined]) -> list[Buffer]:
+    async def _fetch_bulk(self, key: str, requests: Sequence[Joined], of: int | None) -> list[Buffer]:
         """All but the last in one call, then the last on condition of the object's ETag, which vouches for the others:
         an object that is still the old one was the old one before."""
         assert isinstance(self._backend, ObjectBackend)
@@ -286,27 +305,44 @@ class Store:
             limit.release(min(len(most), _BULK_FLYING))
         if not whole:
             self.traffic.retries += len(most)
-            bodies = await asyncio.gather(*(self._fetch(key, r.start, r.size) for r in most))
-        return [*bodies, await self._fetch(key, last.start, last.size)]
+            bodies = await asyncio.gather(*(self._fetch(key, r.start, r.size, of) for r in most))
+        return [*bodies, await self._fetch(key, last.start, last.size, of)]
 
-    async def _fetch_large(self, key: str, start: int, size: int) -> Buffer:
+    async def _fetch_large(self, key: str, start: int, size: int, whole: int | None) -> Buffer:
         if size <= 2 * _PART:
-            return await self._fetch(key, start, size)
+            return await self._fetch(key, start, size, whole)
         starts = range(start, start + size, _PART)
-        parts = await asyncio.gather(*(self._fetch(key, s, min(_PART, start + size - s)) for s in starts))
+        parts = await asyncio.gather(*(self._fetch(key, s, min(_PART, start + size - s), whole) for s in starts))
         return b"".join(parts)
 
-    async def _fetch(self, key: str, start: int, size: int) -> Buffer:
+    async def _fetch(self, key: str, start: int, size: int, whole: int | None = None) -> Buffer:
         if size == 0:
             return b""
+        tries = 0
 
         async def once() -> Buffer:
+            nonlocal tries
+            tries += 1
             etag = self._etags.get(key, "")
-            data, info = await self._backend.fetch(key, start, size, etag)
+            try:
+                data, info = await self._backend.fetch(key, start, size, etag)
+                self.traffic.bytes += memoryview(data).nbytes
+                if etag and info.etag and info.etag != etag:
+                    raise Changed
+            except Changed:
+                if not etag or (await self._backend.head(key)).etag != etag:
+                    raise
+                raise Transient("the answer was that of another version of the object, or of another object") from None
+            except (FileNotFoundError, OutOfRange):
+                if whole is not None and self._may_come_back(key, tries):
+                    raise Transient("the store said that there is no such object, or no such part of it") from None
+                raise
+            if whole is not None and 0 <= info.size != whole:
+                if self._may_come_back(key, tries):
+                    raise Transient(f"the answer was that of an object of {info.size} bytes, not {whole}")
+                raise self._other_size(key, info.size, whole)
+            self._missed.discard(key)
             have = memoryview(data).nbytes
-            self.traffic.bytes += have
-            if etag and info.etag and info.etag != etag:
-                raise Changed
             if have != size:
                 if info.size < start + size:
                     raise self._too_short(key, start, size, info.size)
@@ -316,6 +352,14 @@ class Store:
             return data
 
         return await self._patiently(key, f", bytes {start}–{start + size}", once)
+
+    def _may_come_back(self, key: str, tries: int) -> bool:
+        """Whether to ask again for an object that an index knows and the store does not: one that is being moved, or a proxy that
+        asks in the wrong place, is there again soon. What stayed away once is believed at once from then on."""
+        if key not in self._missed and tries < min(_PATIENCE, self.attempts):
+            return True
+        self._missed.add(key)
+        return False
 
     async def _patiently(self, key: str, span: str, once: Callable[[], Awaitable[T]], writing: bool = False) -> T:
         """`once`, again after transient failures: exponential backoff with full jitter, at most `attempts` tries."""
@@ -338,9 +382,15 @@ class Store:
             except FileNotFoundError:
                 raise FileNotFoundError(self._name(key)) from None
             except PermissionError as error:
+                advice = "Check that the credentials in this environment are there, not expired, and may read it"
+                if "RequestTimeTooSkewed" in str(error):
+                    advice = "Set this machine's clock: signed requests carry its time"
                 raise AccessError(
-                    f"{self._name(key)}{span}: the store refuses access ({_first_line(str(error))}). "
-                    "Check that the credentials in this environment are there, not expired, and may read it"
+                    f"{self._name(key)}{span}: the store refuses access ({_first_line(str(error))}). {advice}"
+                ) from None
+            except Refused as error:
+                raise StoreError(
+                    f"{self._name(key)}{span}: the store refuses the request: {_first_line(str(error))}"
                 ) from None
             except Changed:
                 raise self._changed(key) from None
@@ -355,7 +405,7 @@ class Store:
         what = "written" if writing else "read"
         raise StoreError(
             f"{self._name(key)}{span}: could not be {what} in {self.attempts} tries "
-            f"over {time.monotonic() - began:.0f} s; the last one: {_first_line(failure)}"
+            f"over {time.monotonic() - began:.0f} s; the last one: {_first_line(failure)}{_through_a_proxy()}"
         )
 
     def _limit(self) -> RequestLimit:
@@ -394,6 +444,12 @@ class Store:
             "it was cut off or does not belong to this index"
         )
 
+    def _other_size(self, key: str, have: int, whole: int) -> DataError:
+        return DataError(
+            f"{self._name(key)}: has {have} bytes, but its index says {whole}; "
+            "it was cut off, replaced, or does not belong to this index"
+        )
+
     def _changed(self, key: str) -> ObjectChanged:
         return ObjectChanged(
             f"{self._name(key)}: was replaced while it was being read (its ETag changed). "
@@ -413,6 +469,12 @@ def _restore(url: str, requests: int, attempts: int, timeout: float, gap: int) -
 
 def _first_line(text: str) -> str:
     return re.sub(r"\s+", " ", text)[:300] or "no answer"
+
+
+def _through_a_proxy() -> str:
+    """A proxy that is dead looks like a store that is."""
+    names = [n for n in ("http_proxy", "https_proxy", "all_proxy") if os.environ.get(n) or os.environ.get(n.upper())]
+    return f" (the environment sets {', '.join(names)}: a proxy may be what fails)" if names else ""
 
 
 # One event loop in a thread serves all blocking calls of a process.

@@ -51,26 +51,55 @@ def s3_environment(endpoint: str) -> Iterator[None]:
         yield
 
 
+@dataclass
+class Answer:
+    """An answer as it goes over the wire. Nothing corrects its Content-Length."""
+
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+
+    @classmethod
+    def parse(cls, head: bytes, body: bytes) -> Answer:
+        first, *lines = head.decode("latin-1").strip().split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return cls(int(first.split(" ")[1]), headers, body)
+
+    def head(self) -> bytes:
+        lines = [f"HTTP/1.1 {self.status} Status", *(f"{name}: {value}" for name, value in self.headers.items())]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
 @dataclass(frozen=True)
 class Fault:
     """What the front does to one answer.
 
     status   answer with this code and an S3 error body instead
     code     the S3 error code in that body
+    mute     close the connection without an answer
+    path     ask the server for this object instead, whatever its version
+    change   make another answer of the server's
     after    bytes of the body that are let through before what follows
     cut      close the connection there: a truncated body
     reset    break the connection there (RST)
     stall    say nothing for so many seconds there, then go on
     flip     change a bit of the body's byte number `after`
+    drip     seconds between two bytes of the body
+    endless  zeros follow the body for as long as anyone takes them
     """
 
     status: int = 0
     code: str = "InternalError"
+    mute: bool = False
+    path: str = ""
+    change: Callable[[Answer], Answer] | None = None
     after: int = 0
     cut: bool = False
     reset: bool = False
     stall: float = 0.0
     flip: bool = False
+    drip: float = 0.0
+    endless: bool = False
 
 
 @dataclass
@@ -146,6 +175,12 @@ class FaultyFront:
         self, writer: asyncio.StreamWriter, method: str, head: bytes, body: bytes, fault: Fault | None
     ) -> bool:
         """Whether the connection goes on."""
+        if fault and fault.mute:
+            return False
+        if fault and fault.path:
+            head = re.sub(
+                rb"(?i)\r\nif-match:[^\r]*", b"", re.sub(rb" \S+ ", f" {fault.path} ".encode(), head, count=1)
+            )
         if fault and fault.status:
             text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>injected</Message></Error>".encode()
             writer.write(f"HTTP/1.1 {fault.status} Injected\r\nContent-Length: {len(text)}\r\n\r\n".encode())
@@ -153,6 +188,9 @@ class FaultyFront:
             await writer.drain()
             return True
         answer, content = await self._ask(method, head, body)
+        if fault and fault.change:
+            changed = fault.change(Answer.parse(answer, content))
+            answer, content = changed.head(), changed.body
         writer.write(answer)
         if fault is None:
             writer.write(content)
@@ -163,6 +201,11 @@ class FaultyFront:
             content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
             writer.write(content)
             await writer.drain()
+            return True
+        if fault.drip:
+            for byte in content:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(fault.drip)
             return True
         writer.write(content[: fault.after])
         await writer.drain()
@@ -176,6 +219,9 @@ class FaultyFront:
             return False
         writer.write(content[fault.after :])
         await writer.drain()
+        while fault.endless:
+            writer.write(bytes(1 << 16))
+            await writer.drain()
         return True
 
     async def _ask(self, method: str, head: bytes, body: bytes) -> tuple[bytes, bytes]:

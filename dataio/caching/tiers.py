@@ -12,6 +12,7 @@ import json
 import logging
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _VERSION = 1
+_LEAVING = 3.0  # seconds that the one who had a folder before may take to be gone
 _JOURNAL = 1 << 20  # bytes of the journal, beside what it must hold, before it is rewritten
 
 
@@ -60,24 +62,29 @@ class MemoryTier:
 class DiskTier:
     """Items in the file `items` of a folder, each behind its CRC-32C; `journal` says which item was written where.
 
-    One process uses a folder at a time (DataError otherwise). What another data set or layout left there is discarded; where
-    only the capacity is another (a node's loaders are more or fewer than before), the slabs that lie within it stay as they are.
-    A slot that was freed keeps its bytes until the next item takes it, so the journal records only what is written.
+    One process uses a folder at a time. DataError where another one does, or where it cannot be written. What another data set
+    or layout left there is discarded; where only the capacity is another (a node's loaders are more or fewer than before), the
+    slabs that lie within it stay as they are. A slot that was freed keeps its bytes until the next item takes it, so the journal
+    records only what is written.
     """
 
     HEADER = 4  # bytes before each item
 
     def __init__(self, capacity: int, slab: int, classes: Ints, directory: str, fingerprint: str) -> None:
-        os.makedirs(directory, exist_ok=True)
         self.directory, self.shrunk = directory, False
-        self._lock = os.open(self._path("lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
+            os.makedirs(directory, exist_ok=True)
+            self._lock = _locked(directory)
+            self._open(capacity, slab, classes, fingerprint)
+        except OSError as error:
             raise DataError(
-                f"cache: {directory} is in use by another process; give each loader its own folder"
-            ) from None
+                f"cache: {directory} cannot be used: {error.strerror or error}. data.cache.dir must name a folder of a local "
+                "disk that this user may write; without data.cache.disk none is needed"
+            ) from error
+
+    def _open(self, capacity: int, slab: int, classes: Ints, fingerprint: str) -> None:
+        """Finds again what the folder holds, if it is of this fingerprint, and makes ready to write."""
+        directory = self.directory
         known = known_geometry(directory, fingerprint)
         if known is not None and capacity // 4 <= known["capacity"] <= capacity * 4:
             slab, classes = known["slab"], np.array(known["classes"], np.int64)
@@ -94,11 +101,15 @@ class DiskTier:
         self._backed: set[int] = set()  # slabs whose room on disk is sure
         self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
         self._pending: list[tuple[int, int, int]] = []
+        self._patience = 1  # how many times as long the journal may grow after rewriting it failed
         self._compact()
         geometry = {"version": _VERSION, "fingerprint": fingerprint, "capacity": capacity, "slab": slab}
         if known is None or known["capacity"] != capacity:
-            with open(self._path("geometry.json"), "w") as file:
-                json.dump({**geometry, "classes": classes.tolist()}, file)
+            try:
+                with open(self._path("geometry.json"), "w") as file:
+                    json.dump({**geometry, "classes": classes.tolist()}, file)
+            except OSError as error:  # a full disk: what little fits will not be found again
+                log.warning("cache: %s: what is kept there is lost with this process (%s)", directory, error)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -148,8 +159,11 @@ class DiskTier:
         if self._pending:
             records = np.array(self._pending, np.int64)
             self._pending.clear()
+            whole = self._journal.tell()
             try:
-                self._journal.write(records.tobytes())
+                if self._journal.write(records.tobytes()) != records.nbytes:
+                    self._journal.truncate(whole)  # half a record would put all later ones out of step
+                    self._journal.seek(whole)
             except OSError:
                 self.shrunk = True  # what is not recorded is only unknown after a restart
             self._compact()
@@ -159,7 +173,11 @@ class DiskTier:
         none = (np.zeros(0, np.int64),) * 3
         if not os.path.exists(self._path("journal")):
             return none
-        raw = np.fromfile(self._path("journal"), np.int64)
+        try:
+            raw = np.fromfile(self._path("journal"), np.int64)
+        except OSError as error:
+            log.warning("cache: %s: what it holds is not used: the journal cannot be read (%s)", self.directory, error)
+            return none
         records = raw[: len(raw) // 3 * 3].reshape(-1, 3)[::-1]
         slab = records[:, 0] // self.slabs.slab
         valid = (records[:, 0] >= 0) & (slab < self.slabs.count) & (records[:, 1] >= 0)
@@ -183,19 +201,49 @@ class DiskTier:
     def _compact(self) -> None:
         """Rewrites a journal that has grown much longer than what it says."""
         address, item, kind = self.slabs.contents()
-        if self._journal.tell() < _JOURNAL + 4 * 24 * len(address):
+        if self._journal.tell() < _JOURNAL * self._patience + 4 * 24 * len(address):
             return
-        with open(self._path("journal.new"), "wb") as file:
-            file.write(np.stack([address, item, kind], axis=1).tobytes())
-        os.replace(self._path("journal.new"), self._path("journal"))
+        try:
+            file = open(self._path("journal.new"), "w+b", buffering=0)  # noqa: SIM115
+        except OSError:  # the folder is gone
+            self._patience *= 2
+            return
+        try:
+            data = np.stack([address, item, kind], axis=1).tobytes()
+            if file.write(data) != len(data):
+                raise OSError("short write")
+            os.replace(self._path("journal.new"), self._path("journal"))
+        except OSError:  # a full disk: the old journal says the same, at greater length
+            file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._path("journal.new"))
+            self._patience *= 2
+            return
         self._journal.close()
-        self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
+        self._journal = file
 
     def close(self) -> None:
         self.flush()
         self._journal.close()
         os.close(self._file)
         os.close(self._lock)
+
+
+def _locked(directory: str) -> int:
+    """A file descriptor that holds the folder's lock. A process that was just killed may hold it for a moment."""
+    lock, until = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            until = until or time.monotonic() + _LEAVING
+            if time.monotonic() > until:
+                os.close(lock)
+                raise DataError(
+                    f"cache: {directory} is in use by another process; give each loader its own folder"
+                ) from None
+            time.sleep(0.05)
 
 
 def known_geometry(directory: str, fingerprint: str) -> dict[str, Any] | None:

@@ -46,10 +46,10 @@ class Fetcher:
 
         async def one(group: np.ndarray) -> None:
             dataset, shard = int(where.dataset[group[0]]), int(where.shard[group[0]])
-            store, name = self.stores[dataset], self.units.datasets[dataset].shard_name(shard)
+            store, about = self.stores[dataset], self.units.datasets[dataset].shards[shard]
             numbers, starts, sizes = (a[group].tolist() for a in (units, where.offset, where.size))
             try:
-                buffers: Sequence[Any] = await store.read_ranges_async(name, starts, sizes)
+                buffers: Sequence[Any] = await store.read_ranges_async(about.name, starts, sizes, about.size)
             except (FileNotFoundError, DataError) as error:
                 failed.update(dict.fromkeys(numbers, error))
                 return
@@ -95,11 +95,3 @@ class Fetcher:
         for unit, data in found.items():
             put(unit, data)
         return units[~np.isin(units, list(found))] if found else units
-
-    async def read_window(self, entry: int, episode: int, first: int, rows: int, fields: Sequence[str]) -> list[Buffer]:
-        """The buffers that `EpisodeIndex.decode` wants for one window, straight from the store."""
-        dataset = self.units.entry_dataset[entry]
-        index, store = self.units.datasets[dataset], self.stores[dataset]
-        wanted = index.ranges(episode, first, rows, fields)
-        parts = [store.read_ranges_async(index.shard_name(r.shard), [r.offset], [r.size]) for r in wanted]
-        return [buffer for (buffer,) in await asyncio.gather(*parts)]
