@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-from pretrain.model.layers import STD, Linear, Module
+from pretrain.model.layers import STD, Linear, Module, cuda_capability
 from pretrain.model.layout import Group, Layout
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 # Windows up to this length are faster by plain products than by the fused kernel, forward and backward on a CPU thread
 # with heads of 64; at 1024 the fused one is 2.5 (bfloat16) to 3.7 times (float32) faster.
 SHORT = {torch.float32: 12, torch.bfloat16: 128}
+
+# The kernel's arguments differ by release: 2.10 takes `is_causal`, 2.11 `window_size`, 2.12 `enable_gqa` too.
+VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class Attention(Module):
@@ -44,14 +49,19 @@ class Attention(Module):
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions on neighbouring pairs of each head: x [T, H, d], turn complex64 [T, 1, d / 2]; in float32.
+    """Rotary positions on neighbouring pairs of each head: x [T, H, d], turn float32 [T, 1, d / 2, 2]; in float32.
 
-    One complex product: a third of the time of the same in halves, sines and cosines on a CPU.
+    One complex product: a third of the time of the same in halves, sines and cosines on a CPU. The compiler has none.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cosine, sine) = pairs.unbind(-1), turn.unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], -1).flatten(-2).to(x.dtype)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(turn)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
+@torch.compiler.disable  # length classes differ from batch to batch
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """q [T, H, d], k and v [T, K, d] -> [T, H, d], one length class after another."""
     parts = []
@@ -117,19 +127,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
 
 def _has_varlen(q: Tensor) -> bool:
     """Whether PyTorch's variable-length flash kernel takes these heads."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and cuda_capability(q.device.index) >= (8, 0)
+    )
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The same by the variable-length flash kernel: one call for all causal windows, one for all others."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    options: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        if "enable_gqa" in VARLEN:
+            options["enable_gqa"] = True
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     parts = []
     for start, stop, longest, causal, ends in layout.cumulative:
         a, b, c = (t[start:stop].contiguous() for t in (q, k, v))
-        mixed = varlen_attn(a, b, c, ends, ends, longest, longest, window_size=(-1, 0) if causal else (-1, -1))
+        if "window_size" in VARLEN:
+            options["window_size"] = (-1, 0) if causal else (-1, -1)
+        else:
+            options["is_causal"] = causal
+        mixed = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
         assert isinstance(mixed, Tensor)  # a tuple only where more was asked for
         parts.append(mixed)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

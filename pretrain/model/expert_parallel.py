@@ -51,14 +51,20 @@ class ShardedExperts(MoE, Experts):
                 f"rank {dist.get_rank()} holds experts from {self.first} on, but is number {rank} of its group"
             )
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [N, D], sorted by expert of the whole layer; counts int64 [E] -> [N, D]. A collective over the group."""
+    @torch.compiler.disable
+    def prepare(self, counts: Tensor) -> Sizes:
+        """Tell each rank of the group how many rows of counts int64 [E] are for its experts. A collective over the group."""
         sent = counts.view(self.ep_size, self.num_local_experts)
         received = torch.empty_like(sent)
         with nullcontext() if self.spans is None else self.spans.span():
             dist.all_to_all_single(received, sent, group=self.group)
-        # Uneven sizes must be known on the host: the one wait of this layer.
-        go, come = sent.sum(1).tolist(), received.sum(1).tolist()
+        return Sizes(received, torch.stack([sent.sum(1), received.sum(1)]))
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor, sizes: Sizes) -> Tensor:
+        """x [N, D], sorted by expert of the whole layer; what `prepare` gave -> [N, D]. A collective over the group."""
+        go, come = sizes.wait()
+        received = sizes.received
         rows = _AllToAll.apply(x, come, go, self.group, self.spans)
         # They come by sender, then expert; grouped products want them by expert.
         kind = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
@@ -66,6 +72,31 @@ class ShardedExperts(MoE, Experts):
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         made = Experts.forward(self, rows.index_select(0, order), received.sum(0))
         return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group, self.spans)
+
+
+class Sizes:
+    """Numbers of rows on their way to the host, where uneven sizes must be known: the one wait of an expert layer.
+
+    received  int64 [ranks, experts of this rank]: rows that come from each rank for each expert, on the device
+    """
+
+    def __init__(self, received: Tensor, both: Tensor) -> None:
+        """both: int64 [2, ranks], rows that go to and come from each rank."""
+        self.received, self._copied = received, None
+        if both.is_cuda:
+            self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._host.copy_(both, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        else:
+            self._host = both
+
+    def wait(self) -> tuple[list[int], list[int]]:
+        """(go, come). On CUDA the queue goes on with what was begun since."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        go, come = self._host.tolist()
+        return go, come
 
 
 class NoExperts(MoE):

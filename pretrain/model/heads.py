@@ -51,7 +51,7 @@ class Head(Module):
                 continue
             values = from_bits(target[:, 2:])
             error = (self.predict(hidden[target[:, 0]], name) - values[:, 1:]).square().mean(-1)
-            loss = loss + (error * values[:, 0]).sum() / layout.divisors()[0]
+            loss = loss + (error * values[:, 0]).sum() / layout.divisors[0]
             add_by_task(sums, target[:, 1], error, values[:, 0])
         return hidden, loss, sums
 
@@ -99,7 +99,7 @@ def output_loss(
         logits = F.linear(hidden[target[:, 0]], weight[low:high]).float()
         losses = F.cross_entropy(logits, target[:, 1].long() - low, reduction="none")
         weights = from_bits(target[:, 3])
-        total = total + (losses * weights).sum() / layout.divisors()[0]
+        total = total + (losses * weights).sum() / layout.divisors[0]
         sums = add_by_task(sums, target[:, 2], losses, weights)
         any_target = True
     if not any_target:

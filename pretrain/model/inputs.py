@@ -76,9 +76,16 @@ def to_tensors(
         if len(r.index):
             who = np.stack([place[r.index], batch.task.reshape(-1)[r.index], _bits(r.weight)], -1)
             arrays[f"regression/{name}"] = np.concatenate([who.astype(np.int32), _bits(r.value)], axis=1)
-    out = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for name, a in arrays.items()}
+    out = {name: to_device(torch.from_numpy(np.ascontiguousarray(a)), device) for name, a in arrays.items()}
     out["windows"] = torch.from_numpy(windows)
     return out
+
+
+def to_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on `device`. CUDA copies behind the process' back only out of pinned memory."""
+    if torch.device(device).type == "cuda" and host.device.type == "cpu":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -118,9 +125,15 @@ def from_bits(values: Tensor) -> Tensor:
 
 
 def scalars(normaliser: Any, tokens: Any, auxiliary_scale: Any, device: torch.device | str) -> Tensor:
-    """float32 [3] as bits, int32: what the loss and the auxiliary losses are divided by, and the latter's scale."""
+    """float32 [3] as bits, int32: what the loss and the auxiliary losses are divided by, and the latter's scale.
+
+    Numbers are filled in by the device: a copy of them would wait for all that it has still to do.
+    """
     parts = [
-        torch.as_tensor(v, dtype=torch.float32).reshape(1).to(device) for v in (normaliser, tokens, auxiliary_scale)
+        v.to(device, torch.float32).reshape(1)
+        if isinstance(v, Tensor)
+        else torch.full((1,), v, dtype=torch.float32, device=device)
+        for v in (normaliser, tokens, auxiliary_scale)
     ]
     return torch.cat(parts).view(torch.int32)
 

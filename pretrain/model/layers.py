@@ -71,6 +71,12 @@ def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
     target.copy_(torch.from_numpy(values).view(target.shape).mul_(start.std).add_(start.fill))
 
 
+@torch.compiler.assume_constant_result
+def cuda_capability(index: int) -> tuple[int, int]:
+    """Compute capability of a CUDA device: (8, 0) Ampere, (9, 0) Hopper."""
+    return torch.cuda.get_device_capability(index)
+
+
 class Norm(Module):
     """RMSNorm (Zhang and Sennrich 2019), the mean square in float32."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.model.inputs import from_bits
+from pretrain.model.inputs import from_bits, to_device
 
 _PARTS = 8  # length classes an octave: a window is padded by less than 1/8
 
@@ -55,7 +56,7 @@ def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
             begin = (first[a:b] - start)[:, None]
             slots = np.minimum(begin + np.arange(widest), begin + sizes[:, None] - 1).reshape(-1)
             places = np.arange(stop - start) + np.repeat(np.arange(b - a) * widest - begin[:, 0], sizes)
-            parts = [torch.from_numpy(x).to(device, non_blocking=True) for x in (slots, places, sizes)]
+            parts = [to_device(torch.from_numpy(x), device) for x in (slots, places, sizes)]
             group = Group(start, stop, int(b - a), widest, bool(causal[a]), *parts)
         groups.append(group)
     return groups
@@ -70,6 +71,8 @@ class Layout:
     scalars      int32 [3], bits of float32: normaliser, global number of real tokens, scale of the auxiliary gradient
     auxiliary    layer -> float32 [2], its balance and z-loss, detached
     seen         layers whose statistics have counted this batch: a recomputed forward must not count it twice
+
+    What follows from these is worked out once. `torch.compile` traces all of it but the arithmetic on windows, in NumPy.
     """
 
     windows: Tensor
@@ -77,17 +80,12 @@ class Layout:
     scalars: Tensor
     auxiliary: dict[int, Tensor] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
-    _rotary: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    _known: dict[Any, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, windows: Tensor, attributes: Tensor, scalars: Tensor) -> Layout:
-        """The layout that earlier layers of this pipeline stage made of the same tensors, or a new one."""
-        layout = getattr(windows, "_layout", None)
-        if layout is None:
-            # One wait a micro-batch and stage where `windows` came from another device; none on the first stage.
-            layout = cls(windows.cpu(), attributes, scalars)
-            windows._layout = layout  # type: ignore[attr-defined]
-        return layout
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
     @property
     def device(self) -> torch.device:
@@ -105,27 +103,34 @@ class Layout:
     def route(self) -> Tensor:
         return self.attributes[:, 3]
 
+    @property
     def divisors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Normaliser, global number of tokens, auxiliary scale: float32 scalars on the device.
 
         A global batch without any target or token has sums of zero; they stay zero instead of 0 / 0.
         """
+        return self._once("divisors", self._divisors)
+
+    def _divisors(self) -> tuple[Tensor, ...]:
         numbers = from_bits(self.scalars)
-        normaliser, tokens, scale = numbers.where(numbers != 0, torch.ones_like(numbers)).unbind()
-        return normaliser, tokens, scale
+        return numbers.where(numbers != 0, torch.ones_like(numbers)).unbind()
 
-    @cached_property
+    @property
     def groups(self) -> list[Group]:
-        return group_windows(self.windows.numpy(), self.device)
+        return self._once("groups", lambda: group_windows(self.windows.numpy(), self.device))
 
-    @cached_property
+    @property
     def real(self) -> Tensor:
         """bool [T]: False only for the stand-in of a batch without tokens."""
-        return self.modality > 0
+        return self._once("real", lambda: self.modality > 0)
 
-    @cached_property
+    @property
     def cumulative(self) -> list[tuple[int, int, int, bool, Tensor]]:
         """For variable-length kernels: (start, stop, longest, causal, cumulative lengths int32 [n + 1]) by causality."""
+        return self._once("cumulative", self._cumulative)
+
+    @torch.compiler.disable
+    def _cumulative(self) -> list[tuple[int, int, int, bool, Tensor]]:
         out, start = [], 0
         table = self.windows.numpy()
         for causal in (True, False):
@@ -133,19 +138,18 @@ class Layout:
             if len(lengths):
                 ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
                 stop = start + int(ends[-1])
-                ends_there = torch.from_numpy(ends).to(self.device, non_blocking=True)
-                out.append((start, stop, int(lengths.max()), causal, ends_there))
+                out.append((start, stop, int(lengths.max()), causal, to_device(torch.from_numpy(ends), self.device)))
                 start = stop
         return out
 
     def rotary(self, size: int, theta: float) -> Tensor:
-        """Turns e^(i · position · frequency), complex64 [T, 1, size / 2] (Su et al. 2021)."""
-        key = (size, theta)
-        if key not in self._rotary:
-            frequency = theta ** (-torch.arange(0, size, 2, device=self.device, dtype=torch.float32) / size)
-            angle = self.attributes[:, :1].float() * frequency
-            self._rotary[key] = torch.polar(torch.ones_like(angle), angle)[:, None]
-        return self._rotary[key]
+        """Cosine and sine of position · frequency, float32 [T, 1, size / 2, 2] (Su et al. 2021)."""
+        return self._once(("rotary", size, theta), lambda: self._rotary(size, theta))
+
+    def _rotary(self, size: int, theta: float) -> Tensor:
+        frequency = theta ** (-torch.arange(0, size, 2, device=self.device, dtype=torch.float32) / size)
+        angle = self.attributes[:, :1].float() * frequency
+        return torch.stack([angle.cos(), angle.sin()], -1)[:, None]
 
     def once(self, layer: int) -> bool:
         """True the first time that `layer` asks."""

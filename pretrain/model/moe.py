@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.batch import MODALITIES
-from pretrain.model.layers import STD, Mlp, Module, gated
+from pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated
 from pretrain.model.layout import Layout
 
 if TYPE_CHECKING:
@@ -53,25 +53,40 @@ class Experts(Module):
         self.declare("up", count, size, 2 * inner, std=STD, first=first)
         self.declare("down", count, inner, size, std=STD / (2 * config.num_hidden_layers) ** 0.5, first=first)
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x [N, D], sorted by expert; counts int64 [E]: how many rows each expert has -> [N, D]."""
+    def prepare(self, counts: Tensor) -> Any:
+        """What `forward` will need of counts int64 [E], the rows that each expert gets, begun before they are sorted."""
+        return counts
+
+    def forward(self, x: Tensor, counts: Any) -> Tensor:
+        """x [N, D], sorted by expert; what `prepare` gave -> [N, D]."""
         ends = counts.cumsum(0).to(torch.int32)
         return products(gated(products(x, self.up, counts, ends)), self.down, counts, ends)
 
 
 def products(x: Tensor, weights: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
     """Rows of x [N, A], sorted by expert, each times its expert's matrix of weights [E, A, B] -> [N, B]."""
-    if has_grouped_mm(x, weights):
+    if not has_grouped_mm(x, weights):
+        return looped_products(x, weights, counts)
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16:  # the only type that the compiler knows it for
         return F.grouped_mm(x, weights, offs=ends)
-    return looped_products(x, weights, counts)
+    return _aligned_grouped_mm(x, weights, ends)
+
+
+@torch.compiler.disable
+def _aligned_grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    if weights.data_ptr() % 16:  # ZeRO lays parameters one after another
+        weights = weights.clone()
+    return F.grouped_mm(x, weights, offs=ends)
 
 
 def has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
     """PyTorch's grouped product: rows must be multiples of 16 bytes; on CUDA it takes bfloat16 on Hopper and later."""
-    aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:]) and x.data_ptr() % 16 == 0
+    aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])
+    if not aligned or x.shape[0] == 0:  # a rank without tokens
+        return False
     if x.is_cuda:
-        return aligned and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return aligned and x.dtype in (torch.float32, torch.bfloat16) and x.shape[0] > 0
+        return x.dtype == torch.bfloat16 and cuda_capability(x.device.index) >= (9, 0)
+    return x.dtype in (torch.float32, torch.bfloat16)
 
 
 def looped_products(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
@@ -156,32 +171,39 @@ class MixtureOfExperts(Module):
         with torch.no_grad():
             score = probabilities + self.bias_rate * self.bias_steps if self.bias_rate else probabilities
             chosen = score.topk(self.experts_per_token, sorted=False).indices  # [T, k]
+        prepared = self.experts.prepare(self._count(chosen))  # type: ignore[operator]
         gates = probabilities.gather(1, chosen)
         if self.experts_per_token > 1:
             gates = gates / gates.sum(-1, keepdim=True)
         losses = self._losses(logits, probabilities, layout)
         layout.auxiliary[self.number] = losses.detach()
         if torch.is_grad_enabled():
-            gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors()[2])
+            gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors[2])
         if self.training and layout.once(self.number):
             self._observe(chosen, losses, layout)
-        out = self.mix(x, chosen, gates.to(x.dtype))
-        return out if self.shared is None else out + self.shared(x)
+        # Where experts are divided among ranks, the shared one works while the numbers of tokens travel.
+        shared = None if self.shared is None else self.shared(x)
+        out = self.mix(x, chosen, gates.to(x.dtype), prepared)
+        return out if shared is None else out + shared
 
-    def mix(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    def _count(self, chosen: Tensor) -> Tensor:
+        """int64 [E]: how many rows each expert gets."""
+        expert = chosen.reshape(-1)
+        return torch.zeros_like(self.previous).scatter_add_(0, expert, torch.ones_like(expert))
+
+    def mix(self, x: Tensor, chosen: Tensor, gates: Tensor, prepared: Any) -> Tensor:
         """Σ_k gate · expert(x): tokens are sorted by expert, multiplied in groups, and gathered back; x [T, D]."""
         tokens, k = chosen.shape
         expert = chosen.reshape(-1)
         order = expert.argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.zeros_like(self.previous).scatter_add_(0, expert, torch.ones_like(expert))
-        y = self.experts(_Gather.apply(x, order // k, inverse, k), counts)
+        y = self.experts(_Gather.apply(x, order // k, inverse, k), prepared)
         y = _Gather.apply(y, inverse, order, 1).view(tokens, k, -1)
         return (y * gates[..., None]).sum(1)
 
     def _losses(self, logits: Tensor, probabilities: Tensor, layout: Layout) -> Tensor:
         """float32 [2]: balance and z-loss of these tokens, times their coefficients."""
-        real, tokens = layout.real.to(logits.dtype), layout.divisors()[1]
+        real, tokens = layout.real.to(logits.dtype), layout.divisors[1]
         share = self.previous.float() / self.previous.sum().clamp(min=1)
         balance = ((real @ probabilities) @ share) * (self.num_experts * self.balance) / tokens
         z = (logits.logsumexp(-1).square() @ real) * self.z_loss / tokens

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.model.embedding import Embedding, TokenTable
 from pretrain.model.flops import layer_flops
 from pretrain.model.heads import Head, Output
-from pretrain.model.inputs import Inputs, missing, scalars, target_names
+from pretrain.model.inputs import Inputs, missing, scalars, target_names, to_device
 from pretrain.model.layers import Module
 from pretrain.model.layout import Layout
 from pretrain.model.transformer import Block, build_layers
@@ -53,8 +53,8 @@ def pipeline_inputs(
     parts = []
     for name in cargo_names(config):
         part = numbers if name == "scalars" else inputs.get(name)
-        parts.append(missing(name, config, device) if part is None else part.to(device))
-    header = torch.tensor([size for part in parts for size in part.shape], dtype=torch.int32).to(device)
+        parts.append(missing(name, config, device) if part is None else to_device(part, device))
+    header = to_device(torch.tensor([size for part in parts for size in part.shape], dtype=torch.int32), device)
     cargo = torch.cat([header, *(part.reshape(-1) for part in parts)])
     own = (inputs.get(name) for name in own_names(config))
     return cargo, *(missing(n, config, device) if t is None else t for n, t in zip(own_names(config), own, strict=True))
@@ -63,7 +63,7 @@ def pipeline_inputs(
 def unload(cargo: Tensor, config: DecisionConfig) -> tuple[Inputs, Layout]:
     """The named parts of a cargo, and its layout. Layers of one stage share the result.
 
-    Shapes must be known on the host: on a CUDA stage this waits once a micro-batch.
+    Shapes and windows must be known on the host: a CUDA stage waits for its queue once a micro-batch.
     """
     known = getattr(cargo, "_unloaded", None)
     if known is None:

@@ -109,7 +109,8 @@ def plain(job: dict[str, Any]) -> Plain:
     out = []
     for step in range(job.get("steps", STEPS)):
         batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])))
-        loss = model(to_tensors(batch), batch.targets, batch.real_tokens).loss
+        inputs = to_tensors(batch, task_dropout=model.config.task_dropout, seed=recipe.train.seed)
+        loss = model(inputs, batch.targets, batch.real_tokens).loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.deepspeed["gradient_clipping"])

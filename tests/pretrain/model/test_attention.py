@@ -1,5 +1,7 @@
 """Attention over windows against the full mask; the layout of windows."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from pretrain.model.layout import Layout, group_windows, length_class
 
 def masked_attention(q, k, v, windows):
     """One T × T mask."""
-    lengths, causal = torch.tensor(windows).unbind(1)
+    lengths, causal = torch.as_tensor(windows).unbind(1)
     window = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     order = torch.arange(len(window))
     mask = (window[:, None] == window) & ((order[:, None] >= order) | ~causal.bool()[window][:, None])
@@ -47,6 +49,47 @@ def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
         results.append((out.detach(), q.grad, k.grad, v.grad))
     for fast, slow in zip(*results):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def kernel(q, k, v, cu_q, cu_k, longest, longest_k, causal):
+    """What the variable-length kernel computes, from its own arguments."""
+    assert cu_q.dtype == torch.int32
+    assert cu_q is cu_k
+    assert longest == longest_k == int(cu_q.diff().max())
+    assert all(t.is_contiguous() for t in (q, k, v))
+    windows = torch.stack([cu_q.diff(), torch.full_like(cu_q[1:], causal)], -1)
+    return masked_attention(q, k, v, windows.tolist())
+
+
+def varlen_2_10(q, k, v, cu_q, cu_k, longest, longest_k, is_causal=False, return_aux=None):
+    assert k.shape == q.shape
+    return kernel(q, k, v, cu_q, cu_k, longest, longest_k, is_causal)
+
+
+def varlen_2_11(q, k, v, cu_q, cu_k, longest, longest_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert k.shape == q.shape
+    return kernel(q, k, v, cu_q, cu_k, longest, longest_k, {(-1, 0): True, (-1, -1): False}[window_size])
+
+
+def varlen_2_12(q, k, v, cu_q, cu_k, longest, longest_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa == (k.shape != q.shape)
+    return kernel(q, k, v, cu_q, cu_k, longest, longest_k, {(-1, 0): True, (-1, -1): False}[window_size])
+
+
+@pytest.mark.parametrize("release", [varlen_2_10, varlen_2_11, varlen_2_12])
+@pytest.mark.parametrize("causal", [0.0, 0.6, 1.0])
+def test_the_kernel_gets_every_window(monkeypatch, release, causal):
+    """Every release of PyTorch that is allowed takes other arguments; windows are causal, bidirectional or both."""
+    known = inspect.signature(module.varlen_attn).parameters
+    assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= set(known)
+    monkeypatch.setattr(module, "VARLEN", frozenset(inspect.signature(release).parameters))
+    monkeypatch.setattr(module, "varlen_attn", release)
+    g = np.random.default_rng(3)
+    windows = make_windows(g.integers(1, 20, 12), g.random(12) < causal)
+    tokens = int(windows[:, 0].sum())
+    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    q, k, v = (torch.randn(tokens, h, 8) for h in (4, 2, 2))
+    torch.testing.assert_close(module.varlen_attention(q, k, v, layout), masked_attention(q, k, v, windows))
 
 
 def test_groups_hold_every_token_once_with_little_padding():

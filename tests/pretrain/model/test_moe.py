@@ -77,6 +77,18 @@ def test_grouped_products_equal_the_loop(dtype, counts):
     assert (results[0][2][[n == 0 for n in counts]] == 0).all()
 
 
+def test_weights_that_begin_anywhere_are_taken():
+    """ZeRO lays a parameter wherever the one before it ends; the grouped product wants multiples of 16 bytes."""
+    memory = torch.randn(4 * 24 * 40 + 3)
+    x, w, counts = torch.randn(16, 24), memory[3:].view(4, 24, 40).requires_grad_(), torch.tensor([5, 0, 9, 2])
+    assert w.data_ptr() % 16
+    out = products(x, w, counts, counts.cumsum(0).int())
+    torch.testing.assert_close(out, looped_products(x, w, counts), rtol=1e-5, atol=1e-5)
+    (mine,) = torch.autograd.grad(out.square().sum(), w)
+    (theirs,) = torch.autograd.grad(looped_products(x, w, counts).square().sum(), w)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_unaligned_sizes_take_the_loop():
     x, w = torch.randn(8, 6), torch.randn(2, 6, 10)
     assert not has_grouped_mm(x, w)
