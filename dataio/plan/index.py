@@ -24,8 +24,8 @@ from ..episode import DataError
 if TYPE_CHECKING:
     from .entries import PlanEntry
 
-_STRIDE, _MANY, _LARGE = 64, 4096, 1 << 21  # see PlanIndex.find
-_FORMAT = 1  # of the saved arrays
+_GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
+_FORMAT = 2  # of the saved arrays
 _CHUNK = 1 << 22  # episodes worked on at once
 _LEVEL_WORK = 5e7  # multiplications of one pass of the renewal calculation: some 50 ms
 
@@ -56,7 +56,7 @@ class PlanIndex:
     fixed     int32 [n]
     mass      float64 [n + 1]: running sum of mass, that is, windows (or tiles) × priority
     tokens    float64 [n + 1]: running sum of tokens of all tiles; only for epochs, else empty
-    coarse    float64: every _STRIDE-th of `mass`
+    guide     int32: what `find` says of 0, 1, 2, … times `_spacing`, up to the whole mass and once beyond
     first     int64 [cells + 1]: first episode of each cell
     level_cell, level, level_mass: histogram of window mass over tokens a window, where it is not 0; tokens are `level · grain`
     square    float64 [cells]: sum of squared masses
@@ -71,7 +71,7 @@ class PlanIndex:
     units: NDArray[np.int32]
     fixed: NDArray[np.int32]
     mass: NDArray[np.float64]
-    coarse: NDArray[np.float64]
+    guide: NDArray[np.int32]
     tokens: NDArray[np.float64]
     first: NDArray[np.int64]
     level_cell: NDArray[np.int64]
@@ -93,18 +93,21 @@ class PlanIndex:
     def find(self, point: NDArray[np.float64]) -> NDArray[np.int64]:
         """The episode in whose part of the running mass each point lies: the last place where `mass` is at most the point.
 
-        Many points in a large index are looked up in `coarse`, which stays in the processor's caches, then within one stride:
-        one or two cache misses instead of a dozen.
+        Many points in a large index are looked up all at once: `guide` (Chen and Asau 1974) leaves few places for each, which
+        are halved; the processor fetches for many points what a bisection of one after the other would wait for.
         """
         if len(point) < _MANY or len(self.mass) < _LARGE:
             return np.searchsorted(self.mass, point, side="right") - 1
-        place = (np.searchsorted(self.coarse, point, side="right") - 1) * _STRIDE
-        step, last = _STRIDE // 2, len(self.mass) - 1
+        cell = (point / _spacing(self.mass)).astype(np.int64)  # exact, because the spacing is a power of two
+        place = self.guide[cell].astype(np.int64)
+        most, further, mass = int((self.guide[cell + 1] - place).max()), np.empty_like(place), np.empty_like(point)
+        step = 1 << most.bit_length() >> 1
         while step:
-            further = np.minimum(place + step, last)
-            place = np.where(self.mass[further] <= point, further, place)
+            np.add(place, step, out=further)
+            np.take(self.mass, further, out=mass, mode="clip")
+            np.copyto(place, further, where=mass <= point)
             step //= 2
-        return place
+        return np.minimum(place, len(self.mass) - 1)
 
     @classmethod
     def open(
@@ -181,6 +184,18 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
 def sums(where: NDArray[np.int64], values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
     """Sum of the values at each of the places 0 … number − 1."""
     return np.bincount(where, values, number).astype(np.float64, copy=False)
+
+
+def _spacing(mass: NDArray[np.float64]) -> float:
+    """A power of two of which there are about as many in the whole mass as groups of _GUIDED places."""
+    places = max(len(mass) // _GUIDED, 1)
+    return float(2.0 ** np.ceil(np.log2(mass[-1] / places))) if mass[-1] > 0 else 1.0
+
+
+def _guide(mass: NDArray[np.float64]) -> NDArray[np.int32]:
+    spacing = _spacing(mass)
+    points = np.arange(int(mass[-1] / spacing) + 2) * spacing
+    return (np.searchsorted(mass, points, side="right") - 1).astype(np.int32)
 
 
 def tile_count(units: NDArray, window: NDArray) -> NDArray[np.int64]:
@@ -353,7 +368,7 @@ def _sums(
         units=columns.units,
         fixed=columns.fixed,
         mass=mass,
-        coarse=mass[::_STRIDE].copy(),
+        guide=_guide(mass),
         tokens=tokens,
         first=np.cumsum(first),
         level_cell=keys // (top + 2),

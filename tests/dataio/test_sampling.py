@@ -362,10 +362,13 @@ def test_memory_mapped_index_draws_the_same(tmp_path):
     assert equal(mapped.windows(5), plan().windows(5))
 
 
-def test_the_search_of_a_large_index_finds_the_same(monkeypatch):
-    index = plan()._ready(0).index
+@pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
+def test_the_search_of_a_large_index_finds_the_same(monkeypatch, spread):
     random = np.random.default_rng(0)
-    points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, index.mass[1:] - 0.5])
+    priority = np.exp(spread * random.standard_normal(2000)).astype(np.float32)  # the last: most of the mass in a few
+    index = plan([entry("a", priority=priority)])._ready(0).index
+    near = np.maximum(index.mass - 0.5, 0.0)
+    points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, near])
     expected = index.find(points)
     monkeypatch.setattr("dataio.plan.index._MANY", 0)
     monkeypatch.setattr("dataio.plan.index._LARGE", 0)
