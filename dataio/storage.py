@@ -44,7 +44,6 @@ __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 T = TypeVar("T")
 _PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
 _BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
-_PATIENCE = 6  # tries, over some three seconds, of an object that its index knows, but that the store says is not there
 _GAP = 2 << 10  # ranges closer than this are one request: what lies between costs less than a request of its own
 
 
@@ -133,7 +132,7 @@ class Store:
         self.traffic = Traffic()
         self._backend = backend(self.url, timeout)
         self._etags: dict[str, str] = {}
-        self._missed: set[str] = set()  # objects that were not there, or not of their size, in all tries
+        self._missed: dict[str, float] = {}  # object that is not there, or not of its size -> since when
         self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestLimit] = weakref.WeakKeyDictionary()
         self._elsewhere: dict[str, Store] = {}
 
@@ -169,7 +168,7 @@ class Store:
         """Byte ranges of one object, in the order given. All that one Store ever reads of an object is of one ETag.
 
         whole  bytes of the whole object, where an index knows them: one of another size is not the object that is meant, and
-               one that is not there may come back, for which it is given a few seconds
+               one that is not there may come back, for which it is given half of `timeout`
         """
         place, key = self._locate(path)
         if isinstance(place._backend, LocalBackend):
@@ -341,7 +340,7 @@ class Store:
                 if self._may_come_back(key, tries):
                     raise Transient(f"the answer was that of an object of {info.size} bytes, not {whole}")
                 raise self._other_size(key, info.size, whole)
-            self._missed.discard(key)
+            self._missed.pop(key, None)
             have = memoryview(data).nbytes
             if have != size:
                 if info.size < start + size:
@@ -354,12 +353,10 @@ class Store:
         return await self._patiently(key, f", bytes {start}–{start + size}", once)
 
     def _may_come_back(self, key: str, tries: int) -> bool:
-        """Whether to ask again for an object that an index knows and the store does not: one that is being moved, or a proxy that
-        asks in the wrong place, is there again soon. What stayed away once is believed at once from then on."""
-        if key not in self._missed and tries < min(_PATIENCE, self.attempts):
-            return True
-        self._missed.add(key)
-        return False
+        """Whether to ask again for an object that an index knows and the store does not: one that is being moved, or that a proxy
+        looks for in the wrong place, is there again soon. What stays away is believed at once later on."""
+        since = self._missed.setdefault(key, time.monotonic())
+        return tries < self.attempts and time.monotonic() - since < self.timeout / 2
 
     async def _patiently(self, key: str, span: str, once: Callable[[], Awaitable[T]], writing: bool = False) -> T:
         """`once`, again after transient failures: exponential backoff with full jitter, at most `attempts` tries."""

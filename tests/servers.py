@@ -204,6 +204,8 @@ class FaultyFront:
             return True
         if fault.drip:
             for byte in content:
+                if writer.is_closing():
+                    return False
                 writer.write(bytes([byte]))
                 await asyncio.sleep(fault.drip)
             return True
@@ -219,7 +221,7 @@ class FaultyFront:
             return False
         writer.write(content[fault.after :])
         await writer.drain()
-        while fault.endless:
+        while fault.endless and not writer.is_closing():
             writer.write(bytes(1 << 16))
             await writer.drain()
         return True

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _VERSION = 1
-_LEAVING = 3.0  # seconds that the one who had a folder before may take to be gone
+_LEAVING = 2.0  # seconds that the one who had a folder before may take to be gone
 _JOURNAL = 1 << 20  # bytes of the journal, beside what it must hold, before it is rewritten
 
 
@@ -42,7 +42,7 @@ class MemoryTier:
         self._map = mmap.mmap(-1, max(self.slabs.count * slab, 1))
         self.view = memoryview(self._map)
 
-    def write(self, addresses: Ints, items: Ints, data: Mapping[int, memoryview]) -> NDArray[np.bool_]:
+    def write(self, addresses: Ints, items: Ints, data: Mapping[int, Any]) -> NDArray[np.bool_]:
         """Mask of the items that could be written: all."""
         view = self.view
         for address, item in zip(addresses.tolist(), items.tolist()):
@@ -114,7 +114,7 @@ class DiskTier:
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
-    def write(self, addresses: Ints, items: Ints, data: Mapping[int, memoryview]) -> NDArray[np.bool_]:
+    def write(self, addresses: Ints, items: Ints, data: Mapping[int, Any]) -> NDArray[np.bool_]:
         """Mask of the items that could be written: where the disk is full the tier does not grow any more."""
         return np.array([self._write(a, i, data[i]) for a, i in zip(addresses.tolist(), items.tolist())], bool)
 

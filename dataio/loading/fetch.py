@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import resource
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+log = logging.getLogger(__name__)
+_OTHER_FILES = 32  # that a loader process may have to open, beside its connections
+
+
 class Fetcher:
     """Reads units from the stores of a UnitMap's datasets, or from peers that may have them."""
 
@@ -26,6 +33,7 @@ class Fetcher:
         self._peers: Peers | None = None
         self._owner: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
         self._usual = 0.1  # seconds that the store takes for a step's misses
+        requests = _affordable(requests, len(units.datasets))
         self.stores = [
             Store(index.url, requests=requests, timeout=timeout, attempts=attempts) for index in units.datasets
         ]
@@ -95,3 +103,18 @@ class Fetcher:
         for unit, data in found.items():
             put(unit, data)
         return units[~np.isin(units, list(found))] if found else units
+
+
+def _affordable(requests: int, stores: int) -> int:
+    """Requests in flight to each store: fewer where so many files may not be open, after this process has raised its limit."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")) + _OTHER_FILES
+    wanted = taken + stores * requests
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        soft = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return requests
+    fewer = max(1, (soft - taken) // stores)
+    log.warning("%d files may be open at once (ulimit -n): %d requests in flight, not %d", soft, fewer, requests)
+    return fewer

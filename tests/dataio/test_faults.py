@@ -56,6 +56,7 @@ def load(
     each: Callable[[LoadedBatch], None] | None = None,
     attempts: int = 8,
     prefetch: int = 256 << 20,
+    timeout: float = 0.5,
 ) -> list[LoadedBatch]:
     batches, plan = [], make_plan(index)
     with TrajectoryLoader(
@@ -65,7 +66,7 @@ def load(
         NEEDS,
         cache=cache,
         stop=STEPS,
-        timeout=0.5,
+        timeout=timeout,
         attempts=attempts,
         prefetch=prefetch,
     ) as loader:
