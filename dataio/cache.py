@@ -60,7 +60,8 @@ class Block:
     _kept: dict[int, tuple[int, int] | memoryview]  # what is on disk: unit -> place, size; once read, its bytes
 
     def put(self, unit: int, data: Any) -> None:
-        """Hands over a fetched unit: any buffer of exactly its size. It is not copied unless the cache keeps it."""
+        """Hands over a fetched unit: a buffer of exactly its bytes, or `close` raises ValueError. It is not copied unless the
+        cache keeps it."""
         self._cache._put(unit, data)
 
     def get(self, unit: int) -> memoryview | None:
@@ -91,13 +92,6 @@ class Block:
     def close(self) -> None:
         """Done with the block: what no planned block needs may now make room."""
         self._cache._close(self)
-
-
-@dataclass(slots=True)
-class _Staged:
-    size: int
-    data: memoryview | None = None
-    blocks: int = 1  # open blocks that need it
 
 
 class RangeCache:
@@ -150,7 +144,10 @@ class RangeCache:
             pin=pin, retract=self._retract,
         )  # fmt: skip
         self.capacity = self.kept.capacity
-        self._staged: dict[int, _Staged] = {}
+        self._staged: dict[
+            int, Any
+        ] = {}  # units that open blocks wait for -> their bytes, once they are here, else None
+        self._shared: dict[int, int] = {}  # of these, those that further open blocks need -> how many such blocks
         self._open: dict[int, Block] = {}
         self._upcoming: tuple[Units, NDArray[np.int64]] | None = None  # units of the next block, and their sizes
         self._missed: int | None = None  # bytes of its misses
@@ -179,12 +176,12 @@ class RangeCache:
         place = self.kept.place[units]
         shared = units[place == STAGED].tolist()
         for unit in shared:
-            self._staged[unit].blocks += 1
+            self._shared[unit] = self._shared.get(unit, 0) + 1
         absent = place == NOWHERE
         misses = units[absent]
         self.kept.place[misses] = STAGED
         missing = misses.tolist()
-        self._staged.update(zip(missing, map(_Staged, sizes[absent].tolist())))
+        self._staged.update(dict.fromkeys(missing))
         address, kept = self.kept.find(units, place, sizes)
         block = self._open[number] = Block(number, units, misses, self, missing + shared, address, kept)
         self.staged += missed
@@ -207,7 +204,7 @@ class RangeCache:
         """A copy of a unit's bytes if they are here, for another process that asks; the cache takes no notice."""
         place = int(self.kept.place[unit]) if 0 <= unit < len(self.kept.place) else NOWHERE
         if place == STAGED:
-            data = self._staged[unit].data
+            data = self._staged[unit]
             return None if data is None else bytes(data)
         if place == NOWHERE:
             return None
@@ -218,13 +215,12 @@ class RangeCache:
         """Those of some units that are neither here nor on their way."""
         return units[self.kept.place[units] == NOWHERE]
 
-    def offer(self, data: Mapping[int, memoryview]) -> bool:
+    def offer(self, data: Mapping[int, Any]) -> bool:
         """Keeps units that nobody has asked for, as far as there is room; True if there was for all. None that another needs
         is evicted for them."""
         units = self.absent(np.array(list(data), np.int64))
-        self.kept.keep({unit: data[unit] for unit in units.tolist()}, [block.units for block in self._open.values()])
+        self._keep(units, self.sizes(units), data)
         self._missed = None
-        self._measure()
         return not len(self.absent(units))
 
     @property
@@ -325,18 +321,14 @@ class RangeCache:
     # -- bytes -------------------------------------------------------------------------------------------------------
 
     def _put(self, unit: int, data: Any) -> None:
-        staged = self._staged.get(unit)
-        if staged is None:
+        if unit not in self._staged:
             raise ValueError(f"cache: nothing waits for unit {unit}")
-        view = data if type(data) is memoryview else memoryview(data).cast("B")
-        if view.nbytes != staged.size:
-            raise ValueError(f"cache: unit {unit} has {staged.size} bytes, got {view.nbytes}")
-        staged.data = view
+        self._staged[unit] = data
 
     def _get(self, block: Block, unit: int) -> memoryview | None:
-        staged = self._staged.get(unit)
-        if staged is not None and staged.data is not None:
-            return staged.data
+        data = self._staged.get(unit)
+        if data is not None:
+            return memoryview(data).cast("B")
         i = int(np.searchsorted(block.units, unit))
         if i == len(block.units) or block.units[i] != unit:
             raise ValueError(f"cache: unit {unit} is not of block {block.number}")
@@ -357,7 +349,9 @@ class RangeCache:
         self.counters["damaged"] += 1
         self.kept.forget(np.array([unit], np.int64))
         waiting = [block for block in self._open.values() if unit in block._kept]
-        self._staged[unit] = _Staged(size, blocks=len(waiting))
+        self._staged[unit] = None
+        if len(waiting) > 1:
+            self._shared[unit] = len(waiting) - 1
         self.kept.place[unit] = STAGED
         self.staged += size
         for block in waiting:
@@ -369,18 +363,27 @@ class RangeCache:
         self._missed = None  # what was staged may be kept or gone from here on
         if not self.pin:
             self.kept.used(block.units)
-        over: list[int] = []
-        data: dict[int, memoryview] = {}
-        for unit in block._staged:
-            staged = self._staged[unit]
-            staged.blocks -= 1
-            if staged.blocks == 0:
-                self.staged -= staged.size
-                over.append(unit)
-                if staged.data is not None:
-                    data[unit] = staged.data
-        for unit in over:
-            del self._staged[unit]
-        self.kept.place[np.array(over, np.int64)] = NOWHERE
-        self.kept.keep(data, [block.units for block in self._open.values()])
+        over = [unit for unit in block._staged if self._unshared(unit)] if self._shared else block._staged
+        data = {unit: self._staged.pop(unit) for unit in over}
+        units = np.array(over, np.int64)
+        sizes = self.sizes(units)
+        self.staged -= int(sizes.sum())
+        self.kept.place[units] = NOWHERE
+        here = np.array([part is not None for part in data.values()], bool)
+        self._keep(units[here], sizes[here], data)
+
+    def _unshared(self, unit: int) -> bool:
+        """Whether no other open block needs a unit; if one does, that there is one less."""
+        others = self._shared.pop(unit, 0)
+        if others > 1:
+            self._shared[unit] = others - 1
+        return not others
+
+    def _keep(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any]) -> None:
+        """Keeps some of the units of `data`. ValueError where one has not its size: then nothing is kept."""
+        have = np.fromiter(map(len, map(data.__getitem__, units.tolist())), np.int64, len(units))
+        if (wrong := np.flatnonzero(have != sizes)).size:
+            bad = int(wrong[0])
+            raise ValueError(f"cache: unit {units[bad]} has {sizes[bad]} bytes, got {have[bad]}")
+        self.kept.keep(units, sizes, data, [block.units for block in self._open.values()])
         self._measure()

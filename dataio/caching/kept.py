@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -120,11 +120,9 @@ class KeptUnits:
         self.live -= int(self.slot_bytes(units[self.planned[units] > 0]).sum())
         self._free(units)
 
-    def keep(self, data: dict[int, memoryview], in_use: list[Units]) -> None:
+    def keep(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any], in_use: list[Units]) -> None:
         """Copies units into the tiers: those with a planned use, and the others as long as there is room anyway. Units of
         `in_use` stay where they are."""
-        units = np.array(list(data), np.int64)
-        sizes = np.array([view.nbytes for view in data.values()], np.int64)
         self._fill(units, sizes, data)
         largest = max((int(t.slabs.classes[-1]) - t.HEADER for t in self._tiers if t.slabs.count), default=0)
         for attempt in range(_ROUNDS):
@@ -140,7 +138,7 @@ class KeptUnits:
         for tier in self._tiers:
             tier.flush()
 
-    def _fill(self, units: Units, sizes: NDArray[np.int64], data: dict[int, memoryview]) -> None:
+    def _fill(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any]) -> None:
         """Puts as many of the units as have room into slots, those with a planned use first."""
         order = np.argsort(self.planned[units] == 0, kind="stable")
         units, sizes = units[order], sizes[order]
@@ -153,7 +151,7 @@ class KeptUnits:
             if not len(units):
                 return
 
-    def _write(self, number: int, kind: int, units: Units, data: dict[int, memoryview]) -> None:
+    def _write(self, number: int, kind: int, units: Units, data: Mapping[int, Any]) -> None:
         """Writes units of one size class into a tier, as far as it has slots."""
         tier, base = self._tiers[number], self.base[number]
         addresses = tier.slabs.take(kind, units)

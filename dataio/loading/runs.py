@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-UNIT_SECONDS = 2.3e-6  # of CPU for a unit: plan, cache, pieces (benchmarks/loader.py: runs of 2 against runs of 9 rows)
+UNIT_SECONDS = 4.6e-6  # of CPU for a unit: plan, cache, pieces (benchmarks/loader.py: runs of 2 against runs of 6 rows)
 BYTE_SECONDS = 10e-9  # for a missed byte: a loader's share of a node's network is some 100 MB/s
 MISSED = 0.4  # share of bytes: a cache of a quarter of the data
 UNIT_BYTES = 8  # of the cache's memory for what it knows of a unit

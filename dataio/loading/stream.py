@@ -80,7 +80,7 @@ async def stream(units: UnitMap, wanted: Ints, fetcher: Fetcher, cache: RangeCac
         data: dict[int, Any] = {}
         try:
             await fetcher.fetch(piece, data.__setitem__)
-            kept = cache.offer({unit: memoryview(part).cast("B") for unit, part in data.items()})
+            kept = cache.offer(data)
             full |= not kept and not room.lent  # what is lent comes back: it may be enough
         except StoreError:
             pass

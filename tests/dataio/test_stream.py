@@ -146,10 +146,10 @@ class Watched(RangeCache):
     def check(self) -> None:
         assert self.kept.occupied + self.staged + self.store.flying <= self.budget
 
-    def offer(self, data: Mapping[int, memoryview]) -> bool:
+    def offer(self, data: Mapping[int, Any]) -> bool:
         kept = super().offer(data)
         self.check()  # the piece, and the copy of it
-        self.store.flying -= sum(view.nbytes for view in data.values())
+        self.store.flying -= sum(map(len, data.values()))
         return kept
 
 
