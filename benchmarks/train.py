@@ -4,10 +4,12 @@
 
 Three models of one shape (every layer a mixture of experts, SwiGLU, top-k, no shared expert) train on the same tokens with
 AdamW, from the same weights: ours; ours with `deepspeed.moe.layer.MoE` in place of our expert layer; `transformers`' Mixtral.
-Rounds alternate, so that a busy machine slows all of them. The rates are medians; `share` is the useful operations a second
-over the machine's own rate for one matrix product of the layer's shape, the best of all that were measured between the rounds.
-The losses show that all three learn alike. Peak memory is that of a process of its own for each, parameters, gradients and
-moments included.
+Rounds alternate, so that a busy machine slows all of them. The rates are medians of a forward and a backward pass, and of a
+whole step with AdamW; `share` is the useful operations a second of the passes over the machine's own rate for one matrix product
+of the layer's shape, the best of all that were measured between the rounds; on a GPU that is known, `mfu` is that of whole
+steps over its data sheet. The losses show that all three learn alike. Peak memory is that of a process of its own for each,
+parameters, gradients and moments included. What does not fit the device says so in its row, and the others go on: where not
+all of them fit together, give one of them at a time to `--methods`.
 
 On a CPU the processes keep the memory that arrays free, as training under the launcher does (`launch.submit.KEEP_MEMORY`);
 `--malloc default` measures without.
@@ -16,6 +18,8 @@ On a CPU the processes keep the memory that arrays free, as training under the l
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import os
 import statistics
@@ -33,14 +37,16 @@ from torch import Tensor, nn
 from launch.submit import KEEP_MEMORY
 from pretrain.batch import TEXT, TokenBatch
 from pretrain.deepspeed_config import cpu_has_bf16
+from pretrain.metrics import peak_rate
 from pretrain.model.config import DecisionConfig
-from pretrain.model.flops import flops_per_batch
+from pretrain.model.flops import flops_per_batch, parameters
 from pretrain.model.inputs import to_tensors
 from pretrain.model.moe import mixtures
 from pretrain.model.transformer import DecisionModel
 from pretrain.spans import peak_memory
 
 VOCABULARY = 2048
+LONG = 1e13  # operations: some 15 ms of an H200
 
 
 def make_batch(rows: int, context: int, seed: int) -> TokenBatch:
@@ -181,8 +187,16 @@ def matrix_rate(options: argparse.Namespace) -> float:
     """Operations a second of one product of the layer's shape, forward only."""
     a = torch.randn(options.tokens, options.hidden, device=options.device, dtype=options.dtype)
     b = torch.randn(options.hidden, 4 * options.hidden, device=options.device, dtype=options.dtype)
-    seconds, _ = timed(lambda: a @ b, options.device)
-    return 2 * a.shape[0] * b.numel() / seconds
+    operations = 2 * a.shape[0] * b.numel()
+    # A GPU does one in less time than it takes to start it.
+    times = 1 if options.device == "cpu" else max(1, int(LONG // operations))
+
+    def work() -> None:
+        for _ in range(times):
+            a @ b
+
+    seconds, _ = timed(work, options.device)
+    return times * operations / seconds
 
 
 def timed(work: Callable[[], Any], device: str) -> tuple[float, Any]:
@@ -234,26 +248,32 @@ class Method:
     model: nn.Module
     loss: Callable[[TokenBatch], Tensor]
     optimizer: torch.optim.Optimizer
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of forward and backward
+    steps: list[float] = field(default_factory=list)  # of whole steps
     losses: list[float] = field(default_factory=list)
 
-    def step(self, batch: TokenBatch, device: str, warm: bool) -> None:
-        """One optimizer step; the time is that of the forward and backward pass."""
+    def step(self, batch: TokenBatch, device: str, warm: bool) -> bool:
+        """One optimizer step, done."""
 
         def work() -> Tensor:
             value = self.loss(batch)
             value.backward()
             return value.detach()
 
+        def update() -> None:
+            for mixture in mixtures(self.model):
+                if mixture.counts is not None:
+                    mixture.finish_step(mixture.counts)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
         seconds, value = timed(work, device)
-        for mixture in mixtures(self.model):
-            if mixture.counts is not None:
-                mixture.finish_step(mixture.counts)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        more, _ = timed(update, device)
         self.losses.append(float(value))
         if warm:
             self.seconds.append(seconds)
+            self.steps.append(seconds + more)
+        return True
 
 
 def memory_of(method: str) -> float:
@@ -263,45 +283,94 @@ def memory_of(method: str) -> float:
     return json.loads(told[told.index("{\n") :])["peak_mib"]
 
 
+def make_method(name: str, config: DecisionConfig, options: argparse.Namespace) -> Method:
+    model, loss = MAKERS[name](config, options)
+    fused = options.device != "cpu"
+    return Method(model, loss, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused))
+
+
+def measure(config: DecisionConfig, options: argparse.Namespace) -> tuple[dict[str, Method | None], float]:
+    """Every method after its rounds, without its model, or None where it did not fit the device; the rate of one product."""
+    methods: dict[str, Method | None] = {}
+    rates = []
+    for name in options.methods:
+        methods[name] = fitting(functools.partial(make_method, name, config, options))
+    for step in range(options.rounds + 1):
+        batch = make_batch(options.tokens // options.context, options.context, step)
+        for name, method in methods.items():
+            if method is not None and not fitting(functools.partial(method.step, batch, options.device, step > 0)):
+                del method
+                methods[name] = None
+                release()
+        rates.append(matrix_rate(options))
+    for method in methods.values():
+        if method is not None:
+            del method.model, method.loss, method.optimizer
+    release()
+    return methods, max(rates)
+
+
+def fitting(work: Callable[[], Any]) -> Any:
+    """What `work` gives; None where the device's memory does not suffice."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        release()
+        return None
+
+
+def release() -> None:
+    """Give back what nothing refers to, so that other processes can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def main() -> None:
     options = parse()
-    config, rows, rates = make_config(options), options.tokens // options.context, []
-    methods = {}
-    for name in options.methods:
-        model, loss = MAKERS[name](config, options)
-        methods[name] = Method(model, loss, torch.optim.AdamW(model.parameters(), lr=1e-3))
-    for step in range(options.rounds + 1):
-        batch = make_batch(rows, options.context, step)
-        for method in methods.values():
-            method.step(batch, options.device, warm=step > 0)
-        rates.append(matrix_rate(options))
-    flops, rate = flops_per_batch(config, batch), max(rates)
+    config, device = make_config(options), torch.device(options.device)
+    methods, rate = measure(config, options)
+    flops = flops_per_batch(config, make_batch(options.tokens // options.context, options.context, 0))
+    everything, active = parameters(config)
     report: dict[str, Any] = {
         "shape": {k: str(v) for k, v in vars(options).items() if k not in ("json", "methods")},
         "threads": torch.get_num_threads(),
+        "parameters": everything,
+        "active_parameters": active,
         "matrix_gflops": rate / 1e9,
-        "peak_mib": peak_memory(torch.device(options.device)) / 2**20,
+        "peak_mib": peak_memory(device) / 2**20,
         "methods": {},
     }
     print(
         f"{options.tokens} tokens a step, hidden {options.hidden}, {options.experts} experts, k = {options.k}, "
-        f"{options.dtype}, {torch.get_num_threads()} threads, malloc: {options.malloc}"
+        f"{options.dtype}, {torch.get_num_threads()} threads, malloc: {options.malloc}, "
+        f"{everything / 1e6:.0f}M parameters, {active / 1e6:.0f}M active"
     )
     print(f"one matrix product: {rate / 1e9:.0f} GFLOP/s")
     alone = len(methods) == 1
     for name, method in methods.items():
-        seconds = statistics.median(method.seconds)
+        if method is None:
+            report["methods"][name] = {"out_of_memory": True}
+            print(f"{name:10s} does not fit the device" + ("" if alone else " beside the others"))
+            continue
+        seconds, step = statistics.median(method.seconds), statistics.median(method.steps)
         row = {
             "tokens_per_second": options.tokens / seconds,
             "gflops": flops / seconds / 1e9,
             "share": flops / seconds / rate,
+            "step_tokens_per_second": options.tokens / step,
+            "step_gflops": flops / step / 1e9,
             "first_loss": method.losses[0],
             "last_loss": method.losses[-1],
             "peak_mib": report["peak_mib"] if alone else memory_of(name),
         }
+        if device.type == "cuda":
+            row["mfu"] = flops / step / peak_rate(device, options.dtype)
         report["methods"][name] = row
         rates_told = (
-            f"{row['tokens_per_second']:9.0f} tokens/s, {row['gflops']:7.0f} GFLOP/s, {row['share']:.2f} of the product"
+            f"{row['tokens_per_second']:9.0f} tokens/s, {row['gflops']:7.0f} GFLOP/s, {row['share']:.2f} of the product; "
+            f"whole steps {row['step_tokens_per_second']:.0f} tokens/s"
+            + (f", MFU {row['mfu']:.2f}" if "mfu" in row else "")
         )
         told = f"{row['peak_mib']:6.0f} MiB, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
         print(f"{name:10s} {rates_told}, {told}")

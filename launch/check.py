@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.submit import devices
+from pretrain.deepspeed_config import unsupported
 from recipes.load import Examined, RecipeError, examine, from_dict
 from recipes.schema import Model, Parallel, Recipe
 
@@ -70,6 +71,8 @@ def _deepspeed(seen: Examined) -> Iterator[str]:
             yield f"{where(f'deepspeed.{key}')}: DeepSpeed has no such key.{hint}"
     yield from _batch_sizes(config, where)
     yield from _optimizer(config, where)
+    for key, reason in unsupported(config):
+        yield f"{where(f'deepspeed.{key}')}: {reason}"
     zero = config.get("zero_optimization", {})
     if isinstance(zero, dict):
         yield from _pydantic("zero_optimization", zero, where)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,18 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
             changes.set(key, value, why if key == "train_batch_size" else "")
     if "gradient_clipping" not in changes.config:
         changes.set("gradient_clipping", 1.0, "DeepSpeed's default; 0 turns clipping off")
+    if accelerator != "cpu" and stage in (1, 2) and recipe.model.moe.experts and _aligns_parameters():
+        changes.set("zero_optimization.parameter_alignment", True, "grouped products would copy other weights first")
     if accelerator == "cpu" and not changes.config["optimizer"].get("params", {}).get("torch_adam"):
         changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would be compiled first")
     return Derived(changes.config, changes.values, rows, rows_per_rank, micro, accumulation, stage, bf16)
+
+
+def _aligns_parameters() -> bool:
+    """Whether this DeepSpeed can begin every parameter at a multiple of 16 bytes."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return "parameter_alignment" in DeepSpeedZeroConfig.model_fields
 
 
 def _precision(changes: _Changes, accelerator: str) -> None:
@@ -114,11 +123,72 @@ def _automatic(changes: _Changes, recipe: Recipe) -> None:
     walk(changes.config, "")
 
 
+# Switches of DeepSpeed that would train something else than the recipe says, silently or by a crash in the first step.
+_SECTIONS = {
+    "amp": "would compute the router and the loss in half precision; use bf16",
+    "torch_autocast": "would compute the router and the loss in half precision; use bf16",
+    "expert_parallel": "the model divides its experts itself: write parallel.expert",
+    "elasticity": "would change train_batch_size, and with it every loss; the same batch runs on any number of processes",
+    "progressive_layer_drop": "the model does not drop layers",
+    "curriculum_learning": "the sampling plan alone says what a step trains on",
+    "data_efficiency": "the sampling plan alone says what a step trains on",
+    "hybrid_engine": "it is made for text generation",
+}
+_ZERO = {
+    "zenflow": "a checkpoint does not know where it keeps its state",
+    "zero_quantized_weights": "the weights would differ from their fp32 masters, which a checkpoint refuses to save",
+    "zero_quantized_nontrainable_weights": "the weights would differ from what was frozen",
+    "zero_quantized_gradients": "gradients would depend on the layout",
+}
+
+
+def unsupported(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key path, reason) of everything in a `deepspeed:` section that cannot be had, whatever the layout."""
+
+    def section(name: str, of: Mapping[str, Any] = config) -> Mapping[str, Any]:
+        value = of.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+    for name, reason in _SECTIONS.items():
+        if section(name).get("enabled"):
+            yield name, reason
+    if section("tensor_parallel").get("autotp_size", 0) not in (0, 1):
+        yield (
+            "tensor_parallel.autotp_size",
+            "layers are not cut into tensors' parts; use ZeRO, parallel.pipeline or .expert",
+        )
+    if config.get("use_data_before_expert_parallelism"):
+        yield "use_data_before_expert_parallelism", "neighbouring processes hold the experts of a layer between them"
+    if config.get("gradient_allreduce_op", "mean") != "mean":
+        yield "gradient_allreduce_op", "the loss is scaled for a mean over the processes"
+    if config.get("managed_gradient_accumulation", True) is not True:
+        yield "managed_gradient_accumulation", "the loss is scaled for DeepSpeed's division by the accumulation steps"
+    zero = section("zero_optimization")
+    stage = zero.get("stage", 0)
+    for name, reason in _ZERO.items():
+        if zero.get(name):
+            yield f"zero_optimization.{name}", reason
+    if zero.get("zero_hpz_partition_size", 1) != 1:
+        yield "zero_optimization.zero_hpz_partition_size", "a checkpoint does not know its second copy of the weights"
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = section(name, zero).get("device", "none")
+        if device not in ("none", "cpu"):
+            yield (
+                f"zero_optimization.{name}.device",
+                f"{device!r}: a checkpoint reads state from memory only; write cpu",
+            )
+        elif device == "cpu" and isinstance(stage, int) and stage < least:
+            yield f"zero_optimization.{name}", f"DeepSpeed ignores it at stage {stage}; it needs stage {least} or more"
+
+
 def _refuse(config: Mapping[str, Any], grid: Grid) -> tuple[int, bool]:
     stage = int((config.get("zero_optimization") or {}).get("stage", 0))
     bf16 = bool((config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False))
     if stage not in (0, 1, 2, 3):
         raise LayoutError(f"deepspeed.zero_optimization.stage is {stage}; it must be 0, 1, 2 or 3")
+    refused = [f"deepspeed.{key}: {reason}" for key, reason in unsupported(config)]
+    if refused:
+        raise LayoutError("\n".join(refused))
     if (config.get("fp16") or {}).get("enabled", False):
         raise LayoutError("deepspeed.fp16: not supported, because auxiliary gradients carry no loss scale; use bf16")
     if stage == 0 and bf16:

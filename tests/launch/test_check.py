@@ -75,6 +75,20 @@ def test_five_errors_are_five_lines(recipe):
             "do not hold train_batch_size = 8 rows exactly once",
         ),
         (["objectives.mine.context=8"], 0, "no paradigm is called 'mine'"),
+        (["deepspeed.zero_optimization.offload_param.device=cpu"], 0, "DeepSpeed ignores it at stage 1"),
+        (
+            ["deepspeed.zero_optimization.offload_optimizer.device=nvme"],
+            0,
+            "'nvme': a checkpoint reads state from memory",
+        ),
+        (["deepspeed.zero_optimization.zero_quantized_gradients=true"], 0, "would depend on the layout"),
+        (["deepspeed.zero_optimization.zero_hpz_partition_size=2"], 0, "second copy of the weights"),
+        (["deepspeed.gradient_allreduce_op=sum"], 0, "the loss is scaled for a mean"),
+        (["deepspeed.managed_gradient_accumulation=false"], 0, "division by the accumulation steps"),
+        (["deepspeed.tensor_parallel.autotp_size=2"], 2, "layers are not cut"),
+        (["deepspeed.use_data_before_expert_parallelism=true"], 0, "neighbouring processes"),
+        (["deepspeed.torch_autocast.enabled=true"], 0, "the router and the loss in half precision"),
+        (["deepspeed.elasticity.enabled=true"], 0, "would change train_batch_size"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason(recipe, overrides, world, words):

@@ -69,6 +69,17 @@ def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
 
 
 ONE = {"num_experts_per_tok": 1}
+EVERYTHING = {  # that a recipe can ask of a model
+    "bias_rate": 0.05,
+    "router_task": True,
+    "task_dropout": 0.3,
+    "shared_expert": True,
+    "num_key_value_heads": 1,
+    "timesteps": 6,
+    "checkpointing": True,
+    "tie_word_embeddings": True,
+}
+STRONG = {"balance": 1.0, "z_loss": 0.1}  # auxiliary losses as large as the loss itself
 DENSE_HALF = {"moe_every": 4}  # of four layers only the last one has experts: the first of two stages has none
 
 
@@ -95,6 +106,10 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "one-expert-pipeline", "pipeline": 2, "config": ONE, "favourite": 3},
         {"name": "no-expert-on-a-stage", "pipeline": 2, "config": DENSE_HALF},
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
+        {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
+        {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
+        {"name": "strong-auxiliary-expert", "expert": 2, "config": STRONG},
+        {"name": "strong-auxiliary-pipeline", "pipeline": 2, "config": STRONG},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
     compare(jobs, results)
@@ -252,6 +267,9 @@ def test_no_whole_micro_batch_of_filler() -> None:
         ({"zero_optimization": {"stage": 3}}, 1, 2, "stage 1 or 2"),
         ({"optimizer": {"type": "Lamb"}}, 1, 1, "Adam and AdamW"),
         ({"zero_optimization": {"stage": 4}}, 1, 1, "0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, 1, 1, "ignores it at stage 2"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, 1, 1, "write cpu"),
+        ({"gradient_allreduce_op": "sum"}, 1, 1, "mean over the processes"),
         ({"train_batch_size": 0}, 1, 1, "at least 1"),
         ({}, 3, 1, "do not divide 4 processes"),
         ({}, 2, 3, "does not divide the 2 data-parallel"),
@@ -260,6 +278,15 @@ def test_no_whole_micro_batch_of_filler() -> None:
 def test_what_cannot_run_is_refused(changes: dict[str, Any], pipeline: int, expert: int, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         derive(changed(**changes), Grid(0, 4, pipeline, expert))
+
+
+def test_weights_are_aligned_for_a_gpu() -> None:
+    recipe = synthetic.recipe(model={"moe": {"experts": 4}})
+    key = "parameter_alignment"
+    assert derive(recipe, Grid(0, 2, 1, 1), accelerator="cuda").config["zero_optimization"][key]
+    assert key not in derive(recipe, Grid(0, 2, 1, 1)).config["zero_optimization"]
+    dense = derive(RECIPE, Grid(0, 2, 1, 1), accelerator="cuda")
+    assert key not in dense.config["zero_optimization"]
 
 
 def test_auto_values_are_filled_in_and_told() -> None:
