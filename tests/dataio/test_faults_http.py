@@ -210,7 +210,7 @@ def test_odd_answers_change_no_window(
         "another shard": Fault(path=f"/bucket/set/{index.shard_name(2)}"),
     }
     front.rule = some(0.1, odd[name])
-    batches = load(index, timeout=6.0)
+    batches = load(index, timeout=1.0)
     assert front.faults > 0
     assert rows_of(batches) == reference
     assert not any(b.quarantined for b in batches)
