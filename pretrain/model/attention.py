@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from pretrain.model.layers import STD, Linear, Module, cuda_capability
 from pretrain.model.layout import Group, Layout
@@ -21,7 +20,12 @@ if TYPE_CHECKING:
 SHORT = {torch.float32: 12, torch.bfloat16: 128}
 
 # The kernel's arguments differ by release: 2.10 takes `is_causal`, 2.11 `window_size`, 2.12 `enable_gqa` too.
-VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
+except ImportError:  # a published policy acts with an older PyTorch too
+    VARLEN = frozenset()
 
 
 class Attention(Module):
@@ -129,6 +133,7 @@ def _has_varlen(q: Tensor) -> bool:
     """Whether PyTorch's variable-length flash kernel takes these heads."""
     return (
         q.is_cuda
+        and bool(VARLEN)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256

@@ -80,9 +80,9 @@ def _aligned_grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
-    """PyTorch's grouped product: rows must be multiples of 16 bytes; on CUDA it takes bfloat16 on Hopper and later."""
+    """PyTorch's grouped product (2.10): rows must be multiples of 16 bytes; on CUDA it takes bfloat16 on Hopper and later."""
     aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])
-    if not aligned or x.shape[0] == 0:  # a rank without tokens
+    if not aligned or x.shape[0] == 0 or not hasattr(F, "grouped_mm"):  # no row: a rank without tokens
         return False
     if x.is_cuda:
         return x.dtype == torch.bfloat16 and cuda_capability(x.device.index) >= (9, 0)
