@@ -106,14 +106,15 @@ class Assembler:
         low, high = int(begin[0]), int(begin[-1] + size[-1])
         data = step.gathered.data[low:high]
         together = high - low == int(size.sum()) and (size == step.rows[here] * row_bytes).all()
-        if not together or broken_row(data.data, row_bytes) >= 0:
+        table = data.view(wanted.dtype) if together and broken_row(data.data, row_bytes) < 0 else None
+        asked = expand(step.first[here], step.first[here] + step.rows[here])
+        if table is None or not np.array_equal(table["_step"], asked):  # sound rows may still be others
             for i in here.tolist():  # one of them is damaged, or not here: each alone says which and where
                 out[i] = self._one(step, i, wanted)
             return
-        table = data.view(wanted.dtype)
         large = [(spec.name, self._raw_field(step, here, entry, spec, row_bytes)) for spec, row_bytes in wanted.large]
         columns = [(name, np.ascontiguousarray(table[name])) for name in wanted.columns]
-        steps, valid = table["_step"].astype(np.int64), table["_valid"] != 0
+        steps, valid = asked, table["_valid"] != 0
         returns = np.ascontiguousarray(table["_return_to_go"])
         facts, at = self._facts(step.planned, here), 0
         for k, (i, count, (head, tail)) in enumerate(zip(here.tolist(), step.rows[here].tolist(), facts, strict=True)):

@@ -155,7 +155,6 @@ def test_shards_that_are_others_stop_the_run_and_are_named(change: str, tmp_path
         load(index)
 
 
-@pytest.mark.xfail(strict=True, reason="rows that are decoded together are not asked for their numbers")
 def test_sound_rows_that_are_others_are_not_taken_for_those_that_were_asked_for(tmp_path: Path) -> None:
     """Every row is whole, and its checksum right; each stands where the one before it should."""
     index = dataset(str(tmp_path / "set"), tasks=(CONTROL,))
