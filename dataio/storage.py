@@ -17,9 +17,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dataio.backends import (
     Changed,
@@ -35,6 +33,7 @@ from dataio.backends import (
 )
 from dataio.episode import DataError
 from dataio.limit import RequestLimit
+from dataio.ranges import GAP, PART, Joined, join_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,9 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 
 T = TypeVar("T")
-_PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
 _BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
-_GAP = 2 << 10  # ranges closer than this are one request: what lies between costs less than a request of its own
 
 
 class StoreError(OSError):
@@ -69,49 +66,6 @@ class Traffic:
     throttled: int = 0
 
 
-class Joined(NamedTuple):
-    """One request that serves several ranges: `parts` are (number of the range, offset within the request, size)."""
-
-    start: int
-    size: int
-    parts: list[tuple[int, int, int]]
-
-
-def join_ranges(starts: Sequence[int], sizes: Sequence[int], gap: int = _GAP, most: int = _PART) -> list[Joined]:
-    """Neighbouring or overlapping ranges as one request where at most `gap` unwanted bytes lie between them.
-
-    No request grows beyond `most` bytes by joining. Every range is served by exactly one request.
-    """
-    order = np.argsort(np.asarray(starts, np.int64), kind="stable")
-    start, size = np.asarray(starts, np.int64)[order], np.asarray(sizes, np.int64)[order]
-    reach = np.maximum.accumulate(start + size)
-    cuts = np.flatnonzero(start[1:] > reach[:-1] + gap) + 1
-    numbers, begins, lengths = order.tolist(), start.tolist(), size.tolist()
-    joined: list[Joined] = []
-    for low, high in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)]):
-        if low < high:
-            joined += _joined(numbers[low:high], begins[low:high], lengths[low:high], most)
-    return joined
-
-
-def _joined(numbers: list[int], starts: list[int], sizes: list[int], most: int) -> list[Joined]:
-    """Ranges that ascend and may all be joined, as requests of at most `most` bytes."""
-    out: list[Joined] = []
-    first, end = 0, starts[0] + sizes[0]
-    for i in range(1, len(starts) + 1):
-        if i < len(starts):
-            grown = max(end, starts[i] + sizes[i])
-            if grown - starts[first] <= max(most, end - starts[first]):
-                end = grown
-                continue
-        begin = starts[first]
-        parts = [(n, s - begin, z) for n, s, z in zip(numbers[first:i], starts[first:i], sizes[first:i])]
-        out.append(Joined(begin, end - begin, parts))
-        if i < len(starts):
-            first, end = i, starts[i] + sizes[i]
-    return out
-
-
 class Store:
     """A folder in a store: `file://`, `s3://`, `gs://`, `az://`, `https://` and, through fsspec, `hf://` and others.
 
@@ -126,7 +80,7 @@ class Store:
     methods may be called from any thread.
     """
 
-    def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = _GAP):
+    def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = GAP):
         self.url = url.rstrip("/") or url
         self.requests, self.attempts, self.timeout, self.gap = requests, attempts, timeout, gap
         self.traffic = Traffic()
@@ -158,8 +112,8 @@ class Store:
             except FileNotFoundError:
                 raise FileNotFoundError(place._name(key)) from None
         info = await place._patiently(key, "", lambda: place._backend.head(key))
-        starts = range(0, info.size, _PART)
-        parts = await asyncio.gather(*(place._fetch(key, s, min(_PART, info.size - s)) for s in starts))
+        starts = range(0, info.size, PART)
+        parts = await asyncio.gather(*(place._fetch(key, s, min(PART, info.size - s)) for s in starts))
         return b"".join(parts)
 
     def read_ranges(
@@ -263,9 +217,9 @@ class Store:
 
     async def _bodies(self, key: str, requests: Sequence[Joined], whole: int | None) -> list[Buffer]:
         """The body of each request; many small ones of one object go in bulk."""
-        small = [i for i, r in enumerate(requests) if r.size <= _PART]
+        small = [i for i, r in enumerate(requests) if r.size <= PART]
         bulk = len(small) > 2 and isinstance(self._backend, ObjectBackend)
-        alone = [i for i, r in enumerate(requests) if not bulk or r.size > _PART]
+        alone = [i for i, r in enumerate(requests) if not bulk or r.size > PART]
         if bulk and key not in self._etags:  # bulk reads have no ETag of their own: one must be known before they begin
             alone.append(small.pop(0))
         groups = [small[i : i + _BULK] for i in range(0, len(small), _BULK)] if bulk else []
@@ -308,10 +262,10 @@ class Store:
         return [*bodies, await self._fetch(key, last.start, last.size, of)]
 
     async def _fetch_large(self, key: str, start: int, size: int, whole: int | None) -> Buffer:
-        if size <= 2 * _PART:
+        if size <= 2 * PART:
             return await self._fetch(key, start, size, whole)
-        starts = range(start, start + size, _PART)
-        parts = await asyncio.gather(*(self._fetch(key, s, min(_PART, start + size - s), whole) for s in starts))
+        starts = range(start, start + size, PART)
+        parts = await asyncio.gather(*(self._fetch(key, s, min(PART, start + size - s), whole) for s in starts))
         return b"".join(parts)
 
     async def _fetch(self, key: str, start: int, size: int, whole: int | None = None) -> Buffer:

@@ -18,7 +18,8 @@ from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from dataio.backends import redacted, whole_file
 from dataio.episode import DataError
 from dataio.limit import RequestLimit
-from dataio.storage import AccessError, ObjectChanged, Store, StoreError, join_ranges
+from dataio.ranges import join_ranges
+from dataio.storage import AccessError, ObjectChanged, Store, StoreError
 
 DATA = os.urandom(300_000)
 
