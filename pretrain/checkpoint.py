@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import fnmatch
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from recipes.load import differences, digest, from_dict, to_dict
 if TYPE_CHECKING:
     from pretrain.engine import Engine
     from recipes.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 # Keys of a recipe that may change between a checkpoint and its continuation: they decide where and how fast, not what.
 FREE = (
@@ -224,9 +227,7 @@ class Checkpoint:
     def open(cls, path: str | Path) -> Checkpoint:
         manifest = files.read_manifest(Path(path))
         if manifest is None:
-            raise CheckpointError(
-                f"{path}: not a whole checkpoint ({files.MANIFEST} or a file that it names is missing)"
-            )
+            raise CheckpointError(f"{path}: not a whole checkpoint: it has no {files.MANIFEST}")
         return cls(Path(path), manifest)
 
     @classmethod
@@ -236,13 +237,19 @@ class Checkpoint:
 
     @classmethod
     def newest_whole(cls, run_dir: str | Path, *, verify: bool = False) -> Checkpoint | None:
-        """The newest checkpoint whose files are all there, in full size; with `verify`, of the right digests too."""
-        for folder, manifest in files.whole(run_dir):
+        """The newest checkpoint whose files are all there, in full size; with `verify`, of the right digests too. A warning names
+        what is wrong with newer ones."""
+
+        def damaged(error: CheckpointError) -> None:
+            log.warning("passed over, for the one before: %s", error)
+
+        for folder, manifest in files.whole(run_dir, damaged):
             checkpoint = cls(folder, manifest)
             if verify:
                 try:
                     checkpoint.verify()
-                except CheckpointError:
+                except CheckpointError as error:
+                    damaged(error)
                     continue
             return checkpoint
         return None

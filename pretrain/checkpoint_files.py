@@ -136,7 +136,10 @@ def commit(folder: Path, step: int, world: int, save: str, state: Mapping[str, A
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder whose files all have the size that it says; None where it is no whole checkpoint."""
+    """The manifest of a folder whose files all have the size that it says; None where there is none yet, or no more.
+
+    Raises CheckpointError where a file was lost or cut, or the manifest is none.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -149,8 +152,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r})") from error
     for name, size in sizes.items():
         file = folder / name
-        if Path(name).name != name or not file.is_file() or file.stat().st_size != size:
-            return None
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: names {name!r}, which is no file of its folder")
+        have = file.stat().st_size if file.is_file() else None
+        if have != size:
+            lost = "is gone" if have is None else f"has {have} bytes"
+            raise CheckpointError(f"{file}: {lost}, but its manifest says {size}: this is not a whole checkpoint")
     return manifest
 
 
@@ -163,12 +170,15 @@ def verify(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int 
             )
 
 
-def whole(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Whole checkpoints of a run, newest first; those that are not are passed over."""
+def whole(
+    run_dir: str | Path, damaged: Callable[[CheckpointError], None] = lambda error: None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Whole checkpoints of a run, newest first. Those that are not are passed over; `damaged` hears of those that once were."""
     for _, folder in reversed(folders(run_dir)):
         try:
             manifest = read_manifest(folder)
-        except CheckpointError:
+        except CheckpointError as error:
+            damaged(error)
             continue
         if manifest is not None:
             yield folder, manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -148,7 +149,7 @@ def test_a_rank_that_fails_or_never_comes(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
 
 
-def test_damage_is_found(tmp_path: Path) -> None:
+def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
         ck.write(part(step), tmp_path)
     tensors = files.folder_of(tmp_path, 3) / "rank00000.safetensors"
@@ -160,8 +161,11 @@ def test_damage_is_found(tmp_path: Path) -> None:
     newest_verified = Checkpoint.newest_whole(tmp_path, verify=True)
     assert newest_verified is not None
     assert newest_verified.step == 2
+    assert re.search(r"passed over.*rank00000.safetensors: differs", caplog.text)
     tensors.write_bytes(data[:-1])
+    caplog.clear()
     assert newest(tmp_path) == 2
+    assert re.search(r"passed over.*rank00000.safetensors", caplog.text)
     (files.folder_of(tmp_path, 2) / "state.json").unlink()
     assert newest(tmp_path) == 1
     (files.folder_of(tmp_path, 1) / "manifest.json").write_text("[")
