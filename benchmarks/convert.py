@@ -123,7 +123,7 @@ def zarr(folder: Path) -> int:
     ends = [0, *np.asarray(root["meta/episode_ends"][:]).tolist()]  # type: ignore[index]
     total = 0
     for begin, end in pairwise(ends):
-        total += sum(np.asarray(root["data"][k][begin:end]).nbytes for k in ("img", "state", "action"))  # type: ignore[index]
+        total += sum(np.asarray(root["data"][k][begin:end]).nbytes for k in ("img", "state", "action"))  # type: ignore[index, misc]
     return total
 
 

@@ -41,11 +41,11 @@ from dataio.format.encodings import Encoding
 from dataio.index import EpisodeIndex
 from dataio.loader import CacheBudget, TrajectoryLoader
 from dataio.loading.assemble import Assembler
-from dataio.loading.fetch import Fetcher
 from dataio.loading.units import UnitMap
 from dataio.placement import Home
 from dataio.sampling import SamplingPlan
 from dataio.shards import ShardWriter
+from dataio.storage import Store
 
 K = 20
 PARTS = "vector,image,others,processes,plan"
@@ -124,15 +124,18 @@ def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
     """One range request a window and column, 128 in flight, four steps ahead, nothing kept."""
     needs = all_fields(index)
     units = UnitMap([index], [needs], 1 << 20)  # the decoder is ours, the fetching is plain
-    assembler, fetcher = Assembler(units), Fetcher(units, 128)
+    assembler, store = Assembler(units), Store(index.url, requests=128)
     loop = asyncio.new_event_loop()
+
+    async def window(episode: int, first: int, rows: int) -> list[Any]:
+        wanted = index.ranges(episode, first, rows, needs.fields)
+        parts = [store.read_ranges_async(index.shard_name(r.shard), [r.offset], [r.size]) for r in wanted]
+        return [buffer for (buffer,) in await asyncio.gather(*parts)]
 
     async def fetch(step: int) -> tuple[Any, list[Any]]:
         planned = plan.windows(step)
-        first, count = units.rows(planned)
-        names = needs.fields
-        wanted = [(int(e), int(a), int(n)) for e, a, n in zip(planned.episode, first, count, strict=True)]
-        return planned, list(await asyncio.gather(*(fetcher.read_window(0, e, a, n, names) for e, a, n in wanted)))
+        wanted = (a.tolist() for a in (planned.episode, *units.rows(planned)))
+        return planned, list(await asyncio.gather(*(window(e, a, n) for e, a, n in zip(*wanted, strict=True))))
 
     waiting = [loop.create_task(fetch(step)) for step in range(4)]
     try:

@@ -162,8 +162,8 @@ def make_mixtral(
 
 
 @torch.no_grad()
-def take(mixtral: Any, ours: DecisionModel) -> None:
-    """Our weights as Mixtral's, which turns the halves of a head where we turn neighbouring pairs."""
+def take(mixtral: Any, ours: Any) -> None:
+    """The weights of a DecisionModel as Mixtral's, which turns the halves of a head where we turn neighbouring pairs."""
     config, size = ours.config, ours.config.head_size
     halves = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
     mixtral.model.embed_tokens.weight.copy_(ours.token.weight + ours.embedding.local.weight[0])
