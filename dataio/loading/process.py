@@ -85,7 +85,7 @@ class LoaderProcess:
         self.counters = Counters(self.fetcher)
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
-        self._changed = asyncio.Event()
+        self._changed = asyncio.Event()  # something that `run` must look at
         self._connected = asyncio.Event()
         self._begun = asyncio.Event()  # a step has been handed over
         self.cache = self._new_cache(self.step)
@@ -179,11 +179,11 @@ class LoaderProcess:
                 self._streaming.result()
             if pipeline.done():
                 pipeline.result()  # all steps are made, but the plan may still change
-            if not changed.done():
-                continue
-            self._changed.clear()
-            changed = asyncio.create_task(self._changed.wait())
-            pipeline = await self._adopt(pipeline)
+            if changed.done():
+                self._changed.clear()
+                changed = asyncio.create_task(self._changed.wait())
+            if self._messages:
+                pipeline = await self._adopt(pipeline)
 
     async def _adopt(self, pipeline: asyncio.Task[None]) -> asyncio.Task[None]:
         """Takes over what the trainer says of the plan. Steps that were begun too early are begun again."""
@@ -212,6 +212,7 @@ class LoaderProcess:
         self.cache.close()
         self.cache = self._new_cache(start)
         self._streaming = asyncio.create_task(self._stream())
+        self._changed.set()  # `run` is to watch the new one
 
     async def _stream(self) -> None:
         """Where there is room for all data that are at home here, or nearly: read them, beside the steps."""

@@ -10,6 +10,7 @@ import numpy as np
 from dataio.episode import Episode, FieldSpec, TaskSpec, Window
 from dataio.format.encodings import Encoding
 from dataio.index import EpisodeIndex
+from dataio.loader import LoadedBatch
 from dataio.shards import ShardWriter
 
 CONTROL = TaskSpec(
@@ -81,3 +82,10 @@ def describe(window: Window) -> str:
     for array in (window.step, window.returns_to_go, window.valid):
         parts.append(hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
     return "|".join(parts)
+
+
+def kept(batch: LoadedBatch) -> LoadedBatch:
+    """A batch with arrays of its own; the shared memory is given back."""
+    arrays = {name: array.copy() for name, array in batch.arrays.items()}
+    batch.release()
+    return LoadedBatch(batch.step, arrays, batch.counters, batch.quarantined)

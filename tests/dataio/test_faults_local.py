@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from folder_server import FolderServer
-from loading import CONTROL, dataset, digest_batch
+from loading import CONTROL, dataset, digest_batch, kept
 from test_cache import Stream
 from test_faults import load
 from test_loader import NEEDS, make_plan, rows_of
@@ -182,15 +182,9 @@ def make_plan_of_one(index: Any) -> Any:
 
 
 def load_plan(plan: Any) -> list[LoadedBatch]:
-    batches = []
-    with TrajectoryLoader(
-        plan, Home(0, 1), digest_batch, NEEDS[:1], cache=CacheBudget(memory=1 << 20), stop=3
-    ) as loader:
-        for batch in loader:
-            copied = {k: v.copy() for k, v in batch.arrays.items()}
-            batches.append(LoadedBatch(batch.step, copied, batch.counters, batch.quarantined))
-            batch.release()
-    return batches
+    cache = CacheBudget(memory=1 << 20)
+    with TrajectoryLoader(plan, Home(0, 1), digest_batch, NEEDS[:1], cache=cache, stop=3) as loader:
+        return [kept(batch) for batch in loader]
 
 
 # The process

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from loading import CONTROL, PICTURES, dataset, describe, digest_batch
+from loading import CONTROL, PICTURES, dataset, describe, digest_batch, kept
 
 from dataio.dataset import read_episode
 from dataio.episode import Needs, Window
@@ -55,15 +55,10 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def load(index: Any, home: Home = ONE, start: int = 0, stop: int = 6, **more: Any) -> list[LoadedBatch]:
     """All batches, copied out of shared memory."""
-    batches = []
     with TrajectoryLoader(
         make_plan(index), home, digest_batch, NEEDS, cache=CACHE, start=start, stop=stop, **more
     ) as loader:
-        for batch in loader:
-            arrays = {k: v.copy() for k, v in batch.arrays.items()}
-            batches.append(LoadedBatch(batch.step, arrays, batch.counters, batch.quarantined))
-            batch.release()
-    return batches
+        return [kept(batch) for batch in loader]
 
 
 def rows_of(batches: list[LoadedBatch]) -> dict[tuple[int, int], bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loading import dataset, digest_batch
+from loading import dataset, digest_batch, kept
 from servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from test_loader import NEEDS, make_plan, rows_of
 
@@ -41,9 +41,7 @@ def load(index: Any, front: FaultyFront, cache: CacheBudget = ROOMY) -> list[Loa
     with TrajectoryLoader(plan, Home(0, 1), digest_batch, NEEDS, cache=cache, stop=STEPS, timeout=2.0) as loader:
         assert loader.describe()["whole_shards"] == (cache is ROOMY)
         for batch in loader:
-            copied = {k: v.copy() for k, v in batch.arrays.items()}
-            out.append(LoadedBatch(batch.step, copied, batch.counters, batch.quarantined))
-            batch.release()
+            out.append(kept(batch))
             seen = -1
             while batch.step == 0 and seen != len(front.requests):
                 seen = len(front.requests)
@@ -188,10 +186,16 @@ def test_pieces_on_their_way_never_exceed_the_budget(tmp_path: Path, share: floa
     assert absent == 0 or share < 1
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 def test_an_error_that_is_not_the_stores_ends_the_loader_while_steps_still_wait(
-    world: tuple[Any, FaultyFront], monkeypatch: pytest.MonkeyPatch
+    world: tuple[Any, FaultyFront], monkeypatch: pytest.MonkeyPatch, restarted: bool
 ) -> None:
+    """Also where a new cache is streamed anew."""
+    streams = iter([asyncio.Event().wait] if restarted else [])
+
     async def broken(*_: Any) -> None:
+        for wait in streams:
+            await wait()
         raise ZeroDivisionError
 
     monkeypatch.setattr("dataio.loading.process.stream", broken)
@@ -200,7 +204,12 @@ def test_an_error_that_is_not_the_stores_ends_the_loader_while_steps_still_wait(
     memory = shared_memory.create()
 
     async def run() -> None:
-        await asyncio.wait_for(LoaderProcess(loader._settings(), theirs, memory).run(), 30)
+        process = LoaderProcess(loader._settings(), theirs, memory)
+        running = asyncio.create_task(process.run())
+        if restarted:
+            await asyncio.wait_for(process._begun.wait(), 30)
+            await process._restart_cache(process.cache.next)
+        await asyncio.wait_for(running, 30)
 
     with ours, theirs, pytest.raises(ZeroDivisionError):
         asyncio.run(run())
