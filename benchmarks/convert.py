@@ -26,13 +26,10 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dataio" / "convert"))
-
-import convert_sources as sources
-
-from dataio.convert.converter import BUILT_IN, load_converter
-from dataio.convert.source import Source
-from dataio.episode import Episode
+import tests.dataio.convert.convert_sources as sources
+from tiphys.dataio.convert.converter import BUILT_IN, load_converter
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import Episode
 
 ROUNDS = 5
 
@@ -77,7 +74,8 @@ def lerobot(folder: Path) -> int:
 def rlds(folder: Path) -> int:
     """Google's protobuf runtime is what TensorFlow parses with; pictures by Pillow."""
     from PIL import Image
-    from test_convert_real import _tensorflow_free_records
+
+    from tests.dataio.convert.test_convert_real import _tensorflow_free_records
 
     total = 0
     for path in sorted(folder.glob("*.tfrecord-*")):
@@ -205,7 +203,7 @@ def compare(folder: Path, name: str, steps: int) -> dict[str, Any]:
 
 _MEASURED = """
 import resource, sys
-from dataio.convert import convert
+from tiphys.dataio.convert import convert
 if __name__ == "__main__":
     convert(sys.argv[1], sys.argv[2], format="npz", processes=1)
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):

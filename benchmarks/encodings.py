@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dataio.episode import Episode, FieldSpec, TaskSpec
-from dataio.format.encodings import Encoding
-from dataio.index import EpisodeIndex
-from dataio.shards import ShardWriter
+from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import ShardWriter
 
 CASES = {
     "raw": Encoding("raw"),

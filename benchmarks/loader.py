@@ -34,18 +34,18 @@ from benchmarks.loader_marks import eight_nodes, four_homes
 from benchmarks.other_libraries import compare_others
 from benchmarks.soak import soak, summary
 from benchmarks.store import StoreServer
-from dataio.bench import _distinct_bound, all_fields, stack_windows, window_plan
-from dataio.cache import hit_bound
-from dataio.episode import Episode, FieldSpec, TaskSpec, Window
-from dataio.format.encodings import Encoding
-from dataio.index import EpisodeIndex
-from dataio.loader import CacheBudget, TrajectoryLoader
-from dataio.loading.assemble import Assembler
-from dataio.loading.units import UnitMap
-from dataio.placement import Home
-from dataio.sampling import SamplingPlan
-from dataio.shards import ShardWriter
-from dataio.storage import Store
+from tiphys.dataio.cache import hit_bound
+from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec, Window
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loading.assemble import Assembler
+from tiphys.dataio.loading.units import UnitMap
+from tiphys.dataio.placement import Home
+from tiphys.dataio.sampling import SamplingPlan
+from tiphys.dataio.shards import ShardWriter
+from tiphys.dataio.storage import Store
+from tiphys.launch.loader_bench import _distinct_bound, all_fields, stack_windows, window_plan
 
 K = 20
 PARTS = "vector,image,others,processes,plan"
@@ -83,7 +83,7 @@ def write(url: str, fields: tuple[FieldSpec, ...], size: int) -> EpisodeIndex:
 
 def from_arrays(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
     """Every episode as arrays in memory; a window is a slice, nothing is decoded or verified: what nobody can beat."""
-    from dataio.dataset import read_episode
+    from tiphys.dataio.dataset import read_episode
 
     episodes = [read_episode(index, e) for e in range(index.episodes)]
     for step in range(10**9):

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from benchmarks.plan import TASKS, SimulatedIndex
 from benchmarks.store import StoreServer
-from dataio.bench import all_fields, stack_windows, window_plan
-from dataio.cache import RangeCache, hit_bound
-from dataio.index import EpisodeIndex
-from dataio.loader import CacheBudget, TrajectoryLoader
-from dataio.loading.units import UnitMap
-from dataio.placement import Home, Placement
-from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+from tiphys.dataio.cache import RangeCache, hit_bound
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loading.units import UnitMap
+from tiphys.dataio.placement import Home, Placement
+from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
 ROWS, WINDOW = 512, 20
 _UNIT = 64  # bytes of a simulated unit

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.store import StoreServer
-from dataio.bench import _distinct_bound, window_plan
-from dataio.dataset import read_episode
-from dataio.index import EpisodeIndex
+from tiphys.dataio.dataset import read_episode
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.launch.loader_bench import _distinct_bound, window_plan
 
 LIBRARIES = ("lance", "litdata", "streaming", "streaming, random access", "webdataset")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-benchmarks" / "bin" / "python"

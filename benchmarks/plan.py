@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.cache import RangeCache, hit_bound
-from dataio.placement import Home, Placement
-from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+from tiphys.dataio.cache import RangeCache, hit_bound
+from tiphys.dataio.placement import Home, Placement
+from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 TASKS, ROWS, BUDGET, WINDOW = 50, 512, 1024, 20
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from dataio.bench import all_fields, stack_windows, window_plan
-from dataio.index import EpisodeIndex
-from dataio.loader import CacheBudget, TrajectoryLoader
-from dataio.placement import Home
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.placement import Home
+from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
 _EVERY = 10.0  # seconds from sample to sample
 _PREFETCH = 64 << 20
@@ -75,7 +75,9 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _loader_process() -> psutil.Process:
-    (found,) = (c for c in psutil.Process().children() if any("dataio.loading.process" in word for word in c.cmdline()))
+    (found,) = (
+        c for c in psutil.Process().children() if any("tiphys.dataio.loading.process" in word for word in c.cmdline())
+    )
     return found
 
 

@@ -11,7 +11,7 @@ steps over its data sheet. The losses show that all three learn alike. Peak memo
 parameters, gradients and moments included. What does not fit the device says so in its row, and the others go on: where not
 all of them fit together, give one of them at a time to `--methods`.
 
-On a CPU the processes keep the memory that arrays free, as training under the launcher does (`launch.submit.KEEP_MEMORY`);
+On a CPU the processes keep the memory that arrays free, as training under the launcher does (`tiphys.launch.submit.KEEP_MEMORY`);
 `--malloc default` measures without.
 """
 
@@ -34,16 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from launch.submit import KEEP_MEMORY
-from pretrain.batch import TEXT, TokenBatch
-from pretrain.deepspeed_config import cpu_has_bf16
-from pretrain.metrics import peak_rate
-from pretrain.model.config import DecisionConfig
-from pretrain.model.flops import flops_per_batch, parameters
-from pretrain.model.inputs import to_tensors
-from pretrain.model.moe import mixtures
-from pretrain.model.transformer import DecisionModel
-from pretrain.spans import peak_memory
+from tiphys.launch.submit import KEEP_MEMORY
+from tiphys.pretrain.distributed.deepspeed_config import cpu_has_bf16
+from tiphys.pretrain.distributed.spans import peak_memory
+from tiphys.pretrain.metrics import peak_rate
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.flops import flops_per_batch, parameters
+from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.moe import mixtures
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.tokens.batch import TEXT, TokenBatch
 
 VOCABULARY = 2048
 LONG = 1e13  # operations: some 15 ms of an H200
@@ -83,7 +83,7 @@ class DeepSpeedMixture(nn.Module):
         super().__init__()
         from deepspeed.moe.layer import MoE
 
-        from pretrain.model.layers import Mlp
+        from tiphys.pretrain.model.layers import Mlp
 
         self.moe = MoE(
             config.hidden_size,

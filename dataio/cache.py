@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .caching.kept import NOWHERE, STAGED, KeptUnits, Units, distinct
-from .caching.slabs import ALIGN
+from tiphys.dataio.caching.kept import NOWHERE, STAGED, KeptUnits, Units, distinct
+from tiphys.dataio.caching.slabs import ALIGN
 
 MAX_LOOK_AHEAD = 65535  # blocks: what a count of two bytes can hold
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dataio import environments
-from dataio.environments import Environment, Expert, ExpertLost
-from dataio.episode import DataError, Episode, TaskSpec
-from dataio.observation import observation_fields
-from dataio.workers import Workers
+from tiphys.dataio import environments
+from tiphys.dataio.environments import Environment, Expert, ExpertLost
+from tiphys.dataio.environments.workers import Workers
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.observation import observation_fields
 
 if TYPE_CHECKING:
-    from dataio.index import EpisodeIndex
+    from tiphys.dataio.index import EpisodeIndex
 
 SCORE_SEEDS, EVALUATION_SEEDS = 900_000, 1_000_000
 LONGEST = 100_000  # steps after which an environment without a horizon is cut off
@@ -88,7 +88,7 @@ def collect(
 
     Raises UnknownEnvironment, MissingExtra, EnvironmentFault, or what the store raises; no dataset exists then.
     """
-    from dataio.shards import ShardWriter
+    from tiphys.dataio.shards import ShardWriter
 
     counts = _counts(tasks, episodes)
     for task, count in counts.items():

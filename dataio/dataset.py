@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import DataError, Episode, TaskSpec
-from dataio.foreign import absolute, index_foreign
-from dataio.format.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
-from dataio.format.rows import ONLY_WITH_ACTION
-from dataio.format.table import Part, Shard, batches, combine
-from dataio.index import EpisodeIndex
-from dataio.shards import merge_tasks
-from dataio.statistics import Statistics
-from dataio.verify import Finding, Report, verify
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION
+from tiphys.dataio.format.table import Part, Shard, batches, combine
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import merge_tasks
+from tiphys.dataio.statistics import Statistics
+from tiphys.dataio.upkeep.foreign import absolute, index_foreign
+from tiphys.dataio.upkeep.verify import Finding, Report, verify
 
 __all__ = [
     "Finding",
@@ -219,7 +219,7 @@ class _Source:
 
 def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
     """Write a dataset whose index holds episodes of others. The statistics of a part are those of the whole that it is of."""
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
     target = Store(destination)
     own = absolute(destination)
@@ -258,7 +258,7 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
 
 def _fetch_whole(url: str, file: Path, sketches: Path) -> dict[str, Any]:
     """Index and statistics of a dataset as local files; they must be those that its dataset.json names."""
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
     store = Store(url)
     document = parse(store.read(DATASET), f"{url}/{DATASET}")

@@ -64,7 +64,7 @@ class TaskSpec:
 
     name: str
     fields: tuple[FieldSpec, ...]
-    environment: str = ""  # what `dataio.environments.make` takes; empty: data without an environment
+    environment: str = ""  # what `tiphys.dataio.environments.make` takes; empty: data without an environment
     normalise: str = "return"  # return | success: which of the two `random` and `expert` measure
     random: float | None = None  # score of uniformly random actions
     expert: float | None = None  # score of the expert

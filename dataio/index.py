@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio.episode import DataError, FieldSpec, TaskSpec
-from dataio.format import encodings
-from dataio.format.arrays import load
-from dataio.format.document import DATASET, cache_folder, decoded, parse
-from dataio.format.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
-from dataio.format.table import Shard
-from dataio.statistics import FieldStatistics
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.format import encodings
+from tiphys.dataio.format.arrays import load
+from tiphys.dataio.format.document import DATASET, cache_folder, decoded, parse
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
+from tiphys.dataio.format.table import Shard
+from tiphys.dataio.statistics import FieldStatistics
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
 STEPS = "steps.npy"
 
@@ -97,7 +97,7 @@ class EpisodeIndex:
 
         Raises FileNotFoundError where there is no dataset, DataError where index and dataset.json do not belong together.
         """
-        from dataio.storage import Store
+        from tiphys.dataio.storage import Store
 
         store = Store(url)
         try:
@@ -157,7 +157,7 @@ class EpisodeIndex:
 
     @cached_property
     def store(self) -> Store:
-        from dataio.storage import Store
+        from tiphys.dataio.storage import Store
 
         return Store(self.url)
 

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.episode import Needs, Window
-from dataio.loading import shared_memory
-from dataio.peers import PeerSettings
+from tiphys.dataio.episode import Needs, Window
+from tiphys.dataio.loading import shared_memory
+from tiphys.dataio.peers import PeerSettings
 
 if TYPE_CHECKING:
-    from dataio.placement import Home
-    from dataio.sampling import SamplingPlan
+    from tiphys.dataio.placement import Home
+    from tiphys.dataio.sampling import SamplingPlan
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,9 @@ _RESTARTS = 3  # of a loader process that dies without handing over a batch in b
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 # obstore's threads: handing requests from one to another costs a third of a small request's time, so few where cores are few
 _THREADS = {"TOKIO_WORKER_THREADS": str(max(1, (os.cpu_count() or 1) // 8))}
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from dataio.loading.process import main; main()"
+_START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tiphys.dataio.loading.process import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,8 @@ class TrajectoryLoader:
 
     def describe(self) -> dict[str, Any]:
         """What will be cached of what, in which pieces, and the best possible hit rate; starts nothing."""
-        from dataio.loading.sizing import sized
-        from dataio.placement import Placement
+        from tiphys.dataio.loading.sizing import sized
+        from tiphys.dataio.placement import Placement
 
         settings = self._settings()
         return sized(self.plan, Placement(self.plan, self.home), settings).describe(settings)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan.mixture import UNIT
-from .sampling import SamplingPlan
+from tiphys.dataio.plan.mixture import UNIT
+from tiphys.dataio.sampling import SamplingPlan
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .episode import DataError
-from .philox import BUCKET, words
-from .plan.draws import Columns, Drawer, Ints, Quarantine
-from .plan.entries import EntryLengths, PlanEntry, PlannedWindows
-from .plan.epochs import EpochDrawer, epoch_mix
-from .plan.history import History
-from .plan.index import PlanIndex, digest
-from .plan.log import Event, PlanLog
-from .plan.mixture import UNIT, Mix, entry_shares, free_mix
-from .plan.report import report
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.philox import BUCKET, words
+from tiphys.dataio.plan.draws import Columns, Drawer, Ints, Quarantine
+from tiphys.dataio.plan.entries import EntryLengths, PlanEntry, PlannedWindows
+from tiphys.dataio.plan.epochs import EpochDrawer, epoch_mix
+from tiphys.dataio.plan.history import History
+from tiphys.dataio.plan.index import PlanIndex, digest
+from tiphys.dataio.plan.log import Event, PlanLog
+from tiphys.dataio.plan.mixture import UNIT, Mix, entry_shares, free_mix
+from tiphys.dataio.plan.report import report
 
 __all__ = ["EntryLengths", "PlanEntry", "PlannedWindows", "SamplingPlan", "choose_buckets"]
 

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from crc32c import crc32c
 
-from dataio.episode import DataError, Episode, TaskSpec
-from dataio.format import arrays, table
-from dataio.format import encodings as codecs
-from dataio.format.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
-from dataio.format.encodings import Encoding
-from dataio.format.rows import Layout, check_task, plain
-from dataio.format.sample import BLOCK, Sample
-from dataio.index import EpisodeIndex
-from dataio.statistics import Statistics
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format import encodings as codecs
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.rows import Layout, check_task, plain
+from tiphys.dataio.format.sample import BLOCK, Sample
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.statistics import Statistics
 
 if TYPE_CHECKING:
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
 _PIECE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -58,7 +58,7 @@ class ShardWriter:
         piece: str = "",
         scratch: str = "",
     ) -> None:
-        from dataio.storage import Store
+        from tiphys.dataio.storage import Store
 
         if piece and not _PIECE.fullmatch(piece):
             raise DataError(f"piece {piece!r}: a name of letters, digits, - and _, at most 64, is needed")
@@ -193,7 +193,7 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
 
     The pieces stay, so that more can be written and merged again. Raises FileNotFoundError where a named piece is missing.
     """
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
     store = Store(url)
     names = sorted(pieces) or sorted(

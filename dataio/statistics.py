@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import FieldSpec
-from dataio.format.rows import ONLY_WITH_ACTION, Layout
+from tiphys.dataio.episode import FieldSpec
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, Layout
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 MOST_DIMENSIONS = 512  # of a field; a larger one has statistics over all its elements together

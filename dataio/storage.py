@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dataio.backends import (
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.stores.backends import (
     Changed,
     LocalBackend,
     ObjectBackend,
@@ -31,9 +32,8 @@ from dataio.backends import (
     backend,
     redacted,
 )
-from dataio.episode import DataError
-from dataio.limit import RequestLimit
-from dataio.ranges import GAP, PART, Joined, join_ranges
+from tiphys.dataio.stores.limit import RequestLimit
+from tiphys.dataio.stores.ranges import GAP, PART, Joined, join_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

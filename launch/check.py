@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.submit import devices
-from pretrain.deepspeed_config import unsupported
-from recipes.load import Examined, RecipeError, examine, from_dict
-from recipes.schema import Model, Parallel, Recipe
+from tiphys.launch.submit import devices
+from tiphys.pretrain.distributed.deepspeed_config import unsupported
+from tiphys.recipes.load import Examined, RecipeError, examine, from_dict
+from tiphys.recipes.schema import Model, Parallel, Recipe
 
 # Top-level keys of DeepSpeed 0.19's JSON. Its nested sections reject unknown keys themselves; the top level does not.
 DEEPSPEED_KEYS = frozenset(
@@ -220,7 +220,7 @@ def _model(seen: Examined) -> Iterator[str]:
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
-    from pretrain.paradigms import PARADIGMS
+    from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
     named, where = _section(seen.raw, "objectives"), seen.where
     for name, options in named.items():
@@ -243,8 +243,8 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 
 def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
-    from dataio.index import EpisodeIndex
-    from pretrain.objectives import Objectives
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.pretrain.objectives import Objectives
 
     indexes = []
     for i, entry in enumerate(recipe.data.mixture):

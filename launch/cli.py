@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None:
         parser.print_help()
         return 2
-    from launch import commands
+    from tiphys.launch import commands
 
     try:
         command: Callable[[argparse.Namespace], int] = getattr(commands, name)

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def quickstart(args: Namespace) -> int:
-    from launch.quickstart import quickstart
+    from tiphys.launch.quickstart import quickstart
 
     return quickstart(args.overrides, args.datasets, args.scale, args.processes)
 
@@ -21,8 +21,8 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
-    from launch.check import check
-    from launch.submit import submit
+    from tiphys.launch.check import check
+    from tiphys.launch.submit import submit
 
     check(args.recipe, args.overrides, world=args.processes if not args.hostfile else 0)
     return submit(
@@ -36,7 +36,7 @@ def train(args: Namespace) -> int:
 
 
 def check(args: Namespace) -> int:
-    from launch.check import check
+    from tiphys.launch.check import check
 
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is right")
@@ -44,7 +44,7 @@ def check(args: Namespace) -> int:
 
 
 def mixture(args: Namespace) -> int:
-    from launch.mixture import request, show
+    from tiphys.launch.mixture import request, show
 
     if args.action == "show":
         print(show(args.run))
@@ -54,7 +54,7 @@ def mixture(args: Namespace) -> int:
 
 
 def report(args: Namespace) -> int:
-    from launch.report import write_report
+    from tiphys.launch.report import write_report
 
     print(write_report(args.run))
     return 0
@@ -64,7 +64,7 @@ def objectives(args: Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.paradigms import table
+    from tiphys.pretrain.tokens.paradigms import table
 
     rows = table()
     view = Table(*rows[0], title="Paradigms", header_style="bold")
@@ -75,7 +75,7 @@ def objectives(args: Namespace) -> int:
 
 
 def tokens(args: Namespace) -> int:
-    from launch.tokens import show_row
+    from tiphys.launch.tokens import show_row
 
     print(show_row(args.recipe, args.overrides, args.step, args.row))
     return 0
@@ -85,22 +85,22 @@ def tokens(args: Namespace) -> int:
 
 
 def environments(args: Namespace) -> int:
-    from dataio.environments import names
+    from tiphys.dataio.environments import names
 
     print("\n".join(n for n in names() if args.contains.lower() in n.lower()))
     return 0
 
 
 def collect(args: Namespace) -> int:
-    from dataio.collect import collect
+    from tiphys.dataio.collect import collect
 
     policy: Any = None
     if args.policy and (Path(args.policy) / "config.json").is_file():
-        from pretrain.evaluate import PolicyExpert
+        from tiphys.pretrain.evaluate import PolicyExpert
 
         policy = PolicyExpert(args.policy)
     elif args.policy:
-        from dataio.environments.agents import agent
+        from tiphys.dataio.environments.agents import agent
 
         policy = agent(args.policy, trusted=args.trust_policy)
     index = collect(
@@ -120,7 +120,7 @@ def collect(args: Namespace) -> int:
 
 
 def convert(args: Namespace) -> int:
-    from dataio.convert import convert
+    from tiphys.dataio.convert import convert
 
     done = convert(
         args.source,
@@ -137,17 +137,17 @@ def convert(args: Namespace) -> int:
 
 
 def export(args: Namespace) -> int:
-    from dataio.export import export
+    from tiphys.dataio.export import export
 
     print(export(args.dataset, args.destination, format=args.format))
     return 0
 
 
 def inspect(args: Namespace) -> int:
-    from dataio.dataset import inspect
+    from tiphys.dataio.dataset import inspect
 
     if args.episode >= 0:
-        from launch.look import episode
+        from tiphys.launch.display import episode
 
         print(episode(args.dataset, args.episode, args.picture))
         return 0
@@ -155,14 +155,14 @@ def inspect(args: Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        from launch.look import summary
+        from tiphys.launch.display import summary
 
         print(summary(found))
     return 0
 
 
 def verify(args: Namespace) -> int:
-    from dataio.dataset import verify
+    from tiphys.dataio.dataset import verify
 
     found = verify(args.dataset, repair=args.repair)
     print(found)
@@ -170,7 +170,7 @@ def verify(args: Namespace) -> int:
 
 
 def index(args: Namespace) -> int:
-    from dataio.foreign import index_foreign
+    from tiphys.dataio.upkeep.foreign import index_foreign
 
     made = index_foreign(args.dataset)
     print(f"{args.dataset}: {made.episodes} samples indexed in place")
@@ -178,19 +178,19 @@ def index(args: Namespace) -> int:
 
 
 def merge(args: Namespace) -> int:
-    from dataio.dataset import merge
+    from tiphys.dataio.dataset import merge
 
     return _made(args.destination, merge(args.datasets, args.destination))
 
 
 def append(args: Namespace) -> int:
-    from dataio.dataset import append
+    from tiphys.dataio.dataset import append
 
     return _made(args.dataset, append(args.dataset, args.more))
 
 
 def split(args: Namespace) -> int:
-    from dataio.dataset import split
+    from tiphys.dataio.dataset import split
 
     for url, made in zip((args.first, args.second), split(args.dataset, args.first, args.second, args.share)):
         _made(url, made)
@@ -198,7 +198,7 @@ def split(args: Namespace) -> int:
 
 
 def filter(args: Namespace) -> int:
-    from dataio.dataset import filter
+    from tiphys.dataio.dataset import filter
 
     made = filter(
         args.dataset,
@@ -218,7 +218,7 @@ def _made(url: str, made: Any) -> int:
 
 
 def loader_bench(args: Namespace) -> int:
-    from dataio.bench import bench, describe
+    from tiphys.launch.loader_bench import bench, describe
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
     print(json.dumps(found, indent=1) if args.json else describe(found))
@@ -229,8 +229,8 @@ def loader_bench(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
-    from launch.look import scores
-    from pretrain.evaluate import evaluate
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.evaluate import evaluate
 
     folder = _policy_folder(args.policy)
     found = evaluate(
@@ -247,7 +247,7 @@ def evaluate(args: Namespace) -> int:
 
 
 def publish(args: Namespace) -> int:
-    from pretrain.publish import publish
+    from tiphys.pretrain.publish import publish
 
     print(publish(_policy_folder(args.run), args.to, private=not args.public))
     return 0

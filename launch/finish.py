@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.load import digest, to_dict
-from recipes.schema import Recipe
+from tiphys.recipes.load import digest, to_dict
+from tiphys.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from pretrain.objectives import Objectives
+    from tiphys.pretrain.objectives import Objectives
 
 
 def finish(recipe: Recipe, objectives: Objectives) -> int:
     """The newest checkpoint as `<run.dir>/policy`, its evaluation, the publication that the recipe asks for, the report."""
-    from launch.look import scores
-    from launch.report import write_report
-    from pretrain.checkpoint import Checkpoint
-    from pretrain.evaluate import evaluate
-    from pretrain.publish import add_evaluation
+    from tiphys.launch.display import scores
+    from tiphys.launch.report import write_report
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.evaluate import evaluate
+    from tiphys.pretrain.publish import add_evaluation
 
     run = Path(recipe.run.dir)
     checkpoint = Checkpoint.newest_whole(run)
@@ -45,9 +45,9 @@ def finish(recipe: Recipe, objectives: Objectives) -> int:
 
 def export_policy(recipe: Recipe, objectives: Objectives, checkpoint: Path, folder: Path) -> Path:
     """A checkpoint as a policy in the Hugging Face form."""
-    from pretrain.checkpoint import Checkpoint, export_weights
-    from pretrain.model.config import DecisionConfig
-    from pretrain.publish import save_policy
+    from tiphys.pretrain.checkpoint import Checkpoint, export_weights
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.publish import save_policy
 
     source = Checkpoint.open(checkpoint)
     save_policy(
@@ -77,7 +77,7 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
 
 def start_evaluation(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> subprocess.Popen[bytes]:
     """Evaluate a checkpoint in a process of its own, while training goes on: `<run.dir>/evaluations/step-…json`."""
-    from pretrain.evaluate import start
+    from tiphys.pretrain.evaluate import start
 
     folder = Path(recipe.run.dir) / "evaluations" / f"step-{step:08d}"
     export_policy(recipe, objectives, checkpoint, folder)
@@ -87,8 +87,8 @@ def start_evaluation(recipe: Recipe, objectives: Objectives, checkpoint: Path, s
 
 def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> None:
     """Publish a checkpoint's policy while training goes on; with `publish.keep: best` after an evaluation of its own."""
-    from pretrain.evaluate import start
-    from pretrain.publish import add_evaluation
+    from tiphys.pretrain.evaluate import start
+    from tiphys.pretrain.publish import add_evaluation
 
     folder = Path(recipe.run.dir) / "publishing"
     try:
@@ -108,7 +108,7 @@ def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path,
 
 def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None) -> None:
     """Publish; with `publish.keep: best` only what scores higher than what this run has published before."""
-    from pretrain.publish import publish
+    from tiphys.pretrain.publish import publish
 
     record = Path(recipe.run.dir) / "published.json"
     score = mean_score(found)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.load import load_recipe
-from recipes.schema import Recipe
+from tiphys.recipes.load import load_recipe
+from tiphys.recipes.schema import Recipe
 
 REQUESTS = "mixture.jsonl"
 

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataio.loader import CacheBudget
-from dataio.peers import PeerSettings
-from dataio.placement import Home
-from pretrain.callbacks import Callback
+from tiphys.dataio.loader import CacheBudget
+from tiphys.dataio.peers import PeerSettings
+from tiphys.dataio.placement import Home
+from tiphys.pretrain.callbacks import Callback
 
 if TYPE_CHECKING:
-    from pretrain.parallel import ParallelDims
-    from pretrain.trainer import Trainer
+    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.pretrain.trainer import Trainer
 
 _RECORD = "home.json"
 _FOLDER = re.compile(r"loader-(\d{1,6})$")

@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.commands import progress_lines
-from launch.submit import submit
-from recipes.load import load_recipe
+from tiphys.launch.commands import progress_lines
+from tiphys.launch.submit import submit
+from tiphys.recipes.load import load_recipe
 
 # dataset -> task -> demonstrations
 DEMONSTRATIONS: dict[str, dict[str, int]] = {
@@ -53,8 +53,8 @@ def _moved(datasets: str) -> list[str]:
 
 def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
     """`tasks`: demonstrations of each; `scored`: episodes that measure each task's random and expert score."""
-    from dataio.collect import collect
-    from dataio.index import EpisodeIndex
+    from tiphys.dataio.collect import collect
+    from tiphys.dataio.index import EpisodeIndex
 
     if (Path(url) / "dataset.json").is_file():
         have = EpisodeIndex.open(url)

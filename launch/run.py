@@ -11,18 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.finish import finish, start_evaluation
-from launch.mixture import follow, names
-from recipes.load import to_yaml
-from recipes.schema import Recipe
+from tiphys.launch.finish import finish, start_evaluation
+from tiphys.launch.mixture import follow, names
+from tiphys.recipes.load import to_yaml
+from tiphys.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from dataio.index import EpisodeIndex
-    from dataio.sampling import SamplingPlan
-    from pretrain.batch import TokenBatch
-    from pretrain.callbacks import Callback
-    from pretrain.objectives import Objectives
-    from pretrain.parallel import ParallelDims
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.sampling import SamplingPlan
+    from tiphys.pretrain.callbacks import Callback
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.pretrain.tokens.batch import TokenBatch
 
 
 MAPPED = 200_000  # episodes
@@ -35,15 +35,15 @@ _LOST = re.compile(
 def run(recipe: Recipe) -> int:
     """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed); 1 when another
     rank is gone."""
-    from dataio.loader import TrajectoryLoader
-    from launch.node_cache import NodeCache
-    from pretrain.checkpoint import Checkpoint
-    from pretrain.engine import build_engine
-    from pretrain.model.config import DecisionConfig
-    from pretrain.model.transformer import DecisionModel
-    from pretrain.objectives import Objectives
-    from pretrain.parallel import ParallelDims
-    from pretrain.trainer import Trainer
+    from tiphys.dataio.loader import TrajectoryLoader
+    from tiphys.launch.node_cache import NodeCache
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.engine import build_engine
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.pretrain.trainer import Trainer
 
     world = ParallelDims(recipe.parallel)
     indexes = open_datasets(recipe, world)
@@ -94,7 +94,7 @@ def lost(error: Exception, step: int, saved: int) -> str:
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
     """One index a line of the mixture. The first rank of a machine decodes a new one; the others find it decoded."""
-    from dataio.index import EpisodeIndex
+    from tiphys.dataio.index import EpisodeIndex
 
     opened: dict[str, EpisodeIndex] = {}
 
@@ -115,9 +115,9 @@ def make_plan(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
 ) -> SamplingPlan:
     """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
-    from dataio.format.document import cache_folder
-    from dataio.plan.preferences import preference
-    from dataio.sampling import PlanEntry, SamplingPlan
+    from tiphys.dataio.format.document import cache_folder
+    from tiphys.dataio.plan.preferences import preference
+    from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 
     entries = []
     for i, (line, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
@@ -175,7 +175,7 @@ def callbacks(
     recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
 ) -> list[Callback]:
     """The stages beside the loop, in the order in which they act."""
-    from pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
+    from tiphys.pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
@@ -195,7 +195,7 @@ def callbacks(
     if recipe.evaluate.every and recipe.evaluate.tasks:
         stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
     if recipe.publish.every and recipe.publish.to:
-        from launch.finish import publish_checkpoint
+        from tiphys.launch.finish import publish_checkpoint
 
         stages.append(Publisher(recipe.publish.every, partial(publish_checkpoint, recipe, objectives), checkpointer))
     return stages
@@ -205,8 +205,8 @@ def held_out_batches(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, world: ParallelDims
 ) -> Iterator[TokenBatch]:
     """This rank's share of `validate.rows` held-out rows, the same rows at every validation."""
-    from dataio.loader import TrajectoryLoader
-    from pretrain.batch import TokenBatch
+    from tiphys.dataio.loader import TrajectoryLoader
+    from tiphys.pretrain.tokens.batch import TokenBatch
 
     if not world.is_first_stage:
         return

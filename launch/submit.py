@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = ("--module", "tiphys.launch.train")
 # glibc gives large arrays back to the kernel when they are freed, and every step pays for their pages again: a third of the
 # time of element-wise operations on a CPU (benchmarks/RESULTS.md). These keep them; resident memory stays at its peak.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
@@ -83,13 +83,13 @@ def submit(
     hostfile: str = "",
     extra: Sequence[str] = (),
 ) -> int:
-    """Run `launch/train.py` under the launcher and wait; the launcher's exit status.
+    """Run `tiphys.launch.train` under the launcher and wait; the launcher's exit status.
 
     The first Ctrl-C reaches the ranks, which save and end by themselves; only a second one ends the launcher.
     """
     if port and port_in_use(port):
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
-    command = [*launcher(processes, port=port, hostfile=hostfile, extra=extra), str(TRAIN), recipe, *overrides]
+    command = [*launcher(processes, port=port, hostfile=hostfile, extra=extra), *TRAIN, recipe, *overrides]
     # A group of its own: the terminal's Ctrl-C then reaches only us, and we pass it on to the ranks alone.
     child = subprocess.Popen(command, env=environment(), start_new_session=True)
     return wait(child)
@@ -108,7 +108,7 @@ def wait(child: subprocess.Popen[bytes]) -> int:
             return
         for process in psutil.Process(child.pid).children(recursive=True):
             try:
-                if str(TRAIN) in process.cmdline() and "deepspeed.launcher.launch" not in process.cmdline():
+                if TRAIN[1] in process.cmdline() and "deepspeed.launcher.launch" not in process.cmdline():
                     process.send_signal(signal.SIGTERM)
             except psutil.Error:
                 continue  # it has just ended

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 def show_row(recipe_path: str, overrides: Sequence[str], step: int, row: int) -> str:
     """The positions of a row, a line each: window, what it is, its value, what is to be predicted there."""
-    from dataio.loader import TrajectoryLoader
-    from dataio.placement import Home
-    from launch.check import check
-    from launch.run import loader_arguments, make_plan, open_datasets
-    from pretrain.batch import TokenBatch
-    from pretrain.describe import describe_row
-    from pretrain.objectives import Objectives
+    from tiphys.dataio.loader import TrajectoryLoader
+    from tiphys.dataio.placement import Home
+    from tiphys.launch.check import check
+    from tiphys.launch.run import loader_arguments, make_plan, open_datasets
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.tokens.batch import TokenBatch
+    from tiphys.pretrain.tokens.describe import describe_row
 
     recipe = check(recipe_path, overrides)
     indexes = open_datasets(recipe)

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).parent:
-    # Started by its path: the packages beside this folder are wanted, not the modules inside it.
-    sys.path[0] = str(Path(__file__).parents[1])
+if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Started by its path: the package `tiphys` beside this folder is wanted, not the modules inside it.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.check import check
-from recipes.load import RecipeError
+from tiphys.launch.check import check
+from tiphys.recipes.load import RecipeError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"tiphys: {error}", file=sys.stderr)
         return 1
-    from launch.run import run
+    from tiphys.launch.run import run
 
     return run(recipe)
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.model.inputs import from_bits
+from tiphys.pretrain.model.inputs import from_bits
 
 if TYPE_CHECKING:
-    from pretrain.model.transformer import DecisionModel, DecisionOutput
+    from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
 
 COLUMNS = 4  # predicted tokens, wrong ones, regressed vectors, Σ mean |error| of them
 

@@ -21,14 +21,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pretrain import checkpoint_files as files
-from pretrain import deepspeed_state as state_of
-from pretrain.checkpoint_files import CheckpointError
-from recipes.load import differences, digest, from_dict, to_dict
+from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.distributed import deepspeed_state as state_of
+from tiphys.recipes.load import differences, digest, from_dict, to_dict
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
-    from recipes.schema import Recipe
+    from tiphys.pretrain.engine import Engine
+    from tiphys.recipes.schema import Recipe
 
 log = logging.getLogger(__name__)
 

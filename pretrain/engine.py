@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from pretrain.action_error import COLUMNS, action_errors
-from pretrain.batch import TokenBatch
-from pretrain.deepspeed_config import derive
-from pretrain.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
-from pretrain.model.flops import flops_per_batch
-from pretrain.model.inputs import to_tensors
-from pretrain.model.moe import mixtures, step_counts
-from pretrain.parallel import LayoutError, ParallelDims, Sum
-from pretrain.spans import Spans, peak_memory
+from tiphys.pretrain.action_error import COLUMNS, action_errors
+from tiphys.pretrain.distributed.deepspeed_config import derive
+from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
+from tiphys.pretrain.distributed.spans import Spans, peak_memory
+from tiphys.pretrain.model.flops import flops_per_batch
+from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
-    from pretrain.model.transformer import DecisionModel
-    from recipes.schema import Recipe
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.recipes.schema import Recipe
 
 
 @dataclass
@@ -114,7 +114,7 @@ def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> E
     Raises LayoutError where the section and the layout do not fit, before anything is built.
     """
     if world.pipeline > 1:
-        from pretrain.engine_pipeline import PipelineEngine
+        from tiphys.pretrain.distributed.pipeline_engine import PipelineEngine
 
         return PipelineEngine(recipe, model, world)
     return Engine(recipe, model, world)
@@ -345,7 +345,7 @@ def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) -> None:
-    from pretrain.model.expert_parallel import shard_experts
+    from tiphys.pretrain.model.expert_parallel import shard_experts
 
     if config.num_experts == 0 or config.num_experts % world.expert:
         raise LayoutError(f"parallel.expert: {world.expert} does not divide model.moe.experts, {config.num_experts}")
@@ -353,7 +353,7 @@ def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) ->
 
 
 def _time_travels(module: torch.nn.Module, spans: Spans) -> None:
-    from pretrain.model.expert_parallel import ShardedExperts
+    from tiphys.pretrain.model.expert_parallel import ShardedExperts
 
     for layer in module.modules():
         if isinstance(layer, ShardedExperts):

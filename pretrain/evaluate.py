@@ -2,9 +2,9 @@
 
 Episodes play in groups of `GROUP`, side by side in one process and in one forward pass a step. A group follows from its task and
 its seeds alone, so the result does not depend on the number of processes. Seeds start where no demonstration reaches
-(`dataio.collect`).
+(`tiphys.dataio.collect`).
 
-`python -m pretrain.evaluate FOLDER --out evaluation.json` is the same from outside, and what `start` runs beside a training.
+`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same in a process of its own; `start` runs it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio import environments
-from dataio.collect import EVALUATION_SEEDS, LONGEST, EnvironmentFault, Outcome, score
-from dataio.environments import Environment, Expert
-from dataio.episode import DataError, TaskSpec
-from dataio.workers import Workers
+from tiphys.dataio import environments
+from tiphys.dataio.collect import EVALUATION_SEEDS, LONGEST, EnvironmentFault, Outcome, score
+from tiphys.dataio.environments import Environment, Expert
+from tiphys.dataio.environments.workers import Workers
+from tiphys.dataio.episode import DataError, TaskSpec
 
 if TYPE_CHECKING:
-    from pretrain.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy
 
 GROUP = 10  # episodes that one forward pass serves
 
@@ -97,7 +97,7 @@ def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **o
 
     The process is told nothing of the launcher's ranks and rendezvous, and takes no GPU from the training.
     """
-    command = [sys.executable, "-m", "pretrain.evaluate", str(folder), "--out", str(out)]
+    command = [sys.executable, "-m", "tiphys.pretrain.evaluate", str(folder), "--out", str(out)]
     for name, value in options.items():
         if value is True:
             command.append(f"--{name}")
@@ -173,7 +173,7 @@ def bootstrap(values: np.ndarray, draws: int = 2000) -> list[float]:
 
 def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
     """The tasks to play, checked before any process starts."""
-    from pretrain.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy
 
     policy = Policy.load(folder, "cpu")
     known = {name: policy.processor.tasks[name] for name in policy.tasks}
@@ -244,7 +244,7 @@ def play_group(
     policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
 ) -> list[Played]:
     """One episode in each environment, in lock step; those that have ended leave the batch."""
-    from pretrain.states import state_hash
+    from tiphys.pretrain.acting.states import state_hash
 
     policy.reset(spec.name, environments=len(seeds))
     hashed = state_hash(spec)
@@ -280,7 +280,7 @@ class _Strip:
     folder: str
 
     def __call__(self) -> dict[str, Any]:
-        from pretrain.states import film_strip
+        from tiphys.pretrain.acting.states import film_strip
 
         name = f"{self.spec.name.replace('/', '_')}-{self.seed}.png"
         try:
@@ -294,12 +294,12 @@ class _Strip:
 
 @dataclass(frozen=True)
 class PolicyExpert:
-    """A policy's folder as the expert of a collection (`dataio.collect`): makes one expert for a task and its environment."""
+    """A policy's folder as the expert of a collection (`tiphys.dataio.collect`)."""
 
     folder: str
 
     def __call__(self, task: str, env: Environment) -> Expert:
-        from pretrain.policy import Policy
+        from tiphys.pretrain.acting.policy import Policy
 
         policy = Policy.load(self.folder)
 
@@ -322,7 +322,7 @@ class _Demonstrated:
     part: tuple[int, int]
 
     def __call__(self) -> np.ndarray:
-        from pretrain.states import demonstrated_states
+        from tiphys.pretrain.acting.states import demonstrated_states
 
         return demonstrated_states(self.spec, self.datasets, self.part)
 
@@ -357,7 +357,7 @@ def _start(folder: str, sample: bool, device: str) -> None:
     global _policy
     import torch
 
-    from pretrain.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # processes share the cores
@@ -371,7 +371,9 @@ def _environments(task: str) -> list[Environment]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description="Let a policy act, and score it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tiphys.pretrain.evaluate", description="Let a policy act, and score it."
+    )
     parser.add_argument("folder")
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--episodes", type=int, default=40)

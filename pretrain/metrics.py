@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from pretrain.engine import StepResult
+    from tiphys.pretrain.engine import StepResult
 
 # Dense bf16 tensor-core peak of one device, FLOP/s, from the vendor's data sheets (without sparsity).
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.episode import DataError, Needs, TaskSpec, Window
-from pretrain import text_tokenizers
-from pretrain.encoding import OPTIONS, Encoding, Ranges, pooled
-from pretrain.paradigms import PARADIGMS, Paradigm, table
-from pretrain.sequence import assemble
-from pretrain.text import TextTokenizer
-from pretrain.timestep import Timestep
-from pretrain.tokenizer import Bins, Codec, Discrete, Quantiles
-from pretrain.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
+from tiphys.dataio.episode import DataError, Needs, TaskSpec, Window
+from tiphys.pretrain.tokens import text_tokenizers
+from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
+from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, table
+from tiphys.pretrain.tokens.sequence import assemble
+from tiphys.pretrain.tokens.text import TextTokenizer
+from tiphys.pretrain.tokens.timestep import Timestep
+from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
 
 if TYPE_CHECKING:
-    from dataio.index import EpisodeIndex
-    from dataio.sampling import EntryLengths
-    from dataio.statistics import FieldStatistics
-    from recipes.schema import Entry, Objective, Recipe
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.sampling import EntryLengths
+    from tiphys.dataio.statistics import FieldStatistics
+    from tiphys.recipes.schema import Entry, Objective, Recipe
 
 __all__ = ["Objectives", "table"]
 
@@ -125,7 +125,7 @@ class Objectives:
 
     def lengths(self, entry: int) -> EntryLengths:
         """What a window of this line costs, for the sampling plan. Arrays by task count in the line's index."""
-        from dataio.sampling import EntryLengths
+        from tiphys.dataio.sampling import EntryLengths
 
         line, numbers = self._line(entry), self._numbers[entry]
         index, share = line.index, self.prompts[entry]
@@ -195,7 +195,7 @@ class Objectives:
         return batch.to_arrays()
 
     def processor(self) -> dict[str, Any]:
-        """Everything that acting needs, as JSON: see `pretrain.processor.Processor`."""
+        """Everything that acting needs, as JSON: see `tiphys.pretrain.acting.processor.Processor`."""
         objectives: dict[str, Any] = {}
         for entry, schemes in enumerate(self.schemes):
             line = self._line(entry)
@@ -221,7 +221,7 @@ class Objectives:
 
 
 def _line(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Line:
-    from recipes.schema import Objective
+    from tiphys.recipes.schema import Objective
 
     name = entry.objective
     objective = recipe.objectives[name] if name in recipe.objectives else Objective()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from dataio.placement import Home
-    from recipes.schema import Parallel
+    from tiphys.dataio.placement import Home
+    from tiphys.recipes.schema import Parallel
 
 
 class LayoutError(ValueError):
@@ -102,7 +102,7 @@ class ParallelDims(Grid):
     @property
     def home(self) -> Home:
         """Which share of every global batch this process' loader serves: one loader a pipeline replica."""
-        from dataio.placement import Home
+        from tiphys.dataio.placement import Home
 
         return Home(process=self.replica, processes=self.data, weights=None)
 

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataio.episode import DataError
-from pretrain.sources import code_files
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
     "config.json",
@@ -53,7 +53,7 @@ def save_policy(
     weights    canonical names (`DecisionModel.state_dict()`), of any floating type, all of them
     processor  `Objectives.processor()`
     recipe     the resolved recipe, as plain values
-    evaluation `pretrain.evaluate.evaluate`'s result; `add_evaluation` adds it later
+    evaluation `tiphys.pretrain.evaluate.evaluate`'s result; `add_evaluation` adds it later
 
     Raises ValueError for weights that are not the model's, FileExistsError where something else than a policy is in the way.
     """
@@ -84,8 +84,8 @@ def save_policy(
 
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> None:
     """Put an evaluation into a policy's folder: evaluation.json, and its results into the model card."""
-    from pretrain.card import model_card
-    from pretrain.evaluate import write_json
+    from tiphys.pretrain.card import model_card
+    from tiphys.pretrain.evaluate import write_json
 
     folder = Path(folder)
     if evaluation is not None:
@@ -126,7 +126,7 @@ def is_policy(folder: Path) -> bool:
 
 def _to_bucket(source: Path, to: str) -> str:
     """`config.json` goes first and comes last: without it there is no policy, so nobody sees a mixture of two."""
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
     store, files = Store(to), sorted(p.name for p in source.iterdir() if p.is_file())
     there = set(store.list())
@@ -194,7 +194,7 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: DecisionConfig) 
     """Raises ValueError where names or shapes are not those of the model that the config describes."""
     from accelerate import init_empty_weights
 
-    from pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.model.transformer import DecisionModel
 
     with init_empty_weights(include_buffers=True):
         model = DecisionModel(config)

@@ -8,16 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOTS = ("pretrain.model.transformer", "pretrain.policy")
-_OURS = re.compile(r"(dataio|pretrain|recipes|launch)(\.|$)")
-_IMPORT = re.compile(r"^(\s*from )(?:dataio|pretrain\.model|pretrain)\.(\w+) import\b")
+ROOTS = ("tiphys.pretrain.model.transformer", "tiphys.pretrain.acting.policy")
+_OURS = re.compile(r"tiphys(\.|$)")
+_IMPORT = re.compile(r"^(\s*from )tiphys\.(?:\w+\.)*(\w+) import\b")
 
 
 def code_files() -> dict[str, str]:
     """File name -> source, for every module that the roots import, directly or not.
 
-    Imports of this project's modules become relative ones, `from pretrain.batch import X` -> `from .batch import X`; what is
-    imported for type checkers alone is left out. Raises ValueError for an import in another form or two modules of one name.
+    Imports of this project's modules become relative ones, `from tiphys.pretrain.tokens.batch import X` -> `from .batch import X`.
+    Imports for type checkers alone are left out. Raises ValueError for an import in another form or two modules of one name.
     """
     files: dict[str, str] = {}
     origin: dict[str, str] = {}
@@ -60,7 +60,7 @@ def _flat(module: str, source: str) -> tuple[str, set[str]]:
         line, count = _IMPORT.subn(r"\1.\2 import", lines[node.lineno - 1])
         if not count:
             raise ValueError(
-                f"{module}, line {node.lineno}: published code is imported as `from pretrain.NAME import …`, not as "
+                f"{module}, line {node.lineno}: published code is imported as `from tiphys.….NAME import …`, not as "
                 f"`{lines[node.lineno - 1].strip()}`"
             )
         lines[node.lineno - 1] = line

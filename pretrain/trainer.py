@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from pretrain.batch import TokenBatch
-from pretrain.callbacks import Callback
-from pretrain.checkpoint import Checkpoint, check_recipe, describe
-from pretrain.checkpoint_files import CheckpointError
-from pretrain.metrics import StepMetrics, Stopwatch, peak_rate
+from tiphys.pretrain.callbacks import Callback
+from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, describe
+from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.metrics import StepMetrics, Stopwatch, peak_rate
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pretrain.engine import Engine
-    from recipes.schema import Recipe
+    from tiphys.pretrain.engine import Engine
+    from tiphys.recipes.schema import Recipe
 
 
 class TrainingError(RuntimeError):

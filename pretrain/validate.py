@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.action_error import COLUMNS
-from pretrain.batch import TokenBatch
+from tiphys.pretrain.action_error import COLUMNS
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
-    from pretrain.engine import Engine
+    from tiphys.pretrain.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipes.schema import Recipe
+from tiphys.recipes.schema import Recipe
 
 FOLDER = Path(__file__).parent
 

@@ -23,10 +23,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from processes import environment
-from servers import Host
-
-from launch.submit import TRAIN, launcher
+from tests.processes import environment
+from tests.servers import Host
+from tiphys.launch.submit import TRAIN, launcher
 
 TESTS = Path(__file__).parent
 
@@ -63,7 +62,7 @@ class Cluster:
         for rank, host in enumerate(hosts):
             more = ["--no_ssh", "--node_rank", str(rank), "--master_addr", hosts[0].address]
             command = host.command(
-                *launcher(0, port=29555, hostfile=str(hostfile), extra=more), str(TRAIN), str(recipe), *overrides
+                *launcher(0, port=29555, hostfile=str(hostfile), extra=more), *TRAIN, str(recipe), *overrides
             )
             settings = {**environment(), "GLOO_SOCKET_IFNAME": host.interface, **(env or {})}
             output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the test)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pretrain.parallel import ParallelDims
+    from tiphys.pretrain.parallel import ParallelDims
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -24,10 +24,9 @@ def free_port() -> int:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "pretrain")])
     return {
         **os.environ,
-        "PYTHONPATH": path,
+        "PYTHONPATH": str(REPOSITORY),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -37,8 +36,8 @@ def environment() -> dict[str, str]:
 
 def alone() -> ParallelDims:
     """This process as a world of one, without a launcher. It stays one: DeepSpeed does not survive a second start."""
-    from pretrain.parallel import ParallelDims
-    from recipes.schema import Parallel
+    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.recipes.schema import Parallel
 
     before = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

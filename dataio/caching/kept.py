@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .slabs import ALIGN, size_classes, slab_size
-from .tiers import DiskTier, MemoryTier
+from tiphys.dataio.caching.slabs import ALIGN, size_classes, slab_size
+from tiphys.dataio.caching.tiers import DiskTier, MemoryTier
 
 Units = NDArray[np.int64]
 NOWHERE, STAGED = -1, -2  # places of a unit that is not here, and of one whose bytes an open block holds

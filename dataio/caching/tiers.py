@@ -20,8 +20,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from ..episode import DataError
-from .slabs import Ints, Slabs
+from tiphys.dataio.caching.slabs import Ints, Slabs
+from tiphys.dataio.episode import DataError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -9,7 +9,7 @@ __all__ = ["ConversionReport", "convert"]
 
 def __getattr__(name: str) -> Any:  # the reader processes import this package, and need no writer
     if name in __all__:
-        from dataio.convert import pieces
+        from tiphys.dataio.convert import pieces
 
         return getattr(pieces, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

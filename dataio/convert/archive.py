@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, BinaryIO, cast
 
-from dataio.convert.limits import EPISODE_BYTES, FILES, RATIO, RATIO_FREE, check_size
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.episode import DataError
+from tiphys.dataio.convert.limits import EPISODE_BYTES, FILES, RATIO, RATIO_FREE, check_size
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.episode import DataError
 
 
 @contextmanager

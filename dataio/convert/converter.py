@@ -10,25 +10,25 @@ from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
-from dataio.convert.infer import infer_task
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.infer import infer_task
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 ENTRY_POINTS = "tiphys.converters"
 
 # name -> module:class. The order is that of recognition among equals.
 BUILT_IN = {
-    "lerobot": "dataio.convert.lerobot:LeRobot",
-    "rlds": "dataio.convert.rlds:Rlds",
-    "minari": "dataio.convert.minari:Minari",
-    "d4rl": "dataio.convert.d4rl:D4rl",
-    "webdataset": "dataio.convert.imagetext:ImageText",
-    "text": "dataio.convert.text:Text",
-    "robomimic": "dataio.convert.robomimic:Robomimic",
-    "zarr": "dataio.convert.zarr:Zarr",
-    "dqn-replay": "dataio.convert.dqn_replay:DqnReplay",
-    "vpt": "dataio.convert.vpt:Vpt",
-    "npz": "dataio.convert.npz:Npz",
+    "lerobot": "tiphys.dataio.convert.lerobot:LeRobot",
+    "rlds": "tiphys.dataio.convert.rlds:Rlds",
+    "minari": "tiphys.dataio.convert.minari:Minari",
+    "d4rl": "tiphys.dataio.convert.d4rl:D4rl",
+    "webdataset": "tiphys.dataio.convert.imagetext:ImageText",
+    "text": "tiphys.dataio.convert.text:Text",
+    "robomimic": "tiphys.dataio.convert.robomimic:Robomimic",
+    "zarr": "tiphys.dataio.convert.zarr:Zarr",
+    "dqn-replay": "tiphys.dataio.convert.dqn_replay:DqnReplay",
+    "vpt": "tiphys.dataio.convert.vpt:Vpt",
+    "npz": "tiphys.dataio.convert.npz:Npz",
 }
 
 
@@ -61,7 +61,7 @@ Item = Episode | BadEpisode
 class Converter(ABC):
     """Reads one format. Made anew in each process, from the source and the options of the mapping file.
 
-    All methods run in a reader process (`dataio.convert.process`): a crash, a hang or too much memory there is a
+    All methods run in a reader process (`tiphys.dataio.convert.process`): a crash, a hang or too much memory there is a
     DataError here.
     """
 
@@ -175,7 +175,7 @@ def load_converter(target: str) -> type[Converter]:
     except (ImportError, AttributeError) as error:
         raise ImportError(f"converter {target}: {error}. For a built-in one: pip install 'tiphys[convert]'") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Converter)):
-        raise TypeError(f"converter {target} is not a subclass of dataio.convert.converter.Converter")
+        raise TypeError(f"converter {target} is not a subclass of tiphys.dataio.convert.converter.Converter")
     return loaded
 
 

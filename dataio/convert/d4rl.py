@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert import hdf5
-from dataio.convert.converter import Converter, Item, Piece, read_each
-from dataio.convert.infer import channels_last
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode
+from tiphys.dataio.convert import hdf5
+from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
+from tiphys.dataio.convert.infer import channels_last
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode
 
 _SCAN = 1 << 20  # rows of flags looked at together
 _PIECE_ROWS = 200_000

@@ -19,9 +19,9 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from dataio.convert.converter import Converter, Item, Piece
-from dataio.convert.infer import field_spec
-from dataio.convert.limits import (
+from tiphys.dataio.convert.converter import Converter, Item, Piece
+from tiphys.dataio.convert.infer import field_spec
+from tiphys.dataio.convert.limits import (
     EPISODE_BYTES,
     RECORD_BYTES,
     BoundedInflate,
@@ -30,8 +30,8 @@ from dataio.convert.limits import (
     npy_header,
     read_into,
 )
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _NAME = re.compile(r"(?:\$store\$_)?(observation|action|reward|terminal)_ckpt\.(\d+)\.gz")
 _KINDS = ("observation", "action", "reward", "terminal")

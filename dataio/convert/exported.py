@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
-from dataio.convert.limits import EPISODE_STEPS, check_shape
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 
 def describe(episode: Episode, task: TaskSpec) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.infer import texts
-from dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.episode import DataError
+from tiphys.dataio.convert.infer import texts
+from tiphys.dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.episode import DataError
 
 _KINDS = "biuf"
 _DEPTH = 16

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from dataio.convert.converter import Converter, Item, Piece, attempt
-from dataio.convert.infer import field_spec, texts
-from dataio.convert.limits import RECORD_BYTES, TEXT_BYTES, BoundedInflate, check_size, decode_image, parse_json
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.converter import Converter, Item, Piece, attempt
+from tiphys.dataio.convert.infer import field_spec, texts
+from tiphys.dataio.convert.limits import RECORD_BYTES, TEXT_BYTES, BoundedInflate, check_size, decode_image, parse_json
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _PICTURES = ("jpg", "jpeg", "png", "webp")

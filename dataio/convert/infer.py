@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
-from dataio.convert.limits import FIELDS, TEXT_BYTES
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert.limits import FIELDS, TEXT_BYTES
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 # First part of a name, as the formats spell it -> as the environment's five results are called here.
 _HEADS = {

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
-from dataio.convert.exported import restore, tasks_of
-from dataio.convert.infer import canonical, field_spec, texts
-from dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image, parse_json
-from dataio.convert.parquet import batches, open_parquet, read_columns, to_rows, values
-from dataio.convert.source import Source, expand
-from dataio.convert.video import VideoFrames, frame_size
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from tiphys.dataio.convert.exported import restore, tasks_of
+from tiphys.dataio.convert.infer import canonical, field_spec, texts
+from tiphys.dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image, parse_json
+from tiphys.dataio.convert.parquet import batches, open_parquet, read_columns, to_rows, values
+from tiphys.dataio.convert.source import Source, expand
+from tiphys.dataio.convert.video import VideoFrames, frame_size
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # follow from an episode's place
 _SCALARS = ("reward", "terminated", "truncated")
@@ -42,7 +42,7 @@ class Record:
     tasks: tuple[str, ...]
     data: str
     videos: Mapping[str, tuple[str, float]]
-    about: str = ""  # of an export: what `dataio.convert.exported` restores
+    about: str = ""  # of an export: what `tiphys.dataio.convert.exported` restores
 
 
 class LeRobot(Converter):
@@ -262,7 +262,7 @@ class LeRobot(Converter):
         )
 
     def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
-        """An episode that `dataio.export.lerobot` wrote."""
+        """An episode that `tiphys.dataio.export.lerobot` wrote."""
         fields: dict[str, Any] = {}
         for field, key in names.items():
             feature = self._features.get(key)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from dataio.episode import DataError
+from tiphys.dataio.episode import DataError
 
 EPISODE_BYTES = 4 << 30  # arrays of one episode, decoded
 EPISODE_STEPS = 10_000_000

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.format.encodings import Encoding
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.format.encodings import Encoding
 
 _KEYS = frozenset({"task", "environment", "normalise", "random", "expert", "max_steps", "fields", "text", "options"})
 _FIELD = frozenset(

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert import hdf5, spaces
-from dataio.convert.converter import Converter, Item, Piece, read_each
-from dataio.convert.exported import restore, tasks_of
-from dataio.convert.infer import channels_last, field_spec, infer_task, texts
-from dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
-from dataio.convert.parquet import to_rows, values
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert import hdf5, spaces
+from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
+from tiphys.dataio.convert.exported import restore, tasks_of
+from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, texts
+from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
+from tiphys.dataio.convert.parquet import to_rows, values
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 MAIN = "main_data.hdf5"
 EXPORTED = "tiphys"  # in metadata.json and in each episode: what an export of ours adds
@@ -279,7 +279,7 @@ class Minari(Converter):
     def _table(self, path: str, where: str) -> Any:
         import pyarrow as pa
 
-        from dataio.convert.parquet import batches, open_parquet
+        from tiphys.dataio.convert.parquet import batches, open_parquet
 
         if path.endswith(".parquet"):
             with open_parquet(self.source, path) as file:
@@ -344,7 +344,7 @@ def _decode_arrow(column: Any, leaf: Leaf, where: str) -> Any:
 
 
 def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]], where: str) -> Episode:
-    """An episode that `dataio.export.minari` wrote."""
+    """An episode that `tiphys.dataio.export.minari` wrote."""
     about = parse_json(str(hdf5.read(hdf5.member(group, EXPORTED, where), where)), f"{where}, {EXPORTED}")
     fields: dict[str, Any] = {}
     for part, known in places.items():

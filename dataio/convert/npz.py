@@ -16,13 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.archive import open_member, open_zip
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
-from dataio.convert.exported import restore, tasks_of
-from dataio.convert.infer import canonical, channels_last, texts
-from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, check_size, parse_json, read_npy
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.archive import open_member, open_zip
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from tiphys.dataio.convert.exported import restore, tasks_of
+from tiphys.dataio.convert.infer import canonical, channels_last, texts
+from tiphys.dataio.convert.limits import (
+    EPISODE_BYTES,
+    EPISODE_STEPS,
+    FIELDS,
+    JSON_BYTES,
+    check_size,
+    parse_json,
+    read_npy,
+)
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _PIECE_BYTES = 256 << 20
 TASKS = "tasks.json"  # of an export
@@ -168,7 +176,7 @@ def _cut(fields: dict[str, np.ndarray], begin: int, end: int, rows: int) -> dict
 
 
 def _exported(arrays: dict[str, np.ndarray], about: Any, tasks: list[TaskSpec], where: str) -> Episode:
-    """An episode that `dataio.export.npz` wrote."""
+    """An episode that `tiphys.dataio.export.npz` wrote."""
     words = about.get("words") if isinstance(about, dict) else None
     task = next((t for t in tasks if isinstance(about, dict) and t.name == about.get("task")), None)
     if task is None or not isinstance(words, dict):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.infer import texts
-from dataio.convert.limits import EPISODE_BYTES, RECORD_BYTES, check_shape
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.episode import DataError
+from tiphys.dataio.convert.infer import texts
+from tiphys.dataio.convert.limits import EPISODE_BYTES, RECORD_BYTES, check_shape
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.episode import DataError
 
 _BATCH = 4096  # rows decoded at a time
 

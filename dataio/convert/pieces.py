@@ -18,15 +18,15 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dataio.convert.converter import BadEpisode, Piece, converters
-from dataio.convert.infer import conform
-from dataio.convert.mapping import Mapping
-from dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
-from dataio.convert.source import Source
-from dataio.episode import DataError, TaskSpec
-from dataio.format.encodings import Encoding
-from dataio.shards import ShardWriter, merge_pieces
-from dataio.storage import Store
+from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
+from tiphys.dataio.convert.infer import conform
+from tiphys.dataio.convert.mapping import Mapping
+from tiphys.dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.shards import ShardWriter, merge_pieces
+from tiphys.dataio.storage import Store
 
 PLAN, REPORT = "pieces/plan.json", "conversion.json"
 _LISTED = 1000  # malformed episodes that a printed report names

@@ -3,7 +3,7 @@
 A crash, a hang, or more memory than allowed there is a DataError here, and names the file. One child serves many
 pieces, one after another; after its death the next request starts another.
 
-    python -m dataio.convert.process DESCRIPTOR MEMORY PARENT      reads requests on standard input, answers on DESCRIPTOR
+    python -m tiphys.dataio.convert.process DESCRIPTOR MEMORY PARENT      reads requests on standard input, answers on DESCRIPTOR
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, BinaryIO
 
-from dataio.convert import wire
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, load_converter, recognise
-from dataio.convert.limits import JSON_BYTES
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert import wire
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, load_converter, recognise
+from tiphys.dataio.convert.limits import JSON_BYTES
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 MEMORY = 8 << 30  # private memory of the reader, bytes
 TIMEOUT = 600.0  # seconds without an answer until it counts as hanging
@@ -127,7 +127,7 @@ class Reader:
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
         environment["HDF5_PLUGIN_PRELOAD"] = "::"  # HDF5 loads no filter from a shared library because a file names it
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "dataio.convert.process", str(write), str(self._memory), str(os.getpid())],
+            [sys.executable, "-m", "tiphys.dataio.convert.process", str(write), str(self._memory), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

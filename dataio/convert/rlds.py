@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
-from dataio.convert.infer import field_spec, texts
-from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
-from dataio.convert.source import Source
-from dataio.convert.tfds import Feature, leaves
-from dataio.convert.tfrecord import Value, parse_example, records
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
+from tiphys.dataio.convert.infer import field_spec, texts
+from tiphys.dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.convert.tfds import Feature, leaves
+from tiphys.dataio.convert.tfrecord import Value, parse_example, records
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
 _EPISODE_INFO_BYTES = 4096  # a value of the episode this small goes into `info`

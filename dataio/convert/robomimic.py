@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert import hdf5
-from dataio.convert.converter import Converter, Item, Piece, read_each
-from dataio.convert.infer import canonical, channels_last
-from dataio.convert.limits import EPISODE_STEPS, parse_json
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode
+from tiphys.dataio.convert import hdf5
+from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
+from tiphys.dataio.convert.infer import canonical, channels_last
+from tiphys.dataio.convert.limits import EPISODE_STEPS, parse_json
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode
 
 _PIECE_BYTES = 256 << 20
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, BinaryIO, cast
 
-from dataio.convert.limits import FILES, JSON_BYTES, check_size, parse_json
-from dataio.episode import DataError
+from tiphys.dataio.convert.limits import FILES, JSON_BYTES, check_size, parse_json
+from tiphys.dataio.episode import DataError
 
 _BLOCK = 1 << 20  # a remote file is read ahead by this much
 
@@ -45,7 +45,7 @@ class Source:
             self._allowed = [self._root, os.path.join(head, "blobs")] if snapshots == "snapshots" else [self._root]
 
     def _open_remote(self) -> None:
-        from dataio.storage import Store
+        from tiphys.dataio.storage import Store
 
         parent, _, name = self.url.rpartition("/")
         self.single = ""

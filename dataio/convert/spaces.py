@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.infer import field_spec
-from dataio.convert.limits import check_shape, parse_json
-from dataio.episode import DataError, FieldSpec
+from tiphys.dataio.convert.infer import field_spec
+from tiphys.dataio.convert.limits import check_shape, parse_json
+from tiphys.dataio.episode import DataError, FieldSpec
 
 _DEPTH = 16
 

@@ -14,12 +14,12 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, BinaryIO, cast
 
-from dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
-from dataio.convert.infer import field_spec, texts
-from dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
-from dataio.convert.parquet import batches, open_parquet, values
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from tiphys.dataio.convert.infer import field_spec, texts
+from tiphys.dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
+from tiphys.dataio.convert.parquet import batches, open_parquet, values
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _PIECE_BYTES = 256 << 20
 _COLUMNS = ("text", "content", "document", "caption")

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.infer import canonical
-from dataio.convert.limits import check_shape
-from dataio.episode import DataError
+from tiphys.dataio.convert.infer import canonical
+from tiphys.dataio.convert.limits import check_shape
+from tiphys.dataio.episode import DataError
 
 
 @dataclass(frozen=True)

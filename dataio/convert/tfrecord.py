@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from crc32c import crc32c
 
-from dataio.convert.limits import RECORD_BYTES, read_exactly
-from dataio.episode import DataError
+from tiphys.dataio.convert.limits import RECORD_BYTES, read_exactly
+from tiphys.dataio.episode import DataError
 
 _HEAD = struct.Struct("<QI")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
-from dataio.episode import DataError
+from tiphys.dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
+from tiphys.dataio.episode import DataError
 
 _SEEK = 10.0  # seconds ahead beyond which seeking to a key frame is cheaper than decoding what lies between
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.converter import Converter, Item, Piece, attempt
-from dataio.convert.infer import field_spec
-from dataio.convert.limits import EPISODE_BYTES, check_shape
-from dataio.convert.source import Source
-from dataio.convert.video import VideoFrames, frame_size
-from dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.convert.converter import Converter, Item, Piece, attempt
+from tiphys.dataio.convert.infer import field_spec
+from tiphys.dataio.convert.limits import EPISODE_BYTES, check_shape
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.convert.video import VideoFrames, frame_size
+from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _KEYS = {
     "key.keyboard.w": "forward",

@@ -14,8 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
-from dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, FIELDS, JSON_BYTES, bytes_of, check_shape, parse_json
-from dataio.episode import DataError, Episode
+from tiphys.dataio.convert.limits import (
+    EPISODE_BYTES,
+    EPISODE_STEPS,
+    FIELDS,
+    JSON_BYTES,
+    bytes_of,
+    check_shape,
+    parse_json,
+)
+from tiphys.dataio.episode import DataError, Episode
 
 _KINDS = "biuf"
 

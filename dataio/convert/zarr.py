@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.archive import open_member, open_zip
-from dataio.convert.converter import Converter, Item, Piece, read_each
-from dataio.convert.infer import canonical, channels_last, is_image_shape
-from dataio.convert.limits import EPISODE_STEPS, FIELDS, JSON_BYTES, RECORD_BYTES, check_shape, parse_json
-from dataio.convert.source import Source
-from dataio.episode import DataError, Episode
+from tiphys.dataio.convert.archive import open_member, open_zip
+from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
+from tiphys.dataio.convert.infer import canonical, channels_last, is_image_shape
+from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, JSON_BYTES, RECORD_BYTES, check_shape, parse_json
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import DataError, Episode
 
 _CODECS = {
     "blosc",

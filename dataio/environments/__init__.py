@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from dataio.environments.family import (
+from tiphys.dataio.environments.family import (
     Environment,
     Expert,
     ExpertLost,
@@ -23,8 +23,8 @@ from dataio.environments.family import (
     UnknownEnvironment,
     render_without_display,
 )
-from dataio.episode import DataError, TaskSpec
-from dataio.observation import observation_fields
+from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.observation import observation_fields
 
 __all__ = [
     "Environment",
@@ -122,7 +122,7 @@ def _user_family(point: EntryPoint) -> Family:
     except Exception as error:
         raise DataError(f"entry point {point.name} = {point.value} ({GROUP}) cannot be loaded: {error!r}") from error
     if not isinstance(found, Family):
-        raise DataError(f"entry point {point.name} = {point.value} ({GROUP}) is no dataio.environments.Family")
+        raise DataError(f"entry point {point.name} = {point.value} ({GROUP}) is no tiphys.dataio.environments.Family")
     return found
 
 

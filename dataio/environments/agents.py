@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dataio.environments.family import Environment, Expert, MissingExtra, Stateless
-from dataio.episode import DataError
+from tiphys.dataio.environments.family import Environment, Expert, MissingExtra, Stateless
+from tiphys.dataio.episode import DataError
 
 # Which algorithm wrote a zip: a key that only its `data` has, most special first.
 _ALGORITHMS = (

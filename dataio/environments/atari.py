@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataio.environments.family import Environment
-from dataio.environments.gymnasium_family import GymnasiumFamily
+from tiphys.dataio.environments.family import Environment
+from tiphys.dataio.environments.gymnasium_family import GymnasiumFamily
 
 PREFIX = "ALE/"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.environments.family import Environment, Expert, ExpertLost, Family
-from dataio.environments.gridview import mark_seen, see_once
-from dataio.episode import DataError, FieldSpec
+from tiphys.dataio.environments.family import Environment, Expert, ExpertLost, Family
+from tiphys.dataio.environments.gridview import mark_seen, see_once
+from tiphys.dataio.episode import DataError, FieldSpec
 
 LEFT, RIGHT, FORWARD = range(3)
 

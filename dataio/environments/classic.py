@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dataio.environments.family import Environment, Expert, Stateless
-from dataio.environments.gymnasium_family import GymnasiumFamily
+from tiphys.dataio.environments.family import Environment, Expert, Stateless
+from tiphys.dataio.environments.gymnasium_family import GymnasiumFamily
 
 TASKS = ("Acrobot-v1", "CartPole-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")
 

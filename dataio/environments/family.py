@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 
 
 class Environment(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
+from tiphys.dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
 
 
 class GymnasiumFamily(Family):

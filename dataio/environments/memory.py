@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from dataio.environments.babyai import FORWARD, LEFT, RIGHT, BabyAI
-from dataio.environments.family import Environment, Expert
+from tiphys.dataio.environments.babyai import FORWARD, LEFT, RIGHT, BabyAI
+from tiphys.dataio.environments.family import Environment, Expert
 
 _STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # what `agent_dir` 0…3 faces
 Pose = tuple[int, int, int]  # x, y, direction

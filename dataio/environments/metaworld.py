@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
+from tiphys.dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
 
 PREFIX = "metaworld/"
 HORIZON = 150  # the scripted policies succeed within it; Meta-World's own 500 steps hold mostly a finished robot

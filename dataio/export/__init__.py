@@ -1,4 +1,4 @@
-"""Datasets -> other formats: Minari HDF5, LeRobot v3, NPZ. `dataio.convert` reads each of them back, without loss."""
+"""Datasets -> other formats: Minari HDF5, LeRobot v3, NPZ. `tiphys.dataio.convert` reads each of them back, without loss."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dataio.episode import Episode, TaskSpec
-    from dataio.index import EpisodeIndex
+    from tiphys.dataio.episode import Episode, TaskSpec
+    from tiphys.dataio.index import EpisodeIndex
 
-FORMATS = {"minari": "dataio.export.minari", "lerobot": "dataio.export.lerobot", "npz": "dataio.export.npz"}
+FORMATS = {
+    "minari": "tiphys.dataio.export.minari",
+    "lerobot": "tiphys.dataio.export.lerobot",
+    "npz": "tiphys.dataio.export.npz",
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ def export(
     One task's files are made in the scratch folder and uploaded whole; the file that makes a folder recognisable is the last.
     Raises DataError for an unknown format or a task that the format cannot hold, FileExistsError for a folder that is not empty.
     """
-    from dataio.episode import DataError
-    from dataio.index import EpisodeIndex
-    from dataio.storage import Store
+    from tiphys.dataio.episode import DataError
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.storage import Store
 
     if format not in FORMATS:
         raise DataError(f"format {format!r} is none of {', '.join(FORMATS)}")
@@ -76,7 +80,7 @@ def export(
 
 def episodes_of(index: EpisodeIndex, tasks: tuple[TaskSpec, ...]) -> Iterator[Episode]:
     """The episodes of these tasks, in the order of the dataset, one in memory at a time."""
-    from dataio.dataset import read_episode
+    from tiphys.dataio.dataset import read_episode
 
     wanted = {number for number, task in enumerate(index.tasks) if task in tasks}
     for number in range(index.episodes):

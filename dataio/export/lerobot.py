@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.exported import describe
-from dataio.convert.lerobot import EXPORTED, VALID
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.lerobot import EXPORTED, VALID
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 ONE_TASK_A_FOLDER = True
 _NAMES = {

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dataio.convert.exported import describe
-from dataio.convert.minari import EXPORTED, MAIN
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.minari import EXPORTED, MAIN
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 ONE_TASK_A_FOLDER = True
 _RESULTS = {"reward": "rewards", "terminated": "terminations", "truncated": "truncations"}

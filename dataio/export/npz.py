@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataio.convert.exported import describe
-from dataio.convert.npz import ABOUT, TASKS
-from dataio.episode import Episode, TaskSpec
+from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.npz import ABOUT, TASKS
+from tiphys.dataio.episode import Episode, TaskSpec
 
 ONE_TASK_A_FOLDER = False
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same episodes give the same bytes

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.episode import DataError, TaskSpec
-from dataio.format.encodings import KINDS
-from dataio.format.rows import FIELD_NAME, row_dtype
-from dataio.format.table import PART, Shard
+from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format.encodings import KINDS
+from tiphys.dataio.format.rows import FIELD_NAME, row_dtype
+from tiphys.dataio.format.table import PART, Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa

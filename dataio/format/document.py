@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dataio.episode import DataError, TaskSpec
-from dataio.format import arrays, table
-from dataio.format.rows import check_task
-from dataio.statistics import Statistics
+from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format.rows import check_task
+from tiphys.dataio.statistics import Statistics
 
 if TYPE_CHECKING:
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1

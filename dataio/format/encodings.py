@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import DataError, FieldSpec
+from tiphys.dataio.episode import DataError, FieldSpec
 
 KINDS = ("raw", "png", "webp", "jpeg", "webp-lossy", "h264", "av1", "text")
 EXTENSIONS = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 FIELD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*(\.[A-Za-z0-9_\-]+)*")
 MAX_STEP = 1 << 30  # bytes of one step of a field

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
-from dataio.episode import DataError, Episode, FieldSpec
-from dataio.format import encodings as codecs
-from dataio.format.encodings import Encoding
-from dataio.format.rows import Layout, column, pack_rows, plain
+from tiphys.dataio.episode import DataError, Episode, FieldSpec
+from tiphys.dataio.format import encodings as codecs
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.rows import Layout, column, pack_rows, plain
 
 BLOCK = 512  # of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode

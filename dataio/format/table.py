@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio.episode import DataError, TaskSpec
+from tiphys.dataio.episode import DataError, TaskSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa

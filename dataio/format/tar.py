@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataio.episode import DataError
+from tiphys.dataio.episode import DataError
 
 MAX_MEMBER = 8 << 30  # bytes
 MAX_HEADER = 1 << 16  # bytes of the header of a .npy member

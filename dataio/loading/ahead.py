@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from dataio.loading.units import Span, UnitMap
-    from dataio.placement import Placement
-    from dataio.sampling import PlannedWindows, SamplingPlan
+    from tiphys.dataio.loading.units import Span, UnitMap
+    from tiphys.dataio.placement import Placement
+    from tiphys.dataio.sampling import PlannedWindows, SamplingPlan
 
 _ROWS = 2048  # that are planned together
 _STEPS = 32

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
-from dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
-from dataio.format.encodings import KINDS
-from dataio.format.rows import broken_row, is_large, is_small, row_dtype
-from dataio.index import STEPS
-from dataio.loading.gather import UNWANTED, Copy, Gathered, gather
-from dataio.loading.units import Span, UnitMap, UnitRanges, expand
+from tiphys.dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
+from tiphys.dataio.format.encodings import KINDS
+from tiphys.dataio.format.rows import broken_row, is_large, is_small, row_dtype
+from tiphys.dataio.index import STEPS
+from tiphys.dataio.loading.gather import UNWANTED, Copy, Gathered, gather
+from tiphys.dataio.loading.units import Span, UnitMap, UnitRanges, expand
 
 if TYPE_CHECKING:
-    from dataio.index import EpisodeIndex
-    from dataio.sampling import PlannedWindows
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.sampling import PlannedWindows
 
 _RAW = KINDS.index("raw")
 

@@ -8,9 +8,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dataio.cache import RangeCache
-    from dataio.loading.fetch import Fetcher
-    from dataio.sampling import PlannedWindows
+    from tiphys.dataio.cache import RangeCache
+    from tiphys.dataio.loading.fetch import Fetcher
+    from tiphys.dataio.sampling import PlannedWindows
 
 
 class Counters:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.episode import DataError
-from dataio.loading.units import UnitMap
-from dataio.peers import Peers
-from dataio.storage import Store
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.loading.units import UnitMap
+from tiphys.dataio.peers import Peers
+from tiphys.dataio.storage import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dataio.index import STEPS
+from tiphys.dataio.index import STEPS
 
 if TYPE_CHECKING:
-    from dataio.loading.units import Ints, Span, UnitMap, UnitRanges
-    from dataio.sampling import PlannedWindows
+    from tiphys.dataio.loading.units import Ints, Span, UnitMap, UnitRanges
+    from tiphys.dataio.sampling import PlannedWindows
 
 # Copies bytes [low, high) of units to `out[at:]`; returns the positions of those that are not there: `Block.copy`
 Copy = Callable[["Ints", "Ints", "Ints", "Ints", memoryview], list[int]]

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dataio.placement import data_share
+from tiphys.dataio.placement import data_share
 
 if TYPE_CHECKING:
-    from dataio.loading.units import Ints, UnitMap
-    from dataio.placement import Placement
-    from dataio.sampling import SamplingPlan
+    from tiphys.dataio.loading.units import Ints, UnitMap
+    from tiphys.dataio.placement import Placement
+    from tiphys.dataio.sampling import SamplingPlan
 
 
 def drawn(plan: SamplingPlan, units: UnitMap) -> list[NDArray[np.bool_]]:

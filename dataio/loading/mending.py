@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.episode import DataError, Window
-from dataio.loading.gather import copy_from
+from tiphys.dataio.episode import DataError, Window
+from tiphys.dataio.loading.gather import copy_from
 
 if TYPE_CHECKING:
-    from dataio.loading.assemble import Assembler
-    from dataio.loading.fetch import Fetcher
-    from dataio.loading.units import UnitMap
-    from dataio.sampling import PlannedWindows, SamplingPlan
+    from tiphys.dataio.loading.assemble import Assembler
+    from tiphys.dataio.loading.fetch import Fetcher
+    from tiphys.dataio.loading.units import UnitMap
+    from tiphys.dataio.sampling import PlannedWindows, SamplingPlan
 
 _READS = 3  # of one window whose bytes are wrong, before another is drawn
 _ATTEMPTS = 8  # draws in the place of one window that cannot be read

@@ -22,28 +22,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.cache import Block, RangeCache
-from dataio.caching.tiers import InheritedTier
-from dataio.episode import Window
-from dataio.loading import shared_memory
-from dataio.loading.ahead import Ahead
-from dataio.loading.assemble import Assembler
-from dataio.loading.counters import Counters
-from dataio.loading.fetch import Fetcher
-from dataio.loading.homes import home_units
-from dataio.loading.mending import Mender
-from dataio.loading.sizing import most_staging, sized
-from dataio.loading.stream import FLYING, stream
-from dataio.loading.units import Span, UnitRanges
-from dataio.peers import Peers, PeerServer
-from dataio.placement import Home, Placement, data_share
-from dataio.plan.log import PlanLog
+from tiphys.dataio.cache import Block, RangeCache
+from tiphys.dataio.caching.tiers import InheritedTier
+from tiphys.dataio.episode import Window
+from tiphys.dataio.loading import shared_memory
+from tiphys.dataio.loading.ahead import Ahead
+from tiphys.dataio.loading.assemble import Assembler
+from tiphys.dataio.loading.counters import Counters
+from tiphys.dataio.loading.fetch import Fetcher
+from tiphys.dataio.loading.homes import home_units
+from tiphys.dataio.loading.mending import Mender
+from tiphys.dataio.loading.sizing import most_staging, sized
+from tiphys.dataio.loading.stream import FLYING, stream
+from tiphys.dataio.loading.units import Span, UnitRanges
+from tiphys.dataio.peers import Peers, PeerServer
+from tiphys.dataio.placement import Home, Placement, data_share
+from tiphys.dataio.plan.log import PlanLog
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from dataio.loader import LoaderSettings
-    from dataio.sampling import PlannedWindows
+    from tiphys.dataio.loader import LoaderSettings
+    from tiphys.dataio.sampling import PlannedWindows
 
 _AHEAD = 64  # steps whose ranges may be on their way
 

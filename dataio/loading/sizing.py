@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.cache import hit_bound
-from dataio.loading.homes import bucket_bytes, home_bytes
-from dataio.loading.runs import RunModel
-from dataio.loading.stream import PIECE
-from dataio.loading.units import UnitMap
-from dataio.placement import Home, Placement
+from tiphys.dataio.cache import hit_bound
+from tiphys.dataio.loading.homes import bucket_bytes, home_bytes
+from tiphys.dataio.loading.runs import RunModel
+from tiphys.dataio.loading.stream import PIECE
+from tiphys.dataio.loading.units import UnitMap
+from tiphys.dataio.placement import Home, Placement
 
 if TYPE_CHECKING:
-    from dataio.loader import LoaderSettings
-    from dataio.sampling import SamplingPlan
+    from tiphys.dataio.loader import LoaderSettings
+    from tiphys.dataio.sampling import SamplingPlan
 
 _SMALLEST = 64 << 10  # bytes of a piece that is worth its while
 _ROOMY = 8 << 20  # bytes of memory from which on there is room for some of them

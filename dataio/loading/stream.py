@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataio.storage import StoreError
+from tiphys.dataio.storage import StoreError
 
 if TYPE_CHECKING:
-    from dataio.cache import RangeCache
-    from dataio.loading.fetch import Fetcher
-    from dataio.loading.units import Ints, UnitMap
+    from tiphys.dataio.cache import RangeCache
+    from tiphys.dataio.loading.fetch import Fetcher
+    from tiphys.dataio.loading.units import Ints, UnitMap
 
 PIECE = 8 << 20  # bytes of a piece at most: of what is asked for together
 FLYING = 8  # pieces that are on their way at once, for which memory is set aside

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataio.episode import DataError, Needs
-from dataio.index import STEPS
+from tiphys.dataio.episode import DataError, Needs
+from tiphys.dataio.index import STEPS
 
 if TYPE_CHECKING:
-    from dataio.index import EpisodeIndex
-    from dataio.sampling import PlannedWindows
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.sampling import PlannedWindows
 
 Ints = NDArray[np.int64]
 

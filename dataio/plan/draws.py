@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..episode import DataError
-from ..philox import PROMPT, WINDOW, Words, uniform32, uniform53, words
-from .index import PlanIndex, tile_count
-from .mixture import Mix
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.philox import PROMPT, WINDOW, Words, uniform32, uniform53, words
+from tiphys.dataio.plan.index import PlanIndex, tile_count
+from tiphys.dataio.plan.mixture import Mix
 
 # Redraws: up to 16 stay with task and bucket, up to 64 with the bucket; the first 32 avoid the episode that was drawn first.
 SAME_TASK, OTHER_EPISODE, ATTEMPTS = 16, 32, 64

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ..index import EpisodeIndex
+    from tiphys.dataio.index import EpisodeIndex
 
 Ints = NDArray[np.int64]
 

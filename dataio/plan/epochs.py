@@ -23,10 +23,10 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..philox import EPOCH, Words, words
-from .draws import Columns, Drawer, Ints
-from .index import PlanIndex, tile_count
-from .mixture import UNIT, Mix, cuts, running_share
+from tiphys.dataio.philox import EPOCH, Words, words
+from tiphys.dataio.plan.draws import Columns, Drawer, Ints
+from tiphys.dataio.plan.index import PlanIndex, tile_count
+from tiphys.dataio.plan.mixture import UNIT, Mix, cuts, running_share
 
 _BLOCK = 1024  # tiles of a block: enough that a row's tiles are as good as drawn from the whole stream
 _MOST = 2048  # blocks that are kept written down: 80 MiB

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..episode import DataError
-from .log import Event
-from .preferences import priority_of
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import Event
+from tiphys.dataio.plan.preferences import priority_of
 
 if TYPE_CHECKING:
-    from .entries import PlanEntry
+    from tiphys.dataio.plan.entries import PlanEntry
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..episode import DataError
+from tiphys.dataio.episode import DataError
 
 if TYPE_CHECKING:
-    from .entries import PlanEntry
+    from tiphys.dataio.plan.entries import PlanEntry
 
 _GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
 _FORMAT = 2  # of the saved arrays

@@ -3,7 +3,7 @@
 | kind | keys beside `step` | in force from `step` on |
 |---|---|---|
 | `weights` | `weights` {entry: number} | these entries of the mixture have these weights |
-| `priority` | `entry`, `prefer`, `top` | the entry's episodes are preferred by a rule (`dataio.plan.preferences`) |
+| `priority` | `entry`, `prefer`, `top` | the entry's episodes are preferred by a rule (`tiphys.dataio.plan.preferences`) |
 | `priority` | `entry`, `file`, `digest` | … by a `.npy` of float32 [episodes], of this SHA-256 |
 | `quarantine` | `entry`, `episode` (number), `id`, `reason` | the episode is drawn no more |
 | `skip` | `steps` | the plan jumps this many steps ahead: their rows are never seen |
@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..episode import DataError
+from tiphys.dataio.episode import DataError
 
 Event = dict[str, Any]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..episode import DataError
-from .index import PlanIndex, sums
-from .renewal import up_to, visits
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.index import PlanIndex, sums
+from tiphys.dataio.plan.renewal import up_to, visits
 
 UNIT = 2**24  # positions of a row on the line of all rows' mass: exact in integers and in float64
 _ROUNDS = 8

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..episode import DataError
+from tiphys.dataio.episode import DataError
 
 if TYPE_CHECKING:
-    from ..index import EpisodeIndex
+    from tiphys.dataio.index import EpisodeIndex
 
 RULES = ("uniform", "return", "top", "success")
 

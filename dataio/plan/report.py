@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .index import PlanIndex
-from .mixture import Mix
+from tiphys.dataio.plan.index import PlanIndex
+from tiphys.dataio.plan.mixture import Mix
 
 
 def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: int) -> dict[str, Any]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.model.layers import STD, Linear, Module, cuda_capability
-from pretrain.model.layout import Group, Layout
+from tiphys.pretrain.model.layers import STD, Linear, Module, cuda_capability
+from tiphys.pretrain.model.layout import Group, Layout
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 # Windows up to this length are faster by plain products than by the fused kernel, forward and backward on a CPU thread
 # with heads of 64; at 1024 the fused one is 2.5 (bfloat16) to 3.7 times (float32) faster.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
-    from pretrain.vocabulary import Vocabulary
+    from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 
 class DecisionConfig(PretrainedConfig):
@@ -119,7 +119,7 @@ class DecisionConfig(PretrainedConfig):
 
     @classmethod
     def from_recipe(cls, model: Any, vocabulary: Vocabulary) -> DecisionConfig:
-        """The recipe's `model:` section (recipes.schema.Model) together with what the objectives' vocabulary asks for."""
+        """The recipe's `model:` section (tiphys.recipes.schema.Model) together with what the objectives' vocabulary asks for."""
         moe = model.moe
         return cls(
             vocab_size=vocabulary.size,

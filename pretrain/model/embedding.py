@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.model.flops import CHANNELS
-from pretrain.model.layers import STD, Linear, Module, Table
+from tiphys.pretrain.model.flops import CHANNELS
+from tiphys.pretrain.model.layers import STD, Linear, Module, Table
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 BINS = 128  # of a patch's row and column (Reed et al. 2022, app. C.3)
 

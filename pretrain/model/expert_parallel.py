@@ -16,11 +16,11 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from pretrain.model.moe import Experts, mixtures
+from tiphys.pretrain.model.moe import Experts, mixtures
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
-    from pretrain.spans import Spans
+    from tiphys.pretrain.distributed.spans import Spans
+    from tiphys.pretrain.model.config import DecisionConfig
 
 
 class ShardedExperts(MoE, Experts):

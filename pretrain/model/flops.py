@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.batch import TokenBatch
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 CHANNELS = 64  # of the convolutions over patches and grids (embedding.py); here, where nothing imports torch
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.model.embedding import module_name
-from pretrain.model.inputs import from_bits
-from pretrain.model.layers import STD, Linear, Module, Norm
-from pretrain.model.layout import Layout
+from tiphys.pretrain.model.embedding import module_name
+from tiphys.pretrain.model.inputs import from_bits
+from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
+from tiphys.pretrain.model.layout import Layout
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 
 class Head(Module):

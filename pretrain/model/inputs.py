@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataio.philox import TASK_DROPOUT, uniform32, words
-from pretrain.batch import TokenBatch
+from tiphys.dataio.philox import TASK_DROPOUT, uniform32, words
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 Inputs = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.model.inputs import from_bits, to_device
+from tiphys.pretrain.model.inputs import from_bits, to_device
 
 _PARTS = 8  # length classes an octave: a window is padded by less than 1/8
 

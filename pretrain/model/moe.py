@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.batch import MODALITIES
-from pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated
-from pretrain.model.layout import Layout
+from tiphys.pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated
+from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.tokens.batch import MODALITIES
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 
 class Router(Module):

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.model.embedding import Embedding, TokenTable
-from pretrain.model.flops import layer_flops
-from pretrain.model.heads import Head, Output
-from pretrain.model.inputs import Inputs, missing, scalars, target_names, to_device
-from pretrain.model.layers import Module
-from pretrain.model.layout import Layout
-from pretrain.model.transformer import Block, build_layers
+from tiphys.pretrain.model.embedding import Embedding, TokenTable
+from tiphys.pretrain.model.flops import layer_flops
+from tiphys.pretrain.model.heads import Head, Output
+from tiphys.pretrain.model.inputs import Inputs, missing, scalars, target_names, to_device
+from tiphys.pretrain.model.layers import Module
+from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.transformer import Block, build_layers
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 ENDS = 2  # layers before the first block (token, embedding), and after the last one (head, output)
 

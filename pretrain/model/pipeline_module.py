@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-from pretrain.model.layers import initialise
-from pretrain.model.pipeline import canonical_name, pipeline_layers
+from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.pipeline import canonical_name, pipeline_layers
 
 if TYPE_CHECKING:
-    from pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.config import DecisionConfig
 
 
 class DecisionPipeline(PipelineModule):

@@ -11,17 +11,17 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pretrain.model.attention import Attention, KeyValueCache
-from pretrain.model.config import DecisionConfig
-from pretrain.model.embedding import Embedding, TokenTable
-from pretrain.model.heads import Head, Output
-from pretrain.model.inputs import scalars
-from pretrain.model.layers import Mlp, Module, Norm, initialise
-from pretrain.model.layout import Layout
-from pretrain.model.moe import MixtureOfExperts
+from tiphys.pretrain.model.attention import Attention, KeyValueCache
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.embedding import Embedding, TokenTable
+from tiphys.pretrain.model.heads import Head, Output
+from tiphys.pretrain.model.inputs import scalars
+from tiphys.pretrain.model.layers import Mlp, Module, Norm, initialise
+from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.moe import MixtureOfExperts
 
 if TYPE_CHECKING:
-    from pretrain.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy
 
 
 class Block(Module):
@@ -147,7 +147,7 @@ class DecisionModel(PreTrainedModel):
 
         Options are those of `Policy.of`.
         """
-        from pretrain.policy import Policy
+        from tiphys.pretrain.acting.policy import Policy
 
         policy = Policy.of(self, **options)
         policy.reset(task, environments)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import Episode, FieldSpec, TaskSpec
-from dataio.format.rows import ONLY_WITH_ACTION
-from dataio.index import EpisodeIndex
-from dataio.shards import ShardWriter
+from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import ShardWriter
 
 RICH = TaskSpec(
     "rich",

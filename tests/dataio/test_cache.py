@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from dataio.cache import RangeCache, hit_bound
-from dataio.caching.slabs import Slabs, _partition, size_classes, slab_size
-from dataio.episode import DataError
+from tiphys.dataio.cache import RangeCache, hit_bound
+from tiphys.dataio.caching.slabs import Slabs, _partition, size_classes, slab_size
+from tiphys.dataio.episode import DataError
 
 
 def content(unit, size):
@@ -324,7 +324,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 def test_the_journal_does_not_grow_without_end(tmp_path, monkeypatch):
     stream = Stream(units=500, per_block=20)
     cache = stream.cache(0.2, 0.3, tmp_path)
-    monkeypatch.setattr("dataio.caching.tiers._JOURNAL", 1000)
+    monkeypatch.setattr("tiphys.dataio.caching.tiers._JOURNAL", 1000)
     for _ in range(300):
         stream.step(cache)
     live = int(cache.kept.disk.slabs.live.sum())

@@ -6,17 +6,18 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import faulty_environments as faulty
 import numpy as np
 import pytest
+
+import tests.dataio.environments.faulty_environments as faulty
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("minigrid")
 
-from dataio import collect as collecting
-from dataio import environments
-from dataio.collect import EVALUATION_SEEDS, SCORE_SEEDS, EnvironmentFault, Players, collect
-from dataio.episode import DataError
+from tiphys.dataio import collect as collecting
+from tiphys.dataio import environments
+from tiphys.dataio.collect import EVALUATION_SEEDS, SCORE_SEEDS, EnvironmentFault, Players, collect
+from tiphys.dataio.episode import DataError
 
 pytestmark = pytest.mark.envs
 GRID, CART = "BabyAI-GoToRedBallGrey-v0", "CartPole-v1"
@@ -141,7 +142,7 @@ def test_a_killed_process_is_an_error_not_a_hang(tmp_path):
 def test_a_full_disk_is_one_clear_error_and_no_dataset(tmp_path, monkeypatch):
     import errno
 
-    from dataio import storage
+    from tiphys.dataio import storage
 
     def full(self, path, file):
         raise OSError(errno.ENOSPC, "No space left on device")

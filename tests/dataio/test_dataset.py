@@ -8,12 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import RICH, SMALL, assert_equal_fields, observed, random_episode, read_window, small_dataset, write
 from PIL import Image
 
-from dataio.dataset import append, filter, index_foreign, inspect, merge, read_episode, split, verify
-from dataio.episode import DataError, FieldSpec, TaskSpec
-from dataio.index import EpisodeIndex
+from tests.dataio.making import (
+    RICH,
+    SMALL,
+    assert_equal_fields,
+    observed,
+    random_episode,
+    read_window,
+    small_dataset,
+    write,
+)
+from tiphys.dataio.dataset import append, filter, index_foreign, inspect, merge, read_episode, split, verify
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.index import EpisodeIndex
 
 
 @pytest.fixture
@@ -377,7 +386,7 @@ def test_bad_tars_of_others_are_refused(tmp_path, fault):
 def test_a_field_of_images_may_vary_only_where_it_says_so(tmp_path):
     rng = np.random.default_rng(0)
     varies = TaskSpec("v", (FieldSpec("image", "observation", "image", "uint8", (0, 0, 3)),))
-    from dataio.episode import Episode
+    from tiphys.dataio.episode import Episode
 
     images = [rng.integers(0, 256, (1, 4 + i, 6, 3), np.uint8) for i in range(3)]
     index = write(str(tmp_path / "d"), [Episode(f"{i}", "v", {"image": x}, 0) for i, x in enumerate(images)], [varies])

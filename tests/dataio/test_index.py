@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from making import RICH, SMALL, observed, random_episode, read_window, small_dataset, write
 
-from dataio.episode import DataError
-from dataio.format import arrays, table
-from dataio.format.document import parse
-from dataio.format.table import Chunks, Record, Shard, TableWriter
-from dataio.index import EpisodeIndex, Range
+from tests.dataio.making import RICH, SMALL, observed, random_episode, read_window, small_dataset, write
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format.document import parse
+from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
+from tiphys.dataio.index import EpisodeIndex, Range
 
 
 def test_columns_and_texts(tmp_path):

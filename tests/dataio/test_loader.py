@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from loading import CONTROL, PICTURES, dataset, describe, digest_batch, kept
 
-from dataio.dataset import read_episode
-from dataio.episode import Needs, Window
-from dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
-from dataio.placement import Home
-from dataio.plan.log import PlanLog
-from dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+from tests.dataio.loading_fixtures import CONTROL, PICTURES, dataset, describe, digest_batch, kept
+from tests.processes import REPOSITORY
+from tiphys.dataio.dataset import read_episode
+from tiphys.dataio.episode import Needs, Window
+from tiphys.dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from tiphys.dataio.placement import Home
+from tiphys.dataio.plan.log import PlanLog
+from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 NEEDS = (
     Needs(("observation", "action", "reward", "instruction"), after=2),
@@ -320,7 +321,7 @@ TRAINER = """
     import os, signal, sys, time
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests in the background ignores it
     sys.path[:0] = {paths!r}
-    from test_loader import *
+    from tests.dataio.test_loader import *
     loader = TrajectoryLoader(make_plan(EpisodeIndex.open({url!r})), ONE, digest_batch, NEEDS, cache=CACHE)
     next(loader).release()
     print(loader._process.popen.pid, flush=True)
@@ -333,10 +334,11 @@ def trainer(index: Any, tmp_path: Path) -> Iterator[Any]:
     started: list[subprocess.Popen[str]] = []
 
     def start(then: str) -> tuple[subprocess.Popen[str], psutil.Process]:
-        paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+        paths = [str(REPOSITORY)]
         code = textwrap.dedent(TRAINER).format(paths=paths, url=index.url, then=then)
         code = code.replace(
-            "from test_loader import *", "from test_loader import *; from dataio.index import EpisodeIndex"
+            "from tests.dataio.test_loader import *",
+            "from tests.dataio.test_loader import *; from tiphys.dataio.index import EpisodeIndex",
         )
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True

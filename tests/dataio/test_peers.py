@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from loading import dataset, digest_batch
-from servers import Host, two_hosts
-from test_loader import NEEDS, make_plan, rows_of
 
-from dataio.loader import CacheBudget, TrajectoryLoader
-from dataio.peers import MOST_UNITS, Peers, PeerServer, PeerSettings
-from dataio.placement import Home
+from tests.dataio.loading_fixtures import dataset, digest_batch
+from tests.dataio.test_loader import NEEDS, make_plan, rows_of
+from tests.servers import Host, two_hosts
+from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.peers import MOST_UNITS, Peers, PeerServer, PeerSettings
+from tiphys.dataio.placement import Home
 
 TOKEN = "a-token-of-the-run-0123456789"
 UNITS = {u: bytes([u % 256]) * (u % 97 + 1) for u in range(0, 3000, 3)}
@@ -207,7 +207,7 @@ def test_an_answer_is_bounded_and_takes_a_bounded_share_of_the_servers_time() ->
 
 SERVE = """
 import asyncio, sys
-from dataio.peers import PeerServer, PeerSettings
+from tiphys.dataio.peers import PeerServer, PeerSettings
 async def main():
     server = PeerServer(PeerSettings(sys.argv[1], sys.argv[2]), "data", {7: b"seven"}.get)
     print(await server.start(), flush=True)
@@ -216,7 +216,7 @@ asyncio.run(main())
 """
 READ = """
 import asyncio, sys
-from dataio.peers import Peers
+from tiphys.dataio.peers import Peers
 print(asyncio.run(Peers([sys.argv[1]], sys.argv[2], "data").read(0, [7, 8], [5, 5], 5.0)))
 """
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dataio import philox
-from dataio.philox import generator, uniform32, uniform53, words
+from tiphys.dataio import philox
+from tiphys.dataio.philox import generator, uniform32, uniform53, words
 
 
 @pytest.mark.parametrize(

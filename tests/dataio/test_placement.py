@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from plans import entry, plan
 
-from dataio.placement import Home, Placement, data_share
+from tests.dataio.plan.plans import entry, plan
+from tiphys.dataio.placement import Home, Placement, data_share
 
 
 @pytest.mark.parametrize("replacement", [True, False])

@@ -5,14 +5,14 @@ import pickle
 
 import numpy as np
 import pytest
-from plans import columns, entry, mixture, plan
 from scipy.stats import chisquare
 
-from dataio.episode import DataError
-from dataio.plan.log import PlanLog
-from dataio.plan.preferences import preference
-from dataio.plan.renewal import visits
-from dataio.sampling import SamplingPlan, choose_buckets
+from tests.dataio.plan.plans import columns, entry, mixture, plan
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import PlanLog
+from tiphys.dataio.plan.preferences import preference
+from tiphys.dataio.plan.renewal import visits
+from tiphys.dataio.sampling import SamplingPlan, choose_buckets
 
 WORST = 1e-4  # least p-value of a chi-square test at a fixed seed
 
@@ -370,8 +370,8 @@ def test_the_search_of_a_large_index_finds_the_same(monkeypatch, spread):
     near = np.maximum(index.mass - 0.5, 0.0)
     points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, near])
     expected = index.find(points)
-    monkeypatch.setattr("dataio.plan.index._MANY", 0)
-    monkeypatch.setattr("dataio.plan.index._LARGE", 0)
+    monkeypatch.setattr("tiphys.dataio.plan.index._MANY", 0)
+    monkeypatch.setattr("tiphys.dataio.plan.index._LARGE", 0)
     assert (index.find(points) == expected).all()
 
 

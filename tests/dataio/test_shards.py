@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from making import (
+
+from tests.dataio.making import (
     CAPTION,
     RICH,
     SMALL,
@@ -24,14 +25,13 @@ from making import (
     small_dataset,
     write,
 )
-
-from dataio.dataset import read_episode, verify
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.format.encodings import Encoding
-from dataio.format.rows import ONLY_WITH_ACTION, row_dtype
-from dataio.index import EpisodeIndex
-from dataio.shards import ShardWriter, merge_pieces
-from dataio.storage import Store
+from tiphys.dataio.dataset import read_episode, verify
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, row_dtype
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import ShardWriter, merge_pieces
+from tiphys.dataio.storage import Store
 
 
 def rich_episodes(count=8, seed=0):

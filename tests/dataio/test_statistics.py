@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
-from making import RICH, SMALL, observed, random_episode
 
-from dataio import statistics
-from dataio.episode import FieldSpec, TaskSpec
-from dataio.format.rows import Layout, pack_rows
-from dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
+from tests.dataio.making import RICH, SMALL, observed, random_episode
+from tiphys.dataio import statistics
+from tiphys.dataio.episode import FieldSpec, TaskSpec
+from tiphys.dataio.format.rows import Layout, pack_rows
+from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
 
 
 def gathered(task, episodes):

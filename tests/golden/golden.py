@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import Window
-from dataio.index import EpisodeIndex
-from dataio.loader import TrajectoryLoader
-from launch.run import loader_arguments, make_plan
-from pretrain.objectives import Objectives
-from recipes.load import from_dict
-from recipes.schema import Recipe
+from tiphys.dataio.episode import Window
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import TrajectoryLoader
+from tiphys.launch.run import loader_arguments, make_plan
+from tiphys.pretrain.objectives import Objectives
+from tiphys.recipes.load import from_dict
+from tiphys.recipes.schema import Recipe
 
 HERE = Path(__file__).parent
 FILE = HERE / "golden.json"
@@ -123,13 +123,13 @@ def draws(objective: str) -> list[str]:
 
 def train(objective: str, folder: str) -> tuple[list[float], str]:
     """Losses of twenty steps in this process, and the digest of the last checkpoint's weights."""
-    from pretrain.callbacks import Callback, Checkpointer
-    from pretrain.checkpoint import Checkpoint, export_weights
-    from pretrain.engine import build_engine
-    from pretrain.model.config import DecisionConfig
-    from pretrain.model.transformer import DecisionModel
-    from pretrain.trainer import Trainer
     from tests.processes import alone
+    from tiphys.pretrain.callbacks import Callback, Checkpointer
+    from tiphys.pretrain.checkpoint import Checkpoint, export_weights
+    from tiphys.pretrain.engine import build_engine
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.trainer import Trainer
 
     class Losses(Callback):
         def __init__(self) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.check import check
-from recipes.load import RecipeError
+from tiphys.launch.check import check
+from tiphys.recipes.load import RecipeError
 
 GOOD = """
 name: small

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, host_pids, losses, store_on
-from processes import environment
-from servers import Host, two_hosts
 
-from dataio.collect import collect
-from launch.submit import TRAIN, launcher
+from tests.cluster import Cluster, host_pids, losses, store_on
+from tests.processes import environment
+from tests.servers import Host, two_hosts
+from tiphys.dataio.collect import collect
+from tiphys.launch.submit import TRAIN, launcher
 
 pytestmark = [pytest.mark.root, pytest.mark.long]
 pytest.importorskip("gymnasium", reason="needs the envs extra")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launch.mixture import REQUESTS, follow, request, show
+from tiphys.launch.mixture import REQUESTS, follow, request, show
 
 RECIPE = """
 name: small

@@ -15,17 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cluster import losses
-from folder_server import FolderServer
-from loading import dataset, digest_batch
-from processes import environment
-from test_loader import NEEDS, make_plan, rows_of
 
-from dataio.index import EpisodeIndex
-from dataio.loader import TrajectoryLoader
-from dataio.placement import Home
-from launch.node_cache import NodeCache, own_address, survey
-from launch.submit import TRAIN, launcher
+from tests.cluster import losses
+from tests.dataio.loading_fixtures import dataset, digest_batch
+from tests.dataio.test_loader import NEEDS, make_plan, rows_of
+from tests.folder_server import FolderServer
+from tests.processes import environment
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import TrajectoryLoader
+from tiphys.dataio.placement import Home
+from tiphys.launch.node_cache import NodeCache, own_address, survey
+from tiphys.launch.submit import TRAIN, launcher
 
 STEPS = 12  # of a launch
 BUCKETS, MEMORY, DISK = 8, 320 << 10, 8 << 20
@@ -233,7 +233,7 @@ run: {{dir: {run}}}
 def test_training_goes_on_with_fewer_processes_and_finds_the_others_caches(tmp_path: Path) -> None:
     """Through the real launcher: two processes, then one, then two again."""
     pytest.importorskip("gymnasium", reason="needs the envs extra")
-    from dataio.collect import collect
+    from tiphys.dataio.collect import collect
 
     collect("CartPole-v1", str(tmp_path / "cartpole"), 60, processes=1, score_episodes=2)
 

@@ -33,7 +33,7 @@ print("acted", steps)
 def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     command = [
-        *(sys.executable, "-m", "launch", "quickstart", "--scale", "0.01", "--datasets", str(folder / "data")),
+        *(sys.executable, "-m", "tiphys", "quickstart", "--scale", "0.01", "--datasets", str(folder / "data")),
         *(f"run.dir={folder / 'run'}", "train.steps=6", "checkpoint.every=3", "evaluate.episodes=2"),
         *("model.hidden=32", "data.validation=0.1", f"evaluate.tasks=[{','.join(TASKS)}]"),
     ]
@@ -82,7 +82,7 @@ def test_its_policy_acts_where_tiphys_is_not_installed(quickstart, tmp_path):
 def test_a_run_folder_of_another_recipe_is_refused_with_the_keys(quickstart):
     folder, _ = quickstart
     overrides = [f"data.mixture[{i}].dataset={folder / 'data'}/{d}" for i, d in enumerate(DATASETS)]
-    command = [sys.executable, "-m", "launch", "train", "quickstart", *overrides, f"run.dir={folder / 'run'}"]
+    command = [sys.executable, "-m", "tiphys", "train", "quickstart", *overrides, f"run.dir={folder / 'run'}"]
     done = subprocess.run([*command, "model.hidden=64"], capture_output=True, text=True, timeout=200, cwd=folder)
     assert done.returncode != 0
     assert "model.hidden" in done.stdout + done.stderr

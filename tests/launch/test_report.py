@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from launch.report import write_report
+from tiphys.launch.report import write_report
 
 TASK = {
     "episodes": 4,

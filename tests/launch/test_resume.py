@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from dataio.collect import collect
+from tiphys.dataio.collect import collect
 
 pytestmark = pytest.mark.long
 pytest.importorskip("gymnasium", reason="needs the envs extra")
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 def start(tmp_path, data, name):
     recipe = tmp_path / f"{name}.yaml"
     recipe.write_text(RECIPE.format(data=data, run=tmp_path / name))
-    command = [sys.executable, "-m", "launch", "train", str(recipe), "--processes", "2"]
+    command = [sys.executable, "-m", "tiphys", "train", str(recipe), "--processes", "2"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The layout of a row, token by token: slow, obvious, and written without looking at `pretrain.sequence`."""
+"""The layout of a row, token by token: slow, obvious, and written without looking at `tiphys.pretrain.tokens.sequence`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.batch import MODALITIES
-from pretrain.images import intervals
-from pretrain.objectives import Objectives
-from pretrain.tokenizer import Patches
+from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.tokens.batch import MODALITIES
+from tiphys.pretrain.tokens.codecs import Patches
+from tiphys.pretrain.tokens.images import intervals
 
 CODE = {name: i for i, name in enumerate(MODALITIES)}
 

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import synthetic
 import torch
 
-from pretrain.batch import TokenBatch
-from pretrain.checkpoint import Checkpoint, Writer
-from pretrain.engine import Engine, build_engine
-from pretrain.model.config import DecisionConfig
-from pretrain.model.inputs import to_tensors
-from pretrain.model.moe import mixtures, step_counts
-from pretrain.model.transformer import DecisionModel
-from pretrain.parallel import ParallelDims
-from recipes.schema import Parallel, Recipe
+from tests.pretrain import synthetic
+from tiphys.pretrain.checkpoint import Checkpoint, Writer
+from tiphys.pretrain.engine import Engine, build_engine
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.parallel import ParallelDims
+from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.recipes.schema import Parallel, Recipe
 
 BATCH, STEPS = 13, 20
 

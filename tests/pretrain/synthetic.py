@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from dataio.philox import WINDOW, generator
-from pretrain.batch import ACTION, CONTINUOUS, TEXT, Embedded, Regression, TokenBatch
-from pretrain.model.config import DecisionConfig
-from recipes.load import from_dict
-from recipes.schema import Recipe
+from tiphys.dataio.philox import WINDOW, generator
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, TEXT, Embedded, Regression, TokenBatch
+from tiphys.recipes.load import from_dict
+from tiphys.recipes.schema import Recipe
 
 LENGTH, VECTOR = 24, 5
 

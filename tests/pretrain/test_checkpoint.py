@@ -11,18 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import layouts
-import processes
 import pytest
-import synthetic
 import torch
 
-from pretrain import checkpoint as ck
-from pretrain import checkpoint_files as files
-from pretrain.checkpoint import Checkpoint, CheckpointError, Snapshot
-from pretrain.engine import build_engine
-from pretrain.model.transformer import DecisionModel
-from pretrain.parallel import ParallelDims
+from tests import processes
+from tests.pretrain import layouts, synthetic
+from tiphys.pretrain import checkpoint as ck
+from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError, Snapshot
+from tiphys.pretrain.engine import build_engine
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.parallel import ParallelDims
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 

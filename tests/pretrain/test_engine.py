@@ -9,17 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import layouts
 import numpy as np
-import processes
 import pytest
-import synthetic
-from layouts import Plain
 
-from pretrain.checkpoint import Checkpoint, export_weights
-from pretrain.deepspeed_config import derive
-from pretrain.parallel import Grid, LayoutError, ParallelDims
-from recipes.schema import Recipe
+from tests import processes
+from tests.pretrain import layouts, synthetic
+from tests.pretrain.layouts import Plain
+from tiphys.pretrain.checkpoint import Checkpoint, export_weights
+from tiphys.pretrain.distributed.deepspeed_config import derive
+from tiphys.pretrain.parallel import Grid, LayoutError, ParallelDims
+from tiphys.recipes.schema import Recipe
 
 SCRIPT = Path(layouts.__file__)
 # Of a weight, after steps of 3e-3: Adam's quotient m / √v turns the rounding of a small gradient into a part of a step.

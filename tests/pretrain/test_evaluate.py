@@ -14,16 +14,15 @@ import pytest
 pytest.importorskip("gymnasium")
 pytest.importorskip("minigrid")
 
-import acting_fixtures as acting
-
-from dataio import environments
-from dataio.collect import EnvironmentFault, Outcome, Players
-from dataio.episode import DataError
-from dataio.shards import ShardWriter
-from pretrain import evaluate as evaluating
-from pretrain.evaluate import bootstrap, evaluate, play_group, seen_share, start, summary, wilson, write_json
-from pretrain.policy import Policy
-from pretrain.states import demonstrated_states, state_hash
+import tests.pretrain.acting.acting_fixtures as acting
+from tiphys.dataio import environments
+from tiphys.dataio.collect import EnvironmentFault, Outcome, Players
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.shards import ShardWriter
+from tiphys.pretrain import evaluate as evaluating
+from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.acting.states import demonstrated_states, state_hash
+from tiphys.pretrain.evaluate import bootstrap, evaluate, play_group, seen_share, start, summary, wilson, write_json
 
 pytestmark = pytest.mark.envs
 
@@ -115,7 +114,7 @@ def test_pictures_show_the_episodes_that_were_scored(folder, tmp_path):
 
 
 def test_the_share_of_seen_states_is_told_where_states_can_repeat(folder, tmp_path):
-    from dataio.collect import collect
+    from tiphys.dataio.collect import collect
 
     collect({acting.GRID: 3, acting.CART: 1}, str(tmp_path / "data"), processes=1, score_episodes=1)
     tasks = [acting.GRID, acting.CART]
@@ -218,5 +217,5 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_importing_it_is_cheap():
     import subprocess
 
-    code = "import sys, pretrain.evaluate; assert not {'torch', 'transformers', 'gymnasium'} & set(sys.modules)"
+    code = "import sys, tiphys.pretrain.evaluate; assert not {'torch', 'transformers', 'gymnasium'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

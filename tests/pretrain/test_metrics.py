@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from pretrain.engine import StepResult
-from pretrain.metrics import Smoothed, StepMetrics, matrix_rate, peak_rate
-from pretrain.spans import Spans, peak_memory
+from tiphys.pretrain.distributed.spans import Spans, peak_memory
+from tiphys.pretrain.engine import StepResult
+from tiphys.pretrain.metrics import Smoothed, StepMetrics, matrix_rate, peak_rate
 
 
 def test_matrix_rate_is_measured_once_and_plausible() -> None:
@@ -72,7 +72,7 @@ def test_spans_hold_what_was_inside_them() -> None:
 def test_peak_memory_is_this_process_own() -> None:
     """Linux' ru_maxrss would tell a child its parent's, which holds 256 MiB more here."""
     block = torch.ones(256 << 18)
-    script = "import torch; from pretrain.spans import peak_memory; print(peak_memory(torch.device('cpu')))"
+    script = "import torch; from tiphys.pretrain.distributed.spans import peak_memory; print(peak_memory(torch.device('cpu')))"
     child = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
     assert 2**26 < child < peak_memory(torch.device("cpu")) - 2**27
     assert block[-1] == 1

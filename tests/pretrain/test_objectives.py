@@ -7,18 +7,18 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import layout_oracle
 import numpy as np
 import pytest
-from token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
 
-from dataio.episode import DataError, FieldSpec, TaskSpec, Window
-from dataio.sampling import PlanEntry, SamplingPlan
-from pretrain.batch import MODALITIES, TokenBatch
-from pretrain.describe import describe_row, pictures
-from pretrain.objectives import Objectives, table
-from pretrain.paradigms import PARADIGMS
-from recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
+from tests.pretrain import layout_oracle
+from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec, Window
+from tiphys.dataio.sampling import PlanEntry, SamplingPlan
+from tiphys.pretrain.objectives import Objectives, table
+from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
+from tiphys.pretrain.tokens.describe import describe_row, pictures
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
+from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
 
 SETUPS = {
     "gato": ("gato", {"context": 1200}),
@@ -284,7 +284,10 @@ def test_pickled_it_makes_the_same_batches_without_its_indexes():
 
 
 def test_no_torch_in_the_loader():
-    code = "import sys, pretrain.objectives, pretrain.processor; assert not {'torch', 'pyarrow'} & set(sys.modules)"
+    code = (
+        "import sys, tiphys.pretrain.objectives, tiphys.pretrain.acting.processor\n"
+        "assert not {'torch', 'pyarrow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -413,7 +416,7 @@ def test_two_lines_share_tasks_and_keep_their_own_weight_and_objective():
 
 def test_the_text_tokenizer_is_the_same_in_every_process():
     code = (
-        "from pretrain.text_tokenizers import learn; import hashlib; "
+        "from tiphys.pretrain.tokens.text_tokenizers import learn; import hashlib; "
         "print(hashlib.sha256(learn({f'go to the {c} {o} {i}' for c in ('red', 'grün') "
         "for o in ('ball', 'key') for i in range(300)}, 400).encode()).hexdigest())"
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import processes
 import pytest
 
-from pretrain.parallel import Grid
+from tests import processes
+from tiphys.pretrain.parallel import Grid
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,14 @@ import torch
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("minigrid")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import acting_fixtures as acting
-from hub import Hub
-
-from pretrain import sources
-from pretrain.evaluate import evaluate
-from pretrain.model.config import DecisionConfig
-from pretrain.policy import Policy
-from pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
+import tests.pretrain.acting.acting_fixtures as acting
+from tests.hub import Hub
+from tiphys.pretrain import sources
+from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.evaluate import evaluate
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
 
 pytestmark = pytest.mark.envs
 OBJECTIVES = acting.objectives()
@@ -151,14 +149,16 @@ def test_published_sources_import_nothing_of_this_project_and_little_else():
                 assert all(a.name.split(".")[0] in allowed for a in node.names), name
 
 
-@pytest.mark.parametrize("line", ["from pretrain import batch", "import dataio.philox", "from . import batch"])
+@pytest.mark.parametrize(
+    "line", ["from tiphys.pretrain import batch", "import tiphys.dataio.philox", "from . import batch"]
+)
 def test_an_import_that_cannot_be_published_is_named(line):
-    with pytest.raises(ValueError, match=r"pretrain\.made_up, line 2.*from pretrain\.NAME import"):
+    with pytest.raises(ValueError, match=r"pretrain\.made_up, line 2.*from tiphys\.….NAME import"):
         sources._flat("pretrain.made_up", f'"""A module."""\n{line}\n')
 
 
 def test_imports_for_type_checkers_are_left_out():
-    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from recipes.schema import Model\nx = 1\n"
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tiphys.recipes.schema import Model\nx = 1\n"
     text, imported = sources._flat("pretrain.made_up", source)
     assert "recipes" not in text
     assert imported == set()
@@ -216,7 +216,7 @@ def test_publishing_to_a_folder_and_to_a_store(folder, tmp_path):
 
 def test_publishing_to_a_bucket_leaves_no_mixture(folder, monkeypatch):
     """Written in an order in which a reader finds the old policy, none, or the new one."""
-    from dataio.storage import Store
+    from tiphys.dataio.storage import Store
 
     url = "memory://bucket/policy"
     store = Store(url)
@@ -244,7 +244,7 @@ def test_publishing_to_a_bucket_leaves_no_mixture(folder, monkeypatch):
 
 PUBLISHER = """
 import sys
-from pretrain.publish import publish
+from tiphys.pretrain.publish import publish
 print(publish(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
 """
 

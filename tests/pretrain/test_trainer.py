@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
-import synthetic
-import training
 
-from pretrain import callbacks as cb
-from pretrain.batch import TokenBatch
-from pretrain.checkpoint import Checkpoint, CheckpointError
-from pretrain.engine import StepResult
-from pretrain.metrics import StepMetrics
-from pretrain.parallel import ParallelDims, Sum
-from pretrain.trainer import Signals, Trainer, TrainingError
+from tests import processes
+from tests.pretrain import synthetic, training
+from tiphys.pretrain import callbacks as cb
+from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError
+from tiphys.pretrain.engine import StepResult
+from tiphys.pretrain.metrics import StepMetrics
+from tiphys.pretrain.parallel import ParallelDims, Sum
+from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.trainer import Signals, Trainer, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +208,8 @@ class FakeCheckpointer(cb.Checkpointer):
         super().__init__(run, every, keep=1)
 
     def save(self, trainer: Trainer) -> None:
-        from test_checkpoint import part
-
-        from pretrain import checkpoint as ck
+        from tests.pretrain.test_checkpoint import part
+        from tiphys.pretrain import checkpoint as ck
 
         self._committed.append(ck.write(part(trainer.step), self.run_dir))
         self._saved = trainer.step

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import synthetic
 import torch
 
-from pretrain.action_error import action_errors
-from pretrain.model.inputs import to_tensors, unpack
-from pretrain.model.transformer import DecisionModel
-from pretrain.validate import ValidationResult
+from tests.pretrain import synthetic
+from tiphys.pretrain.action_error import action_errors
+from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.validate import ValidationResult
 
 
 def test_action_errors_against_a_loop_over_targets() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dataio.episode import FieldSpec, TaskSpec, Window
-from dataio.statistics import Sketch
-from pretrain.objectives import Objectives
-from recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+from tiphys.dataio.episode import FieldSpec, TaskSpec, Window
+from tiphys.dataio.statistics import Sketch
+from tiphys.pretrain.objectives import Objectives
+from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
 
 TEXTS = ["go to the red ball", "go to a grey box", "öffne die Tür", "pick up the key"]
 

@@ -13,16 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import layouts
-import synthetic
-
-from pretrain.callbacks import Callback, Checkpointer, MetricsWriter, Progress
-from pretrain.checkpoint import Checkpoint
-from pretrain.engine import build_engine
-from pretrain.model.transformer import DecisionModel
-from pretrain.parallel import ParallelDims
-from pretrain.trainer import Trainer
-from recipes.schema import Parallel
+from tests.pretrain import layouts, synthetic
+from tiphys.pretrain.callbacks import Callback, Checkpointer, MetricsWriter, Progress
+from tiphys.pretrain.checkpoint import Checkpoint
+from tiphys.pretrain.engine import build_engine
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.parallel import ParallelDims
+from tiphys.pretrain.trainer import Trainer
+from tiphys.recipes.schema import Parallel
 
 
 class KillAt(Callback):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict
+from tiphys.recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict
 
 GOOD = """
 name: small

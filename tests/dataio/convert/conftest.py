@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from convert_sources import MAKERS, Expected
+
+from tests.dataio.convert.convert_sources import MAKERS, Expected
 
 
 @pytest.fixture(scope="session")

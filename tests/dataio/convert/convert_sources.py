@@ -636,7 +636,7 @@ def dqn_replay(folder: Path) -> Expected:
 
 
 def vpt(folder: Path) -> Expected:
-    from dataio.convert.vpt import BUTTONS
+    from tiphys.dataio.convert.vpt import BUTTONS
 
     out: Expected = {}
     for number, steps in enumerate(LENGTHS):

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from convert_sources import tfrecord
+from tests.dataio.convert.convert_sources import tfrecord
 
 _NUMBERS = (0, 1, -1, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, -(2**63), 2**40)
 _VALUES: tuple[Any, ...] = (

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_sources import MAKERS
 
-from dataio.convert.converter import BUILT_IN, BadEpisode, Converter, converters, load_converter, recognise
-from dataio.convert.infer import conform
-from dataio.convert.source import Source
-from dataio.episode import Episode
+from tests.dataio.convert.convert_sources import MAKERS
+from tiphys.dataio.convert.converter import BUILT_IN, BadEpisode, Converter, converters, load_converter, recognise
+from tiphys.dataio.convert.infer import conform
+from tiphys.dataio.convert.source import Source
+from tiphys.dataio.episode import Episode
 
 
 def reader(url: Path, format: str, **options: Any) -> Converter:
@@ -91,10 +91,9 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
 
 def test_depth_pictures_of_rlds() -> None:
     """TFDS writes a float32 picture of one channel as the four bytes of each number, in a PNG."""
-    from convert_sources import picture
-
-    from dataio.convert.rlds import _images
-    from dataio.convert.tfds import Feature
+    from tests.dataio.convert.convert_sources import picture
+    from tiphys.dataio.convert.rlds import _images
+    from tiphys.dataio.convert.tfds import Feature
 
     depth = np.random.default_rng(0).normal(size=(2, 16, 18, 1)).astype(np.float32)
     data = [picture(d.view(np.uint8)) for d in depth]
@@ -123,7 +122,7 @@ def test_minari_names_its_environment(made: Any, tmp_path: Path) -> None:
 
 
 def test_av1_video(tmp_path: Path) -> None:
-    from convert_sources import lerobot_v2
+    from tests.dataio.convert.convert_sources import lerobot_v2
 
     expected = lerobot_v2(tmp_path / "av1", "libsvtav1")
     found = read_all(reader(tmp_path / "av1", "lerobot"))
@@ -176,7 +175,8 @@ def test_options(made: Any) -> None:
 def test_d4rl_without_timeouts(tmp_path: Path) -> None:
     """The end of an episode shows where the next observation is not the next row's."""
     import h5py
-    from convert_sources import d4rl
+
+    from tests.dataio.convert.convert_sources import d4rl
 
     expected = d4rl(tmp_path / "d")
     with h5py.File(tmp_path / "d/hopper.hdf5", "a") as file:
@@ -190,7 +190,7 @@ def test_d4rl_without_timeouts(tmp_path: Path) -> None:
 
 
 def test_zarr_3(tmp_path: Path) -> None:
-    from convert_sources import zarr_buffer
+    from tests.dataio.convert.convert_sources import zarr_buffer
 
     expected = zarr_buffer(tmp_path / "b.zarr", zarr_format=3)
     found = read_all(reader(tmp_path / "b.zarr", "zarr"))
@@ -211,7 +211,7 @@ def test_text_that_changes_by_step(tmp_path: Path) -> None:
 
 
 def test_a_source_of_no_known_format(tmp_path: Path) -> None:
-    from dataio.episode import DataError
+    from tiphys.dataio.episode import DataError
 
     (tmp_path / "x.bin").write_bytes(b"\0" * 100)
     with pytest.raises(DataError, match=r"none of the known formats.*--from"):

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_sources import MAKERS
-from mutate import damage
 
-from dataio.convert.converter import BUILT_IN, BadEpisode
-from dataio.convert.infer import conform
-from dataio.convert.process import Reader
-from dataio.episode import DataError
+from tests.dataio.convert.convert_sources import MAKERS
+from tests.dataio.convert.mutate import damage
+from tiphys.dataio.convert.converter import BUILT_IN, BadEpisode
+from tiphys.dataio.convert.infer import conform
+from tiphys.dataio.convert.process import Reader
+from tiphys.dataio.episode import DataError
 
 INPUTS = int(os.environ.get("TIPHYS_FUZZ_INPUTS", "10000"))  # of each maker, in the long form
 MEMORY = 2 << 30

@@ -15,22 +15,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_sources import lerobot_v2, npz
-from test_convert_formats import assert_same
 
-from dataio.convert import convert
-from dataio.dataset import inspect, read_episode
-from dataio.episode import DataError, Episode
-from dataio.index import EpisodeIndex
+from tests.dataio.convert.convert_sources import lerobot_v2, npz
+from tests.dataio.convert.test_convert_formats import assert_same
+from tiphys.dataio.convert import convert
+from tiphys.dataio.dataset import inspect, read_episode
+from tiphys.dataio.episode import DataError, Episode
+from tiphys.dataio.index import EpisodeIndex
 
 # Runs convert() in a process that can be killed; prints once it has begun.
 CONVERT = """
 import sys
-import dataio.convert
+import tiphys.dataio.convert
 
 if __name__ == "__main__":
     print("go", flush=True)
-    dataio.convert.convert(sys.argv[1], sys.argv[2], shard_bytes=20_000)
+    tiphys.dataio.convert.convert(sys.argv[1], sys.argv[2], shard_bytes=20_000)
 """
 
 
@@ -113,7 +113,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(made: Any, tmp_
 
 @pytest.mark.long
 def test_killed_many_times(tmp_path: Path) -> None:
-    from convert_sources import dqn_replay
+    from tests.dataio.convert.convert_sources import dqn_replay
 
     source = tmp_path / "source"
     dqn_replay(source)
@@ -137,7 +137,7 @@ def test_killed_many_times(tmp_path: Path) -> None:
 
 def test_killed_alone_it_leaves_no_process(tmp_path: Path) -> None:
     """kill -9 of the main process only: its workers and their readers end by themselves."""
-    from convert_sources import dqn_replay
+    from tests.dataio.convert.convert_sources import dqn_replay
 
     dqn_replay(tmp_path / "source")
     command = [sys.executable, "-c", CONVERT, str(tmp_path / "source"), str(tmp_path / "out")]
@@ -265,8 +265,8 @@ def test_a_converter_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (package / "mine.py").write_text(
         """
 import numpy as np
-from dataio.convert.converter import Converter, Piece
-from dataio.episode import Episode
+from tiphys.dataio.convert.converter import Converter, Piece
+from tiphys.dataio.episode import Episode
 
 class Mine(Converter):
     name = "mine"

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from numpy.dtypes import StringDType
 
-from dataio.convert import wire
-from dataio.convert.converter import BadEpisode, Item
-from dataio.convert.process import Reader
-from dataio.convert.source import SourceUnavailable
-from dataio.episode import DataError, Episode
+from tiphys.dataio.convert import wire
+from tiphys.dataio.convert.converter import BadEpisode, Item
+from tiphys.dataio.convert.process import Reader
+from tiphys.dataio.convert.source import SourceUnavailable
+from tiphys.dataio.episode import DataError, Episode
 
 READERS = """
     import os, time
     import numpy as np
-    from dataio.convert.converter import Converter, Piece
-    from dataio.convert.source import SourceUnavailable
-    from dataio.episode import DataError, Episode
+    from tiphys.dataio.convert.converter import Converter, Piece
+    from tiphys.dataio.convert.source import SourceUnavailable
+    from tiphys.dataio.episode import DataError, Episode
 
     class Trouble(Converter):
         name = "trouble"
@@ -70,7 +70,7 @@ def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _piece() -> Any:
-    from dataio.convert.converter import Piece
+    from tiphys.dataio.convert.converter import Piece
 
     return Piece("0")
 

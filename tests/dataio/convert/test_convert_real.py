@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_convert_formats import reader
 
-from dataio.convert import convert
-from dataio.convert.converter import BadEpisode
-from dataio.dataset import read_episode
-from dataio.episode import Episode
-from dataio.index import EpisodeIndex
+from tests.dataio.convert.test_convert_formats import reader
+from tiphys.dataio.convert import convert
+from tiphys.dataio.convert.converter import BadEpisode
+from tiphys.dataio.dataset import read_episode
+from tiphys.dataio.episode import Episode
+from tiphys.dataio.index import EpisodeIndex
 
 
 def test_g1_lerobot(shared_data: Path, tmp_path: Path) -> None:

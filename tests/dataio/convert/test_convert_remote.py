@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import moto_server, s3_environment
-from test_convert_formats import assert_same, read_all, reader
 
-from dataio.convert import convert
-from dataio.convert.converter import BUILT_IN, converters, recognise
-from dataio.convert.process import _answer
-from dataio.convert.source import Source, SourceUnavailable
-from dataio.dataset import read_episode
-from dataio.index import EpisodeIndex
-from dataio.storage import Store
+from tests.dataio.convert.test_convert_formats import assert_same, read_all, reader
+from tests.servers import moto_server, s3_environment
+from tiphys.dataio.convert import convert
+from tiphys.dataio.convert.converter import BUILT_IN, converters, recognise
+from tiphys.dataio.convert.process import _answer
+from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.dataset import read_episode
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.storage import Store
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_sources import (
+
+from tests.dataio.convert.convert_sources import (
     d4rl,
     dqn_replay,
     example,
@@ -32,13 +33,12 @@ from convert_sources import (
     tfrecord,
     zarr_buffer,
 )
-from test_convert_formats import reader
-
-from dataio.convert.converter import BadEpisode
-from dataio.convert.limits import BoundedInflate, check_shape, decode_image, inflate, read_npy
-from dataio.convert.source import expand
-from dataio.convert.tfrecord import parse_example, records
-from dataio.episode import DataError
+from tests.dataio.convert.test_convert_formats import reader
+from tiphys.dataio.convert.converter import BadEpisode
+from tiphys.dataio.convert.limits import BoundedInflate, check_shape, decode_image, inflate, read_npy
+from tiphys.dataio.convert.source import expand
+from tiphys.dataio.convert.tfrecord import parse_example, records
+from tiphys.dataio.episode import DataError
 
 
 def problem(folder: Path, format: str) -> str:
@@ -203,7 +203,7 @@ def test_absurd_tfrecords() -> None:
     assert found["b"] == [b"x"]
     assert found["c"].tolist() == [-1, 2**62]
     huge = struct.pack("<Q", 1 << 62)
-    from dataio.convert.tfrecord import masked
+    from tiphys.dataio.convert.tfrecord import masked
 
     with little_memory(), pytest.raises(DataError, match="4,611,686,018,427,387,904 bytes"):
         reading(huge + struct.pack("<I", masked(huge)) + b"x")
@@ -354,7 +354,7 @@ def test_a_video_is_never_a_playlist(tmp_path: Path) -> None:
 
 
 def test_a_video_that_does_not_fit_its_rows(tmp_path: Path) -> None:
-    from convert_sources import scene, video
+    from tests.dataio.convert.convert_sources import scene, video
 
     lerobot_v2(tmp_path / "s")
     path = tmp_path / "s/videos/chunk-000/observation.images.top/episode_000000.mp4"

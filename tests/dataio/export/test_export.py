@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.dtypes import StringDType
 
-from dataio.convert import convert
-from dataio.dataset import read_episode
-from dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from dataio.export import FORMATS, export
-from dataio.index import EpisodeIndex
-from dataio.shards import ShardWriter
+from tiphys.dataio.convert import convert
+from tiphys.dataio.dataset import read_episode
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.export import FORMATS, export
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import ShardWriter
 
 ROBOT = TaskSpec(
     "robots/pick up",

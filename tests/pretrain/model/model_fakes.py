@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.batch import ACTION, CONTINUOUS, IMAGE, TEXT, Embedded, Regression, TokenBatch
-from pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, IMAGE, TEXT, Embedded, Regression, TokenBatch
 
 EMBEDDERS = {
     "patch:3": {"kind": "patch", "shape": [16, 16, 3], "values": 0},

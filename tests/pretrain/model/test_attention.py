@@ -5,13 +5,13 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from model_fakes import make_batch, make_config
 
-from pretrain.model import attention as module
-from pretrain.model.attention import Attention, grouped_attention
-from pretrain.model.inputs import scalars, to_tensors
-from pretrain.model.layers import initialise
-from pretrain.model.layout import Layout, group_windows, length_class
+from tests.pretrain.model.model_fakes import make_batch, make_config
+from tiphys.pretrain.model import attention as module
+from tiphys.pretrain.model.attention import Attention, grouped_attention
+from tiphys.pretrain.model.inputs import scalars, to_tensors
+from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.layout import Layout, group_windows, length_class
 
 
 def masked_attention(q, k, v, windows):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from model_fakes import make_batch, make_config
 
-from pretrain.model import attention
-from pretrain.model.inputs import scalars, to_tensors
-from pretrain.model.layers import initialise
-from pretrain.model.layout import Layout
-from pretrain.model.moe import mixtures, step_counts
-from pretrain.model.transformer import Block
+from tests.pretrain.model.model_fakes import make_batch, make_config
+from tiphys.pretrain.model import attention
+from tiphys.pretrain.model.inputs import scalars, to_tensors
+from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.transformer import Block
 
 
 def varlen(q, k, v, ends, ends_again, longest, longest_again, *, window_size, enable_gqa):

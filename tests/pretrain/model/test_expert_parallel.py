@@ -4,11 +4,10 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.processes import REPOSITORY
 
 
 def one_rank() -> None:
@@ -16,13 +15,13 @@ def one_rank() -> None:
     import deepspeed.ops
     import torch
     import torch.distributed as dist
-    from model_fakes import make_batch, make_config
 
-    from pretrain.batch import TokenBatch
-    from pretrain.model.expert_parallel import ShardedExperts, shard_experts
-    from pretrain.model.inputs import to_tensors
-    from pretrain.model.moe import mixtures, step_counts
-    from pretrain.model.transformer import DecisionModel
+    from tests.pretrain.model.model_fakes import make_batch, make_config
+    from tiphys.pretrain.model.expert_parallel import ShardedExperts, shard_experts
+    from tiphys.pretrain.model.inputs import to_tensors
+    from tiphys.pretrain.model.moe import mixtures, step_counts
+    from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.tokens.batch import TokenBatch
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
@@ -80,7 +79,7 @@ def test_sharded_experts_equal_whole_ones():
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__],
-            env={**base, "RANK": str(r), "LOCAL_RANK": str(r), "DS_ACCELERATOR": "cpu"},
+            env={**base, "PYTHONPATH": str(REPOSITORY), "RANK": str(r), "LOCAL_RANK": str(r), "DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -92,5 +91,4 @@ def test_sharded_experts_equal_whole_ones():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     one_rank()

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from model_fakes import RANGES, make_batch, make_config
 
-from pretrain.batch import TokenBatch
-from pretrain.model.config import DecisionConfig
-from pretrain.model.flops import flops_per_batch, parameters
-from pretrain.model.inputs import from_bits, to_tensors, unpack
-from pretrain.model.transformer import DecisionModel
+from tests.pretrain.model.model_fakes import RANGES, make_batch, make_config
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.flops import flops_per_batch, parameters
+from tiphys.pretrain.model.inputs import from_bits, to_tensors, unpack
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 
 def test_every_real_token_stands_once_and_windows_are_consecutive():

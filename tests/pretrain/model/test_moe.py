@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from model_fakes import make_batch, make_config
 from torch.nn import functional as F
 
-from pretrain.model.inputs import scalars, to_tensors
-from pretrain.model.layers import initialise
-from pretrain.model.layout import Layout
-from pretrain.model.moe import MixtureOfExperts, has_grouped_mm, looped_products, products
+from tests.pretrain.model.model_fakes import make_batch, make_config
+from tiphys.pretrain.model.inputs import scalars, to_tensors
+from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.moe import MixtureOfExperts, has_grouped_mm, looped_products, products
 
 
 def make_moe(**changes):

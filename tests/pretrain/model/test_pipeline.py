@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from model_fakes import make_batch, make_config
 
-from pretrain.model.inputs import to_tensors
-from pretrain.model.layers import initialise
-from pretrain.model.moe import mixtures, step_counts
-from pretrain.model.pipeline import canonical_name, partition, pipeline_inputs, pipeline_layers
-from pretrain.model.transformer import DecisionModel
+from tests.pretrain.model.model_fakes import make_batch, make_config
+from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.pipeline import canonical_name, partition, pipeline_inputs, pipeline_layers
+from tiphys.pretrain.model.transformer import DecisionModel
 
 
 def make_stages(config, bounds, seed):

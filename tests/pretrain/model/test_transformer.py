@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from model_fakes import make_batch, make_config
 
-from pretrain.batch import TokenBatch
-from pretrain.model.attention import KeyValueCache
-from pretrain.model.inputs import to_tensors, unpack
-from pretrain.model.moe import mixtures, step_counts
-from pretrain.model.transformer import DecisionModel
+from tests.pretrain.model.model_fakes import make_batch, make_config
+from tiphys.pretrain.model.attention import KeyValueCache
+from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.tokens.batch import TokenBatch
 
 
 def run(model, batches, scale=1.0):

@@ -1,0 +1,459 @@
+"""The places that bytes live in: a local folder, an object store (obstore), anything else that fsspec opens.
+
+Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError, `Changed`,
+`OutOfRange`, `Refused`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import configparser
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.stores import threads
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
+# fsspec knows schemes that run commands (pipe), open nested archives or chain others: plain remote file systems may pass
+FSSPEC_SCHEMES = ("hf", "memory", "sftp", "ssh", "smb", "hdfs", "webhdfs", "oss", "webdav", "dbfs", "ftp")
+_TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")
+
+
+class Transient(Exception):
+    """The same request may succeed later."""
+
+
+class Throttled(Transient):
+    """The store asks for fewer requests (429, 503)."""
+
+
+class Changed(Exception):
+    """The object is no longer the one whose ETag was given."""
+
+
+class OutOfRange(Exception):
+    """The object ends before the first byte asked for."""
+
+
+class Refused(Exception):
+    """The store does not take this request, and would not take it later."""
+
+
+class ObjectInfo(NamedTuple):
+    size: int  # bytes of the whole object; −1 where the answer did not say
+    etag: str  # changes whenever the object does; empty where the store has none
+
+
+class Backend(Protocol):
+    """One folder. Keys are relative to it, with forward slashes."""
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        """Bytes [start, start + size), fewer where the object ends; `Changed` unless `etag` is empty or matches."""
+
+    async def head(self, key: str) -> ObjectInfo: ...
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        """All of it or nothing."""
+
+    async def keys(self, folder: str) -> list[str]: ...
+
+    async def delete(self, key: str) -> None: ...
+
+
+def backend(url: str, timeout: float) -> Backend:
+    """The backend of a folder's URL. DataError where its scheme is not on the list of those that may be opened."""
+    scheme = urlsplit(url).scheme.lower() if "://" in url or re.match(r"[a-z0-9+.-]{2,}:", url) else ""
+    if "::" in url or (scheme and scheme not in (*OBJECT_SCHEMES, *FSSPEC_SCHEMES, "file")):
+        allowed = ", ".join(("file", *OBJECT_SCHEMES, *FSSPEC_SCHEMES))
+        raise DataError(f"{redacted(url)}: the scheme {scheme or url!r} may not be opened; these may: {allowed}")
+    if scheme in ("", "file"):
+        return LocalBackend(Path(unquote(urlsplit(url).path) if scheme else url).absolute())
+    return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)
+
+
+def redacted(text: str) -> str:
+    """Without what may be secret in a URL: user info and query strings (SAS tokens, signatures)."""
+    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))
+
+
+class LocalBackend:
+    """A local folder. Writes go to a temporary file, are synced, then renamed."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def ranges(
+        self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
+    ) -> tuple[list[bytes], ObjectInfo]:
+        with open(self.path(key), "rb", buffering=0) as file:
+            info = _local_info(os.fstat(file.fileno()))
+            if etag and info.etag != etag:
+                raise Changed
+            return [_pread(file.fileno(), size, start) for start, size in zip(starts, sizes, strict=True)], info
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        (part,), info = await asyncio.to_thread(self.ranges, key, [start], [size], etag)
+        return part, info
+
+    async def head(self, key: str) -> ObjectInfo:
+        return _local_info(os.stat(self.path(key)))
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        await asyncio.to_thread(self._put, key, source)
+
+    def _put(self, key: str, source: bytes | Path) -> None:
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as file:
+            if isinstance(source, Path):
+                with open(source, "rb") as origin:
+                    shutil.copyfileobj(origin, file, 1 << 20)
+            else:
+                file.write(source)
+
+    async def keys(self, folder: str) -> list[str]:
+        found = []
+        for parent, _, names in os.walk(self.path(folder)):
+            found += [os.path.relpath(os.path.join(parent, n), self.root) for n in names]
+        return sorted(f for f in found if not _TEMPORARY.search(f))
+
+    async def delete(self, key: str) -> None:
+        self.path(key).unlink()
+
+
+@contextlib.contextmanager
+def whole_file(target: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears as `target` only when the block ends well: temporary file, fsync, rename, fsync."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _local_info(stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+
+def _pread(file: int, size: int, start: int) -> bytes:
+    data = os.pread(file, size, start)
+    while 0 < len(data) < size:  # a read may stop early: at 2 GiB, or on a network mount
+        more = os.pread(file, size - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class ObjectBackend:
+    """S3, GCS, Azure, HTTP by obstore (Rust's object_store). Its retries are off: `Store` must see a 503 to slow down."""
+
+    def __init__(self, url: str, timeout: float):
+        import obstore
+
+        self.obstore = obstore
+        self._url, self._timeout = url, timeout
+        self.store, self._keys = self._open()
+        self._renewing = threading.Lock()
+
+    def _open(self) -> tuple[Any, tuple[str, ...]]:
+        """The store, and the credentials that it begins with, where it was given any."""
+        from obstore.store import HTTPStore, from_url
+
+        url, timeout = self._url, self._timeout
+        scheme = urlsplit(url).scheme.lower()
+        client: Any = {
+            "read_timeout": f"{max(1, round(timeout * 1000))}ms",  # between two reads of a body: finds stalls
+            "timeout": f"{max(60, round(timeout * 20))}s",  # of a whole request, uploads too
+            "connect_timeout": f"{max(1, round(min(timeout, 10.0) * 1000))}ms",
+            "pool_max_idle_per_host": "256",
+        }
+        retries: Any = {"max_retries": 0}
+        if scheme in ("http", "https"):
+            client["allow_http"] = scheme == "http"
+            return HTTPStore.from_url(url, client_options=client, retry_config=retries), ()
+        if scheme in ("s3", "s3a"):
+            config: Any
+            config, provider = _s3_configuration()
+            client["allow_http"] = config.get("endpoint", "").startswith("http://")
+            more: Any = {"credential_provider": provider} if provider else {}
+            given = provider() if provider else config
+            names = ("access_key_id", "secret_access_key", "session_token", "token")
+            keys = tuple(str(given[name]) for name in names if given.get(name))
+            return from_url(url, config=config, client_options=client, retry_config=retries, **more), keys
+        local = "AZURE_STORAGE_USE_EMULATOR" in os.environ or "STORAGE_EMULATOR_HOST" in os.environ
+        client["allow_http"] = local
+        return from_url(url.replace("gcs://", "gs://", 1), client_options=client, retry_config=retries), ()
+
+    async def _failed(self, error: Exception, key: str, store: Any) -> Exception:
+        """What an exception of obstore's means. Refused credentials are looked up once more: someone may have renewed them."""
+        found = _translated(error, key)
+        if isinstance(found, PermissionError) and any(code in str(found) for code in _EXPIRED):
+            try:
+                renewed = await asyncio.to_thread(self._renew, store)
+            except Exception as failure:
+                return PermissionError(f"{found}; and looking for new credentials: {redacted(str(failure))}")
+            if renewed:
+                return Transient(str(found))
+        return found
+
+    def _renew(self, refused: Any) -> bool:
+        """Whether there are other credentials now than those of the store that was refused."""
+        with self._renewing:
+            if self.store is refused:
+                store, keys = self._open()
+                if len(keys) < len(self._keys) or keys == self._keys:  # fewer: the file is just being written
+                    return False
+                self.store, self._keys = store, keys
+            return True
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        options: Any = {"range": (start, start + size)}
+        if etag and not etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1); the caller compares it
+            options["if_match"] = etag
+        store = self.store
+        ends = asyncio.get_running_loop().time() + self._patience(size)
+        try:
+            return await _by(ends, threads.call(self._get, store, key, options, size))
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+
+    def _get(self, store: Any, key: str, options: Any, size: int) -> tuple[Buffer, ObjectInfo]:
+        result = self.obstore.get(store, key, options=options)
+        # One piece, at the body's end or one byte beyond what was asked for: no answer is read without end
+        data = next(iter(result.stream(min_chunk_size=size + 1)), b"")
+        meta = result.meta
+        return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
+
+    def _patience(self, size: int) -> float:
+        """Seconds that an answer of so many bytes may take: a body that trickles shows the client's timeout always a byte."""
+        return 3 * self._timeout + size / _SLOWEST
+
+    async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
+        """Several ranges at half the CPU of as many `fetch`, ten in flight; all fail where one does; no ETag."""
+        store = self.store
+        ends = asyncio.get_running_loop().time() + self._patience(sum(sizes))
+        try:
+            return await _by(ends, self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0))
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+
+    async def head(self, key: str) -> ObjectInfo:
+        store = self.store
+        try:
+            meta = await self.obstore.head_async(store, key)
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+        return ObjectInfo(meta["size"], meta["e_tag"] or "")
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        store = self.store
+        try:
+            await self.obstore.put_async(store, key, source)
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+
+    async def keys(self, folder: str) -> list[str]:
+        found, store = list[str](), self.store
+        try:
+            async for page in self.obstore.list(store, prefix=folder or None, chunk_size=1000):
+                found += [meta["path"] for meta in page]
+        except Exception as error:
+            raise await self._failed(error, folder, store) from error
+        return sorted(found)
+
+    async def delete(self, key: str) -> None:
+        store = self.store
+        try:
+            await self.obstore.delete_async(store, key)
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+
+
+_SLOWEST = 64 << 10  # bytes a second of one body, below which it is asked for again
+
+
+async def _by(ends: float, answer: Any) -> Any:
+    """What a future gives; Transient where it is not there at that time of the event loop.
+
+    An answer that is there is never thrown away, however late the loop comes to see it.
+    """
+    timer = asyncio.get_running_loop().call_at(ends, answer.cancel)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Transient("the answer came too slowly") from None
+    finally:
+        timer.cancel()
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_MENDING = (304, 408, 409, 425)  # of a read that set no condition of its kind: not an answer to it, or not yet
+_EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
+
+
+def _translated(error: Exception, key: str) -> Exception:
+    """obstore's exception in the common vocabulary; what is not the store's doing stays as it is."""
+    from obstore import exceptions as o
+
+    text = redacted(str(error).split("\n\nDebug source", 1)[0])
+    found = _STATUS.search(text)
+    status = int(found[1]) if found else 0
+    if isinstance(error, (FileNotFoundError, Transient)):
+        return FileNotFoundError(key) if isinstance(error, FileNotFoundError) else error
+    if isinstance(error, (o.PermissionDeniedError, o.UnauthenticatedError)) or any(code in text for code in _EXPIRED):
+        return PermissionError(text)
+    if isinstance(error, o.PreconditionError):
+        return Changed()
+    if status == 416:
+        return OutOfRange()
+    if status in (429, 503) or "SlowDown" in text or f"(os error {errno.EMFILE})" in text:  # sockets are files too
+        return Throttled(text)
+    if not isinstance(error, o.BaseError):
+        return error
+    # A 400 without a store's error code is the word of something in between
+    if status in _MENDING or status >= 500 or (status == 400 and ("<Code>" not in text or "RequestTimeout" in text)):
+        return Transient(text)
+    return Transient(text) if status == 0 and isinstance(error, o.GenericError) else Refused(text)
+
+
+def _s3_configuration() -> tuple[dict[str, str], Any]:
+    """Endpoint, region and keys as AWS' own tools find them: environment, the profile's files, else obstore's search.
+
+    A profile without static keys (SSO, assumed roles, credential_process) is left to boto3 where that is installed.
+    """
+    env = os.environ
+    config: dict[str, str] = {}
+    profile = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or ""
+    settings = _aws_profile(profile or "default")
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or settings.get("endpoint_url")
+    if endpoint:
+        config["endpoint"] = endpoint.rstrip("/")
+    config["region"] = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or settings.get("region") or "us-east-1"
+    if "AWS_ACCESS_KEY_ID" in env and not profile:
+        return config, None
+    if "aws_access_key_id" in settings:
+        names = ("access_key_id", "secret_access_key", "session_token")
+        return config | {n: settings[f"aws_{n}"] for n in names if f"aws_{n}" in settings}, None
+    if not profile:
+        return config, None
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        raise DataError(
+            f"AWS_PROFILE={profile}: the profile has no static keys, and finding others needs boto3: pip install boto3"
+        ) from None
+    # boto3 renews what has less than ten minutes left; obstore must not hold on to it for longer
+    return config, Boto3CredentialProvider(boto3.Session(profile_name=profile), ttl=timedelta(minutes=10))
+
+
+def _aws_profile(name: str) -> dict[str, str]:
+    """A profile's settings from ~/.aws/credentials and ~/.aws/config, whichever exist."""
+    settings: dict[str, str] = {}
+    files = (
+        (os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"), name if name == "default" else f"profile {name}"),
+        (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), name),
+    )
+    for path, section in files:
+        parser = configparser.RawConfigParser()
+        parser.read(os.path.expanduser(path))
+        if parser.has_section(section):
+            settings.update(parser[section])
+    return settings
+
+
+# What changes when an object is replaced, by the names that fsspec's file systems give it; `ukey` also counts times of access
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5",
+    "blob_id",
+    "version_id",
+    "mtime",
+    "modified",
+    "last_modified",
+    "created",
+)
+
+
+class FsspecBackend:
+    """Any other scheme, through fsspec's synchronous interface in threads."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
+        # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
+        if not etag or len(data) < size:
+            return data, await self.head(key)
+        return data, ObjectInfo(-1, etag)
+
+    async def head(self, key: str) -> ObjectInfo:
+        self.fs.invalidate_cache(self.fs._parent(self._path(key)))
+        info = await self._call(self.fs.info, self._path(key))
+        if info["type"] == "directory":
+            raise FileNotFoundError(key)
+        version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
+        return ObjectInfo(int(info["size"]), ";".join([*version, str(info["size"])]) if version else "")
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        if isinstance(source, Path):
+            await self._call(self.fs.put_file, str(source), self._path(key))
+        else:
+            await self._call(self.fs.pipe_file, self._path(key), source)
+
+    async def keys(self, folder: str) -> list[str]:
+        root = self.fs._strip_protocol(self.root).rstrip("/")
+        found = await self._call(self.fs.find, self._path(folder))
+        return sorted(f[len(root) + 1 :] for f in found)
+
+    async def delete(self, key: str) -> None:
+        await self._call(self.fs.rm_file, self._path(key))
+
+    async def _call(self, function: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return await asyncio.to_thread(function, *args, **more)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # fsspec's file systems give network failures as OSErrors
+            raise Transient(redacted(str(error)) or type(error).__name__) from error

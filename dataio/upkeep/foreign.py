@@ -1,0 +1,168 @@
+"""`index_foreign`: WebDataset image-text tars made by others become a dataset in place; not a byte of them is rewritten."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crc32c import crc32c
+
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.format import tar
+from tiphys.dataio.format.document import DATASET, INDEX, exists, fetch, publish
+from tiphys.dataio.format.sample import MAX_TEXT
+from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.statistics import Statistics
+from tiphys.dataio.upkeep.rebuild import member_bytes
+
+if TYPE_CHECKING:
+    from tiphys.dataio.storage import Store
+
+IMAGES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
+CAPTIONS = ("txt", "caption", "text")  # members that are a caption
+KEYS = ("caption", "text", "prompt", "description")  # of a .json member, the first that is there
+
+
+def index_foreign(
+    url: str,
+    destination: str = "",
+    *,
+    task: str = "caption",
+    shards: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> EpisodeIndex:
+    """Index the tars of a folder as a dataset of captioned images, and write the index there or to `destination`.
+
+    Every sample with a picture (.jpg, .png, .webp) becomes an episode of T = 0 actions with the fields `image` (its shape may
+    differ by episode) and `text` (a .txt, or a key of a .json; absent where there is none). Samples without a picture are
+    passed over; their number stands in dataset.json as `skipped`. Each tar is read once, in full, for its CRCs.
+
+    shards    paths of the tars (default: every .tar in the folder; needed where the store cannot list)
+    Raises DataError where a tar is damaged, compressed, or holds a link; FileNotFoundError where there is no tar.
+    """
+    from tiphys.dataio.storage import Store
+
+    source = Store(url)
+    target = Store(destination) if destination else source
+    if exists(target, DATASET):
+        raise FileExistsError(f"{target.url} is a dataset already; choose another destination")
+    names = sorted(shards) or [p for p in source.list() if p.endswith(".tar")]
+    if not names:
+        raise FileNotFoundError(f"{url} has no .tar to index")
+    scratch = Path(tempfile.mkdtemp(prefix="tiphys-index-"))
+    try:
+        writer, listed, skipped = TableWriter(scratch), list[Shard](), 0
+        for number, name in enumerate(names):
+            shard = Shard(f"{absolute(url)}/{name}" if destination else name, *_size_and_crc(source, name, scratch))
+            for record in _records(scratch / "shard.tar", shard.name, name[: -len(".tar")], task):
+                if record is None:
+                    skipped += 1
+                else:
+                    writer.add(record)
+            listed.append(shard)
+            if progress is not None:
+                progress(number + 1, len(names))
+        writer.finish(scratch / INDEX, [caption_task(task)], listed)
+        publish(target, scratch / INDEX, Statistics(), skipped=skipped)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return EpisodeIndex.open(target.url)
+
+
+def caption_task(name: str) -> TaskSpec:
+    """The task of captioned images: an image of any size and a text."""
+    return TaskSpec(
+        name,
+        (
+            FieldSpec("image", "observation", "image", "uint8", (0, 0, 3), (0.0,), (255.0,), 256),
+            FieldSpec("text", "text", "text", "str", per="episode"),
+        ),
+    )
+
+
+def absolute(url: str) -> str:
+    """A folder as a URL that means the same from anywhere."""
+    return url.rstrip("/") if "://" in url else Path(url).resolve().as_uri()
+
+
+def _size_and_crc(store: Store, name: str, scratch: Path) -> tuple[int, int]:
+    file = scratch / "shard.tar"
+    fetch(store, name, file)
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(8 << 20):
+            crc = crc32c(block, crc)
+    return file.stat().st_size, crc
+
+
+def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[Record | None]:
+    """A record for each sample with a picture, None for each other one."""
+    if not file.stat().st_size:
+        raise DataError(f"{shard} is empty")
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        data = memoryview(mapped)
+        try:
+            for sample in tar.samples(file):
+                yield _record(sample, data, shard, stem, task)
+        except DataError as error:
+            raise DataError(f"{shard}: {error}") from None
+        finally:
+            data.release()
+
+
+def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: str) -> Record | None:
+    picture = next((e for e in sample.members if e.rsplit(".", 1)[-1] in IMAGES), "")
+    if not picture:
+        return None
+    member = sample.members[picture]
+    content = member_bytes(data, member)
+    kind = _kind(content)
+    if kind is None:
+        return None
+    text = _caption(sample, data)
+    return Record(
+        id=f"{stem}/{sample.key}",
+        task=task,
+        steps=0,
+        rows=1,
+        total_return=0.0,
+        shard=shard,
+        sample=sample.begin,
+        sample_bytes=sample.end - sample.begin,
+        texts={} if text is None else {"text": text},
+        chunks={"image": Chunks(kind, 1, [member.offset], [member.size], [crc32c(content)])},
+    )
+
+
+def _kind(content: bytes) -> str | None:
+    """The picture's true format, whatever its name says."""
+    if content[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if content[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
+
+
+def _caption(sample: tar.Sample, data: memoryview) -> str | None:
+    """The sample's text: a caption member, else a known key of its .json."""
+    for extension in CAPTIONS:
+        member = sample.members.get(extension)
+        if member is not None and member.size <= MAX_TEXT:
+            return member_bytes(data, member).decode("utf-8", "replace").strip()
+    member = sample.members.get("json")
+    if member is None or member.size > MAX_TEXT:
+        return None
+    try:
+        described = json.loads(member_bytes(data, member))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(described, dict):
+        return None
+    found = (described.get(key) for key in KEYS)
+    return next((t.strip() for t in found if isinstance(t, str) and len(t) <= MAX_TEXT), None)

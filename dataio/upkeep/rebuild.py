@@ -1,0 +1,154 @@
+"""The rows of `index.parquet` from the shards alone: what the samples say of themselves."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from crc32c import crc32c
+
+from tiphys.dataio.episode import DataError, FieldSpec
+from tiphys.dataio.format import encodings, tar
+from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.rows import Layout, broken_row
+from tiphys.dataio.format.table import Chunks, Record
+
+
+def records(file: Path, shard: str, layouts: Mapping[str, Layout]) -> Iterator[Record | DataError]:
+    """A record for each sample of a shard that ShardWriter wrote, or what is wrong with it; the tar's own fault comes last."""
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            for sample in tar.samples(file):
+                try:
+                    yield _record(sample, memoryview(data), shard, layouts)
+                except DataError as error:
+                    yield DataError(f"sample {sample.key!r} at byte {sample.begin}: {error}")
+        except DataError as error:
+            yield error
+
+
+def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[str, Layout]) -> Record:
+    for extension in ("json", "steps.npy"):
+        if extension not in sample.members:
+            raise DataError(f"it has no .{extension} member: not a sample of ours")
+    said = described(member_bytes(data, sample.members["json"]))
+    layout = layouts.get(said["task"])
+    if layout is None:
+        raise DataError(f"task {said['task']!r} is not in dataset.json")
+    rows, offset = _rows(sample.members["steps.npy"], data, layout)
+    texts, values = {}, {}
+    for field in layout.episodic:
+        value = said["fields"].get(field.name)
+        if value is not None and field.dtype == "str":
+            texts[field.name] = str(value)
+        elif value is not None:
+            values[field.name] = np.asarray(value, np.dtype(field.dtype).newbyteorder("<")).tobytes()
+    names = rows.dtype.names or ()
+    reward = float(np.sum(rows["reward"][: said["steps"]], dtype=np.float64)) if "reward" in names else 0.0
+    return Record(
+        id=said["id"],
+        task=layout.task.name,
+        steps=said["steps"],
+        rows=len(rows),
+        total_return=reward,
+        shard=shard,
+        sample=sample.begin,
+        sample_bytes=sample.end - sample.begin,
+        offset=offset,
+        success=said["success"],
+        agent=said["agent"],
+        json=sample.members["json"].offset,
+        json_bytes=sample.members["json"].size,
+        short=tuple(said["short"]),
+        texts=texts,
+        values=values,
+        chunks={f.name: _chunks(sample, data, f, said["encodings"].get(f.name)) for f in layout.large},
+    )
+
+
+def member_bytes(data: memoryview, member: tar.Member) -> bytes:
+    return bytes(data[member.offset : member.offset + member.size])
+
+
+def described(raw: bytes) -> dict[str, Any]:
+    """The `.json` member of a sample of ours."""
+    try:
+        said = json.loads(raw)
+        if not (isinstance(said["id"], str) and isinstance(said["task"], str) and isinstance(said["steps"], int)):
+            raise TypeError("id, task or steps are of the wrong kind")
+        for key, kind in (("fields", dict), ("short", list), ("encodings", dict), ("agent", str), ("info", dict)):
+            if not isinstance(said[key], kind):
+                raise TypeError(f"{key} is no {kind.__name__}")
+        if said["success"] not in (None, True, False):
+            raise TypeError("success is neither true, false nor null")
+        return said
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"its .json member is damaged: {type(error).__name__} {error}") from None
+
+
+def _rows(member: tar.Member, data: memoryview, layout: Layout) -> tuple[np.ndarray, int]:
+    """The rows of a `steps.npy` member, each verified, and the byte of the shard at which they begin."""
+    offset, expected = rows_offset(member, data, layout), layout.dtype
+    content = data[offset : member.offset + member.size]
+    broken = broken_row(content, expected.itemsize)
+    if broken >= 0:
+        raise DataError(f"steps.npy: the CRC-32C of row {broken} does not match")
+    return np.frombuffer(content, expected), offset
+
+
+def rows_offset(member: tar.Member, data: memoryview, layout: Layout) -> int:
+    """Where row 0 of a `steps.npy` member lies. Raises DataError where its dtype is not the task's."""
+    dtype, shape, header = tar.npy_header(bytes(data[member.offset : member.offset + min(member.size, tar.MAX_HEADER)]))
+    expected = layout.dtype
+    if dtype != expected or len(shape) != 1 or shape[0] < 1 or header + shape[0] * expected.itemsize != member.size:
+        raise DataError(f"steps.npy does not hold rows of task {layout.task.name!r} as dataset.json declares it")
+    return member.offset + header
+
+
+def _chunks(sample: tar.Sample, data: memoryview, field: FieldSpec, stored: Any) -> Chunks:
+    """Where the chunks of a large field lie, from its members and the encoding that the sample names."""
+    try:
+        kind, rows = str(stored[0]), int(stored[1])
+        encoding = Encoding(kind, rows)
+    except (TypeError, ValueError, IndexError) as error:
+        raise DataError(f"field {field.name!r}: the sample names no encoding of it ({error})") from None
+    extension, name = encodings.EXTENSIONS[kind], field.name.lower()
+    if kind in ("raw", "text"):
+        member = sample.members.get(f"{name}.{extension}")
+        if member is None:
+            raise DataError(f"its member {name}.{extension} is missing")
+        split = _raw_chunks if kind == "raw" else _text_chunks
+        places = split(member, data, field, encoding)
+    else:
+        prefix, suffix = f"{name}.", f".{extension}"
+        found = [
+            m for e, m in sample.members.items() if e.startswith(prefix) and e[len(prefix) : -len(suffix)].isdigit()
+        ]
+        places = [(m.offset, m.size) for m in sorted(found, key=lambda m: m.offset)]
+    crc = [crc32c(data[at : at + size]) for at, size in places]
+    return Chunks(kind, rows, [at for at, _ in places], [size for _, size in places], crc)
+
+
+def _raw_chunks(member: tar.Member, data: memoryview, field: FieldSpec, encoding: Encoding) -> list[tuple[int, int]]:
+    _, _, header = tar.npy_header(bytes(data[member.offset : member.offset + min(member.size, tar.MAX_HEADER)]))
+    one, end = field.bytes_per_step * encoding.rows, member.offset + member.size
+    return [(at, min(one, end - at)) for at in range(member.offset + header, end, one)]
+
+
+def _text_chunks(member: tar.Member, data: memoryview, field: FieldSpec, encoding: Encoding) -> list[tuple[int, int]]:
+    raw = member_bytes(data, member)
+    try:
+        parts: Sequence[bytes] = encodings.encode(np.array(json.loads(raw), np.dtypes.StringDType()), encoding)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"field {field.name!r}: its list of texts is damaged: {error}") from None
+    if b"[" + b",".join(parts) + b"]" != raw:
+        raise DataError(f"field {field.name!r}: its list of texts was not written by ShardWriter")
+    places, at = [], member.offset + 1
+    for part in parts:
+        places.append((at, len(part)))
+        at += len(part) + 1
+    return places

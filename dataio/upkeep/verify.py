@@ -1,0 +1,362 @@
+"""`verify`: every byte of a dataset against its checksums, its tars against its index; and the repair of the index."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from crc32c import crc32c
+
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.format import arrays, table, tar
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, describe, fetch, parse, publish, sha256
+from tiphys.dataio.format.rows import Layout, broken_row
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.statistics import Statistics
+from tiphys.dataio.upkeep import rebuild
+
+if TYPE_CHECKING:
+    from tiphys.dataio.storage import Store
+
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: `kind`, the object, the episode's id where it concerns one, and what it is."""
+
+    kind: str  # missing | index | truncated | structure | checksum | disagreement
+    where: str
+    message: str
+    episode: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f" (episode {self.episode!r})" if self.episode else "")
+
+
+@dataclass
+class Report:
+    """What `verify` saw. `notes` are worth knowing but harm nothing; `repairs` say what was done."""
+
+    url: str
+    episodes: int = 0
+    shards: int = 0
+    bytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    repairs: list[str] = field(default_factory=list)
+    repaired: frozenset[str] = frozenset()  # shards whose broken episodes have left the index before
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def add(self, kind: str, where: str, message: str, episode: str = "") -> None:
+        if where in self.repaired and not episode:
+            self.notes.append(f"{where}: {message}; its broken episodes are in quarantine")
+        else:
+            self.findings.append(Finding(kind, where, message, episode))
+
+    def __str__(self) -> str:
+        head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
+        found = f"{len(self.findings)} findings" if self.findings else "everything is as it was written"
+        lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
+        return "\n".join(lines + [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **asdict(self), "repaired": sorted(self.repaired)}
+
+
+def verify(url: str, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+    """Read the whole dataset and check it: sizes, tar structure, every CRC, and that index and shards agree.
+
+    With `repair`, episodes that are broken leave the index for the list `quarantine` in dataset.json, and a missing or
+    damaged index is made again from the shards; no shard is ever rewritten. `progress(done, all)` counts shards.
+    Raises FileNotFoundError where there is neither dataset.json nor index.parquet.
+    """
+    from tiphys.dataio.storage import Store
+
+    store, report = Store(url), Report(url)
+    scratch = Path(tempfile.mkdtemp(prefix="tiphys-verify-"))
+    try:
+        index = _load(store, scratch, report, repair)
+        if index is not None:
+            _verify_statistics(store, index, scratch, report, repair)
+            reasons, statistics = _verify_shards(store, index, scratch, report, repair, progress)
+            _compare_listing(store, index, report)
+            if repair and (reasons or report.repairs):
+                _rewrite(store, index, reasons, scratch, statistics)
+                report.repairs.append(f"{len(reasons)} of {index.episodes} episodes went to the quarantine list")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+def _load(store: Store, scratch: Path, report: Report, repair: bool) -> EpisodeIndex | None:
+    """The index, rebuilt where it has to be and may be; None where there is nothing to go on with."""
+    file = scratch / INDEX
+    try:
+        fetch(store, INDEX, file)
+    except FileNotFoundError:
+        report.add("missing", INDEX, "there is no index; `verify --repair` makes it again from shards of our own")
+    try:
+        document = parse(store.read(DATASET), f"{store.url}/{DATASET}")
+    except FileNotFoundError:
+        if not file.exists():
+            raise FileNotFoundError(f"{store.url} is no dataset: it has neither {DATASET} nor {INDEX}") from None
+        report.add("missing", DATASET, "it was never written, or is lost; `verify --repair` makes it from the index")
+        document = None
+    except DataError as error:
+        report.add("index", DATASET, str(error))
+        document = None
+    if file.exists():
+        index = _accept(store, file, document, scratch, report, repair)
+        if index is not None:
+            return index
+    if document is None or not repair:
+        return None
+    return _rebuild(store, document, scratch, report)
+
+
+def _accept(
+    store: Store, file: Path, document: dict[str, Any] | None, scratch: Path, report: Report, repair: bool
+) -> EpisodeIndex | None:
+    """The index file that is there, if it is whole; dataset.json is made to agree with it."""
+    try:
+        own = parse(json.dumps(describe(file, Statistics())).encode(), f"{store.url}/{INDEX}")
+        digest = sha256(file)
+        if document is not None and document["digests"][INDEX] != digest:
+            report.add("index", INDEX, f"it is not the one that {DATASET} names: damaged, or a rewrite was interrupted")
+        names = [t.name for t in own["tasks"]], [s.name for s in own["shards"]]
+        out = scratch / "arrays"
+        out.mkdir()
+        loaded = arrays.decode(file, out, *names)
+        arrays.check(loaded, own["tasks"], own["shards"], f"{store.url}/{INDEX}")
+    except DataError as error:
+        report.add("index", INDEX, str(error))
+        shutil.rmtree(scratch / "arrays", ignore_errors=True)
+        return None
+    if document is not None and document["digests"][INDEX] == digest:
+        own = document
+    else:
+        own["quarantine"] = (document or {}).get("quarantine", [])
+        if repair:
+            report.repairs.append(f"{DATASET} was made again from {INDEX}")
+    return EpisodeIndex(store.url, own, loaded, digest)
+
+
+def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Report) -> EpisodeIndex | None:
+    """The index made again from the shards, where all their samples are its episodes."""
+    if "skipped" in document:
+        report.add("index", INDEX, "the tars are others': run `tiphys index` again")
+        return None
+    if any("://" in s.name for s in document["shards"]):
+        report.add("index", INDEX, "some shards belong to other datasets: merge, filter or split these again")
+        return None
+    layouts = {t.name: Layout(t) for t in document["tasks"]}
+    folder = scratch / "rebuilt"
+    folder.mkdir()
+    writer = table.TableWriter(folder)
+    for shard in document["shards"]:
+        file = _local(store, shard, scratch, Report(store.url))  # what is wrong with it is found when it is verified
+        for record in rebuild.records(file, shard.name, layouts) if file is not None else ():
+            if isinstance(record, DataError):
+                report.add("structure", shard.name, str(record))
+            else:
+                writer.add(record)
+    writer.finish(scratch / INDEX, document["tasks"], document["shards"])
+    document["digests"][INDEX] = sha256(scratch / INDEX)
+    report.repairs.append(f"{INDEX} was made again from {len(document['shards'])} shards")
+    return _accept(store, scratch / INDEX, document, scratch, report, True)
+
+
+def _verify_statistics(store: Store, index: EpisodeIndex, scratch: Path, report: Report, repair: bool) -> None:
+    wanted = index.document["digests"].get(STATISTICS)
+    if wanted is None:  # dataset.json was lost or is not ours
+        return
+    try:
+        if fetch(store, STATISTICS, scratch / "old-statistics.parquet") == wanted:
+            return
+        report.add("checksum", STATISTICS, f"it is not the one that {DATASET} names")
+    except FileNotFoundError:
+        report.add("missing", STATISTICS, "there are no statistics")
+    if repair:
+        report.repairs.append(f"{STATISTICS} was made again from the shards")
+
+
+def _local(store: Store, shard: table.Shard, scratch: Path, report: Report) -> Path | None:
+    """A copy of a shard, compared with the size and CRC that the index has of it."""
+    file = scratch / "shard.tar"
+    try:
+        fetch(store, shard.name, file)
+    except FileNotFoundError:
+        report.add("missing", shard.name, "the shard is not there")
+        return None
+    size = file.stat().st_size
+    report.bytes += size
+    if size != shard.size:
+        kind = "truncated" if size < shard.size else "disagreement"
+        report.add(kind, shard.name, f"the shard has {size} bytes; {shard.size} were written")
+    elif shard.crc >= 0 and _crc(file) != shard.crc:
+        report.add("checksum", shard.name, "the CRC-32C of the shard does not match: bytes have changed")
+    return file if size else None
+
+
+def _crc(file: Path) -> int:
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(_PIECE):
+            crc = crc32c(block, crc)
+    return crc
+
+
+def _verify_shards(
+    store: Store,
+    index: EpisodeIndex,
+    scratch: Path,
+    report: Report,
+    repair: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[int, str], Statistics]:
+    """Broken episodes with the reason, and, for a repair, the statistics of the others."""
+    report.episodes, report.shards = index.episodes, len(index.shards)
+    report.repaired = frozenset(q["shard"] for q in index.document.get("quarantine", []))
+    order = np.argsort(index.shard, kind="stable")
+    bounds = np.searchsorted(index.shard[order], np.arange(len(index.shards) + 1))
+    reasons: dict[int, str] = {}
+    statistics = Statistics()
+    for number, shard in enumerate(index.shards):
+        mine = order[bounds[number] : bounds[number + 1]]
+        file = _local(store, shard, scratch, report)
+        if file is None:
+            reasons |= dict.fromkeys(mine.tolist(), "its shard is missing")
+        else:
+            reasons |= _verify_shard(index, mine, file, shard.name, report, statistics if repair else None)
+        if progress is not None:
+            progress(number + 1, len(index.shards))
+    return reasons, statistics
+
+
+def _verify_shard(
+    index: EpisodeIndex, episodes: np.ndarray, file: Path, shard: str, report: Report, statistics: Statistics | None
+) -> dict[int, str]:
+    """Findings of one shard; returns episode -> what is wrong with it."""
+    samples = dict[int, tar.Sample]()
+    end, whole = 0, True
+    try:
+        for sample in tar.samples(file):
+            samples[sample.begin] = sample
+            end = sample.end
+    except DataError as error:
+        report.add("structure", shard, str(error))
+        whole = False  # ranges still reach the episodes behind a damaged header: only their own bytes decide
+    reasons: dict[int, str] = {}
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for e in episodes.tolist():
+            data = memoryview(mapped)
+            try:
+                begin = int(index.arrays["sample"][e])
+                at = samples.pop(begin) if begin in samples else None
+                if at is None and (whole or begin < end):
+                    raise DataError(f"no sample of the tar begins at byte {begin}, where the index says that it does")
+                _verify_episode(index, e, data, at, statistics)
+            except DataError as error:
+                reasons[e] = str(error)
+                kind = "checksum" if "CRC-32C" in reasons[e] else "disagreement"
+                report.add(kind, shard, reasons[e], index.id(e))
+            finally:
+                data.release()
+    if samples:
+        known = {q.get("sample") for q in index.document.get("quarantine", []) if q.get("shard") == shard}
+        unknown = [s for s in samples.values() if s.begin not in known]
+        if unknown:
+            report.notes.append(
+                f"{shard}: {len(unknown)} samples are not in the index, the first is {unknown[0].key!r}"
+            )
+    return reasons
+
+
+def _verify_episode(
+    index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample | None, statistics: Statistics | None
+) -> None:
+    """Raises DataError with the first thing that is wrong with an episode."""
+    begin, size = int(index.arrays["sample"][e]), int(index.arrays["sample_bytes"][e])
+    if begin + size > len(data):
+        raise DataError(f"its bytes {begin}–{begin + size - 1} lie behind the end of the shard")
+    offset, rows = int(index.arrays["offset"][e]), int(index.rows[e])
+    if offset >= 0:
+        one = index.row_bytes(int(index.task[e]))
+        content = data[offset : offset + rows * one]
+        broken = broken_row(content, one)
+        if broken >= 0:
+            at = offset + broken * one
+            raise DataError(f"steps.npy, bytes {at}–{at + one - 1}: the CRC-32C of row {broken} does not match")
+    layout = index.layouts[index.task[e]]
+    for spec in layout.large:
+        for chunk in index.chunks(e, spec, 0, rows):
+            if crc32c(data[chunk.offset : chunk.offset + chunk.size]) != chunk.crc:
+                end = chunk.offset + chunk.size - 1
+                raise DataError(f"{spec.name}, bytes {chunk.offset}–{end}: the chunk's CRC-32C does not match")
+    if offset >= 0:
+        if sample is not None:
+            _verify_sample(index, e, data, sample, layout)
+        if statistics is not None:
+            statistics.add(layout, np.frombuffer(bytes(content), layout.dtype))
+
+
+def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, layout: Layout) -> None:
+    """The members of a sample of ours against the index."""
+    if not {"json", "steps.npy"} <= set(sample.members):
+        raise DataError(f"sample {sample.key!r} lacks its .json or .steps.npy member")
+    said = rebuild.described(rebuild.member_bytes(data, sample.members["json"]))
+    if (said["id"], said["task"], said["steps"]) != (index.id(e), layout.task.name, int(index.steps[e])):
+        raise DataError(f"sample {sample.key!r} is of episode {said['id']!r}, not of the one that the index names")
+    if rebuild.rows_offset(sample.members["steps.npy"], data, layout) != int(index.arrays["offset"][e]):
+        raise DataError(f"sample {sample.key!r}: the rows do not begin where the index says")
+    places = [(m.offset, m.offset + m.size, n) for n, m in sample.members.items()]
+    for spec in layout.large:
+        own = [(a, b) for a, b, n in places if n.startswith(f"{spec.name.lower()}.")]
+        for chunk in index.chunks(e, spec, 0, int(index.rows[e])):
+            if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in own):
+                raise DataError(f"{spec.name}: byte {chunk.offset} lies in none of its members")
+
+
+def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch: Path, statistics: Statistics) -> None:
+    """Rewrite the index without the broken episodes and list them, with the reason, in dataset.json."""
+    keep = np.ones(index.episodes, bool)
+    keep[list(reasons)] = False
+    out = scratch / "kept"
+    out.mkdir()
+    table.combine([table.Part(scratch / INDEX, keep)], out / INDEX, index.tasks, index.shards)
+    before: list[dict[str, Any]] = index.document.get("quarantine", [])
+    listed = []
+    for e, reason in sorted(reasons.items()):
+        place = {"shard": index.shard_name(int(index.shard[e])), "sample": int(index.arrays["sample"][e])}
+        listed.append({"id": index.id(e), "task": index.tasks[index.task[e]].name, **place, "reason": reason})
+    again = {(q["shard"], q["sample"]) for q in listed}
+    listed = [q for q in before if (q["shard"], q["sample"]) not in again] + listed
+    kept = {k: index.document[k] for k in ("skipped",) if k in index.document}
+    publish(store, out / INDEX, statistics, quarantine=listed, **kept)
+
+
+def _compare_listing(store: Store, index: EpisodeIndex, report: Report) -> None:
+    """Notes on what is there beside the dataset, and on ids that stand for several episodes."""
+    unique = len(np.unique(index.hash))
+    if unique < index.episodes:
+        report.notes.append(f"{index.episodes - unique} episodes have the id of another one")
+    listed = {s.name for s in index.shards}
+    try:
+        present: Sequence[str] = store.list("shards")
+    except (OSError, DataError) as error:  # a plain web server lists nothing
+        report.notes.append(f"the folder cannot be listed ({error}); shards that no index names were not looked for")
+        return
+    for name in present:
+        if name.endswith(".tar") and name not in listed:
+            report.notes.append(f"{name} is in no index: left by an interrupted writer, or of another dataset")

@@ -1,0 +1,154 @@
+"""Data and scores as text and pictures for people."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:
+    """A plain table, wide enough for its cells wherever it is printed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(title=title or None, header_style="bold", title_justify="left")
+    for i, name in enumerate(header):
+        view.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(*(_cell(value) for value in row))
+    out = io.StringIO()
+    Console(file=out, width=200).print(view)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def histogram(counts: Sequence[float]) -> str:
+    """Counts as a row of bars."""
+    top = max(counts, default=0) or 1
+    return "".join(_BARS[min(7, int(8 * c / top))] if c else " " for c in counts)
+
+
+def scores(found: Mapping[str, Any]) -> str:
+    """The table of an evaluation.json."""
+    rows = [
+        (
+            name,
+            one["episodes"],
+            one["mean_return"],
+            one["success_rate"],
+            one["random"],
+            one["expert"],
+            one["expert_normalized"],
+            _interval(one.get("expert_normalized_interval")),
+        )
+        for name, one in found["tasks"].items()
+    ]
+    header = ("task", "episodes", "return", "success", "random", "expert", "normalised", "95 % interval")
+    return table(header, rows)
+
+
+def _interval(bounds: Any) -> str | None:
+    return f"{bounds[0]:.2f} … {bounds[1]:.2f}" if bounds else None
+
+
+def episode(url: str, number: int, picture: str = "") -> str:
+    """An episode's fields in words; with `picture`, its frames as a .png strip or a .gif."""
+    from tiphys.dataio.dataset import read_episode
+    from tiphys.dataio.index import EpisodeIndex
+
+    index = EpisodeIndex.open(url)
+    if not 0 <= number < index.episodes:
+        raise IndexError(f"{url} has episodes 0 … {index.episodes - 1}, not {number}")
+    found = read_episode(index, number)
+    lines = [
+        f"episode {number}: {found.id}",
+        f"task {found.task}, {found.steps} steps, return {found.total_return:.3f}, success {found.success}, agent {found.agent}",
+    ]
+    for name, value in sorted(found.fields.items()):
+        if isinstance(value, str):
+            lines.append(f"  {name}: {value!r}")
+        else:
+            array = np.asarray(value)
+            lines.append(f"  {name}: {array.dtype}{list(array.shape)} {_values(array)}")
+    if picture:
+        lines.append(f"written: {_picture(found.fields, picture)}")
+    return "\n".join(lines)
+
+
+def _values(array: np.ndarray) -> str:
+    """The first steps of small fields; the extremes of large ones."""
+    if array.ndim > 2 and array.dtype.kind in "iuf" and array.size:
+        return f"from {array.min():g} to {array.max():g}"
+    return " ".join(np.array2string(array[:2], threshold=12, precision=3).split())
+
+
+def _picture(fields: Mapping[str, Any], path: str) -> str:
+    from PIL import Image
+
+    images = [v for v in fields.values() if isinstance(v, np.ndarray) and v.dtype == np.uint8 and v.ndim == 4]
+    images = [v for v in images if v.shape[-1] in (1, 3) and min(v.shape[1:3]) >= 16]
+    if not images:
+        raise ValueError("this episode has no images")
+    frames = [Image.fromarray(f if f.shape[-1] == 3 else f[..., 0]) for f in images[0]]
+    if Path(path).suffix == ".gif":
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    elif Path(path).suffix == ".png":
+        chosen = frames[:: max(1, len(frames) // 8)][:8]
+        strip = Image.new(chosen[0].mode, (sum(f.width for f in chosen), chosen[0].height))
+        for i, frame in enumerate(chosen):
+            strip.paste(frame, (i * frame.width, 0))
+        strip.save(path)
+    else:
+        raise ValueError(f"{path}: write .png or .gif")
+    return path
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """What `inspect` found, for a terminal."""
+    lines = [
+        f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {_size(found['bytes'])} "
+        f"in {found['shards']} shards" + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
+    ]
+    rows = [
+        (
+            name,
+            t["episodes"],
+            t["steps"],
+            _range(t["lengths"]),
+            _range(t["returns"]),
+            t["success"],
+            histogram(t["returns"]["histogram"]),
+        )
+        for name, t in found["tasks"].items()
+    ]
+    lines.append(table(("task", "episodes", "steps", "length", "return", "success", "returns"), rows))
+    fields = [
+        (n, f["role"], f["modality"], f["dtype"], str(tuple(f["shape"])), f["per"]) for n, f in found["fields"].items()
+    ]
+    lines.append(table(("field", "role", "modality", "dtype", "shape", "per"), fields))
+    return "\n".join(lines)
+
+
+def _range(spread: Mapping[str, Any]) -> str | None:
+    if spread["mean"] is None:
+        return None
+    return f"{spread['min']:.4g} … {spread['mean']:.4g} … {spread['max']:.4g}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,154 @@
+"""`tiphys loader-bench`: where a loader's time and bytes go on a dataset, beside what theory allows.
+
+Windows of a fixed length are drawn uniformly from all tasks and consumed as fast as they come.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from tiphys.dataio.episode import Needs, Window
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.placement import Home
+from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
+
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def stack_windows(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
+    """All windows' arrays, one after the other, by field: the least that any batch costs."""
+    parts: dict[str, list[np.ndarray]] = {}
+    count = 0
+    for row in windows:
+        for window in row:
+            count += 1
+            for name, value in window.fields.items():
+                if isinstance(value, np.ndarray) and value.dtype.kind != "T":
+                    parts.setdefault(f"{window.task}/{name}", []).append(value)
+    out = {name: _joined(arrays) for name, arrays in parts.items()}
+    return {**out, "row": np.asarray(rows, np.int64), "windows": np.array(count)}
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    shape = arrays[0].shape[1:]
+    same = {a.shape[1:] for a in arrays} == {shape}  # images may differ in size
+    return np.concatenate(arrays) if same else np.concatenate([a.reshape(-1) for a in arrays])
+
+
+def window_plan(index: EpisodeIndex, rows: int, window: int, **more: Any) -> SamplingPlan:
+    """A plan of rows of one window each, over every task of a dataset."""
+    tasks = len(index.tasks)
+    units = np.maximum(np.asarray(index.steps, np.int64), 1)
+    lengths = EntryLengths(
+        units=units, window=np.full(tasks, window, np.int32), per_unit=np.ones(tasks, np.int32),
+        fixed=np.zeros(index.episodes, np.int32), prompt=0.0, prompt_units=np.zeros(tasks, np.int32),
+    )  # fmt: skip
+    entry = PlanEntry(index, lengths, 1.0, index.url, list(range(tasks)), None)
+    return SamplingPlan([entry], rows=rows, budget=window, seed=more.pop("seed", 0), **more)
+
+
+def all_fields(index: EpisodeIndex) -> Needs:
+    return Needs(tuple(sorted({field.name for task in index.tasks for field in task.fields})))
+
+
+def bench(
+    dataset: str, *, steps: int = 200, rows: int = 64, window: int = 20, cache: int | str = "256MiB", requests: int = 64
+) -> dict[str, Any]:
+    """Run a loader over a dataset and say what it did. Units: seconds, bytes; `bound` is the best that any cache can do."""
+    index = EpisodeIndex.open(dataset)
+    budget = cache if isinstance(cache, int) else _size(cache)
+    plan = window_plan(index, rows, window)
+    loader = TrajectoryLoader(
+        plan,
+        Home(0, 1),
+        stack_windows,
+        [all_fields(index)],
+        cache=CacheBudget(memory=budget),
+        requests=requests,
+        stop=steps,
+    )
+    counters: dict[str, float] = {}
+    halves: list[dict[str, float]] = []
+    episodes, began, half = 0, 0.0, steps // 2
+    with loader:
+        for batch in loader:
+            if batch.step == 0:
+                began = time.monotonic()
+                counters = dict.fromkeys(batch.counters, 0.0)
+            else:
+                for name, value in batch.counters.items():
+                    counters[name] = counters.get(name, 0.0) + value
+            if batch.step == half:
+                halves.append(dict(counters))
+            last = batch.counters
+            batch.release()
+    seconds = time.monotonic() - began
+    steady = {name: counters[name] - halves[0].get(name, 0.0) for name in counters} if halves else counters
+    count = max(counters["windows"], 1.0)
+    episodes = index.episodes
+    return {
+        "dataset": dataset,
+        "episodes": episodes,
+        "windows": int(count),
+        "seconds": seconds,
+        "windows_per_second": count / seconds,
+        "cpu_seconds_per_1000_windows": counters["cpu_seconds"] / count * 1000,
+        "time": {n: counters[f"{n}_seconds"] / seconds for n in ("plan", "fetch_wait", "decode", "make")},
+        "bytes": {n: counters[f"bytes_{n}"] for n in ("delivered", "memory", "disk", "missed", "store")},
+        "fetched_over_delivered": steady["bytes_store"] / max(steady["bytes_delivered"], 1.0),
+        "bound": 1.0 - last["cache_hit_bound"],
+        "requests": counters["requests"],
+        "retries": counters["retries"],
+        "resident_bytes": last["resident_bytes"],
+        "distinct_rate": counters["distinct_rate"] / max(steps - 1, 1),
+        "distinct_bound": _distinct_bound(index, window),
+        "buckets": plan.buckets,
+    }
+
+
+def _distinct_bound(index: EpisodeIndex, window: int, draws: int = 256) -> float:
+    """Distinct episodes, as a share of `draws` windows drawn independently and uniformly."""
+    mass = np.maximum(np.asarray(index.steps, np.float64) - window + 1, 1)
+    return float((1 - (1 - mass / mass.sum()) ** draws).sum() / draws)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The result as a few lines for people."""
+    used, moved = found["time"], found["bytes"]
+    waiting = max(0.0, 1 - sum(used.values()))
+    lines = [
+        f"{found['dataset']}: {found['windows']} windows from {found['episodes']} episodes, {found['buckets']} buckets",
+        f"speed      {found['windows_per_second']:.0f} windows/s; "
+        f"{found['cpu_seconds_per_1000_windows']:.3f} CPU s per 1,000 windows",
+        "time       " + ", ".join(f"{n.replace('_', ' ')} {v:.0%}" for n, v in used.items()) + f", other {waiting:.0%}",
+        f"bytes      memory {_bytes(moved['memory'])}, disk {_bytes(moved['disk'])}, missed {_bytes(moved['missed'])}, "
+        f"received from the store {_bytes(moved['store'])} in {found['requests']:.0f} requests, {found['retries']:.0f} retries",
+        f"fetched    {found['fetched_over_delivered']:.3f} of what was delivered (second half); no cache of this size can do "
+        f"better than {found['bound']:.3f} in the long run",
+        f"random     {found['distinct_rate']:.3f} distinct episodes a window over 256 windows; independent draws give "
+        f"{found['distinct_bound']:.3f}",
+        f"resident   {_bytes(found['resident_bytes'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _size(text: str) -> int:
+    """`256MiB` -> bytes; units are powers of 1024."""
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number.removesuffix(unit)) * _SIZES[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is no size; write 512MiB, 8GiB") from None

@@ -1,0 +1,371 @@
+"""Values of a field <-> ids of the vocabulary, or the numbers that an embedder takes. Every encoding has its decoding.
+
+A codec is frozen, JSON (`to_dict`, `from_dict`), and works on N steps at once. Reed et al. 2022, sec. 2.1 and app. B, and the
+compact scheme (a whole vector or a small grid as one token). Values beyond a codec's range are clamped, ±inf too; NaN and
+discrete values that do not exist raise `BadValue`, which says at which of the N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.tokens.batch import CONTINUOUS, DISCRETE, IMAGE
+from tiphys.pretrain.tokens.images import PATCH, centre_crop, from_patches, intervals, patch_grid, resized, to_patches
+from tiphys.pretrain.tokens.vocabulary import EmbedderSpec
+
+MU, M = 100.0, 256.0  # mu-law: F(±M) = ±1
+_FAR = 10.0  # standard deviations; what lies further is clamped, so that no outlier swamps an embedder
+
+
+class BadValue(DataError):
+    """A value that has no encoding; `at` is its number among the steps that were encoded."""
+
+    def __init__(self, at: int, reason: str):
+        super().__init__(reason)
+        self.at, self.reason = at, reason
+
+
+def mu_law(x: np.ndarray) -> np.ndarray:
+    """F(x) = sgn(x)·log(|x|µ + 1)/log(Mµ + 1)."""
+    return np.sign(x) * np.log1p(np.abs(x) * MU) / np.log1p(M * MU)
+
+
+def inverse_mu_law(y: np.ndarray) -> np.ndarray:
+    return np.sign(y) * np.expm1(np.abs(y) * np.log1p(M * MU)) / MU
+
+
+def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """[N, *shape] -> [N, numbers]; NaN raises BadValue."""
+    x = np.asarray(x)
+    flat = x.reshape(len(x), int(np.prod(x.shape[1:], dtype=np.int64))).astype(dtype or x.dtype, copy=False)
+    if x.dtype.kind == "f" and len(x):
+        bad = np.isnan(flat).any(axis=1)
+        if bad.any():
+            raise BadValue(int(bad.argmax()), "NaN has no encoding")
+    return flat
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One field's encoding. Subclasses give ids (int32 [N, tokens]) or, where `embedder` is named, its values [N, tokens, …]."""
+
+    kind: ClassVar[str]
+    modality: ClassVar[int] = CONTINUOUS
+    spec: ClassVar[EmbedderSpec | None] = None
+    embedder: str  # name of the embedder; empty: the codec gives ids
+    shape: tuple[int, ...]  # of one step
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # JSON gives lists
+            value = getattr(self, f.name)
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, tuple(tuple(v) if isinstance(v, list) else v for v in value))
+
+    @property
+    def tokens(self) -> int:
+        """Positions that one step takes."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def embedder_spec(self) -> EmbedderSpec:
+        raise DataError(f"codec {self.kind!r} gives ids and needs no embedder")
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        """[low, high) of the ids that each of the step's tokens can be."""
+        raise DataError(f"codec {self.kind!r} gives no ids")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Discrete(Codec):
+    """Integers low … low + values − 1, one id each, in raster order."""
+
+    kind: ClassVar[str] = "discrete"
+    modality: ClassVar[int] = DISCRETE
+    first: int  # id of the lowest value
+    values: tuple[int, ...]  # number of values, broadcast over the entries
+    low: tuple[int, ...] = (0,)  # lowest value, broadcast over the entries
+    dtype: str = "int64"
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        integers = _integers(x, self.low, self.values)
+        return integers + np.int32(self.first)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        values = np.asarray(tokens, np.int64) - self.first + np.asarray(self.low, np.int64)
+        return values.reshape(len(values), *self.shape).astype(self.dtype)
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        return tuple((self.first, self.first + int(n)) for n in np.broadcast_to(self.values, self.tokens))
+
+
+def _integers(x: np.ndarray, low: tuple[int, ...], values: tuple[int, ...]) -> np.ndarray:
+    """int32 [N, numbers], counted from the lowest value; BadValue where one is no integer or does not exist."""
+    flat = _flat(x, None)
+    if flat.dtype.kind == "f" and not np.array_equal(flat, np.rint(flat)):
+        at = int((flat != np.rint(flat)).any(axis=1).argmax())
+        raise BadValue(at, f"{flat[at].tolist()} are not integers, though the field is discrete")
+    least = np.broadcast_to(np.asarray(low, np.int64), flat.shape[1:])
+    count = np.broadcast_to(np.asarray(values, np.int64), flat.shape[1:])
+    wrong = (flat < least) | (flat >= least + count)
+    if wrong.any():
+        at, entry = np.argwhere(wrong)[0].tolist()
+        raise BadValue(
+            at,
+            f"{flat[at, entry]} is none of {least[entry]} … {least[entry] + count[entry] - 1}; mend `values` of the field",
+        )
+    return (flat.astype(np.int64) - least).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Bins(Codec):
+    """Uniform bins of [-1, 1], the last one closed, after mu-law (observations) or an affine map of [low, high] (actions)."""
+
+    kind: ClassVar[str] = "bins"
+    first: int
+    bins: int
+    low: tuple[float, ...] = (-1.0,)
+    high: tuple[float, ...] = (1.0,)
+    companded: bool = False  # mu-law instead of the affine map
+    dtype: str = "float32"
+
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.low, np.float64), np.asarray(self.high, np.float64)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        flat = _flat(x, np.float64)
+        y = mu_law(flat) if self.companded else to_unit(flat, *self._bounds)
+        bins = np.clip(np.floor((y + 1) * (self.bins / 2)), 0, self.bins - 1)
+        return bins.astype(np.int32) + np.int32(self.first)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """The middle of each id's bin."""
+        y = (np.asarray(tokens, np.float64) - self.first + 0.5) * (2 / self.bins) - 1
+        x = inverse_mu_law(y) if self.companded else from_unit(y, *self._bounds)
+        return x.reshape(len(x), *self.shape).astype(self.dtype)
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        return ((self.first, self.first + self.bins),) * self.tokens
+
+
+def to_unit(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """[low, high] -> [-1, 1]; 0 where low = high."""
+    span = high - low
+    with np.errstate(invalid="ignore"):
+        y = (x - low) / np.where(span > 0, span, 1) * 2 - 1
+    return np.where(span > 0, y, 0.0)
+
+
+def from_unit(y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return low + (y + 1) / 2 * (high - low)
+
+
+@dataclass(frozen=True)
+class Quantiles(Codec):
+    """Bins whose edges are quantiles of the data, a row of `edges` for each entry (Janner et al. 2021, sec. 3.1)."""
+
+    kind: ClassVar[str] = "quantiles"
+    first: int
+    edges: tuple[tuple[float, ...], ...]  # [numbers][bins + 1], ascending
+    dtype: str = "float32"
+
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        return np.asarray(self.edges, np.float64)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        flat = _flat(x, np.float64)
+        inner = self._edges[:, 1:-1]
+        columns = [np.searchsorted(inner[d], flat[:, d], side="right") for d in range(flat.shape[1])]
+        return (np.stack(columns, axis=1) if columns else np.zeros(flat.shape)).astype(np.int32) + np.int32(self.first)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        bins = np.asarray(tokens, np.int64) - self.first
+        entry = np.arange(self.tokens)
+        x = (self._edges[entry, bins] + self._edges[entry, bins + 1]) / 2
+        return x.reshape(len(x), *self.shape).astype(self.dtype)
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        return ((self.first, self.first + self._edges.shape[1] - 1),) * self.tokens
+
+
+@dataclass(frozen=True)
+class Patches(Codec):
+    """An image as 16×16 patches in raster order, after a centre crop and a resize."""
+
+    kind: ClassVar[str] = "patches"
+    modality: ClassVar[int] = IMAGE
+    crop: int = 0
+    resize: int = 0
+    channels_first: bool = False
+    white: float = 255.0  # the value of a full channel: 255 for bytes, 1 for most floats
+
+    @property
+    def varies(self) -> bool:
+        """Pictures differ in size from episode to episode (a side of `shape` is 0)."""
+        return 0 in self.shape
+
+    @cached_property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and channels of what is cut into patches."""
+        shape = self.shape if len(self.shape) == 3 else (*self.shape, 1)
+        height, width, channels = (*shape[1:], shape[0]) if self.channels_first else shape
+        if self.crop:
+            height, width = min(height, self.crop), min(width, self.crop)
+        return (self.resize or height), (self.resize or width), channels
+
+    @property
+    def tokens(self) -> int:
+        rows, columns = patch_grid(*self.size[:2])
+        return rows * columns
+
+    def pixels(self, x: np.ndarray) -> np.ndarray:
+        """[N, *shape] -> uint8 [N, height, width, channels] as the patches will show it."""
+        x = np.asarray(x)
+        if x.dtype.kind == "f" and np.isnan(x).any():
+            raise BadValue(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), "NaN has no encoding")
+        if x.ndim == 3:
+            x = x[..., None]
+        if self.channels_first:
+            x = np.moveaxis(x, 1, -1)
+        if x.dtype != np.uint8:
+            x = np.clip(np.rint(x.astype(np.float64) * (255.0 / self.white)), 0, 255).astype(np.uint8)
+        return resized(centre_crop(x, self.crop), self.resize)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        return to_patches(self.pixels(x))
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [N, patches, 16, 16, C] -> uint8 [N, height, width, C], after crop and resize, which have no inverse."""
+        return from_patches(tokens, *self.size[:2])
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        return intervals(*self.size[:2])
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("patch", (PATCH, PATCH, self.size[2]))
+
+
+@dataclass(frozen=True)
+class Vector(Codec):
+    """A whole array as one token: its standardised values, then their mu-law; float32 [N, 1, 2·numbers]."""
+
+    kind: ClassVar[str] = "vector"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    dtype: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return 1
+
+    @cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        flat = _flat(x, np.float64)
+        mean, std = self._moments
+        n = flat.shape[1]
+        out = np.empty((len(flat), 1, 2 * n), np.float32)
+        out[:, 0, :n] = np.clip((flat - mean) / std, -_FAR, _FAR)
+        out[:, 0, n:] = np.clip(mu_law(flat), -1, 1)
+        return out
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Exact within float32 up to 10 standard deviations, where the standardised half is clamped."""
+        mean, std = self._moments
+        n = tokens.shape[-1] // 2
+        x = np.asarray(tokens, np.float64)[:, 0, :n] * std + mean
+        return x.reshape(len(x), *self.shape).astype(self.dtype)
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("vector", (2 * int(np.prod(self.shape, dtype=np.int64)),))
+
+
+@dataclass(frozen=True)
+class Affine(Codec):
+    """A whole array as one token, [low, high] mapped to [-1, 1] and clamped to ± `limit`: regressed actions, returns.
+
+    The value is what a regression head learns, and what its output is decoded from.
+    """
+
+    kind: ClassVar[str] = "affine"
+    low: tuple[float, ...] = (-1.0,)
+    high: tuple[float, ...] = (1.0,)
+    limit: float = 1.0
+    dtype: str = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return 1
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        y = to_unit(_flat(x, np.float64), np.asarray(self.low, np.float64), np.asarray(self.high, np.float64))
+        return np.clip(y, -self.limit, self.limit).astype(np.float32)[:, None]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        y = np.clip(np.asarray(tokens, np.float64)[:, 0], -self.limit, self.limit)
+        x = from_unit(y, np.asarray(self.low, np.float64), np.asarray(self.high, np.float64))
+        return x.reshape(len(x), *self.shape).astype(self.dtype)
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("vector", (int(np.prod(self.shape, dtype=np.int64)),))
+
+
+@dataclass(frozen=True)
+class Grid(Codec):
+    """A small grid of discrete values as one token: [N, 1, h, w, c], counted from the lowest value."""
+
+    kind: ClassVar[str] = "grid"
+    modality: ClassVar[int] = DISCRETE
+    values: tuple[int, ...] = (0,)
+    low: tuple[int, ...] = (0,)
+    dtype: str = "uint8"
+
+    @property
+    def tokens(self) -> int:
+        return 1
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        height, width, channels = self.shape if len(self.shape) == 3 else (*self.shape, 1)
+        return height, width, channels
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        cells = _integers(x, self.low, self.values).reshape(len(x), 1, *self.cells)
+        return cells.astype(np.uint8 if max(self.values) <= 256 else np.int32)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        flat = np.asarray(tokens, np.int64).reshape(len(tokens), -1) + np.asarray(self.low, np.int64)
+        return flat.reshape(len(tokens), *self.shape).astype(self.dtype)
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("grid", self.cells, max(self.values))
+
+
+CODECS: dict[str, type[Codec]] = {c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Grid)}
+
+
+def codec_from_dict(values: Mapping[str, Any]) -> Codec:
+    """The inverse of `Codec.to_dict`."""
+    rest = dict(values)
+    kind = rest.pop("kind")
+    if kind not in CODECS:
+        raise DataError(f"codec {kind!r} is none of {', '.join(CODECS)}; the policy was made by a newer version")
+    return CODECS[kind](**rest)

@@ -1,0 +1,391 @@
+"""Which codec each field of a task gets: the objective's scheme, what the recipe overrides, and the data's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Codec, Discrete, Grid, Patches, Quantiles, Vector
+from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, SEPARATOR, TEXT, Paradigm
+from tiphys.pretrain.tokens.timestep import Element, Timestep
+from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES
+
+if TYPE_CHECKING:
+    from tiphys.dataio.statistics import FieldStatistics
+    from tiphys.recipes.schema import FieldTokens, Objective
+
+CLIPPED = 1e-3  # share of an action field's values that may lie beyond what has an id
+_MANY = 16  # entries of a discrete vector above which the compact scheme makes one token of it
+_RETURN_LIMIT = 10.0
+OPTIONS = {
+    "text_tokens": "most tokens of a text",
+    "allow_clipped": "share of an action field's values that may be clamped",
+    "action_quantile": "an action field without bounds is mapped from this quantile to the opposite one; 0: from its extremes",
+}
+_IMAGES, _REST = 0, 1
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """First ids and sizes of the ranges that codecs draw from."""
+
+    continuous: int
+    continuous_size: int
+    discrete: int
+    discrete_size: int
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that decides how the fields of one task become tokens under one objective."""
+
+    task: TaskSpec
+    objective: Objective
+    paradigm: Paradigm
+    statistics: Mapping[str, FieldStatistics]
+    ranges: Ranges
+    largest_return: float  # in the data, without its sign
+
+    @property
+    def scheme(self) -> str:
+        return self.paradigm.scheme if self.objective.scheme == "auto" else self.objective.scheme
+
+    @property
+    def softmax(self) -> str:
+        return self.paradigm.softmax if self.objective.softmax == "auto" else self.objective.softmax
+
+    @property
+    def discretised(self) -> bool:
+        choice = self.objective.discretise
+        return self.paradigm.discretised if choice == "auto" else choice == "yes"
+
+    def option(self, name: str, default: Any) -> Any:
+        return self.objective.options.get(name, default)
+
+    def where(self, field: FieldSpec) -> str:
+        return f"task {self.task.name!r}, field {field.name!r}"
+
+    # the timestep
+
+    def timestep(self, number: int, weight: float) -> Timestep:
+        """The plan of this task's timesteps. Raises DataError where a field has no encoding or the context is too short."""
+        texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
+        preamble = tuple(f.name for f in texts if f.per == "episode")
+        has_actions = bool(self.shown("action"))
+        if not has_actions and not (TEXT in self.paradigm.targets and preamble):
+            raise DataError(
+                f"task {self.task.name!r} has neither actions nor a text that {self.paradigm.name!r} could learn"
+            )
+        elements: list[Element] = []
+        for part in self.paradigm.timestep:
+            if part == OBSERVATION:
+                elements += self.observations()
+            elif part == ACTION:
+                elements += self.actions()
+            elif part == TEXT:
+                elements += [self.said(f) for f in texts if f.per == "step"]
+            elif part == RETURN and has_actions:
+                elements.append(Element("return", codec=self.return_codec()))
+            elif part == SEPARATOR and has_actions:
+                elements.append(Element("separator"))
+        timestep = Timestep(
+            task=self.task.name,
+            number=number,
+            elements=tuple(elements),
+            preamble=preamble,
+            said=TEXT in self.paradigm.targets,
+            ends=not has_actions,
+            chunk=self.chunk(),
+            softmax=self.softmax,
+            weight=weight,
+            context=self.objective.context,
+            window=self.objective.window if has_actions else 1,
+        )
+        return self.with_text_limit(timestep)
+
+    def with_text_limit(self, timestep: Timestep) -> Timestep:
+        """Texts are cut so that one timestep fits beside them; DataError where it does not fit even alone."""
+        room = self.objective.context - sum(timestep.cost())
+        if room < 0:
+            parts = ", ".join(f"{e.field or e.role} {e.size}" for e in timestep.elements)
+            raise DataError(
+                f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
+                f"{sum(timestep.cost())} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+            )
+        if not timestep.preamble:
+            return timestep
+        each = (room - timestep.ends) // len(timestep.preamble)
+        limit = min(each, int(self.option("text_tokens", each)))
+        if limit < 1:
+            raise DataError(
+                f"task {self.task.name!r}: a context of {self.objective.context} leaves no room for {timestep.preamble}"
+            )
+        return replace(timestep, text=limit)
+
+    def tokens(self, field: FieldSpec) -> FieldTokens:
+        """The recipe's entry for a field: its name, else the first glob that matches, else the defaults."""
+        from tiphys.recipes.schema import FieldTokens
+
+        given = self.objective.fields
+        if field.name in given:
+            return given[field.name]
+        return next((t for pattern, t in given.items() if fnmatchcase(field.name, pattern)), FieldTokens())
+
+    def shown(self, *roles: str) -> list[FieldSpec]:
+        return [f for f in self.task.with_role(*roles) if self.tokens(f).encoding != "skip"]
+
+    def chunk(self) -> int:
+        chunks = {max(1, self.tokens(f).chunk) for f in self.shown("action")}
+        if len(chunks) > 1:
+            raise DataError(f"task {self.task.name!r}: its action fields must have one `chunk`, not {sorted(chunks)}")
+        return chunks.pop() if chunks else 1
+
+    def said(self, field: FieldSpec) -> Element:
+        size = int(self.option("text_tokens", 32))
+        predicted = TEXT in self.paradigm.targets
+        return Element("text", field.name, size=size, predicted=predicted, stride=max(1, self.tokens(field).stride))
+
+    def observations(self) -> list[Element]:
+        """Images, then discrete and continuous fields, each by name."""
+        fields = [f for f in self.shown("observation") if f.modality != "text"]
+        fields.sort(key=lambda f: (_IMAGES if f.modality == "image" else _REST, f.name))
+        elements = []
+        for field in fields:
+            codec = self.observation(field)
+            stride = max(1, self.tokens(field).stride)
+            elements.append(
+                Element("observation", field.name, codec, codec.tokens, stride=stride, constant=field.per == "episode")
+            )
+        return elements
+
+    def actions(self) -> list[Element]:
+        elements = []
+        for field in self.shown("action"):
+            codec = self.action(field)
+            head = "" if not codec.embedder else codec.embedder.removeprefix("vector:")
+            elements.append(Element("action", field.name, codec, codec.tokens, predicted=True, head=head))
+        return elements
+
+    # the codec of one field
+
+    def observation(self, field: FieldSpec) -> Codec:
+        kind = self.tokens(field).encoding
+        if kind == "auto":
+            kind = self.scheme if self.scheme == "gato" else self.compact(field)
+        if kind == "grid":
+            return self.grid(field)
+        if kind == "vector":
+            return self.vector(field)
+        if kind in ("uniform", "quantile"):
+            return self.binned(field, kind)
+        if field.modality == "image":
+            return self.patches(field)
+        if field.modality == "discrete":
+            return self.discrete(field)
+        return self.gato_bins(field)
+
+    def compact(self, field: FieldSpec) -> str:
+        if field.modality == "continuous":
+            return "vector"
+        if field.modality == "discrete" and len(field.shape) in (2, 3):
+            return "grid"
+        if field.modality == "discrete" and np.prod(field.shape, dtype=np.int64) > _MANY:
+            return "vector"
+        return "gato"
+
+    def action(self, field: FieldSpec) -> Codec:
+        kind = self.tokens(field).encoding
+        if kind in ("vector", "grid"):
+            raise DataError(f"{self.where(field)}: an action is no {kind!r}; `discretise: no` regresses it as a vector")
+        if field.modality == "discrete":
+            return self.discrete(field)
+        if field.modality != "continuous":
+            raise DataError(f"{self.where(field)}: an action of modality {field.modality!r} has no encoding")
+        if kind == "quantile":
+            return self.binned(field, kind)
+        low, high = self.action_range(field)
+        if not self.discretised and kind == "auto":
+            numbers = int(np.prod(field.shape, dtype=np.int64))
+            return Affine(f"vector:{field.name}:{numbers}", field.shape, low, high, 1.0, field.dtype)
+        bins = self.tokens(field).bins if kind == "uniform" else CONTINUOUS_BINS
+        return Bins("", field.shape, self.ranges.continuous, bins, low, high, False, field.dtype)
+
+    def action_range(self, field: FieldSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What maps to [-1, 1]: nothing is mapped that lies there already; else the space's bounds; else the data's range.
+
+        Raises DataError where more than 0.1 % of the data would be clamped, unless `allow_clipped` is at least that share.
+        """
+        low, high = self._data_range(field) if (bounds := _bounds(field)) is None else bounds
+        clipped = self.clipped(field)
+        if clipped > float(self.option("allow_clipped", CLIPPED)):
+            raise DataError(
+                f"{self.where(field)}: {clipped:.2%} of its values lie outside what its tokens can say; mend its bounds, "
+                f"or accept it by `options: {{allow_clipped: {clipped:.4f}}}` of the objective"
+            )
+        if _within_unit(low, high):
+            return (-1.0,), (1.0,)
+        return _numbers(low), _numbers(high)
+
+    def _data_range(self, field: FieldSpec) -> tuple[np.ndarray, np.ndarray]:
+        found = self.statistics.get(field.name)
+        if found is None or not found.count:
+            raise DataError(
+                f"{self.where(field)}: neither the space nor the data says what range it has; give low and high"
+            )
+        quantile = float(self.option("action_quantile", 0.0))
+        low, high = _quantiles(found, (quantile, 1 - quantile), field)
+        return low, high
+
+    def clipped(self, field: FieldSpec) -> float:
+        """Share of an action field's values in the data that its tokens clamp."""
+        found, bounds = self.statistics.get(field.name), _bounds(field)
+        if field.modality != "continuous" or found is None or not found.count:
+            return 0.0
+        if bounds is None:
+            return 2 * float(self.option("action_quantile", 0.0))
+        if _within_unit(*bounds) and _within_unit(found.min, found.max):
+            return 0.0
+        return found.clipped
+
+    def discrete(self, field: FieldSpec) -> Codec:
+        values, low = self.counted(field)
+        if max(values) > self.ranges.discrete_size:
+            raise DataError(
+                f"{self.where(field)}: {max(values)} values exceed the {self.ranges.discrete_size} discrete ids"
+            )
+        return Discrete("", field.shape, self.ranges.discrete, values, low, field.dtype)
+
+    def counted(self, field: FieldSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """How many values each entry of a discrete field has, and the lowest."""
+        low = np.asarray(field.low if field.low is not None else 0, np.int64).reshape(-1)
+        if field.high is not None:
+            values = np.asarray(field.high, np.int64).reshape(-1) - low + 1
+        elif field.values:
+            values = np.array([field.values])
+        else:
+            values = np.array([DISCRETE_VALUES])
+        return tuple(values.tolist()), tuple(low.tolist())
+
+    def gato_bins(self, field: FieldSpec) -> Codec:
+        return Bins("", field.shape, self.ranges.continuous, CONTINUOUS_BINS, companded=True, dtype=field.dtype)
+
+    def binned(self, field: FieldSpec, kind: str) -> Codec:
+        """Per-dimension bins, uniform over the field's bounds (else the data's range) or by the data's quantiles."""
+        bins = self.tokens(field).bins
+        if field.modality not in ("continuous", "discrete"):
+            raise DataError(f"{self.where(field)}: modality {field.modality!r} has no {kind!r} bins")
+        found = self.statistics.get(field.name)
+        bounds = _bounds(field) if kind == "uniform" else None
+        if bounds is None and (found is None or not found.count):
+            raise DataError(
+                f"{self.where(field)}: {kind!r} bins need statistics of the field, and the dataset has none"
+            )
+        if kind == "uniform":
+            low, high = bounds or _quantiles(found, (0.0, 1.0), field)  # type: ignore[arg-type]
+            return Bins(
+                "", field.shape, self.ranges.continuous, bins, _numbers(low), _numbers(high), False, field.dtype
+            )
+        edges = np.stack(_quantiles(found, np.linspace(0, 1, bins + 1), field), axis=1)  # type: ignore[arg-type]
+        return Quantiles("", field.shape, self.ranges.continuous, tuple(_numbers(row) for row in edges), field.dtype)
+
+    def patches(self, field: FieldSpec) -> Codec:
+        tokens, shape = self.tokens(field), field.shape
+        first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+        if len(shape) not in (2, 3):
+            raise DataError(
+                f"{self.where(field)}: a picture is [height, width(, channels)], not {shape}; skip it or name a camera"
+            )
+        if 0 in shape and not tokens.resize:
+            raise DataError(f"{self.where(field)}: its pictures differ in size; give `resize` so that they become one")
+        white = 255.0 if field.dtype == "uint8" else float(max(field.high)) if field.high else 1.0
+        channels = (shape[0] if first else shape[2]) if len(shape) == 3 else 1
+        return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white)
+
+    def grid(self, field: FieldSpec) -> Codec:
+        if len(field.shape) not in (2, 3) or field.modality == "continuous":
+            raise DataError(
+                f"{self.where(field)}: a grid is discrete and [height, width(, channels)], not {field.shape}"
+            )
+        values, low = ((256,), (0,)) if field.modality == "image" else self.counted(field)
+        codec = Grid("", field.shape, values, low, field.dtype)
+        name = f"grid:{field.name}:{'x'.join(map(str, codec.cells))}"
+        return Grid(name, field.shape, values, low, field.dtype)
+
+    def vector(self, field: FieldSpec) -> Codec:
+        numbers = int(np.prod(field.shape, dtype=np.int64))
+        found = self.statistics.get(field.name)
+        if found is None or not found.count:
+            raise DataError(
+                f"{self.where(field)}: a vector is standardised by its statistics, and the dataset has none"
+            )
+        mean, std = np.asarray(found.mean, np.float64).reshape(-1), np.asarray(found.std, np.float64).reshape(-1)
+        # an entry that never moves in the data says nothing when it does: its scale is its own size, not 0
+        std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, np.maximum(1.0, np.abs(mean)))
+        return Vector(f"vector:{field.name}:{numbers}", field.shape, _numbers(mean), _numbers(std), field.dtype)
+
+    def return_codec(self) -> Codec:
+        scale = self.largest_return or 1.0
+        return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
+
+
+def _numbers(array: np.ndarray) -> tuple[float, ...]:
+    return tuple(np.asarray(array, np.float64).reshape(-1).tolist())
+
+
+def _bounds(field: FieldSpec) -> tuple[np.ndarray, np.ndarray] | None:
+    """The space's bounds, where they are finite and leave room."""
+    if field.low is None or field.high is None:
+        return None
+    low, high = np.asarray(field.low, np.float64), np.asarray(field.high, np.float64)
+    usable = np.isfinite(low).all() and np.isfinite(high).all() and (high > low).all()
+    return (low, high) if usable else None
+
+
+def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
+    return bool(np.min(low) >= -1 and np.max(high) <= 1)
+
+
+def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:
+    """[len(shares)] arrays [numbers] of the data's quantiles, linear between those that the statistics hold."""
+    from tiphys.dataio.statistics import QUANTILES
+
+    numbers = int(np.prod(field.shape, dtype=np.int64))
+    known = np.concatenate([[0.0], QUANTILES, [1.0]])
+    parts = [
+        np.reshape(found.min, (1, -1)),
+        np.reshape(found.quantiles, (len(QUANTILES), -1)),
+        np.reshape(found.max, (1, -1)),
+    ]
+    levels = np.concatenate(parts)
+    out = np.stack([np.interp(shares, known, levels[:, d]) for d in range(levels.shape[1])], axis=1)
+    return list(np.broadcast_to(out, (len(out), numbers)))
+
+
+def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
+    """Statistics of a field whose task stands in several datasets; quantiles are averaged by count, the rest is exact."""
+    if len(found) == 1:
+        return found[0]
+    count = np.array([f.count for f in found], np.float64)
+    share = count / max(count.sum(), 1)
+
+    def mean(of: Callable[[FieldStatistics], Any]) -> Any:
+        return sum(s * np.asarray(of(f)) for s, f in zip(share, found, strict=True))
+
+    centre = mean(lambda f: f.mean)
+    variance = mean(lambda f: np.square(f.std) + np.square(np.asarray(f.mean) - centre))
+    some = [f for f in found if f.count] or list(found)
+    return type(found[0])(
+        count=int(count.sum()),
+        mean=centre,
+        std=np.sqrt(variance),
+        min=np.min([f.min for f in some], axis=0),
+        max=np.max([f.max for f in some], axis=0),
+        quantiles=mean(lambda f: f.quantiles),
+        clipped=float(mean(lambda f: f.clipped)),
+        invalid=sum(f.invalid for f in found),
+    )

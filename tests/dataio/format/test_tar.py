@@ -1,0 +1,108 @@
+"""Tars of strangers: what is not a plain, whole file is refused with the byte at which it stands."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.format.sample import npy
+from tiphys.dataio.format.tar import members, npy_header, samples
+
+
+def make(file, entries, **options):
+    with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content in entries:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+    return file
+
+
+def test_members_and_samples(tmp_path):
+    entries = [
+        ("a/1.json", b"{}"),
+        ("a/1.x.npy", b"abc" * 300),
+        ("README", b"r"),
+        ("a/2.TXT", b""),
+        ("a", (tarfile.DIRTYPE, "")),
+    ]
+    file = make(tmp_path / "t.tar", entries)
+    with tarfile.open(file) as tar:
+        assert [(m.name, m.offset, m.size) for m in members(file)] == [
+            (m.name, m.offset_data, m.size) for m in tar if m.isfile()
+        ]
+    one, two = samples(file)
+    assert (one.key, list(one.members), one.begin, one.end) == ("a/1", ["json", "x.npy"], 0, 512 * 5)
+    assert (two.key, list(two.members)) == ("a/2", ["txt"])
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_special_files_are_refused(tmp_path, kind):
+    file = make(tmp_path / "t.tar", [("a.json", b"{}"), ("a.txt", (kind, "/etc/passwd"))])
+    with pytest.raises(DataError, match=r"byte 1024: 'a\.txt' is a link"):
+        list(members(file))
+
+
+def test_compression_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(DataError, match="damaged"):
+        list(members(tmp_path / "t.tar"))
+
+
+def test_a_cut_at_any_place_is_seen(tmp_path):
+    file = make(tmp_path / "t.tar", [(f"{i}.txt", b"x" * 100 * i) for i in range(6)])
+    whole = file.read_bytes()
+    end = max(m.offset + 512 for m in members(file))
+    for size in [*range(1, end, 512), *range(0, end + 512, 512), end - 100]:
+        file.write_bytes(whole[:size])
+        with pytest.raises(DataError):
+            list(members(file))
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_damage_gives_a_clean_error_or_the_same_places(tmp_path_factory, data):
+    file = make(tmp_path_factory.mktemp("t") / "t.tar", [(f"{i}.txt", b"y" * 700) for i in range(3)])
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        raw[data.draw(st.integers(0, 6000))] = data.draw(st.integers(0, 255))
+    file.write_bytes(raw)
+    try:
+        for m in members(file):
+            assert 0 <= m.offset <= m.offset + m.size <= len(raw)
+    except DataError:
+        pass
+
+
+def test_a_name_twice_in_a_sample_is_refused(tmp_path):
+    with pytest.raises(DataError, match="twice"):
+        list(samples(make(tmp_path / "t.tar", [("1.txt", b"a"), ("1.TXT", b"b")])))
+
+
+def test_npy_headers():
+    array = np.zeros(3, [("a", "<f4", (2,)), ("b", "u1")])
+    dtype, shape, size = npy_header(npy(array))
+    assert (dtype, shape, size) == (array.dtype, (3,), len(npy(array)) - array.nbytes)
+    objects = io.BytesIO()
+    np.save(objects, np.array([{}], object), allow_pickle=True)
+    fortran = io.BytesIO()
+    np.save(fortran, np.asfortranarray(np.zeros((2, 3))))
+    for bad in (
+        b"",
+        b"\x93NUMPY",
+        npy(array)[:40],
+        objects.getvalue(),
+        fortran.getvalue(),
+        b"\x93NUMPY\x01\x00\x06\x00{'a':\n",
+    ):
+        with pytest.raises(DataError):
+            npy_header(bad)

@@ -1,0 +1,62 @@
+"""PlanLog: append-only, shared by processes, replayable, and unharmed by a writer that dies."""
+
+import json
+
+import pytest
+
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import PlanLog
+
+WEIGHTS = {"step": 3, "kind": "weights", "weights": {"a": 1.0}}
+
+
+def test_two_processes_append_and_refresh(tmp_path):
+    path = str(tmp_path / "run" / "plan.jsonl")
+    one, two = PlanLog(path), PlanLog(path)
+    one.append(WEIGHTS)
+    two.append({**WEIGHTS, "step": 5})
+    assert [e["step"] for e in two.events] == [3, 5]
+    assert [e["step"] for e in one.refresh()] == [5]
+    assert one.events == two.events == PlanLog(path).events
+    assert one.refresh() == []
+
+
+def test_a_torn_line_is_left_alone(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    log = PlanLog(str(path))
+    log.append(WEIGHTS)
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        late = PlanLog(str(path))
+        assert late.events == (WEIGHTS,)
+        late.append({**WEIGHTS, "step": 9})
+        assert [e["step"] for e in PlanLog(str(path)).events] in (
+            [3, 9],
+            [3, 3, 9],
+        )  # a line that lacked its end only is whole
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"step": 1, "kind": "colour"}, "none of"),
+        ({"step": -1, "kind": "skip", "steps": 1}, "at least 0"),
+        ({"step": True, "kind": "skip", "steps": 1}, "at least 0"),
+        ({"step": 1, "kind": "skip", "steps": 0}, "at least 1"),
+        ({"step": 1, "kind": "weights", "weights": {"a": -1}}, "numbers of at least 0"),
+        ({"step": 1, "kind": "weights", "weights": {"a": float("nan")}}, "numbers of at least 0"),
+        ({"step": 1, "kind": "quarantine", "entry": "a"}, "needs episode"),
+        ({"step": 1, "kind": "priority", "entry": "a", "file": "x"}, "`file` and `digest`"),
+    ],
+)
+def test_events_are_checked(event, message):
+    with pytest.raises(DataError, match=message):
+        PlanLog(events=[event])
+
+
+def test_a_bad_event_in_a_file_is_named(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    path.write_text(json.dumps(WEIGHTS) + "\n" + json.dumps({"step": 1, "kind": "colour"}) + "\n")
+    with pytest.raises(DataError, match=r"plan\.jsonl at byte \d+"):
+        PlanLog(str(path))

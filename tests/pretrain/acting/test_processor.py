@@ -1,0 +1,234 @@
+"""Acting: a history built step by step has the tokens of a training window, and answers become native actions."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.acting.processor import Processor
+from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.recipes.schema import FieldTokens
+
+SETUPS = {
+    "gato": ("gato", "camera", {"context": 300}),
+    "bc grid": ("bc", "grid", {"context": 120}),
+    "bc arm": ("bc", "arm", {"context": 60}),
+    "bc regressed": ("bc", "camera", {"context": 300, "discretise": "no"}),
+    "bc strided": ("bc", "camera", {"context": 400, "fields": {"*.front": FieldTokens(stride=2)}}),
+    "bc chunked": ("bc", "arm", {"context": 60, "fields": {"action": FieldTokens(chunk=3)}}),
+    "dt": ("dt", "arm", {"context": 60}),
+}
+
+
+def processor_of(objectives):
+    return Processor.from_dict(json.loads(json.dumps(objectives.processor())))
+
+
+def play(processor, task, w, **options):
+    """Replays a window through a history; the answers are the window's own actions. Yields (rows so far, Acting)."""
+    history = processor.history(task, 1, **options)
+    constant = {e.field for e in history.timestep.elements if e.constant} | set(history.timestep.preamble)
+    rewards = np.append(0.0, w.returns_to_go[:-1] - w.returns_to_go[1:])
+    for t in range(w.steps):
+        observation = {
+            n: v if n in constant else v[t] for n, v in w.fields.items() if not n.startswith(("action", "reward"))
+        }
+        acting = history.observe([observation], [rewards[t]])
+        slot = 0
+        for element in history.actions:
+            encoded = element.codec.encode(w.fields[element.field][t : t + 1])
+            for k in range(element.size):
+                acting.answer(slot, encoded[:, k])
+                slot += 1
+        yield t + 1, acting
+        history.acted({e.field: w.fields[e.field][t : t + 1] for e in history.actions})
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_step_by_step_equals_the_training_window(setup):
+    paradigm, task, options = SETUPS[setup]
+    objectives = make([GRID, ARM, CAMERA], paradigm, **options)
+    processor = processor_of(objectives)
+    w = window(objectives, task, 4, np.random.default_rng(3), start=0)
+    arrays = objectives.make_batch(0, np.array([0]), [[w]], seed=0, training=False)
+    whole = TokenBatch.from_arrays(arrays)
+    for rows, acting in play(processor, task, w, target_return=float(w.returns_to_go[0])):
+        b = acting.batch
+        n = b.real_tokens
+        assert n == acting.open[0] + len(acting.slots)
+        for name in ("tokens", "modality", "segment", "position", "local", "timestep", "task", "causal"):
+            assert np.array_equal(getattr(b, name)[0, :n], getattr(whole, name)[0, :n]), (rows, name)
+        for name, part in whole.embedded.items():
+            here = part.index < n
+            assert np.array_equal(b.embedded[name].index, part.index[here])
+            assert np.allclose(b.embedded[name].value, part.value[here], atol=1e-6)
+            assert np.array_equal(b.embedded[name].place, part.place[here] if len(part.place) else part.place)
+    assert n == whole.real_tokens
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_slots_stand_where_training_had_its_targets(setup):
+    paradigm, task, options = SETUPS[setup]
+    objectives = make([GRID, ARM, CAMERA], paradigm, **options)
+    w = window(objectives, task, 2, np.random.default_rng(3), start=0)
+    arrays = objectives.make_batch(0, np.array([0]), [[w]], seed=0, training=False)
+    whole = TokenBatch.from_arrays(arrays)
+    for _, acting in play(processor_of(objectives), task, w, target_return=float(w.returns_to_go[0])):
+        for i, slot in enumerate(acting.slots):
+            column = int(acting.open[0]) + i - 1
+            if slot.head:
+                assert column in whole.regression[slot.head].index
+            else:
+                assert slot.low <= whole.target[0, column] < slot.high
+                if whole.softmax[0, column]:
+                    _, low, high = objectives.vocabulary.ranges[whole.softmax[0, column] - 1]
+                    assert low <= slot.low
+                    assert slot.high <= high
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_answers_decode_to_native_actions(setup):
+    paradigm, task, options = SETUPS[setup]
+    objectives = make([GRID, ARM, CAMERA], paradigm, **options)
+    history = processor_of(objectives).history(task, 5)
+    rng = np.random.default_rng(0)
+    wanted = window(objectives, task, 5, rng).fields
+    answers = [column for e in history.actions for column in np.moveaxis(e.codec.encode(wanted[e.field]), 1, 0)]
+    found = history.decode(answers)
+    spec = next(t for t in objectives.tasks if t.name == task)
+    for e in history.actions:
+        field = spec.field(e.field)
+        assert found[e.field].shape == (5, *field.shape)
+        assert found[e.field].dtype == field.dtype
+        if field.modality == "discrete":
+            assert (found[e.field] == wanted[e.field]).all()
+        else:
+            width = np.array(field.high) - np.array(field.low)
+            assert (np.abs(found[e.field] - wanted[e.field]) <= width / 1024).all()
+
+
+def test_environments_are_independent():
+    """Different lengths, a reset, and steps that only some take part in change nothing for the others."""
+    objectives = make([GRID], "bc", context=120)
+    processor = processor_of(objectives)
+    rng = np.random.default_rng(0)
+    windows = [window(objectives, "grid", 6, rng, start=0) for _ in range(2)]
+    alone = [[a.batch for _, a in play(processor, "grid", w)] for w in windows]
+
+    def seen(i, t):
+        return {n: v if n.endswith("mission") else v[t] for n, v in windows[i].fields.items() if n != "action"}
+
+    def action(i, t):
+        return windows[i].fields["action"][t : t + 1]
+
+    history = processor.history("grid", 3)
+    for t in range(4):
+        taking = [0] if t == 0 else [0, 2]  # environment 2 begins a step later
+        times = [t] if t == 0 else [t, t - 1]
+        acting = history.observe([seen(i // 2, s) for i, s in zip(taking, times, strict=True)], environments=taking)
+        acting.answer(
+            0, np.array([acting.slots[0].low + action(i // 2, s)[0] for i, s in zip(taking, times, strict=True)])
+        )
+        for row, (i, s) in enumerate(zip(taking, times, strict=True)):
+            expected = alone[i // 2][s]
+            n = expected.real_tokens
+            assert np.array_equal(acting.batch.tokens[row, :n], expected.tokens[0, :n])
+            assert (acting.batch.segment[row, n:] == 0).all()
+        chosen = np.concatenate([action(i // 2, s) for i, s in zip(taking, times, strict=True)])
+        history.acted({"action": chosen}, environments=taking)
+    history.reset(0)
+    acting = history.observe([seen(0, 0)], environments=[0])
+    assert acting.batch.real_tokens == alone[0][0].real_tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_long_histories_keep_what_the_context_holds(chunk):
+    objectives = make([ARM], "bc", context=34, fields={"action": FieldTokens(chunk=chunk)})
+    processor = processor_of(objectives)
+    w = window(objectives, "arm", 40, np.random.default_rng(0), start=0)
+    for rows, acting in play(processor, "arm", w):
+        assert acting.batch.real_tokens <= 34
+        first = acting.batch.timestep[0, 0]
+        assert first % chunk == 0
+        if rows > 20:
+            assert first >= rows - 14
+            shown = rows - first
+            assert acting.batch.real_tokens == 2 * shown + -(-shown // chunk)
+    limited = processor_of(make([ARM], "bc", context=100, window=2))
+    assert max(a.batch.real_tokens for _, a in play(limited, "arm", w)) == 6
+
+
+def test_a_return_that_is_asked_for_falls_by_what_was_earned():
+    objectives = make([ARM], "dt", context=60, target_return=2.0)
+    processor = processor_of(objectives)
+    index = FakeIndex([ARM])
+    history = processor.history("arm")
+    assert history.target_return == pytest.approx(2 * float(index.total_return.max()))
+    history = processor.history("arm", target_return=10.0)
+    observation = {"observation": np.zeros(5, np.float32)}
+    history.observe([observation])
+    history.acted({"action": np.zeros((1, 2))})
+    history.observe([observation], rewards=[3.0])
+    history.acted({"action": np.zeros((1, 2))})
+    acting = history.observe([observation], rewards=[-1.0])
+    scale = float(np.abs(index.total_return).max())
+    assert np.allclose(acting.batch.embedded["vector:return:1"].value[:, 0], np.array([10, 7, 8]) / scale)
+
+
+def test_a_demonstration_stands_before_the_history_in_its_segment():
+    objectives = make([ARM], "gato", context=200)
+    processor = processor_of(objectives)
+    rng = np.random.default_rng(0)
+    w, demonstration = (
+        window(objectives, "arm", 3, rng, start=0),
+        window(objectives, "arm", 5, rng, start=9, prompt=True),
+    )
+    rows = [[demonstration, w]]
+    whole = TokenBatch.from_arrays(objectives.make_batch(0, np.array([0]), rows, seed=0, training=False))
+    for _, acting in play(processor, "arm", w, prompt=demonstration):
+        n = acting.batch.real_tokens
+        assert np.array_equal(acting.batch.tokens[0, :n], whole.tokens[0, :n])
+        assert (acting.batch.segment[0, :n] == 1).all()
+    assert n == whole.real_tokens
+    long = window(objectives, "arm", 90, rng, prompt=True)
+    *_, (_, acting) = play(processor, "arm", w, prompt=long)
+    assert acting.batch.real_tokens <= 200
+    assert acting.batch.timestep[0, 0] > long.start  # its last steps, not its first
+
+
+def test_what_cannot_act_is_named():
+    processor = processor_of(make([ARM, CAPTION], "gato", context=300))
+    with pytest.raises(KeyError, match="knows no task 'leg'; it knows arm, caption"):
+        processor.history("leg")
+    with pytest.raises(DataError, match="'caption' has no actions"):
+        processor.history("caption")
+    history = processor.history("arm")
+    with pytest.raises(DataError, match="no field 'observation'; it has picture"):
+        history.observe([{"picture": 0}])
+    with pytest.raises(DataError, match="version 7"):
+        Processor.from_dict({"version": 7})
+
+
+def test_processor_json_round_trip():
+    values = make([GRID, ARM, CAMERA], "gato", context=300).processor()
+    again = json.loads(json.dumps(Processor.from_dict(json.loads(json.dumps(values))).to_dict()))
+    assert again == json.loads(json.dumps(values))
+
+
+def test_acting_needs_no_dataset_code():
+    """A published policy carries these files alone."""
+    code = (
+        "import sys, tiphys.pretrain.acting.processor\n"
+        "mine = {m for m in sys.modules if m.split('.')[0] == 'tiphys'}\n"
+        "print(*sorted(mine))\n"
+        "assert not {'torch', 'pyarrow', 'obstore', 'omegaconf', 'PIL'} & set(sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    files = {"batch", "images", "sequence", "text", "timestep", "codecs", "vocabulary"}
+    packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}
+    mine = {"tiphys.dataio.episode", "tiphys.dataio.philox", "tiphys.pretrain.acting.processor"}
+    assert set(found) == packages | mine | {f"tiphys.pretrain.tokens.{f}" for f in files}

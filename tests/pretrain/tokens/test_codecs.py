@@ -1,0 +1,241 @@
+"""Codecs: round trips, edges, and no id outside its range."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.tokens.codecs import (
+    CODECS,
+    Affine,
+    BadValue,
+    Bins,
+    Discrete,
+    Grid,
+    Patches,
+    Quantiles,
+    Vector,
+    codec_from_dict,
+    inverse_mu_law,
+    mu_law,
+)
+from tiphys.pretrain.tokens.images import PLACES, from_patches, intervals, places, resized, to_patches
+
+FIRST = 5000
+quick = settings(deadline=None, max_examples=50)  # a busy machine is no failure
+EXAMPLES = {
+    "discrete": Discrete("", (2,), FIRST, (7, 3), (0, -1)),
+    "bins": Bins("", (3,), FIRST, 1024, (-2.0, 0.0, 5.0), (2.0, 1.0, 6.0)),
+    "quantiles": Quantiles("", (2,), FIRST, ((0.0, 1.0, 4.0), (-1.0, 0.0, 0.5))),
+    "patches": Patches("patch:3", (20, 40, 3), crop=18, resize=24),
+    "vector": Vector("vector:o:2", (2,), (1.0, -1.0), (2.0, 0.5)),
+    "affine": Affine("vector:a:2", (2,), (-1.0, 0.0), (1.0, 4.0)),
+    "grid": Grid("grid:g:2x3x2", (2, 3, 2), (11,)),
+}
+any_float = st.floats(allow_nan=False, width=32)
+
+
+def test_examples_cover_every_codec():
+    assert EXAMPLES.keys() == CODECS.keys()
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_json_round_trip(kind):
+    codec = EXAMPLES[kind]
+    assert codec_from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
+
+
+def test_an_unknown_codec_is_named():
+    with pytest.raises(DataError, match="'wavelet'"):
+        codec_from_dict({"kind": "wavelet", "embedder": "", "shape": []})
+
+
+@quick
+@given(hnp.arrays(np.float64, 20, elements=st.floats(-256, 256)))
+def test_mu_law_round_trip(x):
+    y = mu_law(x)
+    assert (np.abs(y) <= 1).all()
+    assert np.allclose(inverse_mu_law(y), x, rtol=1e-9, atol=1e-12)
+
+
+def test_mu_law_is_the_papers():
+    x = np.array([0.0, 1.0, -1.0, 256.0, -256.0])
+    expected = [0.0, np.log(101) / np.log(25601), -np.log(101) / np.log(25601), 1.0, -1.0]
+    assert np.allclose(mu_law(x), expected)
+
+
+GATO = Bins("", (1,), FIRST, 1024, companded=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "bin_"),
+    [(0.0, 512), (256.0, 1023), (-256.0, 0), (np.inf, 1023), (-np.inf, 0), (1e30, 1023), (-257.0, 0), (-1e-9, 511)],
+)
+def test_gato_edges(value, bin_):
+    for dtype in (np.float32, np.float64):
+        assert GATO.encode(np.array([[value]], dtype)).tolist() == [[FIRST + bin_]]
+
+
+@quick
+@given(hnp.arrays(np.float32, (4, 3), elements=any_float), st.booleans())
+def test_bins_never_leave_their_range_and_decode_to_themselves(x, companded):
+    codec = Bins("", (3,), FIRST, 1024, (-2.0, 0.0, 5.0), (2.0, 1.0, 6.0), companded, "float64")
+    ids = codec.encode(x)
+    assert ((ids >= FIRST) & (ids < FIRST + 1024)).all()
+    assert (codec.encode(codec.decode(ids)) == ids).all()
+
+
+@quick
+@given(hnp.arrays(np.float64, (5, 2), elements=st.floats(0, 1)))
+def test_affine_bins_are_exact_to_half_a_bin(share):
+    low, high = np.array([-3.0, 10.0]), np.array([5.0, 10.5])
+    codec = Bins("", (2,), FIRST, 1024, tuple(low), tuple(high), dtype="float64")
+    x = low + share * (high - low)
+    assert (np.abs(codec.decode(codec.encode(x)) - x) <= (high - low) / 2048 + 1e-12).all()
+
+
+@quick
+@given(hnp.arrays(np.float64, (6, 2), elements=st.floats(allow_nan=False)))
+def test_quantiles_never_leave_their_range_and_decode_to_themselves(x):
+    codec = Quantiles("", (2,), FIRST, ((0.0, 1.0, 4.0, 9.0), (-1.0, 0.0, 0.5, 8.0)), "float64")
+    ids = codec.encode(x)
+    assert ((ids >= FIRST) & (ids < FIRST + 3)).all()
+    assert (codec.encode(codec.decode(ids)) == ids).all()
+
+
+def test_an_edge_belongs_to_the_bin_above_it_and_the_last_bin_is_closed():
+    x = np.array([[0.0, -1.0], [1.0, 0.0], [4.0, 0.5]])
+    assert (EXAMPLES["quantiles"].encode(x) - FIRST).tolist() == [[0, 0], [1, 1], [1, 1]]
+    uniform = Bins("", (), FIRST, 4, (0.0,), (4.0,))
+    assert (uniform.encode(np.array([0.0, 1.0, 2.0, 3.0, 4.0])) - FIRST).ravel().tolist() == [0, 1, 2, 3, 3]
+
+
+@quick
+@given(st.data(), st.lists(st.integers(1, 1024), min_size=1, max_size=4), st.integers(-5, 5))
+def test_discrete_round_trip(data, counts, low):
+    codec = Discrete("", (len(counts),), FIRST, tuple(counts), (low,))
+    x = np.array([[low + data.draw(st.integers(0, n - 1)) for n in counts] for _ in range(3)])
+    ids = codec.encode(x)
+    assert all(a <= i < b for row in ids for i, (a, b) in zip(row, codec.choices(), strict=True))
+    assert (codec.decode(ids) == x).all()
+
+
+@pytest.mark.parametrize("value", [3, -1, 2.5, np.inf, 1 << 40])
+@pytest.mark.parametrize("make", [lambda v: Discrete("", (), FIRST, (3,)), lambda v: Grid("g", (1, 1), (3,))])
+def test_a_discrete_value_that_does_not_exist_is_refused(value, make):
+    codec = make(value)
+    x = np.array([1, value]).reshape(2, *codec.shape)
+    with pytest.raises(BadValue) as caught:
+        codec.encode(x)
+    assert caught.value.at == 1
+
+
+@pytest.mark.parametrize("kind", ["bins", "quantiles", "vector", "affine", "discrete"])
+def test_nan_is_refused_where_it_stands(kind):
+    x = np.zeros((4, *EXAMPLES[kind].shape))
+    x[2, -1] = np.nan
+    with pytest.raises(BadValue, match="NaN") as caught:
+        EXAMPLES[kind].encode(x)
+    assert caught.value.at == 2
+
+
+@quick
+@given(hnp.arrays(np.float32, (3, 4), elements=any_float))
+def test_vectors_are_finite_and_come_back_within_their_limit(x):
+    mean, std = (0.0, 10.0, -5.0, 1.0), (1.0, 3.0, 0.1, 100.0)
+    codec = Vector("vector:o:4", (4,), mean, std, "float64")
+    value = codec.encode(x)
+    assert value.shape == (3, 1, 8)
+    assert np.isfinite(value).all()
+    assert np.abs(value[..., 4:]).max() <= 1
+    inside = np.clip(x, np.array(mean) - 10 * np.array(std), np.array(mean) + 10 * np.array(std))
+    assert np.allclose(codec.decode(value), inside, rtol=1e-5, atol=1e-4)
+
+
+@quick
+@given(hnp.arrays(np.float32, (3, 2), elements=any_float))
+def test_affine_vectors_are_clamped_to_the_bounds(x):
+    codec = Affine("vector:a:2", (2,), (-1.0, 0.0), (1.0, 4.0), 1.0, "float64")
+    value = codec.encode(x)
+    assert np.abs(value).max() <= 1
+    assert np.allclose(codec.decode(value), np.clip(x, [-1, 0], [1, 4]), atol=1e-6)
+
+
+@quick
+@given(hnp.arrays(np.uint8, (2, 2, 3, 2), elements=st.integers(0, 10)))
+def test_grids_round_trip(x):
+    codec = EXAMPLES["grid"]
+    assert (codec.decode(codec.encode(x)) == x).all()
+
+
+@quick
+@given(
+    hnp.arrays(
+        np.uint8, st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 4]))
+    )
+)
+def test_patches_round_trip(images):
+    codec = Patches(f"patch:{images.shape[-1]}", images.shape[1:])
+    value = codec.encode(images)
+    assert value.shape == (len(images), codec.tokens, 16, 16, images.shape[-1])
+    assert np.abs(value).max() <= 0.25  # [-1, 1] over √16
+    assert (codec.decode(value) == images).all()
+
+
+def test_patches_are_in_raster_order():
+    image = np.zeros((1, 32, 48, 1), np.uint8)
+    for number in range(6):
+        row, column = divmod(number, 3)
+        image[0, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = number * 40
+    patches = to_patches(image)
+    for number in range(6):
+        assert np.allclose((patches[0, number] * 4 + 1) * 127.5, number * 40, atol=1e-3)
+    assert (from_patches(patches, 32, 48) == image).all()
+
+
+def test_channels_first_and_floats_become_the_same_patches():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 16, 20, 3)).astype(np.uint8)
+    plain = Patches("patch:3", (16, 20, 3)).encode(image)
+    assert (Patches("patch:3", (3, 16, 20), channels_first=True).encode(np.moveaxis(image, -1, 1)) == plain).all()
+    floats = (image / 255).astype(np.float32)
+    assert (Patches("patch:3", (16, 20, 3), white=1.0).encode(floats) == plain).all()
+
+
+def test_resize_keeps_constants_and_averages_when_it_shrinks():
+    assert (resized(np.full((1, 37, 21, 3), 77, np.uint8), 16) == 77).all()
+    checks = np.indices((64, 64)).sum(0) % 2 * 200
+    small = resized(checks[None, :, :, None].astype(np.uint8), 8)
+    assert np.abs(small.astype(int) - 100).max() <= 2
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))[None, :, :, None]
+    assert (np.diff(resized(ramp, 16)[0, 8, :, 0].astype(int)) > 0).all()
+
+
+@quick
+@given(st.integers(1, 700), st.integers(1, 700))
+def test_place_intervals_lie_in_their_bins_and_in_order(height, width):
+    spans = intervals(height, width)
+    assert spans.min() >= 0
+    assert spans.max() < PLACES
+    assert (spans[:, 0] <= spans[:, 1]).all()
+    assert (spans[:, 2] <= spans[:, 3]).all()
+
+
+def test_places_are_random_in_training_and_the_middle_otherwise():
+    spans = np.tile(intervals(32, 32), (500, 1))
+    row, position = np.repeat(np.arange(500), 4), np.tile(np.arange(4), 500)
+    drawn = places(spans, 7, 3, row, position, True)
+    assert ((drawn >= spans[:, 0::2]) & (drawn <= spans[:, 1::2])).all()
+    first = drawn[position == 0]
+    assert len(np.unique(first[:, 0])) == 64  # 128 bins over two rows of patches
+    assert abs(first.mean() - 31.5) < 2
+    again = places(spans[::-1], 7, 3, row[::-1], position[::-1], True)
+    assert (again[::-1] == drawn).all()
+    assert (places(spans, 7, 4, row, position, True) != drawn).any()
+    assert (
+        places(spans, 7, 3, row, position, False) == np.tile([[31, 31], [31, 95], [95, 31], [95, 95]], (500, 1))
+    ).all()

@@ -1,0 +1,7 @@
+"""`python -m tiphys` is the command `tiphys`."""
+
+import sys
+
+from tiphys.launch.cli import main
+
+sys.exit(main())
