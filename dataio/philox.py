@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Purposes: streams that never meet, whatever else is equal.
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, MASK, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
+SAMPLE = 32  # draws of actions by a policy
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

@@ -20,20 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.stores.backends import (
-    Changed,
-    LocalBackend,
-    ObjectBackend,
-    ObjectInfo,
-    OutOfRange,
-    Refused,
-    Throttled,
-    Transient,
-    backend,
-    redacted,
-)
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
+from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.limit import RequestLimit
+from tiphys.dataio.stores.objects import ObjectBackend
 from tiphys.dataio.stores.ranges import GAP, PART, Joined, join_ranges
+from tiphys.dataio.stores.schemes import backend
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

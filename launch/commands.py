@@ -96,7 +96,7 @@ def collect(args: Namespace) -> int:
 
     policy: Any = None
     if args.policy and (Path(args.policy) / "config.json").is_file():
-        from tiphys.pretrain.evaluate import PolicyExpert
+        from tiphys.pretrain.acting.play import PolicyExpert
 
         policy = PolicyExpert(args.policy)
     elif args.policy:

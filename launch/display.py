@@ -117,7 +117,7 @@ def _picture(fields: Mapping[str, Any], path: str) -> str:
 def summary(found: Mapping[str, Any]) -> str:
     """What `inspect` found, for a terminal."""
     lines = [
-        f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {_size(found['bytes'])} "
+        f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {human_bytes(found['bytes'])} "
         f"in {found['shards']} shards" + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
     ]
     rows = [
@@ -146,7 +146,7 @@ def _range(spread: Mapping[str, Any]) -> str | None:
     return f"{spread['min']:.4g} … {spread['mean']:.4g} … {spread['max']:.4g}"
 
 
-def _size(count: float) -> str:
+def human_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

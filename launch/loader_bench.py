@@ -15,8 +15,8 @@ from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
-
-_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+from tiphys.launch.display import human_bytes
+from tiphys.recipes.sizes import parse_size
 
 
 def stack_windows(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
@@ -60,7 +60,7 @@ def bench(
 ) -> dict[str, Any]:
     """Run a loader over a dataset and say what it did. Units: seconds, bytes; `bound` is the best that any cache can do."""
     index = EpisodeIndex.open(dataset)
-    budget = cache if isinstance(cache, int) else _size(cache)
+    budget = cache if isinstance(cache, int) else parse_size(cache)
     plan = window_plan(index, rows, window)
     loader = TrajectoryLoader(
         plan,
@@ -125,30 +125,13 @@ def describe(found: dict[str, Any]) -> str:
         f"speed      {found['windows_per_second']:.0f} windows/s; "
         f"{found['cpu_seconds_per_1000_windows']:.3f} CPU s per 1,000 windows",
         "time       " + ", ".join(f"{n.replace('_', ' ')} {v:.0%}" for n, v in used.items()) + f", other {waiting:.0%}",
-        f"bytes      memory {_bytes(moved['memory'])}, disk {_bytes(moved['disk'])}, missed {_bytes(moved['missed'])}, "
-        f"received from the store {_bytes(moved['store'])} in {found['requests']:.0f} requests, {found['retries']:.0f} retries",
+        f"bytes      memory {human_bytes(moved['memory'])}, disk {human_bytes(moved['disk'])}, "
+        f"missed {human_bytes(moved['missed'])}, received from the store {human_bytes(moved['store'])} "
+        f"in {found['requests']:.0f} requests, {found['retries']:.0f} retries",
         f"fetched    {found['fetched_over_delivered']:.3f} of what was delivered (second half); no cache of this size can do "
         f"better than {found['bound']:.3f} in the long run",
         f"random     {found['distinct_rate']:.3f} distinct episodes a window over 256 windows; independent draws give "
         f"{found['distinct_bound']:.3f}",
-        f"resident   {_bytes(found['resident_bytes'])}",
+        f"resident   {human_bytes(found['resident_bytes'])}",
     ]
     return "\n".join(lines)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def _size(text: str) -> int:
-    """`256MiB` -> bytes; units are powers of 1024."""
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    unit = number.lstrip("0123456789.")
-    try:
-        return int(float(number.removesuffix(unit)) * _SIZES[unit])
-    except (KeyError, ValueError):
-        raise ValueError(f"{text!r} is no size; write 512MiB, 8GiB") from None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.atomic import write_json
 from tiphys.dataio.loader import CacheBudget
 from tiphys.dataio.peers import PeerSettings
 from tiphys.dataio.placement import Home
@@ -150,9 +151,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
     with suppress(OSError):  # a full disk: the folder is then not known to the next launch
-        temporary = folder / f"{_RECORD}.tmp"
-        temporary.write_text(json.dumps(record))
-        os.replace(temporary, folder / _RECORD)
+        write_json(folder / _RECORD, record)
 
 
 def _bytes(folder: Path) -> int:

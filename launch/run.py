@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.atomic import write_text
 from tiphys.launch.finish import finish, start_evaluation
-from tiphys.launch.mixture import follow, names
+from tiphys.launch.mixture import follow
+from tiphys.launch.plan import held_out_batches, loader_arguments, make_plan, open_datasets
 from tiphys.recipes.load import to_yaml
 from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from tiphys.pretrain.callbacks import Callback
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.parallel import ParallelDims
-    from tiphys.pretrain.tokens.batch import TokenBatch
 
 
-MAPPED = 200_000  # episodes
 # What gloo and NCCL say when the process at the other end of a connection is gone
 _LOST = re.compile(
     r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|ncclRemoteError|[Rr]emote process exit"
@@ -56,7 +55,7 @@ def run(recipe: Recipe) -> int:
         announce(recipe, objectives, plan, engine)
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
-    cache = NodeCache(world, sizes.dir, size(sizes.memory), size(sizes.disk), fingerprints)
+    cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
     loader = None
     if world.is_first_stage:
         arguments = loader_arguments(recipe, objectives)
@@ -92,85 +91,6 @@ def lost(error: Exception, step: int, saved: int) -> str:
     )
 
 
-def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
-    """One index a line of the mixture. The first rank of a machine decodes a new one; the others find it decoded."""
-    from tiphys.dataio.index import EpisodeIndex
-
-    opened: dict[str, EpisodeIndex] = {}
-
-    def open_all() -> None:
-        for entry in recipe.data.mixture:
-            if entry.dataset not in opened:
-                opened[entry.dataset] = EpisodeIndex.open(entry.dataset)
-
-    if world is None or world.local == 0:
-        open_all()
-    if world is not None:
-        world.barrier()
-        open_all()
-    return [opened[entry.dataset] for entry in recipe.data.mixture]
-
-
-def make_plan(
-    recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
-) -> SamplingPlan:
-    """The plan of a recipe; `held_out`: over the held-out episodes, `rows` a step."""
-    from tiphys.dataio.format.document import cache_folder
-    from tiphys.dataio.plan.preferences import preference
-    from tiphys.dataio.sampling import PlanEntry, SamplingPlan
-
-    entries = []
-    for i, (line, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
-        numbers = objectives.task_numbers(i)
-        entries.append(
-            PlanEntry(
-                index=index,
-                lengths=objectives.lengths(i),
-                weight=line.weight,
-                name=names(recipe)[i],
-                tasks=[int(t) for t in range(len(index.tasks)) if numbers[t] >= 0],
-                priority=None if held_out else preference(index, line.prefer, line.top),
-            )
-        )
-    return SamplingPlan(
-        entries,
-        rows=rows or int(recipe.deepspeed["train_batch_size"]),
-        budget=objectives.length,
-        seed=recipe.train.seed,
-        weight_unit=recipe.data.weight_unit,
-        replacement=recipe.data.replacement or held_out,
-        buckets=recipe.data.buckets,
-        validation=recipe.data.validation,
-        held_out=held_out,
-        # A large plan is sorted once a machine and mapped into memory by every process; a small one is sorted sooner than read.
-        cache_dir=str(cache_folder() / "plans") if sum(index.episodes for index in indexes) > MAPPED else "",
-    )
-
-
-def loader_arguments(recipe: Recipe, objectives: Objectives, *, training: bool = True) -> dict[str, Any]:
-    """What every loader of this recipe is told, whoever reads from it."""
-    lines = range(len(recipe.data.mixture))
-    return {
-        "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
-        "needs": [objectives.needs(i) for i in lines],
-        "tasks": [objectives.task_numbers(i) for i in lines],
-        "requests": recipe.data.requests,
-        "prefetch": size(recipe.data.prefetch),
-    }
-
-
-def size(text: str) -> int:
-    """`8GiB`, `500MB`, `4096` -> bytes."""
-    units = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-    units |= {f"{k}i": 1024 ** (i + 1) for i, k in enumerate("kmgt")}
-    number = text.strip().lower().removesuffix("b").strip()
-    unit = number.lstrip("0123456789.")
-    try:
-        return int(float(number.removesuffix(unit)) * units[unit.strip()])
-    except (KeyError, ValueError):
-        raise ValueError(f"{text!r} is no size; write 512MiB, 8GiB, 2TB") from None
-
-
 def callbacks(
     recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
 ) -> list[Callback]:
@@ -201,23 +121,6 @@ def callbacks(
     return stages
 
 
-def held_out_batches(
-    recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, world: ParallelDims
-) -> Iterator[TokenBatch]:
-    """This rank's share of `validate.rows` held-out rows, the same rows at every validation."""
-    from tiphys.dataio.loader import TrajectoryLoader
-    from tiphys.pretrain.tokens.batch import TokenBatch
-
-    if not world.is_first_stage:
-        return
-    plan = make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
-    with TrajectoryLoader(plan, world.home, **loader_arguments(recipe, objectives, training=False), stop=1) as loader:
-        for loaded in loader:
-            copies = {name: array.copy() for name, array in loaded.arrays.items()}
-            loaded.release()
-            yield TokenBatch.from_arrays(copies)
-
-
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
     """What is about to run, before it does: layout, model, derived values, data."""
     parameters = sum(p.numel() for p in engine.module.parameters())
@@ -238,8 +141,4 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
 
 def write_recipe(recipe: Recipe) -> None:
     """The resolved recipe beside the run, whole or not at all."""
-    folder = Path(recipe.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "recipe.yaml.tmp"
-    temporary.write_text(to_yaml(recipe), encoding="utf-8")
-    os.replace(temporary, folder / "recipe.yaml")
+    write_text(Path(recipe.run.dir) / "recipe.yaml", to_yaml(recipe))

@@ -10,7 +10,7 @@ def show_row(recipe_path: str, overrides: Sequence[str], step: int, row: int) ->
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.dataio.placement import Home
     from tiphys.launch.check import check
-    from tiphys.launch.run import loader_arguments, make_plan, open_datasets
+    from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.tokens.batch import TokenBatch
     from tiphys.pretrain.tokens.describe import describe_row

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tiphys.dataio.atomic import atomic_path, write_json
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
@@ -138,9 +139,10 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / files.MANIFEST).unlink(missing_ok=True)  # an older save stops counting before its files are replaced
-        files.write_file(folder / tensors, lambda path: save_file(snap.tensors, path))
+        with atomic_path(folder / tensors) as path:
+            save_file(snap.tensors, path)
         index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
-        files.write_json(folder / name, index)
+        write_json(folder / name, index)
         if snap.rank == 0:
             files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
     except (OSError, SafetensorError) as error:
@@ -152,7 +154,7 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
 def _tell(path: Path, save: str, error: Exception) -> None:
     """Leave the error for rank 0's writer, which otherwise waits; where even that cannot be written it waits out its time."""
     try:
-        files.write_json(path, {"save": save, "error": str(error)})
+        write_json(path, {"save": save, "error": str(error)})
     except OSError:
         return
 

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tiphys.dataio.atomic import write_json
+
 VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -55,32 +57,6 @@ def folders(run_dir: str | Path) -> list[tuple[int, Path]]:
         return []
     matches = [(_STEP.fullmatch(p.name), p) for p in parent.iterdir() if p.is_dir()]
     return sorted((int(m[1]), p) for m, p in matches if m)
-
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then put it in place: whole or not at all, and there after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.chmod(
-            0o644
-        )  # safetensors makes its files private; other users of a shared folder read checkpoints too
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-    def fill(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_file(path, fill)
 
 
 def read_json(path: Path) -> Any:

@@ -10,24 +10,25 @@ its seeds alone, so the result does not depend on the number of processes. Seeds
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiphys.dataio import environments
-from tiphys.dataio.collect import EVALUATION_SEEDS, LONGEST, EnvironmentFault, Outcome, score
-from tiphys.dataio.environments import Environment, Expert
+from tiphys.dataio.atomic import finite, write_json
+from tiphys.dataio.collect import EVALUATION_SEEDS
+from tiphys.dataio.environments import Environment
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.pretrain.acting.play import Played, play_group
+from tiphys.pretrain.acting.scores import seen_share, summary
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
@@ -88,7 +89,7 @@ def evaluate(
             )
     result = {"tasks": found}
     if out:
-        write_json(Path(out), result)
+        write_json(out, finite(result), indent=1)
     return result
 
 
@@ -122,55 +123,6 @@ def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **o
     return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"})
 
 
-def summary(spec: TaskSpec, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What evaluation.json says of a task.
-
-    episodes, mean_return, success_rate (None where the task has no success), random, expert (scores that the dataset
-    measured: of `normalise`, return or success), expert_normalized = (score − random) / (expert − random), std_return,
-    mean_length, and the 95 % intervals `…_interval` (bootstrap over episodes; Wilson 1927 for the success rate).
-    """
-    returns = np.array([o.total_return for o in outcomes])
-    known = [o.success for o in outcomes if o.success is not None]
-    scores = np.array([score(spec, o) for o in outcomes])
-    normalized = interval = None
-    if spec.random is not None and spec.expert is not None and spec.expert != spec.random:
-        scale = spec.expert - spec.random
-        normalized = (float(scores.mean()) - spec.random) / scale
-        if spec.normalise == "success":
-            ends = wilson(int(scores.sum()), len(scores))
-        else:
-            ends = bootstrap(scores)
-        interval = [(end - spec.random) / scale for end in ends]
-    return {
-        "episodes": len(outcomes),
-        "mean_return": float(returns.mean()),
-        "success_rate": float(np.mean(known)) if known else None,
-        "random": spec.random,
-        "expert": spec.expert,
-        "expert_normalized": normalized,
-        "normalise": spec.normalise,
-        "std_return": float(returns.std()),
-        "mean_length": float(np.mean([o.steps for o in outcomes])),
-        "mean_return_interval": bootstrap(returns),
-        "success_rate_interval": wilson(sum(known), len(known)) if known else None,
-        "expert_normalized_interval": interval,
-    }
-
-
-def wilson(successes: int, trials: int) -> list[float]:
-    """95 % score interval of a rate (Wilson 1927)."""
-    z2, rate = 1.96**2, successes / trials
-    middle, half = rate + z2 / (2 * trials), (z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2))) ** 0.5
-    return [(middle - half) / (1 + z2 / trials), (middle + half) / (1 + z2 / trials)]
-
-
-def bootstrap(values: np.ndarray, draws: int = 2000) -> list[float]:
-    """95 % percentile interval of a mean (Efron 1979), the same for the same values."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (draws, len(values))).mean(1)
-    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
-
-
 def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
     """The tasks to play, checked before any process starts."""
     from tiphys.pretrain.acting.policy import Policy
@@ -191,16 +143,6 @@ def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
     return [known[name] for name in names]
 
 
-@dataclass
-class Played:
-    """One episode: its outcome, its actions (to draw it again), and hashes of the states it passed, where they are small."""
-
-    seed: int
-    outcome: Outcome
-    actions: list[Any]
-    states: np.ndarray
-
-
 @dataclass(frozen=True)
 class _Group:
     spec: TaskSpec
@@ -212,64 +154,6 @@ class _Group:
         while len(made) < len(self.seeds):
             made.append(environments.make(self.spec.environment))
         return play_group(_policy, self.spec, made[: len(self.seeds)], self.seeds)
-
-
-@dataclass
-class _Playing:
-    seed: int
-    env: Environment
-    observation: Any
-    reward: float = 0.0
-    rewards: list[float] = field(default_factory=list)
-    actions: list[Any] = field(default_factory=list)
-    states: list[int] = field(default_factory=list)
-    success: bool | None = None
-    done: bool = False
-
-    def step(self, action: Any, limit: int) -> None:
-        self.observation, reward, terminated, truncated, info = self.env.step(action)
-        self.reward = float(reward)
-        self.rewards.append(self.reward)
-        self.actions.append(action)
-        if "success" in info:
-            self.success = bool(self.success) or bool(info["success"])
-        self.done = bool(terminated or truncated) or len(self.actions) >= limit
-
-    @property
-    def outcome(self) -> Outcome:
-        return Outcome(float(np.sum(self.rewards, dtype=np.float64)), self.success, len(self.actions))
-
-
-def play_group(
-    policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
-) -> list[Played]:
-    """One episode in each environment, in lock step; those that have ended leave the batch."""
-    from tiphys.pretrain.acting.states import state_hash
-
-    policy.reset(spec.name, environments=len(seeds))
-    hashed = state_hash(spec)
-    playing = []
-    for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
-        policy.restart(i, stream=seed)
-        playing.append(_Playing(seed, env, _guarded(spec, seed, 0, partial(env.reset, seed=seed))[0]))
-    active = list(range(len(playing)))
-    while active:
-        now = [playing[i] for i in active]
-        for p in now if hashed else ():
-            p.states.append(hashed(p.observation))  # type: ignore[misc]
-        actions = policy.act([p.observation for p in now], [p.reward for p in now], active)
-        for p, action in zip(now, actions, strict=True):
-            _guarded(spec, p.seed, len(p.actions), p.step, action, limit)
-        active = [i for i in active if not playing[i].done]
-    return [Played(p.seed, p.outcome, p.actions, np.array(p.states, np.uint64)) for p in playing]
-
-
-def _guarded(spec: TaskSpec, seed: int, step: int, call: Any, *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except Exception as error:
-        where = f"task {spec.name!r}, seed {seed}, step {step}"
-        raise EnvironmentFault(f"{where}: the environment raised {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -293,27 +177,6 @@ class _Strip:
 
 
 @dataclass(frozen=True)
-class PolicyExpert:
-    """A policy's folder as the expert of a collection (`tiphys.dataio.collect`)."""
-
-    folder: str
-
-    def __call__(self, task: str, env: Environment) -> Expert:
-        from tiphys.pretrain.acting.policy import Policy
-
-        policy = Policy.load(self.folder)
-
-        class Acting:
-            def reset(self) -> None:
-                policy.reset(task)
-
-            def act(self, observation: Any, taken: Any = None) -> Any:
-                return policy.act(observation)
-
-        return Acting()
-
-
-@dataclass(frozen=True)
 class _Demonstrated:
     """The states of every n-th episode of a task in the demonstrations."""
 
@@ -325,28 +188,6 @@ class _Demonstrated:
         from tiphys.pretrain.acting.states import demonstrated_states
 
         return demonstrated_states(self.spec, self.datasets, self.part)
-
-
-def seen_share(visited: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> float | None:
-    """Share of the states of an evaluation that the demonstrations contain; None where states are too rich to repeat."""
-    states = np.concatenate([np.asarray(v, np.uint64) for v in visited])
-    return float(np.isin(states, np.concatenate(known)).mean()) if len(states) else None
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 # What an evaluating process keeps.

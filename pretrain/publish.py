@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.atomic import finite, write_json
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.sources import code_files
 
@@ -85,11 +86,10 @@ def save_policy(
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> None:
     """Put an evaluation into a policy's folder: evaluation.json, and its results into the model card."""
     from tiphys.pretrain.card import model_card
-    from tiphys.pretrain.evaluate import write_json
 
     folder = Path(folder)
     if evaluation is not None:
-        write_json(folder / EVALUATION, evaluation)
+        write_json(folder / EVALUATION, finite(evaluation), indent=1)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     processor = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
     (folder / CARD).write_text(model_card(config, processor, evaluation), encoding="utf-8")

@@ -16,7 +16,7 @@ _IMPORT = re.compile(r"^(\s*from )tiphys\.(?:\w+\.)*(\w+) import\b")
 def code_files() -> dict[str, str]:
     """File name -> source, for every module that the roots import, directly or not.
 
-    Imports of this project's modules become relative ones, `from tiphys.pretrain.tokens.batch import X` -> `from .batch import X`.
+    Imports of this project's modules become relative: `from tiphys.pretrain.tokens.batch import X` -> `from .batch import X`.
     Imports for type checkers alone are left out. Raises ValueError for an import in another form or two modules of one name.
     """
     files: dict[str, str] = {}

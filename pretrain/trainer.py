@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiphys.pretrain.engine import Engine
+    from tiphys.pretrain.parallel import Sum
     from tiphys.recipes.schema import Recipe
 
 
@@ -51,11 +52,19 @@ class Loader(Protocol):
     def append(self, events: Sequence[dict[str, Any]]) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What a rank has asked the others: its events for the plan's log, and a sum that is on its way."""
+
+    events: list[dict[str, Any]]
+    sums: Sum
+
+
 class Trainer:
     """Trains `engine` on `loader` for `recipe.train.steps` steps.
 
     loader      None on pipeline stages that take no data
-    datasets    fingerprints of the datasets; a resumed run must have the same
+    fingerprints  of the datasets; a resumed run must have the same
     requests    asked after every step, on whichever ranks it is given: events for the plan's log (`tiphys mixture`)
     """
 
@@ -65,11 +74,11 @@ class Trainer:
         engine: Engine,
         loader: Loader | None,
         callbacks: Sequence[Callback] = (),
-        datasets: Sequence[str] = (),
+        fingerprints: Sequence[str] = (),
         requests: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self.recipe, self.engine, self.loader = recipe, engine, loader
-        self.callbacks, self.datasets, self.requests = list(callbacks), list(datasets), requests
+        self.callbacks, self.fingerprints, self.requests = list(callbacks), list(fingerprints), requests
         self.world, self.steps = engine.world, recipe.train.steps
         self.resumed: Checkpoint | None = None
         self.peak = 0.0  # FLOP/s of all processes together
@@ -101,11 +110,13 @@ class Trainer:
     def _loop(self, signals: Signals) -> None:
         clock = Stopwatch()
         for batch, wait, loaded in self._batches():
-            agreed = self._agree(signals.asked, wait, loaded)
+            question = self._ask(signals.asked, wait, loaded)
             result = self.engine.train_step(batch)
-            stop, wait, counters = agreed(batch.step)
+            stop, wait, counters = self._answer(question, batch.step)
             if not math.isfinite(result.loss):
-                raise TrainingError(f"step {result.step}: the loss is {result.loss}; nothing was saved since it is so")
+                raise TrainingError(
+                    f"step {result.step}: the loss is {result.loss}; no checkpoint has been written since it became non-finite"
+                )
             self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
             if stop:
                 self.stopped = True
@@ -117,9 +128,9 @@ class Trainer:
             return
         state = checkpoint.state()
         check_recipe(state, self.recipe, str(checkpoint.path))
-        if state["datasets"] != self.datasets:
+        if state["datasets"] != self.fingerprints:
             raise CheckpointError(
-                f"{checkpoint.path}: the datasets have changed since (fingerprints {state['datasets']} -> {self.datasets}); "
+                f"{checkpoint.path}: the datasets have changed since (fingerprints {state['datasets']} -> {self.fingerprints}); "
                 "use another run.dir, or put the old datasets back"
             )
         checkpoint.load(self.engine)
@@ -129,7 +140,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the engine."""
         loader = {"step": self.step} if self.loader is None else {**self.loader.state_dict(), "step": self.step}
-        return {"step": self.step, "loader": loader, "datasets": self.datasets, **describe(self.recipe)}
+        return {"step": self.step, "loader": loader, "datasets": self.fingerprints, **describe(self.recipe)}
 
     def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
         """(rows of this rank, seconds waited for them, what the loader gave), with the next step's counts under way."""
@@ -160,36 +171,29 @@ class Trainer:
         self.engine.announce(batch)
         return batch, watch.lap(), loaded
 
-    def _agree(
-        self, stop: bool, wait: float, loaded: Loaded | None
-    ) -> Callable[[int], tuple[bool, float, dict[str, float]]]:
-        """Start what the ranks must agree on while the step runs: whether to stop, and what their loaders have seen.
-
-        The result, called with the step, gives on every rank the same (stop, mean wait of the loaders, their counters:
-        summed, rates averaged).
-        """
+    def _ask(self, stop: bool, wait: float, loaded: Loaded | None) -> _Question:
+        """Start the sum of what the ranks must agree on, while the step runs: whether to stop, and what their loaders saw."""
         counters = loaded.counters if loaded is not None else {}
         if self._counters is None:  # every rank must send the same numbers: agree once on their names
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
         events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
-        sums = self.world.sum([stop, loaded is not None, wait, len(events), *values])
+        return _Question(events, self.world.sum([stop, loaded is not None, wait, len(events), *values]))
 
-        def agreed(step: int) -> tuple[bool, float, dict[str, float]]:
-            stops, loaders, waits, changes, *totals = sums.result()
-            if changes:
-                self._change([event for some in self.world.gather(events) for event in some], step + 2)
-            named = dict(zip(self._counters or (), totals, strict=True))
-            return (
-                stops > 0,
-                waits / max(loaders, 1.0),
-                {
-                    name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
-                    for name, total in named.items()
-                },
-            )
+    def _answer(self, question: _Question, step: int) -> tuple[bool, float, dict[str, float]]:
+        """The same on every rank: (stop, mean wait of the loaders, their counters: summed, rates averaged).
 
-        return agreed
+        Events that any rank had go into the plan's log.
+        """
+        stops, loaders, waits, changes, *totals = question.sums.result()
+        if changes:
+            self._change([event for some in self.world.gather(question.events) for event in some], step + 2)
+        named = dict(zip(self._counters or (), totals, strict=True))
+        means = {
+            name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
+            for name, total in named.items()
+        }
+        return stops > 0, waits / max(loaders, 1.0), means
 
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Put events into the plan's log, the same on every rank; in force from `first` on, for the step before is drawn."""
@@ -200,10 +204,6 @@ class Trainer:
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, stage)(self, *arguments)
-
-    def saved(self, folder: Path, step: int) -> None:
-        """Called by the Checkpointer, on rank 0 alone, when a checkpoint is committed."""
-        self._notify("on_checkpoint", folder, step)
 
 
 class Signals:

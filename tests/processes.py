@@ -27,6 +27,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
+        "PYTHONSAFEPATH": "1",  # the folder of a script is not on the path
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

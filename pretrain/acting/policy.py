@@ -13,8 +13,9 @@ import torch
 
 from tiphys.dataio.episode import FieldSpec, Window
 from tiphys.dataio.observation import native, observation_fields
-from tiphys.dataio.philox import uniform32, words
-from tiphys.pretrain.acting.processor import Acting, Processor
+from tiphys.dataio.philox import SAMPLE, uniform32, words
+from tiphys.pretrain.acting.history import Acting
+from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.attention import KeyValueCache
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.tokens.batch import Embedded, TokenBatch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
 
 PROCESSOR = "processor.json"
-SAMPLE = 32  # purpose of the draws of actions: none of the training streams (tiphys.dataio.philox)
 _DENSE = (
     "tokens",
     "modality",

@@ -3,7 +3,7 @@
 `data/` holds 20 episodes that `tiphys collect` wrote. `golden.json` holds what they become. A change that should not alter
 numerics leaves the file as it is. A change that should alter them says why, and writes it again:
 
-    python -m tests.golden.golden            # compare, and say what differs
+    OMP_NUM_THREADS=1 python -m tests.golden.golden            # compare, and say what differs
     python -m tests.golden.golden --write    # write golden.json again
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from tiphys.dataio.episode import Window
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.loader import TrajectoryLoader
-from tiphys.launch.run import loader_arguments, make_plan
+from tiphys.launch.plan import loader_arguments, make_plan
 from tiphys.pretrain.objectives import Objectives
 from tiphys.recipes.load import from_dict
 from tiphys.recipes.schema import Recipe

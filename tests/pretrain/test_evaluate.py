@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from tiphys.dataio.collect import EnvironmentFault, Outcome, Players
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.shards import ShardWriter
 from tiphys.pretrain import evaluate as evaluating
+from tiphys.pretrain.acting.play import play_group
 from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.acting.scores import bootstrap, seen_share, summary, wilson
 from tiphys.pretrain.acting.states import demonstrated_states, state_hash
-from tiphys.pretrain.evaluate import bootstrap, evaluate, play_group, seen_share, start, summary, wilson, write_json
+from tiphys.pretrain.evaluate import evaluate, start
 
 pytestmark = pytest.mark.envs
 
@@ -198,20 +199,6 @@ def test_an_environment_that_raises_is_named(folder):
     broken: Any = Broken()
     with pytest.raises(EnvironmentFault, match=r"CartPole-v1.*seed 5, step 0.*simulator is gone"):
         play_group(policy, policy.processor.tasks[acting.CART], [broken], [5])
-
-
-def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "evaluation.json"
-    write_json(file, {"tasks": {}})
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(file, {"tasks": {"a": 1}})
-    assert json.loads(file.read_text()) == {"tasks": {}}
-    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_importing_it_is_cheap():

@@ -126,7 +126,7 @@ def test_a_failing_disk_under_the_data_is_named(index: Any, monkeypatch: pytest.
     def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("tiphys.dataio.stores.backends._pread", fail)
+    monkeypatch.setattr("tiphys.dataio.stores.files._pread", fail)
     with pytest.raises(StoreError, match=r"set/shards/000000\.tar: could not be read: Input/output error"):
         Store(index.url).read_ranges("shards/000000.tar", [0], [10])
 

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
+from tiphys.dataio.atomic import atomic_file
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.storage import AccessError, ObjectChanged, Store, StoreError
-from tiphys.dataio.stores.backends import redacted, whole_file
+from tiphys.dataio.stores.backend import redacted
 from tiphys.dataio.stores.limit import RequestLimit
 from tiphys.dataio.stores.ranges import join_ranges
 
@@ -237,7 +238,7 @@ def test_blocking_calls_come_from_any_thread(front: FaultyFront) -> None:
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     Store(str(tmp_path)).write("x", b"old")
-    with contextlib.suppress(RuntimeError), whole_file(tmp_path / "x") as file:
+    with contextlib.suppress(RuntimeError), atomic_file(tmp_path / "x") as file:
         file.write(b"half of the n")
         raise RuntimeError
     assert (tmp_path / "x").read_bytes() == b"old"

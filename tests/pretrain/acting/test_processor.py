@@ -230,5 +230,10 @@ def test_acting_needs_no_dataset_code():
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     files = {"batch", "images", "sequence", "text", "timestep", "codecs", "vocabulary"}
     packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}
-    mine = {"tiphys.dataio.episode", "tiphys.dataio.philox", "tiphys.pretrain.acting.processor"}
+    mine = {
+        "tiphys.dataio.episode",
+        "tiphys.dataio.philox",
+        "tiphys.pretrain.acting.processor",
+        "tiphys.pretrain.acting.history",
+    }
     assert set(found) == packages | mine | {f"tiphys.pretrain.tokens.{f}" for f in files}

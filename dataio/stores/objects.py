@@ -1,177 +1,25 @@
-"""The places that bytes live in: a local folder, an object store (obstore), anything else that fsspec opens.
-
-Each does one operation once and says how it failed in a common vocabulary: FileNotFoundError, PermissionError, `Changed`,
-`OutOfRange`, `Refused`, `Throttled`, `Transient`. Patience, joining and verification are the business of `storage.Store`.
-"""
+"""The backend of object stores (S3, GCS, Azure, HTTP), by obstore."""
 
 from __future__ import annotations
 
 import asyncio
 import configparser
-import contextlib
 import errno
 import os
 import re
-import secrets
-import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stores import threads
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
-# fsspec knows schemes that run commands (pipe), open nested archives or chain others: plain remote file systems may pass
-FSSPEC_SCHEMES = ("hf", "memory", "sftp", "ssh", "smb", "hdfs", "webhdfs", "oss", "webdav", "dbfs", "ftp")
-_TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")
-
-
-class Transient(Exception):
-    """The same request may succeed later."""
-
-
-class Throttled(Transient):
-    """The store asks for fewer requests (429, 503)."""
-
-
-class Changed(Exception):
-    """The object is no longer the one whose ETag was given."""
-
-
-class OutOfRange(Exception):
-    """The object ends before the first byte asked for."""
-
-
-class Refused(Exception):
-    """The store does not take this request, and would not take it later."""
-
-
-class ObjectInfo(NamedTuple):
-    size: int  # bytes of the whole object; −1 where the answer did not say
-    etag: str  # changes whenever the object does; empty where the store has none
-
-
-class Backend(Protocol):
-    """One folder. Keys are relative to it, with forward slashes."""
-
-    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
-        """Bytes [start, start + size), fewer where the object ends; `Changed` unless `etag` is empty or matches."""
-
-    async def head(self, key: str) -> ObjectInfo: ...
-
-    async def put(self, key: str, source: bytes | Path) -> None:
-        """All of it or nothing."""
-
-    async def keys(self, folder: str) -> list[str]: ...
-
-    async def delete(self, key: str) -> None: ...
-
-
-def backend(url: str, timeout: float) -> Backend:
-    """The backend of a folder's URL. DataError where its scheme is not on the list of those that may be opened."""
-    scheme = urlsplit(url).scheme.lower() if "://" in url or re.match(r"[a-z0-9+.-]{2,}:", url) else ""
-    if "::" in url or (scheme and scheme not in (*OBJECT_SCHEMES, *FSSPEC_SCHEMES, "file")):
-        allowed = ", ".join(("file", *OBJECT_SCHEMES, *FSSPEC_SCHEMES))
-        raise DataError(f"{redacted(url)}: the scheme {scheme or url!r} may not be opened; these may: {allowed}")
-    if scheme in ("", "file"):
-        return LocalBackend(Path(unquote(urlsplit(url).path) if scheme else url).absolute())
-    return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)
-
-
-def redacted(text: str) -> str:
-    """Without what may be secret in a URL: user info and query strings (SAS tokens, signatures)."""
-    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))
-
-
-class LocalBackend:
-    """A local folder. Writes go to a temporary file, are synced, then renamed."""
-
-    def __init__(self, root: Path):
-        self.root = root
-
-    def path(self, key: str) -> Path:
-        return self.root / key
-
-    def ranges(
-        self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
-    ) -> tuple[list[bytes], ObjectInfo]:
-        with open(self.path(key), "rb", buffering=0) as file:
-            info = _local_info(os.fstat(file.fileno()))
-            if etag and info.etag != etag:
-                raise Changed
-            return [_pread(file.fileno(), size, start) for start, size in zip(starts, sizes, strict=True)], info
-
-    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
-        (part,), info = await asyncio.to_thread(self.ranges, key, [start], [size], etag)
-        return part, info
-
-    async def head(self, key: str) -> ObjectInfo:
-        return _local_info(os.stat(self.path(key)))
-
-    async def put(self, key: str, source: bytes | Path) -> None:
-        await asyncio.to_thread(self._put, key, source)
-
-    def _put(self, key: str, source: bytes | Path) -> None:
-        target = self.path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as file:
-            if isinstance(source, Path):
-                with open(source, "rb") as origin:
-                    shutil.copyfileobj(origin, file, 1 << 20)
-            else:
-                file.write(source)
-
-    async def keys(self, folder: str) -> list[str]:
-        found = []
-        for parent, _, names in os.walk(self.path(folder)):
-            found += [os.path.relpath(os.path.join(parent, n), self.root) for n in names]
-        return sorted(f for f in found if not _TEMPORARY.search(f))
-
-    async def delete(self, key: str) -> None:
-        self.path(key).unlink()
-
-
-@contextlib.contextmanager
-def whole_file(target: Path) -> Iterator[IO[bytes]]:
-    """A file to write that appears as `target` only when the block ends well: temporary file, fsync, rename, fsync."""
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must survive a power cut
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _local_info(stat: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}")
-
-
-def _pread(file: int, size: int, start: int) -> bytes:
-    data = os.pread(file, size, start)
-    while 0 < len(data) < size:  # a read may stop early: at 2 GiB, or on a network mount
-        more = os.pread(file, size - len(data), start + len(data))
-        if not more:
-            break
-        data += more
-    return data
 
 
 class ObjectBackend:
@@ -393,67 +241,3 @@ def _aws_profile(name: str) -> dict[str, str]:
         if parser.has_section(section):
             settings.update(parser[section])
     return settings
-
-
-# What changes when an object is replaced, by the names that fsspec's file systems give it; `ukey` also counts times of access
-_VERSIONS = (
-    "ETag",
-    "etag",
-    "checksum",
-    "md5",
-    "blob_id",
-    "version_id",
-    "mtime",
-    "modified",
-    "last_modified",
-    "created",
-)
-
-
-class FsspecBackend:
-    """Any other scheme, through fsspec's synchronous interface in threads."""
-
-    def __init__(self, url: str):
-        import fsspec
-
-        self.fs, self.root = fsspec.core.url_to_fs(url)
-
-    def _path(self, key: str) -> str:
-        return f"{self.root.rstrip('/')}/{key}" if key else self.root
-
-    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
-        data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
-        # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
-        if not etag or len(data) < size:
-            return data, await self.head(key)
-        return data, ObjectInfo(-1, etag)
-
-    async def head(self, key: str) -> ObjectInfo:
-        self.fs.invalidate_cache(self.fs._parent(self._path(key)))
-        info = await self._call(self.fs.info, self._path(key))
-        if info["type"] == "directory":
-            raise FileNotFoundError(key)
-        version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
-        return ObjectInfo(int(info["size"]), ";".join([*version, str(info["size"])]) if version else "")
-
-    async def put(self, key: str, source: bytes | Path) -> None:
-        if isinstance(source, Path):
-            await self._call(self.fs.put_file, str(source), self._path(key))
-        else:
-            await self._call(self.fs.pipe_file, self._path(key), source)
-
-    async def keys(self, folder: str) -> list[str]:
-        root = self.fs._strip_protocol(self.root).rstrip("/")
-        found = await self._call(self.fs.find, self._path(folder))
-        return sorted(f[len(root) + 1 :] for f in found)
-
-    async def delete(self, key: str) -> None:
-        await self._call(self.fs.rm_file, self._path(key))
-
-    async def _call(self, function: Any, *args: Any, **more: Any) -> Any:
-        try:
-            return await asyncio.to_thread(function, *args, **more)
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError as error:  # fsspec's file systems give network failures as OSErrors
-            raise Transient(redacted(str(error)) or type(error).__name__) from error

@@ -1,0 +1,77 @@
+"""The backend of a local folder."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiphys.dataio.atomic import TEMPORARY, atomic_file
+from tiphys.dataio.stores.backend import Changed, ObjectInfo
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class LocalBackend:
+    """A local folder. Writes go to a temporary file, are synced, then renamed."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def ranges(
+        self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
+    ) -> tuple[list[bytes], ObjectInfo]:
+        with open(self.path(key), "rb", buffering=0) as file:
+            info = _local_info(os.fstat(file.fileno()))
+            if etag and info.etag != etag:
+                raise Changed
+            return [_pread(file.fileno(), size, start) for start, size in zip(starts, sizes, strict=True)], info
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        (part,), info = await asyncio.to_thread(self.ranges, key, [start], [size], etag)
+        return part, info
+
+    async def head(self, key: str) -> ObjectInfo:
+        return _local_info(os.stat(self.path(key)))
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        await asyncio.to_thread(self._put, key, source)
+
+    def _put(self, key: str, source: bytes | Path) -> None:
+        target = self.path(key)
+        with atomic_file(target) as file:
+            if isinstance(source, Path):
+                with open(source, "rb") as origin:
+                    shutil.copyfileobj(origin, file, 1 << 20)
+            else:
+                file.write(source)
+
+    async def keys(self, folder: str) -> list[str]:
+        found = []
+        for parent, _, names in os.walk(self.path(folder)):
+            found += [os.path.relpath(os.path.join(parent, n), self.root) for n in names]
+        return sorted(f for f in found if not TEMPORARY.search(f))
+
+    async def delete(self, key: str) -> None:
+        self.path(key).unlink()
+
+
+def _local_info(stat: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}")
+
+
+def _pread(file: int, size: int, start: int) -> bytes:
+    data = os.pread(file, size, start)
+    while 0 < len(data) < size:  # a read may stop early: at 2 GiB, or on a network mount
+        more = os.pread(file, size - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data

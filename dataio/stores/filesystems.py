@@ -1,0 +1,76 @@
+"""The backend of every other store that fsspec opens."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiphys.dataio.stores.backend import ObjectInfo, Transient, redacted
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+# What changes when an object is replaced, by the names that fsspec's file systems give it; `ukey` also counts times of access
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5",
+    "blob_id",
+    "version_id",
+    "mtime",
+    "modified",
+    "last_modified",
+    "created",
+)
+
+
+class FsspecBackend:
+    """Any other scheme, through fsspec's synchronous interface in threads."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
+
+    async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
+        data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
+        # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
+        if not etag or len(data) < size:
+            return data, await self.head(key)
+        return data, ObjectInfo(-1, etag)
+
+    async def head(self, key: str) -> ObjectInfo:
+        self.fs.invalidate_cache(self.fs._parent(self._path(key)))
+        info = await self._call(self.fs.info, self._path(key))
+        if info["type"] == "directory":
+            raise FileNotFoundError(key)
+        version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
+        return ObjectInfo(int(info["size"]), ";".join([*version, str(info["size"])]) if version else "")
+
+    async def put(self, key: str, source: bytes | Path) -> None:
+        if isinstance(source, Path):
+            await self._call(self.fs.put_file, str(source), self._path(key))
+        else:
+            await self._call(self.fs.pipe_file, self._path(key), source)
+
+    async def keys(self, folder: str) -> list[str]:
+        root = self.fs._strip_protocol(self.root).rstrip("/")
+        found = await self._call(self.fs.find, self._path(folder))
+        return sorted(f[len(root) + 1 :] for f in found)
+
+    async def delete(self, key: str) -> None:
+        await self._call(self.fs.rm_file, self._path(key))
+
+    async def _call(self, function: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return await asyncio.to_thread(function, *args, **more)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:  # fsspec's file systems give network failures as OSErrors
+            raise Transient(redacted(str(error)) or type(error).__name__) from error

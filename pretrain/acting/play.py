@@ -1,0 +1,106 @@
+"""A policy plays episodes: one forward pass a step for a group of environments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome
+from tiphys.dataio.environments import Environment, Expert
+from tiphys.dataio.episode import TaskSpec
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.acting.policy import Policy
+
+
+@dataclass
+class Played:
+    """One episode: its outcome, its actions (to draw it again), and hashes of the states it passed, where they are small."""
+
+    seed: int
+    outcome: Outcome
+    actions: list[Any]
+    states: np.ndarray
+
+
+@dataclass
+class _Playing:
+    seed: int
+    env: Environment
+    observation: Any
+    reward: float = 0.0
+    rewards: list[float] = field(default_factory=list)
+    actions: list[Any] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+    success: bool | None = None
+    done: bool = False
+
+    def step(self, action: Any, limit: int) -> None:
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        self.reward = float(reward)
+        self.rewards.append(self.reward)
+        self.actions.append(action)
+        if "success" in info:
+            self.success = bool(self.success) or bool(info["success"])
+        self.done = bool(terminated or truncated) or len(self.actions) >= limit
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome(float(np.sum(self.rewards, dtype=np.float64)), self.success, len(self.actions))
+
+
+def play_group(
+    policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
+) -> list[Played]:
+    """One episode in each environment, in lock step; those that have ended leave the batch."""
+    from tiphys.pretrain.acting.states import state_hash
+
+    policy.reset(spec.name, environments=len(seeds))
+    hashed = state_hash(spec)
+    playing = []
+    for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
+        policy.restart(i, stream=seed)
+        playing.append(_Playing(seed, env, _guarded(spec, seed, 0, partial(env.reset, seed=seed))[0]))
+    active = list(range(len(playing)))
+    while active:
+        now = [playing[i] for i in active]
+        for p in now if hashed else ():
+            p.states.append(hashed(p.observation))  # type: ignore[misc]
+        actions = policy.act([p.observation for p in now], [p.reward for p in now], active)
+        for p, action in zip(now, actions, strict=True):
+            _guarded(spec, p.seed, len(p.actions), p.step, action, limit)
+        active = [i for i in active if not playing[i].done]
+    return [Played(p.seed, p.outcome, p.actions, np.array(p.states, np.uint64)) for p in playing]
+
+
+def _guarded(spec: TaskSpec, seed: int, step: int, call: Any, *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        where = f"task {spec.name!r}, seed {seed}, step {step}"
+        raise EnvironmentFault(f"{where}: the environment raised {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class PolicyExpert:
+    """A policy's folder as the expert of a collection (`tiphys.dataio.collect`)."""
+
+    folder: str
+
+    def __call__(self, task: str, env: Environment) -> Expert:
+        from tiphys.pretrain.acting.policy import Policy
+
+        policy = Policy.load(self.folder)
+
+        class Acting:
+            def reset(self) -> None:
+                policy.reset(task)
+
+            def act(self, observation: Any, taken: Any = None) -> Any:
+                return policy.act(observation)
+
+        return Acting()

@@ -1,0 +1,93 @@
+"""`metrics.jsonl` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiphys.dataio.atomic import write_text
+from tiphys.pretrain.callbacks.base import Callback, Every
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.metrics import StepMetrics
+    from tiphys.pretrain.trainer import Trainer
+
+
+class MetricsWriter(Callback):
+    """`metrics.jsonl` and TensorBoard under the run's folder, by rank 0.
+
+    A training line has `step` and `loss` (of the global batch); other lines say what they are under `kind`. After a resume,
+    lines of steps that are done again are dropped.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, every: int = 1, tasks: Sequence[str] = (), *, tensorboard: bool = True
+    ) -> None:
+        self.folder, self.clock, self.tasks = Path(run_dir), Every(every), tuple(tasks)
+        self.tensorboard, self.experts = tensorboard, Every(max(50, every))
+        self._file: Any = None
+        self._board: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.world.rank:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        _drop_later(path, trainer.step)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed at the end)
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=trainer.step + 1)
+
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if self._file is None:
+            return
+        step, last = metrics.result.step, metrics.result.step == trainer.steps
+        if self.clock(step) or last:
+            self.write(metrics.to_json(self.tasks))
+        if (self.experts(step) or last) and metrics.result.task_counts.size:
+            by_task = {t: c.astype(int).tolist() for t, c in zip(self.tasks, metrics.result.task_counts.swapaxes(0, 1))}
+            self.write({"kind": "experts", "step": step, "tokens_by_task": by_task})
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line, and its numbers to TensorBoard. Nothing on other ranks than 0."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        if self._board is not None and "step" in line:
+            prefix = f"{line['kind']}/" if "kind" in line else "train/"
+            for name, value in _numbers(line):
+                if name not in ("step",):
+                    self._board.add_scalar(prefix + name, value, line["step"])
+
+    def close(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_later(path: Path, step: int) -> None:
+    """Keep the lines up to `step`, and none that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("step", 0) <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _numbers(line: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, value

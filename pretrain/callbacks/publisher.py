@@ -1,0 +1,48 @@
+"""Publication of checkpoints while training goes on."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiphys.pretrain.callbacks.base import Callback, Every
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.callbacks.checkpointer import Checkpointer
+    from tiphys.pretrain.trainer import Trainer
+
+
+class Publisher(Callback):
+    """Calls publish(checkpoint folder, step) in a thread, every n steps; an error there is told and does not stop training."""
+
+    def __init__(self, every: int, publish: Callable[[Path, int], None], checkpointer: Checkpointer) -> None:
+        self.clock, self.publish, self.checkpointer = Every(every), publish, checkpointer
+        checkpointer.listen(self._checkpointed)
+        self._thread: threading.Thread | None = None
+
+    def _checkpointed(self, trainer: Trainer, folder: Path, step: int) -> None:
+        if (
+            not self.clock(step) or step == trainer.steps
+        ):  # the last one is published after training, with its evaluation
+            return
+        if self._thread is not None and self._thread.is_alive():
+            print(f"step {step}: the publication before still runs; this one is left out", flush=True)
+            return
+        release = self.checkpointer.protect(folder)
+        self._thread = threading.Thread(target=self._run, args=(folder, step, release), name="publish")
+        self._thread.start()
+
+    def _run(self, folder: Path, step: int, release: Callable[[], None]) -> None:
+        try:
+            self.publish(folder, step)
+        except Exception as error:
+            print(f"step {step} was not published: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            release()
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._thread is not None:
+            self._thread.join()

@@ -1,0 +1,44 @@
+"""Loss on held-out episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from tiphys.pretrain.callbacks.base import Callback, Every
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.callbacks.metrics_writer import MetricsWriter
+    from tiphys.pretrain.metrics import StepMetrics
+    from tiphys.pretrain.tokens.batch import TokenBatch
+    from tiphys.pretrain.trainer import Trainer
+
+
+class Validator(Callback):
+    """Loss on held-out rows, every n steps and at the end, on all ranks together.
+
+    batches    gives this rank's held-out batches; called once, when first needed; every rank must have as many
+    """
+
+    def __init__(self, every: int, batches: Callable[[], Iterable[TokenBatch]], write: MetricsWriter | None) -> None:
+        self.clock, self._load, self._writer = Every(every), batches, write
+        self._batches: list[TokenBatch] | None = None
+        self._done = -1
+
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if self.clock(trainer.step) or (trainer.step == trainer.steps and self._done != trainer.step):
+            self.run(trainer)
+
+    def run(self, trainer: Trainer) -> None:
+        from tiphys.pretrain.validate import validate
+
+        if self._batches is None:
+            self._batches = list(self._load())
+        result = validate(trainer.engine, self._batches)
+        self._done = trainer.step
+        if trainer.world.rank == 0:
+            tasks = self._writer.tasks if self._writer is not None else ()
+            line = {"kind": "validation", "step": trainer.step, **result.to_json(tasks)}
+            print(f"step {trainer.step}  held-out loss {result.loss:.4f}", flush=True)
+            if self._writer is not None:
+                self._writer.write(line)

@@ -1,0 +1,40 @@
+"""Files appear whole or not at all."""
+
+import json
+import os
+
+import pytest
+
+from tiphys.dataio.atomic import atomic_path, write_json
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_json(file, {"tasks": {}})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(file, {"tasks": {"a": 1}})
+    assert json.loads(file.read_text()) == {"tasks": {}}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_mode_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "file") as path:
+            path.unlink()
+            path.write_bytes(b"x")
+            path.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_json_cannot_say_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
