@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.lerobot import EXPORTED, VALID
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -152,7 +152,7 @@ class _Rows:
                 "dataset_to_index": self.total + rows,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                EXPORTED: json.dumps(describe(episode, task)),
+                EXPORTED: json.dumps(episode_metadata(episode, task)),
             }
         )
         self.episodes, self.total = self.episodes + 1, self.total + rows

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.minari import EXPORTED, MAIN
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -130,7 +130,7 @@ def _write(
             words_by_step[field.name] = [str(t) for t in episode.fields[field.name]]
         else:
             group.create_dataset(f"infos/{field.name}", data=_padded(np.asarray(episode.fields[field.name]), rows))
-    about = {**describe(episode, task), "words": words_by_step}
+    about = {**episode_metadata(episode, task), "words": words_by_step}
     group.create_dataset(EXPORTED, data=json.dumps(about), dtype=h5py.string_dtype("utf-8"))
     return letters
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.npz import ABOUT, TASKS
 from tiphys.dataio.episode import Episode, TaskSpec
 
@@ -32,7 +32,7 @@ def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iter
 
 
 def _write(path: Path, episode: Episode, task: TaskSpec) -> None:
-    about = describe(episode, task)
+    about = episode_metadata(episode, task)
     about["words"] = {}  # texts by step: NumPy could only store them as pickles or padded
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for spec in task.fields:

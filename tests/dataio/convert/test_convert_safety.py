@@ -339,7 +339,7 @@ def test_members_of_a_tar_that_are_no_files(tmp_path: Path) -> None:
             member = tarfile.TarInfo("a.png")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-        assert "no plain file" in problem(tmp_path / "s", "webdataset")
+        assert "not a plain file" in problem(tmp_path / "s", "webdataset")
 
 
 def test_a_video_is_never_a_playlist(tmp_path: Path) -> None:
