@@ -240,7 +240,7 @@ text:
     [
         ("fields: {nothing: drop}", "no field matches 'nothing'; there are action"),
         ("feilds: {}\nfields: {a: {rol: x}}", "unknown key 'feilds'.*unknown key 'rol'"),
-        ("task: a\ntask: b", "line 2: the key 'task' stands there twice"),
+        ("task: a\ntask: b", "line 2: the key 'task' appears twice"),
         ("fields: {action: {role: actoin}}", "role 'actoin' is none of"),
         ("fields: {action: {name: reward}}", "two fields.*reward"),
         ("options: {stack: 4}", "options: stack unknown to format 'npz'"),

@@ -127,7 +127,7 @@ def test_a_gzip_bomb() -> None:
 def test_a_gzip_that_is_cut_or_damaged() -> None:
     good = gzip.compress(os.urandom(1000))
     for bad in (good[:500], good[:40] + b"\xff\xff\xff" + good[43:]):
-        with pytest.raises(DataError, match=r"cut|damaged"):
+        with pytest.raises(DataError, match=r"truncated|damaged"):
             inflate(bad, "x", wbits=31, limit=1 << 20)
 
 
