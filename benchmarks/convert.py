@@ -75,11 +75,11 @@ def rlds(folder: Path) -> int:
     """Google's protobuf runtime is what TensorFlow parses with; pictures by Pillow."""
     from PIL import Image
 
-    from tests.dataio.convert.test_convert_real import _tensorflow_free_records
+    from tests.dataio.convert.test_convert_real import _protobuf_records
 
     total = 0
     for path in sorted(folder.glob("*.tfrecord-*")):
-        for record in _tensorflow_free_records(path):
+        for record in _protobuf_records(path):
             for key, values in record.items():
                 if key.endswith("image"):
                     total += np.stack([np.asarray(Image.open(io.BytesIO(v))) for v in values]).nbytes
