@@ -234,7 +234,7 @@ class Rlds(Converter):
 
 
 def _drop_last_step(name: str, value: Any, steps: int) -> Any:
-    """A field after the last step became an observation without action.
+    """A field of an episode without its last step.
 
     Observations keep their last row. A flag in the last row moves to the step before it. Other fields lose the row.
     """
@@ -382,8 +382,8 @@ def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: st
         raise DataError(f"{where}: the ragged feature has no valid row lengths")
     if rows == 0 or bool(np.any(lengths != lengths[0])) or feature.shape.count(-1) != 1:
         raise DataError(
-            f"{where}: the length differs from step to step; drop the feature in a mapping file "
-            f"(`fields: {{{feature.field}: drop}}`)"
+            f"{where}: the length differs from step to step, which cannot be read; to convert without this feature, "
+            "remove it from features.json"
         )
     shape = check_shape([int(lengths[0]) if s == -1 else s for s in feature.shape], 8, where)
     if values.size != rows * math.prod(shape):
