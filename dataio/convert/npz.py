@@ -106,14 +106,12 @@ class Npz(Converter):
         bounds = _bounds(fields, where)
         if bounds is None:
             return [lambda: self._episode(fields, identity, where)]
-        return [
-            lambda i=i: self._episode(
-                _slice_rows(fields, bounds[i], bounds[i + 1], bounds[-1]),
-                f"{identity}/{i:06d}",
-                f"{where}, episode {i}",
-            )
-            for i in range(len(bounds) - 1)
-        ]
+
+        def read(i: int) -> Episode:
+            rows = _slice_rows(fields, bounds[i], bounds[i + 1], bounds[-1])
+            return self._episode(rows, f"{identity}/{i:06d}", f"{where}, episode {i}")
+
+        return [partial(read, i) for i in range(len(bounds) - 1)]
 
     def _episode(self, fields: dict[str, np.ndarray], identity: str, where: str) -> Episode:
         steps = _steps(fields, where)

@@ -105,7 +105,7 @@ def _feature(field: FieldSpec, shape: tuple[int, ...] | None) -> dict[str, Any]:
 
 
 class _Writer:
-    """Data files of about 100 MB, an episode at a time, and the tables of episodes and tasks."""
+    """Writes data files of about 100 MB, one episode after another, then the tables of episodes and tasks."""
 
     def __init__(self, folder: Path, fields: list[FieldSpec], names: dict[str, str], fps: float):
         self._folder, self._fields, self._names, self._fps = folder, fields, names, fps
