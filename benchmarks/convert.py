@@ -1,10 +1,11 @@
-"""How fast each reader is against the format's own library in the same run, and how much memory a conversion takes.
+"""Compares each reader with the format's own library, and measures the memory of a conversion.
 
-    python benchmarks/convert.py [--steps 400] [--json FILE] [--memory]
+    python benchmarks/convert.py [--steps 400] [--only NAMES] [--json FILE] [--memory]
 
-Sources are made on the spot by the formats' own libraries. Figures are megabytes of arrays, as the library decodes
-them, per second of one core's CPU time, medians of five alternating rounds. `--memory` converts sources of 1, 4 and 16
-times a size and shows the largest resident memory of the converting process and of its reader.
+The sources are made at the start, by the formats' own libraries if possible. The figures are megabytes of arrays, as
+the library decodes them, per second of CPU time (all threads counted): medians of five rounds in which the two readers
+alternate. `--memory` also converts sources of 8, 32 and 128 episodes and shows the largest resident memory of
+the converting process and of its reader process.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def ours(source: Path, format: str) -> int:
     return total
 
 
-# ---- the libraries' own iteration; each returns decoded bytes ------------------------------------------------------------
+# ---- reading with the format's own library; each function returns the decoded bytes ----------------------------------
 
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:
@@ -59,7 +60,7 @@ def _decoded(path: Path) -> Iterator[np.ndarray]:
 
 
 def lerobot(folder: Path) -> int:
-    """PyAV and pyarrow, as LeRobot's own `pyav` backend."""
+    """PyAV and pyarrow, like LeRobot's own `pyav` backend."""
     import pyarrow.parquet as pq
 
     total = 0
@@ -72,14 +73,14 @@ def lerobot(folder: Path) -> int:
 
 
 def rlds(folder: Path) -> int:
-    """Google's protobuf runtime is what TensorFlow parses with; pictures by Pillow."""
+    """Google's protobuf runtime, which TensorFlow also uses, and Pillow for the images."""
     from PIL import Image
 
-    from tests.dataio.convert.test_convert_real import _tensorflow_free_records
+    from tests.dataio.convert.test_convert_real import _protobuf_records
 
     total = 0
     for path in sorted(folder.glob("*.tfrecord-*")):
-        for record in _tensorflow_free_records(path):
+        for record in _protobuf_records(path):
             for key, values in record.items():
                 if key.endswith("image"):
                     total += np.stack([np.asarray(Image.open(io.BytesIO(v))) for v in values]).nbytes
@@ -163,45 +164,46 @@ CASES: dict[str, tuple[str, Callable[[Path], int], str]] = {
 }
 
 
-_LONGER = {
+_LENGTH_FACTOR = {  # more steps for formats whose rows are small here
     "d4rl": 200,
     "robomimic": 10,
     "zarr.zarr": 10,
     "npz": 10,
     "webdataset": 1,
     "dqn-replay": 2,
-}  # rows are small there
+}
 
 
 def seconds(read: Callable[[], int]) -> float:
-    """CPU time, all threads counted."""
+    """CPU time of this process, all threads counted."""
     begin = time.process_time()
     read()
     return max(time.process_time() - begin, 1e-9)
 
 
 def compare(folder: Path, name: str, steps: int) -> dict[str, Any]:
-    format, library, called = CASES[name]
+    """Speeds of our reader and of the library on one source."""
+    format, library, library_name = CASES[name]
     source = folder / name
-    sources.LENGTHS = (steps * _LONGER.get(name, 1),) * 3
+    sources.LENGTHS = (steps * _LENGTH_FACTOR.get(name, 1),) * 3
     sources.MAKERS[name][1](source)
-    own, other = [], []
-    ours(source, format)  # imports and the page cache
+    our_seconds, library_seconds = [], []
+    ours(source, format)  # warm up: imports and the page cache
     size = library(source) / 1e6
     for _ in range(ROUNDS):
-        own.append(seconds(lambda: ours(source, format)))
-        other.append(seconds(lambda: library(source)))
-    a, b = size / statistics.median(own), size / statistics.median(other)
+        our_seconds.append(seconds(lambda: ours(source, format)))
+        library_seconds.append(seconds(lambda: library(source)))
+    our_speed, library_speed = size / statistics.median(our_seconds), size / statistics.median(library_seconds)
     return {
         "format": name,
-        "library": called,
-        "MB_per_s": round(a, 1),
-        "library_MB_per_s": round(b, 1),
-        "ratio": round(a / b, 2),
+        "library": library_name,
+        "MB_per_s": round(our_speed, 1),
+        "library_MB_per_s": round(library_speed, 1),
+        "ratio": round(our_speed / library_speed, 2),
     }
 
 
-_MEASURED = """
+_CONVERT_AND_PRINT_MEMORY = """
 import resource, sys
 from tiphys.dataio.convert import convert
 if __name__ == "__main__":
@@ -212,7 +214,7 @@ if __name__ == "__main__":
 
 
 def memory(folder: Path) -> list[dict[str, Any]]:
-    """Largest resident MiB of a conversion, for growing sources of episodes of 8 MB."""
+    """Largest resident memory (MiB) of a conversion, for sources of 8, 32 and 128 episodes of 8 MB each."""
     out = []
     for times in (1, 4, 16):
         source = folder / f"memory-{times}"
@@ -220,7 +222,7 @@ def memory(folder: Path) -> list[dict[str, Any]]:
         for number in range(8 * times):
             rows = np.random.default_rng(number).normal(size=(1000, 1000))
             np.savez(source / f"{number:05d}.npz", observations=rows, actions=rows[:, :8])
-        command = [sys.executable, "-c", _MEASURED, str(source), str(folder / f"out-{times}")]
+        command = [sys.executable, "-c", _CONVERT_AND_PRINT_MEMORY, str(source), str(folder / f"out-{times}")]
         answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         size = sum(p.stat().st_size for p in source.iterdir()) >> 20
         out.append({"source_MiB": size, "converter_MiB": int(answer[0]), "reader_MiB": int(answer[1])})
@@ -229,10 +231,10 @@ def memory(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of each of the three episodes of a source")
-    parser.add_argument("--only", default="", help="names of formats, joined by commas")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--steps", type=int, default=400, help="steps per episode; some formats get a multiple")
+    parser.add_argument("--only", default="", help=f"names of cases, separated by commas; known: {', '.join(CASES)}")
+    parser.add_argument("--memory", action="store_true", help="also measure the memory of a conversion")
+    parser.add_argument("--json", default="", help="write the results to this file")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     result: dict[str, Any] = {"readers": [], "memory": []}

@@ -1,4 +1,7 @@
-"""Other formats -> datasets. `convert` is the way in; one file a format; docs/converting.md is the user's page."""
+"""Conversion of other formats into datasets. `convert` is the entry point. Each format has one file.
+
+docs/converting.md is the user's page.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 __all__ = ["ConversionReport", "convert"]
 
 
-def __getattr__(name: str) -> Any:  # the reader processes import this package, and need no writer
+def __getattr__(name: str) -> Any:  # lazy: reader processes import this package but need no writer
     if name in __all__:
         from tiphys.dataio.convert import pieces
 

@@ -1,4 +1,4 @@
-"""Zip archives of strangers: members read forward, never extracted to a disk, never swelling past their bounds."""
+"""Untrusted zip archives. Members are read forward, never extracted to disk, and cannot expand beyond their limits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from typing import IO, BinaryIO, cast
 
 from tiphys.dataio.convert.limits import EPISODE_BYTES, FILES, RATIO, RATIO_FREE, check_size
-from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.convert.source import SourceUnavailable
 from tiphys.dataio.episode import DataError
 
 
 @contextmanager
 def open_zip(stream: BinaryIO, where: str) -> Iterator[zipfile.ZipFile]:
-    """A zip whose directory is sound: no encryption, no unknown compression, no absurd ratio, no member twice."""
+    """Open a zip and check its directory.
+
+    Raises DataError if the directory is unreadable, has too many members or lists a member twice, or if a member is
+    encrypted, uses an unsupported compression method or states an implausible compression ratio.
+    """
     try:
         archive = zipfile.ZipFile(stream)
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, OverflowError) as error:
@@ -23,17 +27,18 @@ def open_zip(stream: BinaryIO, where: str) -> Iterator[zipfile.ZipFile]:
     with archive:
         seen: set[str] = set()
         if len(archive.filelist) > FILES:
-            raise DataError(f"{where}: more than {FILES:,} members")
+            raise DataError(f"{where}: has {len(archive.filelist):,} members; at most {FILES:,} are read")
         for member in archive.filelist:
             here = f"{where}, member {member.filename!r}"
             if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise DataError(f"{here}: encrypted, or compressed in a way that is not read")
+                raise DataError(f"{here}: is encrypted or uses a compression method other than deflate")
             if member.filename in seen:
-                raise DataError(f"{here}: is there twice")
+                raise DataError(f"{here}: is listed twice")
             seen.add(member.filename)
             if member.file_size > RATIO_FREE and member.file_size > RATIO * max(member.compress_size, 1):
                 raise DataError(
-                    f"{here}: {member.compress_size:,} bytes claim to hold {member.file_size:,}; a decompression bomb"
+                    f"{here}: {member.compress_size:,} compressed bytes claim to hold {member.file_size:,} bytes; "
+                    "refused as a decompression bomb"
                 )
         yield archive
 
@@ -42,7 +47,7 @@ def open_zip(stream: BinaryIO, where: str) -> Iterator[zipfile.ZipFile]:
 def open_member(
     archive: zipfile.ZipFile, name: str, where: str, limit: int = EPISODE_BYTES
 ) -> Iterator[tuple[BinaryIO, int]]:
-    """(stream, size) of a member; zipfile gives at most the size that the directory states, and checks the CRC."""
+    """(stream, size) of a member. zipfile reads at most the size stated in the directory, and checks the CRC."""
     try:
         info = archive.getinfo(name)
     except KeyError:
@@ -50,15 +55,15 @@ def open_member(
     check_size(info.file_size, limit, f"{where}, {name}")
     try:
         with archive.open(info) as stream:
-            yield cast(BinaryIO, _Guarded(stream, f"{where}, {name}")), info.file_size
+            yield cast(BinaryIO, _MemberStream(stream, f"{where}, {name}")), info.file_size
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OverflowError, ValueError, OSError) as error:
         if isinstance(error, DataError | SourceUnavailable):
             raise
-        raise DataError(f"{where}, {name}: damaged ({error})") from None
+        raise DataError(f"{where}, {name}: the member is damaged ({error})") from None
 
 
-class _Guarded(io.RawIOBase):
-    """A member's stream whose errors name it."""
+class _MemberStream(io.RawIOBase):
+    """A member's stream. Its errors name the member."""
 
     def __init__(self, stream: IO[bytes], where: str):
         self._stream, self._where = stream, where
@@ -74,12 +79,6 @@ class _Guarded(io.RawIOBase):
         try:
             data = self._stream.read(min(len(view), 1 << 22))
         except Exception as error:
-            raise DataError(f"{self._where}: damaged ({type(error).__name__}: {error})") from None
+            raise DataError(f"{self._where}: the member is damaged ({type(error).__name__}: {error})") from None
         view[: len(data)] = data
         return len(data)
-
-
-def zip_of(source: Source, path: str) -> bool:
-    """Whether a file begins like a zip."""
-    with source.open(path) as stream:
-        return stream.read(4) in (b"PK\x03\x04", b"PK\x05\x06")

@@ -1,4 +1,4 @@
-"""Converter: what a source format must say of itself, and the registry of those that are known."""
+"""The interface that every source format implements (`Converter`), and the registry of known converters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 ENTRY_POINTS = "tiphys.converters"
 
-# name -> module:class. The order is that of recognition among equals.
+# name -> module:class
 BUILT_IN = {
     "lerobot": "tiphys.dataio.convert.lerobot:LeRobot",
     "rlds": "tiphys.dataio.convert.rlds:Rlds",
@@ -34,9 +34,10 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that can be read alone: some files, or a range of one. `data` is JSON, for the converter only.
+    """A part of a source that can be read on its own: some files, or a range of one file.
 
-    `name` is unique in the source, made of [a-z0-9-], and does not depend on how many processes convert.
+    name  unique in the source, made of [a-z0-9-]; does not depend on the number of converting processes
+    data  JSON values that only the converter reads
     """
 
     name: str
@@ -45,13 +46,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class BadEpisode:
-    """An episode that could not be read: where it lies and why. What follows it in the piece could be read."""
+    """An episode that could not be read: its place and the reason. The items after it in the piece are still read."""
 
     where: str
     reason: str
 
     def __str__(self) -> str:
-        """The reason, which mostly names the file itself; else with where it lies before it."""
+        """The reason. The place comes before it unless the reason already begins with the file."""
         return self.reason if self.reason.startswith(self.where.partition(",")[0]) else f"{self.where}: {self.reason}"
 
 
@@ -59,10 +60,10 @@ Item = Episode | BadEpisode
 
 
 class Converter(ABC):
-    """Reads one format. Made anew in each process, from the source and the options of the mapping file.
+    """Reads one format. Each process creates its own, from the source and the options of the mapping file.
 
-    All methods run in a reader process (`tiphys.dataio.convert.process`): a crash, a hang or too much memory there is a
-    DataError here.
+    All methods run in a reader process (`tiphys.dataio.convert.process`). If that process crashes, hangs or exceeds its
+    memory limit, the process that started it gets a DataError or, while reading episodes, a BadEpisode.
     """
 
     name: ClassVar[str]
@@ -74,28 +75,28 @@ class Converter(ABC):
         unknown = sorted(set(self.options) - self.options_known)
         if unknown:
             known = ", ".join(sorted(self.options_known)) or "none"
-            raise DataError(f"options: {', '.join(unknown)} unknown to format {self.name!r}, which takes {known}")
+            raise DataError(f"options: {', '.join(unknown)} unknown to format {self.name!r}; known options: {known}")
 
     @classmethod
     @abstractmethod
     def recognise(cls, source: Source) -> float:
-        """How sure it is that the source has this format: 0 no, 1 certain. Reads names and small headers only."""
+        """Confidence that the source has this format, from 0 (no) to 1 (certain). Reads only names and small headers."""
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """Independent parts, in the order of the source."""
+        """The independent parts, in the order of the source."""
 
     @abstractmethod
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
-        """The piece's episodes in order, in memory that does not grow with the piece.
+        """Yield the piece's episodes in order. Memory must not grow with the size of the piece.
 
-        start: number of items to pass over without reading what may be broken in them.
+        start: number of items to skip without decoding their contents, which may be damaged.
         """
 
     def tasks(self) -> list[TaskSpec]:
-        """The tasks of all episodes; here inferred from the first readable ones, for formats without metadata."""
+        """The tasks of all episodes. This default infers them from the first episodes, for formats without metadata."""
         found: dict[str, list[Episode]] = {}
-        reason = "it has no episodes"
+        reason = "the source has none"
         for piece in self.pieces()[:4]:
             for number, item in enumerate(self.episodes(piece)):
                 if isinstance(item, Episode):
@@ -105,30 +106,32 @@ class Converter(ABC):
                 if number >= 3:
                     break
         if not found:
-            raise DataError(f"{self.source.url}: no episode could be read to infer the fields from; {reason}")
+            raise DataError(
+                f"{self.source.url}: the fields cannot be inferred, because no episode could be read ({reason})"
+            )
         return [infer_task(task, episodes) for task, episodes in found.items()]
 
     def notes(self) -> list[str]:
-        """What the user should know of how the source was understood (a split without files, a field left out)."""
+        """Remarks for the user on how the source was interpreted (a split without files, a field left out)."""
         return []
 
     def versions(self, piece: Piece) -> list[str]:
-        """What changes when the piece's files do, to notice a source that changed between two runs."""
+        """Versions of the piece's files, so that a source that changed between two runs is noticed."""
         names = piece.data.get("files", ())
         return [self.source.version(n) for n in names if self.source.exists(n)]
 
 
-def group_files(source: Source, files: Iterable[str], most: int) -> list[Piece]:
-    """Pieces of consecutive files, of about `most` bytes each."""
+def group_files(source: Source, files: Iterable[str], piece_bytes: int) -> list[Piece]:
+    """Pieces of consecutive files, about `piece_bytes` each."""
     groups: list[list[str]] = []
     size = 0
     for path in files:
-        here = source.size(path)
-        if not groups or size + here > most:
+        file_bytes = source.size(path)
+        if not groups or size + file_bytes > piece_bytes:
             groups.append([])
             size = 0
         groups[-1].append(path)
-        size += here
+        size += file_bytes
     return [Piece(f"{i:06d}", {"files": g}) for i, g in enumerate(groups)]
 
 
@@ -138,14 +141,17 @@ T = TypeVar("T")
 def read_each(
     keys: Iterable[T], read: Callable[[T], Episode], where: Callable[[T], str], start: int = 0
 ) -> Iterator[Item]:
-    """`read` for each key; what it cannot read becomes a BadEpisode. For sources whose episodes lie side by side."""
+    """`read(key)` for each key, or a BadEpisode if it fails. For sources in which each episode can be read on its own."""
     for number, key in enumerate(keys):
         if number >= start:
             yield attempt(partial(read, key), where(key))
 
 
 def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
-    """What `read` gives, or why there is none. A failing store, a missing package, no memory are no fault of the episode."""
+    """The result of `read()`, or a BadEpisode with the reason.
+
+    A failing store or a missing package is not a fault of the episode and is raised.
+    """
     try:
         return read()
     except (SourceUnavailable, ImportError):
@@ -153,34 +159,38 @@ def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
     except (DataError, FileNotFoundError) as error:
         return BadEpisode(where, str(error))
     except MemoryError:
-        return BadEpisode(where, "reading it needs more memory than a reader may take")
-    except Exception as error:  # a library met bytes that it did not foresee
+        return BadEpisode(where, "reading it needs more memory than a reader process may use")
+    except Exception as error:  # damaged bytes make libraries raise anything
         return BadEpisode(where, f"{type(error).__name__}: {error}")
 
 
 def converters() -> dict[str, str]:
-    """name -> module:class of every converter, built in or of an entry point (which may not take a built-in's name)."""
+    """name -> module:class of every converter, built in or from an entry point. Raises DataError if two share a name."""
     found = dict(BUILT_IN)
     for point in entry_points(group=ENTRY_POINTS):
         if found.setdefault(point.name, point.value) != point.value:
-            raise DataError(f"converter {point.name!r} of {point.value} has the name of {found[point.name]}; rename it")
+            raise DataError(
+                f"converter {point.name!r} of {point.value}: the name is taken by {found[point.name]}; rename it"
+            )
     return found
 
 
 def load_converter(target: str) -> type[Converter]:
-    """The class at module:class."""
+    """Import the class that `module:class` names."""
     module, _, name = target.partition(":")
     try:
         loaded = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"converter {target}: {error}. For a built-in one: pip install 'tiphys[convert]'") from error
+        raise ImportError(
+            f"converter {target}: {error}. Built-in converters need: pip install 'tiphys[convert]'"
+        ) from error
     if not (isinstance(loaded, type) and issubclass(loaded, Converter)):
         raise TypeError(f"converter {target} is not a subclass of tiphys.dataio.convert.converter.Converter")
     return loaded
 
 
 def recognise(source: Source, known: Mapping[str, str]) -> str:
-    """The name of the format. DataError, with what was looked for, where none or several fit equally."""
+    """The name of the source's format. Raises DataError if no format fits, or if several fit equally well."""
     scores: dict[str, float] = {}
     for name, target in known.items():
         try:
@@ -190,7 +200,9 @@ def recognise(source: Source, known: Mapping[str, str]) -> str:
     best = max(scores.values(), default=0.0)
     names = [name for name, score in scores.items() if score == best]
     if best <= 0:
-        raise DataError(f"{source.url}: none of the known formats ({', '.join(known)}); name one with --from")
+        raise DataError(
+            f"{source.url}: has none of the known formats ({', '.join(known)}); name the format with --from"
+        )
     if len(names) > 1:
-        raise DataError(f"{source.url}: could be {' or '.join(names)}; name one with --from")
+        raise DataError(f"{source.url}: could be {' or '.join(names)}; name the format with --from")
     return names[0]

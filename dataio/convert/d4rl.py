@@ -1,8 +1,9 @@
-"""D4RL HDF5: flat arrays over all steps, cut into episodes where `terminals` or `timeouts` say so.
+"""D4RL HDF5: flat arrays over all steps, split into episodes at `terminals` and `timeouts`.
 https://github.com/Farama-Foundation/D4RL
 
-Without `timeouts` an episode also ends where `next_observations` does not continue in the next row, or after
-`max_steps` (an option). Where there are `next_observations`, the last of an episode becomes its row T + 1.
+If a file has no `timeouts`, an episode also ends where `next_observations` differs from the `observations` of the next
+row. The option `max_steps` splits longer episodes. If a file has `next_observations`, the last one of each episode is
+appended to the episode's observations as row T + 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tiphys.dataio.convert.infer import channels_last
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode
 
-_SCAN = 1 << 20  # rows of flags looked at together
+_SCAN_ROWS = 1 << 20  # rows that are searched for episode ends at a time
 _PIECE_ROWS = 200_000
 _NAMES = {
     "observations": "observation",
@@ -47,14 +48,14 @@ class D4rl(Converter):
     def _files(self) -> list[str]:
         found = hdf5.hdf5_files(self.source)
         if not found:
-            raise DataError(f"{self.source.url}: no *.hdf5 or *.h5")
+            raise DataError(f"{self.source.url}: has no *.hdf5 or *.h5 file")
         return found
 
-    def _task(self, path: str) -> str:
+    def _task_name(self, path: str) -> str:
         return re.sub(r"\.(hdf5|h5)$", "", path)
 
     def pieces(self) -> list[Piece]:
-        """Consecutive episodes of about 200,000 rows."""
+        """Consecutive episodes, about 200,000 rows in each piece."""
         out: list[Piece] = []
         for path in self._files:
             with hdf5.open_hdf5(self.source, path) as file:
@@ -68,37 +69,39 @@ class D4rl(Converter):
         return out
 
     def _ends(self, file: Any, where: str) -> np.ndarray:
-        """Row after each episode's last, ascending; the last is the number of rows."""
+        """The row after the last row of each episode, ascending. The last end is the number of rows."""
         rows = hdf5.length(hdf5.member(file, "actions", where), f"{where}, actions")
         names = [n for n in ("terminals", "timeouts") if n in file]
-        limit = int(self.options.get("max_steps") or 0)
+        max_steps = int(self.options.get("max_steps") or 0)
         if not names:
-            raise DataError(f"{where}: neither `terminals` nor `timeouts`; nothing says where its episodes end")
-        follow = (
+            raise DataError(f"{where}: has neither `terminals` nor `timeouts`, so the ends of its episodes are unknown")
+        compare_next = (
             "timeouts" not in file and "next_observations" in file and not hasattr(file["next_observations"], "keys")
         )
         found = []
-        for start in range(0, rows, _SCAN):
-            stop = min(rows, start + _SCAN)
-            flag = np.zeros(stop - start, bool)
+        for start in range(0, rows, _SCAN_ROWS):
+            stop = min(rows, start + _SCAN_ROWS)
+            flags = np.zeros(stop - start, bool)
             for name in names:
                 values = hdf5.read(hdf5.member(file, name, where), f"{where}, {name}", start, stop)
                 if values.size != stop - start:
-                    raise DataError(f"{where}: `{name}` has another length than `actions` ({rows:,})")
-                flag |= values.reshape(-1).astype(bool)
-            if follow:
-                following = hdf5.read(hdf5.member(file, "next_observations", where), where, start, stop)
-                present = hdf5.read(hdf5.member(file, "observations", where), where, start + 1, stop + 1)
-                both = min(len(following), len(present))
-                breaks = (following[:both] != present[:both]).reshape(both, -1).any(axis=1)
-                flag[:both] |= breaks
-            found.append(np.flatnonzero(flag) + start + 1)
+                    raise DataError(
+                        f"{where}: `{name}` does not have one value for each of the {rows:,} rows of `actions`"
+                    )
+                flags |= values.reshape(-1).astype(bool)
+            if compare_next:
+                next_observations = hdf5.read(hdf5.member(file, "next_observations", where), where, start, stop)
+                observations = hdf5.read(hdf5.member(file, "observations", where), where, start + 1, stop + 1)
+                both = min(len(next_observations), len(observations))
+                breaks = (next_observations[:both] != observations[:both]).reshape(both, -1).any(axis=1)
+                flags[:both] |= breaks
+            found.append(np.flatnonzero(flags) + start + 1)
         ends = np.concatenate([*found, [rows]]) if rows else np.zeros(0, np.int64)
         ends = np.unique(ends)
-        if limit > 0:
+        if max_steps > 0:
             begins = np.concatenate([[0], ends[:-1]])
             ends = np.concatenate(
-                [np.append(np.arange(b + limit, e, limit), e) for b, e in zip(begins, ends, strict=True)]
+                [np.append(np.arange(b + max_steps, e, max_steps), e) for b, e in zip(begins, ends, strict=True)]
             )
         return ends.astype(np.int64)
 
@@ -108,18 +111,18 @@ class D4rl(Converter):
         with hdf5.open_hdf5(self.source, path) as file:
             columns = {k: d for k, d in hdf5.datasets(file, where).items() if not k.startswith("metadata")}
 
-            def name(i: int) -> str:
+            def place(i: int) -> str:
                 return f"{where}, episode {first + i} (rows {bounds[i]}–{bounds[i + 1]})"
 
             yield from read_each(
                 range(len(bounds) - 1),
-                lambda i: self._read(columns, path, first + i, bounds[i], bounds[i + 1], name(i)),
-                name,
+                lambda i: self._read(columns, path, first + i, bounds[i], bounds[i + 1], place(i)),
+                place,
                 start,
             )
 
     def _read(self, columns: dict[str, Any], path: str, number: int, begin: int, end: int, where: str) -> Episode:
-        task = self._task(path)
+        task = self._task_name(path)
         fields: dict[str, Any] = {}
         steps = end - begin
         for key, dataset in columns.items():
@@ -127,20 +130,22 @@ class D4rl(Converter):
             if head == "next_observations":
                 continue
             if not dataset.shape or dataset.shape[0] < end:
-                continue  # a constant of the file, or an array of something else than steps
+                continue  # a constant, or an array that is not by step
             value = hdf5.read(dataset, f"{where}, {key}", begin, end)
             name = _NAMES.get(head, "info" if head == "infos" else f"info.{head}") + ("." + rest if rest else "")
             if name in ("reward", "terminated", "truncated"):
                 if value.size != steps:
-                    raise DataError(f"{where}: `{key}` has shape {value.shape}, one number a step was expected")
+                    raise DataError(f"{where}: `{key}` has shape {value.shape}, one number per step is expected")
                 value = value.reshape(steps)
             fields[name] = value.astype(bool) if name in ("terminated", "truncated") else channels_last(value)
-        for key, dataset in columns.items():  # what the last action led to
+        for key, dataset in columns.items():  # the observation after the last action
             head, _, rest = key.partition(".")
             name = "observation" + ("." + rest if rest else "")
             if head == "next_observations" and name in fields:
                 last = channels_last(hdf5.read(dataset, f"{where}, {key}", end - 1, end))
                 if last.shape != (1, *fields[name].shape[1:]):
-                    raise DataError(f"{where}: `{key}` has other rows than `observations`")
+                    raise DataError(
+                        f"{where}: `{key}` has fewer rows than `actions`, or rows of another shape than `observations`"
+                    )
                 fields[name] = np.concatenate([fields[name], last.astype(fields[name].dtype)])
         return Episode(id=f"{task}/{number:08d}", task=task, fields=fields, steps=steps)

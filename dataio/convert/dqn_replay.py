@@ -1,10 +1,10 @@
-"""The DQN replay datasets on Atari (Agarwal et al. 2020, arXiv:1907.04543): `$store$_observation_ckpt.K.gz` and its
-siblings.
+"""The DQN replay datasets on Atari (Agarwal et al. 2020, arXiv:1907.04543): files `$store$_observation_ckpt.K.gz`, and
+the same for action, reward and terminal.
 
-Each `.gz` holds one `.npy` of a million steps: frames uint8 [84, 84], actions, rewards (clipped), terminal flags. An
-episode ends at a terminal; what follows the last one of a file is an episode that the file cuts. The checkpoint's
-number K is the agent. Frames stay single (a window of n steps holds a stack of n); the option `stack: 4` repeats them
-as the agent saw them, [84, 84, 4].
+Each `.gz` holds one `.npy` of a million steps: frames uint8 [84, 84], actions, clipped rewards, or terminal flags. An
+episode ends at a terminal flag. The steps after the last terminal flag of a file become an incomplete episode. The
+checkpoint number K identifies the agent. Frames stay single, because a window of n steps already holds a stack of n.
+The option `stack: 4` stacks them as the agent saw them, [84, 84, 4].
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _NAME = re.compile(r"(?:\$store\$_)?(observation|action|reward|terminal)_ckpt\.(\d+)\.gz")
 _KINDS = ("observation", "action", "reward", "terminal")
-_RATIO = 1100  # DEFLATE cannot exceed 1032; how much comes out is bounded by the array's header instead
+_RATIO = 1100  # never reached: DEFLATE cannot exceed 1032. The array's header limits the output instead
 
 
 class DqnReplay(Converter):
@@ -55,15 +55,16 @@ class DqnReplay(Converter):
             if match := _NAME.fullmatch(name):
                 out.setdefault((folder, int(match.group(2))), {})[match.group(1)] = path
         if not out:
-            raise DataError(f"{self.source.url}: no file like $store$_observation_ckpt.0.gz")
+            raise DataError(f"{self.source.url}: has no file named like $store$_observation_ckpt.0.gz")
         return dict(sorted(out.items()))
 
-    def _task(self, folder: str) -> str:
-        """The game: the last part of the path that is neither a run's number nor `replay_logs`."""
+    def _task_name(self, folder: str) -> str:
+        """The game: the last part of the path that is neither a run number nor `replay_logs`."""
         parts = [*self.source.url.split("/"), *folder.split("/")]
         return next((p for p in reversed(parts) if p and not p.isdigit() and p != "replay_logs"), "atari")
 
-    def _run(self, folder: str) -> str:
+    def _run_number(self, folder: str) -> str:
+        """The last part of the path that is a number."""
         parts = [p for p in [*self.source.url.split("/"), *folder.split("/")] if p.isdigit()]
         return parts[-1] if parts else "0"
 
@@ -77,7 +78,7 @@ class DqnReplay(Converter):
     def tasks(self) -> list[TaskSpec]:
         out: dict[str, TaskSpec] = {}
         for (folder, checkpoint), files in self._checkpoints.items():
-            task = self._task(folder)
+            task = self._task_name(folder)
             if task not in out:
                 with ExitStack() as stack:
                     shape = self._image_shape(self._open(files, "observation", checkpoint, stack)[1][1:])
@@ -93,10 +94,13 @@ class DqnReplay(Converter):
 
     def _image_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) not in (2, 3):
-            raise DataError(f"{self.source.url}: frames of shape {shape}")
+            raise DataError(f"{self.source.url}: frames have shape {shape}; [H, W] or [H, W, C] is expected")
         stack = int(self.options.get("stack") or 1)
         if not 1 <= stack <= 32 or (stack > 1 and len(shape) == 3):
-            raise DataError(f"options: stack {stack} of frames of shape {shape}")
+            raise DataError(
+                f"options: stack {stack} is not possible for frames of shape {shape}; "
+                "use 1 to 32, or only 1 if the frames have channels"
+            )
         return (*shape[:2], shape[2] if len(shape) == 3 else stack)
 
     def _open(
@@ -106,23 +110,25 @@ class DqnReplay(Converter):
             raise DataError(f"{self.source.url}: checkpoint {checkpoint} has no {kind} file")
         where = self.source.where(files[kind])
         stream = stack.enter_context(self.source.open(files[kind]))
-        plain = cast(
+        inflated = cast(
             BinaryIO, stack.enter_context(io.BufferedReader(BoundedInflate(stream, where, ratio=_RATIO), 1 << 20))
         )
-        dtype, shape, fortran = npy_header(plain, where)
+        dtype, shape, fortran = npy_header(inflated, where)
         if fortran or not shape or dtype.kind not in "biuf":
-            raise DataError(f"{where}: an array of {dtype} and shape {shape}; one row a step was expected")
-        return plain, shape, dtype, where
+            raise DataError(
+                f"{where}: holds {dtype} of shape {shape}; numbers in C order with one row per step are expected"
+            )
+        return inflated, shape, dtype, where
 
     def _read_all(self, files: dict[str, str], kind: str, checkpoint: int) -> tuple[np.ndarray, str]:
-        """A small array whole: one number a step."""
+        """A small array, read whole (one number per step), and the name of its file for messages."""
         with ExitStack() as stack:
             stream, shape, dtype, where = self._open(files, kind, checkpoint, stack)
             check_shape(shape, dtype.itemsize, where, RECORD_BYTES)
             array = np.empty(math.prod(shape), dtype)
             read_into(stream, bytes_of(array), where)
         if array.size != shape[0]:
-            raise DataError(f"{where}: shape {shape}, one number a step was expected")
+            raise DataError(f"{where}: has shape {shape}; one number per step is expected")
         return array.astype(dtype.newbyteorder("=")), where
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
@@ -136,7 +142,9 @@ class DqnReplay(Converter):
         with ExitStack() as stack:
             stream, shape, dtype, where = self._open(files, "observation", checkpoint, stack)
             if shape[0] != rows or dtype != np.uint8:
-                raise DataError(f"{where}: {dtype} of shape {shape} for {rows:,} actions")
+                raise DataError(
+                    f"{where}: holds {dtype} of shape {shape}; a uint8 frame for each of {rows:,} actions is expected"
+                )
             begin = 0
             for number, end in enumerate(ends.tolist()):
                 check_shape((end - begin, *shape[1:]), 1, f"{where}, rows {begin}–{end}", EPISODE_BYTES)
@@ -151,9 +159,9 @@ class DqnReplay(Converter):
     def _episode(
         self, folder: str, checkpoint: int, number: int, frames: np.ndarray, rows: dict[str, np.ndarray]
     ) -> Episode:
-        task, run = self._task(folder), self._run(folder)
+        task, run = self._task_name(folder), self._run_number(folder)
         stack = int(self.options.get("stack") or 1)
-        if stack > 1:  # as the agent saw them: the oldest first, black before the episode's beginning
+        if stack > 1:  # as the agent saw them: oldest first, black before the start of the episode
             padded = np.concatenate([np.zeros((stack - 1, *frames.shape[1:]), np.uint8), frames])
             frames = np.stack([padded[i : i + len(frames)] for i in range(stack)], axis=-1)
         fields = {

@@ -1,7 +1,7 @@
-"""What an export leaves beside the foreign format, so that converting it back gives the same episodes.
+"""What an export adds to the foreign format, so that converting it back gives the same episodes.
 
-A foreign format holds arrays by step and little else. `describe` is the rest of an episode as JSON; `restore` joins the
-two again.
+A foreign format holds little more than arrays by step. `episode_metadata` is the rest of an episode as JSON. `restore`
+combines the two again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 
-def describe(episode: Episode, task: TaskSpec) -> dict[str, Any]:
-    """id, outcome, info, whatever is one for the episode, and how many rows each field has."""
+def episode_metadata(episode: Episode, task: TaskSpec) -> dict[str, Any]:
+    """id, outcome, info, the fields with one value per episode, and the number of rows of each field by step."""
     texts, values, rows = {}, {}, {}
     for spec in task.fields:
         value = episode.fields.get(spec.name)
@@ -42,47 +42,52 @@ def describe(episode: Episode, task: TaskSpec) -> dict[str, Any]:
     }
 
 
-def restore(about: Any, fields: Mapping[str, Any], task: TaskSpec, where: str) -> Episode:
-    """The episode of `describe` and of the arrays by step, which may have rows too many (padding)."""
+def restore(metadata: Any, arrays: Mapping[str, Any], task: TaskSpec, where: str) -> Episode:
+    """The episode, from its `episode_metadata` and its arrays by step, which may have extra rows (padding)."""
     try:
-        steps = int(about["steps"])
-        if not 0 <= steps <= EPISODE_STEPS or about["task"] != task.name:
-            raise DataError(f"{where}: {steps} steps of task {about['task']!r}")
-        out: dict[str, Any] = {}
+        steps = int(metadata["steps"])
+        if not 0 <= steps <= EPISODE_STEPS or metadata["task"] != task.name:
+            raise DataError(
+                f"{where}: the export states {steps} steps of task {metadata['task']!r}; "
+                f"0 to {EPISODE_STEPS:,} steps of task {task.name!r} are expected"
+            )
+        fields: dict[str, Any] = {}
         for spec in task.fields:
-            if spec.per == "step" and spec.name in about["rows"]:
-                out[spec.name] = _rows(fields.get(spec.name), int(about["rows"][spec.name]), spec.name, where)
-            elif spec.name in about["texts"]:
-                out[spec.name] = str(about["texts"][spec.name])
-            elif spec.name in about["values"]:
+            if spec.per == "step" and spec.name in metadata["rows"]:
+                fields[spec.name] = _first_rows(
+                    arrays.get(spec.name), int(metadata["rows"][spec.name]), spec.name, where
+                )
+            elif spec.name in metadata["texts"]:
+                fields[spec.name] = str(metadata["texts"][spec.name])
+            elif spec.name in metadata["values"]:
                 check_shape(spec.shape, np.dtype(spec.dtype).itemsize, where)
-                out[spec.name] = np.array(about["values"][spec.name], spec.dtype).reshape(spec.shape)
-        success = about["success"]
+                fields[spec.name] = np.array(metadata["values"][spec.name], spec.dtype).reshape(spec.shape)
+        success = metadata["success"]
         return Episode(
-            str(about["id"]),
-            task.name,
-            out,
-            steps,
-            None if success is None else bool(success),
-            str(about["agent"]),
-            dict(about["info"]),
+            id=str(metadata["id"]),
+            task=task.name,
+            fields=fields,
+            steps=steps,
+            success=None if success is None else bool(success),
+            agent=str(metadata["agent"]),
+            info=dict(metadata["info"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where}: not what an export writes ({type(error).__name__}: {error})") from None
+        raise DataError(f"{where}: is not what an export writes ({type(error).__name__}: {error})") from None
 
 
-def _rows(value: Any, rows: int, name: str, where: str) -> np.ndarray:
+def _first_rows(value: Any, rows: int, name: str, where: str) -> np.ndarray:
     if value is None or isinstance(value, str) or np.ndim(value) == 0 or not 0 <= rows <= len(value):
-        raise DataError(f"{where}: field {name!r} has fewer than its {rows} rows")
+        raise DataError(f"{where}: field {name!r} does not have the {rows} rows that the export states")
     array = np.asarray(value)
     return np.array(array[:rows].tolist(), StringDType()) if array.dtype.kind in "UO" else array[:rows]
 
 
 def tasks_of(value: Any, where: str) -> list[TaskSpec]:
-    """TaskSpecs that an export wrote as JSON."""
+    """The TaskSpecs that an export wrote as JSON."""
     try:
         return [TaskSpec(**t) for t in value]
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: not the tasks of an export ({error})") from None
+        raise DataError(f"{where}: is not the list of tasks that an export writes ({error})") from None

@@ -1,6 +1,6 @@
-"""HDF5 files of strangers: plain datasets of the file itself, of a size that is checked before it is read.
+"""Untrusted HDF5 files: only plain datasets stored in the file itself, whose size is checked before they are read.
 
-Links out of the file, datasets kept in other files, object references and compound types are refused.
+Soft and external links, datasets stored in other files, object references and compound types are refused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from tiphys.dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
 from tiphys.dataio.convert.source import Source, SourceUnavailable
 from tiphys.dataio.episode import DataError
 
-_KINDS = "biuf"
+_KINDS = "biuf"  # dtype kinds that are read as arrays
 _DEPTH = 16
-_BLOCK = 256  # rows of byte strings read at a time
+_BLOCK_ROWS = 256  # rows of byte strings read at a time
 
 
 @contextmanager
 def open_hdf5(source: Source, path: str) -> Iterator[Any]:
-    """An h5py.File, read-only. DataError where the file is none."""
+    """The file as a read-only h5py.File. Raises DataError if it is not readable HDF5."""
     import h5py
 
     with source.open(path) as stream:
@@ -37,7 +37,7 @@ def open_hdf5(source: Source, path: str) -> Iterator[Any]:
                 yield file
             except (SourceUnavailable, FileNotFoundError):
                 raise
-            except (OSError, RuntimeError) as error:  # any look into a group may meet damage
+            except (OSError, RuntimeError) as error:  # any access to a group can hit damage
                 raise DataError(f"{source.where(path)}: the HDF5 structure is damaged ({error})") from None
 
 
@@ -51,14 +51,15 @@ def hdf5_files(source: Source) -> list[str]:
 
 
 def names(group: Any) -> list[str]:
-    """The names of a group's members, in natural order (demo_2 before demo_10)."""
+    """The names of a group's members in natural order (demo_2 before demo_10)."""
     found = list(group)
-    if not all(isinstance(name, str) for name in found):  # h5py gives what is no UTF-8 as bytes
-        raise DataError(f"{group.name}: holds a member whose name is not UTF-8")
-    return sorted(found, key=natural)
+    if not all(isinstance(name, str) for name in found):  # h5py returns names that are not UTF-8 as bytes
+        raise DataError(f"{group.name}: has a member whose name is not UTF-8")
+    return sorted(found, key=_natural_key)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key in which runs of digits compare as numbers."""
     parts, number = [], ""
     for letter in name:
         if letter.isdigit():
@@ -72,34 +73,25 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def member(group: Any, name: str, where: str) -> Any:
-    """A member that lies in this very file."""
+    """A member of the group, if it is stored in this file."""
     import h5py
 
     link = group.get(name, getlink=True)
     if link is None:
         raise DataError(f"{where}: has no {name!r}")
     if not isinstance(link, h5py.HardLink):
-        raise DataError(f"{where}/{name}: a link ({type(link).__name__}); links are not followed")
+        raise DataError(f"{where}/{name}: is a link ({type(link).__name__}); links are not followed")
     try:
         return group[name]
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{where}/{name}: cannot be opened ({error})") from None
 
 
-def descend(file: Any, path: str, where: str) -> Any:
-    """The member at a path of several names."""
-    for part in path.split("/"):
-        if not hasattr(file, "keys"):
-            raise DataError(f"{where}: {part!r} was expected inside a group")
-        file = member(file, part, where)
-    return file
-
-
 def datasets(group: Any, where: str, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """Every dataset below a group: dotted name -> h5py.Dataset."""
+    """All datasets below a group: dotted name -> h5py.Dataset."""
     out: dict[str, Any] = {}
     if depth > _DEPTH:
-        raise DataError(f"{where}: groups nested deeper than {_DEPTH}")
+        raise DataError(f"{where}: groups are nested deeper than {_DEPTH} levels")
     for name in names(group):
         child = member(group, name, where)
         dotted = f"{prefix}.{name}" if prefix else name
@@ -108,28 +100,29 @@ def datasets(group: Any, where: str, prefix: str = "", depth: int = 0) -> dict[s
         elif hasattr(child, "shape"):
             out[dotted] = child
         if len(out) > FIELDS:
-            raise DataError(f"{where}: more than {FIELDS} datasets")
+            raise DataError(f"{where}: has more than {FIELDS:,} datasets")
     return out
 
 
 def length(dataset: Any, where: str) -> int:
+    """The number of rows."""
     if not getattr(dataset, "shape", None):
-        raise DataError(f"{where}: an array with a row a step was expected")
+        raise DataError(f"{where}: expected an array with one row per step")
     return int(dataset.shape[0])
 
 
 def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows [start, stop) as a plain array; texts as StringDType."""
+    """Rows [start, stop) as a plain array; text as StringDType."""
     import h5py
 
     if not isinstance(dataset, h5py.Dataset):
-        raise DataError(f"{where}: a dataset was expected")
+        raise DataError(f"{where}: expected a dataset")
     if dataset.external or dataset.is_virtual:
-        raise DataError(f"{where}: its bytes lie in other files, which are not opened")
+        raise DataError(f"{where}: its bytes are stored in other files, which are not opened")
     if dataset.shape is None:
-        raise DataError(f"{where}: an empty dataset")
+        raise DataError(f"{where}: the dataset is empty (it has no shape)")
     string = h5py.check_string_dtype(dataset.dtype)
-    rows = _rows(dataset, start, stop)
+    rows = _row_count(dataset, start, stop)
     shape = check_shape(
         (rows, *dataset.shape[1:]) if dataset.shape else (), dataset.dtype.itemsize, where, EPISODE_BYTES
     )
@@ -142,7 +135,7 @@ def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> n
         flat = texts(np.asarray(value, dtype=object).reshape(-1).tolist(), where)
         return flat.reshape(shape)
     if dataset.dtype.kind not in _KINDS:
-        raise DataError(f"{where}: dtype {dataset.dtype} is not read")
+        raise DataError(f"{where}: dtype {dataset.dtype} is not supported")
     array = np.asarray(value)
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
@@ -155,35 +148,36 @@ def read_bytes_rows(dataset: Any, where: str, start: int = 0, stop: int | None =
     if varying is None:
         array = read(dataset, where, start, stop)
         if array.dtype != np.uint8 or array.ndim != 2:
-            raise DataError(f"{where}: encoded pictures were expected, not {array.dtype} {array.shape}")
+            raise DataError(f"{where}: expected encoded images, not {array.dtype} of shape {array.shape}")
         return [row.tobytes() for row in array]
     if varying != np.uint8 or dataset.external or dataset.is_virtual or len(dataset.shape) != 1:
-        raise DataError(f"{where}: encoded pictures were expected")
-    rows = _rows(dataset, start, stop)
+        raise DataError(f"{where}: expected encoded images, one variable-length array of uint8 per row")
+    rows = _row_count(dataset, start, stop)
     try:
         stop = start + rows
-        blocks = (dataset[i : min(i + _BLOCK, stop)] for i in range(start, stop, _BLOCK))
+        blocks = (dataset[i : min(i + _BLOCK_ROWS, stop)] for i in range(start, stop, _BLOCK_ROWS))
         return [row.tobytes() for block in blocks for row in block]
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise DataError(f"{where}: cannot be read ({error})") from None
 
 
-def _rows(dataset: Any, start: int, stop: int | None) -> int:
+def _row_count(dataset: Any, start: int, stop: int | None) -> int:
+    """How many of the rows [start, stop) exist; 1 for a scalar."""
     if not dataset.shape:
         return 1
     return max(0, min(int(dataset.shape[0]) if stop is None else stop, int(dataset.shape[0])) - start)
 
 
 def _check_chunks(dataset: Any, where: str) -> None:
-    """A chunk is decompressed whole, however few of its rows are wanted."""
+    """Check the chunk size: a chunk is decompressed whole, even if only some of its rows are read."""
     if dataset.chunks is not None:
         size = math.prod(int(c) for c in dataset.chunks) * dataset.dtype.itemsize
         if size > EPISODE_BYTES:
-            raise DataError(f"{where}: chunks of {size:,} bytes, over {EPISODE_BYTES:,}")
+            raise DataError(f"{where}: its chunks have {size:,} bytes each; at most {EPISODE_BYTES:,} are read")
 
 
 def attribute(holder: Any, name: str) -> Any:
-    """An attribute as a plain Python value; None where it is missing or of a kind that is not read."""
+    """An attribute as a plain Python value; None if it is missing or of an unsupported kind."""
     try:
         value = holder.attrs.get(name)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError):

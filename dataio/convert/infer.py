@@ -1,4 +1,4 @@
-"""From arrays and their names to fields: role, modality, shape, and how names of the field's formats become ours."""
+"""Fields inferred from arrays and their names: role, modality, shape, and our name for what the formats call it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.dtypes import StringDType
 from tiphys.dataio.convert.limits import FIELDS, TEXT_BYTES
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
-# First part of a name, as the formats spell it -> as the environment's five results are called here.
-_HEADS = {
+# first part of a field's name -> how the formats spell it
+_ALIASES = {
     "observation": "observation obs observations state states",
     "action": "action actions",
     "reward": "reward rewards",
     "terminated": "terminated terminal terminals termination terminations done dones is_terminal",
     "truncated": "truncated truncation truncations timeout timeouts",
 }
-_CANONICAL = {alias: name for name, aliases in _HEADS.items() for alias in aliases.split()}
+_CANONICAL = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 _TEXTS = re.compile(r"(^|[._])(text|texts|caption|captions|instruction|instructions|prompt|task|mission|utterance)s?$")
 _EMBEDDING = re.compile(r"(language|instruction|text)\w*embedding")
 _CHANNELS = (1, 2, 3, 4)
@@ -29,19 +29,19 @@ _SMALLEST_IMAGE = 16  # a smaller uint8 grid (MiniGrid's 7 × 7 × 3) holds code
 
 
 def canonical(name: str) -> str:
-    """`obs.image` -> `observation.image`, `next.reward` -> `reward`; other names stay, but for what a name may not hold."""
-    head, dot, rest = safe(name.removeprefix("next.")).partition(".")
+    """Our name: `obs.image` -> `observation.image`, `next.reward` -> `reward`. Other names are only made safe."""
+    head, dot, rest = safe_name(name.removeprefix("next.")).partition(".")
     return _CANONICAL.get(head, head) + dot + rest
 
 
-def safe(name: str) -> str:
-    """The name with what no field may be called (spaces, slashes, …) as `_`; at most 64 characters, never empty parts."""
+def safe_name(name: str) -> str:
+    """The name with `_` for characters that names cannot have (spaces, slashes, …), at most 64 long, no empty parts."""
     parts = [p for p in re.sub(r"[^A-Za-z0-9_.-]", "_", name).split(".") if p]
     return ".".join(parts)[:64].rstrip(".") or "_"
 
 
 def role_of(name: str, modality: str) -> str:
-    """The role that a canonical name has by convention; `info` where none is known."""
+    """The usual role of a field with this canonical name; `info` if there is none."""
     head = name.partition(".")[0]
     if _EMBEDDING.search(name):
         return "info"
@@ -49,11 +49,11 @@ def role_of(name: str, modality: str) -> str:
         return "text" if head in ("observation", "text") or _TEXTS.search(name) else "info"
     if head in ("mask", "masks", "valid"):
         return "mask"
-    return head if head in _HEADS else "info"
+    return head if head in _ALIASES else "info"
 
 
 def modality_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:
-    """image: uint8 [H, W(, C)] of at least 16 × 16 (C ≤ 4, or stacked frames); integers else are discrete."""
+    """Floats are continuous, uint8 arrays with the shape of an image are images, all other numbers are discrete."""
     if dtype == "str":
         return "text"
     dtype = np.dtype(dtype)
@@ -65,13 +65,14 @@ def modality_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:
 
 
 def is_image_shape(shape: Sequence[int]) -> bool:
+    """Whether the shape is [H, W] or [H, W, C], at least 16 × 16, with at most 32 channels (stacked frames have many)."""
     if len(shape) == 2:
         return min(shape) >= _SMALLEST_IMAGE
     return len(shape) == 3 and min(shape[:2]) >= _SMALLEST_IMAGE and shape[2] <= 32
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
-    """Images of a batch [T, …] as [T, H, W, C]: a missing channel is added, C × H × W is transposed; others as they are."""
+    """uint8 images [T, H, W] or [T, C, H, W] as [T, H, W, C]. Other arrays are returned unchanged."""
     if array.dtype != np.uint8:
         return array
     shape = array.shape[1:]
@@ -83,7 +84,7 @@ def channels_last(array: np.ndarray) -> np.ndarray:
 
 
 def field_spec(name: str, dtype: Any, shape: Sequence[int], *, per: str = "step", **given: Any) -> FieldSpec:
-    """A field by its name and dtype (NumPy's, or `str` for text); `given` overrides what would be inferred."""
+    """A field from its name and dtype (NumPy's, or `str` for text). `given` overrides what would be inferred."""
     text = isinstance(dtype, str) and dtype == "str"
     if not text:
         dtype = np.dtype(dtype).newbyteorder("=")
@@ -100,14 +101,18 @@ def field_spec(name: str, dtype: Any, shape: Sequence[int], *, per: str = "step"
 
 
 def infer_task(
-    name: str, episodes: Sequence[Episode], known: Mapping[str, FieldSpec] | None = None, **task: Any
+    name: str, episodes: Sequence[Episode], known: Mapping[str, FieldSpec] | None = None, **settings: Any
 ) -> TaskSpec:
-    """A task from a few of its episodes: the fields that all have; text that never changes is one for the episode."""
+    """A task from a few of its episodes, with the fields that all of them have.
+
+    Text that does not change within any of these episodes becomes one text per episode. `known` gives fields that need
+    no inference; `settings` are further attributes of the TaskSpec.
+    """
     fields: list[FieldSpec] = []
     shared = sorted(set.intersection(*(set(e.fields) for e in episodes)))
     for key in shared:
         values = [e.fields[key] for e in episodes]
-        per_episode = all(isinstance(v, str) or _rows(v) is None for v in values)
+        per_episode = all(isinstance(v, str) or _row_count(v) is None for v in values)
         first = values[0]
         if isinstance(first, str) or (known and key in known and known[key].dtype == "str") or _is_text(first):
             fields.append(field_spec(key, "str", (), per="episode" if all(_constant(v) for v in values) else "step"))
@@ -117,7 +122,7 @@ def infer_task(
             array = np.asarray(first)
             shape = array.shape if per_episode else array.shape[1:]
             fields.append(field_spec(key, array.dtype, shape, per="episode" if per_episode else "step"))
-    return TaskSpec(name, tuple(fields), **task)
+    return TaskSpec(name, tuple(fields), **settings)
 
 
 def _is_text(value: Any) -> bool:
@@ -128,49 +133,54 @@ def _constant(value: Any) -> bool:
     return isinstance(value, str) or bool(np.all(value == value[:1]))
 
 
-def _rows(value: Any) -> int | None:
+def _row_count(value: Any) -> int | None:
     return None if isinstance(value, str) or np.ndim(value) == 0 else len(value)
 
 
 def texts(values: Iterable[str | bytes], where: str) -> np.ndarray:
-    """Strings as NumPy's StringDType. DataError on bytes that are not UTF-8 or a text that is too long."""
+    """Texts as an array of NumPy's StringDType. Raises DataError if one is not UTF-8, too long, or contains a NUL."""
     out = []
     for number, value in enumerate(values):
         if isinstance(value, bytes | np.bytes_):
             try:
                 value = bytes(value).decode("utf-8")
             except UnicodeDecodeError as error:
-                raise DataError(f"{where}, row {number}: not UTF-8 text ({error})") from None
+                raise DataError(f"{where}, row {number}: is not UTF-8 text ({error})") from None
         if not isinstance(value, str):
-            raise DataError(f"{where}, row {number}: a text was expected, not {type(value).__name__}")
+            raise DataError(f"{where}, row {number}: expected a text, not {type(value).__name__}")
         if len(value) > TEXT_BYTES:
-            raise DataError(f"{where}, row {number}: a text of {len(value):,} characters, over {TEXT_BYTES:,}")
+            raise DataError(
+                f"{where}, row {number}: the text has {len(value):,} characters; at most {TEXT_BYTES:,} are read"
+            )
         if "\0" in value:
-            raise DataError(f"{where}, row {number}: a text with a NUL character")
+            raise DataError(f"{where}, row {number}: the text contains a NUL character")
         out.append(value)
     return np.array(out, dtype=StringDType())
 
 
-def one_text(array: np.ndarray, name: str, where: str) -> str:
-    """The text of an episode whose rows all hold the same."""
+def constant_text(array: np.ndarray, name: str, where: str) -> str:
+    """The text of an episode, if all of its rows hold the same text."""
     first = str(array[0]) if len(array) else ""
     if len(array) and not bool(np.all(array == first)):
         raise DataError(
-            f"{where}: {name!r} changes within the episode, though it did not in those that the fields were inferred from; "
-            f"declare `fields: {{{name}: {{per: step}}}}` in a mapping file"
+            f"{where}: {name!r} changes within this episode, but did not in those from which the fields were inferred; "
+            f"write `fields: {{{name}: {{per: step}}}}` in a mapping file"
         )
     return first
 
 
 def conform(episode: Episode, task: TaskSpec, where: str) -> Episode:
-    """The episode as its task says: fields of the task only, in its dtypes; DataError where rows or shapes differ."""
+    """The episode with only the fields of its task, in the task's dtypes.
+
+    Raises DataError if a field is missing, or if its rows, shape or values do not fit the task.
+    """
     if len(task.fields) > FIELDS:
-        raise DataError(f"{where}: {len(task.fields)} fields, over {FIELDS}")
+        raise DataError(f"{where}: has {len(task.fields):,} fields; at most {FIELDS:,} are read")
     fields: dict[str, Any] = {}
     for spec in task.fields:
         if spec.name not in episode.fields:
             raise DataError(
-                f"{where}: has no field {spec.name!r}, which task {task.name!r} has; drop it in a mapping file"
+                f"{where}: lacks the field {spec.name!r} of task {task.name!r}; if it is not needed, drop it in a mapping file"
             )
         fields[spec.name] = _conform_field(episode.fields[spec.name], spec, episode.steps, where)
     return replace(episode, fields=fields)
@@ -179,7 +189,7 @@ def conform(episode: Episode, task: TaskSpec, where: str) -> Episode:
 def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
     if spec.dtype == "str":
         if spec.per == "episode":
-            return value if isinstance(value, str) else one_text(np.atleast_1d(value), spec.name, where)
+            return value if isinstance(value, str) else constant_text(np.atleast_1d(value), spec.name, where)
         rows = max(steps, 1)
         array = np.full(rows, value, StringDType()) if isinstance(value, str) else np.asarray(value, StringDType())
     else:
@@ -192,16 +202,20 @@ def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
         want in (0, have) for want, have in zip(spec.shape, shape, strict=True)
     )
     if not same or (spec.per == "step" and not array.shape):
-        raise DataError(f"{where}: field {spec.name!r} has shape {shape} a step, and its task says {spec.shape}")
+        raise DataError(f"{where}: field {spec.name!r} has shape {shape}, but its task says {spec.shape}")
     if spec.per == "step":
-        most = steps + 1 if spec.role in ("observation", "text", "mask", "info") or steps == 0 else steps
-        if not max(steps, 1) <= len(array) <= max(most, 1):
+        max_rows = steps + 1 if spec.role in ("observation", "text", "mask", "info") or steps == 0 else steps
+        if not max(steps, 1) <= len(array) <= max(max_rows, 1):
             raise DataError(f"{where}: field {spec.name!r} has {len(array)} rows for {steps} actions")
     return array
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarray:
-    """To the task's dtype if no value changes (an episode of 0/1 float flags fits a bool field; 0.5 does not)."""
+    """The array in the task's dtype.
+
+    A cast within one kind (float64 to float32) may round. Any other cast must keep every value: 0/1 float flags fit a
+    bool field, 0.5 does not.
+    """
     if array.dtype == dtype:
         return array
     with np.errstate(all="ignore"):
@@ -209,6 +223,6 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarr
         same = np.can_cast(array.dtype, dtype, "same_kind") or bool(np.all(out.astype(array.dtype) == array))
     if not same:
         raise DataError(
-            f"{where}: field {name!r} holds {array.dtype} values that {dtype} cannot; set its dtype in a mapping file"
+            f"{where}: field {name!r} holds {array.dtype} values that do not fit {dtype}; set its dtype in a mapping file"
         )
     return out

@@ -1,8 +1,8 @@
-"""LeRobot v2.0, v2.1 and v3.0: Parquet rows, MP4 or PNG pictures, tasks in words.
+"""LeRobot v2.0, v2.1 and v3.0: Parquet rows, MP4 videos or encoded images, tasks as text.
 
-https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet and one video a camera for each episode;
-v3 packs many episodes into each file and keeps their places in `meta/episodes`. Frames are found by time, as LeRobot
-itself does. The option `resize: [height, width]` shrinks the frames of videos while they are read.
+https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet file per episode and one video per episode
+and camera. v3 packs many episodes into each file and lists their places in `meta/episodes`. Frames are found by time,
+as in LeRobot. The option `resize: [height, width]` resizes video frames while they are read.
 """
 
 from __future__ import annotations
@@ -25,24 +25,36 @@ from tiphys.dataio.convert.source import Source, expand
 from tiphys.dataio.convert.video import VideoFrames, frame_size
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
-_BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # follow from an episode's place
+_BOOKKEEPING = (
+    "timestamp",
+    "frame_index",
+    "episode_index",
+    "index",
+    "task_index",
+)  # follow from the row's position
 _SCALARS = ("reward", "terminated", "truncated")
 _INFO = "meta/info.json"
-_PIECE_FRAMES = 20_000  # rows of one piece of a v2 source, about
+_PIECE_ROWS = 20_000  # of one piece of a v2 source, about
 _INSTRUCTION = "instruction"
-EXPORTED, VALID = "tiphys", "valid"  # what an export of ours adds: to info.json and the table of episodes; to the rows
+EXPORTED = "tiphys"  # what our export adds to info.json and to the table of episodes
+VALID = "valid"  # the feature that our export adds to the rows
 
 
 @dataclass(frozen=True)
 class Record:
-    """An episode as the metadata lists it. `start` are seconds into each camera's file."""
+    """An episode as the metadata lists it.
+
+    data      the Parquet file of its rows
+    videos    camera -> (video file, seconds into it at which the episode begins)
+    exported  JSON that our export stored (see `tiphys.dataio.convert.exported`)
+    """
 
     number: int
     length: int
     tasks: tuple[str, ...]
     data: str
     videos: Mapping[str, tuple[str, float]]
-    about: str = ""  # of an export: what `tiphys.dataio.convert.exported` restores
+    exported: str = ""
 
 
 class LeRobot(Converter):
@@ -60,8 +72,10 @@ class LeRobot(Converter):
         info = self.source.json(_INFO)
         version = str(info.get("codebase_version", "")) if isinstance(info, dict) else ""
         if version not in ("v2.0", "v2.1", "v3.0"):
-            raise DataError(f"{self.source.where(_INFO)}: LeRobot format {version!r}; v2.0, v2.1 and v3.0 are read")
-        if not isinstance(info.get("features"), dict) or not _positive(info.get("fps")):
+            raise DataError(
+                f"{self.source.where(_INFO)}: LeRobot format {version!r} is not supported; use v2.0, v2.1 or v3.0"
+            )
+        if not isinstance(info.get("features"), dict) or not _is_positive(info.get("fps")):
             raise DataError(f"{self.source.where(_INFO)}: needs `features` and a positive `fps`")
         for key, feature in info["features"].items():
             if not isinstance(feature, dict) or not isinstance(feature.get("shape"), list):
@@ -75,14 +89,14 @@ class LeRobot(Converter):
 
     @cached_property
     def _exported(self) -> tuple[TaskSpec, dict[str, str]] | None:
-        """The task and field -> feature, where the source is an export of ours."""
-        about = self.info.get(EXPORTED)
-        if about is None:
+        """The task and {field: feature} if the source was written by our export."""
+        metadata = self.info.get(EXPORTED)
+        if metadata is None:
             return None
-        if not isinstance(about, dict) or not isinstance(about.get("names"), dict):
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("names"), dict):
             raise DataError(f"{self.source.where(_INFO)}: {EXPORTED!r} is not what an export writes")
-        (task,) = tasks_of([about.get("task")], self.source.where(_INFO))
-        return task, {str(k): str(v) for k, v in about["names"].items()}
+        (task,) = tasks_of([metadata.get("task")], self.source.where(_INFO))
+        return task, {str(k): str(v) for k, v in metadata["names"].items()}
 
     @cached_property
     def _features(self) -> dict[str, dict[str, Any]]:
@@ -93,7 +107,7 @@ class LeRobot(Converter):
         return [k for k, f in self._features.items() if f.get("dtype") == "video"]
 
     @cached_property
-    def _words(self) -> dict[int, str]:
+    def _instructions(self) -> dict[int, str]:
         """task_index -> instruction."""
         if self._v3:
             table = read_columns(self.source, "meta/tasks.parquet")
@@ -103,10 +117,10 @@ class LeRobot(Converter):
             rows: Any = zip(table["task_index"], table[column], strict=True)
         else:
             rows = ((r.get("task_index"), r.get("task")) for r in self.source.json_lines("meta/tasks.jsonl"))
-        words = list(rows)
-        if not all(isinstance(k, int) and isinstance(v, str) for k, v in words):
+        pairs = list(rows)
+        if not all(isinstance(k, int) and isinstance(v, str) for k, v in pairs):
             raise DataError(f"{self.source.url}: the table of tasks does not map task_index to a text")
-        return dict(words)
+        return dict(pairs)
 
     @cached_property
     def _records(self) -> list[Record]:
@@ -116,9 +130,12 @@ class LeRobot(Converter):
         return records
 
     def _records_v2(self) -> Iterator[Record]:
-        chunk, where = self.info.get("chunks_size", 1000), self.source.where(_INFO)
-        if not _positive(chunk):
-            raise DataError(f"{where}: chunks_size {chunk!r}")
+        where = self.source.where(_INFO)
+        data_path: Any = self.info.get("data_path")
+        video_path: Any = self.info.get("video_path")
+        chunk = self.info.get("chunks_size", 1000)
+        if not _is_positive(chunk):
+            raise DataError(f"{where}: chunks_size is {chunk!r}; a positive number is needed")
         for row in self.source.json_lines("meta/episodes.jsonl"):
             number, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks") or []
             if not (
@@ -128,15 +145,18 @@ class LeRobot(Converter):
                 and isinstance(tasks, list)
             ):
                 raise DataError(
-                    f"{self.source.where('meta/episodes.jsonl')}: an episode without index or length: {str(row)[:80]}"
+                    f"{self.source.where('meta/episodes.jsonl')}: an episode lacks a valid index, length "
+                    f"or list of tasks: {str(row)[:80]}"
                 )
-            at: dict[str, Any] = {"episode_index": number, "episode_chunk": number // chunk}
-            videos = {k: (expand(self.info.get("video_path"), where, video_key=k, **at), 0.0) for k in self._videos}  # type: ignore[arg-type]
-            data = expand(self.info.get("data_path"), where, **at)  # type: ignore[arg-type]
+            numbers: dict[str, Any] = {"episode_index": number, "episode_chunk": number // chunk}
+            videos = {k: (expand(video_path, where, video_key=k, **numbers), 0.0) for k in self._videos}
+            data = expand(data_path, where, **numbers)
             yield Record(number, length, tuple(str(t) for t in tasks), data, videos)
 
     def _records_v3(self) -> Iterator[Record]:
         where = self.source.where(_INFO)
+        data_path: Any = self.info.get("data_path")
+        video_path: Any = self.info.get("video_path")
         columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
         columns += [f"videos/{k}/{c}" for k in self._videos for c in ("chunk_index", "file_index", "from_timestamp")]
         columns += [EXPORTED] if self._exported else []
@@ -147,27 +167,28 @@ class LeRobot(Converter):
                 raise DataError(f"{self.source.where(path)}: lacks the columns {', '.join(missing)}")
             for cells in zip(*(table[c] for c in columns), strict=True):
                 row = dict(zip(columns, cells, strict=True))
-                if not all(_index(row[c]) for c in columns if c.endswith("_index") or c == "length"):
-                    raise DataError(f"{self.source.where(path)}: an episode without index, length or place")
+                if not all(_is_index(row[c]) for c in columns if c.endswith("_index") or c == "length"):
+                    raise DataError(f"{self.source.where(path)}: an episode lacks a valid index, length or place")
 
                 def place(prefix: str, row: dict[str, Any] = row) -> dict[str, Any]:
                     return {"chunk_index": row[f"{prefix}/chunk_index"], "file_index": row[f"{prefix}/file_index"]}
 
                 videos = {
                     k: (
-                        expand(self.info.get("video_path"), where, video_key=k, **place(f"videos/{k}")),  # type: ignore[arg-type]
+                        expand(video_path, where, video_key=k, **place(f"videos/{k}")),
                         float(row[f"videos/{k}/from_timestamp"] or 0.0),
                     )
                     for k in self._videos
                 }
-                data = expand(self.info.get("data_path"), where, **place("data"))  # type: ignore[arg-type]
-                tasks, about = tuple(str(t) for t in row["tasks"] or ()), str(row.get(EXPORTED) or "")
-                yield Record(row["episode_index"], row["length"], tasks, data, videos, about)
+                data = expand(data_path, where, **place("data"))
+                tasks = tuple(str(t) for t in row["tasks"] or ())
+                exported = str(row.get(EXPORTED) or "")
+                yield Record(row["episode_index"], row["length"], tasks, data, videos, exported)
 
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
         name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
         if dtype in ("video", "image"):
-            shape = list(_picture_shape(feature))
+            shape = list(_image_shape(feature, f"{self.source.where(_INFO)}, feature {key!r}"))
             if dtype == "video":
                 shape[:2] = frame_size(self.options) or shape[:2]
             return field_spec(name, np.uint8, shape, modality="image")
@@ -178,7 +199,7 @@ class LeRobot(Converter):
         except TypeError:
             kind = np.dtype("V")
         if kind.kind not in "biuf":
-            raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has dtype {dtype!r}, which is not read")
+            raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has dtype {dtype!r}, which is not supported")
         return field_spec(name, kind, [] if name in _SCALARS and shape == [1] else shape)
 
     def tasks(self) -> list[TaskSpec]:
@@ -191,11 +212,11 @@ class LeRobot(Converter):
         return [TaskSpec(self.source.name, tuple(fields))]
 
     def pieces(self) -> list[Piece]:
-        """v3: a data file. v2: consecutive episodes of about 20,000 rows."""
+        """v3: one piece per data file. v2: consecutive episodes, about 20,000 rows in each piece."""
         groups: list[list[int]] = []
         rows, last = 0, ""
         for number, record in enumerate(self._records):
-            full = record.data != last if self._v3 else rows + record.length > _PIECE_FRAMES
+            full = record.data != last if self._v3 else rows + record.length > _PIECE_ROWS
             if not groups or full:
                 groups.append([])
                 rows = 0
@@ -212,22 +233,25 @@ class LeRobot(Converter):
     def notes(self) -> list[str]:
         total = self.info.get("total_episodes")
         if isinstance(total, int) and total != len(self._records):
-            return [f"info.json speaks of {total} episodes, the table of episodes lists {len(self._records)}"]
+            return [f"info.json states {total} episodes, but the table of episodes lists {len(self._records)}"]
         return []
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         records = self._records[piece.data["first"] :][: piece.data["count"]]
-        with _Files(self.source, frame_size(self.options)) as files:
+        with _OpenFiles(self.source, frame_size(self.options)) as files:
             for number, record in enumerate(records):
                 if number >= start:
                     item = attempt(partial(self._read, record, files), f"{self.source.url}, episode {record.number}")
                     if isinstance(item, BadEpisode):
-                        files.forget()
+                        files.close()
                     yield item
 
-    def _read(self, record: Record, files: _Files) -> Episode:
+    def _read(self, record: Record, files: _OpenFiles) -> Episode:
         if not 0 < record.length <= EPISODE_STEPS:
-            raise DataError(f"{self.source.url}, episode {record.number}: {record.length:,} rows")
+            raise DataError(
+                f"{self.source.url}, episode {record.number}: has {record.length:,} rows; "
+                f"1 to {EPISODE_STEPS:,} are read"
+            )
         for path in [record.data, *(v for v, _ in record.videos.values())]:
             if not self.source.exists(path):
                 raise DataError(
@@ -243,10 +267,10 @@ class LeRobot(Converter):
             if key in record.videos:
                 path, offset = record.videos[key]
                 times = _column(table, "timestamp", where, ()).astype(np.float64) + offset
-                grey = _picture_shape(feature)[2] == 1
+                grey = _image_shape(feature, f"{self.source.where(_INFO)}, feature {key!r}")[2] == 1
                 fields[name] = files.video(path, grey).at(times.tolist(), 0.25 / float(self.info["fps"]))
             elif feature.get("dtype") == "image":
-                fields[name] = self._pictures(table, key, where)
+                fields[name] = self._images(table, key, where)
             else:
                 shape = () if feature.get("dtype") == "string" else tuple(feature["shape"])
                 array = _column(table, key, where, shape)
@@ -269,60 +293,60 @@ class LeRobot(Converter):
             if feature is None:
                 raise DataError(f"{where}: info.json has no feature {key!r}")
             if feature.get("dtype") == "image":
-                pictures = self._pictures(table, key, where)
+                images = self._images(table, key, where)
                 shape = task.field(field).shape
-                fields[field] = pictures[..., 0] if len(shape) == 2 else pictures
+                fields[field] = images[..., 0] if len(shape) == 2 else images
             else:
                 fields[field] = _column(table, key, where, task.field(field).shape)
-        return restore(parse_json(record.about, f"{where}, {EXPORTED}"), fields, task, where)
+        return restore(parse_json(record.exported, f"{where}, {EXPORTED}"), fields, task, where)
 
     def _instruction(self, table: Any, record: Record, where: str) -> Any:
-        """The words of the row's task_index: one text, or one a row where they change."""
+        """The text of the rows' task_index: one text, or one per row if it changes."""
         if "task_index" not in table.schema.names:
             return record.tasks[0] if record.tasks else ""
         indices = _column(table, "task_index", where, ())
-        unknown = set(np.unique(indices).tolist()) - set(self._words)
+        unknown = set(np.unique(indices).tolist()) - set(self._instructions)
         if unknown:
             raise DataError(f"{where}: task_index {sorted(unknown)[0]} is not in the table of tasks")
-        words = texts((self._words[int(i)] for i in indices), where)
-        return str(words[0]) if bool(np.all(words == words[0])) else words
+        rows = texts((self._instructions[int(i)] for i in indices), where)
+        return str(rows[0]) if bool(np.all(rows == rows[0])) else rows
 
-    def _pictures(self, table: Any, key: str, where: str) -> np.ndarray:
+    def _images(self, table: Any, key: str, where: str) -> np.ndarray:
         frames = []
         for row, value in enumerate(values(table.column(key), f"{where}, {key}")):
-            at = f"{where}, {key}, row {row}"
+            place = f"{where}, {key}, row {row}"
             data = value.get("bytes") if isinstance(value, dict) else value
             if data is None and isinstance(value, dict) and value.get("path"):
                 data = self.source.read(str(value["path"]), RECORD_BYTES)
             if not isinstance(data, bytes):
-                raise DataError(f"{at}: has no picture")
-            frames.append(decode_image(data, at))
-            check_shape((len(table), *frames[0].shape), frames[0].itemsize, at)
+                raise DataError(f"{place}: has no image")
+            frames.append(decode_image(data, place))
+            check_shape((len(table), *frames[0].shape), frames[0].itemsize, place)
             if frames[-1].shape != frames[0].shape:
-                raise DataError(f"{at}: a picture of {frames[-1].shape}, after others of {frames[0].shape}")
+                raise DataError(f"{place}: the image has shape {frames[-1].shape}, but row 0 has {frames[0].shape}")
         return np.stack(frames)
 
 
-class _Files:
-    """The Parquet and video files of a piece, kept open while consecutive episodes lie in them."""
+class _OpenFiles:
+    """The Parquet and video files of a piece. They stay open while consecutive episodes use them."""
 
     def __init__(self, source: Source, size: tuple[int, int] | None):
         self._source, self._size = source, size
         self._open: dict[str, tuple[str, ExitStack, Any]] = {}
-        self._rest: Any = None  # rows that were read beyond an episode's end
+        self._leftover: Any = None  # rows read beyond the end of the last episode
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> _OpenFiles:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.forget()
+        self.close()
 
-    def forget(self) -> None:
-        """Close everything: after an error nothing says where a file's reading stands."""
+    def close(self) -> None:
+        """Close all files. Needed after an error too, because their positions are then unknown."""
         for _, stack, _ in self._open.values():
             stack.close()
         self._open.clear()
-        self._rest = None
+        self._leftover = None
 
     def video(self, path: str, grey: bool) -> VideoFrames:
         def make(stack: ExitStack) -> VideoFrames:
@@ -330,9 +354,10 @@ class _Files:
             return stack.enter_context(VideoFrames(stream, self._source.where(path), grey=grey, size=self._size))
 
         camera = path.rpartition("/")[0] + str(grey)
-        return self._kept(camera, path, make)
+        return self._opened(camera, path, make)
 
-    def _kept(self, slot: str, path: str, make: Any) -> Any:
+    def _opened(self, slot: str, path: str, make: Any) -> Any:
+        """What `make` opens for the path. Each slot holds one open file; another path replaces it."""
         if slot in self._open and self._open[slot][0] != path:
             self._open.pop(slot)[1].close()
         if slot not in self._open:
@@ -342,12 +367,12 @@ class _Files:
         return self._open[slot][2]
 
     def rows(self, record: Record, where: str) -> Any:
-        """The episode's rows as an Arrow table. The file is read forward; earlier episodes in it are passed over."""
+        """The episode's rows as an Arrow table. The file is read forward; rows of earlier episodes are skipped."""
         import pyarrow as pa
 
         if "rows" in self._open and self._open["rows"][0] != record.data:
             self._open.pop("rows")[1].close()
-            self._rest = None
+            self._leftover = None
 
         def make(stack: ExitStack) -> Any:
             file = stack.enter_context(open_parquet(self._source, record.data))
@@ -356,29 +381,31 @@ class _Files:
                 raise DataError(f"{where}: lacks the columns {', '.join(sorted(missing))}")
             return batches(file, file.schema_arrow.names, self._source.where(record.data), 256)
 
-        reader = self._kept("rows", record.data, make)
+        reader = self._opened("rows", record.data, make)
         found, count = [], 0
         while True:
-            batch = self._rest if self._rest is not None else next(reader, None)
-            self._rest = None
+            batch = self._leftover if self._leftover is not None else next(reader, None)
+            self._leftover = None
             if batch is None:
                 break
             numbers = _column(pa.Table.from_batches([batch]), "episode_index", where, ())
-            mine = np.flatnonzero(numbers == record.number)
-            if len(mine):
-                lo, hi = int(mine[0]), int(mine[-1]) + 1
-                if hi - lo != len(mine) or count + hi - lo > record.length:
-                    raise DataError(f"{where}: its rows are not consecutive, or more than the {record.length} listed")
-                found.append(batch.slice(lo, hi - lo))
-                count += hi - lo
-                if hi < len(numbers):
-                    self._rest = batch.slice(hi)
+            matches = np.flatnonzero(numbers == record.number)
+            if len(matches):
+                first, end = int(matches[0]), int(matches[-1]) + 1
+                if end - first != len(matches) or count + end - first > record.length:
+                    raise DataError(
+                        f"{where}: its rows are not consecutive, or are more than the {record.length} listed"
+                    )
+                found.append(batch.slice(first, end - first))
+                count += end - first
+                if end < len(numbers):
+                    self._leftover = batch.slice(end)
                     break
             elif found or bool(np.any(numbers > record.number)):
-                self._rest = batch
+                self._leftover = batch
                 break
         if count != record.length:
-            raise DataError(f"{where}: {count} rows, and the metadata lists {record.length}")
+            raise DataError(f"{where}: has {count} rows, but the metadata lists {record.length}")
         return pa.Table.from_batches(found)
 
 
@@ -388,20 +415,20 @@ def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndar
     return to_rows(table.column(key), f"{where}, {key}", shape)
 
 
-def _picture_shape(feature: Mapping[str, Any]) -> tuple[int, int, int]:
-    """[H, W, C], whichever way the metadata has it."""
+def _image_shape(feature: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """[H, W, C], from metadata in either order ([H, W, C] or [C, H, W])."""
     shape, names = [int(s) for s in feature["shape"]], feature.get("names") or []
     if len(shape) != 3:
-        raise DataError(f"a picture of shape {shape} in info.json; three dimensions are needed")
+        raise DataError(f"{where}: an image of shape {shape}; three dimensions are needed")
     first = str(names[0]) if isinstance(names, list) and names else ""
     if first.startswith("channel") or (not first and shape[0] in (1, 3) and shape[2] not in (1, 3)):
         shape = [shape[1], shape[2], shape[0]]
     return shape[0], shape[1], shape[2]
 
 
-def _positive(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _index(value: Any) -> bool:
+def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,7 +1,7 @@
-"""What a source may ask for at most, and the readers of small things (images, npy, JSON, deflate) that keep to it.
+"""Limits on what a source may contain, and readers of small formats (images, npy, JSON, deflate) that respect them.
 
-Sources come from strangers. Every length that a file states is checked here before memory is taken for it; nothing is
-unpickled; a decompressor stops at its bound instead of after it.
+Sources are untrusted. Every size that a file states is checked before memory is allocated for it. Nothing is unpickled.
+Decompression stops at its limit, not after it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ FILES = 10_000_000  # of one source
 PIXELS = 64 << 20  # of one image
 DIMENSIONS = 8
 FIELDS = 4096  # of one episode
-RATIO = 200  # decompressed ÷ compressed, once more than RATIO_FREE came out
-RATIO_FREE = 64 << 20
+RATIO = 200  # decompressed ÷ compressed bytes
+RATIO_FREE = 64 << 20  # decompressed bytes up to which RATIO is not checked
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 _NPY_KINDS = "biufUS"
 
 
 def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EPISODE_BYTES) -> tuple[int, ...]:
-    """The shape as Python ints. DataError where it is no shape or needs more than `limit` bytes."""
+    """The shape as Python ints. Raises DataError if it is not a shape or its array needs more than `limit` bytes."""
     if not isinstance(shape, list | tuple):
         raise DataError(f"{where}: {shape!r} is not the shape of an array")
     if len(shape) > DIMENSIONS:
-        raise DataError(f"{where}: an array of {len(shape)} dimensions; at most {DIMENSIONS} are read")
+        raise DataError(f"{where}: the array has {len(shape)} dimensions; at most {DIMENSIONS} are read")
     out = []
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0:
@@ -46,14 +46,15 @@ def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EP
         out.append(int(size))
     if math.prod(out) * max(itemsize, 1) > limit:
         raise DataError(
-            f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes, over {limit:,}"
+            f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes; at most {limit:,} are read"
         )
     return tuple(out)
 
 
 def check_size(size: int, limit: int, where: str, what: str = "it") -> int:
+    """The size. Raises DataError if it is negative or above the limit."""
     if not 0 <= size <= limit:
-        raise DataError(f"{where}: {what} has {size:,} bytes, and at most {limit:,} are read")
+        raise DataError(f"{where}: {what} has {size:,} bytes; at most {limit:,} are read")
     return size
 
 
@@ -61,13 +62,13 @@ def parse_json(data: bytes | str, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error})") from None
+        raise DataError(f"{where}: is not valid JSON ({error})") from None
 
 
 def decode_image(data: bytes, where: str) -> np.ndarray:
-    """A JPEG, PNG or WebP as uint8 [H, W, C] (C: 1, 3 or 4) or, for 16-bit greyscale, uint16 [H, W, 1].
+    """A JPEG, PNG or WebP as uint8 [H, W, C] (C = 1, 3 or 4) or, for 16-bit greyscale, uint16 [H, W, 1].
 
-    The size in the header is checked before a pixel is decoded.
+    The size in the header is checked before any pixel is decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -75,7 +76,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
         image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
         width, height = image.size
         if width * height > PIXELS:
-            raise DataError(f"{where}: an image of {width} × {height} pixels, over {PIXELS:,}")
+            raise DataError(f"{where}: the image has {width} × {height} pixels; at most {PIXELS:,} are read")
         if image.mode.startswith("I"):
             array = np.asarray(image).astype(np.uint16)
         else:
@@ -85,7 +86,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{where}: not a JPEG, PNG or WebP image ({len(data):,} bytes)") from None
+        raise DataError(f"{where}: is not a JPEG, PNG or WebP image ({len(data):,} bytes)") from None
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, zlib.error) as error:
         raise DataError(f"{where}: the image cannot be decoded ({error})") from None
     except Image.DecompressionBombError as error:
@@ -94,13 +95,13 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
 
 
 def read_npy(stream: BinaryIO, size: int, where: str, limit: int = EPISODE_BYTES) -> np.ndarray:
-    """One array of a `.npy` of `size` bytes. Header, dtype and length are checked before the array is allocated."""
+    """The array of a `.npy` of `size` bytes. Header, dtype and length are checked before the array is allocated."""
     dtype, shape, fortran = npy_header(stream, where)
     check_shape(shape, dtype.itemsize, where, limit)
     count = math.prod(shape)
     if stream.tell() + count * dtype.itemsize != size:
         raise DataError(
-            f"{where}: {size:,} bytes do not hold an array of {dtype} and shape {shape}; the file is cut or damaged"
+            f"{where}: {size:,} bytes do not hold {dtype} of shape {shape}; the file is truncated or damaged"
         )
     array = np.empty(count, dtype)
     read_into(stream, bytes_of(array), where)
@@ -113,57 +114,60 @@ def bytes_of(array: np.ndarray) -> memoryview:
 
 
 def npy_header(stream: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...], bool]:
-    """dtype, shape and whether the order is Fortran's, of the `.npy` that begins here."""
+    """(dtype, shape, whether in Fortran order) of the `.npy` that begins at the stream's position."""
     try:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
-            raise DataError(f"{where}: npy format {version} is not known")
+            raise DataError(f"{where}: npy version {version} is not supported")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except DataError:
         raise
-    except Exception as error:  # NumPy's parser of the header raises whatever ast and dtype do
-        raise DataError(f"{where}: not a .npy file ({type(error).__name__}: {error})") from None
+    except Exception as error:  # NumPy's header parser lets the errors of ast and dtype through
+        raise DataError(f"{where}: is not a .npy file ({type(error).__name__}: {error})") from None
     if dtype.hasobject:
         raise DataError(f"{where}: holds Python objects (a pickle), which are never loaded; save plain arrays")
     if dtype.kind not in _NPY_KINDS or dtype.itemsize == 0:
-        raise DataError(f"{where}: dtype {dtype} is not read; use bool, integers, floats or strings")
+        raise DataError(f"{where}: dtype {dtype} is not supported; use bool, integers, floats or strings")
     return dtype, check_shape(shape, 0, where), fortran
 
 
 def read_into(stream: BinaryIO, view: memoryview, where: str) -> None:
-    """Fill the whole view or raise DataError."""
+    """Fill the view. Raises DataError if the stream ends before."""
     done = 0
     while done < len(view):
         got = stream.readinto(view[done : done + (16 << 20)])  # type: ignore[attr-defined]
         if not got:
-            raise DataError(f"{where}: ends after {done:,} of {len(view):,} bytes; it is cut")
+            raise DataError(f"{where}: ends after {done:,} of {len(view):,} bytes; it is truncated")
         done += got
 
 
 def read_exactly(stream: BinaryIO, size: int, where: str) -> bytes:
+    """The next `size` bytes. Raises DataError if the stream ends before."""
     data = stream.read(size)
     if len(data) != size:
-        raise DataError(f"{where}: ends after {len(data):,} of {size:,} bytes; it is cut")
+        raise DataError(f"{where}: ends after {len(data):,} of {size:,} bytes; it is truncated")
     return data
 
 
 class BoundedInflate(io.RawIOBase):
-    """What a gzip, zlib or raw deflate stream holds, read forward; DataError where it swells past ratio or `limit`.
+    """The decompressed bytes of a gzip, zlib or raw deflate stream, read forward.
 
-    wbits: 31 gzip, 15 zlib, −15 raw deflate.
+    Raises DataError if they exceed `limit` bytes or, after RATIO_FREE bytes, `ratio` times the compressed bytes.
+
+    wbits: 31 for gzip, 15 for zlib, −15 for raw deflate
     """
 
     def __init__(self, stream: BinaryIO, where: str, *, wbits: int = 31, limit: int = 1 << 50, ratio: int = RATIO):
         self._stream, self._where, self._limit, self._ratio = stream, where, limit, ratio
         self._inflate = zlib.decompressobj(wbits)
-        self._taken = self._given = 0
+        self._bytes_in = self._bytes_out = 0
 
     def readable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self._given
+        return self._bytes_out
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -173,19 +177,26 @@ class BoundedInflate(io.RawIOBase):
             data = self._inflate.unconsumed_tail
             if not data:
                 data = self._stream.read(1 << 16)
-                self._taken += len(data)
+                self._bytes_in += len(data)
                 if not data:
-                    raise DataError(f"{self._where}: the compressed stream is cut after {self._given:,} bytes")
+                    raise DataError(
+                        f"{self._where}: the compressed stream is truncated after {self._bytes_out:,} decompressed bytes"
+                    )
             try:
                 out = self._inflate.decompress(data, len(view))
             except zlib.error as error:
-                raise DataError(f"{self._where}: damaged after {self._given:,} bytes ({error})") from None
+                raise DataError(
+                    f"{self._where}: the compressed stream is damaged after {self._bytes_out:,} decompressed bytes ({error})"
+                ) from None
             if not out:
                 continue
-            self._given += len(out)
-            if self._given > self._limit or (self._given > RATIO_FREE and self._given > self._ratio * self._taken):
+            self._bytes_out += len(out)
+            if self._bytes_out > self._limit or (
+                self._bytes_out > RATIO_FREE and self._bytes_out > self._ratio * self._bytes_in
+            ):
                 raise DataError(
-                    f"{self._where}: {self._taken:,} compressed bytes swell to more than {self._given:,}; a decompression bomb"
+                    f"{self._where}: {self._bytes_in:,} compressed bytes expand to {self._bytes_out:,} bytes or more; "
+                    "refused as a decompression bomb"
                 )
             view[: len(out)] = out
             return len(out)
@@ -193,5 +204,5 @@ class BoundedInflate(io.RawIOBase):
 
 
 def inflate(data: bytes, where: str, *, wbits: int, limit: int) -> bytes:
-    """All that a compressed string holds; DataError where that is over `limit` bytes."""
+    """The decompressed bytes of `data`. Raises DataError if they exceed `limit`."""
     return io.BufferedReader(BoundedInflate(io.BytesIO(data), where, wbits=wbits, limit=limit)).read()

@@ -1,8 +1,13 @@
-"""The mapping file: what the user knows better than inference. docs/converting.md describes it.
+"""The mapping file, in which the user corrects what a converter infers.
 
-task: pick-and-place                 # or {name in the source: name here} fields:   observation.images.*: {encoding:
-h264, frames: 16}   observation.state: {name: observation, low: -1, high: 1}   episode_index: drop text: {instruction:
-pick up the bottle}
+docs/converting.md describes it. An example:
+
+    task: pick-and-place                 # or {name in the source: name here}
+    fields:
+      observation.images.*: {encoding: h264, frames: 16}
+      observation.state: {name: observation, low: -1, high: 1}
+      episode_index: drop
+    text: {instruction: pick up the bottle}
 """
 
 from __future__ import annotations
@@ -18,29 +23,37 @@ from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
 
-_KEYS = frozenset({"task", "environment", "normalise", "random", "expert", "max_steps", "fields", "text", "options"})
-_FIELD = frozenset(
+_TASK_KEYS = ("environment", "normalise", "random", "expert", "max_steps")  # attributes of TaskSpec
+_KEYS = frozenset({"task", *_TASK_KEYS, "fields", "text", "options"})
+_FIELD_KEYS = frozenset(
     {"name", "role", "modality", "dtype", "low", "high", "values", "per", "encoding", "frames", "quality", "drop"}
 )
-_LIMIT = 1 << 20
+_MAX_BYTES = 1 << 20  # of the file
 
 
 @dataclass(frozen=True)
 class Mapping:
+    """The contents of a mapping file.
+
+    task           new name of the task, or {name in the source: new name}; empty: names stay
+    task_settings  values for environment, normalise, random, expert and max_steps of the TaskSpec
+    fields         name or glob in the source -> settings of the fields that match it
+    text           name -> text that every episode gets
+    options        options of the converter
+    """
+
     task: str | Dict[str, str] = ""
-    about: Dict[str, Any] = field(
-        default_factory=dict
-    )  # environment, normalise, random, expert, max_steps of the TaskSpec
-    fields: Dict[str, Dict[str, Any]] = field(default_factory=dict)  # name or glob -> what is said of it
+    task_settings: Dict[str, Any] = field(default_factory=dict)
+    fields: Dict[str, Dict[str, Any]] = field(default_factory=dict)
     text: Dict[str, str] = field(default_factory=dict)
-    options: Dict[str, Any] = field(default_factory=dict)  # of the converter
+    options: Dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str) -> Mapping:
-        """Read a YAML file (path or URL). All of its errors at once."""
+        """Read a YAML file (path or URL). Raises DataError that lists all unknown keys and wrong kinds of value."""
         folder, _, name = path.rpartition("/")
         source = Source(folder or ".")
-        return cls.parse(source.read(name, _LIMIT).decode("utf-8", "replace"), path)
+        return cls.parse(source.read(name, _MAX_BYTES).decode("utf-8", "replace"), path)
 
     @classmethod
     def parse(cls, text: str, where: str) -> Mapping:
@@ -50,42 +63,44 @@ class Mapping:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
             raw = {} if node is None else _plain(node, where)
         except yaml.YAMLError as error:
-            raise DataError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+            raise DataError(f"{where}: is not valid YAML ({' '.join(str(error).split())})") from None
         return cls.from_dict(raw, where)
 
     @classmethod
     def from_dict(cls, raw: Any, where: str = "mapping") -> Mapping:
         if not isinstance(raw, dict):
-            raise DataError(f"{where}: keys and values are expected ({', '.join(sorted(_KEYS))})")
+            raise DataError(f"{where}: keys and values are expected; known keys: {', '.join(sorted(_KEYS))}")
         errors = [f"unknown key {k!r}; known: {', '.join(sorted(_KEYS))}" for k in raw if k not in _KEYS]
         fields: dict[str, dict[str, Any]] = {}
-        for pattern, said in _mapping(raw, "fields", errors).items():
-            said = {"drop": True} if said == "drop" else said
-            if not isinstance(said, dict):
-                errors.append(f"fields.{pattern}: `drop` or a mapping is expected")
+        for pattern, settings in _section(raw, "fields", errors).items():
+            settings = {"drop": True} if settings == "drop" else settings
+            if not isinstance(settings, dict):
+                errors.append(f"fields.{pattern}: expected `drop` or {{key: value}}")
                 continue
             errors += [
-                f"fields.{pattern}: unknown key {k!r}; known: {', '.join(sorted(_FIELD))}"
-                for k in said
-                if k not in _FIELD
+                f"fields.{pattern}: unknown key {k!r}; known: {', '.join(sorted(_FIELD_KEYS))}"
+                for k in settings
+                if k not in _FIELD_KEYS
             ]
-            if any(c in pattern for c in "*?[") and "name" in said:
-                errors.append(f"fields.{pattern}: a glob cannot have one name")
-            fields[str(pattern)] = said
-        texts = _mapping(raw, "text", errors)
-        errors += [f"text.{k}: a text is expected" for k, v in texts.items() if not isinstance(v, str)]
+            if any(c in pattern for c in "*?[") and "name" in settings:
+                errors.append(f"fields.{pattern}: `name` needs a single field, not a glob")
+            fields[str(pattern)] = settings
+        texts = _section(raw, "text", errors)
+        errors += [
+            f"text.{k}: expected a text, not {type(v).__name__}" for k, v in texts.items() if not isinstance(v, str)
+        ]
         task = raw.get("task", "")
         if not isinstance(task, str | dict):
-            errors.append("task: a name, or {name in the source: name here}")
+            errors.append("task: expected a name, or {name in the source: name here}")
         if errors:
             raise DataError(f"{where}: " + "; ".join(errors))
-        about = {k: raw[k] for k in ("environment", "normalise", "random", "expert", "max_steps") if k in raw}
-        return cls(task, about, fields, texts, _mapping(raw, "options", errors))
+        task_settings = {k: raw[k] for k in _TASK_KEYS if k in raw}
+        return cls(task, task_settings, fields, texts, _section(raw, "options", errors))
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "task": self.task,
-            **self.about,
+            **self.task_settings,
             "fields": dict(self.fields),
             "text": dict(self.text),
             "options": dict(self.options),
@@ -94,17 +109,17 @@ class Mapping:
     def task_name(self, name: str) -> str:
         return (self.task or name) if isinstance(self.task, str) else str(self.task.get(name, name))
 
-    def said(self, name: str) -> dict[str, Any]:
-        """What is said of a field: of its name, and before that of every glob that matches it."""
+    def field_settings(self, name: str) -> dict[str, Any]:
+        """The settings of a field. Those under its own name override those of the globs that match it."""
         out: dict[str, Any] = {}
-        for pattern, said in self.fields.items():
+        for pattern, settings in self.fields.items():
             if pattern != name and fnmatch.fnmatchcase(name, pattern):
-                out.update(said)
+                out.update(settings)
         out.update(self.fields.get(name, {}))
         return out
 
     def tasks(self, found: list[TaskSpec]) -> list[TaskSpec]:
-        """The tasks as they will be stored. DataError where the file speaks of fields that no task has."""
+        """The tasks as they will be stored. Raises DataError if the mapping names a field or task that does not exist."""
         known = sorted({f.name for t in found for f in t.fields})
         for pattern in self.fields:
             if not fnmatch.filter(known, pattern) and pattern not in known:
@@ -115,69 +130,72 @@ class Mapping:
                     raise DataError(f"mapping: no task {name!r}; there are {', '.join(t.name for t in found)}")
         out: dict[str, TaskSpec] = {}
         for task in found:
-            one = self._task(task)
-            if out.setdefault(one.name, one) != one:
-                raise DataError(f"mapping: two tasks would be called {one.name!r}, and their fields differ")
+            mapped = self._task(task)
+            if out.setdefault(mapped.name, mapped) != mapped:
+                raise DataError(f"mapping: two tasks would be named {mapped.name!r}, but they differ")
         return list(out.values())
 
     def _task(self, task: TaskSpec) -> TaskSpec:
         fields: list[FieldSpec] = []
         for spec in task.fields:
-            said = self.said(spec.name)
-            if not said.get("drop"):
-                fields.append(_field(spec, said))
+            settings = self.field_settings(spec.name)
+            if not settings.get("drop"):
+                fields.append(_with_settings(spec, settings))
         fields = [f for f in fields if f.name not in self.text]
         fields += [FieldSpec(name, "text", "text", "str", per="episode") for name in self.text]
         names = [f.name for f in fields]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise DataError(f"mapping: two fields of task {task.name!r} are called {', '.join(twice)}")
+        duplicates = sorted({n for n in names if names.count(n) > 1})
+        if duplicates:
+            raise DataError(f"mapping: two fields of task {task.name!r} would be named {', '.join(duplicates)}")
         try:
-            return replace(task, name=self.task_name(task.name), fields=tuple(fields), **self.about)
+            return replace(task, name=self.task_name(task.name), fields=tuple(fields), **self.task_settings)
         except (TypeError, ValueError) as error:
             raise DataError(f"mapping: {error}") from None
 
     def episode(self, episode: Episode) -> Episode:
+        """The episode as it will be stored."""
         fields: dict[str, Any] = {}
         for name, value in episode.fields.items():
-            said = self.said(name)
-            if not said.get("drop"):
-                fields[said.get("name", name)] = value
+            settings = self.field_settings(name)
+            if not settings.get("drop"):
+                fields[settings.get("name", name)] = value
         fields.update(self.text)
         return replace(episode, task=self.task_name(episode.task), fields=fields)
 
     def encodings(self, found: list[TaskSpec]) -> dict[str, Encoding]:
-        """Field as it will be called -> Encoding, where the file names one."""
+        """New name of a field -> its Encoding, for the fields whose encoding the file sets."""
         out = {}
         for spec in (f for t in found for f in t.fields):
-            said = self.said(spec.name)
-            if "encoding" in said and not said.get("drop"):
-                kind, frames, quality = said["encoding"], said.get("frames", 0), said.get("quality", 0)
+            settings = self.field_settings(spec.name)
+            if "encoding" in settings and not settings.get("drop"):
+                kind, frames, quality = settings["encoding"], settings.get("frames", 0), settings.get("quality", 0)
                 if not isinstance(frames, int) or not isinstance(quality, int):
-                    raise DataError(f"mapping: fields.{spec.name}: frames and quality are whole numbers")
-                out[said.get("name", spec.name)] = Encoding(str(kind), frames, quality)
+                    raise DataError(f"mapping: fields.{spec.name}: frames and quality must be whole numbers")
+                out[settings.get("name", spec.name)] = Encoding(str(kind), frames, quality)
         return out
 
 
-def _field(spec: FieldSpec, said: Dict[str, Any]) -> FieldSpec:
-    given: dict[str, Any] = {k: said[k] for k in ("name", "role", "modality", "values", "per") if k in said}
+def _with_settings(spec: FieldSpec, settings: Dict[str, Any]) -> FieldSpec:
+    given: dict[str, Any] = {k: settings[k] for k in ("name", "role", "modality", "values", "per") if k in settings}
     for key in ("low", "high"):
-        if said.get(key) is not None:
-            value = said[key] if isinstance(said[key], list) else [said[key]]
+        if settings.get(key) is not None:
+            value = settings[key] if isinstance(settings[key], list) else [settings[key]]
             if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-                raise DataError(f"mapping: fields.{spec.name}.{key}: a number or a list of numbers")
+                raise DataError(f"mapping: fields.{spec.name}.{key}: expected a number or a list of numbers")
             given[key] = tuple(float(v) for v in value)
-    if "dtype" in said:
+    if "dtype" in settings:
         try:
-            given["dtype"] = np.dtype(said["dtype"]).name
+            given["dtype"] = np.dtype(settings["dtype"]).name
         except TypeError:
-            raise DataError(f"mapping: fields.{spec.name}: {said['dtype']!r} is not a NumPy dtype") from None
+            raise DataError(f"mapping: fields.{spec.name}: {settings['dtype']!r} is not a NumPy dtype") from None
         if spec.dtype == "str" or np.dtype(given["dtype"]).kind not in "biuf":
-            raise DataError(f"mapping: fields.{spec.name}: dtype {given['dtype']} for a field of {spec.dtype}")
+            raise DataError(
+                f"mapping: fields.{spec.name}: dtype {given['dtype']} is not possible for a field of {spec.dtype}"
+            )
     return replace(spec, **given)
 
 
-def _mapping(raw: dict[str, Any], key: str, errors: list[str]) -> dict[str, Any]:
+def _section(raw: dict[str, Any], key: str, errors: list[str]) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         errors.append(f"{key}: keys and values are expected")
@@ -186,18 +204,18 @@ def _mapping(raw: dict[str, Any], key: str, errors: list[str]) -> dict[str, Any]
 
 
 def _plain(node: Any, where: str, depth: int = 0) -> Any:
-    """A composed YAML node as plain values. Duplicate keys and aliases are errors; `1e-5` is a number."""
+    """A composed YAML node as plain values. A duplicate key is an error; `1e-5` is a number, unlike in YAML 1.1."""
     import yaml
 
     line = f"{where}, line {node.start_mark.line + 1}"
     if depth > 8:
-        raise DataError(f"{line}: nested too deeply (an alias of itself?)")
+        raise DataError(f"{line}: nested too deeply (does an alias contain itself?)")
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         for key, value in node.value:
             name = str(key.value)
             if name in out:
-                raise DataError(f"{where}, line {key.start_mark.line + 1}: the key {name!r} stands there twice")
+                raise DataError(f"{where}, line {key.start_mark.line + 1}: the key {name!r} appears twice")
             out[name] = _plain(value, where, depth + 1)
         return out
     if isinstance(node, yaml.SequenceNode):

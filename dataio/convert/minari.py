@@ -1,8 +1,8 @@
-"""Minari datasets, HDF5 and Arrow or Parquet: one folder each, or a tree of them. https://minari.farama.org
+"""Minari datasets in HDF5, Arrow or Parquet: one dataset folder, or a tree of them. https://minari.farama.org
 
-Episodes have T actions and T + 1 observations. Spaces come from `metadata.json` (or, before Minari 0.5, from the
-attributes of the HDF5 file). Without spaces the fields are inferred. Pictures are JPEG inside the file where Minari
-made them so.
+Episodes have T actions and T + 1 observations. Spaces come from `metadata.json` or, before Minari 0.5, from the
+attributes of the HDF5 file. Fields of an HDF5 file without spaces are inferred. If `metadata.json` states
+`jpeg_encoding`, images are stored as JPEG.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 MAIN = "main_data.hdf5"
-EXPORTED = "tiphys"  # in metadata.json and in each episode: what an export of ours adds
+EXPORTED = "tiphys"  # what our export adds to metadata.json and to each episode
 _PIECE_BYTES = 256 << 20  # of a piece, about
 _RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
 _SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
@@ -35,9 +35,9 @@ _SPACES = {"observations": ("observation", "observation_space"), "actions": ("ac
 class Leaf:
     """A leaf of the observation or action space."""
 
-    path: tuple[str, ...]  # keys below the space
+    path: tuple[str, ...]  # keys from the space down to the leaf
     field: FieldSpec
-    jpeg: bool
+    jpeg: bool  # stored as JPEG
 
 
 class Minari(Converter):
@@ -67,7 +67,7 @@ class Minari(Converter):
                 if isinstance(metadata, dict) and metadata.get("data_format", "hdf5") != "hdf5":
                     found.append(folder)
         if not found:
-            raise DataError(f"{self.source.url}: no {MAIN} and no metadata.json of Minari")
+            raise DataError(f"{self.source.url}: has neither {MAIN} nor a metadata.json of Minari")
         return list(dict.fromkeys(found))
 
     def _path(self, folder: str, name: str) -> str:
@@ -75,18 +75,18 @@ class Minari(Converter):
 
     @cached_property
     def _metadata(self) -> dict[str, dict[str, Any]]:
-        """folder -> metadata, with `episodes`: the numbers of its episodes."""
+        """folder -> metadata.json, with `episodes` (their numbers) and `bytes` (of all data files) added."""
         out = {}
         for folder in self._folders:
             path = self._path(folder, "metadata.json")
             metadata = self.source.json(path) if self.source.exists(path) else {}
             if not isinstance(metadata, dict):
-                raise DataError(f"{self.source.where(path)}: not a JSON object")
+                raise DataError(f"{self.source.where(path)}: is not a JSON object")
             if self._is_hdf5(folder):
                 main = self._path(folder, MAIN)
                 with hdf5.open_hdf5(self.source, main) as file:
-                    kept = ("observation_space", "action_space", "env_spec", "dataset_id")
-                    metadata = {**{k: hdf5.attribute(file, k) for k in kept}, **metadata}
+                    keys = ("observation_space", "action_space", "env_spec", "dataset_id")
+                    metadata = {**{k: hdf5.attribute(file, k) for k in keys}, **metadata}
                     groups = [n for n in hdf5.names(file) if n.startswith("episode_") and n[8:].isdigit()]
                 metadata["episodes"] = [int(n[8:]) for n in groups]
                 metadata["bytes"] = self.source.size(main)
@@ -99,6 +99,7 @@ class Minari(Converter):
         return self._path(folder, MAIN) in self.source.files
 
     def _arrow_files(self, folder: str) -> dict[int, list[str]]:
+        """Number of an episode -> its data files."""
         out: dict[int, list[str]] = {}
         for path in self.source.files:
             parts = path.removeprefix(folder + "/" if folder else "").split("/")
@@ -107,20 +108,21 @@ class Minari(Converter):
         return out
 
     def _arrow_episodes(self, folder: str) -> tuple[list[int], int]:
+        """The numbers of the episodes, and the bytes of all their files."""
         files = self._arrow_files(folder)
         return sorted(files), sum(self.source.size(p) for paths in files.values() for p in paths)
 
-    def _task(self, folder: str) -> str:
-        known = self._metadata[folder].get("dataset_id")
-        return str(known) if known else folder.removesuffix("data").strip("/") or self.source.name
+    def _task_name(self, folder: str) -> str:
+        dataset_id = self._metadata[folder].get("dataset_id")
+        return str(dataset_id) if dataset_id else folder.removesuffix("data").strip("/") or self.source.name
 
     def pieces(self) -> list[Piece]:
         out: list[Piece] = []
         for folder, metadata in self._metadata.items():
             numbers = metadata["episodes"]
-            each = max(1, int(_PIECE_BYTES * len(numbers) / max(metadata["bytes"], 1)))
-            for first in range(0, len(numbers), each):
-                part = numbers[first : first + each]
+            per_piece = max(1, int(_PIECE_BYTES * len(numbers) / max(metadata["bytes"], 1)))
+            for first in range(0, len(numbers), per_piece):
+                part = numbers[first : first + per_piece]
                 files = [self._path(folder, MAIN)] if self._is_hdf5(folder) else []
                 out.append(Piece(f"{len(out):06d}", {"folder": folder, "episodes": part, "files": files}))
         return out
@@ -128,19 +130,19 @@ class Minari(Converter):
     def versions(self, piece: Piece) -> list[str]:
         files = piece.data["files"]
         if not files:
-            known = self._arrow_files(piece.data["folder"])
-            files = [p for n in piece.data["episodes"] for p in known.get(n, [])]
+            by_episode = self._arrow_files(piece.data["folder"])
+            files = [p for n in piece.data["episodes"] for p in by_episode.get(n, [])]
         return [self.source.version(p) for p in files]
 
     def _exported(self, folder: str) -> tuple[TaskSpec, dict[str, dict[str, str]]] | None:
-        """The task and the places of its fields, where the folder is an export of ours."""
-        about, where = self._metadata[folder].get(EXPORTED), self.source.where(folder)
-        if about is None:
+        """The task and {group: {field: key in the group}}, if the folder was written by our export."""
+        metadata, where = self._metadata[folder].get(EXPORTED), self.source.where(folder)
+        if metadata is None:
             return None
-        if not isinstance(about, dict) or not all(isinstance(about.get(k), dict) for k in _SPACES):
+        if not isinstance(metadata, dict) or not all(isinstance(metadata.get(k), dict) for k in _SPACES):
             raise DataError(f"{where}: {EXPORTED!r} in metadata.json is not what an export writes")
-        (task,) = tasks_of([about.get("task")], where)
-        return task, {k: {str(f): str(p) for f, p in about[k].items()} for k in _SPACES}
+        (task,) = tasks_of([metadata.get("task")], where)
+        return task, {k: {str(f): str(p) for f, p in metadata[k].items()} for k in _SPACES}
 
     def tasks(self) -> list[TaskSpec]:
         return [self._spec(folder) for folder in self._folders]
@@ -149,7 +151,7 @@ class Minari(Converter):
         metadata, where = self._metadata[folder], self.source.where(folder)
         if (exported := self._exported(folder)) is not None:
             return exported[0]
-        known = {leaf.field.name: leaf.field for leaf in self._leaves(folder).values()}
+        from_spaces = {leaf.field.name: leaf.field for leaf in self._leaves(folder).values()}
         found: list[Episode] = []
         for piece in self.pieces():
             if piece.data["folder"] == folder and len(found) < 3:
@@ -159,32 +161,34 @@ class Minari(Converter):
                     if isinstance(i, Episode)
                 ]
         if not found:
-            if not known:
-                raise DataError(f"{where}: no episode can be read, and no space says what the fields are")
+            if not from_spaces:
+                raise DataError(
+                    f"{where}: the fields are unknown: no episode can be read, and the metadata has no spaces"
+                )
             results = [
                 field_spec("reward", "float64", ()),
                 field_spec("terminated", bool, ()),
                 field_spec("truncated", bool, ()),
             ]
-            return TaskSpec(self._task(folder), (*known.values(), *results))
+            return TaskSpec(self._task_name(folder), (*from_spaces.values(), *results))
         low, high = metadata.get("ref_min_score"), metadata.get("ref_max_score")
         return infer_task(
-            self._task(folder),
+            self._task_name(folder),
             found,
-            known,
+            from_spaces,
             random=float(low) if isinstance(low, int | float) else None,
             expert=float(high) if isinstance(high, int | float) else None,
             **_environment(metadata, where),
         )
 
     def _leaves(self, folder: str) -> dict[str, Leaf]:
-        """`observations/a/0` -> the leaf; empty where the spaces are not known."""
-        if folder not in self._known_leaves:
-            self._known_leaves[folder] = dict(self._find_leaves(folder))
-        return self._known_leaves[folder]
+        """Path such as `observations/a/0` -> its leaf; empty if the spaces are unknown."""
+        if folder not in self._leaves_by_folder:
+            self._leaves_by_folder[folder] = dict(self._find_leaves(folder))
+        return self._leaves_by_folder[folder]
 
     @cached_property
-    def _known_leaves(self) -> dict[str, dict[str, Leaf]]:
+    def _leaves_by_folder(self) -> dict[str, dict[str, Leaf]]:
         return {}
 
     def _find_leaves(self, folder: str) -> Iterator[tuple[str, Leaf]]:
@@ -193,7 +197,7 @@ class Minari(Converter):
             return
         for group, (name, key) in _SPACES.items():
             for dotted, path, leaf in spaces.leaves(metadata[key], name, f"{where}, {key}"):
-                field = spaces.spec(dotted, leaf, where)  # refuses what is no space before it is looked at further
+                field = spaces.spec(dotted, leaf, where)  # first, because it refuses what is not a space
                 jpeg = bool(metadata.get("jpeg_encoding", False)) and spaces.is_picture(leaf)
                 yield "/".join((group, *path)), Leaf(path, field, jpeg)
 
@@ -220,13 +224,13 @@ class Minari(Converter):
             return _read_exported(group, *exported, where)
         fields: dict[str, Any] = {}
         leaves = self._leaves(folder)
-        for source, leaf in leaves.items():
-            dataset = hdf5.member(group, source.partition("/")[0], where)
-            for key in leaf.path:  # a Tuple's members are called _index_0, _index_1, …
+        for path, leaf in leaves.items():
+            dataset = hdf5.member(group, path.partition("/")[0], where)
+            for key in leaf.path:  # a Tuple's members are named _index_0, _index_1, …
                 if not hasattr(dataset, "keys"):
-                    raise DataError(f"{where}: {source} was expected inside a group")
+                    raise DataError(f"{where}: expected groups along the path {path}")
                 dataset = hdf5.member(dataset, f"_index_{key}" if f"_index_{key}" in dataset else key, where)
-            fields[leaf.field.name] = _decode_hdf5(dataset, leaf, f"{where}, {source}")
+            fields[leaf.field.name] = _decode_hdf5(dataset, leaf, f"{where}, {path}")
         if not leaves:
             for part, (name, _) in _SPACES.items():
                 value = hdf5.member(group, part, where)
@@ -250,7 +254,7 @@ class Minari(Converter):
         import pyarrow as pa
 
         if len(files) != 1:
-            raise DataError(f"{where}: {len(files)} data files, one was expected")
+            raise DataError(f"{where}: has {len(files)} data files; one is expected")
         table = self._table(files[0], where)
         if not len(table):
             raise DataError(f"{where}: has no rows")
@@ -259,21 +263,23 @@ class Minari(Converter):
         if not leaves:
             raise DataError(f"{where}: metadata.json has no observation_space and action_space")
         steps = len(table) - 1
-        for source, leaf in leaves.items():
-            column = _column(table, source.partition("/")[0], where)
+        for path, leaf in leaves.items():
+            group = path.partition("/")[0]
+            column = _column(table, group, where)
             for key in leaf.path:
                 if not pa.types.is_struct(column.type) or column.type.get_field_index(key) < 0:
-                    raise DataError(f"{where}: {source} has no member {key!r}")
+                    raise DataError(f"{where}: {path} has no member {key!r}")
                 column = column.field(key)
-            column = column.slice(0, steps) if source.partition("/")[0] == "actions" else column
-            fields[leaf.field.name] = _decode_arrow(column, leaf, f"{where}, {source}")
+            column = column.slice(0, steps) if group == "actions" else column
+            fields[leaf.field.name] = _decode_arrow(column, leaf, f"{where}, {path}")
         for part, name in _RESULTS.items():
             fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
         if "infos" in table.schema.names:
             fields.update(_infos(_column(table, "infos", where), "info", where))
-        beside = self._path(folder, f"{number}/metadata.json")
-        about = self.source.json(beside) if self.source.exists(beside) else {}
-        info = {k: about[k] for k in ("seed", "id") if isinstance(about, dict) and isinstance(about.get(k), int | str)}
+        path = self._path(folder, f"{number}/metadata.json")
+        metadata = self.source.json(path) if self.source.exists(path) else {}
+        metadata = metadata if isinstance(metadata, dict) else {}
+        info = {k: metadata[k] for k in ("seed", "id") if isinstance(metadata.get(k), int | str)}
         return self._episode(folder, number, fields, info, where)
 
     def _table(self, path: str, where: str) -> Any:
@@ -290,7 +296,7 @@ class Minari(Converter):
                 table.validate(full=True)
                 return table
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{where}: not a readable Arrow file ({error})") from None
+                raise DataError(f"{where}: is not a readable Arrow file ({error})") from None
 
     # ---- both
 
@@ -298,14 +304,16 @@ class Minari(Converter):
         reward = fields["reward"]
         steps = len(reward)
         if reward.ndim != 1 or not 0 < steps <= EPISODE_STEPS:
-            raise DataError(f"{where}: rewards of shape {reward.shape}")
+            raise DataError(
+                f"{where}: the rewards have shape {reward.shape}; [T] with 1 to {EPISODE_STEPS:,} steps is expected"
+            )
         for name in ("terminated", "truncated"):
             fields[name] = fields[name].astype(bool)
         for name in [n for n in fields if n.startswith("info.")]:
             if len(fields[name]) not in (steps, steps + 1):
                 del fields[name]
         success = fields.get("info.success", fields.get("info.is_success"))
-        task = self._task(folder)
+        task = self._task_name(folder)
         return Episode(
             id=f"{task}/{number:06d}",
             task=task,
@@ -318,11 +326,11 @@ class Minari(Converter):
 
 
 def _environment(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`environment` and `max_steps` of a TaskSpec, where Gymnasium's name alone says which environment it was."""
+    """`environment` and `max_steps` of a TaskSpec, if Gymnasium's name alone identifies the environment."""
     text = metadata.get("eval_env_spec") or metadata.get("env_spec")
     spec = parse_json(text, f"{where}, env_spec") if isinstance(text, str) else {}
     name, steps = (spec.get("id"), spec.get("max_episode_steps")) if isinstance(spec, dict) else (None, None)
-    # `module:Name-v0` would make Gymnasium import a module that the data names
+    # Gymnasium would import the module of `module:Name-v0`, and the data may name any
     if not isinstance(name, str) or not re.fullmatch(r"[\w./-]{1,128}", name) or spec.get("kwargs"):
         return {}
     return {"environment": name, "max_steps": steps if isinstance(steps, int) and 0 < steps < 1 << 31 else 0}
@@ -330,7 +338,7 @@ def _environment(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _decode_hdf5(dataset: Any, leaf: Leaf, where: str) -> Any:
     if leaf.jpeg and getattr(dataset, "ndim", 3) <= 2:
-        return _pictures(hdf5.read_bytes_rows(dataset, where), where)
+        return _jpegs(hdf5.read_bytes_rows(dataset, where), where)
     return _shaped(hdf5.read(dataset, where), leaf.field, where)
 
 
@@ -338,17 +346,17 @@ def _decode_arrow(column: Any, leaf: Leaf, where: str) -> Any:
     if leaf.jpeg:
         rows = values(column, where)
         if not all(isinstance(r, bytes) for r in rows):
-            raise DataError(f"{where}: encoded pictures were expected")
-        return _pictures(rows, where)
+            raise DataError(f"{where}: expected encoded images")
+        return _jpegs(rows, where)
     return _shaped(to_rows(column, where), leaf.field, where)
 
 
 def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]], where: str) -> Episode:
     """An episode that `tiphys.dataio.export.minari` wrote."""
-    about = parse_json(str(hdf5.read(hdf5.member(group, EXPORTED, where), where)), f"{where}, {EXPORTED}")
+    metadata = parse_json(str(hdf5.read(hdf5.member(group, EXPORTED, where), where)), f"{where}, {EXPORTED}")
     fields: dict[str, Any] = {}
-    for part, known in places.items():
-        for name, key in known.items():
+    for part, keys in places.items():
+        for name, key in keys.items():
             holder = hdf5.member(group, part, where)
             fields[name] = hdf5.read(hdf5.member(holder, key, where) if key else holder, f"{where}, {part}/{key}")
     for part, name in _RESULTS.items():
@@ -356,9 +364,9 @@ def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]]
     if "infos" in group:
         found = hdf5.datasets(hdf5.member(group, "infos", where), where)
         fields.update({name: hdf5.read(dataset, f"{where}, infos.{name}") for name, dataset in found.items()})
-    words = about.get("words") if isinstance(about, dict) else None
+    words = metadata.get("words") if isinstance(metadata, dict) else None
     fields.update({k: texts(v, f"{where}, {k}") for k, v in words.items()} if isinstance(words, dict) else {})
-    return restore(about, fields, task, where)
+    return restore(metadata, fields, task, where)
 
 
 def _shaped(array: np.ndarray, field: FieldSpec, where: str) -> np.ndarray:
@@ -366,21 +374,24 @@ def _shaped(array: np.ndarray, field: FieldSpec, where: str) -> np.ndarray:
         return array
     wanted = (len(array), *field.shape) if array.ndim else ()
     if array.ndim == 0 or array.size != np.prod(wanted, dtype=np.int64):
-        raise DataError(f"{where}: an array of shape {array.shape} for a space of shape {field.shape}")
+        raise DataError(f"{where}: the array has shape {array.shape}, but its space has {field.shape} per row")
     return array.reshape(wanted)
 
 
-def _pictures(rows: list[bytes], where: str) -> np.ndarray:
-    """JPEGs as uint8 [n, H, W, C]. Rows of a rectangular dataset may end in zeros, which a JPEG decoder passes over."""
+def _jpegs(rows: list[bytes], where: str) -> np.ndarray:
+    """JPEGs as uint8 [n, H, W, C]. Rows of a rectangular dataset may end in zeros, which a JPEG decoder ignores."""
     if not rows:
-        raise DataError(f"{where}: no pictures")
+        raise DataError(f"{where}: has no images")
     first = decode_image(rows[0], f"{where}, row 0")
     out = np.empty(check_shape((len(rows), *first.shape), 1, where), np.uint8)
     for number, row in enumerate(rows):
-        picture = decode_image(row, f"{where}, row {number}")
-        if picture.shape != first.shape or picture.dtype != np.uint8:
-            raise DataError(f"{where}, row {number}: a picture of {picture.shape}, after others of {first.shape}")
-        out[number] = picture
+        image = decode_image(row, f"{where}, row {number}")
+        if image.shape != first.shape or image.dtype != np.uint8:
+            raise DataError(
+                f"{where}, row {number}: the image is {image.dtype} of shape {image.shape}; "
+                f"uint8 of shape {first.shape} is expected"
+            )
+        out[number] = image
     return out
 
 
@@ -394,7 +405,7 @@ def _column(table: Any, name: str, where: str) -> Any:
 
 
 def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
-    """Numeric members of the struct `infos`, at any depth."""
+    """Fields from the members of the struct `infos`, at any depth, except texts and members with nulls."""
     import pyarrow as pa
 
     out: dict[str, np.ndarray] = {}
@@ -411,7 +422,7 @@ def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
             sizes = [int(s) for s in shape.split(",") if s.isdigit()]
             if array.dtype.kind in "biuf" and array.size == len(array) * int(np.prod(sizes, dtype=np.int64)) and sizes:
                 array = array.reshape(len(array), *sizes)
-            elif array.ndim == 2 and array.shape[1] == 1:  # Arrow has no scalar row
+            elif array.ndim == 2 and array.shape[1] == 1:  # scalars are stored as lists of one number
                 array = array[:, 0]
             out[name] = array
     return out

@@ -1,15 +1,14 @@
-"""NPZ files: one episode each, or several in flat arrays with `episode_ends`; also what `tiphys export --to npz`
-writes.
+"""NPZ files, including those that `tiphys export --to npz` writes.
 
-Names follow the conventions (`observations`, `obs.image`, `actions`, `rewards`, `terminals`, …). In a file with
-`episode_ends` (or `episode_lengths`, or flags `terminals`/`dones`/`timeouts` of which more than the last is set) all
-arrays are flat over its steps. A member `_tiphys.json` (as bytes), written by the export, says everything that arrays
-cannot.
+A file holds one episode, or several episodes one after another in flat arrays. It holds several if it has
+`episode_ends` or `episode_lengths`, or if a flag (`terminals`, `dones`, `timeouts`, …) is set before the last row.
+Names follow the conventions of `infer.canonical` (`observations`, `obs.image`, `actions`, `rewards`, …). The export
+adds a member `_tiphys.json` with everything that arrays cannot hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -32,9 +31,9 @@ from tiphys.dataio.convert.limits import (
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
-_PIECE_BYTES = 256 << 20
-TASKS = "tasks.json"  # of an export
-ABOUT = "_tiphys.json"
+_PIECE_BYTES = 256 << 20  # approximate size of a piece
+TASKS = "tasks.json"  # written by the export: the tasks of all files
+EPISODE_JSON = "_tiphys.json"  # written by the export into each file
 _ENDS, _LENGTHS = "episode_ends", ("episode_lengths", "lengths")
 _FLAGS = ("terminated", "truncated")
 
@@ -50,19 +49,19 @@ class Npz(Converter):
     def _files(self) -> list[str]:
         found = [p for p in self.source.files if p.endswith(".npz")]
         if not found:
-            raise DataError(f"{self.source.url}: no *.npz")
+            raise DataError(f"{self.source.url}: there is no file *.npz")
         return found
 
     @cached_property
-    def _exported(self) -> list[TaskSpec]:
-        """The tasks, where the folder is an export of ours."""
+    def _exported_tasks(self) -> list[TaskSpec]:
+        """The tasks of the export; empty if the folder is not one of our exports."""
         if self.source.single or TASKS not in self.source.files:
             return []
         known = self.source.json(TASKS)
         return tasks_of(known.get("tasks") if isinstance(known, dict) else None, self.source.where(TASKS))
 
     def tasks(self) -> list[TaskSpec]:
-        return self._exported or super().tasks()
+        return self._exported_tasks or super().tasks()
 
     def pieces(self) -> list[Piece]:
         return group_files(self.source, self._files, _PIECE_BYTES)
@@ -71,48 +70,48 @@ class Npz(Converter):
         number = 0
         for path in piece.data["files"]:
             where = self.source.where(path)
-            read = attempt(partial(self._file, path, where), where)
-            if isinstance(read, BadEpisode):
+            readers = attempt(partial(self._read_file, path, where), where)
+            if isinstance(readers, BadEpisode):
                 if number >= start:
-                    yield read
+                    yield readers
                 number += 1
                 continue
-            for one in read:
+            for read in readers:
                 if number >= start:
-                    yield attempt(one, where)
+                    yield attempt(read, where)
                 number += 1
 
-    def _file(self, path: str, where: str) -> list[Any]:
-        """What makes each episode of the file."""
+    def _read_file(self, path: str, where: str) -> list[Callable[[], Episode]]:
+        """One function for each episode of the file, which builds that episode."""
         arrays: dict[str, np.ndarray] = {}
-        about: dict[str, Any] | None = None
+        metadata: dict[str, Any] | None = None
         total = 0
         with self.source.open(path) as stream, open_zip(stream, where) as archive:
             members = [m for m in archive.namelist() if not m.endswith("/")]
             if len(members) > FIELDS:
-                raise DataError(f"{where}: {len(members)} members, over {FIELDS}")
+                raise DataError(f"{where}: {len(members)} members; the limit is {FIELDS}")
             for name in members:
-                limit = JSON_BYTES if name == ABOUT else EPISODE_BYTES
+                limit = JSON_BYTES if name == EPISODE_JSON else EPISODE_BYTES
                 with open_member(archive, name, where, limit) as (member, size):
                     total = check_size(total + size, EPISODE_BYTES, where)
-                    if name == ABOUT:
-                        about = parse_json(member.read(size), f"{where}, {name}")
+                    if name == EPISODE_JSON:
+                        metadata = parse_json(member.read(size), f"{where}, {name}")
                     elif name.endswith(".npy"):
                         arrays[name[:-4]] = read_npy(member, size, f"{where}, {name}")
-        if about is not None:
-            return [partial(_exported, arrays, about, self._exported, where)]
+        if metadata is not None:
+            return [partial(_exported_episode, arrays, metadata, self._exported_tasks, where)]
         base = path.removesuffix(".npz")
         identity = f"{self.source.name}/{base}" if not self.source.single else base
         fields = {canonical(k.replace("/", ".")): v for k, v in arrays.items()}
         bounds = _bounds(fields, where)
         if bounds is None:
             return [lambda: self._episode(fields, identity, where)]
-        return [
-            lambda i=i: self._episode(
-                _cut(fields, bounds[i], bounds[i + 1], bounds[-1]), f"{identity}/{i:06d}", f"{where}, episode {i}"
-            )
-            for i in range(len(bounds) - 1)
-        ]
+
+        def read(i: int) -> Episode:
+            rows = _slice_rows(fields, bounds[i], bounds[i + 1], bounds[-1])
+            return self._episode(rows, f"{identity}/{i:06d}", f"{where}, episode {i}")
+
+        return [partial(read, i) for i in range(len(bounds) - 1)]
 
     def _episode(self, fields: dict[str, np.ndarray], identity: str, where: str) -> Episode:
         steps = _steps(fields, where)
@@ -120,33 +119,33 @@ class Npz(Converter):
         info: dict[str, Any] = {}
         for name, value in fields.items():
             if value.dtype.kind in "US":
-                words = texts(value.reshape(-1).tolist(), f"{where}, {name}")
-                out[name] = str(words[0]) if value.ndim == 0 else words
+                strings = texts(value.reshape(-1).tolist(), f"{where}, {name}")
+                out[name] = str(strings[0]) if value.ndim == 0 else strings
             elif value.ndim == 0:
                 info[name] = value.item()
             else:
-                flat = name in ("reward", *_FLAGS) and value.ndim == 2 and value.shape[1] == 1
-                value = channels_last(value.reshape(len(value)) if flat else value)
+                is_column = name in ("reward", *_FLAGS) and value.ndim == 2 and value.shape[1] == 1
+                value = channels_last(value.reshape(len(value)) if is_column else value)
                 out[name] = value.astype(bool) if name in _FLAGS else value
         return Episode(identity, self.source.name, out, steps, info=info)
 
 
 def _steps(fields: dict[str, np.ndarray], where: str) -> int:
-    """Number of actions: the rows of the actions, else of the rewards, else of the observations."""
-    for head in ("action", "reward", "observation"):
-        rows = {len(v) for k, v in fields.items() if k.partition(".")[0] == head and v.ndim}
+    """Number of steps: the rows of the actions. Without actions, those of the rewards, else of the observations."""
+    for kind in ("action", "reward", "observation"):
+        rows = {len(v) for k, v in fields.items() if k.partition(".")[0] == kind and v.ndim}
         if len(rows) > 1:
-            raise DataError(f"{where}: its {head}s have different numbers of rows ({sorted(rows)[:5]})")
+            raise DataError(f"{where}: the arrays of {kind}s have different numbers of rows ({sorted(rows)[:5]})")
         if rows:
             steps = rows.pop()
             if not 0 < steps <= EPISODE_STEPS:
-                raise DataError(f"{where}: an episode of {steps:,} steps")
+                raise DataError(f"{where}: {steps:,} steps; an episode has 1 to {EPISODE_STEPS:,}")
             return steps
-    raise DataError(f"{where}: no array called actions, rewards or observations; name them in a mapping file")
+    raise DataError(f"{where}: no array is called actions, rewards or observations; rename the arrays of the file")
 
 
 def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
-    """Rows at which the episodes of a flat file begin and end; None where the file is one episode."""
+    """The rows at which the episodes of a flat file begin, and the end of the last; None if the file is one episode."""
     lengths = next((fields.pop(n) for n in _LENGTHS if n in fields), None)
     ends = fields.pop(_ENDS, None)
     if ends is None and lengths is not None:
@@ -161,25 +160,28 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
             return None
         ends = np.unique(np.append(done, rows))
     if ends.dtype.kind not in "iu" or ends.ndim != 1 or not len(ends):
-        raise DataError(f"{where}: `{_ENDS}` must be a list of ascending row numbers")
+        raise DataError(f"{where}: `{_ENDS}` must be a one-dimensional list of row numbers")
     bounds = [0, *ends.astype(np.int64).tolist()]
     if any(b <= a for a, b in pairwise(bounds)):
-        raise DataError(f"{where}: `{_ENDS}` does not ascend")
+        raise DataError(f"{where}: `{_ENDS}` must ascend, and no episode may have length 0")
     steps = _steps(fields, where)
     if bounds[-1] > steps:
-        raise DataError(f"{where}: `{_ENDS}` speaks of {bounds[-1]:,} rows, and there are {steps:,}")
+        raise DataError(f"{where}: `{_ENDS}` ends at row {bounds[-1]:,}, but the arrays have {steps:,} rows")
     return bounds
 
 
-def _cut(fields: dict[str, np.ndarray], begin: int, end: int, rows: int) -> dict[str, np.ndarray]:
+def _slice_rows(fields: dict[str, np.ndarray], begin: int, end: int, rows: int) -> dict[str, np.ndarray]:
+    """Rows begin … end of every array over all `rows` steps; shorter arrays and scalars as they are."""
     return {k: v[begin:end] if v.ndim and len(v) >= rows else v for k, v in fields.items()}
 
 
-def _exported(arrays: dict[str, np.ndarray], about: Any, tasks: list[TaskSpec], where: str) -> Episode:
+def _exported_episode(arrays: dict[str, np.ndarray], metadata: Any, tasks: list[TaskSpec], where: str) -> Episode:
     """An episode that `tiphys.dataio.export.npz` wrote."""
-    words = about.get("words") if isinstance(about, dict) else None
-    task = next((t for t in tasks if isinstance(about, dict) and t.name == about.get("task")), None)
+    words = metadata.get("words") if isinstance(metadata, dict) else None
+    task = next((t for t in tasks if isinstance(metadata, dict) and t.name == metadata.get("task")), None)
     if task is None or not isinstance(words, dict):
-        raise DataError(f"{where}: {ABOUT} is not what an export writes, or {TASKS} lacks its task")
-    spoken = {k: texts(v, f"{where}, {k}") for k, v in words.items()}
-    return restore(about, {**arrays, **spoken}, task, where)
+        raise DataError(
+            f"{where}: {EPISODE_JSON} was not written by an export, or {TASKS} lacks the task of the episode"
+        )
+    step_texts = {k: texts(v, f"{where}, {k}") for k, v in words.items()}
+    return restore(metadata, {**arrays, **step_texts}, task, where)

@@ -1,4 +1,4 @@
-"""Parquet, row group by row group, in bounded memory: what a column decodes to is checked before it is decoded."""
+"""Reads Parquet in bounded memory: the size that a column chunk states is checked before the chunk is decoded."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from tiphys.dataio.convert.limits import EPISODE_BYTES, RECORD_BYTES, check_shap
 from tiphys.dataio.convert.source import Source, SourceUnavailable
 from tiphys.dataio.episode import DataError
 
-_BATCH = 4096  # rows decoded at a time
+_BATCH_ROWS = 4096  # rows decoded at a time
 
 
 @contextmanager
 def open_parquet(source: Source, path: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile. DataError where the file is none, or states sizes over the limits."""
+    """A pyarrow ParquetFile. Raises DataError if the file is not Parquet or states sizes over the limits."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with source.open(path) as stream:
         try:
             file = pq.ParquetFile(stream, thrift_string_size_limit=RECORD_BYTES, thrift_container_size_limit=10_000_000)
-            _check(file.metadata, source.where(path))
+            _check_sizes(file.metadata, source.where(path))
             _ = file.schema_arrow.names
         except SourceUnavailable:
             raise
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{source.where(path)}: not a readable Parquet file ({_line(error)})") from None
+            raise DataError(f"{source.where(path)}: not a readable Parquet file ({_one_line(error)})") from None
         yield file
 
 
-def _check(metadata: Any, where: str) -> None:
+def _check_sizes(metadata: Any, where: str) -> None:
     for group in range(metadata.num_row_groups):
         for column in range(metadata.row_group(group).num_columns):
             chunk = metadata.row_group(group).column(column)
             if max(chunk.total_uncompressed_size, chunk.num_values * 8) > EPISODE_BYTES or chunk.num_values < 0:
                 raise DataError(
                     f"{where}, row group {group}, column {chunk.path_in_schema}: {chunk.num_values:,} values in "
-                    f"{chunk.total_uncompressed_size:,} bytes, over {EPISODE_BYTES:,}"
+                    f"{chunk.total_uncompressed_size:,} bytes; the limit is {EPISODE_BYTES:,} bytes"
                 )
 
 
-def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH) -> Iterator[Any]:
-    """Record batches of these columns, in order."""
+def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH_ROWS) -> Iterator[Any]:
+    """Record batches of these columns, at most `rows` rows each, in the order of the file."""
     import pyarrow as pa
 
     try:
@@ -55,15 +55,15 @@ def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH) -
     except SourceUnavailable:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where}: the Parquet data is damaged ({_line(error)})") from None
+        raise DataError(f"{where}: the Parquet data is damaged ({_one_line(error)})") from None
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
 def read_columns(source: Source, path: str, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
-    """A small metadata table as Python lists; of `columns`, those that exist."""
+    """A small metadata table as Python lists. Names in `columns` that the file does not have are ignored."""
     with open_parquet(source, path) as file:
         have = list(file.schema_arrow.names)
         names = have if columns is None else [c for c in columns if c in have]
@@ -75,30 +75,30 @@ def read_columns(source: Source, path: str, columns: Sequence[str] | None = None
 
 
 def values(column: Any, where: str) -> list[Any]:
-    """An Arrow array as Python values; DataError where its texts are no UTF-8."""
+    """An Arrow array as Python values. Raises DataError if a text is not UTF-8."""
     import pyarrow as pa
 
     try:
         return list(column.to_pylist())
     except (UnicodeDecodeError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise DataError(f"{where}: holds values that cannot be read ({_line(error)})") from None
+        raise DataError(f"{where}: some values cannot be read ({_one_line(error)})") from None
 
 
 def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.ndarray:
-    """An Arrow array of numbers, or lists of them at any depth, or texts, as [rows, *shape].
+    """An Arrow array of numbers, texts or (nested) lists of numbers as a NumPy array [rows, *shape].
 
-    DataError on missing values and on lists of different lengths.
+    Raises DataError if values are missing or if lists have different lengths.
     """
     import pyarrow as pa
 
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # of zero chunks, or too large for one
+    if isinstance(column, pa.ChunkedArray):  # it has no chunk, or is too large for one
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
     if column.null_count:
-        raise DataError(f"{where}: has {column.null_count} missing values")
+        raise DataError(f"{where}: {column.null_count} values are missing (null)")
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type):
         return texts(values(column, where), where)
     rows, inner = len(column), []
@@ -109,19 +109,19 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
         column = column.flatten()
         inner.append(size)
         if column.null_count:
-            raise DataError(f"{where}: has missing values inside its lists")
+            raise DataError(f"{where}: values inside the lists are missing (null)")
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)):
-        raise DataError(f"{where}: Arrow type {column.type} is not read")
+        raise DataError(f"{where}: Arrow type {column.type} cannot be read; numbers, texts and lists of numbers can")
     array = column.to_numpy(zero_copy_only=False)
     target = tuple(inner) if shape is None else tuple(shape)
     check_shape((rows, *target), array.dtype.itemsize, where)
     if rows * math.prod(target) != array.size:
-        raise DataError(f"{where}: {array.size} values in {rows} rows are not rows of shape {target}")
+        raise DataError(f"{where}: {array.size} values do not make {rows} rows of shape {target}")
     return array.reshape((rows, *target))
 
 
 def _list_size(column: Any, where: str) -> int:
-    """The one length of all lists of a column."""
+    """The length of the lists of a column. Raises DataError if they differ."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -132,5 +132,5 @@ def _list_size(column: Any, where: str) -> int:
     sizes = pc.list_value_length(column)
     low, high = pc.min(sizes).as_py(), pc.max(sizes).as_py()
     if low != high:
-        raise DataError(f"{where}: lists of {low} to {high} values; all rows must have the same number")
+        raise DataError(f"{where}: lists have {low} to {high} values; all rows must have the same number")
     return int(low)

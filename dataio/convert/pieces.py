@@ -1,8 +1,9 @@
-"""source -> shards: a map over independent pieces of the source, restartable and idempotent, on one machine or on Ray.
+"""Converts a source to shards, piece by piece, on one machine or on a Ray cluster.
 
-Each piece becomes shards and a part of the index of its own, committed by one last upload. What was killed is simply
-run again: finished pieces are kept, unfinished ones are written anew over what they left, and the pieces are merged at
-the end. The bytes do not depend on the number of processes, on their order, or on how often the conversion was killed.
+The pieces of a source are independent. Each piece becomes its own shards and its own part of the index; the upload of
+that part comes last and commits the piece. If a conversion was killed, run it again: finished pieces are kept,
+unfinished ones are written again. At the end the pieces are merged. The bytes of the dataset do not depend on the
+number of processes, on their order, or on how often the conversion was killed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Mapping as Dict
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
@@ -29,14 +30,14 @@ from tiphys.dataio.shards import ShardWriter, merge_pieces
 from tiphys.dataio.storage import Store
 
 PLAN, REPORT = "pieces/plan.json", "conversion.json"
-_LISTED = 1000  # malformed episodes that a printed report names
+_MAX_LISTED = 1000  # malformed episodes that a printed report lists
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did. `str()` of it is for people; `conversion.json` in the dataset holds the same."""
+    """What a conversion did. `str(report)` is text for people; `conversion.json` in the dataset holds the same facts."""
 
     destination: str
     format: str
@@ -53,15 +54,15 @@ class ConversionReport:
         lines += [f"note: {note}" for note in self.notes]
         if self.bad:
             lines.append(f"{len(self.bad):,} malformed episodes were left out:")
-            lines += [f"  {b}" for b in self.bad[:_LISTED]]
-            if len(self.bad) > _LISTED:
-                lines.append(f"  … and {len(self.bad) - _LISTED:,} more in {REPORT}")
+            lines += [f"  {b}" for b in self.bad[:_MAX_LISTED]]
+            if len(self.bad) > _MAX_LISTED:
+                lines.append(f"  … and {len(self.bad) - _MAX_LISTED:,} more in {REPORT}")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to convert one piece; plain values, so that it can be sent anywhere."""
+    """Everything that a process needs to convert one piece, as plain values that can be sent to any process."""
 
     source: str
     target: str  # module:class of the converter
@@ -92,56 +93,63 @@ def convert(
 ) -> ConversionReport:
     """Convert a source of any known format into a dataset.
 
-    source       path or URL, of a folder or a file
-    destination  folder of the dataset, in any store; one that holds an unfinished conversion of the same is finished
-    format       name of a converter; recognised when not given
-    mapping      YAML file, or what it holds
-    skip_bad     leave malformed episodes out, count and list them; else the first is a DataError
-    processes    pieces converted at a time; 0: as many as cores
-    on           local | ray (a cluster that RAY_ADDRESS names, or one started here)
-    progress     called with (pieces done, pieces)
-    memory       bytes that the reader of one piece may take;  timeout: seconds until a silent reader counts as hanging
+    source       path or URL of a folder or a file
+    destination  folder of the dataset, in any store. If it holds an unfinished conversion of the same source with the
+                 same settings, that conversion is finished
+    format       name of a converter; recognised if not given
+    mapping      YAML file, its content as a dict, or a Mapping
+    skip_bad     leave out, count and list malformed episodes; otherwise the first one raises DataError
+    processes    number of pieces converted at the same time; 0: one for each core
+    on           local | ray (the cluster at RAY_ADDRESS, or one started on this machine)
+    progress     called with (pieces done, pieces in total)
+    shard_bytes  approximate size of a shard
+    memory       private memory, in bytes, that a reader process may use
+    timeout      seconds without an answer after which a reader process is stopped
 
-    Raises DataError for malformed data, FileExistsError where the destination holds something else.
+    Raises DataError if data is malformed, FileExistsError if the destination holds a dataset or another conversion,
+    ImportError if a package that the format needs is missing.
     """
     known = converters()
     rules = mapping if isinstance(mapping, Mapping) else _load_mapping(mapping)
     if format is not None and format not in known:
-        raise DataError(f"format {format!r} is none of {', '.join(known)}")
+        raise DataError(f"unknown format {format!r}; known: {', '.join(known)}")
     if on not in ("local", "ray"):
-        raise DataError(f"on {on!r}: local or ray")
+        raise DataError(f"on={on!r}: must be local or ray")
     with Reader(source, known.get(format or "", ""), rules.options, memory=memory, timeout=timeout) as reader:
         format = format or reader.recognise(known)
         pieces, found, notes, versions = reader.plan()
     tasks = rules.tasks(found)
     encodings = rules.encodings(found)
     job = Job(
-        source,
-        known[format],
-        destination,
-        tuple(t.to_dict() for t in tasks),
-        rules.to_dict(),
-        {k: asdict(e) for k, e in encodings.items()},
-        shard_bytes,
-        skip_bad,
-        memory,
-        timeout,
+        source=source,
+        target=known[format],
+        destination=destination,
+        tasks=tuple(t.to_dict() for t in tasks),
+        mapping=rules.to_dict(),
+        encodings={k: asdict(e) for k, e in encodings.items()},
+        shard_bytes=shard_bytes,
+        skip_bad=skip_bad,
+        memory=memory,
+        timeout=timeout,
     )
     store = Store(destination)
-    done = _begin(store, destination, _digest(job, pieces, versions))
+    done = _finished_pieces(store, destination, _plan(job, pieces, versions))
     todo = [p for p in pieces if p.name not in done]
     if progress is not None:
         progress(len(done), len(pieces))
-    run = _on_ray if on == "ray" else _on_this_machine
-    jobs = (Job(**{**_shallow(job), "piece": p}) for p in todo)
-    for number, _ in enumerate(run(jobs, len(todo), processes), len(done) + 1):
+    run_jobs = _run_on_ray if on == "ray" else _run_locally
+    jobs = (replace(job, piece=p) for p in todo)
+    for number, _ in enumerate(run_jobs(jobs, len(todo), processes), len(done) + 1):
         if progress is not None:
             progress(number, len(pieces))
     return _finish(store, destination, format, tasks, pieces, notes)
 
 
 def convert_piece(job: Job) -> str:
-    """Write one piece: its shards, its report, then the part of the index that commits it."""
+    """Write one piece: its shards, its report, and last its part of the index, which commits the piece.
+
+    Returns the name of the piece.
+    """
     rules = Mapping.from_dict(job.mapping)
     tasks = {t["name"]: TaskSpec(**t) for t in job.tasks}
     encodings = {k: Encoding(**e) for k, e in job.encodings.items()}
@@ -150,7 +158,7 @@ def convert_piece(job: Job) -> str:
 
     def reject(item: BadEpisode) -> None:
         if not job.skip_bad:
-            raise DataError(f"{item}. With --skip-bad such episodes are left out and listed")
+            raise DataError(f"{item}. Use --skip-bad to leave such episodes out and list them")
         bad.append(item)
 
     writer = ShardWriter(
@@ -166,13 +174,15 @@ def convert_piece(job: Job) -> str:
                 try:
                     item = rules.episode(item)
                     if item.task not in tasks:
-                        raise DataError(f"belongs to the task {item.task!r}, which the source did not announce")
+                        raise DataError(
+                            f"belongs to the task {item.task!r}, which the converter did not list in tasks()"
+                        )
                     writer.write(conform(item, tasks[item.task], where))
                 except DataError as error:
                     reject(BadEpisode(where, str(error).removeprefix(where + ": ")))
                     continue
                 episodes, steps = episodes + 1, steps + item.steps
-        except DataError as error:  # nothing more of this piece can be read
+        except DataError as error:  # the rest of the piece cannot be read
             if not job.skip_bad:
                 raise
             bad.append(BadEpisode(f"{job.source}, piece {job.piece.name} after {episodes} episodes", str(error)))
@@ -181,7 +191,7 @@ def convert_piece(job: Job) -> str:
     return job.piece.name
 
 
-_readers: dict[str, Reader] = {}  # this process' reader, kept from piece to piece
+_readers: dict[str, Reader] = {}  # the reader of this process, used again for the next piece
 
 
 def _reader(job: Job) -> Reader:
@@ -200,18 +210,17 @@ def _close_readers() -> None:
     _readers.clear()
 
 
-def _shallow(job: Job) -> dict[str, Any]:
-    return {name: getattr(job, name) for name in job.__dataclass_fields__}
-
-
 def _load_mapping(given: str | Dict[str, Any] | None) -> Mapping:
     if given is None:
         return Mapping()
     return Mapping.load(given) if isinstance(given, str) else Mapping.from_dict(dict(given))
 
 
-def _digest(job: Job, pieces: list[Piece], versions: list[list[str]]) -> bytes:
-    """What two runs must share to be the same conversion. Not --skip-bad: a finished piece has the same bytes either way."""
+def _plan(job: Job, pieces: list[Piece], versions: list[list[str]]) -> bytes:
+    """The conversion as JSON, with a digest that two runs must share to be the same conversion.
+
+    `skip_bad` is not part of it: a piece that was finished has the same bytes with and without.
+    """
     plan = {
         "converter": job.target,
         "source": Source(job.source).name,
@@ -228,17 +237,20 @@ def _digest(job: Job, pieces: list[Piece], versions: list[list[str]]) -> bytes:
     ).encode()
 
 
-def _begin(store: Store, destination: str, plan: bytes) -> set[str]:
-    """Names of the pieces that an earlier run has finished. FileExistsError where the destination is something else."""
-    there = set(store.list("pieces"))
-    if PLAN in there:
+def _finished_pieces(store: Store, destination: str, plan: bytes) -> set[str]:
+    """Names of the pieces that an earlier run has finished. The first run writes the plan.
+
+    Raises FileExistsError if the destination holds a dataset or another conversion.
+    """
+    existing = set(store.list("pieces"))
+    if PLAN in existing:
         old = json.loads(store.read(PLAN))
         if old.get("digest") != json.loads(plan)["digest"]:
             differs = [k for k, v in json.loads(plan).items() if old.get(k) != v and k != "digest"] or [
                 "the source's files"
             ]
             raise FileExistsError(
-                f"{destination} holds a conversion that differs in {', '.join(differs)}; "
+                f"{destination} holds another conversion, which differs in {', '.join(differs)}; "
                 "choose another folder, or delete this one"
             )
     else:
@@ -247,11 +259,11 @@ def _begin(store: Store, destination: str, plan: bytes) -> set[str]:
         except FileNotFoundError:
             store.write(PLAN, plan)
         else:
-            raise FileExistsError(f"{destination} holds a dataset already; choose another folder, or delete it")
+            raise FileExistsError(f"{destination} already holds a dataset; choose another folder, or delete it")
     suffix = ".parquet"
     return {
         p.removeprefix("pieces/")[: -len(suffix)]
-        for p in there
+        for p in existing
         if p.endswith(suffix) and not p.endswith(".statistics.parquet")
     }
 
@@ -266,14 +278,14 @@ def _finish(
         episodes, steps = episodes + part["episodes"], steps + part["steps"]
         bad += [BadEpisode(**b) for b in part["bad"]]
     if not episodes:
-        listed = "; ".join(str(b) for b in bad[:3]) or "the source has none"
+        listed = "; ".join(str(b) for b in bad[:3]) or "the source has no episodes"
         raise DataError(f"{destination}: no episode could be converted ({listed})")
     report = ConversionReport(
         destination, format, tuple(t.name for t in tasks), episodes, steps, tuple(bad), tuple(notes)
     )
-    said = {**asdict(report), "destination": None}
-    del said["destination"]
-    store.write(REPORT, json.dumps(said, indent=1, ensure_ascii=False).encode())
+    content = asdict(report)
+    del content["destination"]  # the same conversion gives the same bytes in any folder
+    store.write(REPORT, json.dumps(content, indent=1, ensure_ascii=False).encode())
     merge_pieces(destination, [p.name for p in pieces])
     return report
 
@@ -281,8 +293,8 @@ def _finish(
 # ---- where the pieces run --------------------------------------------------------------------------------------------
 
 
-def _on_this_machine(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
-    """Names of pieces as they are finished. At most `processes` at a time; the first error ends all."""
+def _run_locally(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
+    """Convert `processes` pieces at a time; yields the name of each finished piece. The first error stops all."""
     from multiprocessing import get_context
 
     workers = min(processes or os.cpu_count() or 1, count)
@@ -296,34 +308,35 @@ def _on_this_machine(jobs: Iterator[Job], count: int, processes: int) -> Iterato
         workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
     )
     try:
-        flying: set[Future[str]] = set()
+        pending: set[Future[str]] = set()
         for job in jobs:
-            flying.add(pool.submit(convert_piece, job))
-            if len(flying) >= 2 * workers:
-                yield from _landed(flying)
-        while flying:
-            yield from _landed(flying)
+            pending.add(pool.submit(convert_piece, job))
+            if len(pending) >= 2 * workers:
+                yield from _completed(pending)
+        while pending:
+            yield from _completed(pending)
     except BrokenProcessPool as error:
         raise DataError(
-            f"a converting process was killed (out of memory?): {error}; run it again, with fewer processes"
+            f"a converting process was killed (out of memory?): {error}; run the command again with fewer processes"
         ) from None
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # running pieces are of no use: each is begun anew
+        for process in list((pool._processes or {}).values()):  # the next run writes them again
             process.kill()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _landed(flying: set[Future[str]]) -> Iterator[str]:
-    finished, _ = wait(flying, return_when=FIRST_COMPLETED)
+def _completed(pending: set[Future[str]]) -> Iterator[str]:
+    """Wait for at least one piece; yields the names of those that are finished, and removes them from `pending`."""
+    finished, _ = wait(pending, return_when=FIRST_COMPLETED)
     for future in finished:
-        flying.discard(future)
+        pending.discard(future)
         yield future.result()
 
 
-def _on_ray(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
-    """The same map on a Ray cluster, whose nodes must all reach source and destination."""
+def _run_on_ray(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
+    """The same as `_run_locally` on a Ray cluster. Every node must be able to reach source and destination."""
     try:
         import ray
     except ImportError as error:
@@ -332,25 +345,25 @@ def _on_ray(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
     if started:
         ray.init(log_to_driver=False)
     try:
-        most = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1, max_retries=3)(convert_piece)
-        flying: list[Any] = []
+        pending: list[Any] = []
         for job in jobs:
-            flying.append(task.remote(job))
-            if len(flying) >= 2 * most:
-                yield from _arrived(flying)
-        while flying:
-            yield from _arrived(flying)
+            pending.append(task.remote(job))
+            if len(pending) >= 2 * workers:
+                yield from _completed_on_ray(pending)
+        while pending:
+            yield from _completed_on_ray(pending)
     finally:
         if started:
             ray.shutdown()
 
 
-def _arrived(flying: list[Any]) -> Iterator[str]:
+def _completed_on_ray(pending: list[Any]) -> Iterator[str]:
     import ray
 
-    ready, rest = ray.wait(flying)
-    flying[:] = rest
+    ready, rest = ray.wait(pending)
+    pending[:] = rest
     for reference in ready:
         try:
             yield ray.get(reference)

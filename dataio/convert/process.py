@@ -1,9 +1,12 @@
-"""The reader process: HDF5, FFmpeg, Parquet and every other parser of strangers' bytes run in a child that may die.
+"""The reader process: all parsers of untrusted data (HDF5, FFmpeg, Parquet, …) run in a child process that may crash.
 
-A crash, a hang, or more memory than allowed there is a DataError here, and names the file. One child serves many
-pieces, one after another; after its death the next request starts another.
+If the child crashes, hangs or needs more memory than allowed, the parent raises a DataError that names the source. One
+child reads many pieces, one after another. If it has died, the next request starts a new one.
 
-    python -m tiphys.dataio.convert.process DESCRIPTOR MEMORY PARENT      reads requests on standard input, answers on DESCRIPTOR
+    python -m tiphys.dataio.convert.process DESCRIPTOR MEMORY PARENT
+
+The child reads requests (a line of JSON each) from standard input and writes its answers to the file descriptor
+DESCRIPTOR. MEMORY is its limit in bytes, PARENT the process id of the parent.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ from tiphys.dataio.convert.limits import JSON_BYTES
 from tiphys.dataio.convert.source import Source, SourceUnavailable
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
-MEMORY = 8 << 30  # private memory of the reader, bytes
-TIMEOUT = 600.0  # seconds without an answer until it counts as hanging
+MEMORY = 8 << 30  # private memory of a reader process, in bytes
+TIMEOUT = 600.0  # seconds without an answer after which a reader process is stopped
 
-_HEAD = struct.Struct("<cQ")  # kind, bytes that follow (0 for an episode, which says so itself)
+_HEADER = struct.Struct("<cQ")  # kind of answer, bytes that follow (0 for an episode, which holds its own size)
 _EPISODE, _BAD, _RESULT, _END, _ERROR = b"E", b"B", b"R", b".", b"!"
 _ERRORS: dict[str, type[Exception]] = {
     "DataError": DataError,
@@ -45,11 +48,11 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 class ReaderDied(DataError):
-    """The reader process crashed, hung or ran out of memory over this data."""
+    """The reader process crashed or gave no answer while it read this data."""
 
 
 class Reader:
-    """One source and format, read in a child. Context manager."""
+    """Reads one source in one format in a child process. Context manager."""
 
     def __init__(
         self,
@@ -64,8 +67,8 @@ class Reader:
         self._job: dict[str, Any] = {"source": source, "target": target, "options": dict(options or {})}
         self._memory, self._timeout = memory, timeout
         self._child: subprocess.Popen[bytes] | None = None
-        self._answers = -1
-        self._errors: Any = None
+        self._answers = -1  # file descriptor of the pipe
+        self._errors: Any = None  # temporary file with the standard error of the child
 
     def __enter__(self) -> Reader:
         return self
@@ -74,23 +77,26 @@ class Reader:
         self.close()
 
     def recognise(self, known: Mapping[str, str]) -> str:
-        """The name of the source's format, among name -> module:class; it is the one that is read from then on."""
-        name = str(self._one("recognise", known=dict(known)))
+        """The name of the source's format, one of `known` (name -> module:class). Later calls read this format."""
+        name = str(self._request_one("recognise", known=dict(known)))
         self._job["target"] = known[name]
         return name
 
     def plan(self) -> tuple[list[Piece], list[TaskSpec], list[str], list[list[str]]]:
-        """Pieces, tasks, notes, and each piece's file versions."""
-        answer = self._one("plan")
+        """The pieces, the tasks, the notes, and the file versions of each piece."""
+        answer = self._request_one("plan")
         pieces = [Piece(**p) for p in answer["pieces"]]
         return pieces, [TaskSpec(**t) for t in answer["tasks"]], list(answer["notes"]), list(answer["versions"])
 
     def episodes(self, piece: Piece) -> Iterator[Item]:
-        """The piece's items. Where the reader dies over one, that one is a BadEpisode and another reader goes on after it."""
+        """The items of the piece. If the child dies, that item is a BadEpisode, and a new child continues after it.
+
+        Raises DataError if three children die one after another.
+        """
         done, deaths = 0, 0
         while True:
             try:
-                for item in self._ask("episodes", piece=asdict(piece), start=done):
+                for item in self._request("episodes", piece=asdict(piece), start=done):
                     done += 1
                     deaths = 0
                     yield item
@@ -99,8 +105,10 @@ class Reader:
                 deaths += 1
                 yield BadEpisode(f"{self._source}, piece {piece.name}, item {done}", str(error))
                 done += 1
-                if deaths == 3:  # it dies whatever is passed over: the file itself, not an episode
-                    raise DataError(f"{self._source}, piece {piece.name}: {error}; three times in a row") from None
+                if deaths == 3:  # then the file itself is at fault, not one episode
+                    raise DataError(
+                        f"{self._source}, piece {piece.name}: {error}; this happened three times in a row"
+                    ) from None
 
     def close(self) -> None:
         if self._child is not None:
@@ -113,19 +121,19 @@ class Reader:
             self._errors.close()
             self._child = None
 
-    def _one(self, operation: str, **arguments: Any) -> Any:
-        (answer,) = self._ask(operation, **arguments)
+    def _request_one(self, operation: str, **arguments: Any) -> Any:
+        (answer,) = self._request(operation, **arguments)
         return answer
 
     def _start(self) -> None:
         read, write = os.pipe()
-        with contextlib.suppress(OSError, ImportError, AttributeError):  # a larger pipe is only faster
+        with contextlib.suppress(OSError, ImportError, AttributeError):  # a larger pipe is faster, but not necessary
             import fcntl
 
             fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the child)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
         environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
-        environment["HDF5_PLUGIN_PRELOAD"] = "::"  # HDF5 loads no filter from a shared library because a file names it
+        environment["HDF5_PLUGIN_PRELOAD"] = "::"  # a file must not make HDF5 load a filter from a shared library
         self._child = subprocess.Popen(
             [sys.executable, "-m", "tiphys.dataio.convert.process", str(write), str(self._memory), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -137,26 +145,28 @@ class Reader:
         os.close(write)
         self._answers = read
 
-    def _ask(self, operation: str, **arguments: Any) -> Iterator[Any]:
-        """Answers to one request. Left before its end, the child is stopped: what it still sends belongs to no one."""
+    def _request(self, operation: str, **arguments: Any) -> Iterator[Any]:
+        """The answers to one request. If the caller does not read them all, the child is stopped."""
         if self._child is None:
             self._start()
         assert self._child is not None
         assert self._child.stdin is not None
         finished = False
         try:
-            with contextlib.suppress(BrokenPipeError):  # then it is dead, and reading says why
-                self._child.stdin.write(json.dumps({**self._job, "do": operation, **arguments}).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # then the child is dead, and the read below raises the reason
+                self._child.stdin.write(json.dumps({**self._job, "operation": operation, **arguments}).encode() + b"\n")
                 self._child.stdin.flush()
             while True:
-                head = bytearray(_HEAD.size)
-                self._read_into(memoryview(head))
-                kind, size = _HEAD.unpack(head)
+                header = bytearray(_HEADER.size)
+                self._read_into(memoryview(header))
+                kind, size = _HEADER.unpack(header)
                 if kind == _EPISODE:
                     yield wire.load(self._read_into, self._source)
                     continue
                 if size > JSON_BYTES * 4:
-                    raise ReaderDied(f"{self._source}: the reader sent {size:,} bytes of metadata")
+                    raise ReaderDied(
+                        f"{self._source}: the reader process sent {size:,} bytes of metadata; the limit is {JSON_BYTES * 4:,}"
+                    )
                 body = bytearray(size)
                 self._read_into(memoryview(body))
                 value: Any = json.loads(bytes(body)) if size else None
@@ -172,6 +182,7 @@ class Reader:
                 self.close()
 
     def _read_into(self, view: memoryview) -> None:
+        """Fill the view. Raises ReaderDied if the child has ended, or sends nothing for `timeout` seconds."""
         end = time.monotonic() + self._timeout
         poll = select.poll()
         poll.register(self._answers, select.POLLIN | select.POLLHUP)
@@ -179,15 +190,15 @@ class Reader:
             left = end - time.monotonic()
             if left <= 0 or not poll.poll(max(1, int(left * 1000))):
                 self.close()
-                raise ReaderDied(f"{self._source}: the reader gave no answer for {self._timeout:.0f} s")
+                raise ReaderDied(f"{self._source}: the reader process gave no answer for {self._timeout:.0f} s")
             count = os.readv(self._answers, [view])
             if count == 0:
-                raise ReaderDied(f"{self._source}: {self._epitaph()}")
+                raise ReaderDied(f"{self._source}: {self._exit_reason()}")
             view = view[count:]
             end = time.monotonic() + self._timeout
 
-    def _epitaph(self) -> str:
-        """How the child ended, and the last that it wrote."""
+    def _exit_reason(self) -> str:
+        """How the child ended, and the last line that it wrote to standard error."""
         assert self._child is not None
         code = self._child.wait()
         size = self._errors.seek(0, os.SEEK_END)
@@ -204,19 +215,19 @@ class Reader:
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
     source = Source(request["source"])
     try:
-        _work(request, source, out)
+        _execute(request, source, out)
     except Exception as error:
-        if source.failed:  # a library may have made something else of it
+        if source.failed:  # a library may have replaced the SourceUnavailable by an error of its own
             raise SourceUnavailable(source.failed) from error
         raise
 
 
-def _work(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
-    if request["do"] == "recognise":
+def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
+    if request["operation"] == "recognise":
         _send(out, _RESULT, recognise(source, request["known"]))
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
-    if request["do"] == "plan":
+    if request["operation"] == "plan":
         pieces = converter.pieces()
         plan = {
             "pieces": [asdict(p) for p in pieces],
@@ -238,25 +249,25 @@ def _work(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
 
 
 def _send_episode(out: BinaryIO, episode: Episode) -> Episode:
-    parts = wire.dump(episode)  # all that can fail comes before the first byte
-    out.write(_HEAD.pack(_EPISODE, 0))
+    parts = wire.dump(episode)  # everything that can fail comes before the first byte is sent
+    out.write(_HEADER.pack(_EPISODE, 0))
     for part in parts:
         out.write(part)
-    out.flush()  # else a crash over the next one would lose this one
+    out.flush()  # otherwise a crash at the next episode would lose this one
     return episode
 
 
 def _send(out: BinaryIO, kind: bytes, value: Any = None) -> None:
     body = b"" if value is None else json.dumps(value).encode()
-    out.write(_HEAD.pack(kind, len(body)) + body)
+    out.write(_HEADER.pack(kind, len(body)) + body)
     out.flush()
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process once its parent is gone, killed or not: nobody needs what it does, even in a call that never returns."""
+    """Start a thread that ends this process as soon as its parent has ended, even during a call that never returns."""
 
     def watch() -> None:
-        while os.getppid() == parent:  # false at once where it died before this began
+        while os.getppid() == parent:  # false from the start if the parent has already ended
             time.sleep(0.5)
         os._exit(1)
 
@@ -264,12 +275,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def main(descriptor: int, memory: int, parent: int) -> None:
+    """The child: answer requests until standard input is closed."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     die_with_parent(parent)
     with open(descriptor, "wb", buffering=1 << 16) as out:
         for line in sys.stdin.buffer:
@@ -279,19 +291,19 @@ def main(descriptor: int, memory: int, parent: int) -> None:
             except BrokenPipeError:
                 return
             except MemoryError:
-                text = f"reading it needs more than the {memory >> 20:,} MiB that a reader may take"
+                text = f"reading it needs more than the {memory >> 20:,} MiB that a reader may use"
                 _send(out, _ERROR, {"type": "DataError", "message": f"{json.loads(line)['source']}: {text}"})
             except Exception as error:
-                _send(out, _ERROR, _describe(error, json.loads(line)["source"]))
+                _send(out, _ERROR, _error_answer(error, json.loads(line)["source"]))
 
 
-def _describe(error: Exception, source: str) -> dict[str, str]:
+def _error_answer(error: Exception, source: str) -> dict[str, str]:
     for name, known in _ERRORS.items():
         if type(error).__name__ == name or (name in ("SourceUnavailable", "ImportError") and isinstance(error, known)):
             return {"type": name, "message": str(error)}
     if isinstance(error, DataError):
         return {"type": "DataError", "message": str(error)}
-    frame = traceback.extract_tb(error.__traceback__)[-1]  # where, for the report of what may be a bug of the reader
+    frame = traceback.extract_tb(error.__traceback__)[-1]  # the place, for a bug report
     at = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return {"type": "DataError", "message": f"{source}: {type(error).__name__}: {error} (at {at})"}
 

@@ -1,9 +1,11 @@
 """RLDS episodes of TensorFlow Datasets (Open X-Embodiment): TFRecord shards with `features.json`, without TensorFlow.
 
-TFDS flattens nested features into one tf.Example with names like `steps/observation/image`; a feature of a step then
-has its values of all steps one after another. The rows are kept as they are: whether the last step's action means
-anything differs between datasets (RLDS says no, most of Open X-Embodiment records it); the option `last_step:
-observation` drops it.
+TFDS flattens nested features into one tf.Example with names such as `steps/observation/image`. A feature of the steps
+holds the values of all steps one after another.
+
+By default the last row of an episode is kept with its action. In some datasets that action is valid (most of Open
+X-Embodiment), in others it is not (the RLDS specification). The option `last_step: observation` drops it: the last row
+then holds only an observation.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from tiphys.dataio.convert.tfrecord import Value, parse_example, records
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
-_EPISODE_INFO_BYTES = 4096  # a value of the episode this small goes into `info`
-_LOOK = 4  # episodes that tell whether a text changes by step
+_INFO_BYTES = 4096  # a per-episode value of at most this size goes into `info`, a larger one into a field
+_INSPECTED = 4  # episodes that are read to find out whether a text changes from step to step
 
 
 class Rlds(Converter):
@@ -40,10 +42,12 @@ class Rlds(Converter):
 
     @cached_property
     def _folders(self) -> list[str]:
-        """Folders of the datasets in the source, each with a features.json; '' for the source itself."""
+        """Folders of the source that hold a features.json, one for each dataset; '' is the source itself."""
         found = [p.rpartition("/")[0] for p in self.source.files if p.rpartition("/")[2] == "features.json"]
         if not found:
-            raise DataError(f"{self.source.url}: no features.json; without it a TFRecord has no meaning")
+            raise DataError(
+                f"{self.source.url}: there is no features.json, and TFRecord files cannot be read without it"
+            )
         return found
 
     def _path(self, folder: str, name: str) -> str:
@@ -62,22 +66,26 @@ class Rlds(Converter):
     def _features(self, folder: str) -> list[Feature]:
         path = self._path(folder, "features.json")
         try:
-            found = list(leaves(self.source.json(path), "", self._left_out))
+            found = list(leaves(self.source.json(path), "", self._skipped))
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise DataError(f"{self.source.where(path)}: {error}") from None
-            raise DataError(f"{self.source.where(path)}: not understood ({type(error).__name__}: {error})") from None
+            raise DataError(
+                f"{self.source.where(path)}: its content is not understood ({type(error).__name__}: {error})"
+            ) from None
         if not any(f.in_steps for f in found):
-            raise DataError(f"{self.source.where(path)}: has no `steps`; it is no RLDS dataset of episodes")
+            raise DataError(
+                f"{self.source.where(path)}: has no feature under `steps`; this is not an RLDS dataset of episodes"
+            )
         return found
 
     @cached_property
-    def _left_out(self) -> list[str]:
+    def _skipped(self) -> list[str]:
         return []
 
     @cached_property
     def _shards(self) -> list[tuple[str, str, str, int | None]]:
-        """(folder, split, file, number of episodes or None), in the order of dataset_info.json, then by name."""
+        """(folder, split, file, number of episodes or None if unknown), folder by folder, sorted by name."""
         out: list[tuple[str, str, str, int | None]] = []
         for folder in self._folders:
             lengths = self._lengths(folder)
@@ -91,7 +99,7 @@ class Rlds(Converter):
                     known = lengths.get(split)
                     out.append((folder, split, path, known[shard] if known and shard < len(known) else None))
         if not out:
-            raise DataError(f"{self.source.url}: no file *.tfrecord-NNNNN-of-NNNNN beside features.json")
+            raise DataError(f"{self.source.url}: there is no file *.tfrecord-NNNNN-of-NNNNN beside features.json")
         return out
 
     def _lengths(self, folder: str) -> dict[str, list[int]]:
@@ -102,7 +110,7 @@ class Rlds(Converter):
             }
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise DataError(
-                f"{self.source.where(self._path(folder, 'dataset_info.json'))}: splits are not understood ({error})"
+                f"{self.source.where(self._path(folder, 'dataset_info.json'))}: `splits` is not understood ({error})"
             ) from None
 
     def notes(self) -> list[str]:
@@ -116,8 +124,10 @@ class Rlds(Converter):
                 if self.options.get("split") not in (None, split):
                     continue
                 if split not in have:
-                    out.append(f"split {split!r} of {self._task(folder)} is listed, but none of its files is there")
-        return out + [f"left out: {name}" for name in dict.fromkeys(self._left_out)]
+                    out.append(
+                        f"split {split!r} of {self._task(folder)} is listed in dataset_info.json, but has no files"
+                    )
+        return out + [f"left out: {name}" for name in dict.fromkeys(self._skipped)]
 
     def pieces(self) -> list[Piece]:
         out = []
@@ -128,18 +138,18 @@ class Rlds(Converter):
             shard, total = (int(n) for n in path.rpartition(".tfrecord-")[2].split("-of-"))
             missing.setdefault((folder, split), set(range(total))).discard(shard)
         for (folder, split), shards in missing.items():
-            for shard in sorted(shards):  # a split with holes: each is an error, or listed with --skip-bad
+            for shard in sorted(shards):  # each missing shard is an error, or listed with --skip-bad
                 out.append(Piece(f"{len(out):06d}", {"folder": folder, "split": split, "files": [], "missing": shard}))
         return out
 
     def tasks(self) -> list[TaskSpec]:
-        return [self._spec(folder) for folder in dict.fromkeys(s[0] for s in self._shards)]
+        return [self._task_spec(folder) for folder in dict.fromkeys(s[0] for s in self._shards)]
 
-    def _spec(self, folder: str) -> TaskSpec:
-        """Fields from features.json; a look at the first episodes tells whether a text or a ragged length varies."""
-        episodes = self._first(folder)
+    def _task_spec(self, folder: str) -> TaskSpec:
+        """Fields from features.json. The first episodes show whether a text varies, and which length an open dimension has."""
+        episodes = self._first_episodes(folder)
         fields = []
-        for feature in self._kept(folder):
+        for feature in self._field_features(folder):
             seen = [e.fields[feature.field] for e in episodes if feature.field in e.fields]
             shape = feature.shape
             if -1 in shape and seen:
@@ -149,27 +159,27 @@ class Rlds(Converter):
                 fields.append(field_spec(feature.field, "str", (), per="step" if varies else "episode"))
             elif shape and -1 in shape:
                 raise DataError(
-                    f"{self.source.url}: feature {feature.path!r} has no fixed shape, and no episode shows one"
+                    f"{self.source.url}: feature {feature.path!r} has no fixed shape, and no episode could be read to infer it"
                 )
             else:
-                fields.append(_spec_of(feature, shape))
-        fields += [f for f in _ends(self._features(folder)) if f.name not in {g.name for g in fields}]
+                fields.append(_field_spec_of(feature, shape))
+        fields += [f for f in _flag_specs(self._features(folder)) if f.name not in {g.name for g in fields}]
         return TaskSpec(self._task(folder), tuple(fields))
 
-    def _kept(self, folder: str) -> list[Feature]:
-        """What becomes a field: everything in a step but the flags, and what of the episode is too large for `info`."""
+    def _field_features(self, folder: str) -> list[Feature]:
+        """Features that become fields: those of the steps except the flags, and per-episode ones too large for `info`."""
         return [f for f in self._features(folder) if _is_field(f)]
 
-    def _first(self, folder: str) -> list[Episode]:
+    def _first_episodes(self, folder: str) -> list[Episode]:
         out: list[Episode] = []
         for piece in self.pieces():
             if piece.data["folder"] == folder and piece.data["files"]:
                 for item in self.episodes(piece):
                     if isinstance(item, Episode):
                         out.append(item)
-                    if len(out) >= _LOOK or isinstance(item, BadEpisode):
+                    if len(out) >= _INSPECTED or isinstance(item, BadEpisode):
                         break
-            if len(out) >= _LOOK:
+            if len(out) >= _INSPECTED:
                 break
         return out
 
@@ -191,7 +201,7 @@ class Rlds(Converter):
                 number += 1
         if piece.data.get("count") is not None and number != piece.data["count"]:
             raise DataError(
-                f"{where}: holds {number} episodes, and dataset_info.json says {piece.data['count']}; it is cut"
+                f"{where}: holds {number} episodes, but dataset_info.json lists {piece.data['count']}; the file is cut"
             )
 
     def _read(self, record: memoryview, features: list[Feature], task: str, key: str, where: str) -> Episode:
@@ -202,7 +212,7 @@ class Rlds(Converter):
         flags: dict[str, np.ndarray] = {}
         for feature in features:
             if feature.path not in example and feature.path + "/ragged_flat_values" not in example:
-                raise DataError(f"{where}: lacks the feature {feature.path!r} of features.json")
+                raise DataError(f"{where}: the feature {feature.path!r} of features.json is missing")
             here = f"{where}, {feature.path}"
             rows = steps if feature.in_steps else 1
             value = _decode(example, feature, rows, here)
@@ -219,12 +229,15 @@ class Rlds(Converter):
             fields.setdefault("truncated", flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool)))
         if self.options.get("last_step") == "observation" and steps > 1:
             steps -= 1
-            fields = {k: _shift_end(k, v, steps) for k, v in fields.items()}
+            fields = {k: _drop_last_step(k, v, steps) for k, v in fields.items()}
         return Episode(id=key, task=task, fields=fields, steps=steps, info=info)
 
 
-def _shift_end(name: str, value: Any, steps: int) -> Any:
-    """With the last row an observation only: a flag that stands there belongs to the action that led to it."""
+def _drop_last_step(name: str, value: Any, steps: int) -> Any:
+    """A field of an episode without its last step.
+
+    Observations keep their last row. A flag in the last row moves to the step before it. Other fields lose the row.
+    """
     if isinstance(value, str) or np.ndim(value) == 0 or len(value) != steps + 1:
         return value
     head = name.partition(".")[0]
@@ -234,16 +247,18 @@ def _shift_end(name: str, value: Any, steps: int) -> Any:
 
 
 def _is_field(feature: Feature) -> bool:
+    """Whether the feature becomes a field; otherwise it is a flag or goes into the episode's `info`."""
     name = feature.path.removeprefix("steps/")
     if feature.in_steps:
         return name not in _FLAGS
     if feature.kind == "image":
         return True
     size = math.prod(feature.shape) * 8
-    return feature.kind == "tensor" and (-1 in feature.shape or size > _EPISODE_INFO_BYTES)
+    return feature.kind == "tensor" and (-1 in feature.shape or size > _INFO_BYTES)
 
 
-def _ends(features: list[Feature]) -> list[FieldSpec]:
+def _flag_specs(features: list[Feature]) -> list[FieldSpec]:
+    """The fields that `is_terminal` and `is_last` become."""
     paths = {f.path for f in features}
     out = []
     if "steps/is_terminal" in paths:
@@ -253,7 +268,7 @@ def _ends(features: list[Feature]) -> list[FieldSpec]:
     return out
 
 
-def _spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
+def _field_spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
     per = "step" if feature.in_steps else "episode"
     if feature.kind == "image":
         return field_spec(
@@ -266,7 +281,7 @@ def _spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:
 
 
 def _steps(example: Mapping[str, Value], features: list[Feature], where: str) -> int:
-    """Number of steps: what every feature of a step agrees on."""
+    """Number of steps. Raises DataError if the features of the steps do not agree."""
     counts: set[float] = set()
     for feature in features:
         if not feature.in_steps or feature.path not in example:
@@ -277,11 +292,11 @@ def _steps(example: Mapping[str, Value], features: list[Feature], where: str) ->
             counts.add(len(value) / size if size else 0.0)
     if len(counts) != 1 or not next(iter(counts)).is_integer():
         raise DataError(
-            f"{where}: its features have different numbers of steps ({', '.join(f'{c:g}' for c in sorted(counts)[:5])})"
+            f"{where}: the features have different numbers of steps ({', '.join(f'{c:g}' for c in sorted(counts)[:5])})"
         )
     steps = int(next(iter(counts)))
     if not 0 < steps <= EPISODE_STEPS:
-        raise DataError(f"{where}: an episode of {steps:,} steps")
+        raise DataError(f"{where}: {steps:,} steps; an episode has 1 to {EPISODE_STEPS:,}")
     return steps
 
 
@@ -295,75 +310,82 @@ def _decode(example: Mapping[str, Value], feature: Feature, rows: int, where: st
     if feature.kind == "image":
         return _images(_byte_rows(value, rows, where), feature, where)
     if isinstance(value, list):
-        return _encoded(_byte_rows(value, rows, where), feature, where)
+        return _tensors(_byte_rows(value, rows, where), feature, where)
     if -1 in feature.shape:
         known = math.prod(s for s in feature.shape if s != -1)
         if feature.shape.count(-1) > 1 or value.size % max(rows * known, 1):
-            raise DataError(f"{where}: {value.size} values in {rows} rows are not rows of shape {feature.shape}")
+            raise DataError(f"{where}: {value.size} values do not make {rows} rows of shape {feature.shape}")
         shape = tuple(value.size // max(rows * known, 1) if s == -1 else s for s in feature.shape)
     else:
         shape = feature.shape
     if value.size != rows * math.prod(shape):
-        raise DataError(f"{where}: {value.size} values in {rows} rows are not rows of shape {shape}")
-    return _to(value, feature.dtype, where).reshape(rows, *shape)
+        raise DataError(f"{where}: {value.size} values do not make {rows} rows of shape {shape}")
+    return _cast(value, feature.dtype, where).reshape(rows, *shape)
 
 
-def _to(value: np.ndarray, dtype: str, where: str) -> np.ndarray:
+def _cast(value: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """As `dtype`. Raises DataError if an integer does not fit."""
     out = value.astype(dtype)
     if value.dtype.kind == "i" and not bool(np.all(out.astype(np.int64) == value)) and dtype != "uint64":
-        raise DataError(f"{where}: values out of the range of {dtype}")
+        raise DataError(f"{where}: a value is out of the range of {dtype}")
     return out
 
 
 def _byte_rows(value: Value, rows: int, where: str) -> list[bytes]:
     if not isinstance(value, list) or len(value) != rows:
-        raise DataError(f"{where}: {len(value)} values for {rows} rows, or numbers where bytes were expected")
+        raise DataError(f"{where}: expected {rows} byte strings, found {len(value)} values, or numbers")
     return value
 
 
 def _images(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
-    """Pictures of one size. An empty string, which TFDS writes for a picture that is absent, is black."""
+    """Images of one size. An empty string, which TFDS writes for an absent image, becomes a black image."""
     shape = feature.shape if -1 not in feature.shape and feature.shape else None
     first = next((decode_image(d, where) for d in data if d), None) if shape is None else None
     if first is None and shape is None:
-        raise DataError(f"{where}: an episode without a single picture, and no shape in features.json")
+        raise DataError(f"{where}: the episode has no image, and features.json gives no shape")
     size = tuple(shape) if shape is not None else first.shape  # type: ignore[union-attr]
     check_shape((len(data), *size), np.dtype(feature.dtype).itemsize, where, EPISODE_BYTES)
     out = np.zeros((len(data), *size), np.dtype(feature.dtype))
-    for row, picture in enumerate(data):
-        if picture:
-            array = decode_image(picture, f"{where}, step {row}")
+    for row, encoded in enumerate(data):
+        if encoded:
+            array = decode_image(encoded, f"{where}, step {row}")
             if feature.dtype == "float32" and array.dtype == np.uint8 and array.shape[2] == 4:
-                array = np.ascontiguousarray(array).view("<f4")  # TFDS keeps the bytes of a float (depth) as RGBA
+                array = np.ascontiguousarray(array).view("<f4")  # TFDS stores the bytes of a float32 (depth) as RGBA
             if array.shape != size:
-                raise DataError(f"{where}, step {row}: a picture of {array.shape}, not {size}")
+                raise DataError(f"{where}, step {row}: the image has shape {array.shape}, not {size}")
             out[row] = array
     return out
 
 
-def _encoded(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
-    """Tensors that TFDS stored as bytes, plain or zlib."""
+def _tensors(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
+    """Tensors that TFDS stored as bytes (plain or zlib), as [rows, *shape]."""
     if feature.encoding not in ("bytes", "zlib") or -1 in feature.shape:
-        raise DataError(f"{where}: bytes where numbers were expected (encoding {feature.encoding!r})")
+        raise DataError(
+            f"{where}: stored as bytes with encoding {feature.encoding!r} and shape {feature.shape}, which cannot be read"
+        )
     dtype = np.dtype(feature.dtype).newbyteorder("<")
     size = math.prod(check_shape((len(data), *feature.shape), dtype.itemsize, where)[1:]) * dtype.itemsize
     rows = [inflate(d, where, wbits=15, limit=size) if feature.encoding == "zlib" else d for d in data]
     if any(len(r) != size for r in rows):
-        raise DataError(f"{where}: a tensor of another size than {size} bytes")
+        raise DataError(f"{where}: a tensor does not have the expected {size} bytes")
     return np.frombuffer(b"".join(rows), dtype).reshape(len(data), *feature.shape).astype(feature.dtype)
 
 
 def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: str) -> np.ndarray:
-    """A length that varies in the data but not within this episode: `ragged_flat_values` and `ragged_row_lengths_0`."""
+    """A ragged feature, whose length must be the same for all steps of this episode.
+
+    TFDS stores it as `ragged_flat_values` and `ragged_row_lengths_0`.
+    """
     values = example.get(feature.path + "/ragged_flat_values")
     lengths = example.get(feature.path + "/ragged_row_lengths_0")
     if not isinstance(values, np.ndarray) or not isinstance(lengths, np.ndarray) or len(lengths) != rows:
-        raise DataError(f"{where}: a ragged feature without its row lengths")
+        raise DataError(f"{where}: the ragged feature has no valid row lengths")
     if rows == 0 or bool(np.any(lengths != lengths[0])) or feature.shape.count(-1) != 1:
         raise DataError(
-            f"{where}: has another length at each step; drop it in a mapping file (`fields: {{{feature.field}: drop}}`)"
+            f"{where}: the length differs from step to step, which cannot be read; to convert without this feature, "
+            "remove it from features.json"
         )
     shape = check_shape([int(lengths[0]) if s == -1 else s for s in feature.shape], 8, where)
     if values.size != rows * math.prod(shape):
-        raise DataError(f"{where}: {values.size} values in {rows} rows are not rows of shape {shape}")
-    return _to(values, feature.dtype, where).reshape(rows, *shape)
+        raise DataError(f"{where}: {values.size} values do not make {rows} rows of shape {shape}")
+    return _cast(values, feature.dtype, where).reshape(rows, *shape)

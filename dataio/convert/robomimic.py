@@ -1,7 +1,7 @@
 """robomimic HDF5: `data/demo_k` with obs, next_obs, actions, rewards, dones, states; `mask/NAME` lists demonstrations.
 
-https://robomimic.github.io/docs/datasets/overview.html. An episode's masks (train, valid, 20_percent, …) stand in its
-info, and the option `mask` keeps one of them.
+https://robomimic.github.io/docs/datasets/overview.html. The masks of an episode (train, valid, 20_percent, …) are stored
+in its `info`. With the option `mask: NAME` only the demonstrations of that mask are converted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiphys.dataio.convert.limits import EPISODE_STEPS, parse_json
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode
 
-_PIECE_BYTES = 256 << 20
+_PIECE_BYTES = 256 << 20  # approximate size of a piece
 
 
 class Robomimic(Converter):
@@ -40,12 +40,12 @@ class Robomimic(Converter):
     def _files(self) -> list[str]:
         found = hdf5.hdf5_files(self.source)
         if not found:
-            raise DataError(f"{self.source.url}: no *.hdf5 or *.h5")
+            raise DataError(f"{self.source.url}: there is no file *.hdf5 or *.h5")
         return found
 
     @cached_property
     def _contents(self) -> dict[str, tuple[str, list[str], dict[str, list[str]]]]:
-        """file -> (task, demonstrations, demonstration -> its masks)."""
+        """file -> (task, names of the demonstrations, demonstration -> its masks)."""
         out = {}
         for path in self._files:
             where = self.source.where(path)
@@ -93,10 +93,10 @@ class Robomimic(Converter):
         group = hdf5.member(data, demo, where)
         found = hdf5.datasets(group, where)
         if "actions" not in found:
-            raise DataError(f"{where}: has no actions")
+            raise DataError(f"{where}: there is no dataset `actions`")
         steps = hdf5.length(found["actions"], f"{where}, actions")
         if not 0 < steps <= EPISODE_STEPS:
-            raise DataError(f"{where}: {steps:,} actions")
+            raise DataError(f"{where}: {steps:,} actions; an episode has 1 to {EPISODE_STEPS:,}")
         fields: dict[str, Any] = {}
         for key, dataset in found.items():
             if key.startswith("next_obs.") or not dataset.shape or dataset.shape[0] != steps:
@@ -106,7 +106,7 @@ class Robomimic(Converter):
             if name.partition(".")[0] not in ("observation", "action", "reward", "terminated") or key.startswith(
                 "states"
             ):
-                name = f"info.{key}"  # the simulator's state, other forms of the actions
+                name = f"info.{key}"  # the state of the simulator, other forms of the actions
             if name in ("reward", "terminated"):
                 value = value.reshape(steps)
             fields[name] = value.astype(bool) if name == "terminated" else value
@@ -115,10 +115,10 @@ class Robomimic(Converter):
             if key.startswith("next_obs.") and name in fields:
                 last = channels_last(hdf5.read(dataset, f"{where}, {key}", steps - 1, steps))
                 if last.shape != (1, *fields[name].shape[1:]):
-                    raise DataError(f"{where}: {key} has other rows than obs")
+                    raise DataError(f"{where}: the rows of {key} and of the same key under obs have different shapes")
                 fields[name] = np.concatenate([fields[name], last.astype(fields[name].dtype)])
-        about = hdf5.attribute(group, "ep_meta")
-        meta = parse_json(about, f"{where}, ep_meta") if isinstance(about, str) else {}
+        episode_metadata = hdf5.attribute(group, "ep_meta")
+        meta = parse_json(episode_metadata, f"{where}, ep_meta") if isinstance(episode_metadata, str) else {}
         if isinstance(meta, dict) and isinstance(meta.get("lang"), str):
             fields["instruction"] = meta["lang"]
         identity = f"{task}/{demo}" if len(self._files) == 1 else f"{task}/{path}/{demo}"

@@ -1,4 +1,4 @@
-"""Source: the files of one folder or one file, on a disk or in any store, read-only and never outside of itself."""
+"""Source: read-only access to the files of one folder, or to one file, on a disk or in a store, and to nothing else."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from typing import Any, BinaryIO, cast
 from tiphys.dataio.convert.limits import FILES, JSON_BYTES, check_size, parse_json
 from tiphys.dataio.episode import DataError
 
-_BLOCK = 1 << 20  # a remote file is read ahead by this much
+_READ_AHEAD = 1 << 20  # bytes that a read of a remote file fetches at least
 
 
 class SourceUnavailable(OSError):
-    """The store or disk failed (not the data): never taken for a malformed episode, whatever is skipped."""
+    """The store failed, not the data. This is never treated as a malformed episode, not even with `skip_bad`."""
 
 
 class Source:
-    """A folder, or a single file, at a path or URL. Paths in here are relative, with forward slashes.
+    """A folder or a single file, at a path or URL. All paths are relative to the folder and use forward slashes.
 
-    Links of a local folder are followed only inside the folder, or into the `blobs` of a Hugging Face cache, whose
-    snapshots are made of links.
+    Symbolic links in a local folder are followed only if they stay inside the folder. In a Hugging Face cache, where a
+    snapshot consists of links, they may also lead into its `blobs`.
     """
 
     def __init__(self, url: str):
         self.url = os.fspath(url).rstrip("/") or "/"
         scheme, separator, rest = self.url.partition("://")
         self._store: Any = None
-        self.failed = ""  # what the store said, should a library swallow the SourceUnavailable in which it said so
+        self.failed = ""  # why a read from the store failed, because a library may swallow the SourceUnavailable
         if separator and scheme != "file":
             self._open_remote()
         else:
             path = os.path.realpath(rest if separator else self.url)
             if not os.path.exists(path):
-                raise DataError(f"{self.url}: there is no such file or folder")
+                raise DataError(f"{self.url}: no such file or folder")
             self.single = "" if os.path.isdir(path) else os.path.basename(path)
-            self._folders: dict[str, str] = {}  # folder -> where it lies, links resolved and checked
+            self._folders: dict[str, str] = {}  # folder -> its real path, checked to lie inside the source
             self._root = os.path.dirname(path) if self.single else path
             head, snapshots = os.path.split(os.path.dirname(self._root))
             self._allowed = [self._root, os.path.join(head, "blobs")] if snapshots == "snapshots" else [self._root]
@@ -49,7 +49,9 @@ class Source:
 
         parent, _, name = self.url.rpartition("/")
         self.single = ""
-        if os.path.splitext(name)[1] and not parent.endswith(":/"):  # x.hdf5: a file, unless it is a folder (x.zarr/)
+        if os.path.splitext(name)[1] and not parent.endswith(
+            ":/"
+        ):  # x.hdf5 is a file, x.zarr may be a folder: ask the store
             store = Store(parent)
             try:
                 store.head(name)
@@ -63,7 +65,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The last part of the URL without a suffix: what a dataset without a name is called."""
+        """The last part of the URL without its suffix. It names datasets that have no name of their own."""
         base = self.single or self.url.rstrip("/").rpartition("/")[2] or "dataset"
         return re.sub(r"(\.zarr)?(\.(zip|hdf5|h5|tar|npz|parquet|jsonl|txt|zarr))?$", "", base) or "dataset"
 
@@ -72,7 +74,7 @@ class Source:
         return self._store is None
 
     def check(self, path: str) -> str:
-        """The path itself, if it stays inside the source. DataError otherwise."""
+        """Returns the path. Raises DataError if it leads out of the source."""
         parts = path.split("/")
         if not path or path.startswith("/") or "\\" in path or "\0" in path or any(p in ("", ".", "..") for p in parts):
             raise DataError(f"{self.url}: the path {path!r} leads out of the source; it is not followed")
@@ -81,22 +83,25 @@ class Source:
     def _local(self, path: str) -> str:
         folder, _, name = self.check(path).rpartition("/")
         if folder not in self._folders:
-            self._folders[folder] = self._inside(os.path.realpath(os.path.join(self._root, folder)), path)
+            self._folders[folder] = self._check_inside(os.path.realpath(os.path.join(self._root, folder)), path)
         full = os.path.join(self._folders[folder], name)
-        return self._inside(os.path.realpath(full), path) if os.path.islink(full) else full
+        return self._check_inside(os.path.realpath(full), path) if os.path.islink(full) else full
 
-    def _inside(self, full: str, path: str) -> str:
+    def _check_inside(self, full: str, path: str) -> str:
         if not any(full == root or full.startswith(root.rstrip("/") + "/") for root in self._allowed):
-            raise DataError(f"{self.where(path)}: a link that leads out of the source ({full}); it is not followed")
+            raise DataError(f"{self.where(path)}: the link leads out of the source ({full}); it is not followed")
         return full
 
     def where(self, path: str) -> str:
-        """How messages name a file."""
+        """The name of a file for messages."""
         return self.url if self.single else f"{self.url}/{path}"
 
     @cached_property
     def files(self) -> list[str]:
-        """All files, sorted. A store that cannot list (plain https) raises SourceUnavailable."""
+        """The paths of all files, sorted; hidden files only if Zarr needs them.
+
+        Raises SourceUnavailable if the store cannot list (plain https).
+        """
         if self.single:
             return [self.single]
         found: list[str] = []
@@ -106,13 +111,15 @@ class Source:
             except OSError as error:
                 raise SourceUnavailable(f"{self.url}: cannot be listed ({error})") from error
         else:
-            for folder, folders, names in os.walk(self._root):  # does not enter folders that are links
+            for folder, folders, names in os.walk(self._root):  # os.walk does not enter folders that are links
                 folders.sort()
                 relative = os.path.relpath(folder, self._root)
                 found += [n if relative == "." else f"{relative}/{n}" for n in names]
                 if len(found) > FILES:
                     raise DataError(f"{self.url}: more than {FILES:,} files")
-        return sorted(p for p in found if not any(part.startswith(".") and part not in _ZARR for part in p.split("/")))
+        return sorted(
+            p for p in found if not any(part.startswith(".") and part not in _ZARR_METADATA for part in p.split("/"))
+        )
 
     def exists(self, path: str) -> bool:
         try:
@@ -122,21 +129,21 @@ class Source:
         return True
 
     def size(self, path: str) -> int:
-        """Bytes. FileNotFoundError where there is no such file."""
+        """Size in bytes. Raises FileNotFoundError if there is no such file."""
         if self._store is None:
             full = self._local(path)
             if not os.path.isfile(full):
-                raise FileNotFoundError(f"{self.where(path)}: there is no such file")
+                raise FileNotFoundError(f"{self.where(path)}: no such file")
             return os.path.getsize(full)
         try:
             return int(self._store.head(self.check(path)).size)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{self.where(path)}: there is no such file") from None
+            raise FileNotFoundError(f"{self.where(path)}: no such file") from None
         except OSError as error:
             raise SourceUnavailable(f"{self.where(path)}: {error}") from error
 
     def version(self, path: str) -> str:
-        """What changes when the file does: size with ETag (stores) or modification time (disks)."""
+        """A text that changes if the file changes: its size, with its ETag (store) or modification time (disk)."""
         if self._store is None:
             status = os.stat(self._local(path))
             return f"{status.st_size}-{status.st_mtime_ns}"
@@ -145,35 +152,35 @@ class Source:
 
     @contextmanager
     def open(self, path: str) -> Iterator[BinaryIO]:
-        """The file as a seekable stream. FileNotFoundError where there is none."""
+        """The file as a seekable stream. Raises FileNotFoundError if there is no such file."""
         if self._store is None:
             try:
                 stream = open(self._local(path), "rb")  # noqa: SIM115 (closed by the next line)
             except (FileNotFoundError, IsADirectoryError):
-                raise FileNotFoundError(f"{self.where(path)}: there is no such file") from None
+                raise FileNotFoundError(f"{self.where(path)}: no such file") from None
             with stream:
                 yield stream
         else:
             size = self.size(path)
-            with io.BufferedReader(_RemoteFile(self, path, size), _BLOCK) as remote:
+            with io.BufferedReader(_RemoteFile(self, path, size), _READ_AHEAD) as remote:
                 yield cast(BinaryIO, remote)
 
     def read(self, path: str, limit: int = JSON_BYTES) -> bytes:
-        """The whole file, if it has at most `limit` bytes."""
+        """The whole file. Raises DataError if it has more than `limit` bytes."""
         with self.open(path) as stream:
             check_size(stream.seek(0, os.SEEK_END), limit, self.where(path))
             stream.seek(0)
             return stream.read()
 
     def local_path(self, path: str) -> str | None:
-        """Where a file of a local source lies, for libraries that read a file faster than a stream; None in a store."""
+        """The path on disk, for libraries that read files faster than streams; None if the source is in a store."""
         return None if self._store is not None else self._local(path)
 
     def json(self, path: str, limit: int = JSON_BYTES) -> Any:
         return parse_json(self.read(path, limit), self.where(path))
 
     def json_lines(self, path: str, limit: int = JSON_BYTES) -> list[dict[str, Any]]:
-        """The objects of a `.jsonl`, one a line."""
+        """The JSON objects of a `.jsonl` file, one per line."""
         out = []
         for number, line in enumerate(self.read(path, limit).splitlines(), 1):
             if line.strip():
@@ -185,10 +192,10 @@ class Source:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file in a Store as a seekable stream of range reads."""
+    """A file in a store as a seekable stream. Each read is a range request."""
 
     def __init__(self, source: Source, path: str, size: int):
-        self._source, self._path, self._size, self._at = source, path, size, 0
+        self._source, self._path, self._size, self._position = source, path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -197,42 +204,51 @@ class _RemoteFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        count = min(len(view), self._size - self._at)
+        count = min(len(view), self._size - self._position)
         if count <= 0:
             return 0
         try:
-            (data,) = self._source._store.read_ranges(self._path, [self._at], [count])
+            (data,) = self._source._store.read_ranges(self._path, [self._position], [count])
         except OSError as error:
-            self._source.failed = f"{self._source.where(self._path)}, bytes {self._at}–{self._at + count}: {error}"
+            self._source.failed = (
+                f"{self._source.where(self._path)}, bytes {self._position}–{self._position + count}: {error}"
+            )
             raise SourceUnavailable(self._source.failed) from error
         view[:count] = memoryview(data).cast("B")
-        self._at += count
+        self._position += count
         return count
 
 
-_ZARR = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
+_ZARR_METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
 
 
 def expand(template: str, where: str, **values: int | str) -> str:
-    """A path template of a stranger: `{name}` and `{name:03d}` only, unlike str.format, which reads attributes."""
+    """Fill in an untrusted path template. Only `{name}` and `{name:03d}` are allowed; str.format would read attributes.
+
+    Raises DataError if the template is not understood or names an unknown value.
+    """
     if not isinstance(template, str):
         raise DataError(f"{where}: {template!r} is not a path template")
 
-    def one(match: re.Match[str]) -> str:
+    def substitute(match: re.Match[str]) -> str:
         name, width = match.group(1), match.group(2)
         if name not in values:
-            raise DataError(f"{where}: the path template {template!r} asks for {name!r}; known: {', '.join(values)}")
+            raise DataError(
+                f"{where}: the path template {template!r} needs {name!r}, which is not one of {', '.join(values)}"
+            )
         return f"{int(values[name]):0{int(width)}d}" if width else str(values[name])
 
-    path = re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", one, template)
+    path = re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", substitute, template)
     if "{" in path or "}" in path:
-        raise DataError(f"{where}: the path template {template!r} is not understood")
+        raise DataError(
+            f"{where}: the path template {template!r} is not understood; only {{name}} and {{name:03d}} are allowed"
+        )
     return path

@@ -1,4 +1,4 @@
-"""Gymnasium spaces as JSON (Minari's serialisation), and nested values of them as dotted fields. Needs no gymnasium."""
+"""Gymnasium spaces in the JSON form of Minari, and the fields that they become. Needs no gymnasium."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import check_shape, parse_json
 from tiphys.dataio.episode import DataError, FieldSpec
 
-_DEPTH = 16
+_MAX_DEPTH = 16
 
 
 def leaves(
     space: Any, name: str, where: str, depth: int = 0
 ) -> Iterator[tuple[str, tuple[str, ...], Mapping[str, Any]]]:
-    """(dotted name, path of keys, space) of each leaf. A Tuple's keys are its numbers."""
+    """(dotted name, path of keys, space) of each leaf. The keys of a Tuple are 0, 1, ….
+
+    Raises DataError if the JSON is not a space, or is nested too deeply.
+    """
     if isinstance(space, str):
         space = parse_json(space, where)
-    if not isinstance(space, Mapping) or depth > _DEPTH:
-        raise DataError(f"{where}: {str(space)[:80]!r} is not a space")
+    if not isinstance(space, Mapping) or depth > _MAX_DEPTH:
+        raise DataError(f"{where}: {str(space)[:80]!r} is not a space, or is nested deeper than {_MAX_DEPTH}")
     kind, inner = space.get("type"), space.get("subspaces")
     if kind == "Dict" and isinstance(inner, Mapping):
         children = [(str(k), inner[k]) for k in sorted(inner)]
@@ -36,7 +39,7 @@ def leaves(
 
 
 def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
-    """The field of a leaf: bounds of a Box, number of values of a discrete space."""
+    """The field for a leaf, with the bounds of a Box or the number of values of a discrete space."""
     kind = space.get("type")
     try:
         if kind == "Box":
@@ -61,24 +64,28 @@ def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
             sizes = space["n"] if isinstance(space["n"], list) else [int(space["n"])]
             return field_spec(name, "int8", check_shape(sizes, 1, where), values=2, modality="discrete")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: the space of {name!r} is not understood ({type(error).__name__}: {error})") from None
+        raise DataError(f"{where}: the space of {name!r} cannot be read ({type(error).__name__}: {error})") from None
     if kind == "Text":
         return field_spec(name, "str", ())
-    raise DataError(f"{where}: {name!r} is a space of type {kind!r}, which is not read")
+    raise DataError(f"{where}: the space of {name!r} has type {kind!r}, which cannot be read")
 
 
 def _values(space: Mapping[str, Any]) -> int:
-    """Number of values of an integer Box that begins at 0; 0 where it does not, or is open."""
+    """Number of values of an integer Box; 0 (unknown) if it does not begin at 0 or has more than 2^20."""
     low, high = np.asarray(space["low"], np.float64), np.asarray(space["high"], np.float64)
-    most = float(high.max(initial=0))
-    return int(most) + 1 if low.size and not low.any() and most < 1 << 20 else 0
+    largest = float(high.max(initial=0))
+    return int(largest) + 1 if low.size and not low.any() and largest < 1 << 20 else 0
 
 
 Bounds = tuple[float, ...] | None
 
 
 def _bounds(space: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -> tuple[Bounds, Bounds]:
-    """Bounds that broadcast over the shape: one number where all are equal. None where any is infinite."""
+    """(low, high) in a form that broadcasts over the shape: a single number if all are equal.
+
+    (None, None) if a bound is infinite or the largest number of the dtype, or if the bounds differ and the shape does
+    not have one dimension.
+    """
     low = np.asarray(space["low"], np.float64).reshape(-1)
     high = np.asarray(space["high"], np.float64).reshape(-1)
     extreme = float(np.finfo(dtype).max) if dtype.kind == "f" else 1.0 if dtype.kind == "b" else np.inf
@@ -90,7 +97,7 @@ def _bounds(space: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -
 
 
 def is_picture(space: Mapping[str, Any]) -> bool:
-    """Whether Minari would store it as JPEG: uint8 0…255 of at least 32 × 32."""
+    """Whether Minari would store the space as JPEG: uint8 from 0 to 255, at least 32 × 32."""
     shape = space.get("shape")
     if (
         space.get("type") != "Box"

@@ -1,9 +1,9 @@
-"""Text: `.jsonl` (a `text` in each line), `.parquet` (a column of texts), plain `.txt` and `.md`; `.gz` of the first
-and last.
+"""Text: JSON lines, Parquet, and plain `.txt` or `.md` files. JSON lines and plain files may be gzipped.
 
-A document is an episode without actions. In JSON lines and Parquet the text is the value called `text`, `content`,
-`document` or `caption`, or as the option `column` says. A plain file is one document, or, over 1 MiB, one for each
-block between blank lines; the option `split` (file, paragraph, line) decides otherwise.
+A document is an episode without actions. In JSON lines and Parquet its text is the value called `text`, `content`,
+`document` or `caption`; the option `column` names another one. A plain file of up to 1 MiB is one document. A larger
+one holds a document for each paragraph (lines between blank lines). The option `split: file|paragraph|line` overrides
+this.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tiphys.dataio.convert.parquet import batches, open_parquet, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
-_PIECE_BYTES = 256 << 20
-_COLUMNS = ("text", "content", "document", "caption")
-_ONE_DOCUMENT = 1 << 20  # a larger plain file is a collection
+_PIECE_BYTES = 256 << 20  # approximate size of a piece
+_TEXT_KEYS = ("text", "content", "document", "caption")
+_MAX_SINGLE_DOCUMENT = 1 << 20  # bytes; a larger plain file holds several documents
 _PLAIN = (".txt", ".md", ".txt.gz", ".md.gz")
 _JSON = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -42,19 +42,21 @@ class Text(Converter):
                     line = _open(source, path, stack).readline(1 << 20)
                     value = parse_json(line, source.where(path))
                     return (
-                        0.5 if isinstance(value, dict) and any(isinstance(value.get(c), str) for c in _COLUMNS) else 0.0
+                        0.5
+                        if isinstance(value, dict) and any(isinstance(value.get(c), str) for c in _TEXT_KEYS)
+                        else 0.0
                     )
             if path.endswith(".parquet"):
                 with open_parquet(source, path) as file:
-                    return 0.5 if set(_COLUMNS) & set(file.schema_arrow.names) else 0.0
+                    return 0.5 if set(_TEXT_KEYS) & set(file.schema_arrow.names) else 0.0
         return 0.2 if any(p.endswith(_PLAIN) for p in source.files) else 0.0
 
     @cached_property
     def _files(self) -> list[str]:
         found = [p for p in self.source.files if p.endswith((*_JSON, *_PLAIN, ".parquet"))]
         if not found:
-            raise DataError(f"{self.source.url}: no .jsonl, .parquet, .txt or .md")
-        if any(p.endswith((*_JSON, ".parquet")) for p in found):  # then a README.md is no document
+            raise DataError(f"{self.source.url}: there is no file *.jsonl, *.ndjson, *.parquet, *.txt or *.md")
+        if any(p.endswith((*_JSON, ".parquet")) for p in found):  # then plain files such as README.md are not data
             found = [p for p in found if not p.endswith(_PLAIN)]
         return found
 
@@ -89,25 +91,28 @@ class Text(Converter):
             stream = _open(self.source, path, stack)
             if path.endswith(_JSON):
                 for number, line in enumerate(_lines(stream, self.source.where(path)), 1):
-                    yield self._value(line, f"{self.source.where(path)}, line {number}")
+                    yield self._text_of_line(line, f"{self.source.where(path)}, line {number}")
                 return
-            split = self.options.get("split") or ("file" if self.source.size(path) <= _ONE_DOCUMENT else "paragraph")
+            split = self.options.get("split") or (
+                "file" if self.source.size(path) <= _MAX_SINGLE_DOCUMENT else "paragraph"
+            )
             if split == "file":
                 data = stream.read(TEXT_BYTES + 1)
                 if len(data) > TEXT_BYTES:
                     raise DataError(
-                        f"{self.source.where(path)}: one document of over {TEXT_BYTES:,} bytes; set the option split"
+                        f"{self.source.where(path)}: a document of over {TEXT_BYTES:,} bytes; set the option `split` to "
+                        "paragraph or line"
                     )
                 yield data
             elif split in ("line", "paragraph"):
                 yield from _blocks(
-                    _lines(stream, self.source.where(path), blank=True), split == "line", self.source.where(path)
+                    _lines(stream, self.source.where(path), keep_blank=True), split == "line", self.source.where(path)
                 )
             else:
-                raise DataError(f"options: split {split!r} is none of file, paragraph, line")
+                raise DataError(f"options: split {split!r} must be file, paragraph or line")
 
-    def _value(self, line: bytes, where: str) -> str | BadEpisode:
-        wanted = [self.options["column"]] if "column" in self.options else _COLUMNS
+    def _text_of_line(self, line: bytes, where: str) -> str | BadEpisode:
+        wanted = [self.options["column"]] if "column" in self.options else _TEXT_KEYS
         try:
             value = parse_json(line, where)
         except DataError as error:
@@ -115,47 +120,48 @@ class Text(Converter):
         for column in wanted:
             if isinstance(value, dict) and isinstance(value.get(column), str):
                 return str(value[column])
-        return BadEpisode(where, f"has no text called {' or '.join(wanted)}; name it with the option column")
+        return BadEpisode(where, f"no text is called {' or '.join(wanted)}; set the option `column`")
 
     def _parquet(self, path: str) -> Iterator[str | BadEpisode]:
         import pyarrow as pa
 
         where = self.source.where(path)
         with open_parquet(self.source, path) as file:
-            wanted = [self.options["column"]] if "column" in self.options else _COLUMNS
+            wanted = [self.options["column"]] if "column" in self.options else _TEXT_KEYS
             column = next((c for c in wanted if c in file.schema_arrow.names), None)
             if column is None:
-                raise DataError(f"{where}: has no column {' or '.join(wanted)}; name it with the option column")
+                raise DataError(f"{where}: no column is called {' or '.join(wanted)}; set the option `column`")
             kind: Any = file.schema_arrow.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
                 raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
             row = 0
             for batch in batches(file, [column], where, 256):
                 for value in values(batch.column(0), where):
-                    yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "no text in this row")
+                    yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "the row has no text")
                     row += 1
 
 
 def _open(source: Source, path: str, stack: ExitStack) -> BinaryIO:
+    """The file as a stream, decompressed if it is gzipped."""
     stream = stack.enter_context(source.open(path))
     if path.endswith(".gz"):
         return cast(BinaryIO, stack.enter_context(io.BufferedReader(BoundedInflate(stream, source.where(path)))))
     return stream
 
 
-def _lines(stream: BinaryIO, where: str, blank: bool = False) -> Iterator[bytes]:
-    """The lines of a file, one at a time; DataError at one that is too long to be a text."""
+def _lines(stream: BinaryIO, where: str, keep_blank: bool = False) -> Iterator[bytes]:
+    """The lines of a file, one at a time. Raises DataError if one has more than TEXT_BYTES."""
     number = 0
     while line := stream.readline(TEXT_BYTES + 2):
         number += 1
         if len(line) > TEXT_BYTES:
-            raise DataError(f"{where}, line {number}: over {TEXT_BYTES:,} bytes")
-        if blank or line.strip():
+            raise DataError(f"{where}, line {number}: the line has over {TEXT_BYTES:,} bytes")
+        if keep_blank or line.strip():
             yield line.rstrip(b"\r\n")
 
 
-def _blocks(lines: Iterator[bytes], single: bool, where: str) -> Iterator[bytes]:
-    """Each line that is not blank, or each run of such lines."""
+def _blocks(lines: Iterator[bytes], by_line: bool, where: str) -> Iterator[bytes]:
+    """Each line that is not blank, or (unless `by_line`) each paragraph of such lines."""
     block: list[bytes] = []
     size = 0
     for line in lines:
@@ -163,8 +169,8 @@ def _blocks(lines: Iterator[bytes], single: bool, where: str) -> Iterator[bytes]
             block.append(line)
             size += len(line) + 1
             if size > TEXT_BYTES:
-                raise DataError(f"{where}: a paragraph of over {TEXT_BYTES:,} bytes; set the option split to line")
-        if block and (single or not line.strip()):
+                raise DataError(f"{where}: a paragraph of over {TEXT_BYTES:,} bytes; set the option `split` to line")
+        if block and (by_line or not line.strip()):
             yield b"\n".join(block)
             block, size = [], 0
     if block:

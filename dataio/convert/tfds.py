@@ -1,6 +1,6 @@
-"""`features.json` of TensorFlow Datasets: the leaves of its tree, without TensorFlow.
+"""Reads `features.json` of TensorFlow Datasets, a tree of features, without TensorFlow.
 
-tensorflow_datasets/core/proto/feature.proto, in its JSON form.
+The file is the JSON form of tensorflow_datasets/core/proto/feature.proto.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tiphys.dataio.episode import DataError
 
 @dataclass(frozen=True)
 class Feature:
-    """A leaf of features.json. `shape` is that of one step; −1 stands for a length that varies."""
+    """A leaf of features.json. `shape` is the shape of one step; −1 is a length that varies."""
 
     path: str
     kind: str  # tensor | image | text
@@ -38,8 +38,11 @@ class Feature:
         return canonical(self.path.removeprefix("steps/").replace("/", "."))
 
 
-def leaves(node: Mapping[str, Any], path: str, left_out: list[str]) -> Iterator[Feature]:
-    """The leaves below a node of the JSON form of tensorflow_datasets' feature.proto (camel or snake case)."""
+def leaves(node: Mapping[str, Any], path: str, skipped: list[str]) -> Iterator[Feature]:
+    """The leaves below a node, whose keys may be in camel or snake case.
+
+    What cannot be read is appended to `skipped`. Raises DataError if a dtype cannot be read.
+    """
 
     def get(camel: str) -> Any:
         return node.get(camel, node.get(re.sub(r"([A-Z])", lambda m: "_" + m.group(1).lower(), camel)))
@@ -47,17 +50,17 @@ def leaves(node: Mapping[str, Any], path: str, left_out: list[str]) -> Iterator[
     kind = str(get("pythonClassName") or "").rpartition(".")[2]
     if get("featuresDict") is not None:
         for key, child in sorted(get("featuresDict")["features"].items()):
-            yield from leaves(child, f"{path}/{key}" if path else key, left_out)
+            yield from leaves(child, f"{path}/{key}" if path else key, skipped)
     elif get("sequence") is not None:
         inner, length = get("sequence")["feature"], int(get("sequence").get("length") or -1)
         if path == "steps" or kind == "Dataset":
-            yield from leaves(inner, path, left_out)
+            yield from leaves(inner, path, skipped)
             return
-        for leaf in leaves(inner, path, left_out):
+        for leaf in leaves(inner, path, skipped):
             if leaf.kind == "tensor" and leaf.encoding == "none":
                 yield Feature(leaf.path, leaf.kind, leaf.dtype, (length, *leaf.shape), leaf.encoding, leaf.classes)
             else:
-                left_out.append(f"{leaf.path} (a sequence of {leaf.kind}s within a step)")
+                skipped.append(f"{leaf.path} (a sequence of {leaf.kind}s in one step)")
     elif get("image") is not None:
         image = get("image")
         yield Feature(path, "image", str(image.get("dtype") or "uint8"), _dimensions(image.get("shape")))
@@ -70,19 +73,19 @@ def leaves(node: Mapping[str, Any], path: str, left_out: list[str]) -> Iterator[
         dtype, shape = str(tensor.get("dtype")), _dimensions(tensor.get("shape"))
         if dtype in ("string", "str", "object"):
             if shape:
-                left_out.append(f"{path} (an array of texts within a step)")
+                skipped.append(f"{path} (an array of texts in one step)")
             else:
                 yield Feature(path, "text", "str", ())
             return
         if np.dtype(dtype).kind not in "biuf":
-            raise DataError(f"feature {path!r} has dtype {dtype!r}, which is not read")
+            raise DataError(f"feature {path!r} has dtype {dtype!r}, which cannot be read")
         yield Feature(path, "tensor", dtype, shape, str(tensor.get("encoding") or "none").lower())
     else:
-        left_out.append(f"{path} (a {kind or 'feature of unknown kind'})")
+        skipped.append(f"{path} (a {kind or 'feature of unknown kind'})")
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
-    """`{"dimensions": ["64", "-1"]}` as ints; −1 for one that varies."""
+    """`{"dimensions": ["64", "-1"]}` as ints."""
     sizes = tuple(int(d) for d in (shape or {}).get("dimensions", []))
     check_shape([max(s, 0) for s in sizes], 1, "features.json")
     return sizes

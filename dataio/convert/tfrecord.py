@@ -1,7 +1,7 @@
-"""TFRecord files and tf.Example messages, read without TensorFlow; every length is checked before it is believed.
+"""Reads TFRecord files and tf.Example messages without TensorFlow. Every length is checked before it is used.
 
-TFRecord: u64 length, masked CRC-32C of it, data, masked CRC-32C of the data (tensorflow/core/lib/io/record_writer.h).
-tf.Example: tensorflow/core/example/{example,feature}.proto.
+A record of a TFRecord file is a u64 length, the masked CRC-32C of the length, the data, and the masked CRC-32C of the
+data (tensorflow/core/lib/io/record_writer.h). tf.Example is defined in tensorflow/core/example/{example,feature}.proto.
 """
 
 from __future__ import annotations
@@ -16,41 +16,44 @@ from crc32c import crc32c
 from tiphys.dataio.convert.limits import RECORD_BYTES, read_exactly
 from tiphys.dataio.episode import DataError
 
-_HEAD = struct.Struct("<QI")
+_HEADER = struct.Struct("<QI")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Value = list[bytes] | np.ndarray  # bytes_list, or float32/int64 [n]
 
 
 def records(stream: BinaryIO, size: int, where: str) -> Iterator[memoryview]:
-    """The records of a file of `size` bytes, in order; DataError at the first that is damaged or cut."""
+    """The records of a file of `size` bytes, in order. Raises DataError at the first one that is damaged or cut."""
     at = 0
     while at < size:
         here = f"{where}, byte {at}"
-        head = read_exactly(stream, _HEAD.size, here)
-        length, check = _HEAD.unpack(head)
-        if masked(head[:8]) != check:
-            raise DataError(f"{here}: the record's length fails its CRC; not a TFRecord file, or damaged")
-        if length > RECORD_BYTES or at + _HEAD.size + length + 4 > size:
+        header = read_exactly(stream, _HEADER.size, here)
+        length, stored_crc = _HEADER.unpack(header)
+        if masked_crc(header[:8]) != stored_crc:
             raise DataError(
-                f"{here}: a record of {length:,} bytes in a file that ends after {size - at:,}, or over the limit"
+                f"{here}: the length of the record fails its CRC; the file is damaged, or not a TFRecord file"
+            )
+        if length > RECORD_BYTES or at + _HEADER.size + length + 4 > size:
+            raise DataError(
+                f"{here}: the record claims {length:,} bytes, but the file ends after {size - at:,}, or it is over the limit of "
+                f"{RECORD_BYTES:,}"
             )
         data = read_exactly(stream, length, here)
-        (check,) = struct.unpack("<I", read_exactly(stream, 4, here))
-        if masked(data) != check:
-            raise DataError(f"{here}: the record's {length:,} bytes fail their CRC; the file is damaged")
-        at += _HEAD.size + length + 4
+        (stored_crc,) = struct.unpack("<I", read_exactly(stream, 4, here))
+        if masked_crc(data) != stored_crc:
+            raise DataError(f"{here}: the {length:,} bytes of the record fail their CRC; the file is damaged")
+        at += _HEADER.size + length + 4
         yield memoryview(data)
 
 
-def masked(data: Any) -> int:
-    """TFRecord's CRC: rotated by 15 bits, plus a constant."""
+def masked_crc(data: Any) -> int:
+    """The CRC-32C of the data as TFRecord masks it: rotated by 15 bits, plus a constant."""
     crc = crc32c(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def parse_example(data: memoryview, where: str) -> dict[str, Value]:
-    """The features of a tf.Example: name -> list of bytes, float32 array, or int64 array."""
+    """The features of a tf.Example: name -> list of bytes, float32 [n] or int64 [n]."""
     out: dict[str, Value] = {}
     for number, features in _fields(data, where):
         if number != 1 or not isinstance(features, memoryview):
@@ -64,7 +67,7 @@ def parse_example(data: memoryview, where: str) -> dict[str, Value]:
                     try:
                         key = str(content, "utf-8")
                     except UnicodeDecodeError:
-                        raise DataError(f"{where}: a feature's name is not UTF-8") from None
+                        raise DataError(f"{where}: the name of a feature is not UTF-8") from None
                 elif part == 2 and isinstance(content, memoryview):
                     value = content
             out[key] = _feature(value, f"{where}, feature {key!r}")
@@ -73,9 +76,9 @@ def parse_example(data: memoryview, where: str) -> dict[str, Value]:
 
 def _feature(data: memoryview, where: str) -> Value:
     out: Value = []
-    for number, content in _fields(data, where):  # the last of a oneof wins
+    for number, content in _fields(data, where):  # if a oneof is set twice, protobuf uses the last value
         if not isinstance(content, memoryview):
-            raise DataError(f"{where}: not a list of values")
+            raise DataError(f"{where}: not a list of bytes, floats or integers")
         if number == 1:
             out = [bytes(v) for n, v in _fields(content, where) if n == 1 and isinstance(v, memoryview)]
         elif number == 2:
@@ -90,7 +93,7 @@ def _floats(data: memoryview, where: str) -> np.ndarray:
     for number, content in _fields(data, where, fixed=True):
         if number == 1 and isinstance(content, memoryview):
             if len(content) % 4:
-                raise DataError(f"{where}: {len(content)} bytes are no whole number of floats")
+                raise DataError(f"{where}: {len(content)} bytes are not a whole number of floats")
             parts.append(np.frombuffer(content, "<f4"))
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, "<f4"), *parts])
 
@@ -110,7 +113,7 @@ def _signed(value: int) -> int:
 
 
 def _varints(data: memoryview, where: str) -> np.ndarray:
-    """Packed base-128 integers, all at once: int64 [n]."""
+    """Packed base-128 integers as int64 [n], decoded all at once."""
     raw = np.frombuffer(data, np.uint8)
     if not len(raw):
         return np.zeros(0, np.int64)
@@ -121,7 +124,7 @@ def _varints(data: memoryview, where: str) -> np.ndarray:
     lengths = ends - starts + 1
     longest = int(lengths.max())
     if longest > 10:
-        raise DataError(f"{where}: an integer of {longest} bytes")
+        raise DataError(f"{where}: an integer of {longest} bytes; at most 10 are valid")
     out = np.zeros(len(starts), np.uint64)
     for i in range(longest):
         has = np.flatnonzero(lengths > i)
@@ -130,7 +133,10 @@ def _varints(data: memoryview, where: str) -> np.ndarray:
 
 
 def _fields(data: memoryview, where: str, fixed: bool = False) -> Iterator[tuple[int, memoryview | int]]:
-    """(field number, content) of a protobuf message; fixed-width content comes as bytes where `fixed`, else is passed over."""
+    """(field number, content) of each field of a protobuf message.
+
+    Fixed-width fields are skipped; with `fixed` they come as bytes.
+    """
     at, end = 0, len(data)
     while at < end:
         tag, at = _varint(data, at, where)
@@ -138,7 +144,7 @@ def _fields(data: memoryview, where: str, fixed: bool = False) -> Iterator[tuple
         if kind == _BYTES:
             size, at = _varint(data, at, where)
             if size > end - at:
-                raise DataError(f"{where}: a protobuf field of {size:,} bytes where {end - at:,} are left")
+                raise DataError(f"{where}: a protobuf field of {size:,} bytes, but only {end - at:,} are left")
             yield number, data[at : at + size]
             at += size
         elif kind == _VARINT:

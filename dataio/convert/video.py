@@ -1,4 +1,4 @@
-"""Frames of a video file at given times, by PyAV: read forward, seeking only where that saves decoding."""
+"""Frames of a video file at given times, by PyAV. Frames are decoded forward; a seek is used only if it is cheaper."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import numpy as np
 from tiphys.dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
 from tiphys.dataio.episode import DataError
 
-_SEEK = 10.0  # seconds ahead beyond which seeking to a key frame is cheaper than decoding what lies between
+_SEEK_SECONDS = (
+    10.0  # seconds; for a larger distance, seeking to a key frame is cheaper than decoding all frames between
+)
 
 
 class VideoFrames:
-    """A video opened for reading forward. Context manager. Runs in a reader process: FFmpeg may crash on a bad file."""
+    """A video that is read forward. Context manager. Use it in a reader process, because FFmpeg may crash on bad files."""
 
     def __init__(self, stream: BinaryIO, where: str, *, grey: bool = False, size: tuple[int, int] | None = None):
         import av
 
-        self._size = size  # height, width of what is given
+        self._size = size  # height and width of the returned frames; None: as in the video
         self._av, self._where, self._format = av, where, "gray" if grey else "rgb24"
         stream.seek(0)
-        container_format = _container(stream.read(12), where)
+        container_format = _container_format(stream.read(12), where)
         stream.seek(0)
         try:
-            # `file` handed over as an object: FFmpeg has no name from which it could open anything else.
+            # FFmpeg gets an open stream and no protocols, so that it cannot open any other file or URL.
             self._container: Any = av.open(stream, format=container_format, options={"protocol_whitelist": ""})
         except (av.FFmpegError, ValueError, OSError) as error:
             raise DataError(f"{where}: not a readable video ({error})") from None
@@ -35,16 +37,16 @@ class VideoFrames:
         self._stream: Any = self._container.streams.video[0]
         if self._stream.codec_context is None:
             self._container.close()
-            raise DataError(f"{where}: its video has a codec that this FFmpeg does not decode")
+            raise DataError(f"{where}: the video has a codec that this FFmpeg cannot decode")
         self._stream.thread_type = "AUTO"
         self._decoder: Iterator[tuple[float, Any]] = self._decode()
         self._pending: tuple[float, Any] | None = None
-        self._position = -1.0  # time of the last frame that was decoded
+        self._position = -1.0  # time of the last decoded frame, in seconds
         stream_: Any = self._stream
         self._first = float(stream_.start_time * stream_.time_base) if stream_.start_time else 0.0
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > PIXELS:
-            raise DataError(f"{where}: frames of {width} × {height} pixels, over {PIXELS:,}")
+            raise DataError(f"{where}: frames of {width} × {height} pixels; the limit is {PIXELS:,} pixels")
 
     def __enter__(self) -> VideoFrames:
         return self
@@ -54,21 +56,22 @@ class VideoFrames:
 
     @property
     def rate(self) -> float:
+        """Frames per second, on average; 0 if unknown."""
         return float(self._stream.average_rate or 0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """All frames from here on, uint8 [H, W, C]."""
+        """All remaining frames, uint8 [H, W, C]."""
         for _, frame in self._decoder:
             yield self._array(frame)
 
     def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
-        """uint8 [len(times), H, W, C]: for each time (seconds, ascending) the frame nearest to it.
+        """The frame nearest to each time (in seconds, ascending), as uint8 [len(times), H, W, C].
 
-        DataError where none lies within `tolerance`: a video that does not fit its rows is never shifted to fit.
+        Raises DataError if no frame is within `tolerance` of a time: a video that does not fit its rows is never shifted.
         """
         if not len(times):
-            raise DataError(f"{self._where}: an episode without rows")
-        self._approach(float(times[0]) - tolerance)
+            raise DataError(f"{self._where}: the episode has no rows")
+        self._seek_near(float(times[0]) - tolerance)
         out: np.ndarray | None = None
         for row, time in enumerate(times):
             frame = self._nearest(float(time), tolerance)
@@ -82,17 +85,18 @@ class VideoFrames:
         assert out is not None
         return out
 
-    def _approach(self, time: float) -> None:
-        if time < self._position or time > max(self._position, 0.0) + _SEEK:
+    def _seek_near(self, time: float) -> None:
+        """Seek if `time` is before the last decoded frame, or far ahead of it."""
+        if time < self._position or time > max(self._position, 0.0) + _SEEK_SECONDS:
             try:
                 offset = int(max(0.0, time + self._first) / self._stream.time_base)
                 self._container.seek(offset, stream=self._stream, backward=True)
             except (self._av.FFmpegError, OverflowError) as error:
-                raise DataError(f"{self._where}: cannot be searched for {time:.3f} s ({error})") from None
+                raise DataError(f"{self._where}: cannot seek to {time:.3f} s ({error})") from None
             self._decoder, self._pending, self._position = self._decode(), None, -1.0
 
     def _nearest(self, time: float, tolerance: float) -> np.ndarray:
-        """Pass over what is too early; keep the frame that is looked at, which the next row may want too."""
+        """The frame nearest to `time`. Earlier frames are skipped; the last frame is kept, as the next row may need it."""
         best: tuple[float, Any] | None = None
         while True:
             if self._pending is None:
@@ -103,18 +107,20 @@ class VideoFrames:
             if best[0] >= time:
                 break
         if best is None or abs(best[0] - time) > tolerance:
-            at = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
-            raise DataError(f"{self._where}: no frame at {time:.3f} s; {at}. The video does not fit its rows")
+            found = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
+            raise DataError(f"{self._where}: no frame at {time:.3f} s; {found}. The video does not fit its rows")
         if self._pending is None:
             self._pending = best  # two rows may share a frame
         return self._array(best[1])
 
     def _decode(self) -> Iterator[tuple[float, Any]]:
-        """(time from the video's beginning, frame), in order of presentation."""
+        """(seconds since the first frame, frame), in order of presentation."""
         try:
             for frame in self._container.decode(self._stream):
                 if frame.width * frame.height > PIXELS:
-                    raise DataError(f"{self._where}: a frame of {frame.width} × {frame.height} pixels, over {PIXELS:,}")
+                    raise DataError(
+                        f"{self._where}: a frame of {frame.width} × {frame.height} pixels; the limit is {PIXELS:,}"
+                    )
                 time = (
                     self._position + 1 / (self.rate or 30.0)
                     if frame.pts is None
@@ -128,6 +134,7 @@ class VideoFrames:
             ) from None
 
     def _array(self, frame: Any) -> np.ndarray:
+        """uint8 [H, W, C]."""
         if self._size is not None:
             frame = frame.reformat(width=self._size[1], height=self._size[0], format=self._format, interpolation="AREA")
         array = frame.to_ndarray(format=self._format)
@@ -135,21 +142,21 @@ class VideoFrames:
 
 
 def frame_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The option `resize: [height, width]` of formats with videos; None where it is not given."""
+    """The value of the option `resize: [height, width]`; None if it is not set."""
     size = options.get("resize")
     if size is None:
         return None
     if not isinstance(size, list) or len(size) != 2 or not all(isinstance(s, int) and 0 < s <= 8192 for s in size):
-        raise DataError(f"options: resize {size!r}; [height, width] is expected")
+        raise DataError(f"options: resize {size!r} must be [height, width], each from 1 to 8192")
     return size[0], size[1]
 
 
-def _container(head: bytes, where: str) -> str:
-    """FFmpeg's name of the container, from its first bytes: FFmpeg itself would also try playlists and scripts."""
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+def _container_format(header: bytes, where: str) -> str:
+    """FFmpeg's name of the container format, from its first bytes. FFmpeg itself would also accept playlists and scripts."""
+    if header[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         return "mp4"
-    if head[:4] == b"\x1aE\xdf\xa3":
+    if header[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+    if header[:4] == b"RIFF" and header[8:12] == b"AVI ":
         return "avi"
     raise DataError(f"{where}: not an MP4, Matroska, WebM or AVI video")

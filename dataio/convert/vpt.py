@@ -1,10 +1,11 @@
-"""VPT contractor data (OpenAI 2022, arXiv:2206.11795): a recording is `NAME.mp4` with `NAME.jsonl`, one line of input a
-frame.
+"""VPT contractor data (OpenAI 2022, arXiv:2206.11795): a recording is `NAME.mp4` with `NAME.jsonl`.
 
-Actions as MineRL has them: `action.buttons` (20 keys, in the order of BUTTONS) and `action.camera` (pitch and yaw,
-degrees). As in OpenAI's loader a mouse movement is scaled by 360/2400, an `attack` that the recorder left pressed
-before the first press is ignored, and a change of the selected slot is the press of its key. Options: `resize: [height,
-width]` of the frames, `segment`: most steps of an episode.
+Each line of the `.jsonl` holds the input for one frame. Actions have MineRL's form: `action.buttons` (20 keys in the
+order of BUTTONS) and `action.camera` (pitch and yaw, in degrees). As in OpenAI's loader, a mouse movement is scaled by
+360/2400, an `attack` that is stuck from the first line until it is pressed again is ignored, and a change of the
+selected slot counts as a press of its key.
+
+Options: `resize: [height, width]` of the frames, `segment: N` to cut recordings into episodes of at most N steps.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ BUTTONS = (
     *("inventory", "jump", "left", "right", "sneak", "sprint", "use"),
 )
 _COLUMN = {name: i for i, name in enumerate(BUTTONS)}
-_SCALE = 360.0 / 2400.0
+_DEGREES_PER_UNIT = 360.0 / 2400.0  # of mouse movement
 
 
 class Vpt(Converter):
@@ -61,10 +62,10 @@ class Vpt(Converter):
 
     @cached_property
     def _recordings(self) -> list[str]:
-        """Names without suffix, of everything that has either file."""
+        """Names of the recordings, without suffix. One of the two files may be missing."""
         found = sorted({p.rpartition(".")[0] for p in self.source.files if p.endswith((".mp4", ".jsonl"))})
         if not found:
-            raise DataError(f"{self.source.url}: no NAME.mp4 with NAME.jsonl")
+            raise DataError(f"{self.source.url}: there is no file *.mp4 or *.jsonl")
         return found
 
     def tasks(self) -> list[TaskSpec]:
@@ -79,7 +80,7 @@ class Vpt(Converter):
                 if shape is not None:
                     break
         if shape is None:
-            raise DataError(f"{self.source.url}: no video can be read")
+            raise DataError(f"{self.source.url}: there is no video with a frame")
         fields = (
             field_spec("observation.image", np.uint8, shape, modality="image"),
             field_spec("action.buttons", np.uint8, (len(BUTTONS),), values=2, modality="discrete"),
@@ -99,26 +100,29 @@ class Vpt(Converter):
         where = self.source.where(name + ".mp4")
         for path in piece.data["files"]:
             if not self.source.exists(path):
-                raise DataError(f"{self.source.where(path)}: is missing; a recording needs both files")
+                raise DataError(
+                    f"{self.source.where(path)}: is missing; a recording needs both the .mp4 and the .jsonl file"
+                )
         ticks = self.source.json_lines(name + ".jsonl")
         if not ticks:
-            raise DataError(f"{self.source.where(name + '.jsonl')}: has no lines")
+            raise DataError(f"{self.source.where(name + '.jsonl')}: the file has no lines")
         buttons, camera, gui = _actions(ticks, self.source.where(name + ".jsonl"))
-        most = int(self.options.get("segment") or 0) or len(ticks)
+        max_steps = int(self.options.get("segment") or 0) or len(ticks)
         with (
             self.source.open(name + ".mp4") as stream,
             VideoFrames(stream, where, size=frame_size(self.options)) as video,
         ):
             frames = iter(video)
-            for number, begin in enumerate(range(0, len(ticks), most)):
-                end = min(len(ticks), begin + most)
+            for number, begin in enumerate(range(0, len(ticks), max_steps)):
+                end = min(len(ticks), begin + max_steps)
                 rows = (buttons[begin:end], camera[begin:end], gui[begin:end])
                 item = attempt(partial(self._episode, name, number, frames, *rows), where)
                 if number >= start:
                     yield item
-            if next(frames, None) is not None and next(frames, None) is not None:  # the recorder may add one at the end
+            # The recorder may add one frame at the end, so only a second one is an error.
+            if next(frames, None) is not None and next(frames, None) is not None:
                 raise DataError(
-                    f"{where}: has more frames than {name}.jsonl has lines ({len(ticks)}); they do not belong together"
+                    f"{where}: has more frames than {name}.jsonl has lines ({len(ticks)}); the files do not match"
                 )
 
     def _episode(
@@ -141,46 +145,46 @@ class Vpt(Converter):
                     np.uint8,
                 )
             if frame.shape != image.shape[1:]:
-                raise DataError(f"{where}: frames of different sizes")
+                raise DataError(f"{where}: the frames have different sizes")
             image[row] = frame
             last = row
         if image is None or last != steps - 1:
-            raise DataError(f"{where}: has fewer frames than {name}.jsonl has lines")
+            raise DataError(f"{where}: has fewer frames than {name}.jsonl has lines; the files do not match")
         fields = {"observation.image": image, "action.buttons": buttons, "action.camera": camera, "info.gui": gui}
         identity = f"{self.source.name}/{name}" + (f"/{number:04d}" if self.options.get("segment") else "")
         return Episode(identity, self.source.name, fields, steps, agent="contractor")
 
 
 def _actions(ticks: list[dict[str, Any]], where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Buttons uint8 [T, 20], camera float32 [T, 2], whether a menu was open bool [T]."""
+    """Buttons uint8 [T, 20]; camera float32 [T, 2]; whether a menu was open, bool [T]."""
     buttons = np.zeros((len(ticks), len(BUTTONS)), np.uint8)
     camera = np.zeros((len(ticks), 2), np.float32)
     gui = np.zeros(len(ticks), bool)
-    stuck, slot = False, 0
+    attack_stuck, slot = False, 0
     for row, tick in enumerate(ticks):
         try:
             mouse, keyboard = tick["mouse"], tick["keyboard"]
-            pressed, fresh = list(mouse["buttons"]), list(mouse.get("newButtons") or [])
+            pressed, newly_pressed = list(mouse["buttons"]), list(mouse.get("newButtons") or [])
             if row == 0:
-                stuck = pressed == [0]
-            elif stuck and 0 in fresh:
-                stuck = False
+                attack_stuck = pressed == [0]
+            elif attack_stuck and 0 in newly_pressed:
+                attack_stuck = False
             for number in pressed:
-                if number in (0, 1, 2) and not (stuck and number == 0) and _MOUSE[number] in _COLUMN:
+                if number in (0, 1, 2) and not (attack_stuck and number == 0) and _MOUSE[number] in _COLUMN:
                     buttons[row, _COLUMN[_MOUSE[number]]] = 1
             for key in keyboard["keys"]:
                 if _KEYS.get(key) in _COLUMN:
                     buttons[row, _COLUMN[_KEYS[key]]] = 1
-            moved = np.array([float(mouse["dy"]), float(mouse["dx"])]) * _SCALE
-            camera[row] = np.where(np.abs(moved) > 180, 0, moved)  # a jump when a menu opens is no movement
-            now = int(tick.get("hotbar", slot))
-            if row and now != slot and f"hotbar.{now + 1}" in _COLUMN:
-                buttons[row, _COLUMN[f"hotbar.{now + 1}"]] = 1
-            slot, gui[row] = now, bool(tick.get("isGuiOpen", False))
+            moved = np.array([float(mouse["dy"]), float(mouse["dx"])]) * _DEGREES_PER_UNIT
+            camera[row] = np.where(np.abs(moved) > 180, 0, moved)  # the cursor jumps when a menu opens
+            new_slot = int(tick.get("hotbar", slot))
+            if row and new_slot != slot and f"hotbar.{new_slot + 1}" in _COLUMN:
+                buttons[row, _COLUMN[f"hotbar.{new_slot + 1}"]] = 1
+            slot, gui[row] = new_slot, bool(tick.get("isGuiOpen", False))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{where}, line {row + 1}: not a tick of a VPT recording ({type(error).__name__}: {error})"
             ) from None
     if not np.isfinite(camera).all():
-        raise DataError(f"{where}: mouse movements that are not finite")
+        raise DataError(f"{where}: a mouse movement is not finite")
     return buttons, camera, gui

@@ -1,6 +1,7 @@
-"""An Episode as bytes between a reader process and its parent: a JSON header and raw arrays. Never a pickle.
+"""An Episode as bytes, as a reader process sends it to its parent: a JSON header and raw arrays, never a pickle.
 
-The reader process holds libraries that parse strangers' bytes; what it sends is therefore checked like any other input.
+The libraries in the reader process parse untrusted data. Therefore the parent checks what the reader sends like any
+other input.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from tiphys.dataio.convert.limits import (
 )
 from tiphys.dataio.episode import DataError, Episode
 
-_KINDS = "biuf"
+_DTYPE_KINDS = "biuf"  # bool, integers, floats
 
 
 def dump(episode: Episode) -> list[bytes | memoryview]:
-    """The parts to be sent one after another."""
+    """The parts to send, one after another.
+
+    Raises DataError if a dtype cannot be sent or if the episode is too large.
+    """
     header: dict[str, Any] = {
         "id": episode.id,
         "task": episode.task,
@@ -49,42 +53,50 @@ def dump(episode: Episode) -> list[bytes | memoryview]:
         if array.dtype.kind in "UST":
             header["fields"][name] = {"texts": array.tolist()}
             continue
-        if array.dtype.kind not in _KINDS:
-            raise DataError(f"field {name!r} has dtype {array.dtype}; bool, integers, floats and texts are kept")
+        if array.dtype.kind not in _DTYPE_KINDS:
+            raise DataError(
+                f"field {name!r} has dtype {array.dtype}; only bool, integers, floats and texts can be stored"
+            )
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         total += array.nbytes
         header["fields"][name] = {"dtype": array.dtype.str, "shape": array.shape}
         buffers.append(bytes_of(array))
     if total > EPISODE_BYTES:
-        raise DataError(f"the episode needs {total:,} bytes, over {EPISODE_BYTES:,}; drop fields in a mapping file")
-    text = json.dumps(header, default=_plain).encode()
+        raise DataError(f"the episode needs {total:,} bytes; the limit is {EPISODE_BYTES:,} bytes")
+    text = json.dumps(header, default=_to_json).encode()
     return [struct.pack("<Q", len(text)), text, *buffers]
 
 
-def _plain(value: Any) -> Any:
-    """NumPy values inside `info`."""
+def _to_json(value: Any) -> Any:
+    """NumPy values in `info` as plain ones, for json.dumps."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
-    raise DataError(f"info holds a {type(value).__name__}, which is no JSON")
+    raise DataError(f"`info` holds a {type(value).__name__}, which cannot be stored as JSON")
 
 
 def load(read_into: Callable[[memoryview], None], where: str) -> Episode:
-    """The episode that follows; `read_into` fills a view or raises."""
+    """Read one episode. `read_into` fills a view with the next bytes, or raises.
+
+    Raises DataError if the bytes are not a valid episode.
+    """
     size = bytearray(8)
     read_into(memoryview(size))
     (length,) = struct.unpack("<Q", size)
     if length > JSON_BYTES:
-        raise DataError(f"{where}: an episode's header of {length:,} bytes, over {JSON_BYTES:,}")
+        raise DataError(f"{where}: the header of an episode has {length:,} bytes; the limit is {JSON_BYTES:,} bytes")
     text = bytearray(length)
     read_into(memoryview(text))
     header = parse_json(bytes(text), where)
     try:
-        steps, described = int(header["steps"]), dict(header["fields"])
-        if not 0 <= steps <= EPISODE_STEPS or len(described) > FIELDS:
-            raise DataError(f"{where}: an episode of {steps:,} steps and {len(described)} fields")
-        fields = {str(name): _field(entry, read_into, where) for name, entry in described.items()}
+        steps, field_headers = int(header["steps"]), dict(header["fields"])
+        if not 0 <= steps <= EPISODE_STEPS or len(field_headers) > FIELDS:
+            raise DataError(
+                f"{where}: an episode of {steps:,} steps and {len(field_headers)} fields is over the limits of "
+                f"{EPISODE_STEPS:,} steps and {FIELDS:,} fields"
+            )
+        fields = {str(name): _field(entry, read_into, where) for name, entry in field_headers.items()}
         return Episode(
             id=str(header["id"]),
             task=str(header["task"]),
@@ -97,7 +109,7 @@ def load(read_into: Callable[[memoryview], None], where: str) -> Episode:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where}: the reader sent an episode that is none ({error!r})") from None
+        raise DataError(f"{where}: the reader sent an invalid episode ({error!r})") from None
 
 
 def _field(entry: dict[str, Any], read_into: Callable[[memoryview], None], where: str) -> Any:
@@ -106,8 +118,8 @@ def _field(entry: dict[str, Any], read_into: Callable[[memoryview], None], where
     if "texts" in entry:
         return np.array([str(t) for t in entry["texts"]], dtype=StringDType())
     dtype = np.dtype(str(entry["dtype"]))
-    if dtype.kind not in _KINDS:
-        raise DataError(f"{where}: the reader sent an array of {dtype}")
+    if dtype.kind not in _DTYPE_KINDS:
+        raise DataError(f"{where}: the reader sent an array of dtype {dtype}")
     shape = check_shape(entry["shape"], dtype.itemsize, where)
     array = np.empty(math.prod(shape), dtype)
     read_into(bytes_of(array))

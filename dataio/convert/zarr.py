@@ -1,8 +1,7 @@
-"""Zarr replay buffers of Diffusion Policy: `data/NAME` flat over all steps, `meta/episode_ends`. Folder, or
-`.zarr.zip`; Zarr 2 and 3.
+"""Zarr replay buffers of Diffusion Policy: arrays `data/NAME` over all steps, cut at `meta/episode_ends`.
 
-https://github.com/real-stanford/diffusion_policy, `replay_buffer.py`. Only codecs that decode bytes are allowed: no
-pickles, no objects.
+https://github.com/real-stanford/diffusion_policy, `replay_buffer.py`. A folder or a `.zarr.zip`, Zarr 2 or 3. Only codecs
+that decode bytes are allowed: no pickles, no objects.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ _CODECS = {
     "shuffle",
     "delta",
 }
-_PICTURE = re.compile(r"(img|image|rgb|camera)")
-_PIECE_BYTES = 512 << 20
+_IMAGE_NAME = re.compile(r"(img|image|rgb|camera)")
+_PIECE_BYTES = 512 << 20  # approximate size of a piece, decoded
 
 
 class Zarr(Converter):
@@ -57,14 +56,16 @@ class Zarr(Converter):
 
     @cached_property
     def _root(self) -> str:
-        """The folder of the group, '' for the source itself."""
+        """The folder of the Zarr group; '' if it is the source itself."""
         found = [
             m.group(1)
             for p in self._files.names
             if (m := re.fullmatch(r"(.*?)/?meta/episode_ends/(?:\.zarray|zarr\.json)", p))
         ]
         if len(found) != 1:
-            raise DataError(f"{self.source.url}: {len(found)} arrays meta/episode_ends; one replay buffer is expected")
+            raise DataError(
+                f"{self.source.url}: there are {len(found)} arrays meta/episode_ends, but one replay buffer is expected"
+            )
         return found[0]
 
     def _array(self, name: str) -> Any:
@@ -95,10 +96,10 @@ class Zarr(Converter):
         array = self._array("meta/episode_ends")
         where = f"{self.source.url}, meta/episode_ends"
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise DataError(f"{where}: a list of row numbers was expected")
+            raise DataError(f"{where}: must be a one-dimensional array of integers")
         ends = self._read(array, 0, int(array.shape[0]), where).astype(np.int64)
         if not len(ends) or bool(np.any(np.diff(ends, prepend=0) <= 0)):
-            raise DataError(f"{where}: does not ascend")
+            raise DataError(f"{where}: the row numbers must be positive and ascend")
         return ends
 
     @cached_property
@@ -112,13 +113,15 @@ class Zarr(Converter):
             }
         )
         if not names or len(names) > FIELDS:
-            raise DataError(f"{self.source.url}: {len(names)} arrays under data/")
+            raise DataError(
+                f"{self.source.url}: there are {len(names)} arrays under data/; 1 to {FIELDS:,} are expected"
+            )
         arrays = {n: self._array(f"data/{n}") for n in names}
         rows = int(self._ends[-1])
         for name, array in arrays.items():
             if not array.shape or array.shape[0] < rows:
                 raise DataError(
-                    f"{self.source.url}, data/{name}: {array.shape} has fewer than the {rows:,} rows of episode_ends"
+                    f"{self.source.url}, data/{name}: shape {array.shape} has fewer than the {rows:,} rows of episode_ends"
                 )
         return arrays
 
@@ -150,7 +153,7 @@ class Zarr(Converter):
 
     def _episode(self, number: int, begin: int, end: int, where: str) -> Episode:
         if end - begin > EPISODE_STEPS:
-            raise DataError(f"{where}: {end - begin:,} steps")
+            raise DataError(f"{where}: {end - begin:,} steps; the limit is {EPISODE_STEPS:,}")
         fields = {}
         for key, array in self._columns.items():
             name = canonical(key.replace("/", "."))
@@ -161,38 +164,41 @@ class Zarr(Converter):
                 value = value.reshape(end - begin)
             if name in ("terminated", "truncated"):
                 value = value.astype(bool)
-            fields[name] = channels_last(_as_picture(value, key, f"{where}, data/{key}"))
+            fields[name] = channels_last(_as_image(value, key, f"{where}, data/{key}"))
         return Episode(f"{self.source.name}/{number:06d}", self.source.name, fields, end - begin)
 
 
-def _as_picture(value: np.ndarray, key: str, where: str) -> np.ndarray:
-    """Pictures kept as floats 0…255 (PushT has such) as uint8, where nothing is lost."""
-    if value.dtype.kind != "f" or value.ndim != 4 or not is_image_shape(value.shape[1:]) or not _PICTURE.search(key):
+def _as_image(value: np.ndarray, key: str, where: str) -> np.ndarray:
+    """Images stored as floats from 0 to 255 (as in PushT) as uint8; other values as they are.
+
+    Raises DataError if an image holds other values, such as fractions.
+    """
+    if value.dtype.kind != "f" or value.ndim != 4 or not is_image_shape(value.shape[1:]) or not _IMAGE_NAME.search(key):
         return value
     with np.errstate(invalid="ignore"):
         out = value.astype(np.uint8)
     if not bool(np.all(out == value)):
-        raise DataError(f"{where}: pictures of {value.dtype} whose values are not whole numbers from 0 to 255")
+        raise DataError(f"{where}: images of {value.dtype} must hold whole numbers from 0 to 255")
     return out
 
 
 def _check_metadata(files: _Files, path: str, where: str) -> None:
-    """Refuse objects, unknown codecs and absurd chunks before zarr sees them."""
-    old = files.get(f"{path}/.zarray")
-    data = old if old is not None else files.get(f"{path}/zarr.json")
-    about = parse_json(data or b"", where)
+    """Raises DataError for objects, unknown codecs and too large chunks, before the zarr library sees them."""
+    zarr2 = files.get(f"{path}/.zarray")
+    data = zarr2 if zarr2 is not None else files.get(f"{path}/zarr.json")
+    metadata = parse_json(data or b"", where)
     try:
-        if old is not None:
-            dtype, shape, chunks = np.dtype(about["dtype"]), about["shape"], about["chunks"]
-            codecs = [c["id"] for c in [about.get("compressor"), *(about.get("filters") or [])] if c is not None]
+        if zarr2 is not None:
+            dtype, shape, chunks = np.dtype(metadata["dtype"]), metadata["shape"], metadata["chunks"]
+            codecs = [c["id"] for c in [metadata.get("compressor"), *(metadata.get("filters") or [])] if c is not None]
         else:
-            dtype, shape = np.dtype(str(about["data_type"])), about["shape"]
-            chunks = about["chunk_grid"]["configuration"]["chunk_shape"]
-            codecs = list(_names(about["codecs"]))
+            dtype, shape = np.dtype(str(metadata["data_type"])), metadata["shape"]
+            chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+            codecs = list(_codec_names(metadata["codecs"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: its metadata is not understood ({type(error).__name__}: {error})") from None
+        raise DataError(f"{where}: its metadata cannot be read ({type(error).__name__}: {error})") from None
     if dtype.kind not in "biuf":
-        raise DataError(f"{where}: dtype {dtype} is not read")
+        raise DataError(f"{where}: dtype {dtype} cannot be read")
     unknown = sorted({str(c) for c in codecs} - _CODECS)
     if unknown:
         raise DataError(f"{where}: the codec {unknown[0]!r} is not allowed")
@@ -202,18 +208,18 @@ def _check_metadata(files: _Files, path: str, where: str) -> None:
         raise DataError(f"{where}: chunks {chunks} do not divide the shape {shape}")
 
 
-def _names(codecs: Any) -> Iterator[str]:
-    """Names of Zarr 3 codecs, those inside of shards too."""
+def _codec_names(codecs: Any) -> Iterator[str]:
+    """The names of Zarr 3 codecs, including those inside shards."""
     for codec in codecs:
         name = codec if isinstance(codec, str) else codec["name"]
         yield str(name).removeprefix("numcodecs.")
         if isinstance(codec, dict) and isinstance(codec.get("configuration"), dict):
             for key in ("codecs", "index_codecs"):
-                yield from _names(codec["configuration"].get(key) or [])
+                yield from _codec_names(codec["configuration"].get(key) or [])
 
 
 class _Files:
-    """Path -> bytes, of a folder or of one zip, which stays open."""
+    """The files of a folder, or of one zip, which stays open."""
 
     def __init__(self, source: Source):
         self._source, self._stack, self._zip = source, ExitStack(), None
@@ -225,6 +231,7 @@ class _Files:
         self._known = frozenset(self.names)
 
     def get(self, path: str) -> bytes | None:
+        """The content of a file; None if there is no such file."""
         if path not in self._known:
             return None
         if self._zip is not None:
@@ -242,7 +249,7 @@ class _Files:
 
 
 def _store(files: _Files) -> Any:
-    """The files as zarr's read-only Store. Made here, because zarr is imported only where it is needed."""
+    """The files as a read-only Store of the zarr library, which is imported only here, when it is needed."""
     from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 

@@ -1,4 +1,4 @@
-"""Datasets -> other formats: Minari HDF5, LeRobot v3, NPZ. `tiphys.dataio.convert` reads each of them back, without loss."""
+"""Exports datasets to Minari HDF5, LeRobot v3 or NPZ. `tiphys.dataio.convert` reads each of them back without loss."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class ExportReport:
+    """What an export wrote. `str(report)` is one line for people."""
+
     destination: str
     format: str
     episodes: int
-    folders: tuple[str, ...]  # one a task where the format holds one task a folder
+    folders: tuple[str, ...]  # below the destination; "" is the destination itself
 
     def __str__(self) -> str:
         where = ", ".join(f"{self.destination}/{f}" if f else self.destination for f in self.folders)
@@ -38,18 +40,22 @@ def export(
 ) -> ExportReport:
     """Write all episodes of a dataset in another format.
 
-    destination  an empty folder, in any store. Of several tasks, Minari and LeRobot get a folder each
-    options      `fps` (lerobot): frames a second to be stated, 10 if the data does not say
+    destination  an empty folder, in any store. A Minari or LeRobot folder holds one task: several tasks become
+                 several folders in it
+    format       minari | lerobot | npz
+    progress     called with (episodes done, episodes in total)
+    options      of the format. lerobot: `fps`, the frames per second that its metadata states (default 10)
 
-    One task's files are made in the scratch folder and uploaded whole; the file that makes a folder recognisable is the last.
-    Raises DataError for an unknown format or a task that the format cannot hold, FileExistsError for a folder that is not empty.
+    The files of a task are made in a temporary folder on this machine and then uploaded. The file that completes a
+    folder (metadata.json, info.json or tasks.json) is uploaded last.
+    Raises DataError if the format is unknown or cannot hold a task, FileExistsError if the destination is not empty.
     """
     from tiphys.dataio.episode import DataError
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.storage import Store
 
     if format not in FORMATS:
-        raise DataError(f"format {format!r} is none of {', '.join(FORMATS)}")
+        raise DataError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     index = EpisodeIndex.open(dataset)
     store = Store(destination)
     if store.list():
@@ -57,7 +63,7 @@ def export(
     module = importlib.import_module(FORMATS[format])
     done = 0
 
-    def tell(episodes: Iterator[Episode]) -> Iterator[Episode]:
+    def counted(episodes: Iterator[Episode]) -> Iterator[Episode]:
         nonlocal done
         for episode in episodes:
             yield episode
@@ -72,14 +78,16 @@ def export(
         groups = [("", index.tasks)]
     for folder, tasks in groups:
         with tempfile.TemporaryDirectory(prefix="tiphys-export-") as scratch:
-            names = module.write(Path(scratch), tasks, lambda tasks=tasks: tell(episodes_of(index, tasks)), **options)
+            names = module.write(
+                Path(scratch), tasks, lambda tasks=tasks: counted(episodes_of(index, tasks)), **options
+            )
             for name in names:
                 store.upload(f"{folder}/{name}" if folder else name, str(Path(scratch) / name))
     return ExportReport(destination, format, done, tuple(folder for folder, _ in groups))
 
 
 def episodes_of(index: EpisodeIndex, tasks: tuple[TaskSpec, ...]) -> Iterator[Episode]:
-    """The episodes of these tasks, in the order of the dataset, one in memory at a time."""
+    """The episodes of these tasks in the order of the dataset. One episode is in memory at a time."""
     from tiphys.dataio.dataset import read_episode
 
     wanted = {number for number, task in enumerate(index.tasks) if task in tasks}
@@ -89,7 +97,7 @@ def episodes_of(index: EpisodeIndex, tasks: tuple[TaskSpec, ...]) -> Iterator[Ep
 
 
 def _folders(tasks: tuple[TaskSpec, ...]) -> Mapping[str, TaskSpec]:
-    """A folder name for each task, all different."""
+    """Folder name -> task, with a different name for each task."""
     out: dict[str, TaskSpec] = {}
     for task in tasks:
         name = base = re.sub(r"[^A-Za-z0-9_-]+", "-", task.name).strip("-") or "task"

@@ -1,8 +1,8 @@
-"""LeRobot v3.0: rows in Parquet, pictures inside it as PNG (`dtype: image`, so nothing is lost), metadata as LeRobot's.
+"""LeRobot v3.0 export: rows in Parquet, images inside the Parquet files as PNG (`dtype: image`), so without loss.
 
-Fields keep their names, but `observation`, `reward`, `terminated` and `truncated` take LeRobot's. A last,
-observation-only row becomes a row whose action is zero and whose feature `valid` is False. The first text that is one
-for the episode is its task.
+Fields keep their names, except `observation`, `reward`, `terminated` and `truncated`, which get LeRobot's names. A last
+row that holds only an observation becomes a row whose action is zero and whose feature `valid` is False. The first text
+field with one value per episode becomes LeRobot's task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.lerobot import EXPORTED, VALID
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -26,53 +26,55 @@ _NAMES = {
     "terminated": "next.done",
     "truncated": "next.truncated",
 }
-_FILE_BYTES = 100 << 20  # of a data file, about
+_FILE_BYTES = 100 << 20  # approximate size of a data file
 _DATA, _EPISODES = "data/chunk-{:03d}/file-{:03d}.parquet", "meta/episodes/chunk-{:03d}/file-{:03d}.parquet"
-_CHUNK = 1000  # files of a folder
-_PICTURES = (1, 3, 4)  # channels that PNG holds
+_CHUNK = 1000  # files per folder
+_PNG_CHANNELS = (1, 3, 4)
 
 
 def write(
     folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]], *, fps: float = 10.0
 ) -> list[str]:
-    """Write the files; returns their names, info.json last."""
+    """Write the files and return their names, info.json last. `fps` is the rate that the metadata states."""
     if not fps > 0:
-        raise DataError(f"fps {fps}: a positive number is needed")
+        raise DataError(f"fps {fps} must be positive")
     (task,) = tasks
-    rows = [f for f in task.fields if f.per == "step"]
-    taken = {f.name for f in rows}
-    names = {f.name: _NAMES[f.name] if f.name in _NAMES and _NAMES[f.name] not in taken else f.name for f in rows}
-    out = _Rows(folder, rows, names, fps)
-    spoken = next((f.name for f in task.with_role("text") if f.per == "episode"), None)
+    step_fields = [f for f in task.fields if f.per == "step"]
+    taken = {f.name for f in step_fields}
+    names = {
+        f.name: _NAMES[f.name] if f.name in _NAMES and _NAMES[f.name] not in taken else f.name for f in step_fields
+    }
+    writer = _Writer(folder, step_fields, names, fps)
+    instruction_field = next((f.name for f in task.with_role("text") if f.per == "episode"), None)
     for episode in episodes():
-        out.add(episode, task, str(episode.fields.get(spoken) or "") if spoken else "")
-    files = out.close()
-    features = {names[f.name]: _feature(f, out.shapes.get(f.name)) for f in rows}
+        writer.add(episode, task, str(episode.fields.get(instruction_field) or "") if instruction_field else "")
+    files = writer.close()
+    features = {names[f.name]: _feature(f, writer.image_shapes.get(f.name)) for f in step_fields}
     features[VALID] = {"dtype": "bool", "shape": [1], "names": None}
-    for name, dtype in _BOOKKEEPING.items():
+    for name, dtype in _INDEX_FEATURES.items():
         features[name] = {"dtype": dtype, "shape": [1], "names": None}
     info = {
         "codebase_version": "v3.0",
         "robot_type": None,
-        "total_episodes": out.episodes,
-        "total_frames": out.total,
-        "total_tasks": len(out.words),
+        "total_episodes": writer.episodes,
+        "total_frames": writer.total,
+        "total_tasks": len(writer.task_indices),
         "chunks_size": _CHUNK,
         "data_files_size_in_mb": _FILE_BYTES >> 20,
         "video_files_size_in_mb": 500,
         "fps": int(fps) if float(fps).is_integer() else fps,
-        "splits": {"train": f"0:{out.episodes}"},
+        "splits": {"train": f"0:{writer.episodes}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": None,
         "features": features,
         EXPORTED: {"task": task.to_dict(), "names": names},
     }
-    (folder / "meta/stats.json").write_text(json.dumps(out.statistics(), indent=1))
+    (folder / "meta/stats.json").write_text(json.dumps(writer.statistics(), indent=1))
     (folder / "meta/info.json").write_text(json.dumps(info, indent=1))
     return [*files, "meta/stats.json", "meta/info.json"]
 
 
-_BOOKKEEPING = {
+_INDEX_FEATURES = {
     "timestamp": "float32",
     "frame_index": "int64",
     "episode_index": "int64",
@@ -81,19 +83,19 @@ _BOOKKEEPING = {
 }
 
 
-def is_picture(field: FieldSpec) -> bool:
-    """Whether a field is kept as PNG."""
+def _is_image(field: FieldSpec) -> bool:
+    """Whether a field is stored as PNG."""
     shape = field.shape
     return (
         field.modality == "image"
         and field.dtype == "uint8"
-        and (len(shape) == 2 or (len(shape) == 3 and shape[2] in _PICTURES))
+        and (len(shape) == 2 or (len(shape) == 3 and shape[2] in _PNG_CHANNELS))
     )
 
 
 def _feature(field: FieldSpec, shape: tuple[int, ...] | None) -> dict[str, Any]:
     size = list(shape if shape is not None else field.shape)
-    if is_picture(field):
+    if _is_image(field):
         return {
             "dtype": "image",
             "shape": size if len(size) == 3 else [*size, 1],
@@ -102,26 +104,26 @@ def _feature(field: FieldSpec, shape: tuple[int, ...] | None) -> dict[str, Any]:
     return {"dtype": "string" if field.dtype == "str" else field.dtype, "shape": size or [1], "names": None}
 
 
-class _Rows:
-    """Data files of about 100 MB, an episode at a time, and the tables of episodes and tasks."""
+class _Writer:
+    """Writes data files of about 100 MB, one episode after another, then the tables of episodes and tasks."""
 
     def __init__(self, folder: Path, fields: list[FieldSpec], names: dict[str, str], fps: float):
         self._folder, self._fields, self._names, self._fps = folder, fields, names, fps
         self.episodes = self.total = 0
-        self.words: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the first picture, for fields whose size varies
-        self._table: list[dict[str, Any]] = []
+        self.task_indices: dict[str, int] = {}  # LeRobot's table of tasks: instruction -> task_index
+        self.image_shapes: dict[str, tuple[int, ...]] = {}  # of the first image of each field; the size may vary
+        self._episode_rows: list[dict[str, Any]] = []
         self._writer: Any = None
         self._files: list[str] = []
-        self._sums = {f.name: _Sums() for f in fields if f.dtype != "str"}
+        self._statistics = {f.name: _Statistics() for f in fields if f.dtype != "str"}
         (folder / "meta").mkdir(parents=True)
 
-    def add(self, episode: Episode, task: TaskSpec, words: str) -> None:
+    def add(self, episode: Episode, task: TaskSpec, instruction: str) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         rows = max([1, episode.steps, *(len(episode.fields[f.name]) for f in self._fields)])
-        number = self.words.setdefault(words, len(self.words))
+        task_index = self.task_indices.setdefault(instruction, len(self.task_indices))
         columns: dict[str, Any] = {}
         for field in self._fields:
             columns[self._names[field.name]] = self._column(field, episode.fields[field.name], rows)
@@ -131,7 +133,7 @@ class _Rows:
         columns["frame_index"] = pa.array(index)
         columns["episode_index"] = pa.array(np.full(rows, self.episodes))
         columns["index"] = pa.array(index + self.total)
-        columns["task_index"] = pa.array(np.full(rows, number))
+        columns["task_index"] = pa.array(np.full(rows, task_index))
         table = pa.table(columns)
         if self._writer is not None and self._path().stat().st_size > _FILE_BYTES:
             self._writer.close()
@@ -142,17 +144,17 @@ class _Rows:
             self._writer = pq.ParquetWriter(self._path(), table.schema)
         self._writer.write_table(table)
         place = dict(zip(("data/chunk_index", "data/file_index"), divmod(len(self._files) - 1, _CHUNK), strict=True))
-        self._table.append(
+        self._episode_rows.append(
             {
                 "episode_index": self.episodes,
-                "tasks": [words],
+                "tasks": [instruction],
                 "length": rows,
                 **place,
                 "dataset_from_index": self.total,
                 "dataset_to_index": self.total + rows,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                EXPORTED: json.dumps(describe(episode, task)),
+                EXPORTED: json.dumps(episode_metadata(episode, task)),
             }
         )
         self.episodes, self.total = self.episodes + 1, self.total + rows
@@ -165,26 +167,26 @@ class _Rows:
             self._writer.close()
         episodes = _EPISODES.format(0, 0)
         (self._folder / episodes).parent.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._table), self._folder / episodes)
-        words = pa.table({"task_index": list(self.words.values()), "__index_level_0__": list(self.words)})
+        pq.write_table(pa.Table.from_pylist(self._episode_rows), self._folder / episodes)
+        tasks = pa.table({"task_index": list(self.task_indices.values()), "__index_level_0__": list(self.task_indices)})
         pandas = {
             "index_columns": ["__index_level_0__"],
             "columns": [],
             "column_indexes": [],
-        }  # so that pandas finds its index
+        }  # makes pandas use the column as index
         pq.write_table(
-            words.replace_schema_metadata({"pandas": json.dumps(pandas)}), self._folder / "meta/tasks.parquet"
+            tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), self._folder / "meta/tasks.parquet"
         )
         return [*self._files, episodes, "meta/tasks.parquet"]
 
     def statistics(self) -> dict[str, Any]:
-        return {self._names[name]: sums.to_dict() for name, sums in self._sums.items() if sums.count}
+        return {self._names[name]: s.to_dict() for name, s in self._statistics.items() if s.count}
 
     def _path(self) -> Path:
         return self._folder / self._files[-1]
 
     def _column(self, field: FieldSpec, value: Any, rows: int) -> Any:
-        """A field's rows as an Arrow array; rows that it does not have are zero, black or empty."""
+        """The rows of a field as an Arrow array. Rows that the field does not have are zero, black or empty."""
         import pyarrow as pa
 
         if field.dtype == "str":
@@ -192,29 +194,29 @@ class _Rows:
         array = np.asarray(value)
         if len(array) < rows:
             array = np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
-        self._sums[field.name].add(array[: len(value)], is_picture(field))
-        if is_picture(field):
-            self.shapes.setdefault(field.name, array.shape[1:])
-            pictures = [{"bytes": _png(picture), "path": None} for picture in array]
-            return pa.array(pictures, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        self._statistics[field.name].add(array[: len(value)], _is_image(field))
+        if _is_image(field):
+            self.image_shapes.setdefault(field.name, array.shape[1:])
+            images = [{"bytes": _png(image), "path": None} for image in array]
+            return pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
         out = pa.array(np.ascontiguousarray(array).reshape(-1))
         for size in reversed(array.shape[1:]):
             out = pa.FixedSizeListArray.from_arrays(out, size)
         return out
 
 
-class _Sums:
-    """Count, extremes, mean and deviation of a feature over all rows, as LeRobot's stats.json has them."""
+class _Statistics:
+    """Minimum, maximum, mean, standard deviation and count of a feature over all rows, for LeRobot's stats.json."""
 
     def __init__(self) -> None:
         self.count = 0
         self._low: Any = None
 
-    def add(self, array: np.ndarray, picture: bool) -> None:
+    def add(self, array: np.ndarray, is_image: bool) -> None:
         if not len(array):
             return
         rows = array.astype(np.float64)
-        if picture:  # by channel, 0…1
+        if is_image:  # per channel, scaled to 0…1
             rows = rows.reshape(-1, array.shape[3] if array.ndim == 4 else 1) / 255
         low, high, total, squares = rows.min(0), rows.max(0), rows.sum(0), (rows**2).sum(0)
         if self._low is None:
@@ -223,21 +225,21 @@ class _Sums:
             self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
             self._total, self._squares = self._total + total, self._squares + squares
         self.count += len(rows)
-        self._picture, self._rows = picture, getattr(self, "_rows", 0) + len(array)
+        self._is_image, self._rows = is_image, getattr(self, "_rows", 0) + len(array)
 
     def to_dict(self) -> dict[str, Any]:
         mean = self._total / self.count
         deviation = np.sqrt(np.maximum(self._squares / self.count - mean**2, 0))
-        shape = (-1, 1, 1) if self._picture else (mean.shape or (1,))
+        shape = (-1, 1, 1) if self._is_image else (mean.shape or (1,))
         values = {"min": self._low, "max": self._high, "mean": mean, "std": deviation}
         return {**{k: np.reshape(v, shape).tolist() for k, v in values.items()}, "count": [self._rows]}
 
 
-def _png(picture: np.ndarray) -> bytes:
+def _png(image: np.ndarray) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.ndim == 3 and picture.shape[2] == 1 else picture).save(
+    Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image).save(
         out, "PNG", compress_level=1
     )
     return out.getvalue()

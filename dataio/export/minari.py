@@ -1,9 +1,9 @@
-"""Minari HDF5 (format of Minari 0.5): spaces and counts in `data/metadata.json`, a group an episode in
-`data/main_data.hdf5`.
+"""Minari HDF5 export (format of Minari 0.5).
 
-What is observed becomes the observation space, actions the action space; other fields by step stand in `infos`. Minari
-wants T + 1 rows of observations and infos, so those with T are padded with their last row; `restore` cuts the padding
-off again. Pictures are stored raw. Load one with `minari.MinariDataset(FOLDER/data)`.
+`data/metadata.json` holds the spaces and counts, `data/main_data.hdf5` a group for each episode. Observation fields
+become the observation space, action fields the action space; other numeric fields per step go into `infos`. Minari
+expects T + 1 rows of observations and infos. Fields with T rows repeat their last row, which `exported.restore` removes
+again. Images are stored raw. Load the result with `minari.MinariDataset(FOLDER/data)`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
+from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.minari import EXPORTED, MAIN
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -26,35 +26,35 @@ _MAIN = f"data/{MAIN}"
 
 
 def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]]) -> list[str]:
-    """Write the two files; returns their names, metadata.json last."""
+    """Write the two files and return their names, metadata.json last."""
     import h5py
 
     (task,) = tasks
-    observed, acted = _places(task, "observation"), _places(task, "action")
-    if not observed or not acted:
-        raise DataError(
-            f"task {task.name!r} has no observations or no actions; Minari holds neither pictures nor texts alone"
-        )
-    letters: set[str] = set()
+    observation_keys, action_keys = _space_keys(task, "observation"), _space_keys(task, "action")
+    if not observation_keys or not action_keys:
+        raise DataError(f"task {task.name!r} has no observations or no actions per step; Minari needs both")
+    characters: set[str] = set()
     steps = count = 0
     (folder / "data").mkdir()
     with h5py.File(folder / _MAIN, "w", track_order=True) as file:
         for episode in episodes():
             if not episode.steps:
-                raise DataError(f"episode {episode.id!r} has no actions; Minari cannot hold it")
-            letters |= _write(file.create_group(f"episode_{count}"), episode, task, observed, acted, count)
+                raise DataError(f"episode {episode.id!r} has no actions, so Minari cannot hold it")
+            characters |= _write(
+                file.create_group(f"episode_{count}"), episode, task, observation_keys, action_keys, count
+            )
             steps, count = steps + episode.steps, count + 1
-    charset = "".join(sorted(letters)) or " "
+    charset = "".join(sorted(characters)) or " "
     metadata = {
         "total_episodes": count,
         "total_steps": steps,
         "data_format": "hdf5",
         "jpeg_encoding": False,
-        "observation_space": json.dumps(_space(task, observed, charset)),
-        "action_space": json.dumps(_space(task, acted, charset)),
+        "observation_space": json.dumps(_space(task, observation_keys, charset)),
+        "action_space": json.dumps(_space(task, action_keys, charset)),
         "dataset_id": task.name,
-        "minari_version": "0.5.4",  # the first that knows pictures without JPEG
-        EXPORTED: {"task": task.to_dict(), "observations": observed, "actions": acted},
+        "minari_version": "0.5.4",  # the first version that reads images without JPEG
+        EXPORTED: {"task": task.to_dict(), "observations": observation_keys, "actions": action_keys},
     }
     if task.random is not None and task.expert is not None:
         metadata |= {"ref_min_score": task.random, "ref_max_score": task.expert}
@@ -62,8 +62,8 @@ def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iter
     return [_MAIN, "data/metadata.json"]
 
 
-def _places(task: TaskSpec, role: str) -> dict[str, str]:
-    """field -> its key in the space's Dict; "" where it is the space itself."""
+def _space_keys(task: TaskSpec, role: str) -> dict[str, str]:
+    """field -> its key in the Dict space of the role; "" if the field is the whole space."""
     fields = [f for f in task.with_role(role) if f.per == "step"]
     fields += [f for f in task.with_role("text") if f.per == "step" and f.name.startswith(f"{role}.")]
     if [f.name for f in fields] == [role]:
@@ -71,15 +71,15 @@ def _places(task: TaskSpec, role: str) -> dict[str, str]:
     return {f.name: f.name.removeprefix(role + ".") for f in fields}
 
 
-def _space(task: TaskSpec, places: dict[str, str], letters: str) -> dict[str, Any]:
-    """Minari's JSON of a space."""
-    leaves = {key: _leaf(task.field(name), letters) for name, key in places.items()}
+def _space(task: TaskSpec, keys: dict[str, str], charset: str) -> dict[str, Any]:
+    """The space of these fields in Minari's JSON form."""
+    leaves = {key: _leaf(task.field(name), charset) for name, key in keys.items()}
     return leaves[""] if "" in leaves else {"type": "Dict", "subspaces": dict(sorted(leaves.items()))}
 
 
-def _leaf(field: FieldSpec, letters: str) -> dict[str, Any]:
+def _leaf(field: FieldSpec, charset: str) -> dict[str, Any]:
     if field.dtype == "str":
-        return {"type": "Text", "max_length": _LONGEST_TEXT, "min_length": 0, "charset": letters}
+        return {"type": "Text", "max_length": _LONGEST_TEXT, "min_length": 0, "charset": charset}
     dtype, shape = _dtype(field), list(field.shape)
     if field.modality == "discrete" and not shape and field.values > 0 and field.low is None and dtype.kind in "iu":
         return {"type": "Discrete", "dtype": "int64", "start": 0, "n": field.values}
@@ -93,47 +93,58 @@ def _leaf(field: FieldSpec, letters: str) -> dict[str, Any]:
 
 
 def _dtype(field: FieldSpec) -> np.dtype:
-    """Gymnasium has no space of booleans."""
+    """The dtype in Gymnasium's spaces, which have no booleans."""
     return np.dtype("int8" if field.dtype == "bool" else field.dtype)
 
 
 def _write(
-    group: Any, episode: Episode, task: TaskSpec, observed: dict[str, str], acted: dict[str, str], number: int
+    group: Any,
+    episode: Episode,
+    task: TaskSpec,
+    observation_keys: dict[str, str],
+    action_keys: dict[str, str],
+    number: int,
 ) -> set[str]:
-    """One episode; returns the characters of its texts."""
+    """Write one episode; returns the characters of its texts."""
     import h5py
 
     group.attrs["id"], group.attrs["total_steps"] = number, episode.steps
-    letters: set[str] = set()
+    characters: set[str] = set()
     rows = episode.steps + 1
-    for part, places in (("observations", observed), ("actions", acted)):
-        for name, key in places.items():
+    for part, keys in (("observations", observation_keys), ("actions", action_keys)):
+        for name, key in keys.items():
             path = f"{part}/{key}" if key else part
             field, value = task.field(name), episode.fields[name]
             if part == "observations":
                 value = _padded(np.asarray(value), rows)
             if field.dtype == "str":
-                letters |= set("".join(str(t) for t in value))
-                words = np.array([str(t) for t in value], object)
-                group.create_dataset(path, data=words, dtype=h5py.string_dtype("utf-8"))
+                characters |= set("".join(str(t) for t in value))
+                strings = np.array([str(t) for t in value], object)
+                group.create_dataset(path, data=strings, dtype=h5py.string_dtype("utf-8"))
             else:
                 group.create_dataset(path, data=np.asarray(value).astype(_dtype(field), copy=False))
     for name, part in _RESULTS.items():
         kind = np.float64 if name == "reward" else bool
         value = episode.fields.get(name)
         group[part] = np.zeros(episode.steps, kind) if value is None else np.asarray(value)
-    words_by_step = {}
+    step_texts = {}
     for field in task.fields:
-        if field.per == "episode" or field.name in observed or field.name in acted or field.name in _RESULTS:
+        if (
+            field.per == "episode"
+            or field.name in observation_keys
+            or field.name in action_keys
+            or field.name in _RESULTS
+        ):
             continue
         if field.dtype == "str":
-            words_by_step[field.name] = [str(t) for t in episode.fields[field.name]]
+            step_texts[field.name] = [str(t) for t in episode.fields[field.name]]
         else:
             group.create_dataset(f"infos/{field.name}", data=_padded(np.asarray(episode.fields[field.name]), rows))
-    about = {**describe(episode, task), "words": words_by_step}
-    group.create_dataset(EXPORTED, data=json.dumps(about), dtype=h5py.string_dtype("utf-8"))
-    return letters
+    rest = {**episode_metadata(episode, task), "words": step_texts}
+    group.create_dataset(EXPORTED, data=json.dumps(rest), dtype=h5py.string_dtype("utf-8"))
+    return characters
 
 
 def _padded(value: np.ndarray, rows: int) -> np.ndarray:
+    """The array with its last row repeated up to `rows` rows."""
     return value if len(value) == rows else np.concatenate([value, np.repeat(value[-1:], rows - len(value), axis=0)])

@@ -1,5 +1,7 @@
-"""NPZ: `tasks.json` and one file an episode, with an array a field; what is no array stands in the member
-`_tiphys.json`."""
+"""NPZ export: `tasks.json`, and one file for each episode.
+
+A file holds one array for each field with a value per step. The member `_tiphys.json` holds everything else.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +13,38 @@ from pathlib import Path
 
 import numpy as np
 
-from tiphys.dataio.convert.exported import describe
-from tiphys.dataio.convert.npz import ABOUT, TASKS
+from tiphys.dataio.convert.exported import episode_metadata
+from tiphys.dataio.convert.npz import EPISODE_JSON, TASKS
 from tiphys.dataio.episode import Episode, TaskSpec
 
 ONE_TASK_A_FOLDER = False
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same episodes give the same bytes
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that the same episodes give the same bytes
 
 
 def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]]) -> list[str]:
-    """Write the files; returns their names, the one that completes them last."""
+    """Write the files and return their names; tasks.json, which completes the export, is the last."""
     names = []
-    known = {t.name: t for t in tasks}
+    tasks_by_name = {t.name: t for t in tasks}
     for number, episode in enumerate(episodes()):
         name = f"{number:08d}.npz"
-        _write(folder / name, episode, known[episode.task])
+        _write(folder / name, episode, tasks_by_name[episode.task])
         names.append(name)
     (folder / TASKS).write_text(json.dumps({"tasks": [t.to_dict() for t in tasks]}, indent=1))
     return [*names, TASKS]
 
 
 def _write(path: Path, episode: Episode, task: TaskSpec) -> None:
-    about = describe(episode, task)
-    about["words"] = {}  # texts by step: NumPy could only store them as pickles or padded
+    metadata = episode_metadata(episode, task)
+    metadata["words"] = {}  # texts per step: NumPy could store them only as pickles or padded
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for spec in task.fields:
             value = episode.fields.get(spec.name)
             if value is None or spec.per == "episode":
                 continue
             if spec.dtype == "str":
-                about["words"][spec.name] = [str(t) for t in value]
+                metadata["words"][spec.name] = [str(t) for t in value]
                 continue
             data = io.BytesIO()
             np.save(data, np.asarray(value), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{spec.name}.npy", _EPOCH), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
-        archive.writestr(zipfile.ZipInfo(ABOUT, _EPOCH), json.dumps(about), zipfile.ZIP_DEFLATED, 1)
+            archive.writestr(zipfile.ZipInfo(f"{spec.name}.npy", _ZIP_DATE), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
+        archive.writestr(zipfile.ZipInfo(EPISODE_JSON, _ZIP_DATE), json.dumps(metadata), zipfile.ZIP_DEFLATED, 1)

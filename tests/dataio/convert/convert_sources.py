@@ -1,6 +1,7 @@
-"""Small sources of every format, made by the format's own library where there is one, with the episodes that they hold.
+"""Small sources of every format, written by the format's own library if there is one, and the episodes they contain.
 
-Each maker takes a folder and returns {id -> (steps, fields)}: what a reader must find, computed without any reader.
+Each maker writes to a folder and returns {id: (steps, fields)}: the episodes that a converter must find there. They do
+not come from one of our readers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def picture(data: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def video(path: Path, frames: np.ndarray, fps: int = 10, codec: str = "libx264", gop: int = 4) -> np.ndarray:
-    """Write an MP4; return its frames as PyAV decodes them, one after another."""
+    """Write an MP4. Returns its frames as PyAV decodes them from start to end."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def video(path: Path, frames: np.ndarray, fps: int = 10, codec: str = "libx264",
 
 
 def scene(count: int, seed: int, size: int = 64) -> np.ndarray:
-    """Frames that differ clearly from each other: a bright block that walks over a dark ground."""
+    """Frames that clearly differ from each other: a bright block that moves over a dark background."""
     frames = np.full((count, size, size, 3), 20, np.uint8)
     for i in range(count):
         at = (7 * i + seed * 5) % (size - 16)
@@ -176,7 +177,7 @@ def lerobot_v3(folder: Path, codec: str = "libx264") -> Expected:
         tables.append(_lerobot_rows(number, length, first, fps))
         scenes.append(scene(length, number))
         first += length
-    # two data files, and one video file of all episodes: the two need not agree
+    # two data files but one video file for all episodes: they may be split differently
     pq.write_table(pa.concat_tables([_table(t) for t in tables[:2]]), folder / "data/chunk-000/file-000.parquet")
     pq.write_table(_table(tables[2]), folder / "data/chunk-000/file-001.parquet")
     frames = video(folder / "videos/observation.images.top/chunk-000/file-000.mp4", np.concatenate(scenes), fps, codec)
@@ -221,7 +222,7 @@ def _message(number: int, data: bytes) -> bytes:
 
 
 def example(features: dict[str, Any]) -> bytes:
-    """A tf.Example, written after the proto files."""
+    """A serialised tf.Example, encoded by hand from its .proto definition."""
     entries = b""
     for key, value in features.items():
         if isinstance(value, list):
@@ -346,7 +347,7 @@ def minari_env() -> Any:
 
 
 def minari(folder: Path, data_format: str = "hdf5") -> Expected:
-    """By the real DataCollector, into folder/toy/data-v0. Expected values come from minari's own reader."""
+    """Recorded by Minari's DataCollector into folder/toy/data-v0. The expected values come from Minari's own reader."""
     import warnings
 
     old = os.environ.get("MINARI_DATASETS_PATH")

@@ -1,4 +1,4 @@
-"""Each reader finds exactly the episodes that were written with the format's own library, and nothing else."""
+"""Each converter reads exactly the episodes that were written in its format, mostly by the format's own library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reader(url: Path, format: str, **options: Any) -> Converter:
 
 
 def read_all(converter: Converter) -> dict[str, Episode]:
-    """Every episode of every piece, as its task says; fails at a bad one."""
+    """Every episode of every piece, conformed to its task. Fails on a malformed episode."""
     tasks, out = {t.name: t for t in converter.tasks()}, {}
     for piece in converter.pieces():
         for item in converter.episodes(piece):
@@ -30,16 +30,16 @@ def read_all(converter: Converter) -> dict[str, Episode]:
     return out
 
 
-def assert_same(found: Any, wanted: Any, name: str) -> None:
-    if isinstance(wanted, str):
-        assert found == wanted, name
+def assert_same(found: Any, expected: Any, name: str) -> None:
+    if isinstance(expected, str):
+        assert found == expected, name
         return
-    wanted = np.asarray(wanted)
-    if wanted.dtype == object:
-        assert np.asarray(found).tolist() == wanted.tolist(), name
+    expected = np.asarray(expected)
+    if expected.dtype == object:
+        assert np.asarray(found).tolist() == expected.tolist(), name
         return
-    assert np.asarray(found).shape == wanted.shape, name
-    np.testing.assert_array_equal(np.asarray(found), wanted, err_msg=name)
+    assert np.asarray(found).shape == expected.shape, name
+    np.testing.assert_array_equal(np.asarray(found), expected, err_msg=name)
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
@@ -56,7 +56,7 @@ def test_reads_what_was_written(made: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_is_recognised_and_passes_over(made: Any, name: str) -> None:
+def test_format_is_recognised_and_start_skips_items(made: Any, name: str) -> None:
     source, format, _ = made(name)
     assert recognise(Source(str(source)), converters()) == format
     converter = reader(source, format)
@@ -68,8 +68,8 @@ def test_is_recognised_and_passes_over(made: Any, name: str) -> None:
 
 def test_roles_and_modalities(made: Any) -> None:
     task = reader(made("lerobot-v2")[0], "lerobot").tasks()[0]
-    said = {f.name: (f.role, f.modality, f.shape, f.per) for f in task.fields}
-    assert said == {
+    found = {f.name: (f.role, f.modality, f.shape, f.per) for f in task.fields}
+    assert found == {
         "observation.state": ("observation", "continuous", (3,), "step"),
         "action": ("action", "continuous", (2,), "step"),
         "observation.images.top": ("observation", "image", (64, 64, 3), "step"),
@@ -89,8 +89,8 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
     assert task.field("observation.image").modality == "image"
 
 
-def test_depth_pictures_of_rlds() -> None:
-    """TFDS writes a float32 picture of one channel as the four bytes of each number, in a PNG."""
+def test_depth_images_of_rlds() -> None:
+    """TFDS stores a float32 depth image as a PNG whose four channels are the bytes of each number."""
     from tests.dataio.convert.convert_sources import picture
     from tiphys.dataio.convert.rlds import _images
     from tiphys.dataio.convert.tfds import Feature
@@ -130,23 +130,18 @@ def test_av1_video(tmp_path: Path) -> None:
         assert_same(found[key].fields["observation.images.top"], fields["observation.images.top"], key)
 
 
-def test_videos_are_searched_not_only_read_forward(made: Any) -> None:
-    """Each episode of a v3 source alone, in reverse, as when a reader died: the frames are those of its own rows."""
+def test_frames_match_their_rows_if_reading_starts_late(made: Any) -> None:
+    """A new reader that starts at a later episode of a shared video file, as after a crash, finds that episode's frames."""
     source, format, expected = made("lerobot-v3")
-    for number in reversed(range(len(expected))):
-        converter = reader(source, format)
-        items = [i for p in converter.pieces() for i in converter.episodes(p)]
-        key = sorted(expected)[number]
-        found = next(i for i in items if isinstance(i, Episode) and i.id == key)
-        assert_same(found.fields["observation.images.top"], expected[key][1]["observation.images.top"], key)
-    converter = reader(source, format)
-    last = [i for p in converter.pieces()[:1] for i in converter.episodes(p, start=1)]
-    key = sorted(expected)[1]
-    assert isinstance(last[0], Episode)
-    assert_same(last[0].fields["observation.images.top"], expected[key][1]["observation.images.top"], key)
+    camera = "observation.images.top"
+    for piece in reader(source, format).pieces():
+        for start in range(piece.data["count"]):
+            episode = next(reader(source, format).episodes(piece, start))
+            assert isinstance(episode, Episode)
+            assert_same(episode.fields[camera], expected[episode.id][1][camera], episode.id)
 
 
-def test_options(made: Any) -> None:
+def test_dqn_replay_option_stack(made: Any) -> None:
     source = made("dqn-replay")[0]
     stacked = read_all(reader(source, "dqn-replay", stack=4))
     single = read_all(reader(source, "dqn-replay"))
@@ -156,9 +151,15 @@ def test_options(made: Any) -> None:
         np.testing.assert_array_equal(frames[..., 3], single[key].fields["observation.image"][..., 0])
         np.testing.assert_array_equal(frames[1:, ..., 2], single[key].fields["observation.image"][:-1, ..., 0])
         assert not frames[0, ..., :3].any()
+
+
+def test_robomimic_option_mask(made: Any) -> None:
     source = made("robomimic")[0]
     assert sorted(read_all(reader(source, "robomimic", mask="train"))) == ["Lift/demo_0", "Lift/demo_10"]
     assert read_all(reader(source, "robomimic"))["Lift/demo_2"].info == {"masks": ["valid"]}
+
+
+def test_rlds_option_last_step(made: Any) -> None:
     source = made("rlds")[0]
     short = read_all(reader(source, "rlds", last_step="observation"))
     for key, (steps, fields) in made("rlds")[2].items():
@@ -166,14 +167,17 @@ def test_options(made: Any) -> None:
         assert_same(short[key].fields["observation.state"], fields["observation.state"], key)
         assert_same(short[key].fields["action"], fields["action"][:-1], key)
         assert bool(short[key].fields["terminated"][-1]) == bool(fields["terminated"][-1])
+
+
+def test_vpt_options_segment_and_resize(made: Any) -> None:
     source = made("vpt")[0]
-    cut = read_all(reader(source, "vpt", segment=2, resize=[32, 16]))
-    assert sum(e.steps for e in cut.values()) == sum(s for s, _ in made("vpt")[2].values())
-    assert all(e.fields["observation.image"].shape[1:] == (32, 16, 3) for e in cut.values())
+    segments = read_all(reader(source, "vpt", segment=2, resize=[32, 16]))
+    assert sum(e.steps for e in segments.values()) == sum(s for s, _ in made("vpt")[2].values())
+    assert all(e.fields["observation.image"].shape[1:] == (32, 16, 3) for e in segments.values())
 
 
 def test_d4rl_without_timeouts(tmp_path: Path) -> None:
-    """The end of an episode shows where the next observation is not the next row's."""
+    """An episode ends if its next observation differs from the next row. Without next observations, `max_steps` splits."""
     import h5py
 
     from tests.dataio.convert.convert_sources import d4rl
@@ -210,7 +214,7 @@ def test_text_that_changes_by_step(tmp_path: Path) -> None:
     assert found["talk/1"].fields["instruction"].tolist() == ["a", "b", "c1"]
 
 
-def test_a_source_of_no_known_format(tmp_path: Path) -> None:
+def test_a_source_of_unknown_format_is_an_error(tmp_path: Path) -> None:
     from tiphys.dataio.episode import DataError
 
     (tmp_path / "x.bin").write_bytes(b"\0" * 100)

@@ -1,4 +1,4 @@
-"""Whatever bytes a source holds, reading it gives episodes, malformed episodes, or a DataError; never anything else."""
+"""Fuzzing: reading a damaged source gives episodes, malformed episodes or a DataError, and never anything else."""
 
 from __future__ import annotations
 
@@ -16,70 +16,72 @@ from tiphys.dataio.convert.infer import conform
 from tiphys.dataio.convert.process import Reader
 from tiphys.dataio.episode import DataError
 
-INPUTS = int(os.environ.get("TIPHYS_FUZZ_INPUTS", "10000"))  # of each maker, in the long form
+INPUTS = int(os.environ.get("TIPHYS_FUZZ_INPUTS", "10000"))  # for each maker, in the long tests
 MEMORY = 2 << 30
 
 
 def fuzz(made: Any, name: str, folder: Path, inputs: int, seed: int = 0) -> dict[str, int]:
-    """Counts of what came out. Fails on what should not."""
+    """Read `inputs` damaged sources and count the outcomes. Fails on any other exception than DataError."""
     source, format, _ = made(name)
     root = source.parent if source.is_file() else source
     files = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
     target = folder / root.name
-    seen = {"episodes": 0, "bad": 0, "errors": 0, "deaths": 0}
+    counts = {"episodes": 0, "bad": 0, "errors": 0, "deaths": 0}
     url = str(target / source.name) if source.is_file() else str(target)
     reader = Reader(url, BUILT_IN[format], memory=MEMORY, timeout=60.0)
     with reader:
         for number in range(inputs):
-            choose = random.Random(f"{name} {seed} {number}")
-            damaged = damage(target, files, choose)
+            rng = random.Random(f"{name} {seed} {number}")
+            damaged = damage(target, files, rng)
             try:
-                _read(reader, seen)
+                _read(reader, counts)
             except DataError as error:
-                seen["errors"] += 1
-                seen["deaths"] += "reader process" in str(error)
+                counts["errors"] += 1
+                counts["deaths"] += "reader process" in str(error)
             except Exception as error:
                 raise AssertionError(f"input {number} of {name} (seed {seed}), {damaged} damaged: {error!r}") from error
-    return seen
+    return counts
 
 
-def _read(reader: Reader, seen: dict[str, int]) -> None:
+def _read(reader: Reader, counts: dict[str, int]) -> None:
     pieces, tasks, _, _ = reader.plan()
     known = {t.name: t for t in tasks}
     for piece in pieces:
         for item in reader.episodes(piece):
             if isinstance(item, BadEpisode):
-                seen["bad"] += 1
-                seen["deaths"] += "reader process" in item.reason
+                counts["bad"] += 1
+                counts["deaths"] += "reader process" in item.reason
                 continue
             assert item.task in known
             try:
                 conform(item, known[item.task], item.id)
-                seen["episodes"] += 1
+                counts["episodes"] += 1
             except DataError:
-                seen["bad"] += 1
+                counts["bad"] += 1
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
-    seen = fuzz(made, name, tmp_path, 20)
-    assert seen["episodes"] > 0, "damage that leaves nothing readable proves little"
-    assert seen["errors"] + seen["bad"] > 0
+def test_damaged_sources_give_only_data_errors(made: Any, name: str, tmp_path: Path) -> None:
+    counts = fuzz(made, name, tmp_path, 20)
+    assert counts["episodes"] > 0, "no damaged source was readable, so the test proves little"
+    assert counts["errors"] + counts["bad"] > 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(36_000)
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_many_damaged_sources(made: Any, name: str, tmp_path: Path) -> None:
-    seen = fuzz(made, name, tmp_path, INPUTS, seed=1)
-    print(name, seen)
-    assert seen["episodes"] > 0
-    assert seen["errors"] + seen["bad"] > 0
+def test_many_damaged_sources_give_only_data_errors(made: Any, name: str, tmp_path: Path) -> None:
+    counts = fuzz(made, name, tmp_path, INPUTS, seed=1)
+    print(name, counts)
+    assert counts["episodes"] > 0
+    assert counts["errors"] + counts["bad"] > 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(36_000)
 @pytest.mark.parametrize(("name", "format", "share"), [("bridge_rlds", "rlds", 10), ("g1_lerobot", "lerobot", 100)])
-def test_damaged_real_files(shared_data: Path, name: str, format: str, share: int, tmp_path: Path) -> None:
-    seen = fuzz(lambda _: (shared_data / name, format, {}), name, tmp_path, INPUTS // share, seed=2)
-    assert seen["errors"] + seen["bad"] > 0
+def test_damaged_real_files_give_only_data_errors(
+    shared_data: Path, name: str, format: str, share: int, tmp_path: Path
+) -> None:
+    counts = fuzz(lambda _: (shared_data / name, format, {}), name, tmp_path, INPUTS // share, seed=2)
+    assert counts["errors"] + counts["bad"] > 0

@@ -1,4 +1,4 @@
-"""source -> shards: what comes out is what went in, whatever the number of processes, and however often it was killed."""
+"""A conversion keeps all data; its bytes depend neither on the number of processes nor on kills and restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiphys.dataio.dataset import inspect, read_episode
 from tiphys.dataio.episode import DataError, Episode
 from tiphys.dataio.index import EpisodeIndex
 
-# Runs convert() in a process that can be killed; prints once it has begun.
+# Runs convert() in a process that can be killed; prints a line when it begins.
 CONVERT = """
 import sys
 import tiphys.dataio.convert
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Everything that a dataset consists of; `pieces/` is the conversion's own."""
+    """Digests of all files of a dataset, except `pieces/`, which belongs to the conversion."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -49,7 +49,7 @@ def episodes_of(folder: Path) -> dict[str, Episode]:
 
 
 @pytest.mark.parametrize("name", ["lerobot-v2", "minari-hdf5", "rlds", "webdataset", "dqn-replay"])
-def test_round_trip_through_shards(made: Any, name: str, tmp_path: Path) -> None:
+def test_shards_keep_all_data(made: Any, name: str, tmp_path: Path) -> None:
     source, format, expected = made(name)
     report = convert(str(source), str(tmp_path / "out"), processes=1)
     assert (report.format, report.episodes, report.bad) == (format, len(expected), ())
@@ -64,7 +64,7 @@ def test_round_trip_through_shards(made: Any, name: str, tmp_path: Path) -> None
     assert summary["steps"] == sum(s for s, _ in expected.values())
 
 
-def test_webdataset_iterates_the_result(made: Any, tmp_path: Path) -> None:
+def test_webdataset_library_reads_the_result(made: Any, tmp_path: Path) -> None:
     import webdataset
 
     source, _, expected = made("npz")
@@ -77,7 +77,7 @@ def test_webdataset_iterates_the_result(made: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[key]["steps.npy"]["action"][:steps], fields["action"])
 
 
-def test_the_bytes_do_not_depend_on_processes_and_again_is_nothing(made: Any, tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_processes_and_a_second_run_changes_nothing(made: Any, tmp_path: Path) -> None:
     source = made("dqn-replay")[0]
     convert(str(source), str(tmp_path / "one"), processes=1)
     seen: list[tuple[int, int]] = []
@@ -90,14 +90,14 @@ def test_the_bytes_do_not_depend_on_processes_and_again_is_nothing(made: Any, tm
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "two/shards").iterdir()}
 
 
-def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(made: Any, tmp_path: Path) -> None:
+def test_a_conversion_killed_and_run_again_gives_the_same_bytes(made: Any, tmp_path: Path) -> None:
     source = made("dqn-replay")[0]
     whole = tmp_path / "whole"
     convert(str(source), str(whole), processes=1, shard_bytes=20_000)
-    began = time.monotonic()
+    start = time.monotonic()
     convert(str(source), str(tmp_path / "timed"), processes=1, shard_bytes=20_000)
-    took = time.monotonic() - began
-    choose = random.Random(1)
+    duration = time.monotonic() - start
+    random_numbers = random.Random(1)
     killed = tmp_path / "killed"
     for _ in range(3):
         with subprocess.Popen(
@@ -105,23 +105,23 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(made: Any, tmp_
         ) as child:
             assert child.stdout is not None
             child.stdout.read(3)
-            time.sleep(choose.uniform(0, took))
+            time.sleep(random_numbers.uniform(0, duration))
             os.killpg(child.pid, signal.SIGKILL)
     convert(str(source), str(killed), processes=1, shard_bytes=20_000)
     assert digests(killed) == digests(whole)
 
 
 @pytest.mark.long
-def test_killed_many_times(tmp_path: Path) -> None:
+def test_conversions_killed_many_times_give_the_same_bytes(tmp_path: Path) -> None:
     from tests.dataio.convert.convert_sources import dqn_replay
 
     source = tmp_path / "source"
     dqn_replay(source)
     convert(str(source), str(tmp_path / "whole"), processes=2, shard_bytes=20_000)
-    choose = random.Random(2)
+    random_numbers = random.Random(2)
     for number in range(15):
         killed = tmp_path / f"killed-{number}"
-        for _ in range(choose.randrange(1, 4)):
+        for _ in range(random_numbers.randrange(1, 4)):
             with subprocess.Popen(
                 [sys.executable, "-c", CONVERT, str(source), str(killed)],
                 stdout=subprocess.PIPE,
@@ -129,14 +129,14 @@ def test_killed_many_times(tmp_path: Path) -> None:
             ) as child:
                 assert child.stdout is not None
                 child.stdout.read(3)
-                time.sleep(choose.uniform(0, 6))
+                time.sleep(random_numbers.uniform(0, 6))
                 os.killpg(child.pid, signal.SIGKILL)
         convert(str(source), str(killed), processes=1, shard_bytes=20_000)
         assert digests(killed) == digests(tmp_path / "whole")
 
 
-def test_killed_alone_it_leaves_no_process(tmp_path: Path) -> None:
-    """kill -9 of the main process only: its workers and their readers end by themselves."""
+def test_no_process_is_left_if_only_the_main_process_is_killed(tmp_path: Path) -> None:
+    """After kill -9 of the main process, its workers and their readers end by themselves."""
     from tests.dataio.convert.convert_sources import dqn_replay
 
     dqn_replay(tmp_path / "source")
@@ -144,19 +144,19 @@ def test_killed_alone_it_leaves_no_process(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdout is not None
         child.stdout.read(3)
-        most, deadline = 0, time.monotonic() + 30
-        while most < 4 and child.poll() is None and time.monotonic() < deadline:  # itself, two workers, a reader
-            most = max(most, len(_of_session(child.pid)))
+        seen, deadline = 0, time.monotonic() + 30
+        while seen < 4 and child.poll() is None and time.monotonic() < deadline:
+            seen = max(seen, len(_processes_of_session(child.pid)))
             time.sleep(0.02)
-        assert most >= 4
+        assert seen >= 4, "the main process, two workers and a reader were expected"
         os.kill(child.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
-    while _of_session(child.pid) and time.monotonic() < deadline:
+    while _processes_of_session(child.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _of_session(child.pid) == []
+    assert _processes_of_session(child.pid) == []
 
 
-def _of_session(leader: int) -> list[int]:
+def _processes_of_session(leader: int) -> list[int]:
     out = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -169,8 +169,11 @@ def _of_session(leader: int) -> list[int]:
     return out
 
 
-def test_malformed_episodes(tmp_path: Path) -> None:
-    """Without skip_bad the first is an error that names its file, and nothing looks whole; with it, all others are there."""
+def test_malformed_episodes_raise_or_are_skipped(tmp_path: Path) -> None:
+    """Without skip_bad, the first one raises an error that names its file, and no dataset is left behind.
+
+    With skip_bad, all other episodes are converted.
+    """
     expected = lerobot_v2(tmp_path / "robot")
     missing = tmp_path / "robot/videos/chunk-000/observation.images.top/episode_000001.mp4"
     missing.unlink()
@@ -185,7 +188,7 @@ def test_malformed_episodes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/conversion.json").read_text())["bad"][0]["reason"].endswith("lists episode 1")
 
 
-def test_all_episodes_malformed(tmp_path: Path) -> None:
+def test_if_all_episodes_are_malformed_no_dataset_is_written(tmp_path: Path) -> None:
     lerobot_v2(tmp_path / "robot")
     for file in (tmp_path / "robot/data/chunk-000").iterdir():
         file.write_bytes(b"not parquet")
@@ -194,7 +197,7 @@ def test_all_episodes_malformed(tmp_path: Path) -> None:
     assert not (tmp_path / "out/dataset.json").exists()
 
 
-def test_another_conversion_is_not_mixed_in(made: Any, tmp_path: Path) -> None:
+def test_a_folder_with_another_conversion_is_refused(made: Any, tmp_path: Path) -> None:
     npz(tmp_path / "source")
     convert(str(tmp_path / "source"), str(tmp_path / "out"), processes=1)
     with pytest.raises(FileExistsError, match="differs in mapping, tasks"):
@@ -205,7 +208,7 @@ def test_another_conversion_is_not_mixed_in(made: Any, tmp_path: Path) -> None:
         convert(str(tmp_path / "source"), str(tmp_path / "out"), processes=1)
 
 
-def test_mapping(made: Any, tmp_path: Path) -> None:
+def test_mapping_file(made: Any, tmp_path: Path) -> None:
     source, _, expected = made("lerobot-v2")
     file = tmp_path / "map.yaml"
     file.write_text(
@@ -240,7 +243,7 @@ text:
     [
         ("fields: {nothing: drop}", "no field matches 'nothing'; there are action"),
         ("feilds: {}\nfields: {a: {rol: x}}", "unknown key 'feilds'.*unknown key 'rol'"),
-        ("task: a\ntask: b", "line 2: the key 'task' stands there twice"),
+        ("task: a\ntask: b", "line 2: the key 'task' appears twice"),
         ("fields: {action: {role: actoin}}", "role 'actoin' is none of"),
         ("fields: {action: {name: reward}}", "two fields.*reward"),
         ("options: {stack: 4}", "options: stack unknown to format 'npz'"),
@@ -249,15 +252,15 @@ text:
         ("a: [", "not valid YAML"),
     ],
 )
-def test_mistakes_in_a_mapping(made: Any, text: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_a_mapping_file(made: Any, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(DataError, match=message):
         convert(str(made("npz")[0]), str(tmp_path / "out"), mapping=str(tmp_path / "map.yaml"), processes=1)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_converter_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package with an entry point, as an installed one has it; its reader runs in a child like the built-in ones."""
+def test_a_user_defined_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes from a package with an entry point, and runs in a reader process like the built-in converters."""
     package = tmp_path / "site"
     (package / "mine-1.0.dist-info").mkdir(parents=True)
     (package / "mine-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -292,7 +295,7 @@ class Mine(Converter):
 
 
 @pytest.mark.long
-def test_on_ray(made: Any, tmp_path: Path) -> None:
+def test_ray_gives_the_same_bytes(made: Any, tmp_path: Path) -> None:
     import ray
 
     source = made("dqn-replay")[0]

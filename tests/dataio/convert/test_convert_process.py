@@ -1,4 +1,7 @@
-"""A reader that crashes, hangs, eats memory or lies is an error like any other; what is after it is still read."""
+"""A reader process that crashes, hangs, needs too much memory or sends invalid bytes causes a DataError.
+
+Episodes after a crash are still read.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ READERS = """
     from tiphys.dataio.convert.source import SourceUnavailable
     from tiphys.dataio.episode import DataError, Episode
 
-    class Trouble(Converter):
-        name = "trouble"
+    class FaultyConverter(Converter):
+        name = "faulty"
         options_known = frozenset({"how", "at"})
         @classmethod
         def recognise(cls, source):
@@ -57,12 +60,12 @@ READERS = """
 
 
 @pytest.fixture
-def trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    (tmp_path / "trouble.py").write_text(textwrap.dedent(READERS))
+def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "faulty.py").write_text(textwrap.dedent(READERS))
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def make(how: str, at: list[int], **options: Any) -> list[Item]:
-        with Reader(str(tmp_path), "trouble:Trouble", {"how": how, "at": at}, **options) as reader:
+        with Reader(str(tmp_path), "faulty:FaultyConverter", {"how": how, "at": at}, **options) as reader:
             (piece,), _, _, _ = Reader.plan(reader) if how == "chatter" else ([_piece()], 0, 0, 0)
             return list(reader.episodes(piece))
 
@@ -79,46 +82,46 @@ def ids(items: list[Item]) -> list[str]:
     return [i.id if isinstance(i, Episode) else "bad" for i in items]
 
 
-def test_a_crash_is_one_bad_episode(trouble: Any) -> None:
-    items = trouble("crash", [1, 3])
+def test_a_crash_makes_one_bad_episode(faulty: Any) -> None:
+    items = faulty("crash", [1, 3])
     assert ids(items) == ["e0", "bad", "e2", "bad", "e4"]
     assert isinstance(items[1], BadEpisode)
     assert "killed by SIGSEGV" in items[1].reason
 
 
-def test_three_deaths_in_a_row_are_the_file(trouble: Any) -> None:
+def test_three_crashes_in_a_row_raise_an_error(faulty: Any) -> None:
     with pytest.raises(DataError, match=r"ended with status 7.*three times in a row"):
-        trouble("leave", [1, 2, 3])
+        faulty("leave", [1, 2, 3])
 
 
-def test_a_hang_ends(trouble: Any) -> None:
-    items = trouble("hang", [4], timeout=6.0)
+def test_a_hanging_reader_is_stopped(faulty: Any) -> None:
+    items = faulty("hang", [4], timeout=6.0)
     assert ids(items) == ["e0", "e1", "e2", "e3", "bad"]
     assert "no answer for 6 s" in items[4].reason
 
 
-def test_memory_is_bounded(trouble: Any) -> None:
+def test_memory_is_limited(faulty: Any) -> None:
     with pytest.raises(DataError, match="needs more than the 1,024 MiB"):
-        trouble("eat", [2], memory=1 << 30)
+        faulty("eat", [2], memory=1 << 30)
 
 
-def test_what_a_reader_prints_does_not_disturb(trouble: Any) -> None:
-    assert ids(trouble("chatter", [0, 1])) == ["e0", "e1", "e2", "e3", "e4"]
+def test_output_on_stdout_does_not_disturb(faulty: Any) -> None:
+    assert ids(faulty("chatter", [0, 1])) == ["e0", "e1", "e2", "e3", "e4"]
 
 
-def test_a_bug_says_where(trouble: Any) -> None:
-    with pytest.raises(DataError, match=r"KeyError: 'feature' \(at trouble\.py:\d+\)"):
-        trouble("bug", [2])
+def test_a_bug_is_reported_with_its_place(faulty: Any) -> None:
+    with pytest.raises(DataError, match=r"KeyError: 'feature' \(at faulty\.py:\d+\)"):
+        faulty("bug", [2])
 
 
-def test_a_failing_store_is_no_bad_episode(trouble: Any) -> None:
+def test_a_failing_store_does_not_make_a_bad_episode(faulty: Any) -> None:
     with pytest.raises(SourceUnavailable, match="503"):
-        trouble("store", [2])
+        faulty("store", [2])
 
 
-def test_no_child_is_left(trouble: Any) -> None:
+def test_no_child_process_is_left(faulty: Any) -> None:
     before = _children()
-    trouble("crash", [2])
+    faulty("crash", [2])
     assert _children() == before
 
 
@@ -140,7 +143,7 @@ def _reading(parts: list[bytes | memoryview]) -> Any:
     return read_into
 
 
-def test_the_wire_keeps_everything() -> None:
+def test_sending_an_episode_keeps_everything() -> None:
     fields = {
         "b": np.array([True, False]),
         "f": np.arange(6, dtype=">f8").reshape(2, 3)[:, ::-1],
@@ -157,14 +160,14 @@ def test_the_wire_keeps_everything() -> None:
         assert np.asarray(back.fields[key]).tolist() == np.asarray(value).tolist()
 
 
-def test_the_wire_is_not_believed() -> None:
+def test_damaged_bytes_on_the_wire_raise_only_data_errors() -> None:
     good = b"".join(bytes(p) for p in wire.dump(Episode("i", "t", {"a": np.zeros((2, 3))}, 2)))
-    choose = np.random.default_rng(0)
+    random_numbers = np.random.default_rng(0)
     for _ in range(500):
         data = bytearray(good)
-        for _ in range(choose.integers(1, 4)):
-            data[choose.integers(len(data))] = choose.integers(256)
+        for _ in range(random_numbers.integers(1, 4)):
+            data[random_numbers.integers(len(data))] = random_numbers.integers(256)
         with contextlib.suppress(DataError):
-            wire.load(_reading([bytes(data[: choose.integers(1, len(data) + 1)])]), "x")
+            wire.load(_reading([bytes(data[: random_numbers.integers(1, len(data) + 1)])]), "x")
     with pytest.raises(DataError, match="dtype object"):
         wire.dump(Episode("i", "t", {"a": np.array([{}, []], object)}, 2))

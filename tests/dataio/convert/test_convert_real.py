@@ -1,4 +1,4 @@
-"""The real files, compared with readers that share nothing with ours but the format."""
+"""Real files, compared with independent readers of the same format."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tiphys.dataio.episode import Episode
 from tiphys.dataio.index import EpisodeIndex
 
 
-def test_g1_lerobot(shared_data: Path, tmp_path: Path) -> None:
-    """100 episodes are listed, four have rows, one has its video. Frames by PyAV alone, rows by pandas-free pyarrow."""
+def test_g1_lerobot_equals_pyav_and_pyarrow(shared_data: Path, tmp_path: Path) -> None:
+    """The source lists 100 episodes. Four have rows and one has its video, so one is converted and 99 are reported."""
     import av
     import pyarrow.parquet as pq
 
@@ -32,9 +32,9 @@ def test_g1_lerobot(shared_data: Path, tmp_path: Path) -> None:
     index = EpisodeIndex.open(str(tmp_path / "out"))
     stored = read_episode(index, 0)
     table = pq.read_table(source / "data/chunk-000/episode_000001.parquet")
-    for ours, theirs in (("observation.state", "observation.state"), ("action", "action")):
-        wanted = np.array(table.column(theirs).to_pylist(), np.float32)
-        np.testing.assert_array_equal(stored.fields[ours], wanted)
+    for name in ("observation.state", "action"):
+        expected = np.array(table.column(name).to_pylist(), np.float32)
+        np.testing.assert_array_equal(stored.fields[name], expected)
     assert stored.fields["instruction"] == json.loads((source / "meta/tasks.jsonl").read_text())["task"]
     assert stored.fields["observation.images.cam_high"].shape == (393, 120, 160, 3)
 
@@ -50,8 +50,8 @@ def test_g1_lerobot(shared_data: Path, tmp_path: Path) -> None:
         assert number == 392
 
 
-def _tensorflow_free_records(path: Path) -> list[dict[str, list[Any]]]:
-    """The file by Google's protobuf runtime and the schema of tf.Example, declared here."""
+def _protobuf_records(path: Path) -> list[dict[str, list[Any]]]:
+    """The records, parsed with Google's protobuf runtime and the schema of tf.Example, which is declared here."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
@@ -93,12 +93,12 @@ def _tensorflow_free_records(path: Path) -> list[dict[str, list[Any]]]:
     return out
 
 
-def test_bridge_rlds(shared_data: Path, tmp_path: Path) -> None:
+def test_bridge_rlds_equals_protobuf_and_pillow(shared_data: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     pytest.importorskip("google.protobuf")
     source = shared_data / "bridge_rlds"
-    theirs = _tensorflow_free_records(next(source.rglob("*.tfrecord-*")))
+    theirs = _protobuf_records(next(source.rglob("*.tfrecord-*")))
     converter = reader(source, "rlds")
     ours = [i for p in converter.pieces() for i in converter.episodes(p)]
     assert len(ours) == len(theirs) == 25

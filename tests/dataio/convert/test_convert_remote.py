@@ -1,4 +1,4 @@
-"""Sources and destinations in a store: the same episodes, and a store that fails is never a malformed episode."""
+"""Sources and destinations in a store give the same episodes. A failing store never makes a malformed episode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def put(folder: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lerobot-v3", "robomimic", "zarr.zarr"])
-def test_a_source_in_a_store(made: Any, bucket: str, name: str) -> None:
+def test_a_source_in_a_store_gives_the_same_episodes(made: Any, bucket: str, name: str) -> None:
     source, format, expected = made(name)
     url = f"{bucket}/{source.name}"
     put(source, url)
@@ -47,13 +47,13 @@ def test_a_source_in_a_store(made: Any, bucket: str, name: str) -> None:
             assert_same(found[key].fields[field], wanted, f"{key} {field}")
 
 
-def test_one_file_in_a_store(made: Any, bucket: str) -> None:
+def test_a_single_file_in_a_store(made: Any, bucket: str) -> None:
     source, _, expected = made("robomimic")
     Store(f"{bucket}/single").upload("low_dim.hdf5", str(source / "low_dim.hdf5"))
     assert sorted(read_all(reader(f"{bucket}/single/low_dim.hdf5", "robomimic"))) == sorted(expected)  # type: ignore[arg-type]
 
 
-def test_from_store_to_store(made: Any, bucket: str) -> None:
+def test_convert_from_store_to_store(made: Any, bucket: str) -> None:
     source, format, expected = made("npz")
     put(source, f"{bucket}/from/npz")
     report = convert(f"{bucket}/from/npz", f"{bucket}/to", processes=1)
@@ -65,8 +65,8 @@ def test_from_store_to_store(made: Any, bucket: str) -> None:
     assert convert(f"{bucket}/from/npz", f"{bucket}/to", processes=1) == report
 
 
-def test_a_store_that_fails_is_no_malformed_episode(made: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """h5py hides what its stream raises behind errors of its own; skipping such episodes would lose data silently."""
+def test_a_failing_store_does_not_make_a_bad_episode(made: Any, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """h5py replaces an error of its stream by its own. If such episodes were skipped, data would be lost silently."""
     source, _, _ = made("robomimic")
     url = f"{bucket}/failing"
     put(source, url)
@@ -75,21 +75,21 @@ def test_a_store_that_fails_is_no_malformed_episode(made: Any, bucket: str, monk
         "source": url,
         "target": BUILT_IN["robomimic"],
         "options": {},
-        "do": "episodes",
+        "operation": "episodes",
         "piece": asdict(piece),
         "start": 0,
     }
-    original, left = Store.read_ranges, 0
+    original, reads_left = Store.read_ranges, 0
 
     def read_ranges(self: Store, *args: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal reads_left
+        reads_left -= 1
+        if reads_left < 0:
             raise OSError("503 Slow Down")
         return original(self, *args)
 
     monkeypatch.setattr(Store, "read_ranges", read_ranges)
-    for good in (0, 1):
-        left = good
+    for allowed in (0, 1):
+        reads_left = allowed
         with pytest.raises(SourceUnavailable, match="503"):
             _answer(request, BytesIO())

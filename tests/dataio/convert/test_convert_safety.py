@@ -1,4 +1,7 @@
-"""What strangers may send: bombs, escapes, links, pickles, absurd sizes. Each is refused before it costs anything."""
+"""Untrusted sources: decompression bombs, paths and links out of the source, pickles, huge sizes.
+
+Each is refused before it takes memory or has an effect.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ from tiphys.dataio.episode import DataError
 
 
 def problem(folder: Path, format: str) -> str:
-    """What is said of the source's first malformed episode, or of the source."""
+    """The error message of the first malformed episode or of the source; empty if all can be read."""
     try:
         converter = reader(folder, format)
         converter.tasks()
@@ -56,8 +59,8 @@ def problem(folder: Path, format: str) -> str:
 
 
 @contextmanager
-def little_memory(extra: int = 256 << 20) -> Iterator[None]:
-    """No more than `extra` bytes beyond what the process has: an allocation before a check fails here."""
+def limited_memory(extra: int = 256 << 20) -> Iterator[None]:
+    """Limit this process to `extra` bytes more than it has, so that an allocation before a check fails."""
     page = resource.getpagesize()
     used = int(Path("/proc/self/statm").read_text().split()[5]) * page  # data + stack
     old = resource.getrlimit(resource.RLIMIT_DATA)
@@ -69,14 +72,14 @@ def little_memory(extra: int = 256 << 20) -> Iterator[None]:
 
 
 class Code:
-    """Unpickling it would leave a mark."""
+    """Unpickling an object of this class creates a folder `unpickled`."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("unpickled",)
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def work_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     yield
     assert not (tmp_path / "unpickled").exists()
@@ -85,13 +88,13 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 # ---- pickles
 
 
-def test_npz_with_objects(tmp_path: Path) -> None:
+def test_npz_with_pickled_objects(tmp_path: Path) -> None:
     npz(tmp_path / "s")
     np.savez(tmp_path / "s/000.npz", actions=np.array([Code(), 1], object), allow_pickle=True)
     assert "pickle" in problem(tmp_path / "s", "npz")
 
 
-def test_dqn_with_objects(tmp_path: Path) -> None:
+def test_dqn_replay_with_pickled_objects(tmp_path: Path) -> None:
     dqn_replay(tmp_path / "s")
     out = io.BytesIO()
     np.save(out, np.array([Code()], object), allow_pickle=True)
@@ -102,13 +105,13 @@ def test_dqn_with_objects(tmp_path: Path) -> None:
 def test_zarr_with_a_pickle_codec(tmp_path: Path) -> None:
     zarr_buffer(tmp_path / "s.zarr")
     path = tmp_path / "s.zarr/data/action/.zarray"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps({**about, "filters": [{"id": "pickle"}]}))
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({**metadata, "filters": [{"id": "pickle"}]}))
     assert "codec 'pickle' is not allowed" in problem(tmp_path / "s.zarr", "zarr")
-    path.write_text(json.dumps({**about, "dtype": "|O"}))
-    assert "dtype object is not read" in problem(tmp_path / "s.zarr", "zarr")
+    path.write_text(json.dumps({**metadata, "dtype": "|O"}))
+    assert "dtype object cannot be read" in problem(tmp_path / "s.zarr", "zarr")
     (tmp_path / "s.zarr/data/action/0.0").write_bytes(pickle.dumps(Code()))
-    path.write_text(json.dumps(about))
+    path.write_text(json.dumps(metadata))
     assert "cannot be decoded" in problem(tmp_path / "s.zarr", "zarr")
 
 
@@ -117,17 +120,17 @@ def test_zarr_with_a_pickle_codec(tmp_path: Path) -> None:
 
 def test_a_gzip_bomb() -> None:
     bomb = gzip.compress(b"\0" * (100 << 20), 9)
-    with little_memory(), pytest.raises(DataError, match="decompression bomb"):
+    with limited_memory(), pytest.raises(DataError, match="decompression bomb"):
         io.BufferedReader(BoundedInflate(io.BytesIO(bomb), "x")).read()
-    with little_memory(), pytest.raises(DataError, match="decompression bomb"):
+    with limited_memory(), pytest.raises(DataError, match="decompression bomb"):
         inflate(zlib.compress(b"\0" * 1000), "x", wbits=15, limit=999)
     assert inflate(zlib.compress(b"ab" * 500), "x", wbits=15, limit=1000) == b"ab" * 500
 
 
-def test_a_gzip_that_is_cut_or_damaged() -> None:
+def test_cut_or_damaged_gzip() -> None:
     good = gzip.compress(os.urandom(1000))
     for bad in (good[:500], good[:40] + b"\xff\xff\xff" + good[43:]):
-        with pytest.raises(DataError, match=r"cut|damaged"):
+        with pytest.raises(DataError, match=r"truncated|damaged"):
             inflate(bad, "x", wbits=31, limit=1 << 20)
 
 
@@ -142,7 +145,7 @@ def test_a_zip_bomb(tmp_path: Path) -> None:
         member.write(header.getvalue())
         for _ in range(5):
             member.write(bytes(16 << 20))
-    with little_memory():
+    with limited_memory():
         assert "decompression bomb" in problem(tmp_path / "s", "npz")
 
 
@@ -150,7 +153,7 @@ def test_an_image_bomb() -> None:
     data = bytearray(picture(np.zeros((8, 8, 3), np.uint8)))
     data[16:24] = struct.pack(">II", 60_000, 60_000)
     data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
-    with little_memory(), pytest.raises(DataError, match="3600000000 pixels"):
+    with limited_memory(), pytest.raises(DataError, match="3600000000 pixels"):
         decode_image(bytes(data), "x")
     with pytest.raises(DataError, match="not a JPEG, PNG or WebP"):
         decode_image(b"GIF89a" + bytes(100), "x")
@@ -158,10 +161,10 @@ def test_an_image_bomb() -> None:
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "x")  # Ghostscript is never started
 
 
-# ---- absurd shapes and lengths
+# ---- invalid or huge shapes and lengths
 
 
-def test_absurd_npy_headers() -> None:
+def test_invalid_npy_headers() -> None:
     def npy(shape: str, descr: str = "'<f8'") -> bytes:
         text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
         return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + bytes(64)
@@ -176,7 +179,7 @@ def test_absurd_npy_headers() -> None:
         "[]*9",
     ):
         data = npy(shape)
-        with little_memory(), pytest.raises(DataError):
+        with limited_memory(), pytest.raises(DataError):
             read_npy(io.BytesIO(data), len(data), "x")
     for descr in ("'|O'", "'V8'", "[('a', '<f8')]", "'<f99'", "'|S0'"):
         data = npy("(8,)", descr)
@@ -186,14 +189,14 @@ def test_absurd_npy_headers() -> None:
     assert read_npy(io.BytesIO(good), len(good), "x").tolist() == [0.0] * 8
 
 
-def test_shapes() -> None:
+def test_check_shape() -> None:
     assert check_shape([2, np.int64(3)], 4, "x") == (2, 3)
     for shape in ([-1], [1.5], [None], ["3"], [1 << 62, 1 << 62], [1] * 9):
         with pytest.raises(DataError):
             check_shape(shape, 4, "x")
 
 
-def test_absurd_tfrecords() -> None:
+def test_invalid_tfrecords() -> None:
     def reading(data: bytes) -> list[Any]:
         return [parse_example(r, "x") for r in records(io.BytesIO(data), len(data), "x")]
 
@@ -203,10 +206,10 @@ def test_absurd_tfrecords() -> None:
     assert found["b"] == [b"x"]
     assert found["c"].tolist() == [-1, 2**62]
     huge = struct.pack("<Q", 1 << 62)
-    from tiphys.dataio.convert.tfrecord import masked
+    from tiphys.dataio.convert.tfrecord import masked_crc
 
-    with little_memory(), pytest.raises(DataError, match="4,611,686,018,427,387,904 bytes"):
-        reading(huge + struct.pack("<I", masked(huge)) + b"x")
+    with limited_memory(), pytest.raises(DataError, match="4,611,686,018,427,387,904 bytes"):
+        reading(huge + struct.pack("<I", masked_crc(huge)) + b"x")
     with pytest.raises(DataError, match="fails its CRC"):
         reading(b"\x01" + good[1:])
     with pytest.raises(DataError, match="fail their CRC"):
@@ -218,7 +221,7 @@ def test_absurd_tfrecords() -> None:
             reading(tfrecord([body]))
 
 
-def test_a_tensor_of_another_size_than_declared(tmp_path: Path) -> None:
+def test_rlds_with_inconsistent_steps_or_a_missing_shard(tmp_path: Path) -> None:
     rlds(tmp_path / "s")
     bad = example({"steps/action": np.zeros(7), "steps/reward": np.zeros(2)})
     (tmp_path / "s/toy-train.tfrecord-00000-of-00002").write_bytes(tfrecord([bad, bad]))
@@ -234,12 +237,12 @@ def test_hdf5_that_claims_terabytes(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "s/low_dim.hdf5", "a") as file:
         del file["data/demo_0/obs/robot0_eef_pos"]
         file["data/demo_0/obs"].create_dataset("robot0_eef_pos", (5, 1 << 40), "f8", chunks=(1, 1024))
-    with little_memory():
+    with limited_memory():
         assert "needs 43,980,465,111,040 bytes" in problem(tmp_path / "s", "robomimic")
 
 
-def test_parquet_that_claims_a_billion_rows(tmp_path: Path) -> None:
-    """A dictionary-encoded run of one value costs some bytes in the file and gigabytes in memory."""
+def test_parquet_with_far_too_many_rows(tmp_path: Path) -> None:
+    """Dictionary encoding stores a long run of one value in a few bytes, which decode to far more memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,7 +256,7 @@ def test_parquet_that_claims_a_billion_rows(tmp_path: Path) -> None:
     assert "more than the 5 listed" in problem(tmp_path / "s", "lerobot")
 
 
-# ---- paths and links
+# ---- paths, links and other files
 
 
 def test_paths_that_leave_the_source(tmp_path: Path) -> None:
@@ -282,8 +285,8 @@ def test_links_that_leave_the_source(tmp_path: Path) -> None:
     assert problem(tmp_path / "s", "npz") == ""
 
 
-def test_a_snapshot_of_a_hub_cache(tmp_path: Path) -> None:
-    """The Hugging Face cache is made of links into its own `blobs`."""
+def test_a_snapshot_in_a_hugging_face_cache(tmp_path: Path) -> None:
+    """A snapshot consists of links into the `blobs` of the cache, which are followed."""
     npz(tmp_path / "made")
     cache = tmp_path / "datasets--a--b"
     (cache / "blobs").mkdir(parents=True)
@@ -300,7 +303,7 @@ def test_links_inside_hdf5(tmp_path: Path) -> None:
     d4rl(tmp_path / "other")
     robomimic(tmp_path / "s")
 
-    def spoil(change: Callable[[Any], None]) -> str:
+    def problem_after(change: Callable[[Any], None]) -> str:
         with h5py.File(tmp_path / "s/low_dim.hdf5", "a") as file:
             if "actions" in file["data/demo_0"]:
                 del file["data/demo_0/actions"]
@@ -323,27 +326,27 @@ def test_links_inside_hdf5(tmp_path: Path) -> None:
     def raw(group: Any) -> None:
         group.create_dataset("actions", (5, 2), "f4", external=[(other, 0, h5py.h5f.UNLIMITED)])
 
-    for change, said in (
+    for change, message in (
         (external, "ExternalLink"),
         (soft, "SoftLink"),
         (virtual, "other files"),
         (raw, "other files"),
     ):
-        assert said in spoil(change)
+        assert message in problem_after(change)
 
 
-def test_members_of_a_tar_that_are_no_files(tmp_path: Path) -> None:
+def test_members_of_a_tar_that_are_not_files(tmp_path: Path) -> None:
     image_text(tmp_path / "s")
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         with tarfile.open(tmp_path / "s/0.tar", "w") as tar:
             member = tarfile.TarInfo("a.png")
             member.type, member.linkname = kind, "/etc/passwd"
             tar.addfile(member)
-        assert "no plain file" in problem(tmp_path / "s", "webdataset")
+        assert "not a plain file" in problem(tmp_path / "s", "webdataset")
 
 
-def test_a_video_is_never_a_playlist(tmp_path: Path) -> None:
-    """FFmpeg would open what a playlist or a concat script names, local files and URLs."""
+def test_a_playlist_is_not_accepted_as_video(tmp_path: Path) -> None:
+    """FFmpeg would open the local files and URLs that a playlist or a concat script names."""
     for number, text in enumerate(
         ("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "ffconcat version 1.0\nfile /etc/passwd\n")
     ):

@@ -1,4 +1,4 @@
-"""export -> convert gives the same dataset, and the formats' own libraries read what is exported."""
+"""Export followed by convert gives the same dataset, and the formats' own libraries can read the export."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def assert_equal(found: dict[str, Episode], wanted: dict[str, Episode]) -> None:
 
 
 @pytest.mark.parametrize("format", sorted(FORMATS))
-def test_there_and_back(format: str, tmp_path: Path) -> None:
+def test_export_and_convert_back(format: str, tmp_path: Path) -> None:
     wanted = dataset(
         tmp_path / "a",
         (ROBOT,),
@@ -142,7 +142,9 @@ def test_there_and_back(format: str, tmp_path: Path) -> None:
     shapes=st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=3),
     format=st.sampled_from(sorted(FORMATS)),
 )
-def test_any_lengths(shapes: list[tuple[int, bool]], format: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_export_and_convert_back_with_any_lengths(
+    shapes: list[tuple[int, bool]], format: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("any")
     wanted = dataset(folder / "a", (ROBOT,), [robot_episode(i, s, last) for i, (s, last) in enumerate(shapes)])
     export(str(folder / "a"), str(folder / "out"), format=format)
@@ -150,7 +152,7 @@ def test_any_lengths(shapes: list[tuple[int, bool]], format: str, tmp_path_facto
     assert_equal(read(folder / "b"), wanted)
 
 
-def test_several_tasks_are_several_folders(tmp_path: Path) -> None:
+def test_several_tasks_become_several_folders(tmp_path: Path) -> None:
     wanted = dataset(
         tmp_path / "a", (ROBOT, PLAIN), [robot_episode(0, 3, True), plain_episode(0, 4), plain_episode(1, 2)]
     )
@@ -164,7 +166,7 @@ def test_several_tasks_are_several_folders(tmp_path: Path) -> None:
     assert_equal(read(tmp_path / "npz-back"), wanted)
 
 
-def test_minari_reads_it(tmp_path: Path) -> None:
+def test_minari_library_reads_the_export(tmp_path: Path) -> None:
     from minari import MinariDataset
 
     episodes = [robot_episode(i, 4 + i, True) for i in range(2)]
@@ -182,8 +184,8 @@ def test_minari_reads_it(tmp_path: Path) -> None:
         assert found.action_space["grip"].contains(theirs.actions["grip"][0])
 
 
-def test_pandas_and_pillow_read_lerobot(tmp_path: Path) -> None:
-    """LeRobot itself cannot be installed beside this torch: its files are read as its code does, by pyarrow and Pillow."""
+def test_pyarrow_and_pillow_read_the_lerobot_export(tmp_path: Path) -> None:
+    """LeRobot cannot be installed with this version of torch; its own code also reads with pyarrow and Pillow."""
     import io
 
     import pyarrow.parquet as pq
@@ -214,13 +216,13 @@ def test_pandas_and_pillow_read_lerobot(tmp_path: Path) -> None:
     assert np.shape(statistics["observation.image"]["mean"]) == (3, 1, 1)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     captions = TaskSpec("captions", (FieldSpec("text", "text", "text", "str", per="episode"),))
     dataset(tmp_path / "a", (captions,), [Episode("c", "captions", {"text": "hello"}, 0)])
     with pytest.raises(DataError, match="no observations or no actions"):
         export(str(tmp_path / "a"), str(tmp_path / "m"), format="minari")
     assert not os.path.exists(tmp_path / "m/data/metadata.json")
-    with pytest.raises(DataError, match="none of minari, lerobot, npz"):
+    with pytest.raises(DataError, match="known: minari, lerobot, npz"):
         export(str(tmp_path / "a"), str(tmp_path / "m"), format="csv")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("x")
