@@ -52,7 +52,7 @@ class Key:
             return "for example 512MiB, 8GiB, 2TB"
         bounds = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
         limits = ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
-        return " or ".join([limits, *map(str, self.also)])
+        return "; or ".join([limits, *map(str, self.also)])
 
     def problem(self, value: Any) -> str:
         """Why a value of the key's type is not allowed; empty if it is."""

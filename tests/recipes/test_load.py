@@ -57,13 +57,13 @@ def test_every_error_is_said_at_once_with_its_place(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: a\nname: b\n", "name: the key stands twice"),
+        ("name: a\nname: b\n", "name: this key appears twice"),
         ("name: [", "not YAML"),
-        ("- a\n", "a recipe is a mapping"),
+        ("- a\n", "a recipe must be a mapping"),
         ("name: a\n", "run.dir is missing"),
         ("name: a\nrun: {dir: x}\ndata: {mixture: [{weight: 1}]}\n", "data.mixture[0].dataset is missing"),
-        ("name: a\nrun: {dir: x}\nmodel: 3\n", "model: a section with keys is wanted"),
-        ("name: a\nrun: {dir: x}\ndata: {mixture: {dataset: a}}\n", "data.mixture: a list is wanted"),
+        ("name: a\nrun: {dir: x}\nmodel: 3\n", "model: must be a section with keys, not 3"),
+        ("name: a\nrun: {dir: x}\ndata: {mixture: {dataset: a}}\n", "data.mixture: must be a list"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path, text, words):
