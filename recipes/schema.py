@@ -133,7 +133,7 @@ class Objective:
         choices=("auto", "yes", "no"),
     )
     target_return: float = key(
-        0.0, "dt while acting: target return, as a multiple of the best return in the data; 0: 1.0", low=0
+        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0
     )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
@@ -170,7 +170,7 @@ class Model:
     layers: int = key(8, "Transformer layers", low=1)
     hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1)
     heads: int = key(8, "Attention heads", low=1)
-    kv_heads: int = key(0, "Heads of keys and values; `heads` must be a multiple; 0: as many as `heads`", low=0)
+    kv_heads: int = key(0, "Heads of keys and values; `heads` must be a multiple of it; 0: as many as `heads`", low=0)
     ffn: int = key(0, "Inner width of the gated MLP; 0: 8/3 × `hidden`, rounded up to a multiple of 64", low=0)
     dropout: float = key(0.0, "Dropout of single elements; above 0, the loss depends on the layout", low=0, below=1)
     rope_theta: float = key(10000.0, "Base of the rotary positions", above=0)
@@ -213,7 +213,7 @@ class Train:
     """How long to train."""
 
     steps: int = key(1000, "Training steps", unit="steps", low=1, resume=True)
-    seed: int = key(0, "Seed of the weights and of everything that is drawn at random", low=0, high=SEEDS)
+    seed: int = key(0, "Seed of the weights, the sampling plan and the random draws of a batch", low=0, high=SEEDS)
     log_every: int = key(
         1, "Training steps between two lines of metrics; 0: only at the last step", unit="steps", low=0, resume=True
     )
@@ -272,7 +272,7 @@ class Publish:
 
     to: str = key(
         "",
-        "Where to publish; empty: only <run.dir>/policy",
+        "Where to publish; empty: only the folder `policy` of the run",
         text="folder, s3://bucket/path or hf://org/name",
         resume=True,
     )

@@ -79,7 +79,7 @@ def test_five_errors_are_five_lines(recipe):
         (
             ["deepspeed.zero_optimization.offload_optimizer.device=nvme"],
             0,
-            "'nvme': a checkpoint reads state from memory",
+            "'nvme': a checkpoint reads state only from memory",
         ),
         (["deepspeed.zero_optimization.zero_quantized_gradients=true"], 0, "would depend on the layout"),
         (["deepspeed.zero_optimization.zero_hpz_partition_size=2"], 0, "second copy of the weights"),
