@@ -8,7 +8,6 @@ Loading reads, of all ranks' files, only what overlaps with the ranges that this
 from __future__ import annotations
 
 import base64
-import fnmatch
 import logging
 import threading
 import time
@@ -26,37 +25,13 @@ from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
 from tiphys.recipes.load import differences, digest, from_dict, to_dict
+from tiphys.recipes.resume import may_change
 
 if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine
     from tiphys.recipes.schema import Recipe
 
 log = logging.getLogger(__name__)
-
-# Keys of a recipe that may change between a checkpoint and its continuation: they decide where and how fast, not what.
-FREE = (
-    *(
-        "train.steps",
-        "train.log_every",
-        "train.compile",
-        "checkpoint.*",
-        "validate.*",
-        "evaluate.*",
-        "publish.*",
-        "run.*",
-    ),
-    *("parallel.*", "data.cache.*", "data.requests", "data.prefetch", "model.checkpointing", "name"),
-    *("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"),
-    *(
-        "deepspeed.zero_optimization",
-        "deepspeed.zero_optimization.*",
-        "deepspeed.steps_per_print",
-        "deepspeed.dump_state",
-    ),
-    *("deepspeed.wall_clock_breakdown", "deepspeed.memory_breakdown", "deepspeed.comms_logger*", "deepspeed.pipeline*"),
-    *("deepspeed.flops_profiler*", "deepspeed.tensorboard*", "deepspeed.wandb*", "deepspeed.csv_monitor*"),
-    *("deepspeed.optimizer.params.torch_adam", "deepspeed.scheduler.params.total_num_steps"),
-)
 
 
 @dataclass
@@ -417,19 +392,14 @@ def check_recipe(state: Mapping[str, Any], recipe: Recipe, where: str) -> None:
     """Raises CheckpointError, with the keys that differ, where `recipe` does not continue the run that was saved."""
     if state["hash"] == digest(recipe):
         return
-    matter = [
-        line for line in differences(from_dict(state["recipe"], where), recipe) if not _free(line.partition(": ")[0])
-    ]
+    changed = differences(from_dict(state["recipe"], where), recipe)
+    matter = [line for line in changed if not may_change(line.partition(": ")[0])]
     if matter:
         raise CheckpointError(
             f"{where}: belongs to another recipe. Differing keys (saved -> now):\n  "
             + "\n  ".join(matter)
             + "\nUse another run.dir."
         )
-
-
-def _free(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in FREE)
 
 
 def _agree(world: Any, action: Callable[[], None], what: str) -> None:

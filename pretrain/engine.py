@@ -21,11 +21,12 @@ import torch
 from tiphys.pretrain.action_error import COLUMNS, action_errors
 from tiphys.pretrain.distributed.deepspeed_config import derive
 from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
+from tiphys.pretrain.distributed.layout_errors import expert_errors
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
-from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum
+from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -347,8 +348,7 @@ def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
 def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) -> None:
     from tiphys.pretrain.model.expert_parallel import shard_experts
 
-    if config.num_experts == 0 or config.num_experts % world.expert:
-        raise LayoutError(f"parallel.expert: {world.expert} does not divide model.moe.experts, {config.num_experts}")
+    refuse(expert_errors(world.expert, config.num_experts))
     shard_experts(module, config, world.expert_rank, world.expert)
 
 

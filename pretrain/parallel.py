@@ -1,17 +1,19 @@
-"""ParallelDims: who is where. Every size, rank and process group that another module needs comes from here.
+"""Where each rank of a launch belongs. Every size, rank and process group that another module needs comes from here.
 
-The ranks of a launch form a grid [pipeline, data], stage by stage, as DeepSpeed lays them out: rank = stage · data + replica.
-Expert parallelism divides the data-parallel ranks of one stage: `expert` neighbours hold the experts of a layer between them.
+The ranks form a grid [pipeline, data], stage by stage, as in DeepSpeed: rank = stage · data + replica. Expert parallelism divides
+the data-parallel ranks of one stage into groups of `expert` neighbours; the experts of a layer are divided among such a group.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from tiphys.pretrain.distributed.layout_errors import Error, grid_errors
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +23,22 @@ if TYPE_CHECKING:
 
 
 class LayoutError(ValueError):
-    """A layout that cannot run. The message says which sizes do not fit and what would."""
+    """A layout that cannot run. The message has a line `key: reason` for each rule that is broken."""
+
+
+def refuse(errors: Iterable[Error]) -> None:
+    """Raises LayoutError with all of the (key path, reason); does nothing if there are none."""
+    lines = [f"{key}: {reason}" for key, reason in errors]
+    if lines:
+        raise LayoutError("\n".join(lines))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The arithmetic of a layout, without a process group: sizes and where one rank stands."""
+    """The arithmetic of a layout, without a process group: its sizes and the place of one rank.
+
+    Raises LayoutError if the processes cannot be divided like this.
+    """
 
     rank: int
     world: int
@@ -34,19 +46,7 @@ class Grid:
     expert: int
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "expert"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"parallel.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.world % self.pipeline:
-            raise LayoutError(
-                f"parallel.pipeline: {self.pipeline} stages do not divide {self.world} processes; "
-                f"start a multiple of {self.pipeline}"
-            )
-        if self.data % self.expert:
-            raise LayoutError(
-                f"parallel.expert: {self.expert} does not divide the {self.data} data-parallel processes "
-                f"({self.world} processes / {self.pipeline} stages)"
-            )
+        refuse(grid_errors(self.world, self.pipeline, self.expert))
 
     @property
     def data(self) -> int:
@@ -77,10 +77,11 @@ class Grid:
 
 
 class ParallelDims(Grid):
-    """The grid of this launch, with its process groups. Starts torch.distributed if nobody has.
+    """The grid of this launch, with its process groups. Starts torch.distributed if it is not running.
 
     local    this process' number on its machine
-    device   where the model lives: the accelerator's device, or the CPU
+    device   where the model is: the accelerator's device, or the CPU
+    control  process group of the CPUs, for counts and decisions; None if there is one process
     """
 
     local: int
@@ -95,13 +96,13 @@ class ParallelDims(Grid):
         set_ = object.__setattr__
         set_(self, "local", int(os.environ.get("LOCAL_RANK", "0")))
         set_(self, "device", _device(self.local))
-        # Counts and decisions travel on the CPU, in a group of their own: they neither wait for the accelerator's
-        # queue nor come between DeepSpeed's collectives.
+        # Counts and decisions are exchanged between CPUs, in a group of their own: so they do not wait for the accelerator's
+        # queue and do not mix with DeepSpeed's collectives.
         set_(self, "control", dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if self.world > 1 else None)
 
     @property
     def home(self) -> Home:
-        """Which share of every global batch this process' loader serves: one loader a pipeline replica."""
+        """Which share of every global batch this process' loader serves. Each pipeline replica has one loader."""
         from tiphys.dataio.placement import Home
 
         return Home(process=self.replica, processes=self.data, weights=None)
@@ -109,12 +110,12 @@ class ParallelDims(Grid):
     def sum(self, values: Sequence[float]) -> Sum:
         """Start the sum of a few float64 numbers over all ranks; `result()` waits for it.
 
-        All ranks must ask for the same sums in the same order.
+        All ranks must call this in the same order, with equally many values.
         """
         return Sum(self.control, values)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's small value, by rank. Values pass through pickle between the launch's own processes only."""
+        """Every rank's small value, by rank. Values are pickled, but only between the processes of this launch."""
         if self.control is None:
             return [value]
         import torch.distributed as dist
@@ -124,13 +125,14 @@ class ParallelDims(Grid):
         return out
 
     def barrier(self) -> None:
+        """Wait until all ranks are here."""
         if self.control is not None:
             import torch.distributed as dist
 
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave the process group; nothing collective works afterwards."""
+        """Leave the process group. No collective works afterwards."""
         import torch.distributed as dist
 
         if dist.is_initialized():
@@ -138,7 +140,7 @@ class ParallelDims(Grid):
 
 
 class Sum:
-    """A sum over all ranks under way."""
+    """A sum over all ranks that has been started."""
 
     def __init__(self, group: Any, values: Sequence[float]) -> None:
         import torch
@@ -155,21 +157,21 @@ class Sum:
 
 
 def initialise() -> None:
-    """Start torch.distributed under DeepSpeed from the launcher's environment; alone, as a world of one process."""
+    """Start torch.distributed by DeepSpeed from the launcher's environment; without a launcher, for one process."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:  # no launcher: port 0 lets the system choose one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    # DeepSpeed calls collectives by names that torch has renamed; the warning comes at every call.
+    # DeepSpeed calls collectives by their old names, and torch warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile this op with g++ at the first start, for a minute or two; gloo does the same work.
+        # DeepSpeed would compile this op with g++ at the first start, for a minute or two. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     else:

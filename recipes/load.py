@@ -1,4 +1,4 @@
-"""load_recipe(path, overrides) -> Recipe. Every error of the file is found before any is raised."""
+"""Recipes from files and plain values, and back. All errors of a recipe are found before any is raised."""
 
 from __future__ import annotations
 
@@ -7,32 +7,22 @@ import hashlib
 import json
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tiphys.recipes.keys import key_of, section_fields, subsection
 from tiphys.recipes.schema import Recipe
 
 FOLDER = Path(__file__).parent
 
-# Values that are one of a few words: key path (a `*` stands for any index or name) -> allowed.
-CHOICES: dict[str, tuple[str, ...]] = {
-    "data.mixture.*.prefer": ("uniform", "return", "top", "success"),
-    "data.weight_unit": ("windows", "tokens"),
-    "objectives.*.scheme": ("auto", "gato", "compact"),
-    "objectives.*.softmax": ("auto", "vocabulary", "range"),
-    "objectives.*.discretise": ("auto", "yes", "no"),
-    "objectives.*.fields.*.encoding": ("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
-    "publish.keep": ("last", "best"),
-}
-
 
 class RecipeError(ValueError):
-    """All that is wrong with a recipe, one line each in `errors`."""
+    """Everything that is wrong with a recipe, one line each in `errors`."""
 
     def __init__(self, errors: Sequence[str]) -> None:
         self.errors = list(errors)
@@ -42,7 +32,7 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Examined:
-    """A recipe as it was written: plain values, the errors of its schema, and where each key stands."""
+    """A recipe as it was written: plain values, what the schema finds wrong with them, and where each key is."""
 
     file: Path
     raw: dict[str, Any]
@@ -51,20 +41,35 @@ class Examined:
 
 
 def examine(path: str | Path, overrides: Iterable[str] = ()) -> Examined:
-    """Read a recipe and list what its schema finds wrong, without raising for it."""
+    """Read a recipe and list what the schema finds wrong. Raises RecipeError only if it cannot be read at all."""
     file = find(path)
     errors: list[str] = []
     raw, lines = _read(file)
-    raw = _override(raw, overrides, errors)
+    raw = _as_words(Recipe, _override(raw, overrides, errors))
     where = _Where(str(file), lines)
     errors.extend(_check(Recipe, raw, "", where))
     return Examined(file, raw, errors, where)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a YAML file, or a recipe of `recipes/` by its name, and lay `a.b=value` overrides over it.
+    """Read a YAML file, or a recipe that is installed with Tiphys by its name, and apply overrides.
 
-    Raises RecipeError with every unknown key, wrong type, missing value and word that is not allowed.
+    Parameters
+    ----------
+    path
+        A YAML file, or the name of an installed recipe such as `quickstart`.
+    overrides
+        `key=value`, for instance `train.steps=100` or `data.mixture[0].weight=0.7`.
+
+    Returns
+    -------
+    Recipe
+        With all defaults filled in.
+
+    Raises
+    ------
+    RecipeError
+        With every unknown key, wrong type, missing value, and value outside the allowed choices or range.
     """
     seen = examine(path, overrides)
     if seen.errors:
@@ -73,7 +78,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def find(path: str | Path) -> Path:
-    """The recipe's file: `path` itself, or `<name>.yaml` among those that are installed with Tiphys."""
+    """The recipe's file: `path` itself, or the installed recipe of this name. Raises RecipeError if there is neither."""
     file = Path(path)
     if file.is_file():
         return file
@@ -82,23 +87,26 @@ def find(path: str | Path) -> Path:
         return shipped[str(path)]
     near = difflib.get_close_matches(str(path), shipped)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise RecipeError([f"{path}: no such file, nor a recipe of that name (there are {', '.join(shipped)}).{hint}"])
+    raise RecipeError([f"{path}: neither a file nor an installed recipe ({', '.join(shipped)}).{hint}"])
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as plain values, every default written out."""
+    """The recipe as plain values, with every default written out."""
     container = OmegaConf.to_container(OmegaConf.structured(recipe), resolve=True)
     assert isinstance(container, dict)
     return typing.cast(dict[str, Any], container)
 
 
 def to_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default written out."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False)
 
 
 def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
-    """The inverse of `to_dict`."""
-    errors = list(_check(Recipe, values, "", _Where(source, {})))
+    """The inverse of `to_dict`. Errors name `source`. Raises RecipeError with everything that is wrong."""
+    where = _Where(source, {})
+    values = _as_words(Recipe, values)
+    errors = list(_check(Recipe, values, "", where))
     if errors:
         raise RecipeError(errors)
     try:
@@ -106,16 +114,20 @@ def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     except OmegaConfBaseException as error:
         raise RecipeError([f"{source}: {_first_line(error)}"]) from None
     assert isinstance(recipe, Recipe)
+    if any(_interpolated(value) for _, value in _leaves(values)):  # their values are known only now
+        errors = list(_check(Recipe, to_dict(recipe), "", where))
+        if errors:
+            raise RecipeError(errors)
     return recipe
 
 
 def digest(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe, the name that checkpoints and model cards carry."""
+    """SHA-256 of the recipe with its defaults, by which checkpoints and model cards name it."""
     return hashlib.sha256(json.dumps(to_dict(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """`key: value in a -> value in b` for every leaf that differs."""
+    """`key: value in a -> value in b` for every value that differs."""
     one, two = dict(_leaves(to_dict(a))), dict(_leaves(to_dict(b)))
     return [
         f"{key}: {one.get(key, '(absent)')!r} -> {two.get(key, '(absent)')!r}"
@@ -139,14 +151,16 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _Where:
-    """Turns a key path into `file:line: path`."""
+    """Turns a key path into `file:line: path`. A key that is not in the file has the line of its section."""
 
     def __init__(self, file: str, lines: dict[str, int]) -> None:
         self.file, self.lines = file, lines
 
     def __call__(self, path: str) -> str:
-        line = self.lines.get(path)
-        return f"{self.file}:{line}: {path}" if line else f"{self.file}: {path}"
+        shown, parent = path, path
+        while parent and parent not in self.lines:
+            parent = parent[: max(parent.rfind("."), parent.rfind("["), 0)]
+        return f"{self.file}:{self.lines[parent]}: {shown}" if parent else f"{self.file}: {shown}"
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -155,15 +169,15 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         repeated = list(_repeated(node, ""))
         if repeated:
-            raise RecipeError([f"{file}:{line}: {path}: the key stands twice" for path, line in repeated])
-        # OmegaConf's own YAML reads 1e-5 as a number, which PyYAML does not.
+            raise RecipeError([f"{file}:{line}: {path}: this key appears twice" for path, line in repeated])
+        # OmegaConf reads 1e-5 as a number, PyYAML as a string.
         loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
     except yaml.YAMLError as error:
         raise RecipeError([f"{file}: not YAML: {' '.join(str(error).split())}"]) from None
     except OmegaConfBaseException as error:
         raise RecipeError([f"{file}: {_first_line(error)}"]) from None
     if not isinstance(loaded, dict):
-        raise RecipeError([f"{file}: a recipe is a mapping of sections, not a {type(loaded).__name__}"])
+        raise RecipeError([f"{file}: a recipe must be a mapping of sections, not a {type(loaded).__name__}"])
     return typing.cast(dict[str, Any], loaded), dict(_lines(node, ""))
 
 
@@ -207,83 +221,103 @@ def _override(raw: dict[str, Any], overrides: Iterable[str], errors: list[str]) 
     return typing.cast(dict[str, Any], container)
 
 
-def _check(kind: Any, value: Any, path: str, where: _Where) -> Iterator[str]:
-    """Errors of `value` against a structured config, depth first."""
-    if not isinstance(value, dict):
-        yield f"{where(path)}: a section with keys is wanted, not {value!r}"
+def _as_words(section: type, values: Any) -> Any:
+    """A copy of the values in which true and false are the words yes and no if those are choices of the key.
+
+    YAML reads an unquoted `no` as false.
+    """
+    if not isinstance(values, dict):
+        return values
+    known = section_fields(section)
+    copy: dict[Any, Any] = {}
+    for name, value in values.items():
+        hint, of = known.get(name, (None, None))
+        inner = subsection(hint)
+        if inner is not None:
+            shape, kind = inner
+            if shape == "list" and isinstance(value, list):
+                value = [_as_words(kind, item) for item in value]
+            elif shape == "dict" and isinstance(value, dict):
+                value = {part: _as_words(kind, item) for part, item in value.items()}
+            elif not shape:
+                value = _as_words(kind, value)
+        elif isinstance(value, bool) and of is not None and {"yes", "no"} <= set(key_of(of).choices):
+            value = "yes" if value else "no"
+        copy[name] = value
+    return copy
+
+
+def _check(section: type, values: Any, path: str, where: _Where) -> Iterator[str]:
+    """What is wrong with the values of a section, depth first."""
+    if not isinstance(values, dict):
+        yield f"{where(path)}: must be a section with keys, not {values!r}"
         return
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in fields(kind)}
-    for key, item in value.items():
-        at = f"{path}.{key}" if path else str(key)
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(sorted(names))}."
+    known = section_fields(section)
+    for name, value in values.items():
+        at = f"{path}.{name}" if path else str(name)
+        if name in known:
+            yield from _check_key(section, name, value, at, where)
+        else:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(sorted(known))}."
             yield f"{where(at)}: unknown key. {hint}"
-            continue
-        yield from _check_value(hints[key], kind, key, item, at, where)
-    for key in _missing(kind):
-        if key not in value:
-            yield f"{where(path)}.{key} is missing" if path else f"{where.file}: {key} is missing"
-    for key in sorted(k for k in names - set(value) if is_dataclass(hints[k]) and any(_missing(hints[k]))):
-        for inner in _missing(hints[key]):
-            yield f"{where.file}: {f'{path}.{key}' if path else key}.{inner} is missing"
+    for name in _missing(section, values):
+        yield f"{where(f'{path}.{name}' if path else name)} is missing"
 
 
-def _check_value(hint: Any, kind: Any, key: str, item: Any, at: str, where: _Where) -> Iterator[str]:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint):
-        yield from _check(hint, item, at, where)
-    elif origin is list and is_dataclass(args[0]):
-        if not isinstance(item, list):
-            yield f"{where(at)}: a list is wanted, not {item!r}"
+def _check_key(section: type, name: str, value: Any, at: str, where: _Where) -> Iterator[str]:
+    hint, _ = section_fields(section)[name]
+    inner = subsection(hint)
+    if inner is None:
+        yield from _check_value(section, name, value, at, where)
+        return
+    shape, kind = inner
+    if shape == "list":
+        if not isinstance(value, list):
+            yield f"{where(at)}: must be a list, not {value!r}"
             return
-        for i, part in enumerate(item):
-            yield from _check(args[0], part, f"{at}[{i}]", where)
-    elif origin is dict and is_dataclass(args[1]):
-        if not isinstance(item, dict):
-            yield f"{where(at)}: a section of named parts is wanted, not {item!r}"
+        for i, item in enumerate(value):
+            yield from _check(kind, item, f"{at}[{i}]", where)
+    elif shape == "dict":
+        if not isinstance(value, dict):
+            yield f"{where(at)}: must be a section of named parts, not {value!r}"
             return
-        for name, part in item.items():
-            yield from _check(args[1], part, f"{at}.{name}", where)
+        for part, item in value.items():
+            yield from _check(kind, item, f"{at}.{part}", where)
     else:
-        yield from _check_leaf(kind, key, item, at, where)
+        yield from _check(kind, value, at, where)
 
 
-def _check_leaf(kind: Any, key: str, item: Any, at: str, where: _Where) -> Iterator[str]:
-    if item is None or item == "???":
+def _check_value(section: type, name: str, value: Any, at: str, where: _Where) -> Iterator[str]:
+    if value is None or value == "???":
         yield f"{where(at)}: a value is missing"
         return
-    if isinstance(item, str) and item.startswith("${"):
-        return  # an interpolation: OmegaConf resolves it, and checks its type, when the whole recipe is there
+    if _interpolated(value):
+        return  # OmegaConf resolves it when the whole recipe is known, and `from_dict` checks the result
     try:
-        OmegaConf.merge(OmegaConf.structured(kind), {key: item})
-    except OmegaConfBaseException as error:
+        read = OmegaConf.merge(OmegaConf.structured(section), {name: value})[name]
+    except (OmegaConfBaseException, OverflowError) as error:
         yield f"{where(at)}: {_first_line(error)}"
         return
-    pattern = _pattern(at)
-    allowed = CHOICES.get(pattern)
-    if allowed and item not in allowed:
-        near = difflib.get_close_matches(str(item), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        yield f"{where(at)}: {item!r} is not allowed; allowed: {', '.join(allowed)}.{hint}"
+    problem = key_of(section_fields(section)[name][1]).problem(read)
+    if problem:
+        yield f"{where(at)}: {problem}"
 
 
-def _pattern(path: str) -> str:
-    """`data.mixture[0].prefer` -> `data.mixture.*.prefer`; names under `objectives` and `fields` become `*` too."""
-    parts = path.replace("[", ".[").split(".")
-    parts = ["*" if p.startswith("[") else p for p in parts]
-    if parts[0] == "objectives" and len(parts) > 2:
-        parts[1] = "*"
-        if parts[2] == "fields":
-            parts = [*parts[:3], "*", parts[-1]]  # a field's name may hold dots
-    return ".".join(parts)
+def _interpolated(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
-def _missing(kind: Any) -> Iterator[str]:
-    for f in fields(kind):
-        if isinstance(f.default, str) and f.default == "???":
-            yield f.name
+def _missing(section: type, values: dict[str, Any]) -> Iterator[str]:
+    """Keys without a default that the values do not have, also in sections that are left out."""
+    for name, (hint, of) in section_fields(section).items():
+        inner = subsection(hint)
+        if name in values:
+            continue
+        if of.default == MISSING:
+            yield name
+        elif inner is not None and not inner[0]:
+            yield from (f"{name}.{below}" for below in _missing(inner[1], {}))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,180 +1,312 @@
-"""What a run is: `Recipe` and its sections, as frozen structured configs (OmegaConf).
+"""Every key of a recipe: `Recipe` and its sections, as frozen structured configs (OmegaConf).
 
-`deepspeed:` is DeepSpeed's own section, verbatim; it alone owns batch sizes, optimizer, schedule, clipping, precision
-and ZeRO. Everything else that a run needs stands here, each value in one place. `load.py` reads a file into this;
-`launch/check.py` names every error of one at once.
+`deepspeed:` is DeepSpeed's own section, passed on as it is. Batch sizes, optimizer, schedule, clipping, precision and ZeRO are
+set only there. Everything else that a run needs is here, each value in one place. `load.py` reads a file into these classes;
+`launch/check.py` reports every error of a recipe at once; docs/recipes.md shows the keys as tables (`reference.py`).
 """
+
+# ruff: noqa: RUF009  (`key` returns a dataclass field)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
+from tiphys.recipes.keys import key
+
+SEEDS = 2**63 - 1  # the largest seed
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the mixture: a dataset, how often it is drawn, and what is learned from it."""
+    """One entry of the mixture: a dataset, how often it is drawn, and what is learned from it."""
 
-    dataset: str = MISSING  # folder or URL of a dataset (dataset.json, index.parquet, shards/)
-    weight: float = 1.0  # relative share, in `data.weight_unit`
-    objective: str = "gato"  # a key of `objectives`, or the name of a paradigm
-    tasks: list[str] = field(default_factory=list)  # only these tasks (names or globs); empty: all
-    prefer: str = "uniform"  # uniform | return (weight grows with the return's rank) | top (see `top`) | success
-    top: float = 1.0  # with prefer: top, the share of episodes of each task with the highest returns
-    loss_weight: float = 1.0  # multiplies the loss of this entry's target tokens
+    dataset: str = key(
+        MISSING, "Dataset to train on", text="folder or URL that holds dataset.json, index.parquet and shards/"
+    )
+    weight: float = key(1.0, "Relative share of the training data, counted in `data.weight_unit`; 0: not drawn", low=0)
+    objective: str = key("gato", "What is learned from it", text="key of `objectives`, or name of a paradigm")
+    tasks: list[str] = key(
+        list, "Train on these tasks only; empty: on all tasks of the dataset", text="task names or globs"
+    )
+    prefer: str = key(
+        "uniform",
+        "Which episodes are drawn: all alike, more often the higher their return, only the best (`top`), only successful ones",
+        choices=("uniform", "return", "top", "success"),
+    )
+    top: float = key(1.0, "With `prefer: top`, the share of each task's episodes that count as best", above=0, high=1)
+    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0)
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The loader's cache on one node, divided among the node's loaders."""
+    """The loaders' cache on one node, divided among the node's loaders."""
 
-    dir: str = ""  # folder of the disk tier; empty: memory only
-    memory: str = "1GiB"
-    disk: str = "0GiB"
+    dir: str = key("", "Folder of the disk cache; empty: memory only", text="folder", resume=True)
+    memory: str = key("1GiB", "Memory for cached data on each node", size=True, resume=True)
+    disk: str = key("0GiB", "Disk space for cached data on each node", size=True, resume=True)
 
 
 @dataclass(frozen=True)
 class Data:
-    mixture: list[Entry] = field(default_factory=list)
-    validation: float = 0.01  # share of episodes held out, by a hash of the episode's id
-    weight_unit: str = "windows"  # windows | tokens: what `weight` counts
-    replacement: bool = True  # False: epochs over disjoint tiles of the episodes
-    buckets: int = 0  # V of the placement; 0: chosen from cache, batch and number of episodes
-    cache: Cache = field(default_factory=Cache)
-    requests: int = 64  # range requests in flight for each loader
-    prefetch: str = "256MiB"  # finished batches that may wait for the trainer, for each loader
+    """What is trained on, and how it is drawn and loaded."""
+
+    mixture: list[Entry] = key(list, "Datasets to train on, one entry each; at least one is needed")
+    validation: float = key(
+        0.01, "Share of episodes held out for validation, by a hash of the episode's id", low=0, below=1
+    )
+    weight_unit: str = key("windows", "What `weight` counts", choices=("windows", "tokens"))
+    replacement: bool = key(
+        True, "Draw windows independently; false: epochs that cut the episodes into disjoint windows"
+    )
+    buckets: int = key(
+        0, "Groups into which the episodes are placed; 0: chosen from the number of episodes and of rows", low=0
+    )
+    cache: Cache = key(Cache, "The loaders' cache on one node, divided among the node's loaders")
+    requests: int = key(64, "Range requests in flight, for each loader", unit="requests", low=1, resume=True)
+    timeout: float = key(
+        10.0, "Time without a byte after which a request is made again", unit="seconds", above=0, resume=True
+    )
+    attempts: int = key(8, "How often a request is tried before it fails", unit="attempts", low=1, resume=True)
+    unit_rows: int = key(
+        0,
+        "Steps of an episode that are fetched and cached as one unit; 0: chosen from what bytes and requests cost",
+        unit="steps",
+        low=0,
+        resume=True,
+    )
+    prefetch: str = key(
+        "256MiB", "Memory for finished batches that wait for the trainer, for each loader", size=True, resume=True
+    )
 
 
 @dataclass(frozen=True)
 class FieldTokens:
-    """How one field of a timestep becomes tokens: overrides the objective's scheme for fields that the key matches."""
+    """How one field of a timestep becomes tokens. It takes precedence over the scheme of the objective."""
 
-    encoding: str = "auto"  # auto (the scheme decides) | gato | vector | grid | uniform | quantile | skip
-    bins: int = 1024  # uniform, quantile: bins a dimension
-    resize: int = 0  # images: resize so that height = width = resize; 0: as stored
-    crop: int = 0  # images: centre crop to crop × crop before resizing; 0: none
-    stride: int = 1  # keep every stride-th step of this field's observations
-    chunk: int = 1  # actions: predict this many steps at once
+    encoding: str = key(
+        "auto",
+        "How the field becomes tokens; auto: as the scheme says",
+        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
+    )
+    bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2)
+    resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0)
+    crop: int = key(0, "Images: height and width of a centre crop before resizing; 0: none", unit="pixels", low=0)
+    stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1)
+    chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A row of the table of paradigms with its options (docs/recipes.md)."""
+    """A paradigm with its options."""
 
-    paradigm: str = ""  # a paradigm's name; empty: the key under `objectives`
-    context: int = 1024  # most tokens of one window; the row length is the largest context of a recipe
-    window: int = 0  # most steps of one window; 0: as many as fit the context
-    scheme: str = "auto"  # gato | compact; auto: gato for paradigm gato, else compact
-    softmax: str = "auto"  # vocabulary | range (normalise over the target's own range); auto: vocabulary for gato
-    prompt: float = -1.0  # share of rows that begin with a prompt of the same task; -1: the paradigm's own
-    prompt_steps: int = 0  # most steps of a prompt; 0: half of the row's tokens
-    discretise: str = "auto"  # actions as tokens (yes) or regressed vectors (no); auto: the paradigm's own
-    target_return: float = 0.0  # dt at evaluation: multiple of the best return in the data; 0: 1.0
-    fields: dict[str, FieldTokens] = field(default_factory=dict)  # by field name or glob
-    options: dict[str, Any] = field(default_factory=dict)  # further options of one paradigm
+    paradigm: str = key(
+        "", "Paradigm to learn by; empty: the one that the key under `objectives` names", text="name of a paradigm"
+    )
+    context: int = key(
+        1024, "Most tokens of one window; rows are as long as the largest context of the recipe", unit="tokens", low=1
+    )
+    window: int = key(0, "Most steps of one window; 0: as many as fit the context", unit="steps", low=0)
+    scheme: str = key(
+        "auto",
+        "How fields become tokens; auto: gato for paradigm gato, else compact",
+        choices=("auto", "gato", "compact"),
+    )
+    softmax: str = key(
+        "auto",
+        "What a prediction is normalised over: the whole vocabulary or the range of its target; auto: as the paradigm does",
+        choices=("auto", "vocabulary", "range"),
+    )
+    prompt: float = key(
+        -1.0,
+        "Share of rows that begin with a prompt of the same task; -1: as the paradigm does",
+        low=0,
+        high=1,
+        also=(-1,),
+    )
+    prompt_steps: int = key(0, "Most steps of a prompt; 0: as many as fit half of the row", unit="steps", low=0)
+    discretise: str = key(
+        "auto",
+        "Continuous actions become tokens (yes) or are regressed as vectors (no); auto: as the paradigm does",
+        choices=("auto", "yes", "no"),
+    )
+    target_return: float = key(
+        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0
+    )
+    fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
+    options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
 
 
 @dataclass(frozen=True)
 class Experts:
-    experts: int = 0  # 0: dense
-    experts_per_token: int = 2
-    every: int = 2  # every n-th layer is a mixture of experts, the last one of each n
-    hidden: int = 0  # inner width of one expert; 0: the dense layer's
-    shared: bool = False  # one more expert that every token passes through
-    balance: float = 0.01  # coefficient of the balance loss (shares of the previous step × probabilities of this one)
-    z_loss: float = 0.001
-    bias_rate: float = 0.0  # > 0: bias-only balancing instead of the balance loss, moved by this much a step
-    modality: bool = True  # the router sees the token's modality
-    task: bool = False  # the router sees the token's task
-    task_dropout: float = 0.1  # with task: share of rows whose task is hidden
+    """Layers that are a mixture of experts."""
+
+    experts: int = key(0, "Experts of a layer; 0: no mixture of experts", low=0)
+    experts_per_token: int = key(2, "Experts that each token passes through", low=1)
+    every: int = key(2, "Every n-th layer, the last one of each n, is a mixture of experts", unit="layers", low=1)
+    hidden: int = key(0, "Inner width of one expert; 0: that of a dense layer", low=0)
+    shared: bool = key(False, "One more expert that every token passes through")
+    balance: float = key(
+        0.01, "Coefficient of the balance loss (shares of the previous step × probabilities of this one)", low=0
+    )
+    z_loss: float = key(0.001, "Coefficient of the z-loss of the router", low=0)
+    bias_rate: float = key(
+        0.0, "Above 0: instead of a balance loss, a bias on the choice of experts moves by this much a step", low=0
+    )
+    modality: bool = key(True, "The router sees the modality of the token")
+    task: bool = key(False, "The router sees the task of the token")
+    task_dropout: float = key(
+        0.1, "With `task: true`, the share of rows whose task is hidden from the router", low=0, high=1
+    )
 
 
 @dataclass(frozen=True)
 class Model:
-    freeze: list[str] = field(default_factory=list)  # globs of parameter names that stay as they are
-    layers: int = 8
-    hidden: int = 512
-    heads: int = 8
-    kv_heads: int = 0  # 0: as many as heads
-    ffn: int = 0  # inner width of the gated MLP; 0: 8/3 × hidden, rounded up to a multiple of 64
-    dropout: float = 0.0  # elementwise; stands outside the claim that every layout has the same loss
-    rope_theta: float = 10000.0
-    timesteps: int = 0  # size of a learned embedding of the step's number (Decision Transformer); 0: none
-    tie: bool = False  # one matrix for token embedding and output
-    text_vocabulary: int = 32000  # size of the text range
-    text_tokenizer: str = (
-        ""  # tokenizer.json or SentencePiece model; empty: bytes, then BPE learned from the recipe's texts
+    """The size of the model and its text tokenizer."""
+
+    freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
+    layers: int = key(8, "Transformer layers", low=1)
+    hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1)
+    heads: int = key(8, "Attention heads", low=1)
+    kv_heads: int = key(0, "Heads of keys and values; `heads` must be a multiple of it; 0: as many as `heads`", low=0)
+    ffn: int = key(0, "Inner width of the gated MLP; 0: 8/3 × `hidden`, rounded up to a multiple of 64", low=0)
+    dropout: float = key(0.0, "Dropout of single elements; above 0, the loss depends on the layout", low=0, below=1)
+    rope_theta: float = key(10000.0, "Base of the rotary positions", above=0)
+    timesteps: int = key(
+        0,
+        "Size of a learned embedding of the step's number in its episode (Decision Transformer); 0: none",
+        unit="steps",
+        low=0,
     )
-    checkpointing: bool = False  # recompute activations in the backward pass
-    moe: Experts = field(default_factory=Experts)
+    tie: bool = key(False, "One matrix for token embedding and output")
+    text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1)
+    text_tokenizer: str = key(
+        "",
+        "Text tokenizer; empty: a byte-level BPE learned from the recipe's texts",
+        text="tokenizer.json or SentencePiece .model",
+    )
+    checkpointing: bool = key(False, "Recompute activations in the backward pass, to save memory", resume=True)
+    moe: Experts = key(Experts, "Layers that are a mixture of experts")
 
 
 @dataclass(frozen=True)
 class Parallel:
-    pipeline: int = 1
-    expert: int = 1
-    measure: bool = True  # cut the stages by the measured time of each layer; False: by its operations
+    """How the processes are divided. Those that `pipeline` and `expert` leave are data-parallel."""
+
+    pipeline: int = key(1, "Pipeline stages", unit="stages", low=1, resume=True)
+    expert: int = key(
+        1,
+        "Data-parallel processes among which the experts of a layer are divided",
+        unit="processes",
+        low=1,
+        resume=True,
+    )
+    measure: bool = key(
+        True, "Cut the pipeline by the measured time of each layer; false: by its number of operations", resume=True
+    )
 
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 1000
-    seed: int = 0
-    log_every: int = 1
-    compile: bool = False
+    """How long to train."""
+
+    steps: int = key(1000, "Training steps", unit="steps", low=1, resume=True)
+    seed: int = key(0, "Seed of the weights, the sampling plan and the random draws of a batch", low=0, high=SEEDS)
+    log_every: int = key(
+        1, "Training steps between two lines of metrics; 0: only at the last step", unit="steps", low=0, resume=True
+    )
+    compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    every: int = 1000  # 0: only at the end
-    keep: int = 3
-    asynchronous: bool = True
+    """When checkpoints are saved. The last step is always saved."""
+
+    every: int = key(
+        1000, "Training steps between two checkpoints; 0: only at the end", unit="steps", low=0, resume=True
+    )
+    keep: int = key(3, "Newest checkpoints that are kept", unit="checkpoints", low=1, resume=True)
+    asynchronous: bool = key(True, "Write checkpoints in the background while training goes on", resume=True)
 
 
 @dataclass(frozen=True)
 class Validation:
-    every: int = 0  # 0: only at the end, where there are held-out episodes
-    rows: int = 64
+    """The loss on held-out episodes."""
+
+    every: int = key(
+        0,
+        "Training steps between two validations; 0: only at the end, if episodes are held out",
+        unit="steps",
+        low=0,
+        resume=True,
+    )
+    rows: int = key(64, "Held-out rows of one validation", unit="rows", low=1, resume=True)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    every: int = 0  # 0: only at the end, where there are tasks
-    tasks: list[str] = field(default_factory=list)
-    episodes: int = 20
-    processes: int = 0  # 0: as many as cores
-    seed: int = 1_000_000  # first evaluation seed; demonstrations use seeds below it
-    sample: bool = False  # draw actions instead of taking the most probable
-    videos: int = 1  # rollouts of each task whose pictures go into the report
+    """How well the policy acts in its environments."""
+
+    every: int = key(
+        0,
+        "Training steps between two evaluations; 0: only at the end, if there are tasks",
+        unit="steps",
+        low=0,
+        resume=True,
+    )
+    tasks: list[str] = key(list, "Tasks to act in; empty: no evaluation", text="task names", resume=True)
+    episodes: int = key(20, "Episodes of each task", unit="episodes", low=1, resume=True)
+    processes: int = key(0, "Processes that play; 0: as many as cores", unit="processes", low=0, resume=True)
+    seed: int = key(
+        1_000_000, "First seed of the environments; demonstrations use seeds below it", low=0, high=SEEDS, resume=True
+    )
+    sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
+    videos: int = key(1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, resume=True)
 
 
 @dataclass(frozen=True)
 class Publish:
-    to: str = ""  # folder, s3://…, hf://org/name; empty: only <run.dir>/policy
-    every: int = 0
-    keep: str = "last"  # last | best
-    private: bool = True
-    license: str = "apache-2.0"
+    """Where the policy goes."""
+
+    to: str = key(
+        "",
+        "Where to publish; empty: only the folder `policy` of the run",
+        text="folder, s3://bucket/path or hf://org/name",
+        resume=True,
+    )
+    every: int = key(0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, resume=True)
+    keep: str = key(
+        "last",
+        "Publish every new policy, or only one that scores higher than the published one",
+        choices=("last", "best"),
+        resume=True,
+    )
+    private: bool = key(True, "Hubs: the repository is private; one that is public already is refused", resume=True)
+    license: str = key("apache-2.0", "Licence of the policy", text="SPDX identifier", resume=True)
 
 
 @dataclass(frozen=True)
 class Run:
-    dir: str = MISSING
+    """The run's folder."""
+
+    dir: str = key(MISSING, "Where checkpoints, metrics, policy and report go", text="folder", resume=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str = MISSING
-    data: Data = field(default_factory=Data)
-    objectives: dict[str, Objective] = field(default_factory=dict)
-    model: Model = field(default_factory=Model)
-    parallel: Parallel = field(default_factory=Parallel)
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-    train: Train = field(default_factory=Train)
-    checkpoint: Checkpoints = field(default_factory=Checkpoints)
-    validate: Validation = field(default_factory=Validation)
-    evaluate: Evaluation = field(default_factory=Evaluation)
-    publish: Publish = field(default_factory=Publish)
-    run: Run = field(default_factory=Run)
+    """A whole recipe."""
+
+    name: str = key(MISSING, "Name of the run, for people", text="name", resume=True)
+    data: Data = key(Data, "What is trained on, and how it is drawn and loaded")
+    objectives: dict[str, Objective] = key(dict, "What is learned, by a name that entries of the mixture refer to")
+    model: Model = key(Model, "The size of the model and its text tokenizer")
+    parallel: Parallel = key(Parallel, "How the processes are divided")
+    deepspeed: dict[str, Any] = key(dict, "DeepSpeed's own section, passed on as it is")
+    train: Train = key(Train, "How long to train")
+    checkpoint: Checkpoints = key(Checkpoints, "When checkpoints are saved")
+    validate: Validation = key(Validation, "The loss on held-out episodes")
+    evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
+    publish: Publish = key(Publish, "Where the policy goes")
+    run: Run = key(Run, "The run's folder")

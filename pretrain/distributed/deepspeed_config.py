@@ -1,34 +1,42 @@
-"""From a recipe's `deepspeed:` section and a layout to the configuration that DeepSpeed gets, and what was changed on the way.
+"""From a recipe's `deepspeed:` section and a layout to the configuration that DeepSpeed gets.
 
-The section goes through verbatim. Changed are only: the batch sizes (rows that do not divide are filled up), values written
-`auto`, and flags without which the section cannot run on this device. Everything that was changed stands in `Derived.values`.
-No torch here: the recipe check and the layout estimate call this too.
+The section is passed on as it is, with three kinds of changes: batch sizes (if the rows do not divide evenly, empty rows are
+added), values written `auto`, and flags without which the section cannot run on this device. `Derived.values` lists the changes.
+This file imports no torch.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tiphys.pretrain.parallel import Grid, LayoutError
+from tiphys.pretrain.distributed.layout_errors import (
+    batch_errors,
+    bf16_enabled,
+    section_errors,
+    zero_errors,
+    zero_stage,
+)
+from tiphys.pretrain.parallel import Grid, refuse
 
 if TYPE_CHECKING:
     from tiphys.recipes.schema import Recipe
 
-OPTIMIZERS = ("Adam", "AdamW")  # whose state is one (exp_avg, exp_avg_sq, step) an element: what a checkpoint holds
-
 
 @dataclass(frozen=True)
 class Derived:
-    """config: DeepSpeed's; values: key path -> what was derived for it; and the sizes of one rank's part of a step."""
+    """DeepSpeed's configuration, and the sizes of one rank's part of a step.
+
+    values  key path in `deepspeed:` -> the value that was derived for it
+    """
 
     config: dict[str, Any]
     values: dict[str, Any]
     rows: int  # B: real rows of a global batch
-    rows_per_rank: int  # after filling up: micro_batch × accumulation
+    rows_per_rank: int  # micro_batch × accumulation, with empty rows
     micro_batch: int
     accumulation: int
     stage: int  # ZeRO
@@ -50,11 +58,15 @@ class _Changes:
 
 
 def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
-    """Raises LayoutError where DeepSpeed cannot run the section on this layout, or would run it wrongly."""
+    """DeepSpeed's configuration for this layout.
+
+    Raises LayoutError, with all reasons, if DeepSpeed cannot run the section on this layout or would run it wrongly.
+    """
     changes = _Changes(copy.deepcopy(dict(recipe.deepspeed)))
     _precision(changes, accelerator)
     _automatic(changes, recipe)
-    stage, bf16 = _refuse(changes.config, grid)
+    _refuse(changes.config, grid)
+    stage, bf16 = int(zero_stage(changes.config)), bf16_enabled(changes.config)
     rows, micro, accumulation = _sizes(changes.config, grid)
     rows_per_rank = micro * accumulation
     filled = rows_per_rank * grid.data
@@ -83,7 +95,7 @@ def _aligns_parameters() -> bool:
 
 
 def _precision(changes: _Changes, accelerator: str) -> None:
-    """`bf16: {enabled: auto}`: bf16 where the device multiplies it natively; elsewhere it is emulated, five times slower."""
+    """`bf16: {enabled: auto}` is bf16 if the device multiplies it natively; emulated bf16 would be five times slower."""
     if (changes.config.get("bf16") or {}).get("enabled") == "auto":
         native = accelerator != "cpu" or cpu_has_bf16()
         why = "this CPU multiplies bf16 natively" if native else "this CPU has no bf16 products"
@@ -101,7 +113,7 @@ def cpu_has_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
 
 
 def _automatic(changes: _Changes, recipe: Recipe) -> None:
-    """Replace `auto`: what a recipe knows elsewhere is filled in, everything else is left to DeepSpeed's default."""
+    """Replace `auto` by what the recipe says elsewhere, or else leave the value to DeepSpeed's default."""
     optimizer = changes.config.get("optimizer") or {}
     known = {
         "scheduler.params.total_num_steps": recipe.train.steps,
@@ -123,135 +135,21 @@ def _automatic(changes: _Changes, recipe: Recipe) -> None:
     walk(changes.config, "")
 
 
-# Switches of DeepSpeed that would train something else than the recipe says, silently or by a crash in the first step.
-_SECTIONS = {
-    "amp": "would compute the router and the loss in half precision; use bf16",
-    "torch_autocast": "would compute the router and the loss in half precision; use bf16",
-    "expert_parallel": "the model divides its experts itself: write parallel.expert",
-    "elasticity": "would change train_batch_size, and with it every loss; the same batch runs on any number of processes",
-    "progressive_layer_drop": "the model does not drop layers",
-    "curriculum_learning": "the sampling plan alone says what a step trains on",
-    "data_efficiency": "the sampling plan alone says what a step trains on",
-    "hybrid_engine": "it is made for text generation",
-}
-_ZERO = {
-    "zenflow": "a checkpoint does not know where it keeps its state",
-    "zero_quantized_weights": "the weights would differ from their fp32 masters, which a checkpoint refuses to save",
-    "zero_quantized_nontrainable_weights": "the weights would differ from what was frozen",
-    "zero_quantized_gradients": "gradients would depend on the layout",
-}
-
-
-def unsupported(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key path, reason) of everything in a `deepspeed:` section that cannot be had, whatever the layout."""
-
-    def section(name: str, of: Mapping[str, Any] = config) -> Mapping[str, Any]:
-        value = of.get(name)
-        return value if isinstance(value, Mapping) else {}
-
-    for name, reason in _SECTIONS.items():
-        if section(name).get("enabled"):
-            yield name, reason
-    if section("tensor_parallel").get("autotp_size", 0) not in (0, 1):
-        yield (
-            "tensor_parallel.autotp_size",
-            "layers are not cut into tensors' parts; use ZeRO, parallel.pipeline or .expert",
-        )
-    if config.get("use_data_before_expert_parallelism"):
-        yield "use_data_before_expert_parallelism", "neighbouring processes hold the experts of a layer between them"
-    if config.get("gradient_allreduce_op", "mean") != "mean":
-        yield "gradient_allreduce_op", "the loss is scaled for a mean over the processes"
-    if config.get("managed_gradient_accumulation", True) is not True:
-        yield "managed_gradient_accumulation", "the loss is scaled for DeepSpeed's division by the accumulation steps"
-    zero = section("zero_optimization")
-    stage = zero.get("stage", 0)
-    for name, reason in _ZERO.items():
-        if zero.get(name):
-            yield f"zero_optimization.{name}", reason
-    if zero.get("zero_hpz_partition_size", 1) != 1:
-        yield "zero_optimization.zero_hpz_partition_size", "a checkpoint does not know its second copy of the weights"
-    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = section(name, zero).get("device", "none")
-        if device not in ("none", "cpu"):
-            yield (
-                f"zero_optimization.{name}.device",
-                f"{device!r}: a checkpoint reads state from memory only; write cpu",
-            )
-        elif device == "cpu" and isinstance(stage, int) and stage < least:
-            yield f"zero_optimization.{name}", f"DeepSpeed ignores it at stage {stage}; it needs stage {least} or more"
-
-
-def _refuse(config: Mapping[str, Any], grid: Grid) -> tuple[int, bool]:
-    stage = int((config.get("zero_optimization") or {}).get("stage", 0))
-    bf16 = bool((config.get("bf16") or config.get("bfloat16") or {}).get("enabled", False))
-    if stage not in (0, 1, 2, 3):
-        raise LayoutError(f"deepspeed.zero_optimization.stage is {stage}; it must be 0, 1, 2 or 3")
-    refused = [f"deepspeed.{key}: {reason}" for key, reason in unsupported(config)]
-    if refused:
-        raise LayoutError("\n".join(refused))
-    if (config.get("fp16") or {}).get("enabled", False):
-        raise LayoutError("deepspeed.fp16: not supported, because auxiliary gradients carry no loss scale; use bf16")
-    if stage == 0 and bf16:
-        raise LayoutError(
-            "deepspeed.zero_optimization.stage 0 with bf16 keeps no fp32 master weights and drifts; use stage 1, 2 or 3"
-        )
-    if grid.pipeline > 1 and stage != 1:
-        why = (
-            "computes a wrong gradient norm without ZeRO" if stage == 0 else "cannot partition gradients of a pipeline"
-        )
-        raise LayoutError(
-            f"parallel.pipeline {grid.pipeline} needs deepspeed.zero_optimization.stage 1, not {stage}: DeepSpeed {why}"
-        )
-    if grid.expert > 1 and stage not in (1, 2):
-        why = "computes a wrong gradient norm without ZeRO" if stage == 0 else "refuses expert groups under stage 3"
-        raise LayoutError(
-            f"parallel.expert {grid.expert} needs deepspeed.zero_optimization.stage 1 or 2, not {stage}: DeepSpeed {why}"
-        )
-    kind = (config.get("optimizer") or {}).get("type")
-    if kind not in OPTIMIZERS:
-        raise LayoutError(f"deepspeed.optimizer.type is {kind!r}; supported are {' and '.join(OPTIMIZERS)}")
-    return stage, bf16
+def _refuse(config: Mapping[str, Any], grid: Grid) -> None:
+    layout = zero_errors(config, grid.pipeline, grid.expert)
+    refuse([*section_errors(config), *layout, *batch_errors(config, grid.data)])
 
 
 def _sizes(config: Mapping[str, Any], grid: Grid) -> tuple[int, int, int]:
-    """(rows B, micro-batch, accumulation): every rank computes ⌈B / ranks⌉ rows, filled up to micro-batch × accumulation."""
-
-    def size(key: str) -> int:
-        value = config.get(key)
-        if value is None:
-            return 0
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise LayoutError(f"deepspeed.{key} is {value!r}; it must be a whole number of at least 1")
-        return value
-
-    rows = size("train_batch_size")
-    micro, accumulation = size("train_micro_batch_size_per_gpu"), size("gradient_accumulation_steps")
-    if not rows:
-        raise LayoutError(
-            "deepspeed.train_batch_size is missing: it is the number of rows of a global batch, the same on every layout"
-        )
-    mine = math.ceil(rows / grid.data)
+    """(rows B, micro-batch, accumulation). Every rank computes ⌈B / ranks⌉ rows; empty ones complete its micro-batches."""
+    rows: int = config["train_batch_size"]
+    micro: int = config.get("train_micro_batch_size_per_gpu") or 0
+    accumulation: int = config.get("gradient_accumulation_steps") or 0
+    most = math.ceil(rows / grid.data)
     if micro and accumulation:
-        capacity = micro * accumulation
-        if capacity < mine:
-            raise LayoutError(
-                f"deepspeed: train_batch_size {rows} over {grid.data} ranks is {mine} rows a rank, but "
-                f"train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps {accumulation} hold only {capacity}"
-            )
-        if capacity - mine >= micro:
-            raise LayoutError(
-                f"deepspeed: train_batch_size {rows} over {grid.data} ranks is {mine} rows a rank; of "
-                f"gradient_accumulation_steps {accumulation} × train_micro_batch_size_per_gpu {micro} at least one whole "
-                f"micro-batch would be empty. Remove gradient_accumulation_steps: it is derived"
-            )
         return rows, micro, accumulation
     if micro:
-        micro = min(micro, mine)
-        return rows, micro, math.ceil(mine / micro)
+        micro = min(micro, most)
+        return rows, micro, math.ceil(most / micro)
     accumulation = accumulation or 1
-    if accumulation > mine:
-        raise LayoutError(
-            f"deepspeed.gradient_accumulation_steps {accumulation} is more than the {mine} rows of a rank "
-            f"(train_batch_size {rows} over {grid.data} ranks)"
-        )
-    return rows, math.ceil(mine / accumulation), accumulation
+    return rows, math.ceil(most / accumulation), accumulation

@@ -1,4 +1,4 @@
-"""DecisionConfig: everything that fixes the model's parameters and arithmetic, as a `transformers` config (JSON)."""
+"""`DecisionConfig`: everything that fixes the model's parameters and arithmetic, as a `transformers` config (JSON)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
+from tiphys.pretrain.model.size_errors import size_errors
+
 if TYPE_CHECKING:
     from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 
 class DecisionConfig(PretrainedConfig):
-    """Shape of a decision model.
+    """Sizes of a decision model. Raises ValueError, with all reasons, if they are impossible.
 
     vocab_size            ids of the vocabulary
-    ranges                [name, low, high] of each disjoint range of ids; softmax i normalises over ranges[i − 1]
+    ranges                [name, low, high] of each range of ids, disjoint; softmax i normalises over ranges[i − 1]
     embedders             name -> {"kind": patch | vector | grid, "shape": […], "values": n}
-    regressions           head -> dimensions
-    tasks                 names of the tasks; `TokenBatch.task` counts in them
+    regressions           regression head -> its number of dimensions
+    tasks                 names of the tasks; `TokenBatch.task` is an index into them
     moe_every             every n-th layer, the last one of each n, is a mixture of experts
     num_experts           0: every layer is dense
-    balance, z_loss       coefficients of the two auxiliary losses; `bias_rate` > 0 replaces the balance loss by a bias
-    router_modality,      whether the router sees a token's modality and its task (hidden in a share `task_dropout` of
-    router_task           the rows while training, so that unseen tasks have a route)
-    timesteps             size of the embedding of a step's number; 0: none
+    balance, z_loss       coefficients of the two auxiliary losses; `bias_rate` > 0: a bias instead of the balance loss
+    router_modality       whether the router sees the modality of a token
+    router_task           whether the router sees the task of a token
+    task_dropout          share of rows whose task is hidden from the router in training, so that unseen tasks have a route
+    timesteps             size of the embedding of a step's number in its episode; 0: none
     locals                size of the embedding of the position within a timestep (Reed et al. 2022, app. C.3)
     """
 
@@ -94,32 +97,33 @@ class DecisionConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        if self.hidden_size % self.num_attention_heads or self.head_size % 2:
-            raise ValueError(
-                f"hidden {self.hidden_size} over {self.num_attention_heads} heads must give an even head size: "
-                "choose model.hidden as a multiple of 2 × model.heads"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} kv_heads evenly"
-            )
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"{self.num_experts_per_tok} experts a token out of {self.num_experts} is impossible")
+        errors = size_errors(
+            layers=self.num_hidden_layers,
+            hidden=self.hidden_size,
+            heads=self.num_attention_heads,
+            kv_heads=self.num_key_value_heads,
+            experts=self.num_experts,
+            experts_per_token=self.num_experts_per_tok,
+            every=self.moe_every,
+        )
+        lines = [f"{key}: {reason}" for key, reason in errors]
+        if lines:
+            raise ValueError("\n".join(lines))
         for name, e in self.embedders.items():
             if e["kind"] not in ("patch", "vector", "grid"):
-                raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is none of patch, vector, grid")
+                raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is not allowed; allowed: patch, vector, grid")
 
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     def has_experts(self, layer: int) -> bool:
-        """Whether this layer is a mixture of experts."""
+        """Whether the layer of this number is a mixture of experts."""
         return bool(self.num_experts) and layer % self.moe_every == self.moe_every - 1
 
     @classmethod
     def from_recipe(cls, model: Any, vocabulary: Vocabulary) -> DecisionConfig:
-        """The recipe's `model:` section (tiphys.recipes.schema.Model) together with what the objectives' vocabulary asks for."""
+        """From the recipe's `model:` section (`tiphys.recipes.schema.Model`) and the vocabulary of the objectives."""
         moe = model.moe
         return cls(
             vocab_size=vocabulary.size,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tiphys.pretrain.distributed.layout_errors import stage_errors
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.flops import layer_flops
 from tiphys.pretrain.model.heads import Head, Output
@@ -183,10 +184,8 @@ def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | N
     cost[1] += sum(costs[:ENDS])
     cost[-1] += sum(costs[ENDS + blocks :])
     sums = [sum(cost[: i + 1]) for i in range(blocks + 1)]
-    if stages > blocks:
-        raise ValueError(
-            f"{blocks} layers cannot make {stages} pipeline stages: raise model.layers or lower parallel.pipeline"
-        )
+    for _, reason in stage_errors(stages, blocks):
+        raise ValueError(reason)
 
     # best[j]: cheapest maximum over the stages so far that end before block j, and where the last of them begins
     best: list[tuple[float, list[int]]] = [(0.0, [0])] + [(float("inf"), [])] * blocks

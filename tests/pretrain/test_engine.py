@@ -252,7 +252,7 @@ def test_no_whole_micro_batch_of_filler() -> None:
         sizes(2, train_batch_size=8, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3)
     with pytest.raises(LayoutError, match="hold only 2"):
         sizes(2, train_batch_size=8, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1)
-    with pytest.raises(LayoutError, match="more than the 4 rows"):
+    with pytest.raises(LayoutError, match="micro-batches are more than the 4 rows"):
         sizes(2, train_batch_size=8, gradient_accumulation_steps=5)
 
 
@@ -261,17 +261,17 @@ def test_no_whole_micro_batch_of_filler() -> None:
     [
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 1, 1, "master weights"),
         ({"fp16": {"enabled": True}}, 1, 1, "use bf16"),
-        ({"zero_optimization": {"stage": 2}}, 2, 1, "needs deepspeed.zero_optimization.stage 1"),
+        ({"zero_optimization": {"stage": 2}}, 2, 1, "need deepspeed.zero_optimization.stage: 1, not 2"),
         ({"zero_optimization": {"stage": 0}}, 2, 1, "wrong gradient norm"),
-        ({"zero_optimization": {"stage": 3}}, 1, 2, "stage 1 or 2"),
-        ({"optimizer": {"type": "Lamb"}}, 1, 1, "Adam and AdamW"),
-        ({"zero_optimization": {"stage": 4}}, 1, 1, "0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3}}, 1, 2, "stage: 1 or 2, not 3"),
+        ({"optimizer": {"type": "Lamb"}}, 1, 1, "use Adam or AdamW"),
+        ({"zero_optimization": {"stage": 4}}, 1, 1, "4 is not allowed; allowed: 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, 1, 1, "ignores it at stage 2"),
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, 1, 1, "write cpu"),
         ({"gradient_allreduce_op": "sum"}, 1, 1, "mean over the processes"),
         ({"train_batch_size": 0}, 1, 1, "at least 1"),
-        ({}, 3, 1, "do not divide 4 processes"),
-        ({}, 2, 3, "does not divide the 2 data-parallel"),
+        ({}, 3, 1, "4 processes cannot be divided into 3 pipeline stages"),
+        ({}, 2, 3, "2 data-parallel processes .* cannot be divided into expert groups of 3"),
     ],
 )
 def test_what_cannot_run_is_refused(changes: dict[str, Any], pipeline: int, expert: int, message: str) -> None:

@@ -1,0 +1,39 @@
+"""Which sizes a model cannot have, and why: one wording of each rule, for `tiphys check` and for `DecisionConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def size_errors(
+    *, layers: int, hidden: int, heads: int, kv_heads: int, experts: int, experts_per_token: int, every: int
+) -> Iterator[tuple[str, str]]:
+    """(key path in the recipe, reason) for each rule that the sizes break.
+
+    kv_heads  0: as many as heads
+    every     every n-th layer has experts; `experts_per_token` and `every` count only if there are experts
+    """
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads}
+    small = [
+        (f"model.{name}", f"{size} is out of range; allowed: at least 1") for name, size in sizes.items() if size < 1
+    ]
+    if small:
+        yield from small
+        return
+    if hidden % (2 * heads):
+        yield (
+            "model.heads",
+            f"model.hidden ({hidden}) must be a multiple of 2 × model.heads ({2 * heads}), "
+            "because rotary positions need an even head size",
+        )
+    if kv_heads and heads % kv_heads:
+        yield "model.kv_heads", f"model.heads ({heads}) must be a multiple of model.kv_heads ({kv_heads})"
+    if not experts:
+        return
+    if not 1 <= experts_per_token <= experts:
+        yield (
+            "model.moe.experts_per_token",
+            f"{experts_per_token} is out of range; allowed: 1 to model.moe.experts ({experts})",
+        )
+    if not 1 <= every <= layers:
+        yield "model.moe.every", f"{every} is out of range; allowed: 1 to model.layers ({layers})"
