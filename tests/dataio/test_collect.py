@@ -98,7 +98,7 @@ def test_the_recorded_action_is_the_experts_not_the_executed_one():
 
 def test_seeds_of_demonstrations_scores_and_evaluation_never_meet(tmp_path):
     assert SCORE_SEEDS < EVALUATION_SEEDS
-    with pytest.raises(DataError, match="kept for scores"):
+    with pytest.raises(DataError, match="reserved for scoring"):
         collect(CART, str(tmp_path / "data"), 10, seed=SCORE_SEEDS - 5)
     played = []
     spec = environments.spec(CART)

@@ -237,7 +237,7 @@ def test_merge_refuses_one_name_for_two_tasks(tmp_path, rich):
     other = TaskSpec("rich", SMALL.fields)
     e = random_episode(SMALL, "e", 2, rng)
     write(str(tmp_path / "other"), [type(e)(**{**vars(e), "task": "rich"})], [other])
-    with pytest.raises(DataError, match="'rich' is declared otherwise"):
+    with pytest.raises(DataError, match="'rich' has other fields"):
         merge([rich[0], str(tmp_path / "other")], str(tmp_path / "both"))
 
 

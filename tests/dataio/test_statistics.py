@@ -9,12 +9,12 @@ from hypothesis.extra import numpy as hn
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio import statistics
 from tiphys.dataio.episode import FieldSpec, TaskSpec
-from tiphys.dataio.format.rows import Layout, pack_rows
+from tiphys.dataio.format.rows import RowLayout, pack_rows
 from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
 
 
 def gathered(task, episodes):
-    out, layout = Statistics(), Layout(task)
+    out, layout = Statistics(), RowLayout(task)
     for e in episodes:
         out.add(layout, pack_rows(layout, e))
     return out

@@ -9,12 +9,12 @@ from crc32c import crc32c
 
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from tiphys.dataio.format.rows import Layout, broken_row, check_task, pack_rows, row_dtype
+from tiphys.dataio.format.rows import RowLayout, broken_row, check_task, pack_rows, row_dtype
 
 
 def packed(steps=9, extra=True):
     episode = random_episode(RICH, "e", steps, np.random.default_rng(0), observed(RICH) if extra else ())
-    return episode, pack_rows(Layout(RICH), episode)
+    return episode, pack_rows(RowLayout(RICH), episode)
 
 
 def test_dtype_follows_from_the_task_alone_and_is_packed():
@@ -48,7 +48,7 @@ def test_every_row_has_the_crc_of_its_other_bytes():
 @pytest.mark.parametrize("steps", [1, 7, 255, 256, 257, 700])
 def test_intact_windows_pass_and_any_flipped_bit_is_found_in_its_row(steps):
     rng = np.random.default_rng(steps)
-    rows = pack_rows(Layout(SMALL), random_episode(SMALL, "e", steps, rng))
+    rows = pack_rows(RowLayout(SMALL), random_episode(SMALL, "e", steps, rng))
     data, one = bytearray(rows.tobytes()), rows.dtype.itemsize
     for _ in range(20):
         low = int(rng.integers(0, steps))
@@ -82,7 +82,7 @@ def test_an_episode_that_does_not_fit_its_task_is_refused(change, message):
     episode, _ = packed()
     broken = Episode("e", "rich", {**episode.fields, **change}, 9)
     with pytest.raises(DataError, match=message):
-        pack_rows(Layout(RICH), broken)
+        pack_rows(RowLayout(RICH), broken)
 
 
 @pytest.mark.parametrize(
