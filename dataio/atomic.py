@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")  # names of temporary files, which a killed writer may leave behind
+# Names of the temporary files; a killed writer may leave one behind
+TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Collects datasets of demonstrations from experts. The same arguments give the same bytes on any number of processes.
 
 In a demonstration the expert's action is executed with a disturbance, but recorded without it (Laskey et al. 2017, DART). So the
-data contain states that a learner's errors lead to, with the correct action. Each episode draws its level of disturbance uniformly
-between 0 and `noise`. With noise 0, the recorded actions are the executed ones.
+data contain states that a learner's errors lead to, with the correct action. Each episode draws its level of disturbance
+uniformly between 0 and `noise`. With noise 0, the recorded actions are the executed ones.
 
 Seeds: demonstrations use seeds below SCORE_SEEDS, scores use seeds from SCORE_SEEDS on, evaluation from EVALUATION_SEEDS on.
 """

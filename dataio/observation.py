@@ -11,8 +11,8 @@ import numpy as np
 def observation_fields(observation: Any, name: str = "observation") -> dict[str, Any]:
     """A native observation as fields: `{"observation": array}`, or `{"observation.image": array, "observation.mission": str}`.
 
-    The parts of a mapping are named by their keys, those of a tuple by their numbers. Arrays and scalars become arrays (arrays are
-    not copied), texts stay `str`. `name` is the root; with `action`, an action is flattened the same way.
+    The parts of a mapping are named by their keys, those of a tuple by their numbers. Arrays and scalars become arrays (arrays
+    are not copied), texts stay `str`. `name` is the root; with `action`, an action is flattened the same way.
     """
     if isinstance(observation, Mapping):
         parts = observation.items()
@@ -31,8 +31,8 @@ def observation_fields(observation: Any, name: str = "observation") -> dict[str,
 def native(fields: Mapping[str, Any], name: str = "action") -> Any:
     """The inverse of `observation_fields` for one root: the value itself, or nested dicts of values.
 
-    A tuple comes back as a dict with the keys "0", "1", …; no environment of this project takes tuples as actions. Raises KeyError
-    if there is no field under `name`.
+    A tuple comes back as a dict with the keys "0", "1", …; no environment of this project takes tuples as actions. Raises
+    KeyError if there is no field under `name`.
     """
     if name in fields:
         return fields[name]

@@ -105,7 +105,9 @@ class Store:
         self.traffic = Traffic()
         self._backend = backend(self.url, timeout)
         self._etags: dict[str, str] = {}
-        self._missed: dict[str, float] = {}  # object that does not exist or has another size -> time when this was first seen
+        self._missed: dict[
+            str, float
+        ] = {}  # object that does not exist or has another size -> time when this was first seen
         self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestLimit] = weakref.WeakKeyDictionary()
         self._elsewhere: dict[str, Store] = {}
 
@@ -188,7 +190,7 @@ class Store:
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
 
     async def check_unchanged(self, path: str) -> None:
-        """Raises ObjectChanged if the object is no longer the version that was first read: some stores do not say with each read."""
+        """Raises ObjectChanged if the object is not the version that was first read. Some stores do not say with each read."""
         place, key = self._locate(path)
         known = place._etags.get(key, "")
         info = await place._patiently(key, "", lambda: place._backend.head(key))
@@ -345,8 +347,8 @@ class Store:
     def _may_come_back(self, key: str, tries: int) -> bool:
         """Whether to ask again for an object that an index names, but that the store does not have or has in another size.
 
-        It may be back soon, for example if it is being moved or a proxy answered wrongly. The time counts from the first miss, so an
-        object that stays missing soon becomes an error at once.
+        It may be back soon, for example if it is being moved or a proxy answered wrongly. The time counts from the first miss, so
+        an object that stays missing soon becomes an error at once.
         """
         since = self._missed.setdefault(key, time.monotonic())
         return tries < self.attempts and time.monotonic() - since < self.timeout / 2
@@ -372,7 +374,9 @@ class Store:
             except FileNotFoundError:
                 raise FileNotFoundError(self._name(key)) from None
             except PermissionError as error:
-                advice = "Check that this environment has credentials, that they have not expired, and that they allow this"
+                advice = (
+                    "Check that this environment has credentials, that they have not expired, and that they allow this"
+                )
                 if "RequestTimeTooSkewed" in str(error):
                     advice = "Set this machine's clock: signed requests contain its time"
                 raise AccessError(

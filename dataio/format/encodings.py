@@ -91,10 +91,14 @@ def choose(field: FieldSpec, encodings: Mapping[str, Encoding]) -> Encoding:
 
 @dataclass(frozen=True)
 class _PictureLayout:
-    """How one step's array becomes a picture."""
+    """How one step's array becomes a picture.
 
-    axes: tuple[int, ...] | None  # the array's height, width and colour, or plane, height and width; None: one grey plane
-    channels: int  # of the picture: 3 or 1
+    axes      the array's axes of height, width and colour, or of plane, height and width; None: it is one grey plane
+    channels  of the picture: 3 or 1
+    """
+
+    axes: tuple[int, ...] | None
+    channels: int
 
 
 def _picture_layout(shape: Sequence[int]) -> _PictureLayout | None:

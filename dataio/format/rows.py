@@ -54,7 +54,9 @@ def check_task(task: TaskSpec) -> None:
                 "64 characters, and must not be `steps` or `json`"
             )
         if field.name.lower() in seen:  # WebDataset readers convert extensions to lower case
-            raise DataError(f"{where}: another field has this name, apart from upper and lower case; rename one of them")
+            raise DataError(
+                f"{where}: another field has this name, apart from upper and lower case; rename one of them"
+            )
         seen.add(field.name.lower())
         if field.dtype == "str":
             if field.shape:
@@ -130,7 +132,7 @@ def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:
 
 
 def returns_to_go(episode: Episode, rows: int) -> np.ndarray:
-    """float64 [rows]: the undiscounted sum of the rewards from each row on. A reward with several elements counts as their sum."""
+    """float64 [rows]: undiscounted sum of the rewards from each row on. A reward with several elements counts as their sum."""
     out = np.zeros(rows)
     if episode.steps and episode.fields.get("reward") is not None:
         reward = np.asarray(episode.fields["reward"], np.float64)[: episode.steps].reshape(episode.steps, -1).sum(1)

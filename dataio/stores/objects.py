@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ObjectBackend:
     """S3, GCS, Azure and HTTP, by obstore (Rust's object_store). Its own retries are off, because `Store` must see each 503.
 
-    If the store refuses credentials of AWS as expired or invalid, they are looked up once more, because they may have been renewed.
+    If the store refuses credentials of AWS as expired or invalid, they are looked up again, because they may have been renewed.
     """
 
     def __init__(self, url: str, timeout: float):

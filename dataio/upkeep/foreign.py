@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 IMAGES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
 CAPTIONS = ("txt", "caption", "text")  # extensions of members that hold a caption
-KEYS = ("caption", "text", "prompt", "description")  # keys of a .json member that may hold a caption; the first one counts
+KEYS = ("caption", "text", "prompt", "description")  # keys of a .json member that may hold one; the first one counts
 
 
 def index_foreign(

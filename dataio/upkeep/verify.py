@@ -164,7 +164,9 @@ def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Repo
         return None
     if any("://" in s.name for s in document["shards"]):
         report.add(
-            "index", INDEX, "some shards belong to other datasets: repeat the merge, append, filter or split that made it"
+            "index",
+            INDEX,
+            "some shards belong to other datasets: repeat the merge, append, filter or split that made it",
         )
         return None
     layouts = {t.name: RowLayout(t) for t in document["tasks"]}
@@ -369,4 +371,6 @@ def _compare_listing(store: Store, index: EpisodeIndex, report: Report) -> None:
         return
     for name in present:
         if name.endswith(".tar") and name not in listed:
-            report.notes.append(f"{name} is not in the index: an interrupted writer left it, or another dataset uses it")
+            report.notes.append(
+                f"{name} is not in the index: an interrupted writer left it, or another dataset uses it"
+            )

@@ -27,7 +27,7 @@ def test_a_zip_is_not_opened_before_it_is_trusted(tmp_path):
     file.write_bytes(b"not even a zip")
     with pytest.raises(DataError, match=r"run any code.*--trust-policy"):
         agent(str(file))
-    with pytest.raises(DataError, match="no Stable-Baselines3 agent"):
+    with pytest.raises(DataError, match="not a Stable-Baselines3 agent"):
         agent(str(file), trusted=True)("CartPole-v1", environments.make("CartPole-v1"))
     with pytest.raises(DataError, match="no such file"):
         agent(str(tmp_path / "missing.zip"), trusted=True)
@@ -49,7 +49,7 @@ def test_a_function_of_the_users_own():
     made = agent(f"{__name__}:random_expert")
     assert made("CartPole-v1", None).act(np.zeros(4)) == 1  # type: ignore[arg-type]
     for wrong in ("nowhere", "a b:c", "os:"):
-        with pytest.raises(DataError, match="is no agent"):
+        with pytest.raises(DataError, match="is not an agent"):
             agent(wrong)
     with pytest.raises(DataError, match="nowhere_at_all"):
         agent("nowhere_at_all:f")("CartPole-v1", None)  # type: ignore[arg-type]
