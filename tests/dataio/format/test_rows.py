@@ -1,4 +1,4 @@
-"""Rows of steps.npy: their dtype, their CRCs, and the one constant that verifies any number of them."""
+"""Rows of steps.npy: their dtype, their CRCs, and the constant that verifies any number of rows."""
 
 import io
 import json
@@ -17,7 +17,7 @@ def packed(steps=9, extra=True):
     return episode, pack_rows(RowLayout(RICH), episode)
 
 
-def test_dtype_follows_from_the_task_alone_and_is_packed():
+def test_the_dtype_depends_on_the_task_alone_and_is_packed():
     dtype = row_dtype(RICH)
     assert dtype.names == (
         "_step", "_return_to_go", "_valid", "action", "gripper", "observation.grid", "observation.state", "reward",
@@ -27,7 +27,7 @@ def test_dtype_follows_from_the_task_alone_and_is_packed():
     assert row_dtype(TaskSpec(**json.loads(json.dumps(RICH.to_dict())))) == dtype
 
 
-def test_columns_hold_the_episode():
+def test_the_columns_hold_the_episode():
     episode, rows = packed()
     assert len(rows) == 10
     assert rows["_step"].tolist() == list(range(10))
@@ -62,7 +62,7 @@ def test_intact_windows_pass_and_any_flipped_bit_is_found_in_its_row(steps):
     assert broken_row(memoryview(data)[:-1], one) >= 0
 
 
-def test_rows_in_another_order_pass_each_alone_but_carry_their_number():
+def test_rows_in_another_order_pass_the_crc_but_hold_their_number():
     _, rows = packed()
     assert broken_row(memoryview(rows[::-1].tobytes()), rows.dtype.itemsize) == -1
     assert rows[::-1]["_step"][0] == 9
@@ -105,7 +105,7 @@ def test_fields_that_cannot_be_stored_are_refused(field):
         check_task(TaskSpec("t", (field,)))
 
 
-def test_the_member_is_plain_npy():
+def test_numpy_can_load_the_member():
     from tiphys.dataio.format.sample import npy
 
     _, rows = packed()
