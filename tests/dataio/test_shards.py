@@ -189,9 +189,7 @@ def test_lossy_and_video_encodings_of_a_window_across_chunks(tmp_path):
         index = write(url, [Episode("e", "v", {"image": frames}, 20)], [task], encodings={"*": Encoding(kind, 8, 90)})
         got = read_window(index, 0, 6, 12, ["image"])["fields"]["image"]
         assert np.abs(got.astype(int) - frames[6:18]).mean() < 6
-        assert (
-            np.abs(got.astype(int) - frames[8:20]).mean() > 10
-        )  # these are the requested frames, not their neighbours
+        assert np.abs(got.astype(int) - frames[8:20]).mean() > 10  # not the neighbours of the requested frames
 
 
 def test_a_refused_episode_leaves_no_trace(tmp_path):
