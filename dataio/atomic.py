@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: a temporary file beside the target, fsync, rename, fsync of the folder.
+"""Atomic writes: a temporary file beside the target, fsync, rename, fsync of the folder.
 
-A crash at any moment leaves either the old file or the new one. Temporary names are random, so writers never share one.
+A crash at any moment leaves either the old file or the whole new one. Temporary names are random, so no two writers share one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")  # names of files that a killed writer may leave
+# Names of the temporary files; a killed writer may leave one behind
+TEMPORARY = re.compile(r"\.[^/]*\.[0-9a-f]{16}\.tmp$")
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path to write to. It becomes `target` if the block ends without an exception, else it is removed.
+    """A temporary path to write to. The file becomes `target` if the block ends without an exception, else it is removed.
 
-    The target's folder is created. Its file mode follows the umask, whatever mode the block's library gives to the file.
-    Raises OSError that names the target.
+    The target's folder is created. The target's mode follows the umask, even if the block sets another one. An OSError that names
+    no file is raised again with the target's name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
@@ -40,7 +41,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and not error.filename:
             raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
         raise
-    folder = os.open(target.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    folder = os.open(target.parent, os.O_RDONLY)  # the rename too must survive a power failure
     try:
         os.fsync(folder)
     finally:
@@ -49,25 +50,25 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[IO[bytes]]:
-    """The same as an open binary file."""
+    """Like `atomic_path`, but gives an open binary file."""
     with atomic_path(target) as temporary, open(temporary, "r+b") as file:
         yield file
 
 
 def write_text(target: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, atomically."""
     with atomic_file(Path(target)) as file:
         file.write(text.encode())
 
 
 def write_json(target: str | Path, value: Any, *, indent: int | None = None) -> None:
-    """Write a JSON file, whole or not at all. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Write a JSON file, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     separators = None if indent else (",", ":")
     write_text(target, json.dumps(value, indent=indent, separators=separators, allow_nan=False))
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with None in place of every NaN and infinity."""
+    """A copy of a JSON value in which None replaces NaN and infinity."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,10 @@
-"""Experts in environments -> a dataset of demonstrations. The same arguments give the same bytes on any number of processes.
+"""Collects datasets of demonstrations from experts. The same arguments give the same bytes on any number of processes.
 
-A demonstration executes the expert's action plus a disturbance and records the action without it (Laskey et al. 2017, DART): a
-learner then sees the states that its own errors lead to, with what to do there. Each episode draws its level of disturbance
-uniformly between 0 and `noise`. With noise 0 the recorded actions are those that led to the next observation.
+In a demonstration the expert's action is executed with a disturbance, but recorded without it (Laskey et al. 2017, DART). So the
+data contain states that a learner's errors lead to, with the correct action. Each episode draws its level of disturbance
+uniformly between 0 and `noise`. With noise 0, the recorded actions are the executed ones.
 
-Seeds: demonstrations use [seed, …) below SCORE_SEEDS, scores those from there on, evaluation those from EVALUATION_SEEDS on.
+Seeds: demonstrations use seeds below SCORE_SEEDS, scores use seeds from SCORE_SEEDS on, evaluation from EVALUATION_SEEDS on.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
 
 SCORE_SEEDS, EVALUATION_SEEDS = 900_000, 1_000_000
-LONGEST = 100_000  # steps after which an environment without a horizon is cut off
-ATTEMPTS = 20  # seeds tried for one episode whose expert gets lost
-CHUNK = 25  # episodes of a job of the process pool
+LONGEST = 100_000  # steps after which an episode is truncated, even if its environment has no horizon
+ATTEMPTS = 20  # most seeds that are tried for one episode if the expert gets lost
+CHUNK = 25  # episodes in one job of the process pool
 
 ExpertFactory = Callable[[str, Environment], Expert]  # (task, environment) -> expert; picklable
-Act = Callable[
-    [Any, Any], tuple[Any, Any]
-]  # (observation, action executed before) -> (action recorded, action executed)
+# (observation, action executed in the step before) -> (action to record, action to execute)
+Act = Callable[[Any, Any], tuple[Any, Any]]
 
 
 class EnvironmentFault(DataError):
-    """An environment or an expert raised. The message names the task, the seed and the step."""
+    """An environment or an expert raised an exception. The message names the task, the seed and the step."""
 
 
 class Outcome(NamedTuple):
-    """What a score needs of an episode."""
+    """The result of an episode, from which its score is computed."""
 
     total_return: float
     success: bool | None
@@ -51,7 +50,7 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Trajectory:
-    """One episode as it was played: T recorded actions, rewards and flags, T + 1 native observations."""
+    """One episode as it was played: T recorded actions and rewards, T + 1 native observations, and how it ended."""
 
     observations: list[Any] = field(default_factory=list)
     actions: list[Any] = field(default_factory=list)
@@ -78,15 +77,19 @@ def collect(
     progress: Callable[[str, int, int], None] | None = None,
     **writer_options: Any,
 ) -> EpisodeIndex:
-    """Collect `episodes` demonstrations of each task into one dataset; a mapping gives each task its own number.
+    """Collect `episodes` demonstrations of each task into one dataset.
 
-    noise           disturbance of the executed action (see `Family.disturb`); None: the family's own
-    processes       0: as many as cores; 1: this one
+    tasks           name or names of tasks, or a mapping from names to numbers of episodes
+    seed            the first episode's seed
+    noise           largest disturbance of the executed action (see `Family.disturb`); None: the default of the family
+    processes       0: one for each core; 1: only this process
     policy          makes the expert for a task and its environment; None: the family's own expert
-    score_episodes  episodes that measure the random and the expert score of each task
-    progress        called with (task, episodes written, episodes asked for)
+    score_episodes  number of episodes that measure the random and the expert score of each task
+    progress        called with (task, episodes written, episodes in total)
+    writer_options  further arguments of `ShardWriter`
 
-    Raises UnknownEnvironment, MissingExtra, EnvironmentFault, or what the store raises; no dataset exists then.
+    Raises DataError if the arguments are not valid, UnknownEnvironment, MissingExtra, EnvironmentFault, or an error of the store.
+    Then no dataset exists.
     """
     from tiphys.dataio.shards import ShardWriter
 
@@ -94,7 +97,8 @@ def collect(
     for task, count in counts.items():
         if seed < 0 or seed + count > SCORE_SEEDS:
             raise DataError(
-                f"{task}: seeds {seed} … {seed + count - 1} reach those kept for scores (from {SCORE_SEEDS})"
+                f"{task}: seeds {seed} … {seed + count - 1} must not be negative or overlap the range reserved for scoring "
+                f"(from {SCORE_SEEDS}); choose another seed or fewer episodes"
             )
     with (
         Players(processes or os.cpu_count() or 1, policy) as players,
@@ -119,12 +123,12 @@ def _counts(tasks: str | Sequence[str] | Mapping[str, int], episodes: int) -> di
         raise DataError("no task to collect")
     for task, count in counts.items():
         if count < 1:
-            raise DataError(f"{task}: {count} episodes; at least 1 is needed")
+            raise DataError(f"{task}: {count} episodes were asked for; at least 1 is needed")
     return counts
 
 
 class Players:
-    """Processes that play episodes, each with environments made once. Results come in the order of the jobs."""
+    """Processes that play episodes. Each makes its environments once. Results come in the order of the jobs."""
 
     def __init__(self, processes: int, policy: ExpertFactory | None = None) -> None:
         self._workers = Workers(processes, _start, policy)
@@ -136,9 +140,9 @@ class Players:
         self._workers.__exit__()
 
     def scored(self, spec: TaskSpec, episodes: int) -> TaskSpec:
-        """The task with its random and its expert score, each the mean over `episodes` undisturbed episodes."""
+        """The task with its random and its expert score: means over `episodes` episodes without disturbance."""
         if episodes < 1:
-            raise DataError(f"{spec.name}: {episodes} episodes cannot measure a score")
+            raise DataError(f"{spec.name}: a score cannot be measured with {episodes} episodes; at least 1 is needed")
         seeds = range(SCORE_SEEDS, SCORE_SEEDS + episodes)
         chunks = [tuple(seeds[i : i + 5]) for i in range(0, episodes, 5)]
         jobs = [_Scores(spec, who, chunk) for who in ("random", "expert") for chunk in chunks]
@@ -149,10 +153,11 @@ class Players:
         return replace(spec, random=float(np.mean(rows[0])), expert=float(np.mean(rows[1])))
 
     def demonstrations(self, spec: TaskSpec, episodes: int, seed: int, noise: float | None) -> Iterator[Episode]:
+        """`episodes` demonstrations of a task, in order."""
         if noise is None:
             noise = environments.family(spec.name).noise
-        ends = range(0, episodes, CHUNK)
-        jobs = [_Demonstrations(spec, seed, i, min(i + CHUNK, episodes), episodes, noise) for i in ends]
+        begins = range(0, episodes, CHUNK)
+        jobs = [_Demonstrations(spec, seed, i, min(i + CHUNK, episodes), episodes, noise) for i in begins]
         for part in self._workers.in_order(jobs):
             yield from part
 
@@ -186,7 +191,7 @@ class _Demonstrations:
     seed: int
     begin: int
     end: int
-    episodes: int  # in all; attempt a of episode i plays seed + i + a · episodes
+    episodes: int  # in total; attempt a of episode i uses the seed `seed + i + a · episodes`
     noise: float
 
     def __call__(self) -> list[Episode]:
@@ -208,12 +213,12 @@ class _Demonstrations:
                 continue
             return as_episode(trajectory, self.spec, f"{task}/{seed:06d}", info={"seed": seed, "noise": level})
         raise EnvironmentFault(
-            f"task {task!r}, episode {number}: the expert got lost on every seed tried; the last time: {lost}"
+            f"task {task!r}, episode {number}: the expert got lost with every seed that was tried; the last time: {lost}"
         )
 
 
 def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
-    """One episode. Raises ExpertLost as it is, and everything else as EnvironmentFault."""
+    """Play one episode. ExpertLost and DataError are raised unchanged, every other exception as EnvironmentFault."""
     steps = Trajectory()
     try:
         observation, info = env.reset(seed=seed)
@@ -240,7 +245,7 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
 
 
 def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
-    """The expert in `env`, disturbed. It is reset at the first call, which follows the environment's reset."""
+    """How the disturbed expert acts in `env`. The expert is reset at the first call, after the environment's reset."""
     expert, family, rng = _expert(task), environments.family(task), _generator(seed, "disturb")
 
     def act(observation: Any, taken: Any) -> tuple[Any, Any]:
@@ -255,7 +260,10 @@ def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
 def as_episode(
     steps: Trajectory, spec: TaskSpec, id: str, *, agent: str = "expert", info: Mapping[str, Any] | None = None
 ) -> Episode:
-    """A trajectory as the fields that the task declares. Raises DataError where the environment gives anything else."""
+    """A trajectory as an episode with the fields that the task declares.
+
+    Raises DataError if the environment did not give a declared field, or gave it in another shape.
+    """
     count = len(steps.actions)
     flags = np.zeros((2, count), bool)
     flags[0, -1:], flags[1, -1:] = steps.terminated, steps.truncated
@@ -265,7 +273,9 @@ def as_episode(
     fields: dict[str, Any] = {}
     for f in spec.fields:
         if f.name not in values:
-            raise DataError(f"episode {id}: task {spec.name!r} declares {f.name!r}, which its environment did not give")
+            raise DataError(
+                f"episode {id}: task {spec.name!r} declares the field {f.name!r}, but its environment did not give it"
+            )
         column = values[f.name]
         if f.per == "episode":
             fields[f.name] = column[0] if f.modality == "text" else np.asarray(column[0], f.dtype)
@@ -274,7 +284,9 @@ def as_episode(
         else:
             fields[f.name] = np.asarray(column, f.dtype)
             if fields[f.name].shape[1:] != f.shape:
-                raise DataError(f"episode {id}: {f.name!r} has shape {fields[f.name].shape[1:]}, declared is {f.shape}")
+                raise DataError(
+                    f"episode {id}: {f.name!r} has shape {fields[f.name].shape[1:]}, but the task declares {f.shape}"
+                )
     return Episode(id, spec.name, fields, count, steps.success, agent, dict(info or {}))
 
 
@@ -283,11 +295,14 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def score(spec: TaskSpec, outcome: Outcome) -> float:
-    """What `TaskSpec.random` and `TaskSpec.expert` are means of. Raises DataError where a task never tells success."""
+    """The score of one episode; `TaskSpec.random` and `TaskSpec.expert` are means of it.
+
+    Raises DataError if the task is scored by success, but the environment did not report it.
+    """
     if spec.normalise == "return":
         return outcome.total_return
     if outcome.success is None:
-        raise DataError(f"task {spec.name!r} is scored by success, but its environment's info has no 'success'")
+        raise DataError(f"task {spec.name!r} is scored by success, but the info of its environment has no 'success'")
     return float(outcome.success)
 
 
@@ -295,7 +310,7 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, ("level", "disturb").index(purpose)]))
 
 
-# What a playing process keeps: its environments and experts, and who makes the experts.
+# State of a process that plays: what makes the experts; the environments and experts are cached below.
 _policy: ExpertFactory | None = None
 
 

@@ -1,4 +1,4 @@
-"""What one does with a whole dataset: read an episode, look at it, and make datasets of datasets without copying shards."""
+"""Operations on whole datasets: read an episode, inspect, merge, append, filter and split. No shard is ever copied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
-from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, exists, fetch, parse, publish
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, fetch, parse, publish
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine
 from tiphys.dataio.index import EpisodeIndex
@@ -39,13 +39,13 @@ __all__ = [
 
 
 def read_episode(index: EpisodeIndex, episode: int) -> Episode:
-    """One whole episode from its shard, equal to what was written (lossy encodings apart)."""
+    """Read one whole episode from its shard. It equals what was written, except for fields with a lossy encoding."""
     task = index.tasks[index.task[episode]]
     steps, rows, shard = int(index.steps[episode]), int(index.rows[episode]), int(index.shard[episode])
     names = [f.name for f in task.fields]
     ranges = index.ranges(episode, 0, rows, names)
     starts, sizes = [r.offset for r in ranges], [r.size for r in ranges]
-    begin, length = (int(index.arrays[n][episode]) for n in ("json", "json_bytes"))
+    begin, length = index.json_range(episode)
     buffers = index.store.read_ranges(index.shard_name(shard), [*starts, begin], [*sizes, length])
     fields = index.decode(episode, 0, rows, names, buffers[:-1])["fields"]
     short = index.short(episode)
@@ -61,24 +61,26 @@ def read_episode(index: EpisodeIndex, episode: int) -> Episode:
         steps=steps,
         success=None if outcome < 0 else bool(outcome),
         agent=agents[int(codes[episode])] if codes[episode] >= 0 else "",
-        info=_info(index, episode, memoryview(buffers[-1])) if index.arrays["offset"][episode] >= 0 else {},
+        info=_info(index, episode, memoryview(buffers[-1])) if index.rows_offset[episode] >= 0 else {},
     )
 
 
 def _info(index: EpisodeIndex, episode: int, data: memoryview) -> dict[str, Any]:
-    """`info` of the sample's .json member, which must speak of this episode."""
+    """`info` of the sample's .json member, after checking that the member belongs to this episode."""
     try:
-        described = json.loads(bytes(data))
-        if described["id"] != index.id(episode):
-            raise ValueError(f"it is of episode {described['id']!r}")
-        return dict(described["info"])
+        sample = json.loads(bytes(data))
+        if sample["id"] != index.id(episode):
+            raise ValueError(f"it belongs to episode {sample['id']!r}")
+        return dict(sample["info"])
     except (ValueError, KeyError, TypeError) as error:
         shard = index.shard_name(int(index.shard[episode]))
-        raise DataError(f"{shard}: the .json member of episode {index.id(episode)!r} is damaged: {error}") from None
+        raise DataError(
+            f"{shard}: the .json member of episode {index.id(episode)!r} is damaged: {error}; run `tiphys verify`"
+        ) from None
 
 
 def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
-    """A summary of a dataset as JSON values: episodes, steps, bytes, tasks, and by task fields, lengths and returns."""
+    """A summary of a dataset as JSON values: episodes, steps, bytes, fields, and the lengths and returns of each task."""
     index = EpisodeIndex.open(url, cache_dir)
     task = np.asarray(index.task)
     tasks = {}
@@ -97,13 +99,13 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for spec in index.tasks:
         for field in spec.fields:
-            described = {
+            summary = {
                 "role": field.role,
                 "modality": field.modality,
                 "dtype": field.dtype,
                 "shape": list(field.shape),
             }
-            fields.setdefault(field.name, {**described, "per": field.per, "tasks": 0})["tasks"] += 1
+            fields.setdefault(field.name, {**summary, "per": field.per, "tasks": 0})["tasks"] += 1
     return {
         "url": url,
         "episodes": index.episodes,
@@ -118,7 +120,7 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
 
 
 def _spread(values: np.ndarray) -> dict[str, Any]:
-    """Extremes, mean and a histogram of 20 equal bins."""
+    """Minimum, mean, maximum and a histogram of 20 equal bins."""
     finite = values[np.isfinite(values)].astype(np.float64)
     if not len(finite):
         return {"min": None, "mean": None, "max": None, "histogram": [], "edges": []}
@@ -128,15 +130,15 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
 
 
 def merge(urls: Sequence[str], destination: str) -> EpisodeIndex:
-    """A dataset of the episodes of several. Its index points at their shards; no shard is copied, so they must stay.
+    """Make one dataset of the episodes of several. Its index points to their shards, which must stay where they are.
 
-    Raises DataError where one task's name stands for two things.
+    Raises DataError if two datasets declare a task of the same name differently.
     """
     return _assemble([_Source(url) for url in urls], destination)
 
 
 def append(url: str, sources: Sequence[str]) -> EpisodeIndex:
-    """Add the episodes of other datasets to one, by reference."""
+    """Add the episodes of other datasets to a dataset. Its index then points to their shards, which must stay."""
     return _assemble([_Source(url), *(_Source(s) for s in sources)], url)
 
 
@@ -153,13 +155,16 @@ def filter(
     min_steps: int | None = None,
     max_steps: int | None = None,
 ) -> EpisodeIndex:
-    """A dataset of those episodes that meet every condition given; its index points at the shards of the first.
+    """Make a dataset of the episodes that meet every given condition. Its index points to the shards of `url`.
 
     tasks, agents            names or globs
-    min_return, max_return   undiscounted return, inclusive
-    top                      share in (0, 1] with the highest returns of each task, of what the other conditions leave
-    success                  only episodes that are known to have succeeded
-    min_steps, max_steps     actions of the episode, inclusive
+    min_return, max_return   bounds of the undiscounted return, inclusive
+    top                      keep this share, in (0, 1], of each task's episodes: those with the highest returns; the other
+                             conditions are applied first
+    success                  keep only episodes that are known to have succeeded
+    min_steps, max_steps     bounds of the number of actions, inclusive
+
+    Raises DataError if a name or glob matches nothing.
     """
     index = EpisodeIndex.open(url)
     keep = np.ones(index.episodes, bool)
@@ -180,22 +185,25 @@ def filter(
         keep &= index.steps <= max_steps
     if top is not None:
         if not 0 < top <= 1:
-            raise ValueError(f"top is a share in (0, 1], not {top}")
+            raise ValueError(f"top must be a share in (0, 1], not {top}")
         keep &= _top(index, keep, top)
     return _assemble([_Source(url, keep)], destination)
 
 
 def split(url: str, first: str, second: str, share: float) -> tuple[EpisodeIndex, EpisodeIndex]:
-    """Two datasets; `share` of the episodes go to the second one, by the hash of their ids: the same id goes the same way
-    in every dataset. It is the rule of `EpisodeIndex.held_out`."""
+    """Make two datasets of one; about `share` of the episodes go to the second.
+
+    The hash of an episode's id decides, by the rule of `EpisodeIndex.held_out`: the same id goes to the same side in every
+    dataset.
+    """
     if not 0 <= share <= 1:
-        raise ValueError(f"share is in [0, 1], not {share}")
+        raise ValueError(f"share must be in [0, 1], not {share}")
     chosen = EpisodeIndex.open(url).held_out(share)
     return _assemble([_Source(url, ~chosen)], first), _assemble([_Source(url, chosen)], second)
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
-    """bool [len(names)]: which match a pattern. Raises DataError for a pattern that matches none."""
+    """bool [len(names)]: which names match any pattern. Raises DataError for a pattern that matches no name."""
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise DataError(f"{pattern!r} matches none of {', '.join(names[:20])}")
@@ -218,13 +226,13 @@ class _Source:
 
 
 def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
-    """Write a dataset whose index holds episodes of others. The statistics of a part are those of the whole that it is of."""
+    """Write a dataset whose index holds episodes of others. A filtered source contributes the statistics of all its episodes."""
     from tiphys.dataio.storage import Store
 
     target = Store(destination)
     own = absolute(destination)
-    if all(absolute(s.url) != own for s in sources) and exists(target, DATASET):
-        raise FileExistsError(f"{destination} is a dataset already; choose another destination")
+    if all(absolute(s.url) != own for s in sources) and target.exists(DATASET):
+        raise FileExistsError(f"{destination} is already a dataset; choose another destination")
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-dataset-"))
     tasks: dict[str, TaskSpec] = {}
     shards: dict[str, Shard] = {}
@@ -257,19 +265,19 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
 
 
 def _fetch_whole(url: str, file: Path, sketches: Path) -> dict[str, Any]:
-    """Index and statistics of a dataset as local files; they must be those that its dataset.json names."""
+    """Download index and statistics of a dataset; returns its dataset.json. Raises DataError if the index has another digest."""
     from tiphys.dataio.storage import Store
 
     store = Store(url)
     document = parse(store.read(DATASET), f"{url}/{DATASET}")
     if fetch(store, INDEX, file) != document["digests"][INDEX]:
-        raise DataError(f"{url}/{INDEX} is not the one that {DATASET} names; run `tiphys verify --repair`")
+        raise DataError(f"{url}/{INDEX} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`")
     fetch(store, STATISTICS, sketches)
     return document
 
 
 def _used(parts: Sequence[Part]) -> set[str]:
-    """Names of the shards that the parts' episodes lie in."""
+    """Names of the shards that hold the parts' episodes."""
     used: set[str] = set()
     for part in parts:
         for batch in batches(part):

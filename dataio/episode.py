@@ -1,4 +1,4 @@
-"""The vocabulary of the data: FieldSpec, TaskSpec, Episode, Window. NumPy only; nothing here knows tokens or stores."""
+"""The vocabulary of the data: FieldSpec, TaskSpec, Episode, Window. It needs only NumPy, and knows neither tokens nor stores."""
 
 from __future__ import annotations
 
@@ -13,21 +13,36 @@ MODALITIES = ("image", "text", "discrete", "continuous")
 
 
 class DataError(ValueError):
-    """Data that is not what it should be. The message names the object, the key or byte range, and what to do."""
+    """Data are not valid. The message names the object, the key or byte range, and what to do."""
 
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One field of a task's timestep.
+    """One field of a task.
 
-    name      dotted, as the environment nests it: `observation`, `observation.image`, `action`, `reward`
-    role      one of ROLES
-    modality  one of MODALITIES
-    dtype     NumPy's name (`float32`, `uint8`, …); `str` for text
-    shape     of one step, without time; () for a scalar or a text
-    low, high bounds of the space where it has any (broadcast over `shape`), else None
-    values    number of values of a discrete field (the largest over its dimensions); 0: unknown
-    per       `step`: an array with a row a step; `episode`: one value for the whole episode (an instruction)
+    Attributes
+    ----------
+    name : str
+        Dotted, as the environment nests it: `observation`, `observation.image`, `action`, `reward`.
+    role : str
+        One of `ROLES`.
+    modality : str
+        One of `MODALITIES`.
+    dtype : str
+        NumPy's name, such as `float32` or `uint8`; `str` for text.
+    shape : tuple[int, ...]
+        Shape of one step, without time; () for a scalar or a text. An image whose size varies has 0 for that extent.
+    low, high : tuple[float, ...] or None
+        Bounds of the space, which broadcast over `shape`; None if it has none.
+    values : int
+        Number of values of a discrete field, the largest over its elements; 0: unknown.
+    per : str
+        `step`: one value for each step. `episode`: one value for the whole episode, such as an instruction.
+
+    Raises
+    ------
+    DataError
+        If `role`, `modality` or `per` is none of the allowed words.
     """
 
     name: str
@@ -47,28 +62,46 @@ class FieldSpec:
             raise DataError(f"field {self.name!r}: modality {self.modality!r} is none of {', '.join(MODALITIES)}")
         if self.per not in ("step", "episode"):
             raise DataError(f"field {self.name!r}: per {self.per!r} is neither 'step' nor 'episode'")
-        for key in ("shape", "low", "high"):  # JSON gives lists
+        for key in ("shape", "low", "high"):  # they are lists if they come from JSON
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, tuple(value))
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of one step; 0 for text, whose length varies."""
+        """Bytes of one step, uncompressed; 0 for text, whose length varies, and for an image whose size varies."""
         return 0 if self.dtype == "str" else int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task: its fields, and, where it has one, its environment with the scores that normalise a return there."""
+    """A task: its fields, and its environment with the scores that normalise a result, if it has one.
+
+    Attributes
+    ----------
+    name : str
+        Unique within a dataset.
+    fields : tuple[FieldSpec, ...]
+        The fields of its episodes.
+    environment : str
+        Name for `tiphys.dataio.environments.make`; empty if the data have no environment.
+    normalise : str
+        What a score is: `return` (undiscounted return) or `success` (1 or 0).
+    random : float or None
+        Mean score of uniformly random actions; None: not measured.
+    expert : float or None
+        Mean score of the expert; None: not measured.
+    max_steps : int
+        Horizon of the environment in steps; 0: unknown.
+    """
 
     name: str
     fields: tuple[FieldSpec, ...]
-    environment: str = ""  # what `tiphys.dataio.environments.make` takes; empty: data without an environment
-    normalise: str = "return"  # return | success: which of the two `random` and `expert` measure
-    random: float | None = None  # score of uniformly random actions
-    expert: float | None = None  # score of the expert
-    max_steps: int = 0  # horizon of the environment; 0: unknown
+    environment: str = ""
+    normalise: str = "return"
+    random: float | None = None
+    expert: float | None = None
+    max_steps: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -76,6 +109,7 @@ class TaskSpec:
         )
 
     def field(self, name: str) -> FieldSpec:
+        """The field of this name. Raises DataError if there is none."""
         for spec in self.fields:
             if spec.name == name:
                 return spec
@@ -86,6 +120,7 @@ class TaskSpec:
         return tuple(sorted((f for f in self.fields if f.role in roles), key=lambda f: f.name))
 
     def to_dict(self) -> dict[str, Any]:
+        """As nested dicts. `TaskSpec(**task.to_dict())` equals `task`."""
         return asdict(self)
 
 
@@ -93,57 +128,94 @@ class TaskSpec:
 class Episode:
     """One episode of T actions.
 
-    fields    name -> array [T, *shape] for actions, rewards and flags; [T, *shape] or [T + 1, *shape] for observations
-              (the last row is what the last action led to). Text that changes by step: array [T] or [T + 1] of
-              NumPy's StringDType. A field with `per: episode` is a str (text) or an array of `shape`.
     An episode without actions (an image with its caption, a document) has T = 0 and one row.
+
+    Attributes
+    ----------
+    id : str
+        1 to 512 bytes of UTF-8.
+    task : str
+        Name of its task.
+    fields : Mapping[str, Any]
+        Field name -> values. Actions, rewards and flags are arrays [T, *shape]. Observations are arrays [T, *shape] or
+        [T + 1, *shape]; row T is the observation after the last action. Text that changes by step is an array [T] or [T + 1] of
+        NumPy's StringDType. A field with `per="episode"` is a str, or an array of its shape.
+    steps : int
+        T, the number of actions.
+    success : bool or None
+        None: unknown.
+    agent : str
+        Who acted: an expert's name, a checkpoint, a person.
+    info : Mapping[str, Any]
+        Small JSON values, which are stored in the sample's `.json` member.
     """
 
     id: str
     task: str
     fields: Mapping[str, Any]
-    steps: int  # T, the number of actions
+    steps: int
     success: bool | None = None
-    agent: str = ""  # who acted: an expert's name, a checkpoint, a person
-    info: Mapping[str, Any] = field(default_factory=dict)  # small JSON values that go into the sample's .json member
+    agent: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def total_return(self) -> float:
-        """Undiscounted sum of rewards; 0.0 without a `reward` field."""
+        """Undiscounted sum of the field `reward`; 0.0 if the episode has no such field."""
         reward = self.fields.get("reward")
         return 0.0 if reward is None else float(np.sum(reward[: self.steps], dtype=np.float64))
 
 
 @dataclass(slots=True)
 class Window:
-    """Consecutive rows [start, start + steps) of one episode, in memory, with what an objective asked for beside them.
+    """Consecutive steps [start, start + steps) of one episode, in memory, and the rows after them that an objective asked for.
 
-    fields          name -> array [steps (+ after), *shape]; rows past the episode's end are absent, never padded.
-                    Fields with `per: episode` as in Episode.
-    steps           units in the window itself (rows of `steps.npy`); `after` further rows follow where they exist
-    step            int64 [rows]: each row's number in its episode
-    returns_to_go   float32 [rows]: undiscounted sum of the rewards from this row on; 0 without rewards
-    valid           bool [rows]: False where the row holds only an observation
-    prompt          True: this window is the row's prompt (a demonstration of the same task), not the thing learned
+    The arrays have R rows: `steps` and up to `Needs.after` more. Rows past the episode's end are absent, never padded.
+
+    Attributes
+    ----------
+    entry : int
+        Number of the mixture entry.
+    task : int
+        Number of the task in the run's list of tasks (`Objectives.tasks`).
+    episode : str
+        The episode's id.
+    start : int
+        First step.
+    steps : int
+        Steps of the window itself, without the rows after it.
+    episode_steps : int
+        T, the number of actions of the whole episode.
+    fields : Mapping[str, Any]
+        Field name -> array [R, *shape]; fields with `per="episode"` as in `Episode`.
+    step : int64 [R]
+        Each row's step in its episode.
+    returns_to_go : float32 [R]
+        Undiscounted sum of the rewards from this row on; 0 without rewards.
+    valid : bool [R]
+        False if the row holds only an observation, without an action.
+    prompt : bool
+        True: the window is a prompt (a demonstration of the same task), on which no loss is computed.
+    tokens : int
+        Tokens that the plan reserved for the window.
     """
 
-    entry: int  # line of the mixture
-    task: int  # number of the task in the run's list of tasks (Objectives.tasks)
-    episode: str  # the episode's id
+    entry: int
+    task: int
+    episode: str
     start: int
     steps: int
-    episode_steps: int  # T of the episode
+    episode_steps: int
     fields: Mapping[str, Any]
     step: np.ndarray
     returns_to_go: np.ndarray
     valid: np.ndarray
     prompt: bool = False
-    tokens: int = 0  # tokens that the plan set aside for it
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of an episode beside a window's own rows: which fields, and how many rows past its end."""
+    """What an objective needs of an episode for a window."""
 
-    fields: tuple[str, ...]  # names; what is not named is never fetched
-    after: int = 0
+    fields: tuple[str, ...]  # names of the fields; other fields are never fetched
+    after: int = 0  # rows after the window's last step

@@ -1,9 +1,9 @@
-"""`EpisodeIndex`: where every step of every episode lies, and how its bytes become a window's arrays."""
+"""`EpisodeIndex`: where each step of each episode is stored, and how its bytes become the arrays of a window."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,9 +13,9 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import encodings
-from tiphys.dataio.format.arrays import load
+from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load
 from tiphys.dataio.format.document import DATASET, cache_folder, decoded, parse
-from tiphys.dataio.format.rows import ONLY_WITH_ACTION, Layout, broken_row, is_large, is_small
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
 from tiphys.dataio.format.table import Shard
 from tiphys.dataio.statistics import FieldStatistics
 
@@ -28,48 +28,59 @@ STEPS = "steps.npy"
 
 
 class Range(NamedTuple):
-    """Bytes [offset, offset + size) of a shard that hold rows of a field; field `steps.npy`: of all small fields."""
+    """Bytes [offset, offset + size) of a shard. They hold rows of `field`; `steps.npy` stands for all small fields."""
 
-    shard: int
+    shard: int  # number in `EpisodeIndex.shards`
     offset: int
     size: int
     field: str
 
 
-class Strings(Sequence[str]):
-    """Strings as one array of UTF-8 and where each begins: no Python object for each."""
-
-    def __init__(self, first: np.ndarray, data: np.ndarray) -> None:
-        self._first, self._data = first, data
-
-    def __len__(self) -> int:
-        return len(self._first) - 1
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i = int(i) % len(self)
-        return self._data[int(self._first[i]) : int(self._first[i + 1])].tobytes().decode(errors="replace")
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
-
-    def many(self, numbers: np.ndarray) -> list[str]:
-        """The strings with these numbers (int [n], not negative)."""
-        starts, ends = self._first[numbers].tolist(), self._first[numbers + 1].tolist()
-        return [self._data[a:z].tobytes().decode(errors="replace") for a, z in zip(starts, ends, strict=True)]
-
-
 class EpisodeIndex:
-    """The episodes of a dataset, as arrays [E], and the byte ranges of their rows.
+    """The episodes of a dataset as arrays, and the byte ranges of their rows. Open one with `EpisodeIndex.open(url)`.
 
-    url          the dataset's folder
-    tasks        its tasks; `task` counts here
-    statistics   task -> field -> FieldStatistics
-    fingerprint  changes whenever the dataset does
-    task, steps, rows, shard: int32 [E]; total_return: float32 [E]; success: int8 [E] (−1 unknown); hash: uint64 [E]
+    The arrays have one element for each of the E episodes, and are memory-mapped and read-only if the index was opened from a
+    dataset. An index can be sent to another process: only its place on the disk is pickled, not the arrays.
+
+    Parameters
+    ----------
+    url : str
+        The dataset's folder, in any store.
+    document : Mapping[str, Any]
+        `dataset.json` as `format.document.parse` returns it.
+    arrays : Mapping[str, numpy.ndarray]
+        `index.parquet` as `format.arrays.decode` returns it.
+    fingerprint : str
+        Changes if the dataset changes.
+
+    Attributes
+    ----------
+    url, document, fingerprint
+        As given.
+    tasks : tuple[TaskSpec, ...]
+        The dataset's tasks.
+    shards : tuple[Shard, ...]
+        The dataset's shards: name, bytes, CRC-32C.
+    layouts : tuple[RowLayout, ...]
+        How each task's rows are stored.
+    task : int32 [E]
+        Each episode's task, as a number in `tasks`.
+    steps : int32 [E]
+        T, the number of actions.
+    rows : int32 [E]
+        Rows of `steps.npy`: T, or T + 1 if an observation follows the last action.
+    shard : int32 [E]
+        Each episode's shard, as a number in `shards`.
+    rows_offset : int64 [E]
+        Byte of the shard at which row 0 of `steps.npy` begins; −1 if the episode has no `steps.npy` (an image of a foreign tar).
+    total_return : float32 [E]
+        Undiscounted sum of the rewards.
+    success : int8 [E]
+        1: success, 0: failure, −1: unknown.
+    hash : uint64 [E]
+        Hash of the episode's id; see `held_out`.
+    ids : Sequence[str]
+        The episodes' ids.
     """
 
     def __init__(
@@ -80,22 +91,37 @@ class EpisodeIndex:
         self.fingerprint = fingerprint
         self.tasks: tuple[TaskSpec, ...] = tuple(document["tasks"])
         self.shards: tuple[Shard, ...] = tuple(document["shards"])
-        self.arrays = arrays
+        self._arrays = arrays
         self._folder: Path | None = None
         self.task, self.steps, self.rows, self.shard = (arrays[n] for n in ("task", "steps", "rows", "shard"))
         self.total_return, self.success, self.hash = arrays["return"], arrays["success"], arrays["hash"]
+        self.rows_offset = arrays["offset"]
         self.ids = Strings(arrays["id.first"], arrays["id.bytes"])
-        self.layouts = tuple(Layout(t) for t in self.tasks)
+        self.layouts = tuple(RowLayout(t) for t in self.tasks)
         self._row_bytes = np.array([one.dtype.itemsize for one in self.layouts] or [0], np.int64)
-        self._offset = arrays["offset"]
-        self._sorted: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
+        self._chunk_tables: dict[str, ChunkTable] = {}
+        self._wanted_fields: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
 
     @classmethod
     def open(cls, url: str, cache_dir: str = "") -> EpisodeIndex:
-        """The index of a dataset: downloaded and decoded once into memory-mapped arrays under `cache_dir`
-        (default $TIPHYS_CACHE, else ~/.cache/tiphys), keyed by its digest; opened from there afterwards.
+        """Open the index of a dataset.
 
-        Raises FileNotFoundError where there is no dataset, DataError where index and dataset.json do not belong together.
+        The first time on a machine, the index is downloaded and decoded to memory-mapped arrays in the cache, under its digest.
+        Afterwards it is opened from there.
+
+        Parameters
+        ----------
+        url : str
+            The dataset's folder, in any store.
+        cache_dir : str
+            Folder of the cache; by default $TIPHYS_CACHE, or ~/.cache/tiphys if that is not set.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no dataset.
+        DataError
+            If `dataset.json` or `index.parquet` is damaged, or they do not belong together.
         """
         from tiphys.dataio.storage import Store
 
@@ -104,7 +130,7 @@ class EpisodeIndex:
             raw = store.read(DATASET)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{url}: no dataset is there ({DATASET} is missing); `tiphys collect`, `convert` or `index` makes one"
+                f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error
         document = parse(raw, f"{url}/{DATASET}")
         folder = decoded(store, document, cache_folder(cache_dir))
@@ -112,19 +138,21 @@ class EpisodeIndex:
         index._folder = folder
         return index
 
-    def __reduce__(self) -> Any:  # to a spawned process goes the place of the arrays, not their content
+    def __reduce__(self) -> Any:  # a spawned process gets the folder of the arrays, not their content
         if self._folder is None:
-            return EpisodeIndex, (self.url, self.document, self.arrays, self.fingerprint)
+            return EpisodeIndex, (self.url, self.document, self._arrays, self.fingerprint)
         return _reopen, (self.url, self.document, str(self._folder), self.fingerprint)
 
     # Episodes
 
     @property
     def episodes(self) -> int:
+        """E, the number of episodes."""
         return len(self.task)
 
     @cached_property
     def statistics(self) -> Mapping[str, Mapping[str, FieldStatistics]]:
+        """Task -> small field -> statistics. Raises DataError if those in `dataset.json` are damaged."""
         stored = self.document["statistics"]
         try:
             return {t: {f: FieldStatistics.from_dict(s) for f, s in fields.items()} for t, fields in stored.items()}
@@ -132,31 +160,43 @@ class EpisodeIndex:
             raise DataError(f"{self.url}/{DATASET}: its statistics are damaged: {error!r}") from None
 
     def id(self, episode: int) -> str:
+        """The episode's id."""
         return self.ids[episode]
 
     def held_out(self, share: float) -> np.ndarray:
-        """bool [E]: the episodes that are set aside for validation, by their ids alone."""
+        """The episodes that are held out for validation, which depends on their ids alone.
+
+        Parameters
+        ----------
+        share : float
+            Share of all possible ids, in [0, 1].
+
+        Returns
+        -------
+        bool [E]
+        """
         return np.asarray(self.hash) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
 
     def text(self, field: str) -> tuple[np.ndarray, Sequence[str]]:
-        """int32 [E] codes (−1: none) of a text that is one for the whole episode, and the texts that they count in."""
+        """The texts of a text field with one value for the whole episode: codes int32 [E] (−1: none), and the distinct texts."""
         return self._strings(f"text.{field}")
 
     def agents(self) -> tuple[np.ndarray, Sequence[str]]:
-        """int32 [E] codes of who acted, and the names that they count in."""
+        """Who acted: codes int32 [E] (−1: unknown), and the distinct names."""
         return self._strings("agent")
 
     def _strings(self, name: str) -> tuple[np.ndarray, Sequence[str]]:
-        if name not in self.arrays:
+        if name not in self._arrays:
             return np.full(self.episodes, -1, np.int32), []
-        return self.arrays[name], Strings(self.arrays[f"{name}.first"], self.arrays[f"{name}.bytes"])
+        return self._arrays[name], Strings(self._arrays[f"{name}.first"], self._arrays[f"{name}.bytes"])
 
     def shard_name(self, shard: int) -> str:
-        """The shard's path in the dataset's folder, or its URL where it belongs to another dataset: `Store` takes both."""
+        """The shard's path in the dataset's folder, or its URL if it belongs to another dataset. `Store` accepts both."""
         return self.shards[shard].name
 
     @cached_property
     def store(self) -> Store:
+        """The dataset's folder as a `Store`."""
         from tiphys.dataio.storage import Store
 
         return Store(self.url)
@@ -164,27 +204,54 @@ class EpisodeIndex:
     # Ranges
 
     def row_bytes(self, task: int) -> int:
-        """Bytes of one row of `steps.npy` of a task."""
+        """Bytes of one row of `steps.npy` of a task (a number in `tasks`)."""
         return int(self._row_bytes[task])
 
     def row_ranges(self, episodes: Any, starts: Any, rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shard int32, offset int64, size int64), each [n]: the ranges of `steps.npy` of n windows.
+        """The byte ranges of `steps.npy` of n windows.
 
-        `rows` is cut at the episode's end. Size 0: the episode has no `steps.npy` (an image of a foreign tar).
+        Parameters
+        ----------
+        episodes, starts, rows : int [n]
+            Episode, first row and number of rows of each window. Rows past the episode's end are cut off.
+
+        Returns
+        -------
+        shard : int32 [n]
+            Number in `shards`.
+        offset, size : int64 [n]
+            Bytes. Size 0: the episode has no `steps.npy`, or no row is left.
         """
         e, s = np.asarray(episodes), np.asarray(starts, np.int64)
         one = self._row_bytes[self.task[e]]
-        first = self._offset[e]
+        first = self.rows_offset[e]
         count = np.clip(np.minimum(np.asarray(rows, np.int64), self.rows[e] - s), 0, None)
         return self.shard[e], first + s * one, np.where(first < 0, 0, count * one)
 
     def ranges(self, episode: int, start: int, rows: int, fields: Sequence[str]) -> list[Range]:
-        """The byte ranges of rows [start, start + rows): one of `steps.npy`, then one for each large field asked for.
+        """The byte ranges of the rows [start, start + rows) of an episode.
 
-        A field's range runs from its first to its last chunk, with the tar headers that lie between them. Rows past
-        the episode's end are cut. Raises DataError where nothing is left, or the task has no such field.
+        Parameters
+        ----------
+        episode : int
+            Number of the episode.
+        start, rows : int
+            First row and number of rows. Rows past the episode's end are cut off.
+        fields : Sequence[str]
+            Names of the fields that are needed.
+
+        Returns
+        -------
+        list[Range]
+            First the range of `steps.npy`, if the episode has one. Then one range for each large field of `fields` that has
+            chunks in these rows: from its first to its last chunk, including the tar headers between them.
+
+        Raises
+        ------
+        DataError
+            If no row is left, or the task does not have one of the fields.
         """
-        task, shard, first = self.task.item(episode), self.shard.item(episode), self._offset.item(episode)
+        task, shard, first = self.task.item(episode), self.shard.item(episode), self.rows_offset.item(episode)
         have = self.rows.item(episode)
         rows = min(rows, have - start)
         if start < 0 or rows <= 0:
@@ -199,46 +266,74 @@ class EpisodeIndex:
         return out
 
     def _wanted(self, task: int, fields: Sequence[str]) -> _Wanted:
-        """The named fields of a task by where they are stored."""
+        """The named fields of a task, grouped by where they are stored."""
         key = task, tuple(fields)
-        wanted = self._sorted.get(key)
+        wanted = self._wanted_fields.get(key)
         if wanted is None:
             specs = [self.tasks[task].field(name) for name in fields]
             small = [f.name for f in specs if is_small(f)]
             large = [f for f in specs if is_large(f)]
-            wanted = self._sorted[key] = _Wanted(
+            wanted = self._wanted_fields[key] = _Wanted(
                 small, large, [f for f in specs if not is_small(f) and not is_large(f)]
             )
         return wanted
 
+    def has_chunks(self, field: str) -> bool:
+        """Whether the index has chunks of a large field for any episode."""
+        return f"chunks.{field}.first" in self._arrays
+
+    def chunk_table(self, field: str) -> ChunkTable:
+        """The chunks of a large field in all episodes, as arrays.
+
+        Raises
+        ------
+        DataError
+            If the index has no such column; see `has_chunks`.
+        """
+        table = self._chunk_tables.get(field)
+        if table is None:
+            table = chunk_table(self._arrays, field)
+            if table is None:
+                raise DataError(
+                    f"the index of {self.url} has no column 'chunks.{field}', though a task declares the field; "
+                    "run `tiphys verify`"
+                )
+            self._chunk_tables[field] = table
+        return table
+
+    def sample_range(self, episode: int) -> tuple[int, int]:
+        """(offset, size) in bytes of the episode's sample in its shard: all its members, with their tar headers."""
+        return self._arrays["sample"].item(episode), self._arrays["sample_bytes"].item(episode)
+
+    def json_range(self, episode: int) -> tuple[int, int]:
+        """(offset, size) in bytes of the content of the sample's `.json` member; size 0 if it has none."""
+        return self._arrays["json"].item(episode), self._arrays["json_bytes"].item(episode)
+
     def chunks(self, episode: int, spec: FieldSpec, start: int, rows: int) -> list[Chunk]:
-        """The chunks that hold rows [start, start + rows) of a large field, as far as it reaches."""
-        name = f"chunks.{spec.name}"
-        if f"{name}.first" not in self.arrays:
-            raise DataError(f"the index of {self.url} has no column {name!r}, though a task declares the field")
-        kind, frames = int(self.arrays[f"{name}.kind"][episode]), int(self.arrays[f"{name}.rows"][episode])
+        """The chunks that hold the rows [start, start + rows) of a large field, as far as the field has these rows."""
+        table = self.chunk_table(spec.name)
+        kind, frames = table.kind.item(episode), table.rows.item(episode)
         if kind < 0 or frames < 1:
             raise DataError(f"episode {self.id(episode)!r}, field {spec.name!r}: the index names no known encoding")
-        a, b = (int(x) for x in self.arrays[f"{name}.first"][episode : episode + 2])
+        a, b = (int(x) for x in table.first[episode : episode + 2])
         last = self._field_rows(episode, spec)
         if spec.per == "episode":
             start, rows = 0, 1
         low, high = a + start // frames, min(b, a + -(-min(start + rows, last) // frames))
-        offset, size, crc = (self.arrays[f"{name}.{n}"] for n in ("offset", "size", "crc"))
         return [
             Chunk(
-                encodings.KINDS[kind],
-                int(offset[i]),
-                int(size[i]),
-                int(crc[i]),
-                (i - a) * frames,
-                min(frames, last - (i - a) * frames),
+                kind=encodings.KINDS[kind],
+                offset=int(table.offset[i]),
+                size=int(table.size[i]),
+                crc=int(table.crc[i]),
+                row=(i - a) * frames,
+                rows=min(frames, last - (i - a) * frames),
             )
             for i in range(low, high)
         ]
 
     def _field_rows(self, episode: int, spec: FieldSpec) -> int:
-        """Rows that a field has in an episode: T for what only actions have, and where the writer said so."""
+        """Rows of a field in an episode: T for actions, rewards and flags, and for observed fields listed in `short`."""
         if spec.per == "episode":
             return 1
         rows, steps = int(self.rows[episode]), int(self.steps[episode])
@@ -247,8 +342,8 @@ class EpisodeIndex:
         return steps if spec.role in ONLY_WITH_ACTION or spec.name in self.short(episode) else rows
 
     def short(self, episode: int) -> tuple[str, ...]:
-        """Names of the observed fields that have T rows though the episode has T + 1."""
-        return self._short_lists[int(self.arrays["short"][episode])]
+        """Names of the observed fields that have T rows although the episode has T + 1."""
+        return self._short_lists[int(self._arrays["short"][episode])]
 
     @cached_property
     def _short_lists(self) -> list[tuple[str, ...]]:
@@ -260,16 +355,30 @@ class EpisodeIndex:
     def decode(
         self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
     ) -> dict[str, Any]:
-        """The arrays of a Window (`fields`, `step`, `returns_to_go`, `valid`) from the bytes of `ranges(…)`, in its order.
+        """Decode rows of an episode from their bytes, after verifying the CRC-32C of every row and chunk.
 
-        Every row and chunk is verified. All arrays are copies: the buffers may go. Raises DataError that names shard,
-        member and byte range.
+        Parameters
+        ----------
+        episode, start, rows, fields
+            As given to `ranges`.
+        buffers : Sequence[Buffer]
+            The bytes of each range that `ranges` returned, in its order.
+
+        Returns
+        -------
+        dict[str, Any]
+            `fields`, `step`, `returns_to_go` and `valid` of a `Window`. All arrays are copies of the buffers' content.
+
+        Raises
+        ------
+        DataError
+            If a buffer has a wrong length or its content is damaged. The message names the shard, the member and the bytes.
         """
         task = self.task.item(episode)
         rows = min(rows, self.rows.item(episode) - start)
         wanted = self._wanted(task, fields)
         out: dict[str, Any] = {}
-        if self._offset.item(episode) >= 0:
+        if self.rows_offset.item(episode) >= 0:
             packed = self._decode_rows(episode, start, rows, buffers)
             for name in wanted.small:
                 out[name] = packed[name].copy()
@@ -280,14 +389,16 @@ class EpisodeIndex:
             )
         else:
             if wanted.small:
-                raise DataError(f"episode {self.id(episode)!r} has no steps.npy, and so no field {wanted.small[0]!r}")
+                raise DataError(
+                    f"episode {self.id(episode)!r} has no steps.npy, therefore no field {wanted.small[0]!r}"
+                )
             step, returns, valid = np.arange(start, start + rows), np.zeros(rows, np.float32), np.zeros(rows, bool)
         if wanted.large:
             parts = self._parts(episode, start, rows, fields, buffers)
             for spec in wanted.large:
                 out[spec.name] = self._decode_large(episode, spec, start, rows, parts.get(spec.name))
         for spec in wanted.episodic:
-            value = self._episode_value(episode, spec)
+            value = self.episode_value(episode, spec)
             if value is not None:
                 out[spec.name] = value
         return {"fields": out, "step": step, "returns_to_go": returns, "valid": valid}
@@ -295,7 +406,7 @@ class EpisodeIndex:
     def _decode_rows(self, episode: int, start: int, rows: int, buffers: Sequence[Buffer]) -> np.ndarray:
         dtype = self.layouts[self.task.item(episode)].dtype
         if not buffers:
-            raise DataError(f"episode {self.id(episode)!r}: no buffer was given for its rows")
+            raise DataError(f"episode {self.id(episode)!r}: no buffer was given for its rows of steps.npy")
         packed = memoryview(buffers[0]).cast("B")
         broken = broken_row(packed, dtype.itemsize) if len(packed) == rows * dtype.itemsize else 0
         if broken >= 0:
@@ -305,21 +416,24 @@ class EpisodeIndex:
             place = place._replace(offset=place.offset + broken * dtype.itemsize, size=dtype.itemsize)
             raise DataError(
                 f"{self._place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
-                "again, and if it stays so, run `tiphys verify`"
+                "again, and if the error stays, run `tiphys verify`"
             )
         table = np.frombuffer(packed, dtype)
         if table["_step"][0] != start:
             place = self.ranges(episode, start, rows, ())[0]
-            raise DataError(f"{self._place(episode, place)}: row {table['_step'][0]} stands there, not row {start}")
+            raise DataError(
+                f"{self._place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
+                "run `tiphys verify`"
+            )
         return table
 
     def _parts(
         self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
     ) -> dict[str, tuple[Range, memoryview]]:
-        """Range and bytes of each large field that reaches into the window."""
+        """Range and bytes of each large field that has chunks in the window."""
         ranges = self.ranges(episode, start, rows, fields)
         if len(ranges) != len(buffers):
-            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers for {len(ranges)} ranges")
+            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers were given for {len(ranges)} ranges")
         views = [memoryview(b).cast("B") for b in buffers]
         for r, view in zip(ranges, views):
             if len(view) != r.size:
@@ -348,24 +462,28 @@ class EpisodeIndex:
             return pieces[0][0]
         low = start - (chunks[0].row if chunks else 0)
         array = np.concatenate(pieces)[low : low + rows] if pieces else _nothing(spec, 0)
-        if len(array) < rows:  # the last, observation-only row of a field that has none there
+        if len(array) < rows:  # the last row holds only an observation, and this field has no value there
             array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
         return array
 
-    def _episode_value(self, episode: int, spec: FieldSpec) -> Any:
-        """A value that is one for the whole episode; None for a text that it does not have."""
+    def episode_value(self, episode: int, spec: FieldSpec) -> Any:
+        """The value of a field that has one value for the whole episode: a str, or an array of the field's shape.
+
+        None if the episode does not have this text. Raises DataError if the index has no value of the declared size.
+        """
         if spec.dtype == "str":
             codes, texts = self.text(spec.name)
             return None if codes[episode] < 0 else texts[int(codes[episode])]
         name = f"value.{spec.name}"
-        if f"{name}.first" not in self.arrays:
-            raise DataError(f"the index of {self.url} has no column {name!r}")
-        a, b = (int(x) for x in self.arrays[f"{name}.first"][episode : episode + 2])
+        if f"{name}.first" not in self._arrays:
+            raise DataError(f"the index of {self.url} has no column {name!r}; run `tiphys verify`")
+        a, b = (int(x) for x in self._arrays[f"{name}.first"][episode : episode + 2])
         if b - a != spec.bytes_per_step:
             raise DataError(
-                f"episode {self.id(episode)!r}, field {spec.name!r}: {b - a} bytes, not {spec.bytes_per_step}"
+                f"episode {self.id(episode)!r}, field {spec.name!r}: the index has {b - a} bytes, "
+                f"not {spec.bytes_per_step}"
             )
-        data = self.arrays[f"{name}.bytes"][a:b].tobytes()
+        data = self._arrays[f"{name}.bytes"][a:b].tobytes()
         return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape).copy()
 
     def _place(self, episode: int, r: Range) -> str:
@@ -376,19 +494,21 @@ class EpisodeIndex:
 
 
 class _Wanted(NamedTuple):
-    """Fields by where they are stored."""
+    """Fields grouped by where they are stored."""
 
-    small: list[str]  # columns of steps.npy
-    large: list[FieldSpec]  # members of their own
-    episodic: list[FieldSpec]  # the index
+    small: list[str]  # as columns of steps.npy
+    large: list[FieldSpec]  # as members of their own
+    episodic: list[FieldSpec]  # in the index
 
 
 class Chunk(NamedTuple):
-    kind: str
-    offset: int
-    size: int
-    crc: int
-    row: int  # first row in it
+    """A few rows of a large field that are stored together. They can only be read as a whole."""
+
+    kind: str  # one of encodings.KINDS
+    offset: int  # of its first byte in the shard
+    size: int  # bytes
+    crc: int  # CRC-32C of its bytes
+    row: int  # first row
     rows: int
 
 
@@ -397,11 +517,12 @@ def _decode_chunk(data: memoryview, chunk: Chunk, spec: FieldSpec) -> np.ndarray
         return encodings.decode(data, chunk.kind, chunk.rows, spec.shape)
     dtype = np.dtype(spec.dtype).newbyteorder("<")
     if spec.dtype == "str" or 0 in spec.shape or chunk.size != chunk.rows * spec.bytes_per_step:
-        raise DataError(f"{chunk.size} bytes are not {chunk.rows} rows of {spec.dtype} {spec.shape}")
+        raise DataError(f"{chunk.size} bytes cannot hold {chunk.rows} rows of {spec.dtype} {spec.shape}")
     return np.frombuffer(data, dtype).reshape(chunk.rows, *spec.shape).copy()
 
 
 def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Rows without a value: zeros, or empty texts."""
     if spec.dtype == "str":
         return np.full(rows, "", np.dtypes.StringDType())
     return np.zeros((rows, *(spec.shape if shape is None else shape)), spec.dtype)

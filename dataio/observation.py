@@ -1,4 +1,4 @@
-"""Native observations and actions as dotted fields, and back. NumPy only: published policies carry this file."""
+"""Native observations and actions to dotted fields, and back. It needs only NumPy: published policies contain this file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 def observation_fields(observation: Any, name: str = "observation") -> dict[str, Any]:
     """A native observation as fields: `{"observation": array}`, or `{"observation.image": array, "observation.mission": str}`.
 
-    Mappings nest by key and tuples by number; arrays and scalars become arrays (not copied), texts stay `str`.
-    `name` is the root: `action` flattens an action the same way.
+    The parts of a mapping are named by their keys, those of a tuple by their numbers. Arrays and scalars become arrays (arrays
+    are not copied), texts stay `str`. `name` is the root; with `action`, an action is flattened the same way.
     """
     if isinstance(observation, Mapping):
         parts = observation.items()
@@ -31,12 +31,13 @@ def observation_fields(observation: Any, name: str = "observation") -> dict[str,
 def native(fields: Mapping[str, Any], name: str = "action") -> Any:
     """The inverse of `observation_fields` for one root: the value itself, or nested dicts of values.
 
-    A tuple comes back as a dict keyed "0", "1", …; no environment that this project knows takes tuples as actions.
+    A tuple comes back as a dict with the keys "0", "1", …; no environment of this project takes tuples as actions. Raises
+    KeyError if there is no field under `name`.
     """
     if name in fields:
         return fields[name]
     prefix = name + "."
     keys = dict.fromkeys(f[len(prefix) :].split(".", 1)[0] for f in fields if f.startswith(prefix))
     if not keys:
-        raise KeyError(f"no field {name!r} or {prefix}… among {', '.join(fields) or 'no fields'}")
+        raise KeyError(f"there is no field {name!r} or {prefix}…; the fields are {', '.join(fields) or 'none'}")
     return {key: native(fields, prefix + key) for key in keys}

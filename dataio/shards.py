@@ -1,4 +1,4 @@
-"""`ShardWriter`: episodes as WebDataset tars whose steps are addressable, in any store."""
+"""`ShardWriter` writes episodes to WebDataset tars in any store. An index makes every step of them addressable."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from crc32c import crc32c
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format import arrays, table
 from tiphys.dataio.format import encodings as codecs
-from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, describe, exists, fetch, parse, publish
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish
 from tiphys.dataio.format.encodings import Encoding
-from tiphys.dataio.format.rows import Layout, check_task, plain
+from tiphys.dataio.format.rows import RowLayout, check_task, plain
 from tiphys.dataio.format.sample import BLOCK, Sample
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.statistics import Statistics
@@ -33,19 +33,33 @@ _PIECE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class ShardWriter:
-    """Writes episodes to `shards/`, then `index.parquet`, `statistics.parquet` and, last, `dataset.json`.
+    """Writes a dataset: episodes to `shards/`, then `statistics.parquet`, `index.parquet` and last `dataset.json`.
 
-    url          the dataset's folder, in any store
-    tasks        what episodes may belong to; `add_task` adds more at any time
-    shard_bytes  a shard is closed before it would grow beyond this
-    encodings    field name or glob -> Encoding, the first match counts; without one a field is stored losslessly
-    piece        name of a piece of a dataset that many writers write at once: shards are `shards/PIECE-000000.tar`, the
-                 index is `pieces/PIECE.parquet`, `merge_pieces` makes the dataset. The same episodes give the same bytes
-    scratch      folder for the shard that is being written (default: the system's)
+    Use it as a context manager: leaving the block calls `close`, or `abort` if the block raised an exception. There is no dataset
+    before `close` has finished. The same episodes give the same bytes.
 
-    A context manager. Nothing that looks whole exists before `close`; leaving the block by an exception closes nothing.
-    Raises DataError for an episode that does not fit its task (nothing of it is written, the next one may follow),
-    FileExistsError where there is a dataset already, OSError where a disk is full.
+    Parameters
+    ----------
+    url : str
+        The dataset's folder, in any store.
+    tasks : Sequence[TaskSpec]
+        Tasks that episodes may belong to; `add_task` adds more at any time.
+    shard_bytes : int
+        A shard is closed before an episode would make it larger than this many bytes.
+    encodings : Mapping[str, Encoding], optional
+        Field name or glob -> how a large field is stored. The first match counts; a field without a match is stored losslessly.
+    piece : str
+        Name of the piece of a dataset that this writer writes, if many writers write one dataset at once. Its shards are
+        `shards/PIECE-000000.tar` …, its index is `pieces/PIECE.parquet`. `merge_pieces` makes the dataset of the pieces.
+    scratch : str
+        Folder for the shard that is being written; by default the system's temporary folder.
+
+    Raises
+    ------
+    DataError
+        If a task cannot be stored, or the name of the piece is not valid.
+    FileExistsError
+        If the folder already holds a dataset and no piece is named.
     """
 
     def __init__(
@@ -61,17 +75,17 @@ class ShardWriter:
         from tiphys.dataio.storage import Store
 
         if piece and not _PIECE.fullmatch(piece):
-            raise DataError(f"piece {piece!r}: a name of letters, digits, - and _, at most 64, is needed")
+            raise DataError(f"piece {piece!r}: its name must have 1 to 64 letters, digits, - and _")
         self.url, self.piece, self.shard_bytes = url, piece, shard_bytes
         self.encodings = dict(encodings or {})
         self.tasks: dict[str, TaskSpec] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._layouts: dict[str, RowLayout] = {}
         self._chosen: dict[str, dict[str, Encoding]] = {}
         for task in tasks:
             self.add_task(task)
         self._store = Store(url)
-        if not piece and exists(self._store, DATASET):
-            raise FileExistsError(f"{url} is a dataset already; append to it or choose another folder")
+        if not piece and self._store.exists(DATASET):
+            raise FileExistsError(f"{url} is already a dataset; append to it or choose another folder")
         self._scratch = Path(tempfile.mkdtemp(prefix="tiphys-shards-", dir=scratch or None))
         self._table = table.TableWriter(self._scratch)
         self._statistics = Statistics()
@@ -82,18 +96,29 @@ class ShardWriter:
         self._closed = False
 
     def add_task(self, task: TaskSpec) -> None:
-        """Allow episodes of a further task. Raises DataError where its fields cannot be stored, or it is known otherwise."""
-        task = TaskSpec(**json.loads(json.dumps(task.to_dict(), default=plain)))  # bounds may be NumPy's numbers
+        """Allow episodes of one more task.
+
+        Raises DataError if its fields cannot be stored, or a different task of this name was added before.
+        """
+        task = TaskSpec(**json.loads(json.dumps(task.to_dict(), default=plain)))  # bounds may be NumPy scalars
         known = self.tasks.get(task.name)
         if known is not None and known != task:
             raise DataError(f"task {task.name!r} is declared twice, with different fields or scores")
         check_task(task)
-        layout = self._layouts[task.name] = Layout(task)
+        layout = self._layouts[task.name] = RowLayout(task)
         self._chosen[task.name] = {f.name: codecs.choose(f, self.encodings) for f in layout.large}
         self.tasks[task.name] = task
 
     def write(self, episode: Episode) -> None:
-        """Add one episode."""
+        """Add one episode.
+
+        Raises
+        ------
+        DataError
+            If the episode does not fit its task, or the task was not added. Nothing of it is written; writing can go on.
+        OSError
+            If a disk is full (then the writer has aborted), or an upload failed.
+        """
         if self._closed:
             raise ValueError(f"the writer of {self.url} is closed")
         layout = self._layouts.get(episode.task)
@@ -102,7 +127,7 @@ class ShardWriter:
         try:
             sample = Sample(layout, episode, self._chosen[episode.task])
         except UnicodeEncodeError as error:
-            raise DataError(f"episode {ascii(episode.id)[:80]}: a text is not Unicode: {error}") from None
+            raise DataError(f"episode {ascii(episode.id)[:80]}: a text is not valid Unicode: {error}") from None
         with self._full_disk():
             if self._tar is not None and self._tar.size + sample.bytes > self.shard_bytes and self._tar.samples:
                 self._finish_shard()
@@ -126,7 +151,7 @@ class ShardWriter:
         file.unlink()
 
     def _wait_for_uploads(self, most: int) -> None:
-        """Wait until at most so many shards are on their way; raises what went wrong with one."""
+        """Wait until at most `most` shards are being uploaded. Raises the exception of an upload that failed."""
         while len(self._uploads) > most:
             self._uploads.pop(0).result()
 
@@ -141,11 +166,17 @@ class ShardWriter:
             raise OSError(
                 error.errno,
                 f"no space left while writing {self.url} (scratch folder {self._scratch.parent}); no dataset was made. "
-                "Free space, or choose another scratch folder or smaller shards, and run it again",
+                "Free some space, or choose another scratch folder or smaller shards, then run it again",
             ) from error
 
     def close(self) -> EpisodeIndex:
-        """Upload what is left, then the index; `dataset.json` comes last. Returns the index (of a piece: of that piece alone)."""
+        """Upload the last shard, then the index; `dataset.json` comes last.
+
+        Returns
+        -------
+        EpisodeIndex
+            The dataset's index, or the index of this piece alone if a piece is written.
+        """
         if self._closed:
             raise ValueError(f"the writer of {self.url} is closed")
         try:
@@ -170,7 +201,7 @@ class ShardWriter:
         return local_index(self.url, index, self._statistics)
 
     def abort(self) -> None:
-        """Leave off: what was uploaded is no dataset, and the scratch folder is removed. Does nothing after `close`."""
+        """Stop and remove the scratch folder. Shards that were uploaded stay, but are not a dataset. No effect after `close`."""
         self._closed = True
         self._uploader.shutdown(cancel_futures=True)
         if self._tar is not None:
@@ -189,9 +220,10 @@ class ShardWriter:
 
 
 def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
-    """Make the dataset of its pieces: all that are there, or those named, in the order of their names.
+    """Make a dataset of its pieces: of all in the folder, or of the named ones, in the order of their names.
 
-    The pieces stay, so that more can be written and merged again. Raises FileNotFoundError where a named piece is missing.
+    The pieces stay, so that more can be written and merged again. Raises FileNotFoundError if there is no piece, or a named one
+    is missing, and DataError if two pieces declare a task of the same name differently.
     """
     from tiphys.dataio.storage import Store
 
@@ -203,13 +235,13 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
         raise FileNotFoundError(f"{url} has no pieces to merge")
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-merge-"))
     try:
-        with ThreadPoolExecutor(16) as pool:  # small files: latency decides
+        with ThreadPoolExecutor(16) as pool:  # the files are small, so latency dominates
             files = list(pool.map(lambda name: _fetch_piece(store, name, scratch), names))
         tasks: dict[str, TaskSpec] = {}
         shards: list[table.Shard] = []
         statistics = Statistics()
         for name, (file, sketches) in zip(names, files):
-            own_tasks, own_shards = table.describe(file)
+            own_tasks, own_shards = table.read_tasks_and_shards(file)
             merge_tasks(tasks, own_tasks, f"piece {name}")
             shards += own_shards
             statistics.merge(Statistics.read(sketches))
@@ -223,7 +255,7 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
 
 
 def _fetch_piece(store: Store, name: str, scratch: Path) -> tuple[Path, Path]:
-    """Index and statistics of a piece as local files."""
+    """Download the index and the statistics of a piece; returns both files."""
     folder = scratch / "pieces"
     folder.mkdir(exist_ok=True)
     file, sketches = folder / f"{name}.parquet", folder / f"{name}.statistics.parquet"
@@ -233,38 +265,41 @@ def _fetch_piece(store: Store, name: str, scratch: Path) -> tuple[Path, Path]:
 
 
 def merge_tasks(tasks: dict[str, TaskSpec], more: Sequence[TaskSpec], source: str) -> None:
-    """Add tasks to those known. Raises DataError where one name stands for two things."""
+    """Add `more` to `tasks`. Raises DataError if a task of the same name is already there and differs."""
     for task in more:
         if tasks.setdefault(task.name, task) != task:
-            raise DataError(f"{source}: task {task.name!r} is declared otherwise than before; rename one of them")
+            raise DataError(
+                f"{source}: task {task.name!r} has other fields or scores here than in a dataset or piece before it; "
+                "rename one of the two tasks"
+            )
 
 
 def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
-    """An index file that is here, decoded in memory."""
-    document = parse(json.dumps(describe(file, statistics)).encode(), url)
+    """The index in a local file, decoded in memory."""
+    document = parse(json.dumps(dataset_document(file, statistics)).encode(), url)
     names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
     return EpisodeIndex(url, document, arrays.decode(file, None, *names), document["digests"][INDEX][:32])
 
 
 class _Tar:
-    """One shard in the scratch folder, written by webdataset's TarWriter; offsets follow from the tar's arithmetic."""
+    """One shard in the scratch folder, written by webdataset's TarWriter. Offsets are computed from the sizes of the members."""
 
     def __init__(self, file: Path, stem: str) -> None:
         from webdataset.writer import TarWriter
 
         self.file, self.stem = file, stem
         self.name = f"shards/{file.name}"
-        self.size = 0  # bytes of whole members
+        self.size = 0  # bytes of the members so far, with headers and padding
         self.samples = 0
-        self.stream = _Checked(file)
-        # fixed times and owners: the same episodes give the same bytes
+        self.stream = _ChecksummedFile(file)
+        # times and owners are fixed, so that the same episodes give the same bytes
         self._writer = TarWriter(self.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def add(self, sample: Sample) -> table.Record:
         begin = self.size
         key = f"{self.stem}/{self.samples:06d}"
         self._writer.write({"__key__": key, **sample.members})
-        self._writer.tarstream.members = []  # tarfile would keep them all
+        self._writer.tarstream.members = []  # tarfile would keep all members in memory
         data: dict[str, int] = {}
         for member in sorted(sample.members):
             data[member] = self.size + _header_bytes(f"{key}.{member}")
@@ -310,19 +345,19 @@ class _Tar:
 
 
 def _header_bytes(name: str) -> int:
-    """Bytes of a member's header: a name over 100 characters stands in blocks of its own."""
+    """Bytes of a member's header. A name longer than 100 characters needs more blocks."""
     return BLOCK if len(name) <= 100 else len(tarfile.TarInfo(name).tobuf(tarfile.PAX_FORMAT))
 
 
-class _Checked:
-    """A file that keeps the size and the CRC-32C of what was written to it."""
+class _ChecksummedFile:
+    """A file that tracks the size and the CRC-32C of what was written to it."""
 
     def __init__(self, file: Path) -> None:
         self._file = open(file, "wb")  # noqa: SIM115 (closed by close)
         self.size = self.crc = 0
 
     def write(self, data: bytes) -> int:
-        if self._file.closed:  # discarded: TarWriter still wants to write its end
+        if self._file.closed:  # discarded, but TarWriter still writes the end of the archive
             return len(data)
         self.crc = crc32c(data, self.crc)
         self.size += len(data)
@@ -335,6 +370,6 @@ class _Checked:
         self._file.close()
 
     def discard(self) -> None:
-        """Close the file, whatever a full disk says; what is written afterwards goes nowhere."""
+        """Close the file, ignoring errors of a full disk. Later writes are ignored."""
         with suppress(OSError):
             self._file.close()

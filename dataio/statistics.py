@@ -1,9 +1,9 @@
-"""Statistics of each field of each task: moments, extremes, quantiles, the share of actions outside their bounds.
+"""Statistics of each small field of each task: moments, extremes, quantiles, and the share of values outside the bounds.
 
-Everything is gathered in a form that merges, so that pieces of a dataset that were written apart give the statistics of
-the whole: the moments by Chan et al. 1979, and the quantiles by a histogram over fixed cells: the upper 17 bits of a
-value as float32 (sign, exponent, 8 bits of the fraction), whose width is at most 0.4 % of the value. Counts, extremes and
-quantiles do not depend on how episodes were grouped; moments only by rounding.
+They are computed from sketches that can be merged, so pieces of a dataset give the statistics of the whole. Moments are merged by
+Chan et al. 1979. Quantiles come from a histogram with fixed cells: the upper 17 bits of a value as float32 (sign, exponent and 8
+bits of the fraction), at most 0.4 % of the value wide. Counts, extremes and quantiles do not depend on how episodes are grouped;
+moments depend on it only by rounding.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import FieldSpec
-from tiphys.dataio.format.rows import ONLY_WITH_ACTION, Layout
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
-MOST_DIMENSIONS = 512  # of a field; a larger one has statistics over all its elements together
+MOST_DIMENSIONS = 512  # a field with more elements is pooled: its statistics are over all its elements together
 _SHIFT = np.uint32(15)
 _CELLS = 1 << 17
-_BUFFER = 16 << 20  # bytes of rows that wait before they are counted
+_BUFFER = 16 << 20  # bytes of rows that are collected before they are counted
 
 
 @dataclass(frozen=True)
 class FieldStatistics:
-    """Over all steps of a task. Arrays have the field's shape, or () for a field of more than 512 elements.
+    """Statistics of one field over all steps of a task.
 
-    count      steps counted (elements, for a pooled field); steps with a value that is not finite are left out
+    Arrays are float64 of the field's shape, or of shape () for a pooled field (more than MOST_DIMENSIONS elements).
+
+    count      steps that were counted (elements, for a pooled field); those with a value that is not finite are not counted
+    std        standard deviation of the population
     quantiles  [len(QUANTILES), *shape], at the probabilities QUANTILES
     clipped    share of elements outside the field's bounds; 0 without bounds
-    invalid    steps with NaN or an infinity
+    invalid    steps (elements, for a pooled field) with a NaN or an infinity
     """
 
     count: int
@@ -57,15 +60,15 @@ class FieldStatistics:
 
 @dataclass
 class Sketch:
-    """What is gathered of one field: mergeable, in flat form over its D dimensions."""
+    """The mergeable summary of one field with D elements. `mean`, `square`, `min` and `max` are float64 [D]."""
 
     shape: tuple[int, ...]
     count: int = 0
     invalid: int = 0
-    outside: int = 0  # elements beyond the bounds
-    elements: int = 0  # elements compared with bounds
+    outside: int = 0  # elements outside the bounds
+    elements: int = 0  # elements that were compared with bounds
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    square: np.ndarray = field(default_factory=lambda: np.zeros(0))  # sum of squared distances from the mean
+    square: np.ndarray = field(default_factory=lambda: np.zeros(0))  # sum of squared differences from the mean
     min: np.ndarray = field(default_factory=lambda: np.zeros(0))
     max: np.ndarray = field(default_factory=lambda: np.zeros(0))
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))  # dimension · 2^17 + cell, ascending
@@ -92,7 +95,7 @@ class Sketch:
         self._merge(len(values), mean, square, low, high, keys, counts)
 
     def merge(self, other: Sketch) -> None:
-        """Count what the other one has counted."""
+        """Add the counts of another sketch."""
         self.invalid += other.invalid
         self.outside += other.outside
         self.elements += other.elements
@@ -114,6 +117,8 @@ class Sketch:
         self.count = total
 
     def result(self) -> FieldStatistics:
+        """The statistics in the field's shape; zeros if nothing was counted."""
+
         def shaped(array: np.ndarray) -> np.ndarray:
             return array.reshape((*array.shape[:-1], *self.shape))
 
@@ -131,7 +136,7 @@ class Sketch:
         )
 
     def _quantiles(self) -> np.ndarray:
-        """[len(QUANTILES), D], each by linear interpolation within its cell."""
+        """[len(QUANTILES), D], by linear interpolation within a cell."""
         out = np.zeros((len(QUANTILES), len(self.mean)))
         bounds = np.searchsorted(self.keys, np.arange(len(self.mean) + 1, dtype=np.int64) * _CELLS)
         for d, (a, b) in enumerate(pairwise(bounds)):
@@ -139,7 +144,7 @@ class Sketch:
             rank = np.asarray(QUANTILES) * (upto[-1] - 1)
             cell = np.minimum(np.searchsorted(upto, rank, side="right"), b - a - 1)
             low, high = _edges(self.keys[a:b][cell] % np.uint32(_CELLS))
-            # a cell that the extremes cut is as wide as what they leave of it
+            # the cells at both ends reach only to the minimum and the maximum
             low, high = np.maximum(low, self.min[d]), np.minimum(high, self.max[d])
             share = (rank - (upto[cell] - self.counts[a:b][cell]) + 0.5) / self.counts[a:b][cell]
             out[:, d] = np.clip(low + (high - low) * np.clip(share, 0, 1), self.min[d], self.max[d])
@@ -147,16 +152,16 @@ class Sketch:
 
 
 def _cells(values: np.ndarray) -> np.ndarray:
-    """[n, D] float64 -> uint32 keys: dimension · 2^17 + the cell's number, in the order of the values."""
+    """float64 [n, D] -> uint32 [n, D] keys: dimension · 2^17 + the cell's number. Cells are numbered in the order of values."""
     with np.errstate(over="ignore"):
         bits = values.astype(np.float32).view(np.uint32)
-    # two's-complement order: negative numbers reversed below zero
+    # negative floats sort in reverse by their bits: flip all of them; positive ones come after them
     ordered = np.where(bits >> np.uint32(31) != 0, ~bits, bits | np.uint32(0x80000000))
     return (ordered >> _SHIFT) + np.arange(values.shape[1], dtype=np.uint32) * np.uint32(_CELLS)
 
 
 def _edges(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest float32 of each cell."""
+    """The smallest and the largest float32 of each cell."""
     low = cell.astype(np.uint32) << _SHIFT
     high = low | np.uint32((1 << int(_SHIFT)) - 1)
 
@@ -170,22 +175,22 @@ def _edges(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Statistics:
-    """Sketches by (task, field) for the small fields of a dataset, filled episode by episode."""
+    """The sketches of a dataset's small fields, by (task, field). Episodes are added one by one."""
 
     def __init__(self) -> None:
         self.sketches: dict[tuple[str, str], Sketch] = {}
-        self._waiting: dict[str, tuple[Layout, list[np.ndarray]]] = {}
+        self._waiting: dict[str, tuple[RowLayout, list[np.ndarray]]] = {}
         self._bytes = 0
 
-    def add(self, layout: Layout, rows: np.ndarray) -> None:
-        """Count an episode's rows of `steps.npy`. What only actions have is counted where there is an action."""
+    def add(self, layout: RowLayout, rows: np.ndarray) -> None:
+        """Count an episode's rows of `steps.npy`. Actions, rewards and flags are only counted in rows with an action."""
         self._waiting.setdefault(layout.task.name, (layout, []))[1].append(rows)
         self._bytes += rows.nbytes
         if self._bytes >= _BUFFER:
             self.flush()
 
     def flush(self) -> None:
-        """Count the rows that wait."""
+        """Count the rows that have been collected so far."""
         for layout, parts in self._waiting.values():
             rows = np.concatenate(parts)
             acted = rows["_valid"] != 0
@@ -200,7 +205,7 @@ class Statistics:
         self._waiting, self._bytes = {}, 0
 
     def merge(self, other: Statistics) -> None:
-        """Count what the other one has counted; the other one is left as it is, but for being flushed."""
+        """Add the counts of another object, which is flushed but otherwise not changed."""
         self.flush()
         other.flush()
         for key, sketch in other.sketches.items():
@@ -210,7 +215,7 @@ class Statistics:
             mine.merge(sketch)
 
     def result(self, tasks: Iterable[str]) -> dict[str, dict[str, FieldStatistics]]:
-        """task -> field -> statistics."""
+        """Task -> field -> statistics, for the given tasks."""
         self.flush()
         out: dict[str, dict[str, FieldStatistics]] = {name: {} for name in tasks}
         for (task, name), sketch in sorted(self.sketches.items()):
@@ -219,7 +224,7 @@ class Statistics:
         return out
 
     def write(self, file: Path) -> None:
-        """The sketches as a Parquet file of one row a field."""
+        """Write the sketches to a Parquet file with one row for each (task, field)."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -238,7 +243,7 @@ class Statistics:
 
     @classmethod
     def read(cls, source: Any) -> Statistics:
-        """The inverse of `write`, from a path or a file object."""
+        """Read what `write` wrote, from a path or a file object."""
         import pyarrow.parquet as pq
 
         out = cls()
@@ -273,6 +278,6 @@ def _count_outside(sketch: Sketch, spec: FieldSpec, values: np.ndarray) -> None:
 
 
 def _bound(bound: Sequence[float], shape: tuple[int, ...]) -> np.ndarray:
-    """A bound as an array that broadcasts over a step: given for every element, or one for all."""
+    """A bound as an array that broadcasts over a step. It is given for every element, or is one number for all."""
     array = np.asarray(bound, np.float64)
     return array.reshape(shape) if array.size == np.prod(shape, dtype=np.int64) else array

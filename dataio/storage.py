@@ -1,8 +1,8 @@
-"""`Store`: a folder in a store; reads are joined, retried and verified ranges, writes are whole or not at all.
+"""`Store`: a folder in any store. Reads are byte ranges that are joined, retried and checked; writes are atomic.
 
-Object stores (s3, gs, az, http) go through obstore, other schemes through fsspec, local folders through the kernel.
-A fault costs time, never a wrong byte: every read has a bounded number of tries with growing, jittered pauses; 429 and
-503 are answered by fewer requests in flight; an object that is replaced while it is being read is an error.
+Object stores (s3, gs, az, http) are accessed by obstore, other schemes by fsspec, local folders by the operating system.
+A fault may cost time, but never gives a wrong byte: a failed request is repeated a limited number of times, after growing, random
+pauses; after 429 and 503 fewer requests are sent at once; an object that is replaced while it is being read is an error.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 
 T = TypeVar("T")
-_BULK, _BULK_FLYING = 25, 10  # ranges of one bulk call, and how many of them obstore has in flight
+_BULK, _BULK_FLYING = 25, 10  # ranges in one bulk call, and how many of them obstore requests at once
 
 
 class StoreError(OSError):
-    """A store that could not be read or written after all tries. The message names the object and the byte range."""
+    """A store could not be read or written, even after repeated tries. The message names the object and the byte range."""
 
 
 class AccessError(StoreError, PermissionError):
-    """The store refuses: no credentials, expired ones, or no right to this object."""
+    """The store refuses access: credentials are missing or expired, or do not allow it."""
 
 
 class ObjectChanged(StoreError):
@@ -53,23 +53,50 @@ class Traffic:
     """What a Store has done so far."""
 
     requests: int = 0
-    bytes: int = 0  # bodies received
+    bytes: int = 0  # bytes of the bodies that were received
     retries: int = 0
-    throttled: int = 0
+    throttled: int = 0  # answers that asked for fewer requests
 
 
 class Store:
-    """A folder in a store: `file://`, `s3://`, `gs://`, `az://`, `https://` and, through fsspec, `hf://` and others.
+    """A folder in a store: local, `s3://`, `gs://`, `az://`, `https://`, or `hf://` and others by fsspec.
 
-    url       the folder; a plain path is a local one
-    requests  most requests in flight (of each event loop that uses this store)
-    attempts  most tries of one request
-    timeout   seconds without a byte after which a request has stalled
+    In all methods, `path` is relative to the folder, or the complete URL of an object elsewhere: a dataset may point to shards of
+    others. The blocking methods may be called from any thread.
 
-    `path` is relative to the folder, or the complete URL of an object elsewhere (a dataset may point into others').
-    Errors: FileNotFoundError (the message is the object's URL), AccessError, ObjectChanged, StoreError; DataError for a
-    scheme that may not be opened, a path that leaves the folder, or a range that the object does not have. The blocking
-    methods may be called from any thread.
+    Parameters
+    ----------
+    url : str
+        The folder. A plain path or `file://` is a local folder.
+    requests : int
+        Most requests in flight, for each event loop that uses this store.
+    attempts : int
+        Most tries of one request.
+    timeout : float
+        A request has stalled, and is repeated, if no byte arrives for this many seconds.
+    gap : int
+        Two ranges of one read are fetched by one request if at most this many bytes lie between them.
+
+    Attributes
+    ----------
+    url, requests, attempts, timeout, gap
+        As given; `url` without a slash at its end.
+    traffic : Traffic
+        Counters of requests, bytes, retries and throttling.
+
+    Raises
+    ------
+    DataError
+        By the constructor: the scheme may not be opened. By the methods: the path leaves the folder, or the object does not have
+        the range or the size.
+    FileNotFoundError
+        The object does not exist. The message is its URL.
+    AccessError
+        The store refuses access.
+    ObjectChanged
+        The object was replaced while it was being read.
+    StoreError
+        The store could not be read or written, even after repeated tries.
     """
 
     def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = GAP):
@@ -78,26 +105,29 @@ class Store:
         self.traffic = Traffic()
         self._backend = backend(self.url, timeout)
         self._etags: dict[str, str] = {}
-        self._missed: dict[str, float] = {}  # object that is not there, or not of its size -> since when
+        self._missed: dict[
+            str, float
+        ] = {}  # object that does not exist or has another size -> time when this was first seen
         self._limits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestLimit] = weakref.WeakKeyDictionary()
         self._elsewhere: dict[str, Store] = {}
 
-    def __reduce__(self) -> Any:  # sent to a spawned process: as its settings
+    def __reduce__(self) -> Any:  # a spawned process gets only the settings
         return _restore, (self.url, self.requests, self.attempts, self.timeout, self.gap)
 
     @property
     def local(self) -> bool:
+        """Whether this is a local folder."""
         return isinstance(self._backend, LocalBackend)
 
     # Reading
 
     def read(self, path: str) -> bytes:
-        """A whole object."""
+        """Read a whole object, in its present version."""
         return _wait(self._read(path))
 
     async def _read(self, path: str) -> bytes:
         place, key = self._locate(path)
-        place._etags.pop(key, None)  # a whole object is read as it is now
+        place._etags.pop(key, None)  # an earlier version does not matter
         if isinstance(place._backend, LocalBackend):
             try:
                 return await asyncio.to_thread(place._backend.path(key).read_bytes)
@@ -111,10 +141,22 @@ class Store:
     def read_ranges(
         self, path: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None = None
     ) -> list[Buffer]:
-        """Byte ranges of one object, in the order given. All that one Store ever reads of an object is of one ETag.
+        """Read byte ranges of one object. All ranges that a Store reads of an object come from the same version (ETag).
 
-        whole  bytes of the whole object, where an index knows them: one of another size is not the object that is meant, and
-               one that is not there may come back, for which it is given half of `timeout`
+        Parameters
+        ----------
+        path : str
+            The object.
+        starts, sizes : Sequence[int]
+            First byte and number of bytes of each range.
+        whole : int, optional
+            Bytes of the whole object, if an index knows them. An object of another size is then an error. A remote object that is
+            missing or has another size is first requested again for half of `timeout`, because this may soon pass.
+
+        Returns
+        -------
+        list[Buffer]
+            The ranges, in the given order.
         """
         place, key = self._locate(path)
         if isinstance(place._backend, LocalBackend):
@@ -124,11 +166,11 @@ class Store:
     async def read_ranges_async(
         self, path: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None = None
     ) -> list[Buffer]:
-        """`read_ranges` for an event loop: as many requests in flight as the store bears."""
+        """`read_ranges` for an event loop, with as many requests in flight as the limit allows."""
         place, key = self._locate(path)
         if isinstance(place._backend, LocalBackend):
             return await asyncio.to_thread(place._read_local, place._backend, key, starts, sizes, whole)
-        if len(starts) == 1:  # most requests where a data set has many shards
+        if len(starts) == 1:  # the usual case if a dataset has many shards
             return [await place._fetch_large(key, starts[0], sizes[0], whole)]
         requests = join_ranges(starts, sizes, self.gap)
         if len(requests) == 1:
@@ -143,11 +185,12 @@ class Store:
         return out
 
     def head(self, path: str) -> ObjectInfo:
+        """Size and version of an object."""
         place, key = self._locate(path)
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
 
     async def check_unchanged(self, path: str) -> None:
-        """ObjectChanged where the object is no longer the one that was first read: not all stores tell with each read."""
+        """Raises ObjectChanged if the object is not the version that was first read. Some stores do not say with each read."""
         place, key = self._locate(path)
         known = place._etags.get(key, "")
         info = await place._patiently(key, "", lambda: place._backend.head(key))
@@ -155,6 +198,7 @@ class Store:
             raise place._changed(key)
 
     def exists(self, path: str) -> bool:
+        """Whether there is an object at this path."""
         try:
             self.head(path)
         except FileNotFoundError:
@@ -164,11 +208,11 @@ class Store:
     # Writing
 
     def write(self, path: str, data: bytes) -> None:
-        """Nobody ever sees a part of it, also after a crash or on a full disk."""
+        """Write an object atomically: no reader ever sees a part of it, even after a crash or on a full disk."""
         self._put(path, data)
 
     def upload(self, path: str, file: str) -> None:
-        """A local file, whole or not at all."""
+        """Copy a local file to an object, atomically."""
         self._put(path, Path(file))
 
     def _put(self, path: str, source: bytes | Path) -> None:
@@ -177,12 +221,12 @@ class Store:
         _wait(place._patiently(key, "", lambda: place._backend.put(key, source), writing=True))
 
     def delete(self, path: str) -> None:
-        """Remove an object. What is not there may raise FileNotFoundError or not, as the store does."""
+        """Remove an object. If it does not exist, some stores raise FileNotFoundError and others do not."""
         place, key = self._locate(path)
         place._etags.pop(key, None)
         _wait(place._patiently(key, "", lambda: place._backend.delete(key), writing=True))
 
-    # One request, patiently
+    # Requests and retries
 
     def _read_local(
         self, files: LocalBackend, key: str, starts: Sequence[int], sizes: Sequence[int], whole: int | None
@@ -195,7 +239,7 @@ class Store:
             raise AccessError(f"{self._name(key)}: {error.strerror}") from None
         except Changed:
             raise self._changed(key) from None
-        except OSError as error:  # a failing disk; the kernel names no file
+        except OSError as error:  # a failing disk: the error names no file
             raise StoreError(f"{self._name(key)}: could not be read: {error.strerror or error}") from error
         if whole is not None and info.size != whole:
             raise self._other_size(key, info.size, whole)
@@ -208,11 +252,11 @@ class Store:
         return list(parts)
 
     async def _bodies(self, key: str, requests: Sequence[Joined], whole: int | None) -> list[Buffer]:
-        """The body of each request; many small ones of one object go in bulk."""
+        """The body of each request. If there are many small ones, they are fetched in bulk."""
         small = [i for i, r in enumerate(requests) if r.size <= PART]
         bulk = len(small) > 2 and isinstance(self._backend, ObjectBackend)
         alone = [i for i, r in enumerate(requests) if not bulk or r.size > PART]
-        if bulk and key not in self._etags:  # bulk reads have no ETag of their own: one must be known before they begin
+        if bulk and key not in self._etags:  # bulk reads return no ETag: it must be known before they begin
             alone.append(small.pop(0))
         groups = [small[i : i + _BULK] for i in range(0, len(small), _BULK)] if bulk else []
         first = await asyncio.gather(
@@ -228,8 +272,10 @@ class Store:
         return out
 
     async def _fetch_bulk(self, key: str, requests: Sequence[Joined], of: int | None) -> list[Buffer]:
-        """All but the last in one call, then the last on condition of the object's ETag, which vouches for the others:
-        an object that is still the old one was the old one before."""
+        """All requests but the last in one call without an ETag, then the last one with the ETag as a condition.
+
+        If the last one finds the object unchanged, it was unchanged before too, so the others have the same version.
+        """
         assert isinstance(self._backend, ObjectBackend)
         *most, last = requests
         limit = self._limit()
@@ -244,7 +290,7 @@ class Store:
             limit.shrink()
             self.traffic.throttled += 1
             whole = False
-        except Exception:  # one of them failed: each alone finds out which, patiently, and says so
+        except Exception:  # one of them failed: fetching each by itself retries it and reports which one fails
             whole = False
         finally:
             limit.release(min(len(most), _BULK_FLYING))
@@ -277,14 +323,14 @@ class Store:
             except Changed:
                 if not etag or (await self._backend.head(key)).etag != etag:
                     raise
-                raise Transient("the answer was that of another version of the object, or of another object") from None
+                raise Transient("the answer came from another version of the object, or from another object") from None
             except (FileNotFoundError, OutOfRange):
                 if whole is not None and self._may_come_back(key, tries):
-                    raise Transient("the store said that there is no such object, or no such part of it") from None
+                    raise Transient("the store said that the object, or this range of it, does not exist") from None
                 raise
             if whole is not None and 0 <= info.size != whole:
                 if self._may_come_back(key, tries):
-                    raise Transient(f"the answer was that of an object of {info.size} bytes, not {whole}")
+                    raise Transient(f"the answer came from an object of {info.size} bytes, not {whole}")
                 raise self._other_size(key, info.size, whole)
             self._missed.pop(key, None)
             have = memoryview(data).nbytes
@@ -299,13 +345,16 @@ class Store:
         return await self._patiently(key, f", bytes {start}–{start + size}", once)
 
     def _may_come_back(self, key: str, tries: int) -> bool:
-        """Whether to ask again for an object that an index knows and the store does not: one that is being moved, or that a proxy
-        looks for in the wrong place, is there again soon. What stays away is believed at once later on."""
+        """Whether to ask again for an object that an index names, but that the store does not have or has in another size.
+
+        It may be back soon, for example if it is being moved or a proxy answered wrongly. The time counts from the first miss, so
+        an object that stays missing soon becomes an error at once.
+        """
         since = self._missed.setdefault(key, time.monotonic())
         return tries < self.attempts and time.monotonic() - since < self.timeout / 2
 
     async def _patiently(self, key: str, span: str, once: Callable[[], Awaitable[T]], writing: bool = False) -> T:
-        """`once`, again after transient failures: exponential backoff with full jitter, at most `attempts` tries."""
+        """Call `once`, and again after transient failures: at most `attempts` tries, with exponential backoff and full jitter."""
         began, failure = time.monotonic(), ""
         limit = self._limit()
         for attempt in range(self.attempts):
@@ -325,9 +374,11 @@ class Store:
             except FileNotFoundError:
                 raise FileNotFoundError(self._name(key)) from None
             except PermissionError as error:
-                advice = "Check that the credentials in this environment are there, not expired, and may read it"
+                advice = (
+                    "Check that this environment has credentials, that they have not expired, and that they allow this"
+                )
                 if "RequestTimeTooSkewed" in str(error):
-                    advice = "Set this machine's clock: signed requests carry its time"
+                    advice = "Set this machine's clock: signed requests contain its time"
                 raise AccessError(
                     f"{self._name(key)}{span}: the store refuses access ({_first_line(str(error))}). {advice}"
                 ) from None
@@ -339,7 +390,8 @@ class Store:
                 raise self._changed(key) from None
             except OutOfRange:
                 raise DataError(
-                    f"{self._name(key)}{span}: the object ends before; it was cut off or does not belong to this index"
+                    f"{self._name(key)}{span}: the object ends before these bytes; it was cut off or does not belong to "
+                    "this index"
                 ) from None
             finally:
                 limit.release()
@@ -348,7 +400,7 @@ class Store:
         what = "written" if writing else "read"
         raise StoreError(
             f"{self._name(key)}{span}: could not be {what} in {self.attempts} tries "
-            f"over {time.monotonic() - began:.0f} s; the last one: {_first_line(failure)}{_through_a_proxy()}"
+            f"over {time.monotonic() - began:.0f} s; the last failure: {_first_line(failure)}{_proxy_hint()}"
         )
 
     def _limit(self) -> RequestLimit:
@@ -361,11 +413,11 @@ class Store:
     # Names
 
     def _locate(self, path: str) -> tuple[Store, str]:
-        """The store and the key within it that a path means."""
+        """The store that a path refers to, and the key within it."""
         if "://" in path:
             folder, _, name = path.rpartition("/")
             if folder.startswith("file:") and not self.local:
-                raise DataError(f"{redacted(self.url)}: a dataset in a store may not point into the local disk: {path}")
+                raise DataError(f"{redacted(self.url)}: a dataset in a store may not point to the local disk: {path}")
             other = self._elsewhere.get(folder)
             if other is None:
                 other = Store(
@@ -383,7 +435,7 @@ class Store:
 
     def _too_short(self, key: str, start: int, size: int, have: int) -> DataError:
         return DataError(
-            f"{self._name(key)}: has {have} bytes, but bytes {start}–{start + size} were asked for; "
+            f"{self._name(key)}: has {have} bytes, but bytes {start}–{start + size} were requested; "
             "it was cut off or does not belong to this index"
         )
 
@@ -396,12 +448,12 @@ class Store:
     def _changed(self, key: str) -> ObjectChanged:
         return ObjectChanged(
             f"{self._name(key)}: was replaced while it was being read (its ETag changed). "
-            "Datasets must not change under a run: write a new one beside it"
+            "A dataset must not change during a run: write a new one beside it"
         )
 
-    # Last, because within the class it hides the builtin from what follows
+    # The last method, because it hides the builtin `list` in the rest of the class
     def list(self, prefix: str = "") -> list[str]:
-        """Paths of all objects under a folder, at any depth, sorted; empty where there is no such folder."""
+        """Sorted paths of all objects in a folder, at any depth; empty if there is no such folder."""
         place, key = self._locate(prefix)
         return _wait(place._patiently(key, "", lambda: place._backend.keys(key)))
 
@@ -414,10 +466,10 @@ def _first_line(text: str) -> str:
     return re.sub(r"\s+", " ", text)[:300] or "no answer"
 
 
-def _through_a_proxy() -> str:
-    """A proxy that is dead looks like a store that is."""
+def _proxy_hint() -> str:
+    """A hint for messages, because a dead proxy looks like a dead store; empty if no proxy is set."""
     names = [n for n in ("http_proxy", "https_proxy", "all_proxy") if os.environ.get(n) or os.environ.get(n.upper())]
-    return f" (the environment sets {', '.join(names)}: a proxy may be what fails)" if names else ""
+    return f" (the environment sets {', '.join(names)}: the proxy may be what fails)" if names else ""
 
 
 # One event loop in a thread serves all blocking calls of a process.

@@ -1,5 +1,7 @@
-"""A folder over HTTP: ranges, ETags and conditions, and as slow as a test wants. In a thread, or a process of its own:
-`python tests/folder_server.py FOLDER [ADDRESS]` prints its URL."""
+"""A server of a folder over HTTP, with ranges, ETags, conditions, and delays that a test sets.
+
+It runs in a thread, or in its own process: `python tests/folder_server.py FOLDER [ADDRESS]` prints its URL.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from urllib.parse import unquote
 
 
 class FolderServer:
-    """GET and HEAD of the files of a folder.
+    """Serves the files of a folder by GET and HEAD.
 
     keep      whether connections stay open between requests
-    delay     seconds before each answer; it is given the object's path
-    requests  paths that were asked for, in order
+    delay     function from an object's path to the seconds before the answer
+    requests  requested paths, in order
     """
 
     def __init__(self, folder: str | Path, address: str = "127.0.0.1", *, keep: bool = True) -> None:

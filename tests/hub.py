@@ -1,10 +1,10 @@
-"""A small hub on loopback: as much of the Hugging Face Hub's HTTP interface as `huggingface_hub` needs to create a
+"""A small hub on loopback. It has the part of the Hugging Face Hub's HTTP interface that `huggingface_hub` needs to create a
 repository, upload to it, list it and download from it. Everything is kept in memory.
 
     with Hub() as hub:
         hub.url, hub.repositories["owner/name"].files()
 
-A token is `hf_OWNER_…`; its user writes only where it owns, and sees private repositories only there.
+A key is `hf_OWNER_…`. Its user may write only to the repositories of OWNER, and sees private ones only there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".bin")  # what git-lfs would take
+LARGE = (".safetensors", ".bin")  # stored by git-lfs
 
 
 class Refused(Exception):
@@ -52,7 +52,7 @@ class Repository:
 
 
 class Hub:
-    """The server. `requests` logs (method, path, status); `refuse` maps a path's beginning to a status to answer with."""
+    """The server. `requests` logs (method, path, status). `refuse` maps the beginning of a path to the status of its answer."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    # -- who asks, and for what ---------------------------------------------------------------------------------------
+    # -- users and their rights ---------------------------------------------------------------------------------------
 
     def _user(self) -> str:
         found = re.fullmatch(r"Bearer hf_([a-z]+)_\w+", self.headers.get("Authorization", ""))
@@ -227,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _blob(self, digest: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != digest:
-            raise Refused(400, "the content is not what its digest says")
+            raise Refused(400, "the content does not have this digest")
         self.hub.blobs[digest] = self.body
         self._send(200, {})
 

@@ -1,4 +1,4 @@
-"""Servers for tests, all on loopback: a real S3 (moto), a front that injects faults, and two "hosts" as network namespaces."""
+"""Servers for tests: an S3 server (moto), a proxy that injects faults, and two "hosts" that are network namespaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 @contextlib.contextmanager
 def moto_server(bucket: str = "bucket") -> Iterator[str]:
-    """The endpoint of an S3 server with an empty bucket, in a thread of this process."""
+    """Run an S3 server with an empty bucket in a thread of this process. Gives its endpoint."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -36,7 +36,7 @@ def moto_server(bucket: str = "bucket") -> Iterator[str]:
 
 @contextlib.contextmanager
 def s3_environment(endpoint: str) -> Iterator[None]:
-    """The usual environment variables point at this endpoint."""
+    """Set the usual environment variables to this endpoint."""
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -53,7 +53,7 @@ def s3_environment(endpoint: str) -> Iterator[None]:
 
 @dataclass
 class Answer:
-    """An answer as it goes over the wire. Nothing corrects its Content-Length."""
+    """An HTTP answer as it is sent. Its Content-Length is not corrected."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -72,20 +72,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fault:
-    """What the front does to one answer.
+    """What the proxy does to one answer.
 
-    status   answer with this code and an S3 error body instead
+    status   answer with this status and an S3 error body instead
     code     the S3 error code in that body
     mute     close the connection without an answer
-    path     ask the server for this object instead, whatever its version
-    change   make another answer of the server's
-    after    bytes of the body that are let through before what follows
-    cut      close the connection there: a truncated body
+    path     ask the server for this object instead, without a condition on its version
+    change   replace the server's answer by the result of this function
+    after    number of bytes of the body that are sent before `cut`, `reset` or `stall`
+    cut      close the connection there, so that the body is truncated
     reset    break the connection there (RST)
-    stall    say nothing for so many seconds there, then go on
-    flip     change a bit of the body's byte number `after`
+    stall    send nothing for this many seconds there, then go on
+    flip     change one bit of the body, in byte number `after`
     drip     seconds between two bytes of the body
-    endless  zeros follow the body for as long as anyone takes them
+    endless  send zeros after the body until the client closes the connection
     """
 
     status: int = 0
@@ -111,7 +111,7 @@ class Request:
 
 
 class FaultyFront:
-    """An HTTP front of another server: asks `rule` what to do to each answer. Runs in a thread; a context manager."""
+    """An HTTP proxy before another server. `rule` decides what happens to each answer. A context manager; it runs in a thread."""
 
     def __init__(self, upstream: str):
         host, port = upstream.removeprefix("http://").split(":")
@@ -141,7 +141,7 @@ class FaultyFront:
         self._thread.join()
 
     def away(self, seconds: float) -> None:
-        """Refuse every connection for a while, and break those that are open."""
+        """Refuse all connections for a while, and break the open ones."""
 
         async def leave() -> None:
             port = self._server.sockets[0].getsockname()[1]
@@ -174,7 +174,7 @@ class FaultyFront:
     async def _answer(
         self, writer: asyncio.StreamWriter, method: str, head: bytes, body: bytes, fault: Fault | None
     ) -> bool:
-        """Whether the connection goes on."""
+        """Answer one request. Returns whether the connection stays open."""
         if fault and fault.mute:
             return False
         if fault and fault.path:
@@ -227,7 +227,7 @@ class FaultyFront:
         return True
 
     async def _ask(self, method: str, head: bytes, body: bytes) -> tuple[bytes, bytes]:
-        """The upstream's head (with the length of the body in it) and body."""
+        """The head of the other server's answer, with a Content-Length, and the body."""
         reader, writer = await asyncio.open_connection(*self.upstream)
         writer.write(re.sub(rb"(?i)\r\nconnection:[^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n" + body)
         answer = await reader.readuntil(b"\r\n\r\n")
@@ -241,7 +241,7 @@ class FaultyFront:
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace that looks like a host of its own."""
+    """A network namespace that stands for a host."""
 
     name: str
     address: str
@@ -254,7 +254,7 @@ class Host:
 
 @contextlib.contextmanager
 def two_hosts(prefix: str = "tiphys") -> Iterator[list[Host]]:
-    """Two hosts joined by a cable (veth). Skips the test, loudly, where there is no root or no `ip`."""
+    """Two hosts, joined by a virtual cable (veth). Skips the test, with a message, without root rights or without `ip`."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2: this proof did NOT run")
     mark = f"{prefix}{os.getpid()}"

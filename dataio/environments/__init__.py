@@ -1,7 +1,7 @@
-"""Environments by task name: make one, describe it, act as its expert.
+"""Environments by task name: make an environment, get its TaskSpec, get its expert.
 
-A family is a module of this package, imported when one of its tasks is named; users add theirs by the entry-point group
-`tiphys.environments` (see `Family`).
+A family of environments is a module of this package, which is imported when one of its tasks is used. Users add families by the
+entry-point group `tiphys.environments` (see `Family`).
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ __all__ = [
 ]
 
 GROUP = "tiphys.environments"
-# Asked in this order whose a name is; the last one takes every id that gymnasium has registered.
+# The first family that owns a name gets it; the last one owns every id that gymnasium has registered.
 _BUILT_IN = ("memory", "babyai", "metaworld", "atari", "classic", "gymnasium_family")
 
 
 def make(task: str, **options: Any) -> Environment:
-    """An environment of this task; options go to its constructor (`render_mode="rgb_array"`).
+    """An environment of this task. Options such as `render_mode="rgb_array"` are given to its constructor.
 
-    Raises UnknownEnvironment with the nearest names, or MissingExtra with the line that installs what is missing.
+    Raises UnknownEnvironment, which suggests similar names, or MissingExtra, which gives the command that installs the missing
+    package.
     """
     owner = family(task)
     render_without_display()
@@ -62,7 +63,7 @@ def make(task: str, **options: Any) -> Environment:
 
 @cache
 def spec(task: str) -> TaskSpec:
-    """Fields, horizon and kind of score of a task, as its environment declares them; scores are measured by `collect`."""
+    """Fields, horizon and kind of score of a task, as its environment declares them. `collect` measures the scores."""
     owner = family(task)
     with _Installed(owner, task):
         if task not in owner.names():
@@ -71,23 +72,23 @@ def spec(task: str) -> TaskSpec:
 
 
 def expert(task: str, env: Environment) -> Expert:
-    """The expert of a task, acting in `env`. Raises DataError where its family has none."""
+    """The expert of a task, for acting in `env`. Raises DataError if its family has none."""
     return family(task).expert(task, env)
 
 
 def names() -> list[str]:
-    """Every task whose family is installed, sorted."""
+    """All tasks whose families are installed, sorted."""
     found: set[str] = set()
     for each in _families():
         try:
             found.update(each.names())
         except ImportError:
-            continue  # its extra is not installed, so it has no tasks here
+            continue  # the family's extra is not installed, so it has no tasks here
     return sorted(found)
 
 
 def family(task: str) -> Family:
-    """The family that owns this name. Raises UnknownEnvironment with the nearest names."""
+    """The family that owns this name. Raises UnknownEnvironment, which suggests similar names."""
     for point in _users():
         if task == point.name or task.startswith(point.name + "/"):
             return _user_family(point)
@@ -106,7 +107,7 @@ def _families() -> Iterator[Family]:
 
 @cache
 def _users() -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=GROUP))  # reads the metadata of every installed package: milliseconds
+    return tuple(entry_points(group=GROUP))  # cached, because it reads the metadata of every installed package
 
 
 @cache
@@ -122,7 +123,9 @@ def _user_family(point: EntryPoint) -> Family:
     except Exception as error:
         raise DataError(f"entry point {point.name} = {point.value} ({GROUP}) cannot be loaded: {error!r}") from error
     if not isinstance(found, Family):
-        raise DataError(f"entry point {point.name} = {point.value} ({GROUP}) is no tiphys.dataio.environments.Family")
+        raise DataError(
+            f"entry point {point.name} = {point.value} ({GROUP}) is not a tiphys.dataio.environments.Family"
+        )
     return found
 
 
@@ -136,7 +139,7 @@ def _unknown(task: str, known: list[str]) -> UnknownEnvironment:
 
 
 class _Installed:
-    """Turns an ImportError of a family's packages into the line that installs them."""
+    """Turns an ImportError of a family's packages into a MissingExtra with the command that installs them."""
 
     def __init__(self, owner: Family, task: str) -> None:
         self._owner, self._task = owner, task

@@ -1,6 +1,6 @@
-"""Experts that others trained: Stable-Baselines3 and sb3-contrib agents (zip), or a function of the user's own.
+"""Experts from elsewhere: Stable-Baselines3 and sb3-contrib agents (zip files), or a function of the user.
 
-A zip holds pickles, which can run any code when they are opened: nothing of it is read before the user has said that it may be.
+A zip contains pickles, which can run any code when they are opened. So nothing of it is read before the user has allowed it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from tiphys.dataio.environments.family import Environment, Expert, MissingExtra, Stateless
 from tiphys.dataio.episode import DataError
 
-# Which algorithm wrote a zip: a key that only its `data` has, most special first.
+# Tells which algorithm wrote a zip: a key of its `data`. The first key that is there decides.
 _ALGORITHMS = (
     ("top_quantiles_to_drop_per_net", "sb3_contrib", "TQC"),
     ("cg_max_steps", "sb3_contrib", "TRPO"),
@@ -29,38 +29,38 @@ _ALGORITHMS = (
     ("exploration_rate", "stable_baselines3", "DQN"),
     ("gae_lambda", "stable_baselines3", "A2C"),
 )
-_NEEDED = ("policy_class", "policy_kwargs")  # of what is pickled inside `data`; all else is left closed
-_MOST = 1 << 30  # bytes of an agent
+_NEEDED = ("policy_class", "policy_kwargs")  # the only values pickled inside `data` that are opened
+_MOST = 1 << 30  # most bytes of an agent
 
 
 def agent(name: str, trusted: bool = False) -> Callable[[str, Environment], Expert]:
-    """What makes the expert for a task and its environment.
+    """A function that makes the expert for a task and its environment.
 
-    name     `agent.zip`: a Stable-Baselines3 or sb3-contrib agent, with `vecnormalize.pkl` beside it or in the folder of the
-             same name; or `module:function`, the user's own (task, environment) -> Expert (`Stateless(f)` makes one of a
-             function of the observation)
-    trusted  a zip may be opened; without it DataError says why not
+    name     `agent.zip`: a Stable-Baselines3 or sb3-contrib agent; its `vecnormalize.pkl`, if any, is beside it or in the
+             folder of the same name. Or `module:function`: the user's own function (task, environment) -> Expert; `Stateless(f)`
+             makes an Expert of a function f of the observation
+    trusted  whether a zip may be opened
 
-    Raises DataError where the name is neither, or its file is missing.
+    Raises DataError if the name is neither, the file is missing, or a zip is not trusted.
     """
     if name.endswith(".zip"):
         if not Path(name).is_file():
             raise DataError(f"{name}: no such file")
         if not trusted:
             raise DataError(
-                f"{name} contains pickles, which can run any code on this machine when they are opened. If you trust who "
-                "made it, add --trust-policy"
+                f"{name} contains pickles, which can run any code on this machine when they are opened. If you trust its "
+                "author, add --trust-policy"
             )
         return Agent(name)
     module, found, function = name.partition(":")
     if not found or not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise DataError(f"{name!r} is no agent: give a Stable-Baselines3 zip, or module:function")
+        raise DataError(f"{name!r} is not an agent: give a Stable-Baselines3 zip, or module:function")
     return Named(module, function)
 
 
 @dataclass(frozen=True)
 class Named:
-    """A user's function (task, environment) -> Expert, by name, so that every process imports it itself."""
+    """A user's function (task, environment) -> Expert, given by name, so that each process can import it."""
 
     module: str
     function: str
@@ -75,7 +75,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Agent:
-    """A trained agent in a zip; acts without exploration."""
+    """A trained agent in a zip, which acts without exploration."""
 
     path: str
 
@@ -92,25 +92,29 @@ class Agent:
 
 
 def load_zip(path: str, env: Environment) -> Any:
-    """The algorithm of a zip, for the spaces of `env`. Opens pickles.
+    """Load the algorithm in a zip, for the spaces of `env`. This opens pickles.
 
-    Spaces, schedules and buffers are pickled too, by versions of gym and NumPy that may be gone: they are replaced, not opened.
+    Pickled spaces, schedules and buffers are replaced, not opened, because they may come from old versions of gym and NumPy.
+
+    Raises DataError if the file is not an agent or does not fit the environment, MissingExtra if its package is not installed.
     """
     file = Path(path)
     if file.stat().st_size > _MOST:
-        raise DataError(f"{path}: {file.stat().st_size} bytes are more than an agent has ({_MOST})")
+        raise DataError(f"{path}: {file.stat().st_size} bytes are too many for an agent; at most {_MOST} are read")
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.getinfo("data").file_size > _MOST:
-                raise DataError(f"{path}: its `data` would take {archive.getinfo('data').file_size} bytes")
+                raise DataError(
+                    f"{path}: its `data` would take {archive.getinfo('data').file_size} bytes; at most {_MOST} are read"
+                )
             data = json.loads(archive.read("data"))
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise DataError(f"{path} is no Stable-Baselines3 agent: {error}") from error
+        raise DataError(f"{path} is not a Stable-Baselines3 agent: {error}") from error
     try:
         package, name = next((package, name) for key, package, name in _ALGORITHMS if key in data)
     except StopIteration:
         known = ", ".join(name for _, _, name in _ALGORITHMS)
-        raise DataError(f"{path}: none of the algorithms that can be loaded ({known}) wrote this") from None
+        raise DataError(f"{path}: it was written by none of the algorithms that can be loaded: {known}") from None
     try:
         algorithm = getattr(importlib.import_module(package), name)
     except ImportError as error:
@@ -119,11 +123,11 @@ def load_zip(path: str, env: Environment) -> Any:
     closed = {k: v for k, v in closed.items() if k not in _NEEDED}
     closed |= {"lr_schedule": _zero, "clip_range": _zero, "exploration_schedule": _zero, "learning_rate": 0.0}
     closed |= {"observation_space": env.observation_space, "action_space": env.action_space, "n_envs": 1}
-    # acting needs no memory of a million steps, and nothing of how training went
+    # acting needs neither a replay buffer nor the settings of training
     closed |= {"buffer_size": 1, "optimize_memory_usage": False, "train_freq": 1, "target_entropy": 0.0}
     try:
         return algorithm.load(path, device="cpu", custom_objects=closed)
-    except Exception as error:  # torch and pickle raise what they like
+    except Exception as error:  # torch and pickle raise errors of many classes
         raise DataError(
             f"{path}: this {name} agent cannot act in an environment with observations {env.observation_space} and actions "
             f"{env.action_space}: {error}"
@@ -135,7 +139,7 @@ def _zero(_: float) -> float:
 
 
 def _normaliser(path: str) -> Callable[[np.ndarray], np.ndarray]:
-    """What VecNormalize did to observations while the agent was trained, from the statistics saved beside it."""
+    """The normalisation of observations by VecNormalize during training, from the statistics saved beside the agent."""
     file = Path(path)
     places = (file.with_suffix("") / "vecnormalize.pkl", file.with_name("vecnormalize.pkl"))
     found = next((p for p in places if p.is_file()), None)
@@ -151,7 +155,7 @@ def _normaliser(path: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 class _Saved:
-    """Stands for any object of a library: keeps its attributes, runs none of its code."""
+    """Replaces a pickled object of a library: it keeps the attributes, and runs none of the library's code."""
 
     state: dict[str, Any]
 
@@ -163,7 +167,7 @@ class _Saved:
 
 
 class _Statistics(pickle.Unpickler):
-    """Reads a saved VecNormalize: arrays as NumPy makes them, every other object as its attributes alone."""
+    """Reads a saved VecNormalize. Only NumPy's arrays are opened; other objects are replaced by their attributes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"):
@@ -171,5 +175,5 @@ class _Statistics(pickle.Unpickler):
         if module.split(".")[0] in ("stable_baselines3", "gym", "gymnasium", "numpy", "collections"):
             return _Saved
         raise DataError(
-            f"the normalisation statistics hold a {module}.{name}, which they have no need of; they are not opened"
+            f"the normalisation statistics contain a {module}.{name}, which they do not need; they are not opened"
         )

@@ -1,4 +1,4 @@
-"""Atari 2600 games by the Arcade Learning Environment's ids (`ALE/Pong-v5`); the agents that play them are the user's."""
+"""Atari 2600 games by the ids of the Arcade Learning Environment (`ALE/Pong-v5`). The user must give agents that play them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREFIX = "ALE/"
 
 class Atari(GymnasiumFamily):
     extra = "atari"
-    noise = 0.0  # sticky actions disturb the v5 games already
+    noise = 0.0  # the v5 games already have sticky actions
 
     def owns(self, task: str) -> bool:
         return task.startswith(PREFIX)
@@ -27,11 +27,11 @@ class Atari(GymnasiumFamily):
     def make(self, task: str, **options: Any) -> Environment:
         import ale_py
 
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # else every process prints the emulator's banner
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # otherwise each process prints a banner
         return super().make(task, **options)
 
     def max_steps(self, task: str, env: Environment) -> int:
-        """The games' own limit of 108,000 frames, in steps of this environment's frame skip."""
+        """The games' limit of frames (108,000), in steps of the environment's frame skip; 0 if the skip is random."""
         spec = env.spec  # type: ignore[attr-defined]
         frames, skip = spec.kwargs.get("max_num_frames_per_episode") or 0, spec.kwargs.get("frameskip", 1)
         return spec.max_episode_steps or (frames // skip if isinstance(skip, int) else 0)

@@ -1,4 +1,4 @@
-"""BabyAI and MiniGrid levels by their gymnasium ids, with BabyAI's bot as expert (Chevalier-Boisvert et al. 2019)."""
+"""BabyAI and MiniGrid levels by their gymnasium ids, with BabyAI's bot as the expert (Chevalier-Boisvert et al. 2019)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ LEFT, RIGHT, FORWARD = range(3)
 
 class BabyAI(Family):
     normalise = "success"
-    # A fifth of random turns and steps takes the bot off its shortest path into states that a learner's errors reach.
-    noise = 0.2
+    noise = 0.2  # a fifth of random turns and steps leads the bot into states that a learner's errors lead to
 
     def owns(self, task: str) -> bool:
         return task.startswith(("BabyAI-", "MiniGrid-"))
@@ -41,12 +40,13 @@ class BabyAI(Family):
     def expert(self, task: str, env: Environment) -> Expert:
         if not hasattr(env.unwrapped, "instrs") and not task.startswith("BabyAI-"):  # type: ignore[attr-defined]
             raise DataError(
-                f"the bot acts in BabyAI levels; {task!r} has no expert: give one by `--policy module:function`"
+                f"{task!r} has no expert, because the bot only acts in BabyAI levels: give one with "
+                "`--policy module:function`"
             )
         return Bot(env)
 
     def max_steps(self, task: str, env: Environment) -> int:
-        """The largest of ten missions': a level's horizon follows from the mission."""
+        """The largest horizon of ten missions, because a level's horizon depends on its mission."""
         largest = 0
         for seed in range(10):
             env.reset(seed=seed)
@@ -61,13 +61,13 @@ class BabyAI(Family):
         for spec in super().fields(task, env):
             if spec.name == "observation.image":  # cells of (object, colour, state), not a picture
                 spec = FieldSpec(spec.name, spec.role, "discrete", spec.dtype, spec.shape, values=values)
-            elif spec.role == "text":  # one mission an episode
+            elif spec.role == "text":  # an episode has one mission
                 spec = replace(spec, per="episode")
             fields.append(spec)
         return tuple(fields)
 
     def disturb(self, action: Any, space: Any, noise: float, rng: np.random.Generator) -> Any:
-        """Turns and steps only: they can be undone, and picking up, dropping and opening at random can not."""
+        """Only random turns and steps, which can be undone. Picking up, dropping or opening cannot always be undone."""
         return int(rng.integers(LEFT, FORWARD + 1)) if rng.random() < noise else action
 
 
@@ -75,7 +75,7 @@ def _grid_environment(env: Any) -> Environment:
     import gymnasium
 
     class GridEnvironment(gymnasium.Wrapper):
-        """Adds `info["success"]`, and a Text space for the mission, whose own class gymnasium cannot describe."""
+        """Adds `info["success"]`, and replaces MiniGrid's space of the mission by gymnasium's Text."""
 
         def __init__(self) -> None:
             super().__init__(env)
@@ -85,7 +85,7 @@ def _grid_environment(env: Any) -> Environment:
             self.observation_space = gymnasium.spaces.Dict(spaces)
 
         def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-            with contextlib.redirect_stdout(io.StringIO()):  # level generation prints every rejected sample
+            with contextlib.redirect_stdout(io.StringIO()):  # level generation prints each rejected sample
                 return self.env.reset(seed=seed, options=options)
 
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -97,12 +97,12 @@ def _grid_environment(env: Any) -> Environment:
 
 
 class Bot:
-    """BabyAI's bot: plans on what it has seen so far, and again after every disturbance."""
+    """BabyAI's bot. It plans on what it has seen so far, and plans again after each disturbance."""
 
     def __init__(self, env: Environment) -> None:
         self._env: Any = env
         self._bot: Any = None
-        self._said: Any = None
+        self._action: Any = None  # that it chose last
 
     def reset(self) -> None:
         from minigrid.utils.baby_ai_bot import BabyAIBot
@@ -110,17 +110,17 @@ class Bot:
         class QuickBot(BabyAIBot):
             _process_obs = mark_seen
 
-        self._bot, self._said = QuickBot(self._env), None
+        self._bot, self._action = QuickBot(self._env), None
 
     def act(self, observation: Any, taken: Any = None) -> int:
         assert self._bot is not None, "reset() comes first"
         try:
-            action = self._bot.replan(self._said if taken is None else taken)
+            action = self._bot.replan(self._action if taken is None else taken)
         except (
             Exception
-        ) as error:  # the bot asserts what a disturbed world need not hold, and names it in no common class
+        ) as error:  # disturbances break assumptions that the bot asserts, by exceptions of several classes
             raise ExpertLost(f"the bot gave up: {error!r}") from error
-        self._said = action
+        self._action = action
         return int(action)
 
 

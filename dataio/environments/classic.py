@@ -1,4 +1,4 @@
-"""Classic control (CartPole, Pendulum, MountainCar), with controllers written from the equations of motion."""
+"""Classic control (CartPole, Pendulum, MountainCar), with controllers derived from the equations of motion."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Classic(GymnasiumFamily):
 
 
 def lqr(a: np.ndarray, b: np.ndarray, q: np.ndarray, r: float) -> np.ndarray:
-    """Gain K of u = -K x for x' = A x + B u and cost x·Qx + r u² per step: the Riccati equation's fixed point."""
+    """The gain K of u = −K x, for x' = A x + B u and a cost of x·Qx + r u² per step, by iterating the Riccati equation."""
     p = q
     for _ in range(2000):
         k = (b.T @ p @ a) / (r + b.T @ p @ b)
@@ -42,7 +42,7 @@ def lqr(a: np.ndarray, b: np.ndarray, q: np.ndarray, r: float) -> np.ndarray:
 
 
 def cartpole(env: Any) -> Any:
-    """LQR on the linearised cart and pole (Florian 2007, eq. 23), its force rounded to the nearer of the two pushes."""
+    """LQR of the linearised cart and pole (Florian 2007, eq. 23). The sign of its force chooses one of the two pushes."""
     total, half = env.masscart + env.masspole, env.length
     inertia = half * (4 / 3 - env.masspole / total)
     pole, cart = env.gravity / inertia, -env.polemass_length * env.gravity / (inertia * total)
@@ -53,9 +53,9 @@ def cartpole(env: Any) -> Any:
 
 
 def pendulum(env: Any) -> Any:
-    """Pumps energy until the pole can reach the top (Åström and Furuta 2000), and holds it there by LQR.
+    """Adds energy until the rod can reach the top (Åström and Furuta 2000), then holds it there by LQR.
 
-    The rod of mass m and length l has θ̈ = 3g/(2l) sin θ + 3/(ml²) u, so its energy per ml²/6 is θ̇² + 3g/l · cos θ.
+    A rod of mass m and length l has θ̈ = 3g/(2l) sin θ + 3/(ml²) u, so its energy in units of ml²/6 is θ̇² + 3g/l · cos θ.
     """
     stiffness, lever = 3 * env.g / (2 * env.l), 3 / (env.m * env.l**2)
     a = np.eye(2) + env.dt * np.array([[0, 1], [stiffness, 0]])
@@ -74,7 +74,7 @@ def pendulum(env: Any) -> Any:
 
 
 def mountain_car(discrete: bool) -> Any:
-    """Pushes the way it rolls, which only ever adds energy."""
+    """Pushes in the direction of motion, which always adds energy."""
     if discrete:
         return lambda observation: 2 if observation[1] >= 0 else 0
     return lambda observation: np.array([1.0 if observation[1] >= 0 else -1.0], np.float32)

@@ -1,4 +1,4 @@
-"""What a family of environments gives: how to make one, its fields, its expert, and how demonstrations are disturbed."""
+"""`Family`, the interface of a family of environments: environments, fields, experts, and how demonstrations are disturbed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 
 
 class Environment(Protocol):
-    """Native observations and gymnasium's five results; `info["success"]` where the task has success."""
+    """An environment of gymnasium's interface. Its info has `success` if the task can succeed."""
 
     observation_space: Any
     action_space: Any
@@ -25,16 +25,16 @@ class Environment(Protocol):
 
 
 class Expert(Protocol):
-    """Acts in one environment, which it may look into. `reset` is called after the environment's own `reset`."""
+    """Acts in one environment, whose internal state it may use. `reset` is called after the environment's own `reset`."""
 
     def reset(self) -> None: ...
     def act(self, observation: Any, taken: Any = None) -> Any:
-        """The action to take now. `taken`: what was really done in the step before (None: what this expert said)."""
+        """The action for this step. `taken` is the action executed in the step before (None: the one this expert chose)."""
         ...
 
 
 class ExpertLost(Exception):
-    """An expert cannot finish this episode (a disturbance undid what its plan needs); another seed takes its place."""
+    """An expert cannot finish this episode, for example after a disturbance. Another seed is then tried."""
 
 
 class UnknownEnvironment(DataError):
@@ -46,7 +46,7 @@ class MissingExtra(DataError):
 
 
 class Stateless:
-    """An expert that is a function of the observation."""
+    """An expert that is a function of the observation alone."""
 
     def __init__(self, action: Callable[[Any], Any]) -> None:
         self._action = action
@@ -59,11 +59,13 @@ class Stateless:
 
 
 class Family:
-    """A family of environments. Users subclass this and name the class (or an instance) in an entry point of the group
-    `tiphys.environments`; the entry point's name is the prefix of their tasks (`mygame` serves `mygame` and `mygame/…`).
+    """A family of environments.
 
-    extra       the extra of this project that installs what the family imports
-    normalise   return | success: what a score of these tasks is
+    Users subclass this, and name the class or an instance in an entry point of the group `tiphys.environments`. The entry point's
+    name is the prefix of their tasks: `mygame` serves `mygame` and `mygame/…`.
+
+    extra       the extra of this project that installs the packages of the family
+    normalise   what a score of these tasks is: return | success
     noise       default disturbance of demonstrations; see `disturb`
     """
 
@@ -72,38 +74,37 @@ class Family:
     noise = 0.0
 
     def owns(self, task: str) -> bool:
-        """Is this name one of the family's, existing or not? Cheap. For users' families the entry point's name decides."""
+        """Whether a task of this name, existing or not, belongs to this family. It is not called for families of users."""
         raise NotImplementedError
 
     def names(self) -> list[str]:
-        """Tasks that exist, sorted."""
+        """The tasks that exist, sorted."""
         raise NotImplementedError
 
     def make(self, task: str, **options: Any) -> Environment:
-        """An environment. What follows `reset(seed=s)` depends on s and the actions alone, never on earlier episodes."""
+        """An environment. An episode after `reset(seed=s)` must depend only on s and the actions, not on earlier episodes."""
         raise NotImplementedError
 
     def expert(self, task: str, env: Environment) -> Expert:
-        """The family's own expert for one environment. Raises DataError where there is none."""
+        """The family's own expert for one environment. Raises DataError if there is none."""
         raise DataError(
-            f"task {task!r} has no expert of its own: "
-            "give one (`--policy agent.zip --trust-policy`, or `--policy module:function`)"
+            f"task {task!r} has no expert: give one with `--policy agent.zip --trust-policy` or `--policy module:function`"
         )
 
     def max_steps(self, task: str, env: Environment) -> int:
-        """The horizon; 0: unknown."""
+        """The horizon in steps; 0: unknown."""
         spec = getattr(env, "spec", None)
         return int(getattr(spec, "max_episode_steps", None) or 0)
 
     def fields(self, task: str, env: Environment) -> tuple[FieldSpec, ...]:
-        """The fields of a timestep; by default what the spaces say."""
+        """The task's fields; by default they follow from the environment's spaces."""
         return space_fields(env.observation_space, env.action_space)
 
     def disturb(self, action: Any, space: Any, noise: float, rng: np.random.Generator) -> Any:
-        """The action executed instead of the expert's clean one, which is the one recorded (Laskey et al. 2017, DART).
+        """The action to execute instead of the expert's action, which is recorded (Laskey et al. 2017, DART).
 
-        Continuous: Gaussian noise with a standard deviation of `noise` half-ranges, clipped to the space.
-        Discrete: with probability `noise`, a uniformly random value.
+        Continuous: Gaussian noise is added, with a standard deviation of `noise` times half the range, and clipped to the space.
+        Discrete: with probability `noise`, a uniformly random value. Raises DataError for other spaces.
         """
         if hasattr(space, "low"):
             span = (space.high - space.low) / 2
@@ -132,9 +133,9 @@ class Family:
 
 
 def render_without_display() -> None:
-    """Lets MuJoCo draw by EGL and pygame into memory where there is no display and nobody chose otherwise.
+    """Let MuJoCo render by EGL and pygame in memory if there is no display, unless the environment variables say otherwise.
 
-    To be called before their first renderer is made.
+    This must be called before the first renderer is made.
     """
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
@@ -142,7 +143,7 @@ def render_without_display() -> None:
 
 
 def space_fields(observation_space: Any, action_space: Any) -> tuple[FieldSpec, ...]:
-    """FieldSpecs of gymnasium spaces, with reward and both flags beside them."""
+    """The FieldSpecs of gymnasium spaces, and those of the reward and both flags."""
     return (
         *_fields(observation_space, "observation", "observation"),
         *_fields(action_space, "action", "action"),
@@ -175,7 +176,7 @@ def _fields(space: Any, name: str, role: str) -> tuple[FieldSpec, ...]:
 def _box(space: Any, name: str, role: str) -> FieldSpec:
     shape = tuple(int(n) for n in space.shape)
     if np.issubdtype(space.dtype, np.floating):
-        # float32 holds what a tokenizer or an embedding can tell apart, in half the bytes of MuJoCo's float64
+        # float32 is precise enough for codecs and embeddings, and takes half the bytes of MuJoCo's float64
         low, high = _bounds(space.low), _bounds(space.high)
         return FieldSpec(name, role, "continuous", "float32", shape, low, high)
     if space.dtype == np.uint8 and len(shape) in (2, 3):
@@ -187,7 +188,7 @@ def _box(space: Any, name: str, role: str) -> FieldSpec:
 
 
 def _bounds(bound: np.ndarray) -> tuple[float, ...] | None:
-    """One number where all are equal, one a dimension of a vector otherwise, None where any is infinite (or float's largest)."""
+    """One number if all are equal, else one for each element. None if any is infinite or above 1e30 (a float's largest value)."""
     flat = np.asarray(bound, np.float64).ravel()
     if not np.all(np.abs(flat) < 1e30):
         return None

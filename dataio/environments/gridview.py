@@ -1,4 +1,4 @@
-"""What MiniGrid's agent sees, equal to MiniGrid's own in a third of its time: seeing is most of what the bot's episodes cost."""
+"""What MiniGrid's agent sees. The result equals MiniGrid's own, in a third of the time, which dominates the bot's episodes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 
 def see_once(env: Any) -> Callable[..., Any]:
-    """A `gen_obs_grid` for an unwrapped MiniGrid environment that looks once at each state: step and bot both ask for it."""
+    """A `gen_obs_grid` for an unwrapped MiniGrid environment. It looks once at each state, although step and bot both call it."""
     known: list[Any] = [None, None]
 
     def gen_obs_grid(agent_view_size: int | None = None) -> Any:
         state = (env.step_count, tuple(env.agent_pos), env.agent_dir, env.carrying, agent_view_size, id(env.grid))
-        if env.step_count == 0 or known[0] != state:  # at step 0 a new level may stand in the same memory
+        if env.step_count == 0 or known[0] != state:  # at step 0 a new level may have the same id in memory
             known[:] = [state, _look(env, agent_view_size or env.agent_view_size)]
         return known[1]
 
@@ -43,7 +43,7 @@ def _look(env: Any, size: int) -> tuple[Any, np.ndarray]:
 
 @cache
 def _rotated(size: int, direction: int) -> tuple[tuple[int, int], ...]:
-    """For each cell of the agent's view, row by row: which cell of the unrotated slice it shows. MiniGrid's rotation says."""
+    """For each cell of the agent's view, row by row: which cell of the unrotated view it shows, by MiniGrid's own rotation."""
     from minigrid.core.grid import Grid
 
     grid: Any = Grid(size, size)
@@ -54,7 +54,7 @@ def _rotated(size: int, direction: int) -> tuple[tuple[int, int], ...]:
 
 
 def mark_seen(bot: Any) -> None:
-    """BabyAIBot._process_obs over arrays: adds what is visible now to the bot's map."""
+    """BabyAIBot._process_obs with arrays: adds the cells that are visible now to the bot's map."""
     env = bot.mission.unwrapped
     _, visible = env.gen_obs_grid()
     size, forward, right = env.agent_view_size, env.dir_vec, env.right_vec

@@ -1,4 +1,4 @@
-"""Every other id that gymnasium has registered: Box2D, MuJoCo v4 and v5, toy text, and what installed packages add."""
+"""All other ids that are registered with gymnasium: Box2D, MuJoCo v4 and v5, toy text, and those of installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniGrid-Memory: see an object, walk down a hallway, turn to its like. The oracle knows the way and looks before it goes."""
+"""MiniGrid-Memory: see an object, walk down a hallway, turn to the same object there. With an oracle as the expert."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tiphys.dataio.environments.babyai import FORWARD, LEFT, RIGHT, BabyAI
 from tiphys.dataio.environments.family import Environment, Expert
 
-_STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # what `agent_dir` 0…3 faces
+_STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # (x, y) of one step in each `agent_dir`
 Pose = tuple[int, int, int]  # x, y, direction
 
 
@@ -27,10 +27,10 @@ class Memory(BabyAI):
 
 
 class Oracle:
-    """Shortest path to a place from where the first room's object is visible, then shortest path to its like.
+    """Takes a shortest path to a place from which the first room's object is visible, then a shortest path to the same object.
 
-    The walk to the object matters: the start may lie in the hallway, facing away, and a demonstration that goes straight to
-    the goal from there would teach what nobody who sees only the observations can know.
+    It must look at the object first: the start may be in the hallway, facing away. A demonstration that goes straight to the goal
+    from there cannot be learned, because the observations do not show which object is correct.
     """
 
     def __init__(self, env: Environment) -> None:
@@ -49,7 +49,7 @@ class Oracle:
         return self._toward(lambda pose: self._visible(pose, clue))
 
     def _visible(self, pose: Pose, cell: tuple[int, int]) -> bool:
-        """Would the agent see this cell from there? MiniGrid's own occlusion decides."""
+        """Whether the agent would see this cell from that pose, by MiniGrid's own rules of occlusion."""
         env = self._env
         now = env.agent_pos, env.agent_dir
         env.agent_pos, env.agent_dir = pose[:2], pose[2]
@@ -59,7 +59,7 @@ class Oracle:
             env.agent_pos, env.agent_dir = now
 
     def _toward(self, goal: Callable[[Pose], bool]) -> int:
-        """First action of a shortest path (breadth first over poses) to a pose that satisfies `goal`."""
+        """The first action of a shortest path to a pose that satisfies `goal`, found by breadth-first search."""
         env = self._env
         start = (int(env.agent_pos[0]), int(env.agent_pos[1]), int(env.agent_dir))
         queue: deque[tuple[Pose, int]] = deque((after, action) for action, after in self._moves(start))
@@ -72,7 +72,7 @@ class Oracle:
             if goal(pose):
                 return first
             queue.extend((after, first) for _, after in self._moves(pose))
-        raise RuntimeError(f"no way in {env.spec.id if env.spec else env} from {start}")
+        raise RuntimeError(f"{env.spec.id if env.spec else env}: there is no path to the goal from {start}")
 
     def _moves(self, pose: Pose) -> list[tuple[int, Pose]]:
         x, y, direction = pose

@@ -1,4 +1,4 @@
-"""The fifty manipulation tasks of Meta-World v3 as `metaworld/reach-v3`, with their scripted policies (Yu et al. 2019)."""
+"""The 50 manipulation tasks of Meta-World v3, named like `metaworld/reach-v3`, with their scripted policies (Yu et al. 2019)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from tiphys.dataio.environments.family import Environment, Expert, Family, Stateless, render_without_display
 
 PREFIX = "metaworld/"
-HORIZON = 150  # the scripted policies succeed within it; Meta-World's own 500 steps hold mostly a finished robot
+HORIZON = 150  # enough for the scripted policies; in most of Meta-World's own 500 steps the robot has already finished
 
 
 class MetaWorld(Family):
@@ -37,7 +37,7 @@ class MetaWorld(Family):
 
         scripted: Any = ENV_POLICY_MAP[task.removeprefix(PREFIX)]
         policy, space = scripted(), env.action_space
-        # they ask for more than the space allows, and warn; the environment clips, and a recorded action should be its own
+        # the policies exceed the space and warn; the environment clips, so the clipped action must be recorded
         warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high")
         return Stateless(lambda seen: np.clip(policy.get_action(seen), space.low, space.high).astype(np.float32))
 
@@ -48,8 +48,8 @@ def _environment(name: str, horizon: int, options: dict[str, Any]) -> Environmen
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     env: Any = ALL_V3_ENVIRONMENTS[name](**options)
-    # What a benchmark's Task would set, without making fifty goals first: the goal is visible (the scripted policies
-    # read it), and every reset draws start and goal from the task's own distribution, by the episode's seed.
+    # What a benchmark's Task would set, without making fifty goals first: the goal is visible, because the scripted
+    # policies read it, and each reset draws start and goal from the task's own distribution, by the episode's seed.
     env._set_task_called = True
     env._partially_observable = False
     env._freeze_rand_vec = False
@@ -68,8 +68,8 @@ def _environment(name: str, horizon: int, options: dict[str, Any]) -> Environmen
             self._steps = 0
             if seed is not None:
                 env.seed(seed)
-            # Both resets are needed for an episode to follow from its seed alone: this one keeps what the last episode left
-            # out of the draws, and reset_model twice (which the next line does) out of 13 tasks' first observation.
+            # An episode must depend on its seed alone, which needs both resets. This one keeps the last episode's state out of
+            # the random draws. The next line calls reset_model twice, which keeps it out of 13 tasks' first observation.
             mujoco.mj_resetData(env.model, env.data)
             return env.reset()
 

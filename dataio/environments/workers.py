@@ -1,4 +1,4 @@
-"""Spawned processes whose results come in the order of the jobs."""
+"""`Workers`: a pool of spawned processes that gives results in the order of the jobs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ T = TypeVar("T")
 
 
 class Workers:
-    """A pool of processes; with one, the jobs run in this process.
+    """A pool of processes. With `processes=1` the jobs run in this process.
 
-    start, arguments   called once in each process before its first job
-
-    Processes are spawned, because forked simulators and threads share what they must not. A context manager: leaving it
-    ends the processes.
+    `start(*arguments)` is called once in each process, before its first job. Processes are spawned, because simulators and
+    threads do not survive a fork. A context manager: leaving it ends the processes.
     """
 
     def __init__(self, processes: int, start: Callable[..., None], *arguments: Any) -> None:
@@ -38,7 +36,7 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def in_order(self, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """Each job's result. What a job raises is raised here; a process that dies is a RuntimeError."""
+        """The result of each job, in order. An exception of a job is raised here; RuntimeError if a process died."""
         if not self._pool:
             for job in jobs:
                 yield job()
@@ -47,12 +45,12 @@ class Workers:
         try:
             for job in jobs:
                 pending.append(self._pool.submit(job))
-                if len(pending) > 2 * self._processes:  # bounds what waits in memory for who takes the results
+                if len(pending) > 2 * self._processes:  # limits the results that wait in memory
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process that played episodes was killed (out of memory, or a crash in a simulator's native code, or "
-                "an error while it started, which is printed above); use fewer processes, or 1 to see it happen"
+                "a process that played episodes was killed (out of memory, a crash in a simulator's native code, or an "
+                "error at its start, which is printed above); use fewer processes, or 1 process to see the error itself"
             ) from error

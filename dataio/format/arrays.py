@@ -1,11 +1,11 @@
-"""`index.parquet` as flat, memory-mapped arrays: no Python object for each episode."""
+"""`index.parquet` as flat, memory-mapped arrays, without a Python object for each episode."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,14 @@ _COLUMN = re.compile(r"[a-z_]+|(text|value|chunks)\." + FIELD_NAME.pattern)
 
 
 def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[str]) -> dict[str, np.ndarray]:
-    """An index file as flat arrays by name; under `out` as memory-mapped `.npy` files, else in memory.
+    """Decode an index file to flat arrays by name: memory-mapped `.npy` files in the folder `out`, or in memory if it is None.
 
-    Numbers stand as they are. `task` and `shard` count in the lists given. Strings of a few values (`agent`, `short`,
-    `text.F`) are codes (−1: null) with `NAME.first`, `NAME.bytes`: the distinct strings as UTF-8 and where each begins.
-    `id` and `value.F` have `.first` and `.bytes` by episode. `chunks.F` has `.kind`, `.rows`, and `.first`: where an
-    episode's entries begin in `.offset`, `.size`, `.crc`.
+    Number columns keep their values. `task` and `shard` become positions in the two lists. Columns with few distinct strings
+    (`agent`, `short`, `text.F`) become codes (−1: null), with `NAME.bytes`, the distinct strings in UTF-8, and `NAME.first`,
+    where each begins. `id` and `value.F` become `.bytes` and `.first`, with one item for each episode. `chunks.F` becomes the
+    arrays of a `ChunkTable`.
+
+    Raises DataError if the file is damaged or has a task, a shard or a column that is not allowed.
     """
     import pyarrow as pa
 
@@ -34,7 +36,7 @@ def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[
         return _decode(file, Sink(out), tasks, shards)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
-            raise  # an errno: the disk, not what the file holds
+            raise  # an error number means a disk error, not a damaged file
         raise DataError(f"{file.name} is damaged: {error}") from None
 
 
@@ -43,9 +45,9 @@ def _decode(file: Path, sink: Sink, tasks: Sequence[str], shards: Sequence[str])
 
     with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as source:
         names = source.schema_arrow.names
-        for name in names:  # they become file names
+        for name in names:  # column names become file names
             if not _COLUMN.fullmatch(name):
-                raise DataError(f"index column {name!r}: not a name that an index may have")
+                raise DataError(f"index column {name!r}: an index may not have a column of this name")
         strings = [n for n in names if n in ("agent", "short") or n.startswith("text.")]
         for batch in source.iter_batches(batch_size=PART, columns=[n for n in names if n not in strings]):
             for name in batch.schema.names:
@@ -122,7 +124,7 @@ def _decode_dictionary(sink: Sink, name: str, column: pa.ChunkedArray) -> None:
 
 
 def _string_bytes(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and concatenated bytes of a string or binary array, without a Python object each."""
+    """Lengths and concatenated bytes of a string or binary array, without a Python object for each item."""
     import pyarrow as pa
 
     wide = pa.types.is_large_string(array.type) or pa.types.is_large_binary(array.type)
@@ -135,7 +137,7 @@ def _string_bytes(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _expected(columns: Iterable[str]) -> dict[str, Any]:
-    """Every array that a table of these columns decodes to, with its dtype: those without any element exist too."""
+    """The dtype of every array that these columns decode to (None: bounds), so that arrays without elements are written too."""
     out: dict[str, Any] = {"task": np.int32, "shard": np.int32, **_NUMBERS, "id.bytes": np.uint8, "id.first": None}
     for name in columns:
         if name in ("agent", "short") or name.startswith("text."):
@@ -149,7 +151,7 @@ def _expected(columns: Iterable[str]) -> dict[str, Any]:
 
 
 class Sink:
-    """Arrays that grow at their end: `.npy` files under a folder, or in memory where there is none."""
+    """Arrays to which values are appended: `.npy` files in `folder`, or in memory if it is None."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -160,7 +162,7 @@ class Sink:
         self._last: dict[str, int] = {}
 
     def append(self, name: str, values: np.ndarray, dtype: Any) -> None:
-        with np.errstate(over="ignore"):  # a return beyond float32 is an infinity
+        with np.errstate(over="ignore"):  # a return beyond the range of float32 becomes infinite
             values = np.ascontiguousarray(values, dtype)
         self._dtypes[name] = values.dtype
         self._lengths[name] = self._lengths.get(name, 0) + len(values)
@@ -174,7 +176,7 @@ class Sink:
         values.tofile(file)
 
     def append_lengths(self, name: str, lengths: np.ndarray) -> None:
-        """Append to an array of bounds: 0 first, then the running sum of the lengths."""
+        """Append to an array of bounds, which holds 0 and then the running sum of the lengths."""
         if name not in self._last:
             self.append(name, np.zeros(1, np.int64), np.int64)
             self._last[name] = 0
@@ -183,7 +185,7 @@ class Sink:
         self._last[name] = int(bounds[-1]) if len(bounds) else self._last[name]
 
     def close(self, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """All arrays; of `expected` (name -> dtype; None: bounds) those that nothing was appended to are empty."""
+        """All arrays by name. Arrays of `expected` (name -> dtype; None: bounds) without values are added as empty ones."""
         for name, dtype in expected.items():
             if dtype is None:
                 self.append_lengths(name, np.zeros(0, np.int64))
@@ -199,14 +201,14 @@ class Sink:
 
 
 def _npy_header(file: Any, dtype: np.dtype, length: int) -> None:
-    # NumPy leaves room for the first extent to grow, so the header's size does not depend on the length
+    # NumPy pads the header so that the length can grow: the header's size does not depend on the length
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
     )
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of a folder that `decode` has written, memory-mapped, as plain arrays (their element access is faster)."""
+    """The arrays of a folder that `decode` wrote. They are memory-mapped, but of type ndarray: its element access is faster."""
     out = {}
     for file in sorted(folder.glob("*.npy")):
         empty = file.stat().st_size <= 128
@@ -215,22 +217,75 @@ def load(folder: Path) -> dict[str, np.ndarray]:
     return out
 
 
+class Strings(Sequence[str]):
+    """A list of strings, stored as one array of UTF-8 bytes and an array of bounds, without a Python object for each string."""
+
+    def __init__(self, first: np.ndarray, data: np.ndarray) -> None:
+        self._first, self._data = first, data
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i = int(i) % len(self)
+        return self._data[int(self._first[i]) : int(self._first[i + 1])].tobytes().decode(errors="replace")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def many(self, numbers: np.ndarray) -> list[str]:
+        """The strings with these numbers (int [n], not negative)."""
+        starts, ends = self._first[numbers].tolist(), self._first[numbers + 1].tolist()
+        return [self._data[a:z].tobytes().decode(errors="replace") for a, z in zip(starts, ends, strict=True)]
+
+
+class ChunkTable(NamedTuple):
+    """The chunks of one large field in all E episodes, C chunks in total.
+
+    kind    int8 [E]: number of the encoding in `encodings.KINDS`; −1: unknown, or the episode does not have the field
+    rows    int32 [E]: rows in each chunk; the last chunk of an episode may have fewer
+    first   int64 [E + 1]: episode e has the chunks first[e] … first[e + 1] − 1
+    offset  int64 [C]: first byte of the chunk in the episode's shard
+    size    int64 [C]: bytes of the chunk
+    crc     uint32 [C]: CRC-32C of the chunk
+    """
+
+    kind: np.ndarray
+    rows: np.ndarray
+    first: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    crc: np.ndarray
+
+
+def chunk_table(loaded: Mapping[str, np.ndarray], field: str) -> ChunkTable | None:
+    """The chunks of a large field; None if the index has no column for it."""
+    if f"chunks.{field}.first" not in loaded:
+        return None
+    return ChunkTable(*(loaded[f"chunks.{field}.{name}"] for name in ChunkTable._fields))
+
+
 def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: Sequence[Shard], where: str) -> None:
-    """Raises DataError where an index points outside its shards or counts what cannot be."""
+    """Raises DataError if an index points outside its shards or contains impossible counts."""
     steps, rows, shard, offset = (loaded[n] for n in ("steps", "rows", "shard", "offset"))
     size = np.array([s.size for s in shards] or [0], np.int64)
     one = np.array([row_dtype(t).itemsize for t in tasks] or [0], np.int64)
     possible = (steps >= 0) & (rows >= 1) & ((rows == steps) | (rows == steps + 1))
-    _require(possible, where, "steps and rows do not belong together")
+    _require(possible, f"{where}, episode", "rows is neither steps nor steps + 1, or is below 1")
     length = rows * one[loaded["task"]] if len(rows) else rows
-    _require((offset < 0) | _inside(offset, length, size[shard]), where, "steps.npy reaches beyond its shard")
+    inside = (offset < 0) | _inside(offset, length, size[shard])
+    _require(inside, f"{where}, episode", "steps.npy lies outside its shard")
     for name in ("sample", "json"):
-        good = _inside(loaded[name], loaded[f"{name}_bytes"], size[shard])
-        _require(good, where, f"{name} reaches beyond its shard")
+        inside = _inside(loaded[name], loaded[f"{name}_bytes"], size[shard])
+        _require(inside, f"{where}, episode", f"{name} lies outside its shard")
     for name in [n[: -len(".first")] for n in loaded if n.startswith("chunks.") and n.endswith(".first")]:
         owner = np.repeat(shard, np.diff(loaded[f"{name}.first"]))
-        good = _inside(loaded[f"{name}.offset"], loaded[f"{name}.size"], size[owner])
-        _require(good, where, f"{name} reaches beyond its shard")
+        inside = _inside(loaded[f"{name}.offset"], loaded[f"{name}.size"], size[owner])
+        _require(inside, f"{where}, {name}, chunk", "it lies outside its shard")
 
 
 def _inside(begin: np.ndarray, length: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -239,6 +294,4 @@ def _inside(begin: np.ndarray, length: np.ndarray, size: np.ndarray) -> np.ndarr
 
 def _require(good: np.ndarray, where: str, what: str) -> None:
     if not good.all():
-        raise DataError(
-            f"{where}: {what} (entry {int(np.argmin(good))}); the index is damaged or was not made by Tiphys"
-        )
+        raise DataError(f"{where} {int(np.argmin(good))}: {what}; the index is damaged or was not made by Tiphys")

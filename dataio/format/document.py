@@ -1,4 +1,4 @@
-"""`dataset.json` and what stands beside it: checked when read, written last, its index decoded once on every node."""
+"""`dataset.json`, `index.parquet` and `statistics.parquet`: how they are read, checked, published, and cached on each node."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
-_DECODED = 1  # changes when the decoded arrays change their form
+_DECODED = 1  # version of the decoded arrays; part of the key of the cache
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
-    """`dataset.json`, with `tasks` as TaskSpecs and `shards` as Shards. Raises DataError where it is not what it should be."""
+    """`dataset.json` with `tasks` as TaskSpecs and `shards` as Shards. Raises DataError if it is not valid."""
     try:
         document = json.loads(raw)
         if document["version"] != VERSION:
             raise DataError(f"{where}: version {document['version']!r}; this Tiphys reads version {VERSION}")
         digest = document["digests"][INDEX]
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
-            raise DataError(f"{where}: digests: {INDEX}: {digest!r} is no SHA-256")
+            raise DataError(f"{where}: digests: {INDEX}: {digest!r} is not a SHA-256")
         document["tasks"] = [TaskSpec(**t) for t in document["tasks"]]
         document["shards"] = [table.Shard(str(n), int(size), int(crc)) for n, size, crc in document["shards"]]
         for task in document["tasks"]:
@@ -45,28 +45,29 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where} is no Tiphys dataset: {type(error).__name__} {error}") from None
+        raise DataError(f"{where} does not describe a Tiphys dataset: {type(error).__name__} {error}") from None
     return document
 
 
 def _check_shard(shard: table.Shard, where: str) -> None:
-    """A shard lies in the dataset's folder or has a URL; a dataset of another machine may not name files of this one."""
+    """A shard is named by a path within the dataset's folder or by a URL. Only a local dataset may name local files."""
     scheme = urlsplit(shard.name).scheme
     inside = not scheme and not shard.name.startswith("/") and ".." not in shard.name.split("/")
     elsewhere = scheme and (scheme != "file" or urlsplit(where).scheme in ("", "file"))
     if not (inside or elsewhere) or shard.size < 0:
         raise DataError(
-            f"{where}: shard {shard.name!r} of {shard.size} bytes: a path in the folder or a URL is allowed"
+            f"{where}: shard {shard.name!r} of {shard.size} bytes is not valid: it must be a path within the dataset's "
+            "folder or a URL (file:// only in a local dataset), with a size of at least 0"
         )
 
 
 def cache_folder(cache_dir: str = "") -> Path:
-    """Where decoded indexes are kept: the argument, else $TIPHYS_CACHE, else ~/.cache/tiphys."""
+    """The folder of the decoded indexes: in `cache_dir`, else in $TIPHYS_CACHE, else in ~/.cache/tiphys."""
     return Path(cache_dir or os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys") / "index"
 
 
 def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
-    """Copy an object to a local file in bounded memory; returns its SHA-256."""
+    """Copy an object to a local file, `part` bytes at a time. Returns its SHA-256."""
     digest = hashlib.sha256()
     size = store.head(path).size
     with open(file, "wb") as out:
@@ -78,9 +79,9 @@ def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
 
 
 def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
-    """The folder of the dataset's decoded index; made now if this machine does not have it yet.
+    """The folder in `cache` with the dataset's decoded index. If it is missing, the index is downloaded and decoded first.
 
-    Raises DataError where the index is not the one that `dataset.json` names, or points outside its shards.
+    Raises DataError if the index does not have the digest that `dataset.json` names, is damaged, or points outside its shards.
     """
     names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
     key = hashlib.sha256(json.dumps([_DECODED, document["digests"][INDEX], *names]).encode()).hexdigest()
@@ -93,8 +94,8 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
         file = scratch / INDEX
         if fetch(store, INDEX, file) != document["digests"][INDEX]:
             raise DataError(
-                f"{store.url}/{INDEX} is not the one that {DATASET} names: it is damaged, or a rewrite was interrupted; "
-                "run `tiphys verify --repair`"
+                f"{store.url}/{INDEX} does not have the SHA-256 that {DATASET} names: it is damaged, or a rewrite was "
+                "interrupted; run `tiphys verify --repair`"
             )
         loaded = arrays.decode(file, scratch, *names)
         arrays.check(loaded, document["tasks"], document["shards"], f"{store.url}/{INDEX}")
@@ -102,16 +103,16 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
         try:
             scratch.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same bytes
+            if not folder.is_dir():  # if it exists, another process decoded the same index first
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
-def describe(index: Path, statistics: Statistics) -> dict[str, Any]:
-    """What `dataset.json` says of an index file."""
-    tasks, shards = table.describe(index)
+def dataset_document(index: Path, statistics: Statistics) -> dict[str, Any]:
+    """The content of `dataset.json` for an index file."""
+    tasks, shards = table.read_tasks_and_shards(index)
     result = statistics.result(t.name for t in tasks)
     return {
         "version": VERSION,
@@ -123,22 +124,17 @@ def describe(index: Path, statistics: Statistics) -> dict[str, Any]:
 
 
 def publish(store: Store, index: Path, statistics: Statistics, **more: Any) -> None:
-    """Upload statistics, index and, last, `dataset.json`: from then on there is a dataset."""
+    """Upload the statistics, then the index, and last `dataset.json`, which makes the folder a dataset.
+
+    `more` are further keys of `dataset.json`.
+    """
     sketches = index.with_name(STATISTICS)
     statistics.write(sketches)
-    described = describe(index, statistics) | more
-    described["digests"][STATISTICS] = sha256(sketches)
+    document = dataset_document(index, statistics) | more
+    document["digests"][STATISTICS] = sha256(sketches)
     store.upload(STATISTICS, str(sketches))
     store.upload(INDEX, str(index))
-    store.write(DATASET, json.dumps(described, indent=1, ensure_ascii=False).encode())
-
-
-def exists(store: Store, path: str) -> bool:
-    try:
-        store.head(path)
-    except FileNotFoundError:
-        return False
-    return True
+    store.write(DATASET, json.dumps(document, indent=1, ensure_ascii=False).encode())
 
 
 def sha256(file: Path) -> str:

@@ -1,15 +1,15 @@
-"""How a large field becomes chunks of a few rows, and how a chunk becomes rows again.
+"""Encodings of large fields: how rows become chunks of a few rows each, and how a chunk becomes rows again.
 
 | kind | chunk | lossless |
 |---|---|---|
-| `raw` | rows of one `.npy` member | yes |
-| `png`, `webp` | one picture, its frames one below the other | yes |
+| `raw` | rows of the field's one `.npy` member | yes |
+| `png`, `webp` | one picture, with the frames one below the other | yes |
 | `jpeg`, `webp-lossy` | the same | no |
-| `h264`, `av1` | an MP4 of its own that begins with a key frame | no |
-| `text` | strings of one JSON list | yes |
+| `h264`, `av1` | one MP4 that begins with a key frame | no |
+| `text` | strings of the field's one JSON list | yes |
 
-A chunk comes from a stranger: its format must be the one that the index names and its size the one that the field
-declares, and both are checked before anything is decoded.
+A chunk may come from someone who is not trusted. Its format must be the one that the index names and its size the one that the
+field declares; both are checked before anything is decoded.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ EXTENSIONS = {
     "av1": "mp4",
     "text": "json",
 }
-MAX_PIXELS = 1 << 26  # of one decoded picture (64 Mi); a chunk that claims more is refused before it is decoded
+MAX_PIXELS = 1 << 26  # most pixels of a decoded chunk (64 Mi); a chunk that claims more is refused before it is decoded
 _PICTURES = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG", "webp-lossy": "WEBP"}
 _VIDEOS = {"h264": "libx264", "av1": "libsvtav1"}
-_LONGEST = {"webp": 16383, "webp-lossy": 16383, "jpeg": 65500}  # most pixels of a side that the format can hold
+_LONGEST = {"webp": 16383, "webp-lossy": 16383, "jpeg": 65500}  # longest side in pixels that the format can hold
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a field's rows are stored: the kind, rows of a chunk (0: the kind's own), quality of a lossy kind (0: its own)."""
+    """How the rows of a large field are stored."""
 
-    kind: str
-    frames: int = 0
-    quality: int = 0
+    kind: str  # one of KINDS
+    frames: int = 0  # rows of a chunk; 0: the default of the kind
+    quality: int = 0  # 1 … 100; 0: the default of the kind
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"encoding {self.kind!r} is none of {', '.join(KINDS)}")
         if not 0 <= self.frames <= 65536 or not 0 <= self.quality <= 100:
-            raise DataError(f"encoding {self.kind!r}: frames {self.frames} or quality {self.quality} out of range")
+            raise DataError(
+                f"encoding {self.kind!r}: frames {self.frames} must be in 0 … 65536 and quality {self.quality} in 0 … 100"
+            )
 
     @property
     def rows(self) -> int:
@@ -65,9 +67,9 @@ class Encoding:
 
 
 def choose(field: FieldSpec, encodings: Mapping[str, Encoding]) -> Encoding:
-    """The encoding of a large field: the first pattern that matches its name, else lossless.
+    """The encoding of a large field: that of the first pattern in `encodings` that matches its name, else a lossless one.
 
-    Raises DataError where the chosen kind cannot hold the field.
+    Raises DataError if the chosen kind cannot hold the field.
     """
     if field.dtype == "str":
         return Encoding("text")
@@ -75,40 +77,46 @@ def choose(field: FieldSpec, encodings: Mapping[str, Encoding]) -> Encoding:
         if not fnmatch.fnmatchcase(field.name, pattern):
             continue
         picture = encoding.kind in _PICTURES or encoding.kind in _VIDEOS
-        if encoding.kind == "text" or (picture and (field.dtype != "uint8" or _layout(field.shape) is None)):
+        if encoding.kind == "text" or (picture and (field.dtype != "uint8" or _picture_layout(field.shape) is None)):
             raise DataError(
                 f"field {field.name!r} ({field.dtype} {field.shape}) cannot be stored as {encoding.kind}: "
                 "pictures and videos hold uint8 of two or three dimensions; use raw"
             )
         return encoding
-    layout = _layout(field.shape) if field.modality == "image" and field.dtype == "uint8" else None
+    layout = _picture_layout(field.shape) if field.modality == "image" and field.dtype == "uint8" else None
     if layout is None or max(field.shape) > _LONGEST["webp"]:
         return Encoding("raw")
     return Encoding("webp" if layout.channels == 3 else "png")
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How a step's array is laid out as a picture of `channels` channels: `axes` make it [height, width, channels]."""
+class _PictureLayout:
+    """How one step's array becomes a picture.
+
+    axes      the array's axes of height, width and colour, or of plane, height and width; None: it is one grey plane
+    channels  of the picture: 3 or 1
+    """
 
     axes: tuple[int, ...] | None
     channels: int
 
 
-def _layout(shape: Sequence[int]) -> _Layout | None:
-    """Colour stays colour; what else has two or three dimensions becomes one grey plane, stacks one below the other."""
+def _picture_layout(shape: Sequence[int]) -> _PictureLayout | None:
+    """Arrays with three channels become colour pictures. Others of two or three dimensions become grey, stacked planes one below
+    the other. None for arrays of other dimensions.
+    """
     if len(shape) == 2 or (len(shape) == 3 and shape[2] == 1):
-        return _Layout(None, 1)
+        return _PictureLayout(None, 1)
     if len(shape) != 3:
         return None
     if shape[2] == 3:
-        return _Layout((0, 1, 2), 3)
+        return _PictureLayout((0, 1, 2), 3)
     if shape[0] == 3:
-        return _Layout((1, 2, 0), 3)
-    return _Layout((2, 0, 1), 1) if shape[2] < shape[0] else _Layout((0, 1, 2), 1)
+        return _PictureLayout((1, 2, 0), 3)
+    return _PictureLayout((2, 0, 1), 1) if shape[2] < shape[0] else _PictureLayout((0, 1, 2), 1)
 
 
-def _planes(rows: np.ndarray, layout: _Layout) -> np.ndarray:
+def _planes(rows: np.ndarray, layout: _PictureLayout) -> np.ndarray:
     """[n, *shape] -> [n, height, width, channels] of a picture."""
     n = len(rows)
     if layout.channels == 3:
@@ -120,7 +128,7 @@ def _planes(rows: np.ndarray, layout: _Layout) -> np.ndarray:
     return rows.reshape(n, rows.shape[1], rows.shape[2], 1)
 
 
-def _unplanes(planes: np.ndarray, layout: _Layout, shape: Sequence[int]) -> np.ndarray:
+def _unplanes(planes: np.ndarray, layout: _PictureLayout, shape: Sequence[int]) -> np.ndarray:
     """The inverse of `_planes`."""
     n = len(planes)
     if layout.axes is None:
@@ -131,11 +139,11 @@ def _unplanes(planes: np.ndarray, layout: _Layout, shape: Sequence[int]) -> np.n
 
 
 def encode(rows: np.ndarray, encoding: Encoding) -> list[bytes]:
-    """The chunks of an array [n, *shape] of uint8 (pictures, videos) or of strings (text); not for `raw`."""
+    """Encode an array [n, *shape] of uint8 (pictures, videos) or of strings (text) as chunks. Not for `raw`."""
     parts = [rows[i : i + encoding.rows] for i in range(0, len(rows), encoding.rows)]
     if encoding.kind == "text":
         return [",".join(json.dumps(str(s), ensure_ascii=False) for s in part).encode() for part in parts]
-    layout = _layout(rows.shape[1:])
+    layout = _picture_layout(rows.shape[1:])
     assert layout is not None, "choose() refuses such a field"
     if encoding.kind in _VIDEOS:
         return [_encode_video(_planes(part, layout), encoding) for part in parts]
@@ -164,7 +172,7 @@ def _encode_picture(planes: np.ndarray, encoding: Encoding) -> bytes:
 
 
 def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
-    """One MP4 whose first frame is a key frame. `quality` 100 … 1 maps to a constant rate factor of 0 … 51 (63 for AV1)."""
+    """One MP4 whose first frame is a key frame. `quality` 100 … 1 becomes a constant rate factor of 0 … 51 (AV1: 0 … 63)."""
     import av
 
     os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints its settings for every chunk
@@ -173,7 +181,7 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
         raise DataError(f"{n} frames of {height}×{width} are too large for one {encoding.kind} chunk; lower `frames`")
     worst = 51 if encoding.kind == "h264" else 63
     rate = str(round(worst * (100 - (encoding.quality or 60)) / 100))
-    # one thread: the bytes must not depend on the machine that encodes them
+    # one thread, because the bytes must not depend on the machine
     options = {"crf": rate, "preset": "medium", "threads": "1"}
     if encoding.kind == "av1":
         options = {"crf": rate, "preset": "8", "svtav1-params": "lp=1"}
@@ -185,7 +193,7 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         stream.gop_size = n
-        # 4:2:0 needs even sides: the last row and column are doubled and cut off again by the decoder
+        # 4:2:0 needs even sides: the last row and column are doubled, and the decoder cuts them off again
         padded = np.pad(planes, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for plane in padded:
             frame = av.VideoFrame.from_ndarray(
@@ -198,16 +206,16 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
 
 
 def decode(chunk: bytes | memoryview, kind: str, rows: int, shape: Sequence[int]) -> np.ndarray:
-    """`rows` rows of a chunk: uint8 [rows, *shape], or strings. An extent of 0 in `shape` may be anything.
+    """Decode a chunk of `rows` rows: uint8 [rows, *shape], or strings [rows]. An extent of 0 in `shape` allows any size.
 
-    Raises DataError where the chunk is damaged or is not what the field declares.
+    Raises DataError if the chunk is damaged, or does not have the declared format, size or number of rows.
     """
     try:
         if kind == "text":
             return _decode_text(chunk, rows)
-        layout = _layout(shape)
+        layout = _picture_layout(shape)
         if layout is None:
-            raise DataError(f"a field of shape {tuple(shape)} cannot be a {kind}")
+            raise DataError(f"a field of shape {tuple(shape)} cannot be stored as {kind}")
         planes = (
             _decode_video(chunk, kind, rows) if kind in _VIDEOS else _decode_picture(chunk, kind, rows, layout, shape)
         )
@@ -221,11 +229,11 @@ def decode(chunk: bytes | memoryview, kind: str, rows: int, shape: Sequence[int]
         return _unplanes(planes, layout, shape)
     except DataError:
         raise
-    except Exception as error:  # a codec's own errors are of many classes
+    except Exception as error:  # codecs raise errors of many classes
         raise DataError(f"the {kind} chunk cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def _plane_size(shape: Sequence[int], layout: _Layout) -> tuple[int, int]:
+def _plane_size(shape: Sequence[int], layout: _PictureLayout) -> tuple[int, int]:
     planes = _planes(np.broadcast_to(np.uint8(0), (1, *shape)), layout)
     return planes.shape[1], planes.shape[2]
 
@@ -238,12 +246,12 @@ def _decode_text(chunk: bytes | memoryview, rows: int) -> np.ndarray:
 
 
 def _decode_picture(
-    chunk: bytes | memoryview, kind: str, rows: int, layout: _Layout, shape: Sequence[int]
+    chunk: bytes | memoryview, kind: str, rows: int, layout: _PictureLayout, shape: Sequence[int]
 ) -> np.ndarray:
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own bound stands below
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
         image = Image.open(io.BytesIO(chunk), formats=[_PICTURES[kind]])
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -267,7 +275,9 @@ def _decode_video(chunk: bytes | memoryview, kind: str, rows: int) -> np.ndarray
         if stream.codec_context.name not in (kind, f"lib{kind}", "libdav1d"):
             raise DataError(f"the video is {stream.codec_context.name}, not {kind}")
         if rows * stream.width * stream.height > MAX_PIXELS:
-            raise DataError(f"the video claims {rows} frames of {stream.width}×{stream.height}: too large")
+            raise DataError(
+                f"the video claims {rows} frames of {stream.width}×{stream.height}; at most {MAX_PIXELS} pixels are decoded"
+            )
         stream.thread_count = 1
         for frame in container.decode(stream):
             frames.append(frame.to_ndarray(format="rgb24"))

@@ -14,19 +14,30 @@ from crc32c import crc32c
 from tiphys.dataio.episode import DataError, Episode, FieldSpec
 from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.encodings import Encoding
-from tiphys.dataio.format.rows import Layout, column, pack_rows, plain
+from tiphys.dataio.format.rows import RowLayout, column, pack_rows, plain
 
-BLOCK = 512  # of a tar
+BLOCK = 512  # bytes of a block of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode
-MAX_TEXT = 1 << 24  # bytes of a text that is one for the whole episode
+MAX_TEXT = 1 << 24  # bytes of a text with one value for the whole episode
 
 
 class Sample:
-    """An episode as the members of one WebDataset sample, in the order in which TarWriter writes them."""
+    """The members of one episode's WebDataset sample, and what the index needs to know about them.
 
-    def __init__(self, layout: Layout, episode: Episode, chosen: Mapping[str, Encoding]) -> None:
+    rows     the episode's rows, as in `steps.npy`
+    members  extension -> content; TarWriter writes them sorted by extension
+    texts    text field with one value for the episode -> its text
+    values   other field with one value for the episode -> its bytes, little endian
+    chunks   large field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC-32C)])
+    short    observed fields with fewer rows than the episode
+    bytes    size in the tar, with headers and padding
+
+    Raises DataError if the episode does not fit the task.
+    """
+
+    def __init__(self, layout: RowLayout, episode: Episode, chosen: Mapping[str, Encoding]) -> None:
         if not 0 < len(episode.id.encode()) <= 512 or episode.steps < 0:
-            raise DataError(f"episode {episode.id[:60]!r}: an id of 1 to 512 bytes and steps ≥ 0 are needed")
+            raise DataError(f"episode {episode.id[:60]!r}: its id must have 1 to 512 bytes, and steps must be ≥ 0")
         unknown = episode.fields.keys() - layout.names
         if unknown:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} has no field {', '.join(sorted(unknown))}")
@@ -35,7 +46,6 @@ class Sample:
         self.members: dict[str, bytes] = {"steps.npy": npy(self.rows)}
         self.texts: dict[str, str] = {}
         self.values: dict[str, bytes] = {}
-        # field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC)])
         self.chunks: dict[str, tuple[str, int, list[tuple[str, int, int, int]]]] = {}
         count = len(self.rows)
         for field in layout.large:
@@ -44,10 +54,9 @@ class Sample:
             self._add_episodic(field)
         self.short = [f.name for f in layout.observed if len(episode.fields[f.name]) < count]
         self.members["json"] = self._json(chosen)
-        # header and padding of each member
         self.bytes = sum(BLOCK + -(-len(m) // BLOCK) * BLOCK for m in self.members.values())
         if self.bytes > MAX_SAMPLE:
-            raise DataError(f"episode {episode.id!r} takes {self.bytes} bytes; at most {MAX_SAMPLE} are written")
+            raise DataError(f"episode {episode.id!r} needs {self.bytes} bytes, but at most {MAX_SAMPLE} are allowed")
 
     def _add_large(self, field: FieldSpec, encoding: Encoding, count: int) -> None:
         if field.per == "episode":
@@ -67,7 +76,7 @@ class Sample:
                 part = data[at : at + one]
                 entries.append((member, at, len(part), crc32c(part)))
         elif encoding.kind == "text":
-            # one JSON list whose items are the chunks, so that readers of the tar get the strings
+            # the chunks, joined by commas, are one JSON list, so that other readers of the tar get the strings
             member = f"{field.name}.{extension}"
             parts = codecs.encode(array, encoding)
             at = 1
@@ -91,7 +100,7 @@ class Sample:
             if value is None:
                 return
             if not isinstance(value, str) or len(value.encode()) > MAX_TEXT:
-                raise DataError(f"{where}: a text of at most {MAX_TEXT} bytes is needed")
+                raise DataError(f"{where}: it must be a str of at most {MAX_TEXT} bytes")
             self.texts[field.name] = value
             return
         stepwise = Episode(
@@ -104,7 +113,7 @@ class Sample:
         fields: dict[str, Any] = dict(self.texts)
         for name in self.values:
             fields[name] = np.asarray(e.fields[name]).tolist()
-        described = {
+        content = {
             "id": e.id,
             "task": e.task,
             "steps": int(e.steps),
@@ -116,18 +125,18 @@ class Sample:
             "info": dict(e.info),
         }
         try:
-            return json.dumps(described, ensure_ascii=False, default=plain).encode()
+            return json.dumps(content, ensure_ascii=False, default=plain).encode()
         except (TypeError, ValueError) as error:
-            raise DataError(f"episode {e.id!r}: info holds what JSON cannot: {error}") from None
+            raise DataError(f"episode {e.id!r}: info holds a value that JSON cannot hold: {error}") from None
 
 
 def _stepwise(field: FieldSpec) -> FieldSpec:
-    """A field of the whole episode as one of its first row."""
+    """The spec of a field with one value for the whole episode, as a field by step, so that `column` can check one row of it."""
     return FieldSpec(field.name, "info", field.modality, field.dtype, field.shape, field.low, field.high, field.values)
 
 
 def npy(array: np.ndarray) -> bytes:
-    """An array as `.npy` bytes, version 1.0 where its header fits."""
+    """An array as `.npy` bytes, in version 1.0 if the header is short enough."""
     array = np.ascontiguousarray(array)
     return _header(array.dtype, array.shape) + array.tobytes()
 
@@ -135,9 +144,9 @@ def npy(array: np.ndarray) -> bytes:
 @lru_cache(maxsize=4096)
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     out = io.BytesIO()
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     try:
-        np.lib.format.write_array_header_1_0(out, described)
+        np.lib.format.write_array_header_1_0(out, header)
     except ValueError:  # too many columns
-        np.lib.format.write_array_header_2_0(out, described)
+        np.lib.format.write_array_header_2_0(out, header)
     return out.getvalue()

@@ -1,25 +1,25 @@
-"""`index.parquet`: one row an episode, written in parts of bounded memory.
+"""`index.parquet`: one row for each episode, written in parts of bounded memory.
 
 Columns
 
 | column | type | meaning |
 |---|---|---|
 | `id`, `task`, `agent` | string | |
-| `hash` | uint64 | first 8 bytes (big endian) of BLAKE2b of the id: who is held out follows from it |
-| `steps`, `rows` | int32 | actions; rows of `steps.npy` |
+| `hash` | uint64 | first 8 bytes (big endian) of BLAKE2b of the id; decides which episodes are held out |
+| `steps`, `rows` | int32 | number of actions; number of rows of `steps.npy` |
 | `return` | double | undiscounted sum of the rewards |
 | `success` | bool | null: unknown |
 | `shard` | string | path in the dataset's folder, or a URL |
 | `offset` | int64 | byte of the shard at which row 0 of `steps.npy` begins; −1: the sample has no `steps.npy` |
-| `sample`, `sample_bytes` | int64 | the sample's members with their headers |
-| `json`, `json_bytes` | int64 | the data of the `.json` member |
-| `short` | string | observed fields that lack the last, observation-only row though others have it, joined by commas |
-| `text.FIELD` | string | a text that is one for the whole episode |
-| `value.FIELD` | binary | an array that is one for the whole episode, little endian |
+| `sample`, `sample_bytes` | int64 | first byte and size of the sample: its members with their headers |
+| `json`, `json_bytes` | int64 | first byte and size of the content of the `.json` member |
+| `short` | string | observed fields with only T rows in an episode of T + 1 rows, joined by commas |
+| `text.FIELD` | string | a text with one value for the whole episode |
+| `value.FIELD` | binary | an array with one value for the whole episode, little endian |
 | `chunks.FIELD` | struct | a large field: `kind`, `rows` of a chunk, and for each chunk `offset` in the shard, `size`, `crc` |
 
-The file describes itself: its key-value metadata holds, under `tiphys`, the tasks and the shards with sizes and CRCs. Its
-pages carry checksums.
+The file describes itself: the key `tiphys` of its key-value metadata holds the tasks, and the shards with sizes and CRCs. Its
+pages have checksums.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from tiphys.dataio.episode import DataError, TaskSpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PART = 1 << 16  # episodes of a row group
+PART = 1 << 16  # episodes in a row group
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
 
 
 class Chunks(NamedTuple):
-    """Where the chunks of one large field of one episode lie."""
+    """The places of the chunks of one large field in one episode."""
 
-    kind: str
-    rows: int  # of a chunk; the last may have fewer
-    offset: Sequence[int]  # of the chunk's first byte in the shard
-    size: Sequence[int]
-    crc: Sequence[int]  # CRC-32C
+    kind: str  # one of encodings.KINDS
+    rows: int  # rows of a chunk; the last one may have fewer
+    offset: Sequence[int]  # first byte of each chunk in the shard
+    size: Sequence[int]  # bytes of each chunk
+    crc: Sequence[int]  # CRC-32C of each chunk
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as the index knows it: path in the dataset's folder or URL, size in bytes, CRC-32C of the whole (−1: unknown)."""
+    """A shard: its path in the dataset's folder or its URL, its size in bytes, and the CRC-32C of the whole (−1: unknown)."""
 
     name: str
     size: int
@@ -64,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the table."""
+    """One row of the table; the module's docstring explains the columns."""
 
     id: str
     task: str
@@ -86,14 +86,14 @@ class Record:
 
 
 def hash_id(episode_id: str) -> int:
-    """The 64-bit hash of an episode's id, the same for ever."""
+    """The 64-bit hash of an episode's id. It is part of the format and never changes."""
     return int.from_bytes(hashlib.blake2b(episode_id.encode(), digest_size=8).digest(), "big")
 
 
 class TableWriter:
-    """Writes records to Parquet parts in a local folder; `finish` makes one file of them.
+    """Writes records to Parquet parts in a local folder. `finish` combines the parts into one file.
 
-    Fields may appear at any time: parts have the columns that they need, the final file has all of them.
+    Fields may appear at any time: a part has the columns that it needs, the final file has all of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class TableWriter:
             self._records = []
 
     def finish(self, file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
-        """Write the one file and remove the parts."""
+        """Write the final file and remove the parts."""
         self._flush()
         combine([Part(p) for p in self.parts], file, tasks, shards)
         for part in self.parts:
@@ -161,7 +161,7 @@ def chunk_type() -> pa.DataType:
 
 @dataclass(frozen=True)
 class Part:
-    """An index file that goes into another one: all its rows or those of `keep` (bool [E]), shards renamed by `rename`."""
+    """An index file that is copied into another: all rows, or those of `keep` (bool [E]), with shards renamed by `rename`."""
 
     file: Path
     keep: np.ndarray | None = None
@@ -169,12 +169,12 @@ class Part:
 
 
 def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
-    """Concatenate index files into one, with every column that any of them has, in bounded memory."""
+    """Concatenate index files, in bounded memory. The new file has every column that any of them has."""
     import pyarrow.parquet as pq
 
     parts = list(parts)
     schema = _schema([pq.read_schema(p.file) for p in parts])
-    # what differs in every row is not worth a dictionary
+    # a dictionary saves nothing if the values differ in every row
     unique = [n for n in schema.names if n in ("id", "hash", "offset", "sample", "json") or n.startswith("value.")]
     dictionary = [n for n in schema.names if n not in unique]
     options = {"compression": "zstd", "use_dictionary": dictionary, "write_page_checksum": True}
@@ -182,13 +182,12 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
         for group in _groups(parts, schema):
             writer.write_table(group)
         listed = [[s.name, s.size, s.crc] for s in shards]
-        described = {"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed}
-        text = json.dumps(described)
+        text = json.dumps({"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed})
         writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
 
 
 def _groups(parts: Iterable[Part], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of all parts in groups of PART, wherever the parts end: the file does not show how it was put together."""
+    """The rows of all parts in groups of PART rows, so that the file does not depend on where the parts end."""
     import pyarrow as pa
 
     waiting = pa.table([pa.array([], f.type) for f in schema], schema=schema)
@@ -205,7 +204,7 @@ def _groups(parts: Iterable[Part], schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The columns of all, those that every index has first."""
+    """The columns of all files: first those that every index has, then the others, sorted by name."""
     import pyarrow as pa
 
     out = _table([]).schema
@@ -238,8 +237,8 @@ def batches(part: Part) -> Iterator[pa.RecordBatch]:
                 yield batch
 
 
-def describe(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
-    """The tasks and shards that an index file names in its metadata. Raises DataError where it is no index."""
+def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
+    """The tasks and shards in the metadata of an index file. Raises DataError if the file is not an index or is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -248,11 +247,11 @@ def describe(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
         text = metadata[METADATA.encode()]
         if crc32c(text) != int(metadata[METADATA_CRC.encode()]):
             raise DataError(f"{file.name} is damaged: the CRC-32C of its metadata does not match")
-        described = json.loads(text)
-        if described["version"] != 1:
-            raise DataError(f"{file.name} has version {described['version']}; this Tiphys reads version 1")
-        return [TaskSpec(**t) for t in described["tasks"]], [Shard(*s) for s in described["shards"]]
+        own = json.loads(text)
+        if own["version"] != 1:
+            raise DataError(f"{file.name} has version {own['version']}; this Tiphys reads version 1")
+        return [TaskSpec(**t) for t in own["tasks"]], [Shard(*s) for s in own["shards"]]
     except DataError:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError) as error:
-        raise DataError(f"{file.name} is no index of a Tiphys dataset: {type(error).__name__}: {error}") from None
+        raise DataError(f"{file.name} is not an index of a Tiphys dataset: {type(error).__name__}: {error}") from None

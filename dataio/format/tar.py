@@ -1,4 +1,4 @@
-"""Reading a tar that a stranger may have made: regular files only, nothing compressed, nothing extracted, every end checked."""
+"""Reads the members of a tar that is not trusted: only regular files, no compression, nothing is extracted, sizes are checked."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError
 
-MAX_MEMBER = 8 << 30  # bytes
-MAX_HEADER = 1 << 16  # bytes of the header of a .npy member
+MAX_MEMBER = 8 << 30  # most bytes of a member
+MAX_HEADER = 1 << 16  # most bytes of the header of a .npy member
 _SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # key and extension, as WebDataset splits a name
 
 
 class Member(NamedTuple):
-    """A file of a tar: where its first header block and its data begin."""
+    """A file of a tar."""
 
     name: str
-    header: int
-    offset: int
-    size: int
+    header: int  # byte at which its first header block begins
+    offset: int  # byte at which its content begins
+    size: int  # bytes of its content
 
 
 class Sample(NamedTuple):
-    """Consecutive members with one key, by extension."""
+    """Consecutive members with the same key."""
 
     key: str
-    members: dict[str, Member]
-    begin: int
-    end: int  # with the last member's padding
+    members: dict[str, Member]  # by extension, in lower case
+    begin: int  # first byte
+    end: int  # byte after the padding of the last member
 
 
 def members(file: Path) -> Iterator[Member]:
-    """The files of an uncompressed tar in order. Raises DataError at the first byte that is not as it should be."""
+    """The files of an uncompressed tar, in order. Raises DataError if the tar is damaged, or has something else than files."""
     size = file.stat().st_size
     try:
         with tarfile.open(file, "r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
                     raise DataError(
-                        f"byte {info.offset}: {info.name!r} is a link or a special file; only files are read"
+                        f"byte {info.offset}: {info.name!r} is a link or a special file; only regular files are allowed"
                     )
                 if info.size > MAX_MEMBER or info.offset_data + info.size > size:
-                    raise DataError(f"byte {info.offset}: {info.name!r} claims {info.size} bytes: more than there are")
+                    raise DataError(
+                        f"byte {info.offset}: {info.name!r} claims {info.size} bytes: more than the tar has, or more than "
+                        f"{MAX_MEMBER}"
+                    )
                 yield Member(info.name, info.offset, info.offset_data, info.size)
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
@@ -61,14 +64,14 @@ def members(file: Path) -> Iterator[Member]:
     with open(file, "rb") as stream:
         stream.seek(end)
         tail = stream.read(1024)
-    if tail.strip(b"\0"):  # tarfile takes a damaged header for the end
+    if tail.strip(b"\0"):  # tarfile treats a damaged header as the end
         raise DataError(f"byte {end}: the header of the next member is damaged")
     if len(tail) < 1024:
         raise DataError(f"byte {end}: the end-of-archive marker is missing; the tar is cut off")
 
 
 def samples(file: Path) -> Iterator[Sample]:
-    """The samples of a WebDataset tar: neighbouring members of one key. Members without an extension are passed over."""
+    """The samples of a WebDataset tar: consecutive members with the same key. Members without an extension are skipped."""
     key, found = "", dict[str, Member]()
     for member in members(file):
         match = _SAMPLE.fullmatch(member.name)
@@ -79,7 +82,7 @@ def samples(file: Path) -> Iterator[Sample]:
             found = {}
         key, extension = match[1], match[2].lower()
         if extension in found:
-            raise DataError(f"byte {member.header}: {member.name!r} stands twice in one sample")
+            raise DataError(f"byte {member.header}: {member.name!r} appears twice in one sample")
         found[extension] = member
     if found:
         yield _sample(key, found)
@@ -92,7 +95,7 @@ def _sample(key: str, found: dict[str, Member]) -> Sample:
 
 
 def npy_header(data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, bytes of the header) of a `.npy` member from its first bytes. Raises DataError."""
+    """(dtype, shape, bytes of the header) of a `.npy` member, from its first bytes. Raises DataError if it is not valid."""
     stream = io.BytesIO(data[: MAX_HEADER + 16])
     try:
         version = np.lib.format.read_magic(stream)
@@ -101,5 +104,5 @@ def npy_header(data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, tokenize.TokenError) as error:
         raise DataError(f"the header of the .npy member is damaged: {error}") from None
     if fortran or dtype.hasobject:
-        raise DataError("the .npy member is in Fortran order or holds Python objects")
+        raise DataError("the .npy member is in Fortran order or holds Python objects; neither is read")
     return dtype, shape, stream.tell()

@@ -86,12 +86,12 @@ class Assembler:
 
     def _simple(self, step: _Step, here: np.ndarray, entry: int, wanted: TaskFields) -> np.ndarray:
         """Mask of windows with rows of `steps.npy`, whose bytes are all here and whose large fields are stored raw."""
-        arrays, episode = self._index(entry).arrays, step.planned.episode[here]
+        index, episode = self._index(entry), step.planned.episode[here]
         none = np.full(len(here), UNWANTED)
         begins = {name: begin[here] for name, begin in step.gathered.begin.items()}
         simple = np.asarray(begins.get(STEPS, none) >= 0)
         for spec, row_bytes in wanted.large:
-            raw = arrays[f"chunks.{spec.name}.kind"][episode] == _RAW if row_bytes else none == 0
+            raw = index.chunk_table(spec.name).kind[episode] == _RAW if row_bytes else none == 0
             simple &= raw & (begins.get(spec.name, none) >= 0)
         return simple
 
@@ -133,15 +133,14 @@ class Assembler:
         self, step: _Step, here: np.ndarray, entry: int, spec: FieldSpec, row_bytes: int
     ) -> list[np.ndarray | None]:
         """A large field of some windows, from raw chunks that lie side by side; None where that is not so or a CRC differs."""
-        arrays, episode, name = self._index(entry).arrays, step.planned.episode[here], f"chunks.{spec.name}"
+        table, episode = self._index(entry).chunk_table(spec.name), step.planned.episode[here]
         first, count = step.first[here], step.rows[here]
-        frames = np.maximum(arrays[f"{name}.rows"][episode].astype(np.int64), 1)
-        chunks = arrays[f"{name}.first"]
-        low = chunks[episode] + first // frames
-        high = np.minimum(chunks[episode + 1], chunks[episode] - (-(first + count) // frames))
+        frames = np.maximum(table.rows[episode].astype(np.int64), 1)
+        low = table.first[episode] + first // frames
+        high = np.minimum(table.first[episode + 1], table.first[episode] - (-(first + count) // frames))
         every = expand(low, np.maximum(low, high))
-        sizes, crcs = arrays[f"{name}.size"][every].tolist(), arrays[f"{name}.crc"][every].tolist()
-        skips = (first - (low - chunks[episode]) * frames).tolist()
+        sizes, crcs = table.size[every].tolist(), table.crc[every].tolist()
+        skips = (first - (low - table.first[episode]) * frames).tolist()
         dtype, view = np.dtype(spec.dtype).newbyteorder("<"), step.gathered.data.data
         out: list[np.ndarray | None] = []
         k = 0
@@ -208,7 +207,7 @@ class Assembler:
         if not wanted.episodic:
             return {}
         index, episode = self._index(int(planned.entry[i])), int(planned.episode[i])
-        values = ((spec.name, index._episode_value(episode, spec)) for spec in wanted.episodic)
+        values = ((spec.name, index.episode_value(episode, spec)) for spec in wanted.episodic)
         return {name: value for name, value in values if value is not None}
 
     def _index(self, entry: int) -> EpisodeIndex:

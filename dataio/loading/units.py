@@ -87,7 +87,7 @@ class UnitMap:
             row_bytes = max((index.row_bytes(t) for t in range(len(index.tasks))), default=1)
             self._add(StepsColumn(number, index, self.units, rows_of(row_bytes)), mine)
             for field in wanted:
-                if f"chunks.{field}.first" in index.arrays:
+                if index.has_chunks(field):
                     users = [e for e in mine if field in needs[e].fields]
                     self._add(ChunksColumn(number, index, field, self.units, rows_of), users)
         self._firsts = np.array([c.first_unit for c in self.columns], np.int64)
@@ -166,7 +166,7 @@ class StepsColumn:
 
     def __init__(self, dataset: int, index: EpisodeIndex, first_unit: int, run: int):
         self.dataset, self.index, self.first_unit, self.run, self.field = dataset, index, first_unit, run, STEPS
-        has = np.asarray(index.arrays["offset"]) >= 0
+        has = index.rows_offset >= 0
         self.base = _bases(np.where(has, -(-np.asarray(index.rows, np.int64) // run), 0))
         self.units = int(self.base[-1])
         self.total = int(self.bytes_of_episodes().sum())
@@ -193,10 +193,10 @@ class ChunksColumn:
 
     def __init__(self, dataset: int, index: EpisodeIndex, field: str, first_unit: int, rows_of: Callable[[float], int]):
         self.dataset, self.index, self.first_unit, self.field = dataset, index, first_unit, field
-        arrays = {n: index.arrays[f"chunks.{field}.{n}"] for n in ("first", "rows", "offset", "size")}
-        self.first = np.asarray(arrays["first"], np.int64)
-        self.frames = np.maximum(np.asarray(arrays["rows"], np.int64), 1)
-        self.offset, self.size = arrays["offset"], arrays["size"]
+        table = index.chunk_table(field)
+        self.first = np.asarray(table.first, np.int64)
+        self.frames = np.maximum(np.asarray(table.rows, np.int64), 1)
+        self.offset, self.size = table.offset, table.size
         frames = int((np.diff(self.first) * self.frames).sum())
         self.run = rows_of(float(np.asarray(self.size, np.int64).sum()) / max(frames, 1))
         self.group = np.maximum(1, self.run // self.frames)  # chunks of a unit

@@ -1,7 +1,7 @@
-"""What every backend is: one folder in a store, and the common words for how an operation failed.
+"""`Backend`, the interface to one folder in a store, and the exceptions that say how an operation failed.
 
-A backend does one operation once. It raises FileNotFoundError, PermissionError, `Changed`, `OutOfRange`, `Refused`, `Throttled`
-or `Transient`. Retries, joined requests and verification are the work of `storage.Store`.
+A backend tries each operation once. It raises FileNotFoundError, PermissionError, `Changed`, `OutOfRange`, `Refused`, `Throttled`
+or `Transient`. `storage.Store` retries, joins requests and checks the results.
 """
 
 from __future__ import annotations
@@ -23,38 +23,43 @@ class Throttled(Transient):
 
 
 class Changed(Exception):
-    """The object is no longer the one whose ETag was given."""
+    """The object no longer has the ETag that was given."""
 
 
 class OutOfRange(Exception):
-    """The object ends before the first byte asked for."""
+    """The object ends before the first requested byte."""
 
 
 class Refused(Exception):
-    """The store does not take this request, and would not take it later."""
+    """The store refuses this request, and would refuse it later too."""
 
 
 class ObjectInfo(NamedTuple):
-    size: int  # bytes of the whole object; −1 where the answer did not say
-    etag: str  # changes whenever the object does; empty where the store has none
+    """Size and version of an object."""
+
+    size: int  # bytes of the whole object; −1 if the answer did not say
+    etag: str  # changes whenever the object changes; empty if the store has none
 
 
 class Backend(Protocol):
-    """One folder. Keys are relative to it, with forward slashes."""
+    """One folder. Keys are paths relative to it, with forward slashes."""
 
     async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
-        """Bytes [start, start + size), fewer where the object ends; `Changed` unless `etag` is empty or matches."""
+        """Bytes [start, start + size), or fewer if the object ends before. Raises `Changed` if `etag` is given and differs."""
 
-    async def head(self, key: str) -> ObjectInfo: ...
+    async def head(self, key: str) -> ObjectInfo:
+        """Size and version of an object."""
 
     async def put(self, key: str, source: bytes | Path) -> None:
-        """All of it or nothing."""
+        """Write an object atomically, from bytes or a local file."""
 
-    async def keys(self, folder: str) -> list[str]: ...
+    async def keys(self, folder: str) -> list[str]:
+        """Sorted keys of all objects in a folder, at any depth; empty if there is no such folder."""
 
-    async def delete(self, key: str) -> None: ...
+    async def delete(self, key: str) -> None:
+        """Remove an object."""
 
 
 def redacted(text: str) -> str:
-    """Without what may be secret in a URL: user info and query strings (SAS tokens, signatures)."""
+    """The text without the secrets that URLs may contain: user info and query strings (SAS secrets, signatures)."""
     return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))

@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 
 class LocalBackend:
-    """A local folder. Writes go to a temporary file, are synced, then renamed."""
+    """A local folder. Its ETags are made of inode, time and size of a file. Writes are atomic."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def path(self, key: str) -> Path:
+        """The file of an object."""
         return self.root / key
 
     def ranges(
         self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
     ) -> tuple[list[bytes], ObjectInfo]:
+        """Several ranges at once. Raises `Changed` if `etag` is given and differs."""
         with open(self.path(key), "rb", buffering=0) as file:
             info = _local_info(os.fstat(file.fileno()))
             if etag and info.etag != etag:
@@ -69,7 +71,7 @@ def _local_info(stat: os.stat_result) -> ObjectInfo:
 
 def _pread(file: int, size: int, start: int) -> bytes:
     data = os.pread(file, size, start)
-    while 0 < len(data) < size:  # a read may stop early: at 2 GiB, or on a network mount
+    while 0 < len(data) < size:  # a read may return fewer bytes: at 2 GiB, or on a network mount
         more = os.pread(file, size - len(data), start + len(data))
         if not more:
             break

@@ -1,4 +1,4 @@
-"""The backend of every other store that fsspec opens."""
+"""The backend of all other stores, by fsspec."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-# What changes when an object is replaced, by the names that fsspec's file systems give it; `ukey` also counts times of access
+# Keys of fsspec's `info` whose values change if an object is replaced. `ukey` is not usable: it also depends on access times
 _VERSIONS = (
     "ETag",
     "etag",
@@ -28,7 +28,7 @@ _VERSIONS = (
 
 
 class FsspecBackend:
-    """Any other scheme, through fsspec's synchronous interface in threads."""
+    """Any other scheme, by fsspec's synchronous interface in threads. Whether `put` is atomic depends on the store."""
 
     def __init__(self, url: str):
         import fsspec
@@ -40,7 +40,7 @@ class FsspecBackend:
 
     async def fetch(self, key: str, start: int, size: int, etag: str) -> tuple[Buffer, ObjectInfo]:
         data = await self._call(self.fs.cat_file, self._path(key), start=start, end=start + size)
-        # None of these stores says what version it served: it is looked up once, and again when the bytes are wrong
+        # These stores do not say which version they served: it is looked up the first time, and if bytes are missing
         if not etag or len(data) < size:
             return data, await self.head(key)
         return data, ObjectInfo(-1, etag)
@@ -72,5 +72,5 @@ class FsspecBackend:
             return await asyncio.to_thread(function, *args, **more)
         except (FileNotFoundError, PermissionError):
             raise
-        except OSError as error:  # fsspec's file systems give network failures as OSErrors
+        except OSError as error:  # fsspec's file systems raise OSError for network failures
             raise Transient(redacted(str(error)) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""RequestLimit: how many requests to a store may be in flight, fewer after each refusal."""
+"""`RequestLimit`: how many requests to a store may be in flight at once. After a refusal the limit is halved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import time
 
 
 class RequestLimit:
-    """How many requests may be in flight: additive increase, multiplicative decrease (Chiu and Jain 1989)."""
+    """A limit of requests in flight, with additive increase and multiplicative decrease (Chiu and Jain 1989).
+
+    Belongs to one event loop. `most` is the highest limit, `now` the present one, `flying` the number of requests in flight.
+    """
 
     def __init__(self, most: int):
         self.most, self.now, self.flying = most, float(most), 0
@@ -16,7 +19,7 @@ class RequestLimit:
         self.shrunk = 0.0
 
     async def acquire(self, requests: int = 1) -> None:
-        """Wait until so many more may fly; those that came first go first."""
+        """Wait until so many more requests may be sent. Callers are served in order."""
         if not self.waiting and self._room(requests):
             self.flying += requests
             return
@@ -33,6 +36,7 @@ class RequestLimit:
         return self.flying == 0 or self.flying + requests <= int(self.now)
 
     def release(self, requests: int = 1) -> None:
+        """So many requests have ended."""
         self.flying -= requests
         while self.waiting and self._room(self.waiting[0][1]):
             turn, more = self.waiting.popleft()
@@ -41,9 +45,11 @@ class RequestLimit:
                 turn.set_result(None)
 
     def shrink(self) -> None:
+        """Halve the limit after a refusal."""
         now = time.monotonic()
-        if now - self.shrunk > 0.2:  # one wave of refusals is one piece of news
+        if now - self.shrunk > 0.2:  # refusals that come together count once
             self.now, self.shrunk = max(1.0, self.now / 2), now
 
     def grow(self) -> None:
+        """Raise the limit after a success: by 1 after about `now` successes."""
         self.now = min(float(self.most), self.now + 1 / self.now)

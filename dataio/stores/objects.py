@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class ObjectBackend:
-    """S3, GCS, Azure, HTTP by obstore (Rust's object_store). Its retries are off: `Store` must see a 503 to slow down."""
+    """S3, GCS, Azure and HTTP, by obstore (Rust's object_store). Its own retries are off, because `Store` must see each 503.
+
+    If the store refuses credentials of AWS as expired or invalid, they are looked up again, because they may have been renewed.
+    """
 
     def __init__(self, url: str, timeout: float):
         import obstore
@@ -34,14 +37,14 @@ class ObjectBackend:
         self._renewing = threading.Lock()
 
     def _open(self) -> tuple[Any, tuple[str, ...]]:
-        """The store, and the credentials that it begins with, where it was given any."""
+        """obstore's store, and the keys that it was opened with, if any."""
         from obstore.store import HTTPStore, from_url
 
         url, timeout = self._url, self._timeout
         scheme = urlsplit(url).scheme.lower()
         client: Any = {
-            "read_timeout": f"{max(1, round(timeout * 1000))}ms",  # between two reads of a body: finds stalls
-            "timeout": f"{max(60, round(timeout * 20))}s",  # of a whole request, uploads too
+            "read_timeout": f"{max(1, round(timeout * 1000))}ms",  # between two reads of a body: detects stalls
+            "timeout": f"{max(60, round(timeout * 20))}s",  # of a whole request, including uploads
             "connect_timeout": f"{max(1, round(min(timeout, 10.0) * 1000))}ms",
             "pool_max_idle_per_host": "256",
         }
@@ -63,23 +66,23 @@ class ObjectBackend:
         return from_url(url.replace("gcs://", "gs://", 1), client_options=client, retry_config=retries), ()
 
     async def _failed(self, error: Exception, key: str, store: Any) -> Exception:
-        """What an exception of obstore's means. Refused credentials are looked up once more: someone may have renewed them."""
+        """The common exception for one of obstore's. If credentials were refused and there are new ones, it is Transient."""
         found = _translated(error, key)
         if isinstance(found, PermissionError) and any(code in str(found) for code in _EXPIRED):
             try:
                 renewed = await asyncio.to_thread(self._renew, store)
             except Exception as failure:
-                return PermissionError(f"{found}; and looking for new credentials: {redacted(str(failure))}")
+                return PermissionError(f"{found}; looking for new credentials failed too: {redacted(str(failure))}")
             if renewed:
                 return Transient(str(found))
         return found
 
     def _renew(self, refused: Any) -> bool:
-        """Whether there are other credentials now than those of the store that was refused."""
+        """Look up the credentials again. Returns whether they differ from those of the store that was refused."""
         with self._renewing:
             if self.store is refused:
                 store, keys = self._open()
-                if len(keys) < len(self._keys) or keys == self._keys:  # fewer: the file is just being written
+                if len(keys) < len(self._keys) or keys == self._keys:  # fewer keys: the file is being written right now
                     return False
                 self.store, self._keys = store, keys
             return True
@@ -97,17 +100,17 @@ class ObjectBackend:
 
     def _get(self, store: Any, key: str, options: Any, size: int) -> tuple[Buffer, ObjectInfo]:
         result = self.obstore.get(store, key, options=options)
-        # One piece, at the body's end or one byte beyond what was asked for: no answer is read without end
+        # The first piece ends with the body or one byte after the requested ones, so an endless answer is not read
         data = next(iter(result.stream(min_chunk_size=size + 1)), b"")
         meta = result.meta
         return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
 
     def _patience(self, size: int) -> float:
-        """Seconds that an answer of so many bytes may take: a body that trickles shows the client's timeout always a byte."""
+        """Most seconds for an answer of so many bytes. The client's timeout does not notice a body that arrives byte by byte."""
         return 3 * self._timeout + size / _SLOWEST
 
     async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
-        """Several ranges at half the CPU of as many `fetch`, ten in flight; all fail where one does; no ETag."""
+        """Several ranges, ten in flight, with half the CPU time of as many `fetch`. No ETag is checked; one failure fails all."""
         store = self.store
         ends = asyncio.get_running_loop().time() + self._patience(sum(sizes))
         try:
@@ -147,13 +150,13 @@ class ObjectBackend:
             raise await self._failed(error, key, store) from error
 
 
-_SLOWEST = 64 << 10  # bytes a second of one body, below which it is asked for again
+_SLOWEST = 64 << 10  # bytes a second; a body that arrives more slowly is requested again
 
 
 async def _by(ends: float, answer: Any) -> Any:
-    """What a future gives; Transient where it is not there at that time of the event loop.
+    """The result of a future; raises Transient if it is not there at the time `ends` of the event loop.
 
-    An answer that is there is never thrown away, however late the loop comes to see it.
+    A result that has arrived is never discarded, even if the event loop notices it late.
     """
     timer = asyncio.get_running_loop().call_at(ends, answer.cancel)
     try:
@@ -168,12 +171,12 @@ async def _by(ends: float, answer: Any) -> Any:
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
-_MENDING = (304, 408, 409, 425)  # of a read that set no condition of its kind: not an answer to it, or not yet
+_MENDING = (304, 408, 409, 425)  # these answers do not fit the request, or come too early: the request is repeated
 _EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 
 
 def _translated(error: Exception, key: str) -> Exception:
-    """obstore's exception in the common vocabulary; what is not the store's doing stays as it is."""
+    """The common exception (see `backend`) for one of obstore's. Exceptions that the store did not cause stay as they are."""
     from obstore import exceptions as o
 
     text = redacted(str(error).split("\n\nDebug source", 1)[0])
@@ -187,20 +190,21 @@ def _translated(error: Exception, key: str) -> Exception:
         return Changed()
     if status == 416:
         return OutOfRange()
-    if status in (429, 503) or "SlowDown" in text or f"(os error {errno.EMFILE})" in text:  # sockets are files too
+    if status in (429, 503) or "SlowDown" in text or f"(os error {errno.EMFILE})" in text:  # EMFILE: too many sockets
         return Throttled(text)
     if not isinstance(error, o.BaseError):
         return error
-    # A 400 without a store's error code is the word of something in between
+    # A 400 without an error code does not come from the store, but from something in between, such as a proxy
     if status in _MENDING or status >= 500 or (status == 400 and ("<Code>" not in text or "RequestTimeout" in text)):
         return Transient(text)
     return Transient(text) if status == 0 and isinstance(error, o.GenericError) else Refused(text)
 
 
 def _s3_configuration() -> tuple[dict[str, str], Any]:
-    """Endpoint, region and keys as AWS' own tools find them: environment, the profile's files, else obstore's search.
+    """Endpoint, region and keys, found as AWS' own tools find them: in the environment, in the profile's files, or by obstore.
 
-    A profile without static keys (SSO, assumed roles, credential_process) is left to boto3 where that is installed.
+    Returns obstore's configuration, and a provider of credentials or None. A profile without static keys (SSO, assumed roles,
+    credential_process) is left to boto3. Raises DataError if that is not installed.
     """
     env = os.environ
     config: dict[str, str] = {}
@@ -222,14 +226,14 @@ def _s3_configuration() -> tuple[dict[str, str], Any]:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
         raise DataError(
-            f"AWS_PROFILE={profile}: the profile has no static keys, and finding others needs boto3: pip install boto3"
+            f"AWS_PROFILE={profile}: the profile has no static keys, and other credentials need boto3: pip install boto3"
         ) from None
-    # boto3 renews what has less than ten minutes left; obstore must not hold on to it for longer
+    # boto3 renews credentials that have less than ten minutes left, so obstore must not keep them longer than that
     return config, Boto3CredentialProvider(boto3.Session(profile_name=profile), ttl=timedelta(minutes=10))
 
 
 def _aws_profile(name: str) -> dict[str, str]:
-    """A profile's settings from ~/.aws/credentials and ~/.aws/config, whichever exist."""
+    """A profile's settings from ~/.aws/config and ~/.aws/credentials, as far as they exist."""
     settings: dict[str, str] = {}
     files = (
         (os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"), name if name == "default" else f"profile {name}"),

@@ -1,4 +1,4 @@
-"""Ranges of one object that lie close to each other, joined to one request."""
+"""Joins byte ranges of one object that lie close together into one request."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-PART = 8 << 20  # bytes of one request at most; larger reads go in parallel parts
-GAP = 2 << 10  # ranges closer than this are one request: what lies between costs less than a request of its own
+PART = 8 << 20  # most bytes of one request; larger reads are split into parallel requests
+GAP = 2 << 10  # ranges this close are joined: the bytes between them cost less than another request
 
 
 class Joined(NamedTuple):
-    """One request that serves several ranges: `parts` are (number of the range, offset within the request, size)."""
+    """One request that serves several ranges."""
 
     start: int
     size: int
-    parts: list[tuple[int, int, int]]
+    parts: list[tuple[int, int, int]]  # (number of the range, its offset within the request, its size)
 
 
 def join_ranges(starts: Sequence[int], sizes: Sequence[int], gap: int = GAP, most: int = PART) -> list[Joined]:
-    """Neighbouring or overlapping ranges as one request where at most `gap` unwanted bytes lie between them.
+    """Join ranges that overlap or have at most `gap` unwanted bytes between them.
 
-    No request grows beyond `most` bytes by joining. Every range is served by exactly one request.
+    Joining makes no request larger than `most` bytes. Every range is served by exactly one request.
     """
     order = np.argsort(np.asarray(starts, np.int64), kind="stable")
     start, size = np.asarray(starts, np.int64)[order], np.asarray(sizes, np.int64)[order]
@@ -37,7 +37,7 @@ def join_ranges(starts: Sequence[int], sizes: Sequence[int], gap: int = GAP, mos
 
 
 def _joined(numbers: list[int], starts: list[int], sizes: list[int], most: int) -> list[Joined]:
-    """Ranges that ascend and may all be joined, as requests of at most `most` bytes."""
+    """Ascending ranges that are all close enough, joined into requests of at most `most` bytes."""
     out: list[Joined] = []
     first, end = 0, starts[0] + sizes[0]
     for i in range(1, len(starts) + 1):

@@ -1,4 +1,4 @@
-"""Which backend opens a URL, and which schemes may be opened at all."""
+"""Which schemes may be opened, and by which backend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tiphys.dataio.stores.filesystems import FsspecBackend
 from tiphys.dataio.stores.objects import ObjectBackend
 
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
-# fsspec knows schemes that run commands (pipe), open nested archives or chain others: plain remote file systems may pass
+# Some schemes of fsspec run commands (pipe), open nested archives or chain others: only plain remote file systems are allowed
 FSSPEC_SCHEMES = ("hf", "memory", "sftp", "ssh", "smb", "hdfs", "webhdfs", "oss", "webdav", "dbfs", "ftp")
 
 
 def backend(url: str, timeout: float) -> Backend:
-    """The backend of a folder's URL. DataError where its scheme is not on the list of those that may be opened."""
+    """The backend for a folder's URL. Raises DataError if its scheme may not be opened."""
     scheme = urlsplit(url).scheme.lower() if "://" in url or re.match(r"[a-z0-9+.-]{2,}:", url) else ""
     if "::" in url or (scheme and scheme not in (*OBJECT_SCHEMES, *FSSPEC_SCHEMES, "file")):
         allowed = ", ".join(("file", *OBJECT_SCHEMES, *FSSPEC_SCHEMES))

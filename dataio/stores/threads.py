@@ -1,4 +1,4 @@
-"""Blocking calls for event loops. A future of obstore's costs Python twice the processor time of a call in a thread."""
+"""Blocking calls for event loops. A future of obstore costs Python twice as much CPU time as a blocking call in a thread."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Threads:
-    """As many threads as calls were ever under way at once. They are daemons: no process waits for them to end."""
+    """A pool that starts a thread if all are busy. The threads are daemons, so a process can end without waiting for them."""
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
 
     def call(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """What the function returns or raises. Whoever cancels the future leaves the call to itself."""
+        """A future of what the function returns or raises. Cancelling the future does not interrupt the call."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._calls.put((function, arguments, loop, future))
@@ -37,10 +37,10 @@ class Threads:
                 result = function(*arguments)
             except Exception as caught:
                 error = caught
-            self._idle.release()  # first, or the loop would begin a new thread for what comes next
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
+            self._idle.release()  # before the result, otherwise the loop would start a new thread for the next call
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits for the result
                 loop.call_soon_threadsafe(_settle, future, result, error)
-            del function, arguments, loop, future, result, error  # nothing is held while there is nothing to do
+            del function, arguments, loop, future, result, error  # an idle thread must not keep them in memory
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
@@ -56,13 +56,13 @@ _threads = Threads()
 
 
 def call(function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-    """`Threads.call` of this process."""
+    """`Threads.call` in the pool of this process."""
     return _threads.call(function, *arguments)
 
 
 def _renew() -> None:
     global _threads
-    _threads = Threads()  # a forked child has the object but not its threads
+    _threads = Threads()  # a forked child inherits the object, but not its threads
 
 
 os.register_at_fork(after_in_child=_renew)

@@ -1,4 +1,4 @@
-"""`index_foreign`: WebDataset image-text tars made by others become a dataset in place; not a byte of them is rewritten."""
+"""`index_foreign` makes a dataset of WebDataset image-text tars that Tiphys did not write. The tars are not changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import tar
-from tiphys.dataio.format.document import DATASET, INDEX, exists, fetch, publish
+from tiphys.dataio.format.document import DATASET, INDEX, fetch, publish
 from tiphys.dataio.format.sample import MAX_TEXT
 from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
 from tiphys.dataio.index import EpisodeIndex
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
 IMAGES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
-CAPTIONS = ("txt", "caption", "text")  # members that are a caption
-KEYS = ("caption", "text", "prompt", "description")  # of a .json member, the first that is there
+CAPTIONS = ("txt", "caption", "text")  # extensions of members that hold a caption
+KEYS = ("caption", "text", "prompt", "description")  # keys of a .json member that may hold one; the first one counts
 
 
 def index_foreign(
@@ -37,21 +37,25 @@ def index_foreign(
     shards: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> EpisodeIndex:
-    """Index the tars of a folder as a dataset of captioned images, and write the index there or to `destination`.
+    """Index the tars of a folder as a dataset of captioned images. The index is written there, or to `destination`.
 
-    Every sample with a picture (.jpg, .png, .webp) becomes an episode of T = 0 actions with the fields `image` (its shape may
-    differ by episode) and `text` (a .txt, or a key of a .json; absent where there is none). Samples without a picture are
-    passed over; their number stands in dataset.json as `skipped`. Each tar is read once, in full, for its CRCs.
+    Each sample with a picture (.jpg, .png, .webp) becomes an episode of T = 0 actions, with the fields `image` (its shape may
+    differ between episodes) and `text` (from a .txt or a key of a .json, absent if there is none). Samples without a picture
+    are skipped; `skipped` in dataset.json counts them. Each tar is read once, in full, to compute CRCs.
 
-    shards    paths of the tars (default: every .tar in the folder; needed where the store cannot list)
-    Raises DataError where a tar is damaged, compressed, or holds a link; FileNotFoundError where there is no tar.
+    task      name of the dataset's one task
+    shards    paths of the tars; by default every .tar in the folder. Needed if the store cannot list.
+    progress  called with (tars done, tars in total)
+
+    Raises DataError if a tar is damaged or compressed or contains a link, FileNotFoundError if there is no tar, and
+    FileExistsError if there is a dataset already.
     """
     from tiphys.dataio.storage import Store
 
     source = Store(url)
     target = Store(destination) if destination else source
-    if exists(target, DATASET):
-        raise FileExistsError(f"{target.url} is a dataset already; choose another destination")
+    if target.exists(DATASET):
+        raise FileExistsError(f"{target.url} is already a dataset; choose another destination")
     names = sorted(shards) or [p for p in source.list() if p.endswith(".tar")]
     if not names:
         raise FileNotFoundError(f"{url} has no .tar to index")
@@ -76,7 +80,7 @@ def index_foreign(
 
 
 def caption_task(name: str) -> TaskSpec:
-    """The task of captioned images: an image of any size and a text."""
+    """The task of captioned images: an image of any size, and a text."""
     return TaskSpec(
         name,
         (
@@ -87,7 +91,7 @@ def caption_task(name: str) -> TaskSpec:
 
 
 def absolute(url: str) -> str:
-    """A folder as a URL that means the same from anywhere."""
+    """A folder as an absolute URL."""
     return url.rstrip("/") if "://" in url else Path(url).resolve().as_uri()
 
 
@@ -102,7 +106,7 @@ def _size_and_crc(store: Store, name: str, scratch: Path) -> tuple[int, int]:
 
 
 def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[Record | None]:
-    """A record for each sample with a picture, None for each other one."""
+    """For each sample: its record if it has a picture, else None."""
     if not file.stat().st_size:
         raise DataError(f"{shard} is empty")
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -141,7 +145,7 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: s
 
 
 def _kind(content: bytes) -> str | None:
-    """The picture's true format, whatever its name says."""
+    """The picture's format by its first bytes; its file name may be wrong. None if it is not JPEG, PNG or WebP."""
     if content[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if content[:8] == b"\x89PNG\r\n\x1a\n":
@@ -150,7 +154,7 @@ def _kind(content: bytes) -> str | None:
 
 
 def _caption(sample: tar.Sample, data: memoryview) -> str | None:
-    """The sample's text: a caption member, else a known key of its .json."""
+    """The sample's caption: from a caption member, else from a known key of its .json; None if there is none."""
     for extension in CAPTIONS:
         member = sample.members.get(extension)
         if member is not None and member.size <= MAX_TEXT:
@@ -159,10 +163,10 @@ def _caption(sample: tar.Sample, data: memoryview) -> str | None:
     if member is None or member.size > MAX_TEXT:
         return None
     try:
-        described = json.loads(member_bytes(data, member))
+        content = json.loads(member_bytes(data, member))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(described, dict):
+    if not isinstance(content, dict):
         return None
-    found = (described.get(key) for key in KEYS)
+    found = (content.get(key) for key in KEYS)
     return next((t.strip() for t in found if isinstance(t, str) and len(t) <= MAX_TEXT), None)

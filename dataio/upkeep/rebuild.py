@@ -1,4 +1,4 @@
-"""The rows of `index.parquet` from the shards alone: what the samples say of themselves."""
+"""The rows of `index.parquet` made again from the shards alone: from what the samples' members contain."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from crc32c import crc32c
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format import encodings, tar
 from tiphys.dataio.format.encodings import Encoding
-from tiphys.dataio.format.rows import Layout, broken_row
+from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.format.table import Chunks, Record
 
 
-def records(file: Path, shard: str, layouts: Mapping[str, Layout]) -> Iterator[Record | DataError]:
-    """A record for each sample of a shard that ShardWriter wrote, or what is wrong with it; the tar's own fault comes last."""
+def records(file: Path, shard: str, layouts: Mapping[str, RowLayout]) -> Iterator[Record | DataError]:
+    """For each sample of a shard that ShardWriter wrote: its record, or a DataError that says what is wrong with it.
+
+    A fault of the tar itself comes last.
+    """
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             for sample in tar.samples(file):
@@ -31,42 +34,42 @@ def records(file: Path, shard: str, layouts: Mapping[str, Layout]) -> Iterator[R
             yield error
 
 
-def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[str, Layout]) -> Record:
+def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[str, RowLayout]) -> Record:
     for extension in ("json", "steps.npy"):
         if extension not in sample.members:
-            raise DataError(f"it has no .{extension} member: not a sample of ours")
-    said = described(member_bytes(data, sample.members["json"]))
-    layout = layouts.get(said["task"])
+            raise DataError(f"it has no .{extension} member, so ShardWriter did not write it")
+    own = parse_sample_json(member_bytes(data, sample.members["json"]))
+    layout = layouts.get(own["task"])
     if layout is None:
-        raise DataError(f"task {said['task']!r} is not in dataset.json")
+        raise DataError(f"task {own['task']!r} is not in dataset.json")
     rows, offset = _rows(sample.members["steps.npy"], data, layout)
     texts, values = {}, {}
     for field in layout.episodic:
-        value = said["fields"].get(field.name)
+        value = own["fields"].get(field.name)
         if value is not None and field.dtype == "str":
             texts[field.name] = str(value)
         elif value is not None:
             values[field.name] = np.asarray(value, np.dtype(field.dtype).newbyteorder("<")).tobytes()
     names = rows.dtype.names or ()
-    reward = float(np.sum(rows["reward"][: said["steps"]], dtype=np.float64)) if "reward" in names else 0.0
+    reward = float(np.sum(rows["reward"][: own["steps"]], dtype=np.float64)) if "reward" in names else 0.0
     return Record(
-        id=said["id"],
+        id=own["id"],
         task=layout.task.name,
-        steps=said["steps"],
+        steps=own["steps"],
         rows=len(rows),
         total_return=reward,
         shard=shard,
         sample=sample.begin,
         sample_bytes=sample.end - sample.begin,
         offset=offset,
-        success=said["success"],
-        agent=said["agent"],
+        success=own["success"],
+        agent=own["agent"],
         json=sample.members["json"].offset,
         json_bytes=sample.members["json"].size,
-        short=tuple(said["short"]),
+        short=tuple(own["short"]),
         texts=texts,
         values=values,
-        chunks={f.name: _chunks(sample, data, f, said["encodings"].get(f.name)) for f in layout.large},
+        chunks={f.name: _chunks(sample, data, f, own["encodings"].get(f.name)) for f in layout.large},
     )
 
 
@@ -74,24 +77,24 @@ def member_bytes(data: memoryview, member: tar.Member) -> bytes:
     return bytes(data[member.offset : member.offset + member.size])
 
 
-def described(raw: bytes) -> dict[str, Any]:
-    """The `.json` member of a sample of ours."""
+def parse_sample_json(raw: bytes) -> dict[str, Any]:
+    """The content of the `.json` member of a sample that ShardWriter wrote. Raises DataError if it is damaged."""
     try:
-        said = json.loads(raw)
-        if not (isinstance(said["id"], str) and isinstance(said["task"], str) and isinstance(said["steps"], int)):
-            raise TypeError("id, task or steps are of the wrong kind")
+        own = json.loads(raw)
+        if not (isinstance(own["id"], str) and isinstance(own["task"], str) and isinstance(own["steps"], int)):
+            raise TypeError("id, task or steps has a wrong type")
         for key, kind in (("fields", dict), ("short", list), ("encodings", dict), ("agent", str), ("info", dict)):
-            if not isinstance(said[key], kind):
-                raise TypeError(f"{key} is no {kind.__name__}")
-        if said["success"] not in (None, True, False):
-            raise TypeError("success is neither true, false nor null")
-        return said
+            if not isinstance(own[key], kind):
+                raise TypeError(f"{key} is not a {kind.__name__}")
+        if own["success"] not in (None, True, False):
+            raise TypeError("success must be true, false or null")
+        return own
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"its .json member is damaged: {type(error).__name__} {error}") from None
 
 
-def _rows(member: tar.Member, data: memoryview, layout: Layout) -> tuple[np.ndarray, int]:
-    """The rows of a `steps.npy` member, each verified, and the byte of the shard at which they begin."""
+def _rows(member: tar.Member, data: memoryview, layout: RowLayout) -> tuple[np.ndarray, int]:
+    """The verified rows of a `steps.npy` member, and the byte of the shard at which they begin."""
     offset, expected = rows_offset(member, data, layout), layout.dtype
     content = data[offset : member.offset + member.size]
     broken = broken_row(content, expected.itemsize)
@@ -100,22 +103,25 @@ def _rows(member: tar.Member, data: memoryview, layout: Layout) -> tuple[np.ndar
     return np.frombuffer(content, expected), offset
 
 
-def rows_offset(member: tar.Member, data: memoryview, layout: Layout) -> int:
-    """Where row 0 of a `steps.npy` member lies. Raises DataError where its dtype is not the task's."""
+def rows_offset(member: tar.Member, data: memoryview, layout: RowLayout) -> int:
+    """The byte of the shard at which row 0 of a `steps.npy` member begins.
+
+    Raises DataError if the member does not have the task's dtype, or its size does not fit its rows.
+    """
     dtype, shape, header = tar.npy_header(bytes(data[member.offset : member.offset + min(member.size, tar.MAX_HEADER)]))
     expected = layout.dtype
     if dtype != expected or len(shape) != 1 or shape[0] < 1 or header + shape[0] * expected.itemsize != member.size:
-        raise DataError(f"steps.npy does not hold rows of task {layout.task.name!r} as dataset.json declares it")
+        raise DataError(f"steps.npy does not hold rows of task {layout.task.name!r} as dataset.json declares them")
     return member.offset + header
 
 
 def _chunks(sample: tar.Sample, data: memoryview, field: FieldSpec, stored: Any) -> Chunks:
-    """Where the chunks of a large field lie, from its members and the encoding that the sample names."""
+    """The places of the chunks of a large field, from its members and the encoding that the sample's `.json` names."""
     try:
         kind, rows = str(stored[0]), int(stored[1])
         encoding = Encoding(kind, rows)
     except (TypeError, ValueError, IndexError) as error:
-        raise DataError(f"field {field.name!r}: the sample names no encoding of it ({error})") from None
+        raise DataError(f"field {field.name!r}: the sample's .json names no valid encoding of it ({error})") from None
     extension, name = encodings.EXTENSIONS[kind], field.name.lower()
     if kind in ("raw", "text"):
         member = sample.members.get(f"{name}.{extension}")

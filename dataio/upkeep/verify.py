@@ -1,4 +1,4 @@
-"""`verify`: every byte of a dataset against its checksums, its tars against its index; and the repair of the index."""
+"""`verify` compares every byte of a dataset with its checksums and its tars with its index, and can repair the index."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, table, tar
-from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, describe, fetch, parse, publish, sha256
-from tiphys.dataio.format.rows import Layout, broken_row
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
+from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep import rebuild
@@ -25,17 +25,17 @@ from tiphys.dataio.upkeep import rebuild
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
-_PIECE = 8 << 20
+_PIECE = 8 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong: `kind`, the object, the episode's id where it concerns one, and what it is."""
+    """One thing that is wrong with a dataset."""
 
     kind: str  # missing | index | truncated | structure | checksum | disagreement
-    where: str
+    where: str  # the object
     message: str
-    episode: str = ""
+    episode: str = ""  # the id of the episode that is affected, if it is one episode
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" + (f" (episode {self.episode!r})" if self.episode else "")
@@ -43,16 +43,16 @@ class Finding:
 
 @dataclass
 class Report:
-    """What `verify` saw. `notes` are worth knowing but harm nothing; `repairs` say what was done."""
+    """The result of `verify`."""
 
     url: str
     episodes: int = 0
     shards: int = 0
-    bytes: int = 0
+    bytes: int = 0  # bytes of shards that were read
     findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    repairs: list[str] = field(default_factory=list)
-    repaired: frozenset[str] = frozenset()  # shards whose broken episodes have left the index before
+    notes: list[str] = field(default_factory=list)  # harmless, but worth knowing
+    repairs: list[str] = field(default_factory=list)  # what `repair` changed
+    repaired: frozenset[str] = frozenset()  # shards with episodes that an earlier repair moved to quarantine
 
     @property
     def ok(self) -> bool:
@@ -66,7 +66,7 @@ class Report:
 
     def __str__(self) -> str:
         head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
-        found = f"{len(self.findings)} findings" if self.findings else "everything is as it was written"
+        found = f"{len(self.findings)} findings" if self.findings else "no findings, the dataset is intact"
         lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
         return "\n".join(lines + [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs])
 
@@ -75,11 +75,12 @@ class Report:
 
 
 def verify(url: str, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Read the whole dataset and check it: sizes, tar structure, every CRC, and that index and shards agree.
+    """Read a whole dataset and check sizes, tar structure, every CRC, and whether index and shards agree.
 
-    With `repair`, episodes that are broken leave the index for the list `quarantine` in dataset.json, and a missing or
-    damaged index is made again from the shards; no shard is ever rewritten. `progress(done, all)` counts shards.
-    Raises FileNotFoundError where there is neither dataset.json nor index.parquet.
+    With `repair`, broken episodes are moved from the index to the list `quarantine` in dataset.json, and a missing or damaged
+    index is made again from the shards. No shard is ever rewritten. `progress(done, total)` is called after each shard.
+
+    Raises FileNotFoundError if there is neither dataset.json nor index.parquet.
     """
     from tiphys.dataio.storage import Store
 
@@ -93,25 +94,25 @@ def verify(url: str, repair: bool = False, progress: Callable[[int, int], None] 
             _compare_listing(store, index, report)
             if repair and (reasons or report.repairs):
                 _rewrite(store, index, reasons, scratch, statistics)
-                report.repairs.append(f"{len(reasons)} of {index.episodes} episodes went to the quarantine list")
+                report.repairs.append(f"{len(reasons)} of {index.episodes} episodes were moved to quarantine")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return report
 
 
 def _load(store: Store, scratch: Path, report: Report, repair: bool) -> EpisodeIndex | None:
-    """The index, rebuilt where it has to be and may be; None where there is nothing to go on with."""
+    """The dataset's index, made again from the shards if that is needed and allowed; None if there is no usable index."""
     file = scratch / INDEX
     try:
         fetch(store, INDEX, file)
     except FileNotFoundError:
-        report.add("missing", INDEX, "there is no index; `verify --repair` makes it again from shards of our own")
+        report.add("missing", INDEX, "there is no index; `verify --repair` makes it again if Tiphys wrote the shards")
     try:
         document = parse(store.read(DATASET), f"{store.url}/{DATASET}")
     except FileNotFoundError:
         if not file.exists():
-            raise FileNotFoundError(f"{store.url} is no dataset: it has neither {DATASET} nor {INDEX}") from None
-        report.add("missing", DATASET, "it was never written, or is lost; `verify --repair` makes it from the index")
+            raise FileNotFoundError(f"{store.url} is not a dataset: it has neither {DATASET} nor {INDEX}") from None
+        report.add("missing", DATASET, "it was never written or is lost; `verify --repair` makes it from the index")
         document = None
     except DataError as error:
         report.add("index", DATASET, str(error))
@@ -128,12 +129,16 @@ def _load(store: Store, scratch: Path, report: Report, repair: bool) -> EpisodeI
 def _accept(
     store: Store, file: Path, document: dict[str, Any] | None, scratch: Path, report: Report, repair: bool
 ) -> EpisodeIndex | None:
-    """The index file that is there, if it is whole; dataset.json is made to agree with it."""
+    """The index in `file`, or None if it is damaged. Its document is dataset.json or, if that has another digest, made anew."""
     try:
-        own = parse(json.dumps(describe(file, Statistics())).encode(), f"{store.url}/{INDEX}")
+        own = parse(json.dumps(dataset_document(file, Statistics())).encode(), f"{store.url}/{INDEX}")
         digest = sha256(file)
         if document is not None and document["digests"][INDEX] != digest:
-            report.add("index", INDEX, f"it is not the one that {DATASET} names: damaged, or a rewrite was interrupted")
+            report.add(
+                "index",
+                INDEX,
+                f"it does not have the SHA-256 that {DATASET} names: it is damaged, or a rewrite was interrupted",
+            )
         names = [t.name for t in own["tasks"]], [s.name for s in own["shards"]]
         out = scratch / "arrays"
         out.mkdir()
@@ -153,19 +158,23 @@ def _accept(
 
 
 def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Report) -> EpisodeIndex | None:
-    """The index made again from the shards, where all their samples are its episodes."""
+    """The index made again from the shards. This is only possible if every sample of the shards is an episode of the dataset."""
     if "skipped" in document:
-        report.add("index", INDEX, "the tars are others': run `tiphys index` again")
+        report.add("index", INDEX, "Tiphys did not write these tars: make the index again with `tiphys index`")
         return None
     if any("://" in s.name for s in document["shards"]):
-        report.add("index", INDEX, "some shards belong to other datasets: merge, filter or split these again")
+        report.add(
+            "index",
+            INDEX,
+            "some shards belong to other datasets: repeat the merge, append, filter or split that made it",
+        )
         return None
-    layouts = {t.name: Layout(t) for t in document["tasks"]}
+    layouts = {t.name: RowLayout(t) for t in document["tasks"]}
     folder = scratch / "rebuilt"
     folder.mkdir()
     writer = table.TableWriter(folder)
     for shard in document["shards"]:
-        file = _local(store, shard, scratch, Report(store.url))  # what is wrong with it is found when it is verified
+        file = _local(store, shard, scratch, Report(store.url))  # findings come when the shard is verified
         for record in rebuild.records(file, shard.name, layouts) if file is not None else ():
             if isinstance(record, DataError):
                 report.add("structure", shard.name, str(record))
@@ -179,12 +188,12 @@ def _rebuild(store: Store, document: dict[str, Any], scratch: Path, report: Repo
 
 def _verify_statistics(store: Store, index: EpisodeIndex, scratch: Path, report: Report, repair: bool) -> None:
     wanted = index.document["digests"].get(STATISTICS)
-    if wanted is None:  # dataset.json was lost or is not ours
+    if wanted is None:  # dataset.json was made again from the index and names no statistics
         return
     try:
         if fetch(store, STATISTICS, scratch / "old-statistics.parquet") == wanted:
             return
-        report.add("checksum", STATISTICS, f"it is not the one that {DATASET} names")
+        report.add("checksum", STATISTICS, f"it does not have the SHA-256 that {DATASET} names")
     except FileNotFoundError:
         report.add("missing", STATISTICS, "there are no statistics")
     if repair:
@@ -192,18 +201,18 @@ def _verify_statistics(store: Store, index: EpisodeIndex, scratch: Path, report:
 
 
 def _local(store: Store, shard: table.Shard, scratch: Path, report: Report) -> Path | None:
-    """A copy of a shard, compared with the size and CRC that the index has of it."""
+    """Download a shard and compare it with its size and CRC in the index; None if it is missing or empty."""
     file = scratch / "shard.tar"
     try:
         fetch(store, shard.name, file)
     except FileNotFoundError:
-        report.add("missing", shard.name, "the shard is not there")
+        report.add("missing", shard.name, "the shard does not exist")
         return None
     size = file.stat().st_size
     report.bytes += size
     if size != shard.size:
         kind = "truncated" if size < shard.size else "disagreement"
-        report.add(kind, shard.name, f"the shard has {size} bytes; {shard.size} were written")
+        report.add(kind, shard.name, f"the shard has {size} bytes, but {shard.size} were written")
     elif shard.crc >= 0 and _crc(file) != shard.crc:
         report.add("checksum", shard.name, "the CRC-32C of the shard does not match: bytes have changed")
     return file if size else None
@@ -225,7 +234,7 @@ def _verify_shards(
     repair: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[int, str], Statistics]:
-    """Broken episodes with the reason, and, for a repair, the statistics of the others."""
+    """The broken episodes with the reason, and the statistics of the others (empty unless `repair`)."""
     report.episodes, report.shards = index.episodes, len(index.shards)
     report.repaired = frozenset(q["shard"] for q in index.document.get("quarantine", []))
     order = np.argsort(index.shard, kind="stable")
@@ -247,7 +256,7 @@ def _verify_shards(
 def _verify_shard(
     index: EpisodeIndex, episodes: np.ndarray, file: Path, shard: str, report: Report, statistics: Statistics | None
 ) -> dict[int, str]:
-    """Findings of one shard; returns episode -> what is wrong with it."""
+    """Report the findings of one shard. Returns episode -> what is wrong with it."""
     samples = dict[int, tar.Sample]()
     end, whole = 0, True
     try:
@@ -256,16 +265,16 @@ def _verify_shard(
             end = sample.end
     except DataError as error:
         report.add("structure", shard, str(error))
-        whole = False  # ranges still reach the episodes behind a damaged header: only their own bytes decide
+        whole = False  # episodes behind a damaged header can still be read: only their own bytes decide
     reasons: dict[int, str] = {}
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for e in episodes.tolist():
             data = memoryview(mapped)
             try:
-                begin = int(index.arrays["sample"][e])
+                begin, _ = index.sample_range(e)
                 at = samples.pop(begin) if begin in samples else None
                 if at is None and (whole or begin < end):
-                    raise DataError(f"no sample of the tar begins at byte {begin}, where the index says that it does")
+                    raise DataError(f"the index says that its sample begins at byte {begin}, but none does")
                 _verify_episode(index, e, data, at, statistics)
             except DataError as error:
                 reasons[e] = str(error)
@@ -278,7 +287,7 @@ def _verify_shard(
         unknown = [s for s in samples.values() if s.begin not in known]
         if unknown:
             report.notes.append(
-                f"{shard}: {len(unknown)} samples are not in the index, the first is {unknown[0].key!r}"
+                f"{shard}: {len(unknown)} samples are not in the index; the first is {unknown[0].key!r}"
             )
     return reasons
 
@@ -287,10 +296,10 @@ def _verify_episode(
     index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample | None, statistics: Statistics | None
 ) -> None:
     """Raises DataError with the first thing that is wrong with an episode."""
-    begin, size = int(index.arrays["sample"][e]), int(index.arrays["sample_bytes"][e])
+    begin, size = index.sample_range(e)
     if begin + size > len(data):
-        raise DataError(f"its bytes {begin}–{begin + size - 1} lie behind the end of the shard")
-    offset, rows = int(index.arrays["offset"][e]), int(index.rows[e])
+        raise DataError(f"its bytes {begin}–{begin + size - 1} reach beyond the end of the shard")
+    offset, rows = int(index.rows_offset[e]), int(index.rows[e])
     if offset >= 0:
         one = index.row_bytes(int(index.task[e]))
         content = data[offset : offset + rows * one]
@@ -311,25 +320,28 @@ def _verify_episode(
             statistics.add(layout, np.frombuffer(bytes(content), layout.dtype))
 
 
-def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, layout: Layout) -> None:
-    """The members of a sample of ours against the index."""
+def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, layout: RowLayout) -> None:
+    """Compare the members of a sample that ShardWriter wrote with the index. Raises DataError if they differ."""
     if not {"json", "steps.npy"} <= set(sample.members):
-        raise DataError(f"sample {sample.key!r} lacks its .json or .steps.npy member")
-    said = rebuild.described(rebuild.member_bytes(data, sample.members["json"]))
-    if (said["id"], said["task"], said["steps"]) != (index.id(e), layout.task.name, int(index.steps[e])):
-        raise DataError(f"sample {sample.key!r} is of episode {said['id']!r}, not of the one that the index names")
-    if rebuild.rows_offset(sample.members["steps.npy"], data, layout) != int(index.arrays["offset"][e]):
-        raise DataError(f"sample {sample.key!r}: the rows do not begin where the index says")
+        raise DataError(f"sample {sample.key!r} has no .json or no .steps.npy member")
+    own = rebuild.parse_sample_json(rebuild.member_bytes(data, sample.members["json"]))
+    if (own["id"], own["task"], own["steps"]) != (index.id(e), layout.task.name, int(index.steps[e])):
+        raise DataError(
+            f"sample {sample.key!r} holds episode {own['id']!r} of task {own['task']!r} with {own['steps']} steps; "
+            "the index names another one"
+        )
+    if rebuild.rows_offset(sample.members["steps.npy"], data, layout) != int(index.rows_offset[e]):
+        raise DataError(f"sample {sample.key!r}: the rows of steps.npy do not begin where the index says")
     places = [(m.offset, m.offset + m.size, n) for n, m in sample.members.items()]
     for spec in layout.large:
-        own = [(a, b) for a, b, n in places if n.startswith(f"{spec.name.lower()}.")]
+        members = [(a, b) for a, b, n in places if n.startswith(f"{spec.name.lower()}.")]
         for chunk in index.chunks(e, spec, 0, int(index.rows[e])):
-            if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in own):
-                raise DataError(f"{spec.name}: byte {chunk.offset} lies in none of its members")
+            if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in members):
+                raise DataError(f"{spec.name}: the chunk at byte {chunk.offset} lies in none of the field's members")
 
 
 def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch: Path, statistics: Statistics) -> None:
-    """Rewrite the index without the broken episodes and list them, with the reason, in dataset.json."""
+    """Rewrite the index without the broken episodes, and list these with the reason in dataset.json."""
     keep = np.ones(index.episodes, bool)
     keep[list(reasons)] = False
     out = scratch / "kept"
@@ -338,7 +350,7 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
     before: list[dict[str, Any]] = index.document.get("quarantine", [])
     listed = []
     for e, reason in sorted(reasons.items()):
-        place = {"shard": index.shard_name(int(index.shard[e])), "sample": int(index.arrays["sample"][e])}
+        place = {"shard": index.shard_name(int(index.shard[e])), "sample": index.sample_range(e)[0]}
         listed.append({"id": index.id(e), "task": index.tasks[index.task[e]].name, **place, "reason": reason})
     again = {(q["shard"], q["sample"]) for q in listed}
     listed = [q for q in before if (q["shard"], q["sample"]) not in again] + listed
@@ -347,16 +359,18 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
 
 
 def _compare_listing(store: Store, index: EpisodeIndex, report: Report) -> None:
-    """Notes on what is there beside the dataset, and on ids that stand for several episodes."""
+    """Notes on shards that are in the folder but not in the index, and on episodes with the same id."""
     unique = len(np.unique(index.hash))
     if unique < index.episodes:
-        report.notes.append(f"{index.episodes - unique} episodes have the id of another one")
+        report.notes.append(f"{index.episodes - unique} episodes have the id of another episode")
     listed = {s.name for s in index.shards}
     try:
         present: Sequence[str] = store.list("shards")
-    except (OSError, DataError) as error:  # a plain web server lists nothing
-        report.notes.append(f"the folder cannot be listed ({error}); shards that no index names were not looked for")
+    except (OSError, DataError) as error:  # a plain web server cannot list
+        report.notes.append(f"the folder cannot be listed ({error}), so shards outside the index were not looked for")
         return
     for name in present:
         if name.endswith(".tar") and name not in listed:
-            report.notes.append(f"{name} is in no index: left by an interrupted writer, or of another dataset")
+            report.notes.append(
+                f"{name} is not in the index: an interrupted writer left it, or another dataset uses it"
+            )

@@ -1,4 +1,4 @@
-"""Decoded indexes go to a folder of the test's own, never to the user's cache."""
+"""Each test has its own folder for decoded indexes, so that the user's cache is never touched."""
 
 import pytest
 

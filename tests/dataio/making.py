@@ -52,7 +52,7 @@ WORDS = ("go", "näher", 'a "quoted" \\ word', "", "火\n, [,] ,")
 
 
 def random_field(field: FieldSpec, rows: int, rng: np.random.Generator) -> Any:
-    """Values of a field: [rows, *shape], or one value for an episode."""
+    """Random values of a field: [rows, *shape], or one value for the whole episode."""
     shape = field.shape if field.per == "episode" else (rows, *field.shape)
     if field.dtype == "str":
         words = rng.choice(np.array(WORDS, dtype=np.dtypes.StringDType()), shape)
@@ -67,7 +67,7 @@ def random_field(field: FieldSpec, rows: int, rng: np.random.Generator) -> Any:
 def random_episode(
     task: TaskSpec, name: str, steps: int, rng: np.random.Generator, extra: Sequence[str] = ()
 ) -> Episode:
-    """An episode of T steps; observed fields named in `extra` have T + 1 rows."""
+    """An episode of T = `steps` actions. The observed fields in `extra` have T + 1 rows."""
     fields = {}
     for field in task.fields:
         more = field.name in extra and field.role not in ONLY_WITH_ACTION
@@ -77,6 +77,7 @@ def random_episode(
 
 
 def observed(task: TaskSpec) -> list[str]:
+    """Names of the fields that may have a value after the last action."""
     return [f.name for f in task.fields if f.per == "step" and f.role not in ONLY_WITH_ACTION]
 
 
@@ -88,14 +89,14 @@ def write(url: str, episodes: Sequence[Episode], tasks: Sequence[TaskSpec], **op
 
 
 def small_dataset(url: str, count: int = 30, seed: int = 0, **options: Any) -> tuple[list[Episode], EpisodeIndex]:
-    """`count` episodes of the task `small`, in shards of a few episodes."""
+    """A dataset of `count` episodes of the task `small`, with a few episodes in each shard."""
     rng = np.random.default_rng(seed)
     episodes = [random_episode(SMALL, f"s{seed}-{i}", int(rng.integers(1, 12)), rng) for i in range(count)]
     return episodes, write(url, episodes, [SMALL], **{"shard_bytes": 16 << 10} | options)
 
 
 def read_window(index: EpisodeIndex, episode: int, start: int, rows: int, fields: Sequence[str]) -> Mapping[str, Any]:
-    """A window as a loader reads it: ranges, bytes, decode."""
+    """Read a window as a loader does: its ranges, their bytes, then decode."""
     ranges = index.ranges(episode, start, rows, fields)
     buffers = [index.store.read_ranges(index.shard_name(r.shard), [r.offset], [r.size])[0] for r in ranges]
     return index.decode(episode, start, rows, fields, buffers)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files are written atomically."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import pytest
 from tiphys.dataio.atomic import atomic_path, write_json
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     write_json(file, {"tasks": {}})
 
@@ -22,7 +22,7 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_the_mode_follows_the_umask(tmp_path):
+def test_the_file_mode_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         with atomic_path(tmp_path / "file") as path:
@@ -34,7 +34,7 @@ def test_the_mode_follows_the_umask(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-def test_what_json_cannot_say_is_refused(tmp_path):
+def test_values_that_json_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []

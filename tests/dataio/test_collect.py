@@ -1,4 +1,4 @@
-"""Collecting: the same bytes whatever the number of processes, clean actions recorded, one clear error and no half dataset."""
+"""Collecting gives the same bytes with any number of processes, records undisturbed actions, and fails with one clear error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(5, marks=pytest.mark.long)])
-def test_the_same_bytes_on_any_number_of_processes(processes, tmp_path):
+def test_the_bytes_do_not_depend_on_the_number_of_processes(processes, tmp_path):
     counts = {GRID: 60, CART: 3}
     for number in (1, processes):
         collect(counts, str(tmp_path / str(number)), processes=number, score_episodes=3)
@@ -44,7 +44,7 @@ def test_the_same_bytes_on_any_number_of_processes(processes, tmp_path):
     assert other.episodes == 63
 
 
-def test_what_is_written_is_what_was_played(tmp_path):
+def test_the_dataset_holds_the_played_episodes(tmp_path):
     index = collect(GRID, str(tmp_path / "data"), 5, processes=1, score_episodes=4)
     spec = index.tasks[0]
     with Players(1) as players:
@@ -61,7 +61,7 @@ def test_what_is_written_is_what_was_played(tmp_path):
     assert episodes[0].fields["terminated"].tolist() == [False] * (episodes[0].steps - 1) + [True]
 
 
-def test_scores_are_measured_and_kept(tmp_path):
+def test_scores_are_measured_and_stored(tmp_path):
     index = collect([GRID, CART], str(tmp_path / "data"), 2, processes=1, score_episodes=5)
     grid, cart = index.tasks
     assert (grid.normalise, grid.expert) == ("success", 1.0)
@@ -72,7 +72,7 @@ def test_scores_are_measured_and_kept(tmp_path):
     assert 5 < cart.random < 60
 
 
-def test_the_recorded_action_is_the_experts_not_the_executed_one():
+def test_the_experts_action_is_recorded_not_the_executed_one():
     spec = environments.spec(CART)
     with Players(1) as players:
         (noisy,) = players.demonstrations(spec, 1, 5, 0.9)
@@ -81,7 +81,7 @@ def test_the_recorded_action_is_the_experts_not_the_executed_one():
     expert = environments.expert(CART, env)
 
     def replay(episode):
-        """Number of steps at which the recorded action would not have led to the next observation."""
+        """Number of steps in which the recorded action does not lead to the next observation."""
         observation, _ = env.reset(seed=5)
         seen = episode.fields["observation"]
         assert np.array_equal(observation, seen[0])
@@ -96,9 +96,9 @@ def test_the_recorded_action_is_the_experts_not_the_executed_one():
     assert replay(noisy) > 0
 
 
-def test_seeds_of_demonstrations_scores_and_evaluation_never_meet(tmp_path):
+def test_seeds_of_demonstrations_scores_and_evaluation_never_overlap(tmp_path):
     assert SCORE_SEEDS < EVALUATION_SEEDS
-    with pytest.raises(DataError, match="kept for scores"):
+    with pytest.raises(DataError, match="reserved for scoring"):
         collect(CART, str(tmp_path / "data"), 10, seed=SCORE_SEEDS - 5)
     played = []
     spec = environments.spec(CART)
@@ -116,11 +116,11 @@ def test_seeds_of_demonstrations_scores_and_evaluation_never_meet(tmp_path):
         collecting.play = original
     seeds = [e.info["seed"] for e in episodes]
     assert len(set(seeds)) == 12
-    assert len(played) > 12  # some seeds were lost, and replaced by others
+    assert len(played) > 12  # the expert got lost with some seeds, and others were used
     assert max(played) < SCORE_SEEDS
 
 
-def test_an_expert_that_raises_is_one_clear_error_and_no_dataset(tmp_path):
+def test_an_expert_that_raises_gives_one_clear_error_and_no_dataset(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         with pytest.raises(EnvironmentFault, match=r"CartPole-v1.*seed \d+, step \d+.*ZeroDivisionError.*diverged"):
@@ -128,18 +128,18 @@ def test_an_expert_that_raises_is_one_clear_error_and_no_dataset(tmp_path):
         assert not (folder / "dataset.json").exists()
 
 
-def test_an_expert_that_is_always_lost_is_named(tmp_path):
+def test_an_expert_that_always_gets_lost_is_an_error(tmp_path):
     with pytest.raises(EnvironmentFault, match="nowhere to go"):
         collect(CART, str(tmp_path / "data"), 2, processes=1, policy=faulty.always_lost, score_episodes=1)
 
 
-def test_a_killed_process_is_an_error_not_a_hang(tmp_path):
+def test_a_killed_process_gives_an_error_and_no_hang(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         collect(CART, str(tmp_path / "data"), 2, processes=2, policy=faulty.dies, score_episodes=1)
     assert not (tmp_path / "data" / "dataset.json").exists()
 
 
-def test_a_full_disk_is_one_clear_error_and_no_dataset(tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_clear_error_and_no_dataset(tmp_path, monkeypatch):
     import errno
 
     from tiphys.dataio import storage
@@ -159,7 +159,7 @@ def test_an_existing_dataset_is_refused_before_anything_is_played(tmp_path):
         collect(CART, str(tmp_path / "data"), 1, processes=1, score_episodes=1, policy=faulty.dies)
 
 
-def test_bad_arguments_are_named(tmp_path):
+def test_bad_arguments_are_named_in_the_error(tmp_path):
     with pytest.raises(DataError, match="0 episodes"):
         collect(CART, str(tmp_path / "data"), 0)
     with pytest.raises(DataError, match="no task"):

@@ -1,4 +1,4 @@
-"""Whole datasets: what is broken is named and repaired without touching a shard, and datasets of datasets copy nothing."""
+"""Whole datasets: damage is found and repaired without changing a shard, and datasets made of datasets copy nothing."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def flip(url, shard, at):
 
 
 def assert_repaired(url, lost):
-    """After a repair the other episodes are there as before, and the shards were not touched."""
+    """Repair the dataset: the episodes that are not in `lost` are still there, and the shards are unchanged."""
     before = shards(url)
     old = {i: EpisodeIndex.open(url).id(i) for i in range(EpisodeIndex.open(url).episodes)}
     report = verify(url, repair=True)
@@ -62,7 +62,7 @@ def assert_repaired(url, lost):
     return index
 
 
-def test_a_whole_dataset_is_ok(rich):
+def test_an_intact_dataset_is_ok(rich):
     report = verify(rich[0])
     assert report.ok
     assert not report.notes
@@ -71,7 +71,7 @@ def test_a_whole_dataset_is_ok(rich):
 
 
 @pytest.mark.parametrize("field", ["action", "observation.image", "observation.wide", "observation.depth", "speech"])
-def test_a_flipped_bit_of_data_is_one_finding_on_its_episode(rich, field):
+def test_a_flipped_bit_of_data_is_one_finding_that_names_the_episode(rich, field):
     url, _, index = rich
     place = index.ranges(7, 0, 1, [field])[-1]
     flip(url, index.shard_name(place.shard), place.offset + place.size // 2)
@@ -81,7 +81,7 @@ def test_a_flipped_bit_of_data_is_one_finding_on_its_episode(rich, field):
     assert {f.where for f in found} == {index.shard_name(place.shard)}
     assert "'r7'" in str(verify(url))
     index = assert_repaired(url, {"r7"})
-    assert index.statistics["rich"]["reward"].count == int(index.steps.sum())  # without the lost one's
+    assert index.statistics["rich"]["reward"].count == int(index.steps.sum())  # without the lost episode
 
 
 def test_a_flipped_bit_anywhere_is_found(rich):
@@ -97,9 +97,9 @@ def test_a_flipped_bit_anywhere_is_found(rich):
     assert verify(url).ok
 
 
-def test_a_damaged_header_costs_no_episode_that_ranges_still_reach(rich):
+def test_a_damaged_header_removes_no_episode_whose_data_are_intact(rich):
     url, episodes, index = rich
-    flip(url, index.shard_name(0), int(index.arrays["sample"][1]) + 3)
+    flip(url, index.shard_name(0), index.sample_range(1)[0] + 3)
     report = verify(url, repair=True)
     assert {f.kind for f in report.findings} == {"checksum", "structure"}
     assert not any(f.episode for f in report.findings)
@@ -108,7 +108,7 @@ def test_a_damaged_header_costs_no_episode_that_ranges_still_reach(rich):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
-def test_a_truncated_tar(rich, share):
+def test_episodes_in_the_missing_part_of_a_truncated_tar_are_removed(rich, share):
     url, _, index = rich
     file = Path(url, index.shard_name(1))
     size = int(file.stat().st_size * share)
@@ -117,12 +117,12 @@ def test_a_truncated_tar(rich, share):
     assert found[0].kind == "truncated"
     assert f"{size} bytes" in found[0].message
     mine = np.flatnonzero(index.shard == 1)
-    lost = {index.id(e) for e in mine if index.arrays["sample"][e] + index.arrays["sample_bytes"][e] > size}
+    lost = {index.id(e) for e in mine if sum(index.sample_range(e)) > size}
     assert lost
     assert_repaired(url, lost)
 
 
-def test_a_missing_shard(rich):
+def test_episodes_of_a_missing_shard_are_removed(rich):
     url, _, index = rich
     Path(url, index.shard_name(1)).unlink()
     assert [f.kind for f in verify(url).findings] == ["missing"]
@@ -130,7 +130,7 @@ def test_a_missing_shard(rich):
     assert EpisodeIndex.open(url).episodes == int((index.shard != 1).sum())
 
 
-def test_a_missing_index_is_made_again_byte_for_byte(rich):
+def test_a_missing_index_is_made_again_with_the_same_bytes(rich):
     url, _, _ = rich
     file = Path(url, "index.parquet")
     before = file.read_bytes()
@@ -160,7 +160,7 @@ def test_a_damaged_index_is_made_again(rich):
     assert_equal_fields(read_episode(EpisodeIndex.open(url), 5).fields, episodes[5].fields)
 
 
-def test_a_missing_dataset_json_comes_from_the_index(rich):
+def test_a_missing_dataset_json_is_made_again_from_the_index(rich):
     url = rich[0]
     file = Path(url, "dataset.json")
     before = json.loads(file.read_text())
@@ -191,7 +191,7 @@ def test_damaged_statistics_are_made_again(rich):
         assert verify(url).ok
 
 
-def test_shards_swapped_behind_the_index_are_a_disagreement(rich):
+def test_swapped_shards_are_found(rich):
     url, _, index = rich
     a, b = Path(url, index.shard_name(0)), Path(url, index.shard_name(1))
     first, second = a.read_bytes(), b.read_bytes()
@@ -202,7 +202,7 @@ def test_shards_swapped_behind_the_index_are_a_disagreement(rich):
     assert {f.episode for f in report.findings if f.episode}
 
 
-def test_leftovers_and_repeated_ids_are_notes(tmp_path):
+def test_leftover_shards_and_repeated_ids_are_notes(tmp_path):
     url = str(tmp_path / "d")
     rng = np.random.default_rng(0)
     write(url, [random_episode(SMALL, "same", 3, rng) for _ in range(3)], [SMALL])
@@ -212,7 +212,7 @@ def test_leftovers_and_repeated_ids_are_notes(tmp_path):
     assert len(report.notes) == 2
 
 
-def test_merge_points_at_the_shards_where_they_are(tmp_path, rich):
+def test_merge_points_to_the_existing_shards(tmp_path, rich):
     url, rich_episodes, _ = rich
     small = str(tmp_path / "small")
     small_episodes, _ = small_dataset(small)
@@ -232,16 +232,16 @@ def test_merge_points_at_the_shards_where_they_are(tmp_path, rich):
         merge([url], str(tmp_path / "both"))
 
 
-def test_merge_refuses_one_name_for_two_tasks(tmp_path, rich):
+def test_merge_refuses_two_different_tasks_of_the_same_name(tmp_path, rich):
     rng = np.random.default_rng(0)
     other = TaskSpec("rich", SMALL.fields)
     e = random_episode(SMALL, "e", 2, rng)
     write(str(tmp_path / "other"), [type(e)(**{**vars(e), "task": "rich"})], [other])
-    with pytest.raises(DataError, match="'rich' is declared otherwise"):
+    with pytest.raises(DataError, match="'rich' has other fields"):
         merge([rich[0], str(tmp_path / "other")], str(tmp_path / "both"))
 
 
-def test_append_adds_and_keeps_the_old_order(tmp_path):
+def test_append_keeps_the_old_episodes_and_their_order(tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     first, _ = small_dataset(a, 5, seed=1)
     second, _ = small_dataset(b, 4, seed=2)
@@ -252,7 +252,7 @@ def test_append_adds_and_keeps_the_old_order(tmp_path):
     assert verify(a).ok
 
 
-def test_filter_against_the_obvious(tmp_path):
+def test_filter_selects_the_same_episodes_as_a_plain_loop(tmp_path):
     url = str(tmp_path / "d")
     episodes, _ = small_dataset(url, 60)
     cases = [
@@ -279,7 +279,7 @@ def test_filter_against_the_obvious(tmp_path):
         filter(url, str(tmp_path / "no"), tasks=["x"])
 
 
-def test_an_index_that_shards_do_not_determine_is_not_made_again(tmp_path):
+def test_an_index_of_shards_of_other_datasets_is_not_made_again(tmp_path):
     small_dataset(str(tmp_path / "d"))
     filter(str(tmp_path / "d"), str(tmp_path / "few"), max_steps=2)
     Path(tmp_path, "few/index.parquet").unlink()
@@ -289,7 +289,7 @@ def test_an_index_that_shards_do_not_determine_is_not_made_again(tmp_path):
     assert not Path(tmp_path, "few/index.parquet").exists()
 
 
-def test_split_takes_apart_by_id(tmp_path):
+def test_split_divides_the_episodes_by_their_ids(tmp_path):
     url = str(tmp_path / "d")
     episodes, _ = small_dataset(url, 200)
     parts = split(url, str(tmp_path / "a"), str(tmp_path / "b"), 0.25)
@@ -302,7 +302,7 @@ def test_split_takes_apart_by_id(tmp_path):
     assert set(second.ids) == ids[1] & set(again.ids)
 
 
-def test_inspect(tmp_path, rich):
+def test_inspect_summarises_a_dataset(tmp_path, rich):
     summary = inspect(rich[0])
     assert summary["episodes"] == 12
     assert summary["steps"] == sum(e.steps for e in rich[1])
@@ -329,7 +329,7 @@ def picture(kind, size, seed):
     return out.getvalue(), np.asarray(Image.open(io.BytesIO(out.getvalue())).convert("RGB"))
 
 
-def test_tars_of_others_become_a_dataset_in_place(tmp_path):
+def test_foreign_tars_become_a_dataset_in_place(tmp_path):
     folder = tmp_path / "laion"
     folder.mkdir()
     wanted = {}
@@ -359,12 +359,12 @@ def test_tars_of_others_become_a_dataset_in_place(tmp_path):
     shutil.rmtree(tmp_path / "elsewhere")
     away = index_foreign(str(folder), str(tmp_path / "elsewhere"), shards=["00001.tar"])
     assert away.episodes == 4
-    flip(str(folder), "00001.tar", int(away.arrays["chunks.image.offset"][2]) + 30)
+    flip(str(folder), "00001.tar", int(away.chunk_table("image").offset[2]) + 30)
     assert [f.episode for f in verify(str(folder)).findings if f.episode] == [away.id(2)]
 
 
 @pytest.mark.parametrize("fault", ["link", "cut", "gzip"])
-def test_bad_tars_of_others_are_refused(tmp_path, fault):
+def test_bad_foreign_tars_are_refused(tmp_path, fault):
     file = tmp_path / "x.tar"
     foreign_tar(file, [("a", {"jpg": picture("JPEG", (8, 8), 0)[0]})])
     if fault == "cut":

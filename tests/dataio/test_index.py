@@ -1,4 +1,4 @@
-"""EpisodeIndex: opened from memory-mapped arrays, ranges by arithmetic, and nothing a stranger writes into it is believed."""
+"""EpisodeIndex: memory-mapped arrays, computed ranges, and checks of everything in its files."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
 from tiphys.dataio.index import EpisodeIndex, Range
 
 
-def test_columns_and_texts(tmp_path):
+def test_the_index_holds_the_episodes_values_and_texts(tmp_path):
     episodes, index = small_dataset(str(tmp_path / "d"))
     assert index.episodes == 30
     assert index.ids[3] == index.id(3) == "s0-3"
@@ -45,7 +45,7 @@ def test_an_episode_may_lack_a_text(tmp_path):
     assert "mission" not in read_window(index, 1, 0, 1, ["mission"])["fields"]
 
 
-def test_held_out_follows_from_the_id_alone(tmp_path):
+def test_held_out_depends_on_the_id_alone(tmp_path):
     episodes, index = small_dataset(str(tmp_path / "a"), 300)
     again = write(str(tmp_path / "b"), episodes[::-1][:100], [SMALL])
     out = {index.id(i) for i in np.flatnonzero(index.held_out(0.2))}
@@ -53,10 +53,10 @@ def test_held_out_follows_from_the_id_alone(tmp_path):
     assert {again.id(i) for i in np.flatnonzero(again.held_out(0.2))} == {i for i in out if int(i[3:]) >= 200}
     assert not index.held_out(0.0).any()
     assert index.held_out(1.0).all()
-    assert table.hash_id("s0-3") == int(index.hash[3]) == 0xE0DC36631801A746  # for ever
+    assert table.hash_id("s0-3") == int(index.hash[3]) == 0xE0DC36631801A746  # must never change
 
 
-def test_row_ranges_are_the_ranges_of_every_window(tmp_path):
+def test_row_ranges_equal_the_ranges_of_each_window(tmp_path):
     _, index = small_dataset(str(tmp_path / "d"))
     rng = np.random.default_rng(0)
     e = rng.integers(0, index.episodes, 200)
@@ -68,7 +68,7 @@ def test_row_ranges_are_the_ranges_of_every_window(tmp_path):
         assert one == Range(int(shard[i]), int(offset[i]), int(size[i]), "steps.npy")
 
 
-def test_ranges_hold_only_what_is_asked_for(tmp_path):
+def test_ranges_hold_only_the_requested_rows_and_fields(tmp_path):
     rng = np.random.default_rng(0)
     index = write(str(tmp_path / "d"), [random_episode(RICH, "e", 6, rng, observed(RICH))], [RICH])
     assert [r.field for r in index.ranges(0, 1, 3, ["action", "mission", "goal"])] == ["steps.npy"]
@@ -81,7 +81,7 @@ def test_ranges_hold_only_what_is_asked_for(tmp_path):
         index.ranges(0, 7, 1, [])
 
 
-def test_decoded_once_then_opened_from_the_cache(tmp_path, monkeypatch):
+def test_an_index_is_decoded_once_then_opened_from_the_cache(tmp_path, monkeypatch):
     url = str(tmp_path / "d")
     small_dataset(url)
     Path(url, "index.parquet").rename(tmp_path / "away")  # a second opening needs only dataset.json
@@ -101,7 +101,7 @@ def _child(index, out):
     out.put((index.id(5), index.steps.tolist(), index.tasks, index.fingerprint))
 
 
-def test_it_travels_to_a_spawned_process_as_the_place_of_its_arrays(tmp_path):
+def test_a_spawned_process_gets_the_folder_of_the_arrays_not_the_arrays(tmp_path):
     import pickle
 
     _, index = small_dataset(str(tmp_path / "d"), 2000, shard_bytes=1 << 20)
@@ -115,7 +115,7 @@ def test_it_travels_to_a_spawned_process_as_the_place_of_its_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["action", "observation.image", "speech"])
-def test_a_changed_byte_is_named_with_shard_member_and_range(tmp_path, field):
+def test_a_changed_byte_is_reported_with_shard_member_and_range(tmp_path, field):
     rng = np.random.default_rng(0)
     url = str(tmp_path / "d")
     index = write(url, [random_episode(RICH, f"e{i}", 5, rng) for i in range(3)], [RICH])
@@ -143,7 +143,7 @@ def test_a_short_buffer_is_an_error(tmp_path):
 
 
 def rewrite(url, change):
-    """dataset.json, changed."""
+    """Change dataset.json."""
     file = Path(url) / "dataset.json"
     document = json.loads(file.read_text())
     change(document)
@@ -167,7 +167,7 @@ def rewrite(url, change):
         lambda d: d.update(shards=7),
     ],
 )
-def test_a_strangers_dataset_json_is_not_believed(tmp_path, change):
+def test_an_invalid_dataset_json_is_refused(tmp_path, change):
     url = str(tmp_path / "d")
     small_dataset(url)
     rewrite(url, change)
@@ -176,12 +176,12 @@ def test_a_strangers_dataset_json_is_not_believed(tmp_path, change):
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.long)])
-def test_mutated_files_of_a_stranger_give_clean_errors(tmp_path, count):
-    """Bytes of index.parquet and dataset.json changed at random: they open as something that fits its shards, or not."""
+def test_mutated_files_give_clean_errors(tmp_path, count):
+    """Random bytes of index.parquet and dataset.json are changed. The files are then refused, or pass all checks."""
     rng = np.random.default_rng(0)
     url = tmp_path / "d"
     write(str(url), [random_episode(RICH, f"e{i}", 3, rng) for i in range(4)], [RICH])
-    unchecked = tmp_path / "unchecked.parquet"  # a stranger writes no page checksums
+    unchecked = tmp_path / "unchecked.parquet"  # as by a writer that writes no page checksums
     metadata = pq.read_metadata(url / "index.parquet").metadata
     content = pq.read_table(url / "index.parquet")
     with pq.ParquetWriter(unchecked, content.schema) as writer:
@@ -199,7 +199,7 @@ def test_mutated_files_of_a_stranger_give_clean_errors(tmp_path, count):
                 continue
             mutated = tmp_path / "mutated.parquet"
             mutated.write_bytes(data)
-            tasks, shards = table.describe(mutated)
+            tasks, shards = table.read_tasks_and_shards(mutated)
             decoded = arrays.decode(mutated, None, [t.name for t in tasks], [s.name for s in shards])
             arrays.check(decoded, tasks, shards, "mutated")
         except DataError:
@@ -239,9 +239,9 @@ def test_an_index_that_points_outside_its_shards_is_refused(tmp_path, changes):
         writer.add(record(i, **(changes if i == 1 else {})))
     file = tmp_path / "index.parquet"
     writer.finish(file, [SMALL], [Shard("s.tar", 1000)])
-    tasks, shards = table.describe(file)
+    tasks, shards = table.read_tasks_and_shards(file)
     decoded = arrays.decode(file, None, ["small"], ["s.tar"])
-    with pytest.raises(DataError, match="entry"):
+    with pytest.raises(DataError, match=r"(episode|chunk) \d"):
         arrays.check(decoded, tasks, shards, "x")
 
 
@@ -253,7 +253,7 @@ def test_a_column_whose_name_is_a_path_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_arrays_on_disk_and_in_memory_are_those_of_the_records(tmp_path, monkeypatch, folder):
+def test_arrays_on_disk_and_in_memory_equal_the_records(tmp_path, monkeypatch, folder):
     monkeypatch.setattr(table, "PART", 7)
     monkeypatch.setattr(arrays, "PART", 5)
     rng = np.random.default_rng(0)
@@ -292,11 +292,11 @@ def test_arrays_on_disk_and_in_memory_are_those_of_the_records(tmp_path, monkeyp
         assert got["success"][i] == (-1 if r.success is None else 1)
     assert len(got["agent.first"]) == 3
     if out:
-        shutil.rmtree(out)  # arrays stay usable while they are mapped
+        shutil.rmtree(out)  # mapped arrays stay usable
         assert got["steps"].tolist() == [2] * 40
 
 
-def test_a_dataset_without_episodes(tmp_path):
+def test_a_dataset_without_episodes_can_be_opened(tmp_path):
     index = write(str(tmp_path / "d"), [], [SMALL])
     assert index.episodes == 0
     assert not len(index.held_out(0.5))
@@ -305,7 +305,7 @@ def test_a_dataset_without_episodes(tmp_path):
 
 @pytest.mark.long
 def test_ten_million_episodes_open_in_milliseconds(tmp_path):
-    """Ten million rows written column by column, decoded without a Python object each, then opened from the cache."""
+    """Ten million rows are written column by column, decoded without a Python object for each, and opened from the cache."""
     import time
 
     n = 10_000_000

@@ -1,4 +1,4 @@
-"""ShardWriter: what it writes is plain WebDataset, addressable to the byte, whole or absent, and the same each time."""
+"""ShardWriter writes plain WebDataset tars with exact offsets and the same bytes each time, and leaves no partial dataset."""
 
 import errno
 import io
@@ -39,7 +39,7 @@ def rich_episodes(count=8, seed=0):
     return [random_episode(RICH, f"r{i}", int(rng.integers(1, 9)), rng, observed(RICH)) for i in range(count)]
 
 
-def test_the_webdataset_library_reads_it_unchanged(tmp_path):
+def test_the_webdataset_library_reads_the_shards(tmp_path):
     import webdataset
 
     episodes = rich_episodes()
@@ -60,7 +60,7 @@ def test_the_webdataset_library_reads_it_unchanged(tmp_path):
             assert np.array_equal(sample[f"observation.image.{t:04d}.webp"], frame)
 
 
-def test_offsets_are_those_that_tarfile_finds(tmp_path):
+def test_offsets_equal_those_that_tarfile_finds(tmp_path):
     episodes = rich_episodes()
     index = write(str(tmp_path / "d"), episodes, [RICH], shard_bytes=100 << 10)
     names = [f.name for f in RICH.fields]
@@ -71,12 +71,14 @@ def test_offsets_are_those_that_tarfile_finds(tmp_path):
             places = {m.name.split(".", 1)[1]: (m.offset_data, m.size) for m in mine}
             steps, *large = index.ranges(e, 0, int(index.rows[e]), names)
             assert steps.offset + steps.size == sum(places["steps.npy"])
-            assert (int(index.arrays["json"][e]), int(index.arrays["json_bytes"][e])) == places["json"]
-            assert min(m.offset for m in mine) == int(index.arrays["sample"][e])
+            assert index.json_range(e) == places["json"]
+            assert min(m.offset for m in mine) == index.sample_range(e)[0]
             for r in large:
                 own = [p for n, p in places.items() if n.startswith(f"{r.field}.")]
                 assert min(o for o, _ in own) <= r.offset
-                assert r.offset + r.size in {o + s for o, s in own} | {o + s - 1 for o, s in own}  # -1: a list's ]
+                assert r.offset + r.size in {o + s for o, s in own} | {
+                    o + s - 1 for o, s in own
+                }  # -1: without the list's ]
 
 
 def _sibling(tar, member):
@@ -157,7 +159,7 @@ def test_any_window_of_any_episode_equals_the_slices_that_were_written(tmp_path_
             wanted = episode.fields[field.name][start : start + count]
             assert len(got) == count
             assert np.array_equal(got[: len(wanted)], wanted)
-            if len(wanted) < count:  # only the observation-only row can be without a value
+            if len(wanted) < count:  # only a row without an action may have no value
                 assert field.role in ONLY_WITH_ACTION or len(episode.fields[field.name]) == episode.steps
                 assert not np.any(got[len(wanted) :])
         whole = read_episode(index, e)
@@ -168,7 +170,7 @@ def test_any_window_of_any_episode_equals_the_slices_that_were_written(tmp_path_
         assert_equal_fields(whole.fields, episode.fields)
 
 
-def test_captions_are_episodes_without_actions(tmp_path):
+def test_a_captioned_image_is_an_episode_without_actions(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (1, 5, 9, 3), np.uint8)
     index = write(str(tmp_path / "d"), [Episode("c", "captions", {"image": image, "text": "a cat"}, 0)], [CAPTION])
@@ -187,10 +189,10 @@ def test_lossy_and_video_encodings_of_a_window_across_chunks(tmp_path):
         index = write(url, [Episode("e", "v", {"image": frames}, 20)], [task], encodings={"*": Encoding(kind, 8, 90)})
         got = read_window(index, 0, 6, 12, ["image"])["fields"]["image"]
         assert np.abs(got.astype(int) - frames[6:18]).mean() < 6
-        assert np.abs(got.astype(int) - frames[8:20]).mean() > 10  # the very frames, not their neighbours
+        assert np.abs(got.astype(int) - frames[8:20]).mean() > 10  # not the neighbours of the requested frames
 
 
-def test_an_episode_that_does_not_fit_leaves_no_trace(tmp_path):
+def test_a_refused_episode_leaves_no_trace(tmp_path):
     url = str(tmp_path / "d")
     rng = np.random.default_rng(0)
     good = [random_episode(SMALL, f"e{i}", 4, rng) for i in range(3)]
@@ -212,7 +214,7 @@ def test_an_episode_that_does_not_fit_leaves_no_trace(tmp_path):
     assert [EpisodeIndex.open(url).id(i) for i in range(3)] == ["e0", "e1", "e2"]
 
 
-def test_nothing_that_looks_whole_before_close_and_nothing_left_in_scratch(tmp_path):
+def test_there_is_no_dataset_before_close_and_scratch_is_removed(tmp_path):
     url, scratch = str(tmp_path / "d"), tmp_path / "scratch"
     scratch.mkdir()
     rng = np.random.default_rng(0)
@@ -232,7 +234,7 @@ def test_nothing_that_looks_whole_before_close_and_nothing_left_in_scratch(tmp_p
     assert not list(scratch.iterdir())
     with pytest.raises(FileNotFoundError):
         EpisodeIndex.open(url)
-    small_dataset(url)  # a second try may follow
+    small_dataset(url)  # the folder can be used again
     assert EpisodeIndex.open(url).episodes == 30
 
 
@@ -243,7 +245,7 @@ def test_an_existing_dataset_is_not_overwritten(tmp_path):
 
 
 def _die_after(call, url):
-    """In a forked child: write a dataset, and end without any clean-up right after the given upload."""
+    """For a forked child: write a dataset, and exit without any cleanup right after upload number `call`."""
     done = 0
 
     def dying(name, original=Store):
@@ -264,8 +266,8 @@ def _die_after(call, url):
     os._exit(0)
 
 
-def test_killed_after_any_upload_it_is_either_absent_or_whole(tmp_path):
-    import webdataset  # noqa: F401  (once, not in every child)
+def test_a_writer_killed_after_any_upload_leaves_no_dataset_or_a_whole_one(tmp_path):
+    import webdataset  # noqa: F401  (imported once, not in each child)
 
     for call in range(1, 40):
         url = str(tmp_path / f"d{call}")
@@ -285,8 +287,8 @@ def test_killed_after_any_upload_it_is_either_absent_or_whole(tmp_path):
     assert call > 4
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path):
-    """A limit on the size of files stands for the disk: it fails in the same place, with EFBIG."""
+def test_a_full_disk_gives_one_clear_error(tmp_path):
+    """A limit of file sizes stands for a full disk: it fails in the same place, with EFBIG."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     rng = np.random.default_rng(0)
@@ -311,7 +313,7 @@ def _write_all(writer, episodes):
             writer.write(episode)
 
 
-def test_tasks_may_appear_while_writing(tmp_path):
+def test_tasks_may_be_added_while_writing(tmp_path):
     rng = np.random.default_rng(0)
     url = str(tmp_path / "d")
     episodes = [
@@ -323,7 +325,7 @@ def test_tasks_may_appear_while_writing(tmp_path):
         writer.add_task(SMALL)
         writer.write(episodes[0])
         writer.add_task(RICH)
-        writer.add_task(SMALL)  # the same again is nothing
+        writer.add_task(SMALL)  # adding the same task again has no effect
         for e in episodes[1:]:
             writer.write(e)
         with pytest.raises(DataError, match="declared twice"):
@@ -334,7 +336,7 @@ def test_tasks_may_appear_while_writing(tmp_path):
         assert_equal_fields(read_episode(index, i).fields, e.fields)
 
 
-def test_numbers_of_numpy_are_numbers(tmp_path):
+def test_numpy_scalars_are_stored_as_numbers(tmp_path):
     low, high = np.float32([-1, -1]), np.float32([1, 1])
     fields = [FieldSpec("x", "action", "continuous", "float32", tuple(np.array([2])), low, high)]
     rng = np.random.default_rng(0)
@@ -355,7 +357,7 @@ def pieces(url, order, count=3):
                 writer.write(random_episode(tasks[-1], f"p{p}-{i}", 5, rng))
 
 
-def test_pieces_in_any_order_and_again_give_the_same_dataset(tmp_path):
+def test_pieces_written_in_any_order_or_twice_give_the_same_dataset(tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     pieces(a, [0, 1, 2])
     pieces(b, [2, 0, 1, 0, 2])

@@ -1,4 +1,4 @@
-"""Statistics against NumPy over everything at once, and against themselves under any grouping."""
+"""Statistics equal those that NumPy computes from all values at once, and do not depend on the grouping."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from hypothesis.extra import numpy as hn
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio import statistics
 from tiphys.dataio.episode import FieldSpec, TaskSpec
-from tiphys.dataio.format.rows import Layout, pack_rows
+from tiphys.dataio.format.rows import RowLayout, pack_rows
 from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
 
 
 def gathered(task, episodes):
-    out, layout = Statistics(), Layout(task)
+    out, layout = Statistics(), RowLayout(task)
     for e in episodes:
         out.add(layout, pack_rows(layout, e))
     return out
@@ -26,7 +26,7 @@ def episodes():
     return [random_episode(RICH, f"e{i}", int(rng.integers(1, 40)), rng, observed(RICH)) for i in range(60)]
 
 
-def test_moments_extremes_and_clipping_are_numpys(episodes):
+def test_moments_extremes_and_clipping_equal_numpys(episodes):
     result = gathered(RICH, episodes).result(["rich"])["rich"]
     for name in ("observation.state", "action", "reward", "gripper", "terminated"):
         values = np.concatenate([e.fields[name] for e in episodes]).astype(np.float64)
@@ -93,7 +93,7 @@ def test_any_grouping_gives_the_same(values, cuts):
     assert np.allclose(a.std / scale, b.std / scale, atol=1e-7)
 
 
-def test_what_is_not_finite_is_counted_apart():
+def test_values_that_are_not_finite_are_counted_separately():
     sketch = Sketch((2,))
     sketch.add(np.array([[1.0, 2.0], [np.nan, 0.0], [3.0, np.inf], [5.0, 6.0]]))
     result = sketch.result()
@@ -112,7 +112,7 @@ def test_wide_fields_are_pooled():
     assert s.mean == pytest.approx(episode.fields["x"].mean(dtype=np.float64))
 
 
-def test_small_buffers_and_large_ones_agree(episodes, monkeypatch):
+def test_the_size_of_the_buffer_does_not_matter(episodes, monkeypatch):
     large = gathered(RICH, episodes).result(["rich"])["rich"]
     monkeypatch.setattr(statistics, "_BUFFER", 1)
     for name, s in gathered(RICH, episodes).result(["rich"])["rich"].items():
@@ -120,7 +120,7 @@ def test_small_buffers_and_large_ones_agree(episodes, monkeypatch):
         assert np.allclose(s.mean, large[name].mean, rtol=1e-12, atol=1e-15)
 
 
-def test_files_and_json_round_trip(tmp_path, episodes):
+def test_statistics_survive_files_and_json(tmp_path, episodes):
     rng = np.random.default_rng(1)
     both = gathered(RICH, episodes)
     both.merge(gathered(SMALL, [random_episode(SMALL, "s", 9, rng)]))

@@ -1,4 +1,4 @@
-"""Environments and experts that go wrong on purpose; a module of its own, so that spawned processes can import it."""
+"""Experts that fail on purpose. They are in a module of their own, so that spawned processes can import them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiphys.dataio.environments import ExpertLost, Stateless
 
 
 class Left:
-    """An expert for CartPole that is lost where the cart starts to the right, and else pushes the way the pole falls."""
+    """An expert for CartPole. It is lost if the cart starts to the right, else it pushes to where the pole falls."""
 
     def __init__(self, task: str, env: Any) -> None:
         self._env = env
@@ -40,7 +40,7 @@ def raises(task: str, env: Any) -> Any:
             Raises.seen += 1
 
         def act(self, observation: Any, taken: Any = None) -> int:
-            if Raises.seen > 12:  # past the score episodes
+            if Raises.seen > 12:  # after the episodes of the scores
                 raise ZeroDivisionError("the simulator diverged")
             return 0
 

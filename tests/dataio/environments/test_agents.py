@@ -1,4 +1,4 @@
-"""Agents that others trained: opened only when trusted, acting as they were trained to."""
+"""Trained agents from elsewhere: they are opened only if trusted, and act as they were trained."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_a_zip_is_not_opened_before_it_is_trusted(tmp_path):
     file.write_bytes(b"not even a zip")
     with pytest.raises(DataError, match=r"run any code.*--trust-policy"):
         agent(str(file))
-    with pytest.raises(DataError, match="no Stable-Baselines3 agent"):
+    with pytest.raises(DataError, match="not a Stable-Baselines3 agent"):
         agent(str(file), trusted=True)("CartPole-v1", environments.make("CartPole-v1"))
     with pytest.raises(DataError, match="no such file"):
         agent(str(tmp_path / "missing.zip"), trusted=True)
 
 
-def test_a_zip_of_something_else_is_named(tmp_path):
+def test_a_zip_that_is_not_an_agent_is_refused(tmp_path):
     file = tmp_path / "agent.zip"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("data", "{}")
@@ -45,18 +45,18 @@ def random_expert(task: str, env: Any) -> Any:
     return Stateless(lambda observation: 1)
 
 
-def test_a_function_of_the_users_own():
+def test_a_users_function_makes_the_expert():
     made = agent(f"{__name__}:random_expert")
     assert made("CartPole-v1", None).act(np.zeros(4)) == 1  # type: ignore[arg-type]
     for wrong in ("nowhere", "a b:c", "os:"):
-        with pytest.raises(DataError, match="is no agent"):
+        with pytest.raises(DataError, match="is not an agent"):
             agent(wrong)
     with pytest.raises(DataError, match="nowhere_at_all"):
         agent("nowhere_at_all:f")("CartPole-v1", None)  # type: ignore[arg-type]
 
 
 def write_statistics(path: Path, **state: Any) -> None:
-    """A pickle as VecNormalize makes it, without Stable-Baselines3."""
+    """Write a pickle like one of VecNormalize, without Stable-Baselines3."""
     import sys
     import types
 
@@ -107,7 +107,7 @@ def test_statistics_that_would_run_code_are_refused(tmp_path):
 
 
 @pytest.mark.long
-def test_a_saved_agent_acts_as_the_one_that_was_saved(tmp_path):
+def test_a_saved_agent_acts_like_the_original(tmp_path):
     algorithms = pytest.importorskip("stable_baselines3")
     for name, task in (("PPO", "CartPole-v1"), ("DQN", "CartPole-v1"), ("SAC", "Pendulum-v1"), ("A2C", "Pendulum-v1")):
         model = getattr(algorithms, name)("MlpPolicy", gymnasium.make(task), seed=0)
@@ -139,7 +139,7 @@ def test_a_saved_agent_acts_as_the_one_that_was_saved(tmp_path):
         ("BipedalWalker-v3", "a2c/BipedalWalker-v3_1/BipedalWalker-v3.zip", 250),
     ],
 )
-def test_agents_of_the_zoo_act_as_well_as_they_did(task, path, least):
+def test_agents_of_the_zoo_reach_their_scores(task, path, least):
     for package in ("stable_baselines3", "sb3_contrib", "mujoco", "Box2D"):
         pytest.importorskip(package)
     env = environments.make(task)

@@ -1,4 +1,4 @@
-"""Environments: equal to what they wrap, reproducible by seed, found by name, described by specs that their data keep to."""
+"""Environments equal the ones that they wrap, depend on the seed alone, are found by name, and fit their specs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def same(a, b) -> bool:
 
 
 def by_expert(task, env, noise=0.0):
-    """An act() for `play`: the family's expert, disturbed by `noise`."""
+    """An `act` function for `play`: the family's expert, disturbed by `noise`."""
     family, expert, rng = environments.family(task), environments.expert(task, env), np.random.default_rng(0)
 
     def act(observation, taken):
@@ -54,7 +54,7 @@ def test_grid_observations_equal_minigrids_own(level):
 
 
 @pytest.mark.parametrize("level", ["BabyAI-GoToLocal-v0", "BabyAI-UnlockLocal-v0"])
-def test_bot_says_what_babyais_own_bot_says(level):
+def test_our_bot_acts_like_babyais_own_bot(level):
     from minigrid.utils.baby_ai_bot import BabyAIBot
 
     env, plain = environments.make(level), gymnasium.make(level).unwrapped
@@ -75,13 +75,12 @@ def test_bot_says_what_babyais_own_bot_says(level):
 
 
 TASKS = ["BabyAI-GoToRedBallGrey-v0", "MiniGrid-MemoryS7-v0", "metaworld/reach-v3", "metaworld/push-v3", "CartPole-v1"]
-# window-close-v3 among them because it needs both of Meta-World's resets
+# window-close-v3 is in the list because it needs both of Meta-World's resets
 TASKS += ["metaworld/window-close-v3", "Pendulum-v1", "MountainCarContinuous-v0", "LunarLander-v3"]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_episode_follows_from_its_seed_whatever_was_played_before(task):
-    """And its data keep to the spec."""
+def test_an_episode_depends_on_its_seed_alone_and_fits_the_spec(task):
     if task.startswith("metaworld"):
         pytest.importorskip("metaworld")
     spec, used, fresh = environments.spec(task), environments.make(task), environments.make(task)
@@ -117,7 +116,7 @@ def test_an_episode_follows_from_its_seed_whatever_was_played_before(task):
         ("LunarLander-v3", 150),
     ],
 )
-def test_experts_know_what_they_do(task, least):
+def test_experts_reach_good_scores(task, least):
     if task.startswith("metaworld"):
         pytest.importorskip("metaworld")
     env, spec = environments.make(task), environments.spec(task)
@@ -125,8 +124,8 @@ def test_experts_know_what_they_do(task, least):
     assert np.mean([o.success if spec.normalise == "success" else o.total_return for o in played]) >= least
 
 
-def test_memorys_oracle_looks_before_it_goes():
-    """Two levels that differ only in the clue must differ in what the oracle has seen before it chooses."""
+def test_the_memory_oracle_sees_the_clue_before_it_goes():
+    """Otherwise its demonstrations could not be learned from the observations."""
     task = "MiniGrid-MemoryS13-v0"
     env: Any = environments.make(task)
     core = env.unwrapped
@@ -141,7 +140,7 @@ def test_memorys_oracle_looks_before_it_goes():
         assert seen
 
 
-def test_specs_say_what_the_contract_says():
+def test_specs_have_the_documented_fields_and_horizons():
     grid = environments.spec("BabyAI-GoToRedBallGrey-v0")
     image, mission = grid.field("observation.image"), grid.field("observation.mission")
     assert (image.modality, image.values, image.shape) == ("discrete", 11, (7, 7, 3))
@@ -156,7 +155,7 @@ def test_specs_say_what_the_contract_says():
     assert len(environments.family("metaworld/x").names()) == 50
 
 
-def test_metaworld_shows_its_goal_and_draws_a_new_one_each_seed():
+def test_metaworld_shows_its_goal_which_depends_on_the_seed():
     pytest.importorskip("metaworld")
     env = environments.make("metaworld/reach-v3", horizon=3)
     goals = [env.reset(seed=seed)[0][-3:] for seed in (1, 2, 1)]
@@ -176,7 +175,7 @@ def test_metaworld_shows_its_goal_and_draws_a_new_one_each_seed():
         ("ALE/Pogn-v5", "ALE/Pong-v5"),
     ],
 )
-def test_unknown_names_get_the_nearest(wrong, right):
+def test_unknown_names_are_answered_with_similar_ones(wrong, right):
     if right.startswith("ALE"):
         pytest.importorskip("ale_py")
     with pytest.raises(UnknownEnvironment, match=f"{wrong}.*{right}"):
@@ -192,14 +191,14 @@ def test_unknown_names_get_the_nearest(wrong, right):
         ("CartPole-v1", "gymnasium", "envs"),
     ],
 )
-def test_a_missing_extra_names_the_line_that_installs_it(task, module, extra, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)  # what an import of a package that is not there does
+def test_a_missing_extra_names_the_command_that_installs_it(task, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if the package were not installed
     with pytest.raises(MissingExtra, match=rf"pip install 'tiphys\[{extra}\]'"):
         environments.make(task)
 
 
 class Counting(Family):
-    """A user's family: a number goes up or stays, and is to reach 3."""
+    """A user's family: a number goes up or stays, and must reach 3."""
 
     normalise = "success"
 
@@ -237,7 +236,7 @@ class Point:
         return self._loaded
 
 
-def test_users_add_families_by_an_entry_point(monkeypatch):
+def test_users_can_add_families_by_an_entry_point(monkeypatch):
     monkeypatch.setattr(environments, "_users", lambda: [Point(Counting)])
     assert "counting/three" in environments.names()
     assert environments.spec("counting/three").field("observation.a.b").values == 9
@@ -250,7 +249,7 @@ def test_users_add_families_by_an_entry_point(monkeypatch):
         environments.make("counting/three")
 
 
-def test_a_disturbed_bot_finishes_or_says_that_it_cannot():
+def test_a_disturbed_bot_finishes_or_raises_expert_lost():
     task = "BabyAI-PickupLoc-v0"
     env, finished = environments.make(task), 0
     for seed in range(10):
@@ -289,7 +288,7 @@ def test_spaces_become_fields():
         space_fields(spaces.Discrete(3, start=-1), spaces.Discrete(2))
 
 
-def test_nested_values_flatten_and_come_back():
+def test_nested_values_can_be_flattened_and_restored():
     value = {"arm": {"move": np.ones(2), "grip": 1}, "base": np.zeros(3)}
     flat = observation_fields(value, "action")
     assert set(flat) == {"action.arm.move", "action.arm.grip", "action.base"}

@@ -1,4 +1,4 @@
-"""Chunks: lossless kinds give back what went in, lossy ones nearly, and no stranger's chunk allocates or passes for another."""
+"""Chunks: lossless kinds restore the rows, lossy ones nearly. Damaged and oversized chunks are refused."""
 
 import io
 import zlib
@@ -16,7 +16,7 @@ SHAPES = [(8, 6, 3), (3, 8, 6), (8, 6), (8, 6, 1), (4, 9, 7), (9, 7, 4), (1, 5, 
 
 
 def smooth(rows, shape, seed=0):
-    """Pictures that a lossy codec can hold: slow waves, moving a little from row to row."""
+    """Pictures that a lossy codec changes little: slow waves that move a little from row to row."""
     t = np.arange(rows).reshape(-1, *[1] * len(shape))
     axes = [np.arange(n).reshape([1] + [-1 if i == k else 1 for i in range(len(shape))]) for k, n in enumerate(shape)]
     return (128 + 60 * np.sin(sum(a * 0.15 for a in axes) + t * 0.1 + seed)).astype(np.uint8)
@@ -25,7 +25,7 @@ def smooth(rows, shape, seed=0):
 @pytest.mark.parametrize("kind", ["png", "webp"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("frames", [1, 3])
-def test_lossless_pictures_of_any_layout(kind, shape, frames):
+def test_lossless_pictures_of_any_shape_come_back_unchanged(kind, shape, frames):
     rows = np.random.default_rng(0).integers(0, 256, (7, *shape), np.uint8)
     chunks = encode(rows, Encoding(kind, frames))
     assert len(chunks) == -(-7 // frames)
@@ -35,7 +35,7 @@ def test_lossless_pictures_of_any_layout(kind, shape, frames):
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp-lossy", "h264", "av1"])
 @pytest.mark.parametrize("shape", [(66, 70, 3), (65, 71, 3), (64, 64)])
-def test_lossy_kinds_stay_near(kind, shape):
+def test_lossy_pictures_differ_little(kind, shape):
     rows = smooth(5, shape)
     chunks = encode(rows, Encoding(kind, 3, 90))
     back = np.concatenate([decode(chunks[0], kind, 3, shape), decode(chunks[1], kind, 2, shape)])
@@ -46,7 +46,7 @@ def test_lossy_kinds_stay_near(kind, shape):
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=9), st.integers(1, 4))
 @settings(max_examples=50, deadline=None)
-def test_texts(texts, frames):
+def test_texts_come_back_unchanged(texts, frames):
     rows = np.array(texts, np.dtypes.StringDType())
     chunks = encode(rows, Encoding("text", frames))
     back = [t for i, c in enumerate(chunks) for t in decode(c, "text", min(frames, len(texts) - i * frames), ())]
@@ -66,7 +66,7 @@ def test_the_default_is_lossless():
     assert choose(FieldSpec("x", "text", "text", "str"), {"*": Encoding("png")}).kind == "text"
 
 
-def test_the_first_pattern_that_matches_decides_and_an_impossible_one_is_refused():
+def test_the_first_matching_pattern_decides_and_an_impossible_encoding_is_refused():
     field = FieldSpec("observation.image", "observation", "image", "uint8", (8, 8, 3))
     assert choose(field, {"observation.*": Encoding("jpeg"), "*": Encoding("png")}).kind == "jpeg"
     depth = FieldSpec("observation.depth", "observation", "image", "float32", (8, 8))
@@ -82,18 +82,18 @@ def picture(kind, size):
     return out.getvalue()
 
 
-def test_what_is_not_as_declared_is_refused_before_it_is_decoded():
+def test_a_chunk_of_another_size_or_format_is_refused():
     good = picture("PNG", (6, 8))
     assert decode(good, "png", 1, (8, 6, 3)).shape == (1, 8, 6, 3)
     with pytest.raises(DataError, match="8×6"):
         decode(good, "png", 1, (8, 8, 3))
     with pytest.raises(DataError, match="cannot be decoded"):
-        decode(good, "webp", 1, (8, 6, 3))  # the format named decides, not the content
+        decode(good, "webp", 1, (8, 6, 3))  # the named format decides, not the content
     with pytest.raises(DataError):
         decode(good[:45], "png", 1, (8, 6, 3))
 
 
-def test_a_bomb_is_refused_by_its_header():
+def test_a_decompression_bomb_is_refused_by_its_header():
     bomb = bytearray(picture("PNG", (6, 8)))
     bomb[16:24] = (9000).to_bytes(4, "big") * 2  # width, height in IHDR
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
@@ -101,7 +101,7 @@ def test_a_bomb_is_refused_by_its_header():
         decode(bytes(bomb), "png", 1, (0, 0, 3))
 
 
-def test_pictures_of_any_size_where_the_field_says_so():
+def test_pictures_of_any_size_are_decoded_if_the_field_allows_it():
     assert decode(picture("JPEG", (31, 17)), "jpeg", 1, (0, 0, 3)).shape == (1, 17, 31, 3)
 
 

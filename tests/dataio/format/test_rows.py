@@ -1,4 +1,4 @@
-"""Rows of steps.npy: their dtype, their CRCs, and the one constant that verifies any number of them."""
+"""Rows of steps.npy: their dtype, their CRCs, and the constant that verifies any number of rows."""
 
 import io
 import json
@@ -9,15 +9,15 @@ from crc32c import crc32c
 
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from tiphys.dataio.format.rows import Layout, broken_row, check_task, pack_rows, row_dtype
+from tiphys.dataio.format.rows import RowLayout, broken_row, check_task, pack_rows, row_dtype
 
 
 def packed(steps=9, extra=True):
     episode = random_episode(RICH, "e", steps, np.random.default_rng(0), observed(RICH) if extra else ())
-    return episode, pack_rows(Layout(RICH), episode)
+    return episode, pack_rows(RowLayout(RICH), episode)
 
 
-def test_dtype_follows_from_the_task_alone_and_is_packed():
+def test_the_dtype_depends_on_the_task_alone_and_is_packed():
     dtype = row_dtype(RICH)
     assert dtype.names == (
         "_step", "_return_to_go", "_valid", "action", "gripper", "observation.grid", "observation.state", "reward",
@@ -27,7 +27,7 @@ def test_dtype_follows_from_the_task_alone_and_is_packed():
     assert row_dtype(TaskSpec(**json.loads(json.dumps(RICH.to_dict())))) == dtype
 
 
-def test_columns_hold_the_episode():
+def test_the_columns_hold_the_episode():
     episode, rows = packed()
     assert len(rows) == 10
     assert rows["_step"].tolist() == list(range(10))
@@ -48,7 +48,7 @@ def test_every_row_has_the_crc_of_its_other_bytes():
 @pytest.mark.parametrize("steps", [1, 7, 255, 256, 257, 700])
 def test_intact_windows_pass_and_any_flipped_bit_is_found_in_its_row(steps):
     rng = np.random.default_rng(steps)
-    rows = pack_rows(Layout(SMALL), random_episode(SMALL, "e", steps, rng))
+    rows = pack_rows(RowLayout(SMALL), random_episode(SMALL, "e", steps, rng))
     data, one = bytearray(rows.tobytes()), rows.dtype.itemsize
     for _ in range(20):
         low = int(rng.integers(0, steps))
@@ -62,7 +62,7 @@ def test_intact_windows_pass_and_any_flipped_bit_is_found_in_its_row(steps):
     assert broken_row(memoryview(data)[:-1], one) >= 0
 
 
-def test_rows_in_another_order_pass_each_alone_but_carry_their_number():
+def test_rows_in_another_order_pass_the_crc_but_hold_their_number():
     _, rows = packed()
     assert broken_row(memoryview(rows[::-1].tobytes()), rows.dtype.itemsize) == -1
     assert rows[::-1]["_step"][0] == 9
@@ -82,7 +82,7 @@ def test_an_episode_that_does_not_fit_its_task_is_refused(change, message):
     episode, _ = packed()
     broken = Episode("e", "rich", {**episode.fields, **change}, 9)
     with pytest.raises(DataError, match=message):
-        pack_rows(Layout(RICH), broken)
+        pack_rows(RowLayout(RICH), broken)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_fields_that_cannot_be_stored_are_refused(field):
         check_task(TaskSpec("t", (field,)))
 
 
-def test_the_member_is_plain_npy():
+def test_numpy_can_load_the_member():
     from tiphys.dataio.format.sample import npy
 
     _, rows = packed()

@@ -1,4 +1,4 @@
-"""Tars of strangers: what is not a plain, whole file is refused with the byte at which it stands."""
+"""Reading tars that are not trusted: everything but whole, regular files is refused, with its byte."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ def make(file, entries, **options):
     return file
 
 
-def test_members_and_samples(tmp_path):
+def test_members_are_those_of_tarfile_grouped_to_samples(tmp_path):
     entries = [
         ("a/1.json", b"{}"),
         ("a/1.x.npy", b"abc" * 300),
@@ -58,7 +58,7 @@ def test_compression_is_refused(tmp_path):
         list(members(tmp_path / "t.tar"))
 
 
-def test_a_cut_at_any_place_is_seen(tmp_path):
+def test_a_tar_cut_off_at_any_place_is_refused(tmp_path):
     file = make(tmp_path / "t.tar", [(f"{i}.txt", b"x" * 100 * i) for i in range(6)])
     whole = file.read_bytes()
     end = max(m.offset + 512 for m in members(file))
@@ -70,7 +70,7 @@ def test_a_cut_at_any_place_is_seen(tmp_path):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_damage_gives_a_clean_error_or_the_same_places(tmp_path_factory, data):
+def test_a_damaged_tar_gives_a_clean_error_or_places_inside_it(tmp_path_factory, data):
     file = make(tmp_path_factory.mktemp("t") / "t.tar", [(f"{i}.txt", b"y" * 700) for i in range(3)])
     raw = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 5))):
@@ -88,7 +88,7 @@ def test_a_name_twice_in_a_sample_is_refused(tmp_path):
         list(samples(make(tmp_path / "t.tar", [("1.txt", b"a"), ("1.TXT", b"b")])))
 
 
-def test_npy_headers():
+def test_npy_headers_are_read_and_bad_ones_refused():
     array = np.zeros(3, [("a", "<f4", (2,)), ("b", "u1")])
     dtype, shape, size = npy_header(npy(array))
     assert (dtype, shape, size) == (array.dtype, (3,), len(npy(array)) - array.nbytes)

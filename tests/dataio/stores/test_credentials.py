@@ -1,4 +1,4 @@
-"""Credentials that expire during a run: those that somebody renews are found, and others are an error at once."""
+"""Credentials that expire during a run: renewed ones are found, otherwise the error comes at once."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def accepted(front: FaultyFront, monkeypatch: pytest.MonkeyPatch) -> Iterator[se
     keys = {"first"}
 
     def rule(request: Request) -> Fault | None:
-        said = request.headers.get("authorization", "")
-        return None if any(f"Credential={key}/" in said for key in keys) else EXPIRED
+        header = request.headers.get("authorization", "")
+        return None if any(f"Credential={key}/" in header for key in keys) else EXPIRED
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -44,7 +44,7 @@ def read(store: Store) -> None:
     assert store.read_ranges("shard", starts, [100] * 10) == [DATA[s : s + 100] for s in starts]
 
 
-def test_a_profile_whose_keys_are_written_anew(
+def test_renewed_keys_of_a_profile_are_found(
     front: FaultyFront, accepted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "credentials"
@@ -59,7 +59,7 @@ def test_a_profile_whose_keys_are_written_anew(
         read(store)
     assert "a-secret" not in str(caught.value)
     assert "a-token" not in str(caught.value)
-    assert len(front.requests) <= 21  # each range once in bulk and once alone: no storm
+    assert len(front.requests) <= 21  # each range once in bulk and once alone, not more
     accepted.add("second")
     file.write_text(text.format("second"))
     read(store)
@@ -73,7 +73,7 @@ print(json.dumps({"Version": 1, "SecretAccessKey": "a-secret", "SessionToken": "
 """
 
 
-def test_a_profile_whose_keys_come_from_a_program(
+def test_renewed_keys_from_a_program_are_found(
     accepted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("boto3")

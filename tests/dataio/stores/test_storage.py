@@ -1,4 +1,4 @@
-"""Store: what was written is what is read, in every kind of store; faults cost time, never a wrong byte."""
+"""Store reads what was written, in each kind of store. Faults may cost time, but never give a wrong byte."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, front: FaultyFront) ->
     return Store(urls[request.param])
 
 
-def test_what_is_written_is_read(store: Store, tmp_path: Path) -> None:
+def test_what_was_written_is_read(store: Store, tmp_path: Path) -> None:
     store.write("a/b.bin", DATA)
     store.write("a/b.bin", DATA[::-1])
     file = tmp_path / "source"
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(store: Store, tmp_path: Path) -> None:
     assert not store.exists("a/b.bin")
 
 
-def test_ranges_come_in_the_order_asked_for(store: Store) -> None:
+def test_ranges_come_in_the_requested_order(store: Store) -> None:
     store.write("x", DATA)
     starts = [250_000, 7, 0, 10, 100_000, 299_999, 7, *range(30_000, 90_000, 20_000)]
     sizes = [20_000, 3, 10, 200, 0, 1, 1000, 5, 5, 5]
@@ -79,7 +79,7 @@ def test_ranges_come_in_the_order_asked_for(store: Store) -> None:
     assert store.read_ranges("x", [], []) == []
 
 
-def test_what_is_missing_is_named(store: Store) -> None:
+def test_missing_objects_and_ranges_are_named_in_the_error(store: Store) -> None:
     for read in (store.read, store.head, lambda path: store.read_ranges(path, [0], [1])):
         with pytest.raises(FileNotFoundError, match=r"no/such$"):
             read("no/such")
@@ -89,7 +89,7 @@ def test_what_is_missing_is_named(store: Store) -> None:
             store.read_ranges("short", [start], [10])
 
 
-def test_an_object_elsewhere_is_named_by_its_url(tmp_path: Path, front: FaultyFront) -> None:
+def test_an_object_elsewhere_is_read_by_its_url(tmp_path: Path, front: FaultyFront) -> None:
     here = Store(str(tmp_path))
     assert here.read_ranges("s3://bucket/data/shard", [5], [4]) == [DATA[5:9]]
     with pytest.raises(DataError, match="local disk"):
@@ -122,13 +122,13 @@ TRANSIENT = {
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_a_transient_fault_costs_time_only(name: str, faulty: FaultyFront) -> None:
+def test_a_transient_fault_only_costs_time(name: str, faulty: FaultyFront) -> None:
     faulty.rule = lambda r: TRANSIENT[name] if r.number % 3 == 0 and r.number < 12 else None
     store = Store("s3://bucket/data", timeout=0.3)
     starts = list(range(0, 290_000, 29_000))
     assert store.read_ranges("shard", starts, [9_000] * 10) == [DATA[s : s + 9_000] for s in starts]
     assert faulty.faults > 0
-    assert store.traffic.retries >= faulty.faults - 1  # one refused range of a bulk is one retry of each in it
+    assert store.traffic.retries >= faulty.faults - 1  # a fault in a bulk call repeats all its ranges
 
 
 def test_after_all_tries_the_error_names_object_and_range(faulty: FaultyFront) -> None:
@@ -140,7 +140,7 @@ def test_after_all_tries_the_error_names_object_and_range(faulty: FaultyFront) -
 
 
 @pytest.mark.parametrize("status,code", [(403, "AccessDenied"), (400, "ExpiredToken"), (403, "InvalidAccessKeyId")])
-def test_refused_access_says_so_at_once_and_keeps_the_secret(status: int, code: str, faulty: FaultyFront) -> None:
+def test_refused_access_is_an_error_at_once_without_the_secret(status: int, code: str, faulty: FaultyFront) -> None:
     faulty.rule = lambda r: Fault(status=status, code=code)
     with pytest.raises(AccessError, match=f"data/shard.*refuses access.*{code}") as caught:
         Store("s3://bucket/data").read_ranges("shard", [10], [20])
@@ -155,14 +155,14 @@ def test_an_object_replaced_while_it_is_read_is_an_error(store: Store) -> None:
     Store(store.url).write("x", DATA[::-1])  # another process
     with pytest.raises(ObjectChanged, match="was replaced"):
         asyncio.run(store.check_unchanged("x"))
-    if not store.url.startswith("memory"):  # fsspec's file systems do not say with each read what they served
+    if not store.url.startswith("memory"):  # fsspec's file systems do not say with each read which version they served
         with pytest.raises(ObjectChanged, match="was replaced"):
             store.read_ranges("x", [0, 50_000, 100_000], [5, 5, 5])
-    assert store.read("x") == DATA[::-1]  # a whole object is read as it is now
+    assert store.read("x") == DATA[::-1]  # a whole object is read in its present version
 
 
-def test_a_range_read_in_bulk_is_of_the_known_version(faulty: FaultyFront) -> None:
-    """The object is replaced between the bulk's ranges and the conditional one that vouches for them."""
+def test_ranges_read_in_bulk_have_the_known_version(faulty: FaultyFront) -> None:
+    """The object is replaced between the bulk call and the conditional request that confirms its version."""
     Store("s3://bucket/data").write("moving", DATA)
     store = Store("s3://bucket/data")
     store.read_ranges("moving", [0], [10])
@@ -180,7 +180,7 @@ def test_a_range_read_in_bulk_is_of_the_known_version(faulty: FaultyFront) -> No
         if not writing:
             writing.append(threading.Thread(target=replace))
             writing[0].start()
-        return Fault(status=503)  # the conditional request is tried again until the object is another one
+        return Fault(status=503)  # the conditional request is repeated until the object has been replaced
 
     direct, writing = "s3://bucket/data", list[threading.Thread]()
     faulty.rule = rule
@@ -218,7 +218,7 @@ def test_refusals_lower_the_number_in_flight_and_success_raises_it() -> None:
     asyncio.run(scenario())
 
 
-def test_blocking_calls_come_from_any_thread(front: FaultyFront) -> None:
+def test_blocking_calls_work_in_any_thread(front: FaultyFront) -> None:
     store, wrong = Store("s3://bucket/data"), []
 
     def read(i: int) -> None:
@@ -279,5 +279,5 @@ def test_joined_ranges_hold_every_range_once(ranges: list[tuple[int, int]], gap:
         assert unwanted <= gap * (len(request.parts) - 1)
 
 
-def test_messages_hide_what_may_be_secret() -> None:
+def test_messages_hide_secrets_in_urls() -> None:
     assert redacted("https://me:secret@host/x?sig=secret&a=b failed") == "https://host/x failed"

@@ -1,4 +1,4 @@
-"""Calls in threads: their results, their errors, and how few threads they take."""
+"""Calls in threads: their results, their errors, and the number of threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiphys.dataio.stores import threads
 from tiphys.dataio.stores.threads import Threads
 
 
-def test_results_and_errors_come_to_the_loop_that_asked() -> None:
+def test_results_and_errors_reach_the_loop_that_called() -> None:
     def divide(a: int, b: int) -> float:
         time.sleep(0.01)
         return a / b
@@ -28,7 +28,7 @@ def test_results_and_errors_come_to_the_loop_that_asked() -> None:
         asyncio.run(ask())
 
 
-def test_there_are_no_more_threads_than_calls_at_once() -> None:
+def test_there_are_no_more_threads_than_simultaneous_calls() -> None:
     seen = set[int]()
 
     def note() -> None:
@@ -48,7 +48,7 @@ def test_there_are_no_more_threads_than_calls_at_once() -> None:
     assert len(seen) <= 4
 
 
-def test_a_call_that_nobody_waits_for_holds_nothing_up() -> None:
+def test_a_cancelled_call_blocks_no_other() -> None:
     async def ask() -> float:
         calls, stuck = Threads(), threading.Event()
         lost = calls.call(stuck.wait)
@@ -61,7 +61,7 @@ def test_a_call_that_nobody_waits_for_holds_nothing_up() -> None:
     assert asyncio.run(ask()) < 5
 
 
-def test_a_forked_child_has_threads_of_its_own() -> None:
+def test_a_forked_child_has_its_own_threads() -> None:
     async def ask() -> int:
         return await asyncio.wait_for(threads.call(os.getpid), 20)
 
