@@ -46,6 +46,7 @@ FREE = (
         "run.*",
     ),
     *("parallel.*", "data.cache.*", "data.requests", "data.prefetch", "model.checkpointing", "name"),
+    *("data.timeout", "data.attempts", "data.unit_rows"),
     *("deepspeed.train_micro_batch_size_per_gpu", "deepspeed.gradient_accumulation_steps"),
     *(
         "deepspeed.zero_optimization",

@@ -45,6 +45,9 @@ class Data:
     cache: Cache = field(default_factory=Cache)
     requests: int = 64  # range requests in flight for each loader
     prefetch: str = "256MiB"  # finished batches that may wait for the trainer, for each loader
+    timeout: float = 10.0  # seconds without a byte after which a request is made again
+    attempts: int = 8  # most tries of one request
+    unit_rows: int = 0  # steps of an episode that are fetched and cached as one; 0: chosen from cache and data
 
 
 @dataclass(frozen=True)
