@@ -142,7 +142,9 @@ class RangeCache:
         )  # fmt: skip
         self.capacity = self.kept.capacity
         self._staged: dict[int, Any] = {}  # units that open blocks wait for -> their bytes, or None before they arrive
-        self._shared: dict[int, int] = {}  # staged units that more than one open block needs -> number of the further blocks
+        self._shared: dict[
+            int, int
+        ] = {}  # staged units that more than one open block needs -> number of the further blocks
         self._open: dict[int, Block] = {}
         self._upcoming: tuple[Units, NDArray[np.int64]] | None = None  # units of the next block, and their sizes
         self._missed: int | None = None  # bytes of its misses
@@ -262,7 +264,7 @@ class RangeCache:
             self.kept.rewrite(unit, memoryview(data).cast("B"))
 
     def statistics(self) -> dict[str, float]:
-        """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes, and its best possible value."""
+        """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes, and its bound."""
         return {
             **self.counters,
             "kept": self.kept.written,

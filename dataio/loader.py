@@ -348,7 +348,9 @@ class TrajectoryLoader:
             If there are not as many homes as addresses.
         """
         if homes is not None and len(homes) != len(addresses):
-            raise ValueError(f"connect_peers: {len(addresses)} addresses, but {len(homes)} homes; give one home for each address")
+            raise ValueError(
+                f"connect_peers: {len(addresses)} addresses, but {len(homes)} homes; give one home for each address"
+            )
         self._connected = {"peers": list(addresses), "homes": None if homes is None else list(homes)}
         if self._process is not None:
             self._process.send(self._connected)
@@ -385,7 +387,9 @@ class TrajectoryLoader:
     @staticmethod
     def _check(events: Sequence[Mapping[str, Any]]) -> None:
         if any(event["kind"] == "dataset" for event in events):
-            raise ValueError("an event adds a dataset to the mixture: make a new loader, with the Needs of the new entry")
+            raise ValueError(
+                "an event adds a dataset to the mixture: make a new loader, with the Needs of the new entry"
+            )
 
     @property
     def horizon(self) -> int:

@@ -12,7 +12,7 @@ from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.dataio.loader import CacheBudget
+    from tiphys.dataio.loader import CacheBudget, LoaderSettings
     from tiphys.dataio.sampling import SamplingPlan
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.parallel import ParallelDims
@@ -77,25 +77,30 @@ def make_plan(
     )
 
 
+def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
+    """The settings of this recipe's loaders. `cache`: what one loader may cache; None: the default."""
+    from tiphys.dataio.loader import CacheBudget, LoaderSettings
+
+    return LoaderSettings(
+        cache=cache or CacheBudget(),
+        requests=recipe.data.requests,
+        timeout=recipe.data.timeout,
+        attempts=recipe.data.attempts,
+        prefetch=parse_size(recipe.data.prefetch),
+        unit_rows=recipe.data.unit_rows,
+    )
+
+
 def loader_arguments(
     recipe: Recipe, objectives: Objectives, *, cache: CacheBudget | None = None, training: bool = True
 ) -> dict[str, Any]:
-    """The arguments of TrajectoryLoader that every loader of this recipe gets. `cache`: None for the default budget."""
-    from tiphys.dataio.loader import CacheBudget, LoaderSettings
-
-    data, entries = recipe.data, range(len(recipe.data.mixture))
+    """The arguments of TrajectoryLoader that every loader of this recipe gets. `cache`: as in `loader_settings`."""
+    entries = range(len(recipe.data.mixture))
     return {
         "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
         "needs": [objectives.needs(i) for i in entries],
         "tasks": [objectives.task_numbers(i) for i in entries],
-        "settings": LoaderSettings(
-            cache=cache or CacheBudget(),
-            requests=data.requests,
-            timeout=data.timeout,
-            attempts=data.attempts,
-            prefetch=parse_size(data.prefetch),
-            unit_rows=data.unit_rows,
-        ),
+        "settings": loader_settings(recipe, cache),
     }
 
 

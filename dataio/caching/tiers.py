@@ -196,7 +196,9 @@ class DiskTier:
         kind_of[numbers] = records[last, 2]
         records = records[records[:, 2] == kind_of[slab]]
         records = records[np.unique(records[:, 0], return_index=True)[1]]
-        records = records[np.unique(records[:, 1], return_index=True)[1]]  # an item may lie in two places: one is enough
+        records = records[
+            np.unique(records[:, 1], return_index=True)[1]
+        ]  # an item may lie in two places: one is enough
         slot = self.slabs.classes[records[:, 2]]
         within = records[:, 0] % self.slabs.slab
         records = records[(within % slot == 0) & (within // slot < self.slabs.slots[records[:, 2]])]
@@ -246,7 +248,8 @@ def _locked(directory: str) -> int:
             if time.monotonic() > until:
                 os.close(lock)
                 raise DataError(
-                    f"cache: {directory} is in use by another process; give each loader its own folder, and each run its own data.cache.dir"
+                    f"cache: {directory} is in use by another process; each loader needs its own folder, and each run its "
+                    "own data.cache.dir"
                 ) from None
             time.sleep(0.05)
 

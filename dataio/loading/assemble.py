@@ -36,7 +36,9 @@ class TaskFields(NamedTuple):
     names: tuple[str, ...]
 
 
-_Facts = tuple[int, str, int, int, int, bool, int]  # of a Window: task, episode, start, steps, episode_steps, prompt, tokens
+_Facts = tuple[
+    int, str, int, int, int, bool, int
+]  # of a Window: task, episode, start, steps, episode_steps, prompt, tokens
 
 
 class _Step(NamedTuple):
@@ -180,7 +182,9 @@ class Assembler:
                 continue
             rows = step.gathered.data[begin:at].view(dtype).reshape(size // row_bytes, *spec.shape)
             rows = rows[skip : skip + rows_wanted]
-            if len(rows) < rows_wanted:  # the episode's last row holds only an observation, and this field has no value there
+            if (
+                len(rows) < rows_wanted
+            ):  # the episode's last row holds only an observation, and this field has no value there
                 rows = np.concatenate([rows, np.zeros((rows_wanted - len(rows), *spec.shape), rows.dtype)])
             out.append(rows)
         return out
@@ -196,7 +200,9 @@ class Assembler:
                 got = step.gathered.part(part.field, i)
                 if got is None:
                     name = index.shard_name(part.shard)
-                    raise DataError(f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: could not be read")
+                    raise DataError(
+                        f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: could not be read"
+                    )
                 buffers.append(got)
             decoded = index.decode(episode, first, count, wanted.names, buffers)
         except DataError as error:

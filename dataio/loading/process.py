@@ -339,7 +339,9 @@ def _unpickled(data: bytes) -> ProcessSpec:
     try:
         return pickle.loads(data)
     except AttributeError as error:
-        error.add_note("the loader process must be able to import make_batch: define it in a module, not in the main script")
+        error.add_note(
+            "the loader process must be able to import make_batch: define it in a module, not in the main script"
+        )
         raise
 
 
