@@ -25,11 +25,7 @@ PYTHON = Path(__file__).resolve().parents[1] / ".venv-benchmarks" / "bin" / "pyt
 WORKER = Path(__file__).resolve().parent / "others" / "worker.py"
 HOW = "the other libraries are not installed; `make benchmark-environment` installs them"
 _WINDOW = 20
-_CACHED = (
-    "streaming",
-    "streaming, random access",
-    "webdataset",
-)  # these need a pass over the data before they are steady
+_CACHED = ("streaming", "streaming, random access", "webdataset")  # steady only after a pass over the data
 _SECONDS = 10.0  # of the longest span
 
 

@@ -1,9 +1,10 @@
 """RangeCache: keeps the pieces of the data that will be needed next. The sampling plan says which these are.
 
 A *unit* is fetched and kept as one: consecutive rows of an episode's `steps.npy`, or chunks of a large member.
-A *block* is consumed as one: a training step. The plan names the units of every future block. For each unit the cache counts
-the planned blocks within a sliding look-ahead that use it, and keeps the unit exactly while its count is above zero. The budget
-decides how far the look-ahead reaches. This gives the hit rate of Belady's rule without a heap, a clock or an order of units.
+A *block* is consumed as one: in the loader, a training step. The plan names the units of every future block. For each unit the
+cache counts the planned blocks within a sliding look-ahead that use it, and keeps the unit while its count is above zero; after
+that it may be evicted. The budget decides how far the look-ahead reaches. This gives the hit rate of Belady's rule without a
+heap, a clock or an order of units.
 
 If data is visited once an epoch, no order of eviction helps. Then `pin` keeps the units that came first.
 """
@@ -58,7 +59,7 @@ class Block:
     _kept: dict[int, tuple[int, int] | memoryview]  # units on disk -> (place, size); after they were read, their bytes
 
     def put(self, unit: int, data: Any) -> None:
-        """Hand over a fetched unit as a buffer. `close` raises ValueError if it has not the unit's size. The buffer is copied
+        """Hand over a fetched unit as a buffer. `close` raises ValueError if its size is not the unit's. The buffer is copied
         only if the cache keeps the unit."""
         self._cache._put(unit, data)
 
@@ -142,9 +143,7 @@ class RangeCache:
         )  # fmt: skip
         self.capacity = self.kept.capacity
         self._staged: dict[int, Any] = {}  # units that open blocks wait for -> their bytes, or None before they arrive
-        self._shared: dict[
-            int, int
-        ] = {}  # staged units that more than one open block needs -> number of the further blocks
+        self._shared: dict[int, int] = {}  # staged units that several open blocks need -> how many beside the first
         self._open: dict[int, Block] = {}
         self._upcoming: tuple[Units, NDArray[np.int64]] | None = None  # units of the next block, and their sizes
         self._missed: int | None = None  # bytes of its misses
@@ -398,7 +397,7 @@ class RangeCache:
         return not others
 
     def _keep(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any]) -> None:
-        """Keep some units of `data`. Raises ValueError, and keeps nothing, if one of them has not the size that it must have."""
+        """Keep some units of `data`. Raises ValueError, and keeps nothing, if one of them has a wrong size."""
         have = np.fromiter(map(len, map(data.__getitem__, units.tolist())), np.int64, len(units))
         if (wrong := np.flatnonzero(have != sizes)).size:
             bad = int(wrong[0])

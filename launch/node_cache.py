@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _RECORD = "home.json"
 _FOLDER = re.compile(r"loader-(\d{1,6})$")
 _INHERITED = (
-    0.75  # most of the node's disk budget that left-over folders may take; the rest is for this launch's loaders
+    0.75  # largest share of the node's disk budget for left-over folders; the rest is for this launch's loaders
 )
 
 

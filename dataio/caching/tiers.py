@@ -196,9 +196,8 @@ class DiskTier:
         kind_of[numbers] = records[last, 2]
         records = records[records[:, 2] == kind_of[slab]]
         records = records[np.unique(records[:, 0], return_index=True)[1]]
-        records = records[
-            np.unique(records[:, 1], return_index=True)[1]
-        ]  # an item may lie in two places: one is enough
+        # An item may lie in two places: one is enough
+        records = records[np.unique(records[:, 1], return_index=True)[1]]
         slot = self.slabs.classes[records[:, 2]]
         within = records[:, 0] % self.slabs.slab
         records = records[(within % slot == 0) & (within // slot < self.slabs.slots[records[:, 2]])]

@@ -36,9 +36,8 @@ class TaskFields(NamedTuple):
     names: tuple[str, ...]
 
 
-_Facts = tuple[
-    int, str, int, int, int, bool, int
-]  # of a Window: task, episode, start, steps, episode_steps, prompt, tokens
+# Of a Window: task, episode, start, steps, episode_steps, prompt, tokens
+_Facts = tuple[int, str, int, int, int, bool, int]
 
 
 class _Step(NamedTuple):
@@ -182,9 +181,7 @@ class Assembler:
                 continue
             rows = step.gathered.data[begin:at].view(dtype).reshape(size // row_bytes, *spec.shape)
             rows = rows[skip : skip + rows_wanted]
-            if (
-                len(rows) < rows_wanted
-            ):  # the episode's last row holds only an observation, and this field has no value there
+            if len(rows) < rows_wanted:  # the episode's last row holds only an observation, without this field
                 rows = np.concatenate([rows, np.zeros((rows_wanted - len(rows), *spec.shape), rows.dtype)])
             out.append(rows)
         return out

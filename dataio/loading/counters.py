@@ -44,9 +44,7 @@ class Counters:
         step = {name: float(total - self._totals.get(name, 0.0)) for name, total in totals.items()}
         self._totals = totals
         served = step["bytes_memory"] + step["bytes_disk"]
-        if (
-            asked := served + step["bytes_missed"]
-        ):  # blocks are opened ahead of their steps: none is opened during the last steps
+        if asked := served + step["bytes_missed"]:  # 0 in the last steps: blocks are opened ahead of their steps
             self._hit_rate = served / asked
         self._episodes.extend(zip(planned.entry.tolist(), planned.episode.tolist(), strict=True))
         return {

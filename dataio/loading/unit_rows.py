@@ -14,9 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-UNIT_SECONDS = (
-    4.6e-6  # CPU time of a unit: plan, cache, copies (benchmarks/loader.py: units of 2 rows beside units of 6)
-)
+UNIT_SECONDS = 4.6e-6  # CPU time of a unit in plan, cache and copies (benchmarks/loader.py: units of 2 rows and of 6)
 BYTE_SECONDS = 10e-9  # for a missed byte: a loader's share of a node's network is some 100 MB/s
 MISSED = 0.4  # share of bytes: a cache of a quarter of the data
 UNIT_BYTES = 8  # of the cache's memory for what it knows of a unit

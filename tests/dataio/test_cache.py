@@ -74,9 +74,8 @@ def test_counted_look_ahead_reaches_the_bound(share):
     cache = stream.cache(share)
     got = stream.hit_rate(cache, 250, 150)
     bound = hit_bound(cache.capacity / stream.total)
-    assert (
-        bound * (0.93 if share < 0.2 else 0.97) < got < bound * 1.03
-    )  # coarse: a block is a tenth of the smallest cache
+    # Coarse, because a block is a tenth of the smallest cache
+    assert bound * (0.93 if share < 0.2 else 0.97) < got < bound * 1.03
 
 
 @pytest.mark.long

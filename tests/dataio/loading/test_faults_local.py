@@ -66,9 +66,7 @@ def test_a_folder_is_waited_for_if_its_process_was_just_killed(tmp_path: Path) -
 def test_a_cache_folder_that_is_deleted_while_it_is_in_use_costs_nothing(
     then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "tiphys.dataio.caching.tiers._JOURNAL", 1000
-    )  # so small that the journal is rewritten all the time
+    monkeypatch.setattr("tiphys.dataio.caching.tiers._JOURNAL", 1000)  # the journal is rewritten all the time
     stream, folder = Stream(units=500, per_block=20), tmp_path / "cache"
     cache = stream.cache(0.2, 0.3, folder)
     for step in range(200):

@@ -58,9 +58,8 @@ def test_data_that_fits_is_read_once_in_few_requests(world: tuple[Any, FaultyFro
     assert 2 * (len(front.requests) - begun) < on_demand
     units = UnitMap([index, index], NEEDS, 1 << 20)
     total = sum(column.total for column in units.columns)
-    assert (
-        sum(b.counters["bytes_store"] for b in batches) < 1.5 * total
-    )  # the first steps fetched some of it themselves
+    # More than once, because the first steps fetch what has not been streamed yet
+    assert sum(b.counters["bytes_store"] for b in batches) < 1.5 * total
     assert sum(b.counters["bytes_missed"] for b in batches[-2:]) == 0
 
 
