@@ -1,14 +1,14 @@
-"""The loader beside plain concurrent ranges and beside memory, on vectors and on images, in one run.
+"""Measures the loader beside plain concurrent range requests and beside memory, on vectors and on images, in one run.
 
     python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,others,processes,plan]
     python -m benchmarks.loader --soak MINUTES [--pace STEPS_A_SECOND]    # only the loader's memory, over a long time
 
-All read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same data sets; the store
-answers after 15 ms at 80 MB/s a connection and shares the machine's cores with what is measured. The cache holds a quarter of
-the data. Figures are medians over `--repeat` spans of a steady run; CPU seconds are those of the loader process alone.
+All methods read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same datasets. The
+store answers after 15 ms, at 80 MB/s for each connection, and shares the machine's cores with what is measured. The cache holds
+a quarter of the data. Figures are medians over `--repeat` spans of a steady run; CPU seconds are those of the loader process.
 
 `others` adds other libraries over the same episodes (`other_libraries.py`), `processes` what several processes save together
-(`loader_marks.py`), `plan` the costs of planning.
+(`loader_marks.py`), `plan` the costs of planning (`plan.py`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tiphys.dataio.cache import hit_bound
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec, Window
 from tiphys.dataio.format.encodings import Encoding
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.loading.assemble import Assembler
 from tiphys.dataio.loading.units import UnitMap
 from tiphys.dataio.placement import Home
 from tiphys.dataio.sampling import SamplingPlan
 from tiphys.dataio.shards import ShardWriter
 from tiphys.dataio.storage import Store
-from tiphys.launch.loader_bench import _distinct_bound, all_fields, stack_windows, window_plan
+from tiphys.launch.loader_bench import all_fields, distinct_bound, stack_windows, window_plan
 
 K = 20
 PARTS = "vector,image,others,processes,plan"
@@ -55,14 +55,14 @@ VECTOR = (
     FieldSpec("action", "action", "continuous", "float32", (4,)),
     FieldSpec("reward", "reward", "continuous", "float32"),
 )
-# Short rows: 55,000 episodes of them are half a gigabyte, and so many are dealt to 128 buckets
+# Short rows: 55,000 episodes of them take half a gigabyte; for so many episodes the plan chooses 128 buckets
 NARROW = (FieldSpec("observation", "observation", "continuous", "float32", (8,)), *VECTOR[1:])
 IMAGE = (*VECTOR, FieldSpec("observation.image", "observation", "image", "uint8", (84, 84, 1)))
 KINDS = {"vector": (VECTOR, 150 << 20, 256), "image": (IMAGE, 600 << 20, 64)}  # fields, bytes, rows of a step
 
 
 def write(url: str, fields: tuple[FieldSpec, ...], size: int) -> EpisodeIndex:
-    """Episodes of 20 to 1,000 steps, lognormal around 150, until there are so many bytes."""
+    """Write episodes of 20 to 1,000 steps (lognormal around 150) until they have `size` bytes."""
     task, rng, written, number = TaskSpec("t", fields), np.random.default_rng(0), 0, 0
     with ShardWriter(url, [task], encodings={"observation.image": Encoding("raw")}) as writer:
         while written < size:
@@ -78,11 +78,11 @@ def write(url: str, fields: tuple[FieldSpec, ...], size: int) -> EpisodeIndex:
     return EpisodeIndex.open(url)
 
 
-# What is compared: each yields one step after the other
+# The methods that are compared: each yields one training step after the other
 
 
 def from_arrays(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
-    """Every episode as arrays in memory; a window is a slice, nothing is decoded or verified: what nobody can beat."""
+    """Every episode as arrays in memory. A window is a slice; nothing is decoded or verified. Nothing can be faster."""
     from tiphys.dataio.dataset import read_episode
 
     episodes = [read_episode(index, e) for e in range(index.episodes)]
@@ -95,13 +95,25 @@ def from_arrays(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
             stop = start + int(planned.units[i])
             fields = {name: value[start:stop] for name, value in episode.fields.items()}
             empty = np.zeros(0)
-            rows.append([Window(0, 0, episode.id, start, stop - start, episode.steps, fields, empty, empty, empty)])
+            window = Window(
+                entry=0,
+                task=0,
+                episode=episode.id,
+                start=start,
+                steps=stop - start,
+                episode_steps=episode.steps,
+                fields=fields,
+                step=empty,
+                returns_to_go=empty,
+                valid=empty,
+            )
+            rows.append([window])
         stack_windows(step, np.arange(len(rows)), rows)
         yield len(rows), time.process_time() - began, {}
 
 
 def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
-    """The shards as bytes in memory; a window is cut out, verified and decoded."""
+    """The shards as bytes in memory. A window is cut out, verified and decoded."""
     shards = [index.store.read(index.shard_name(number)) for number in range(len(index.shards))]
     names = all_fields(index).fields
     units = UnitMap([index], [all_fields(index)], 1 << 20)
@@ -121,9 +133,9 @@ def from_memory(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
 
 
 def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
-    """One range request a window and column, 128 in flight, four steps ahead, nothing kept."""
+    """One range request for each window and column, 128 in flight, four steps ahead, no cache."""
     needs = all_fields(index)
-    units = UnitMap([index], [needs], 1 << 20)  # the decoder is ours, the fetching is plain
+    units = UnitMap([index], [needs], 1 << 20)  # our decoder, but plain requests
     assembler, store = Assembler(units), Store(index.url, requests=128)
     loop = asyncio.new_event_loop()
 
@@ -157,11 +169,10 @@ def from_ranges(index: EpisodeIndex, plan: SamplingPlan) -> Steps:
         loop.close()
 
 
-def from_loader(index: EpisodeIndex, plan: SamplingPlan, cache: int, run: int) -> Steps:
-    needs = [all_fields(index)]
-    with TrajectoryLoader(
-        plan, Home(0, 1), stack_windows, needs, cache=CacheBudget(memory=cache), requests=128, run=run
-    ) as loader:
+def from_loader(index: EpisodeIndex, plan: SamplingPlan, cache: int, unit_rows: int) -> Steps:
+    """The loader in a process of its own. `unit_rows` 0: the loader chooses the rows of a unit."""
+    settings = LoaderSettings(cache=CacheBudget(memory=cache), requests=128, unit_rows=unit_rows)
+    with TrajectoryLoader(plan, Home(0, 1), stack_windows, [all_fields(index)], settings=settings) as loader:
         for batch in loader:
             counters = batch.counters
             yield int(counters["windows"]), counters["cpu_seconds"], counters
@@ -198,6 +209,7 @@ def measure(steps: Steps, settle: int, span: int, repeat: int) -> dict[str, Any]
 
 
 def compare(kind: str, index: EpisodeIndex, repeat: int) -> dict[str, Any]:
+    """The figures of all methods over one dataset."""
     rows = KINDS[kind][2]
     total = index_bytes(index)
     cache, windows = total // 4, int(index.steps.sum()) // K
@@ -210,14 +222,14 @@ def compare(kind: str, index: EpisodeIndex, repeat: int) -> dict[str, Any]:
     for name, method in others.items():
         out[name] = measure(method(index, plan()), rows * 4, max(windows // 8, 4 * rows), repeat)
         print(kind, name, _short(out[name]), flush=True)
-    for name, run in (("loader", 0), ("loader, run 2", 2)):
-        found = measure(from_loader(index, plan(), cache, run), 3 * windows, windows // 2, repeat)
+    for name, unit_rows in (("loader", 0), ("loader, units of 2 rows", 2)):
+        found = measure(from_loader(index, plan(), cache, unit_rows), 3 * windows, windows // 2, repeat)
         found["share_of_memory"] = found["windows_per_second"] / out["memory"]["windows_per_second"]
         out[name] = found
         print(kind, name, _short(found), flush=True)
     for name in others:
         out[name]["share_of_memory"] = out[name]["windows_per_second"] / out["memory"]["windows_per_second"]
-    tiles = 22 * windows // 10  # a row's end cuts a tile in two, so an epoch has about twice as many windows
+    tiles = 22 * windows // 10  # the ends of rows cut tiles in two, so an epoch has about twice as many windows
     epochs = measure(from_loader(index, plan(replacement=False), cache, 0), tiles, tiles // 2, 2)
     out["epochs"] = epochs
     print(kind, "epochs", _short(epochs), flush=True)
@@ -225,32 +237,27 @@ def compare(kind: str, index: EpisodeIndex, repeat: int) -> dict[str, Any]:
 
 
 def index_bytes(index: EpisodeIndex) -> int:
+    """Bytes of a dataset's fields."""
     return sum(column.total for column in UnitMap([index], [all_fields(index)], 1).columns)
 
 
 def randomness(index: EpisodeIndex, rows: int) -> dict[str, float]:
-    """Distinct episodes in 256 consecutive windows over what independent draws give; buckets chosen by the plan itself."""
+    """Distinct episodes in 256 consecutive windows, over the number that independent draws give. The plan chooses the buckets."""
     plan, ratios = window_plan(index, rows, K), []
     stream = np.concatenate([plan.windows(step).episode for step in range(200)])
     for start in range(0, len(stream) - 256, 256):
         ratios.append(len(np.unique(stream[start : start + 256])) / 256)
-    return {"distinct_over_uniform": float(np.mean(ratios)) / _distinct_bound(index, K), "buckets": plan.buckets}
+    return {"distinct_over_uniform": float(np.mean(ratios)) / distinct_bound(index, K), "buckets": plan.buckets}
 
 
 def waiting(index: EpisodeIndex, rows: int, cache: int) -> dict[str, float]:
-    """The trainer's wait where a step takes 1.2 times the loader's own time for one, in a steady run.
+    """How long the trainer waits if its step takes 1.2 times as long as the loader's, in a steady run.
 
-    Two passes over the data fill the cache, a third gives the loader's time beside a trainer that takes every batch at once and
-    leaves none finished; a fourth has a pause in the place of the GPU's work. Its first twenty steps are not counted.
+    Two passes over the data fill the cache. In a third one the trainer takes every batch as soon as it is finished: this gives
+    the loader's time for a step. In a fourth one a pause stands for the GPU's work; its first twenty steps are not counted.
     """
-    with TrajectoryLoader(
-        window_plan(index, rows, K),
-        Home(0, 1),
-        stack_windows,
-        [all_fields(index)],
-        cache=CacheBudget(memory=cache),
-        requests=128,
-    ) as loader:
+    settings, plan = LoaderSettings(cache=CacheBudget(memory=cache), requests=128), window_plan(index, rows, K)
+    with TrajectoryLoader(plan, Home(0, 1), stack_windows, [all_fields(index)], settings=settings) as loader:
         steps = max(int(index.steps.sum()) // (K * rows), 60)
         for _ in range(2 * steps):
             next(loader).release()
@@ -274,6 +281,7 @@ def _short(found: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def environment(endpoint: str, cache: Path) -> Iterator[None]:
+    """Environment variables for the store and for the folder of decoded indexes."""
     new = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "x",
@@ -290,7 +298,7 @@ def environment(endpoint: str, cache: Path) -> Iterator[None]:
 
 
 def measure_kind(kind: str, scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one kind of windows, in one data set behind one store."""
+    """All figures of one kind of windows, in one dataset behind one store."""
     fields, size, rows = KINDS[kind]
     root = scratch / "root"
     local = write(str(root / "bucket" / kind), fields, int(size * arguments.scale))
@@ -315,7 +323,7 @@ def measure_kind(kind: str, scratch: Path, arguments: argparse.Namespace) -> dic
 
 
 def measure_processes(scratch: Path, scale: float) -> dict[str, Any]:
-    """What four real and eight simulated processes save together."""
+    """What four real and eight simulated processes save by their homes."""
     root = scratch / "root"
     write(str(root / "bucket" / "homes"), NARROW, int((500 << 20) * scale))
     with StoreServer(root, scratch / "nginx") as server, environment(server.endpoint, scratch / "c"):
@@ -326,7 +334,7 @@ def measure_processes(scratch: Path, scale: float) -> dict[str, Any]:
 
 
 def measure_plan(scratch: Path, scale: float) -> dict[str, Any]:
-    """`benchmarks/plan.py` in a process of its own, and of its figures those that have marks."""
+    """Run `benchmarks/plan.py` in a process of its own, and print those of its figures that have marks."""
     file = scratch / "plan.json"
     command = [sys.executable, "-m", "benchmarks.plan", "--episodes", f"{1e8 * scale:.0f}", "--json", str(file)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
@@ -335,8 +343,8 @@ def measure_plan(scratch: Path, scale: float) -> dict[str, Any]:
     print(f"plan over {planned['episodes']:.3g} episodes: {planned['slots_per_second']:.3g} slots/s", flush=True)
     for case in found["caching"]:
         print(
-            f"cache, runs of {case['run']}{', pinned' if case['pin'] else ''}: {case['us_a_window']:.1f} µs a window, "
-            f"fetched {case['fetched_over_delivered']:.3f} (single steps at best {case['bound_of_single_steps']:.3f})",
+            f"cache, units of {case['unit_rows']} rows{', pinned' if case['pin'] else ''}: {case['us_a_window']:.1f} µs a "
+            f"window, fetched {case['fetched_over_delivered']:.3f} (best with single steps: {case['bound_of_single_steps']:.3f})",
             flush=True,
         )
     return found
@@ -344,20 +352,22 @@ def measure_plan(scratch: Path, scale: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--json", default="")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=1.0, help="size of the data sets")
-    parser.add_argument("--only", default=PARTS, help=f"some of {PARTS}")
+    parser.add_argument("--json", default="", metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--repeat", type=int, default=5, help="spans of a run over which medians are taken")
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the datasets, over the usual one")
+    parser.add_argument("--only", default=PARTS, help=f"some of {PARTS}, separated by commas")
     parser.add_argument(
         "--soak", type=float, default=0.0, metavar="MINUTES", help="watch the memory of a vector loader"
     )
-    parser.add_argument("--pace", type=float, default=0.0, help="steps a second that a soak consumes; 0: all it can")
+    parser.add_argument(
+        "--pace", type=float, default=0.0, help="steps a second that a soak consumes; 0: as many as it can"
+    )
     arguments = parser.parse_args()
     arguments.only = ["vector"] if arguments.soak else arguments.only.split(",")
     if unknown := set(arguments.only) - set(PARTS.split(",")):
         parser.error(f"--only: {', '.join(sorted(unknown))}: choose from {PARTS}")
     if "others" in arguments.only and not set(KINDS) & set(arguments.only):
-        parser.error("--only: `others` are measured beside `vector` or `image`: name one of these too")
+        parser.error("--only: `others` is measured beside `vector` or `image`: name one of these too")
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for part in arguments.only:

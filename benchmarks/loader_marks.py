@@ -1,4 +1,4 @@
-"""What several processes save together: rows at their homes over real loaders, and the caches of eight simulated nodes."""
+"""What several processes save by their homes: with four real loaders, and with the caches of eight simulated nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.plan import TASKS, SimulatedIndex
 from benchmarks.store import StoreServer
 from tiphys.dataio.cache import RangeCache, hit_bound
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.loading.units import UnitMap
 from tiphys.dataio.placement import Home, Placement
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
@@ -25,7 +25,7 @@ Units = NDArray[np.int64]
 
 
 def owners(plan: SamplingPlan, processes: int) -> NDArray[np.int64]:
-    """Bucket -> the process that is home to most of it: cuts through buckets give some of them two homes."""
+    """Bucket -> the process that is home to most of it. Some buckets are cut between two homes."""
     held = np.zeros((plan.buckets, processes))
     for process in range(processes):
         for bucket, low, high in Placement(plan, Home(process, processes)).share():
@@ -37,12 +37,11 @@ def owners(plan: SamplingPlan, processes: int) -> NDArray[np.int64]:
 
 
 def four_homes(
-    index: EpisodeIndex, server: StoreServer, share: float = 0.27, passes: int = 3, run: int = 0
+    index: EpisodeIndex, server: StoreServer, share: float = 0.27, passes: int = 3, unit_rows: int = 0
 ) -> dict[str, Any]:
-    """Store traffic of four loaders by pass: each of them may cache `share` of the data, and serves a quarter of the rows.
+    """Store traffic of four loaders in each pass. Each loader may cache `share` of the data and makes a quarter of the rows.
 
-    A pass is as many windows as there are disjoint ones. At home is what a process delivers of the buckets of which it holds
-    the larger part.
+    A pass has as many windows as there are disjoint ones. `home_share`: see the function of this name.
     """
     total = sum(column.total for column in UnitMap([index], [all_fields(index)], 1).columns)
     steps = int(index.steps.sum()) // (WINDOW * ROWS)
@@ -53,14 +52,16 @@ def four_homes(
         "buckets": plan.buckets,
         "steps_of_a_pass": steps,
     }
+    budget = CacheBudget(memory=int(share * total))
+    settings = LoaderSettings(cache=budget, requests=32, prefetch=32 << 20, unit_rows=unit_rows)
     loaders = [
         TrajectoryLoader(
             window_plan(index, ROWS, WINDOW), Home(process, 4), stack_windows, [all_fields(index)],
-            cache=CacheBudget(memory=int(share * total)), requests=32, prefetch=32 << 20, run=run, stop=passes * steps,
+            settings=settings, stop=passes * steps,
         )
         for process in range(4)
     ]  # fmt: skip
-    out["described"] = loaders[0].describe()
+    out["cache_plan"] = loaders[0].cache_plan()
     out["passes"] = []
     with contextlib.ExitStack() as stack:
         for loader in loaders:
@@ -90,7 +91,7 @@ def _one_pass(loaders: Sequence[TrajectoryLoader], server: StoreServer, steps: i
 
 
 def home_share(plan: SamplingPlan, processes: int, steps: int) -> float:
-    """Share of the windows that are served by the process that is home to most of their bucket."""
+    """Share of the windows that are made by the process that is home to most of their bucket."""
     owner, at_home, windows = owners(plan, processes), 0, 0
     places = [Placement(plan, Home(process, processes)) for process in range(processes)]
     for step in range(steps):
@@ -102,20 +103,13 @@ def home_share(plan: SamplingPlan, processes: int, steps: int) -> float:
     return at_home / windows
 
 
-# Eight nodes, simulated: plan, placement and caches are real, the bytes are not
-
-
-class Node(RangeCache):
-    """A node's cache, that can be asked what it holds; its bytes are never looked at."""
-
-    def holds(self, units: Units) -> NDArray[np.bool_]:
-        return self.kept.place[units] >= 0
+# Eight simulated nodes: plan, placement and caches are real, the bytes are not
 
 
 class Simulation:
-    """Windows of 20 steps, several in a row of 1,024 tokens, of 50 tasks, from lognormal episodes; a unit is one step.
+    """Windows of 20 steps of 50 tasks, several in a row of 1,024 tokens, from episodes of lognormal lengths. A unit is one step.
 
-    There are as many buckets as rows, as there are by themselves from 200,000 episodes on; so many are not simulated.
+    There are as many buckets as rows. The plan chooses so many by itself from 200,000 episodes on, which is more than simulated.
     """
 
     def __init__(self, episodes: int, processes: int) -> None:
@@ -128,42 +122,43 @@ class Simulation:
             prompt=0.0,
             prompt_units=np.zeros(TASKS, np.int32),
         )
-        entry = PlanEntry(self.index, lengths, 1.0, "simulated", range(TASKS))  # type: ignore[arg-type]
+        index: Any = self.index
+        entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name="simulated", tasks=range(TASKS))
         self.plan = SamplingPlan([entry], rows=ROWS, budget=1024, seed=3, buckets=ROWS)
         self.places = [Placement(self.plan, Home(process, processes)) for process in range(processes)]
         self.first = np.concatenate([[0], np.cumsum(self.index.steps, dtype=np.int64)])
         self.units = int(self.first[-1])
 
     def block(self, step: int, rows: Units | None = None) -> Units:
-        """The units of rows of a step, window by window."""
+        """The units of some rows of a step, window by window."""
         planned = self.plan.windows(step, rows)
         ends = np.cumsum(planned.units)
         begin = self.first[planned.episode] + planned.start
         return np.arange(ends[-1]) + np.repeat(begin - (ends - planned.units), planned.units)
 
-    def cache(self, place: Placement, share: float, on_their_way: int) -> Node:
-        """The cache of a node that may hold `share` of all units, `on_their_way` of them set aside for a step's misses."""
-        return Node(
+    def cache(self, place: Placement, share: float, in_flight: int) -> RangeCache:
+        """The cache of a node. It may hold `share` of all units; `in_flight` units of it are set aside for a step's misses."""
+        return RangeCache(
             self.units,
             lambda units: np.full(len(units), _UNIT),
             lambda step: self.block(step, place.rows(step)),
             total=self.units * _UNIT // len(self.places),
             memory=int(share * self.units) * _UNIT,
-            staging=on_their_way * _UNIT,
+            staging=in_flight * _UNIT,
         )
 
 
 def eight_nodes(episodes: int = 26_000, share: float = 0.05, nodes: int = 8) -> dict[str, Any]:
-    """Units that nodes take from the store and from each other, as shares of what their windows use.
+    """Units that nodes read from the store and from each other, as shares of the units that their windows use.
 
-    Each node may keep `share` of all units, with what is set aside for those on their way. A unit that a node lacks comes from
-    another node where one has it, which happens where a bucket has two homes. Two passes over the data fill the caches and
-    look-aheads (1.4 passes long), then one is counted. Beside it: the same windows with rows dealt out in turn, and one LRU
-    cache as large as all nodes' together.
+    Each node may keep `share` of all units, including what is set aside for units in flight. A unit that a node lacks comes from
+    another node if one has it, which is possible if a bucket has two homes. Two passes over the data fill the caches and
+    look-aheads (which are 1.4 passes long); a third pass is counted. For comparison (`lru_*`): the same windows if rows are dealt
+    to the nodes in turn and all nodes share one LRU cache of the same total size.
     """
     simulated = Simulation(episodes, nodes)
     used = float(np.mean([len(simulated.block(step)) for step in range(8)]))
-    steps = int(simulated.units / used)  # of a pass
+    steps = int(simulated.units / used)  # in a pass
     caches = [simulated.cache(place, share, int(1.4 * used / nodes)) for place in simulated.places]
     data = bytes(_UNIT)
     counts = np.zeros((3 * steps, 3), np.int64)  # used, from the store, from other nodes
@@ -197,12 +192,12 @@ def eight_nodes(episodes: int = 26_000, share: float = 0.05, nodes: int = 8) -> 
 
 
 def shared_lru(simulated: Simulation, capacity: int, settle: int, count: int) -> float:
-    """Hit rate, over `count` steps after `settle`, of one cache of so many units that evicts what was used longest ago.
+    """Hit rate of one LRU cache of `capacity` units, over `count` steps after `settle` steps.
 
-    At the grain of steps: what was last used in a step is kept as long as all that was used since fits.
+    Counted in whole steps: the units last used in a step are kept as long as they fit together with all units used since.
     """
     last = np.full(simulated.units, -1, np.int64)  # step of each unit's last use
-    of_step = np.zeros(settle + count, np.int64)  # units by that step
+    of_step = np.zeros(settle + count, np.int64)  # number of units whose last use is in that step
     oldest, kept, hits, uses = 0, 0, 0, 0
     for step in range(settle + count):
         units = np.unique(simulated.block(step))

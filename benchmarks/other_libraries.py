@@ -1,6 +1,6 @@
-"""Other libraries beside the loader: the same episodes, the same store, each in its own format and tuned as its documents say.
+"""Other libraries beside the loader: the same episodes and store, each in its own format and tuned as its documentation says.
 
-They live in an environment of their own (`make benchmark-environment`); `others/worker.py` is what runs there.
+The libraries are installed in an environment of their own (`make benchmark-environment`), in which `others/worker.py` runs.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import numpy as np
 from benchmarks.store import StoreServer
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.launch.loader_bench import _distinct_bound, window_plan
+from tiphys.launch.loader_bench import distinct_bound, window_plan
 
 LIBRARIES = ("lance", "litdata", "streaming", "streaming, random access", "webdataset")
 PYTHON = Path(__file__).resolve().parents[1] / ".venv-benchmarks" / "bin" / "python"
 WORKER = Path(__file__).resolve().parent / "others" / "worker.py"
-HOW = "no other libraries here; `make benchmark-environment` installs them"
+HOW = "the other libraries are not installed; `make benchmark-environment` installs them"
 _WINDOW = 20
-_CACHED = ("streaming", "streaming, random access", "webdataset")  # these need a pass before they are steady
-_SECONDS = 10.0  # longest span
+_CACHED = ("streaming", "streaming, random access", "webdataset")  # steady only after a pass over the data
+_SECONDS = 10.0  # of the longest span
 
 
 def compare_others(index: EpisodeIndex, server: StoreServer, rows: int, cache: int, repeat: int) -> dict[str, Any]:
-    """Library -> its figures, or why there are none. `index`: the data set in a local folder; `server` serves what is written."""
+    """Library -> its figures, or the error that it ended with. `index`: the dataset in a local folder; `server` serves what the
+    libraries write."""
     if not PYTHON.exists():
         print(HOW, flush=True)
         return {}
     out: dict[str, Any] = {}
-    uniform = _distinct_bound(index, _WINDOW)
+    uniform = distinct_bound(index, _WINDOW)
     passes = int(index.steps.sum()) // _WINDOW
     span = max(passes // 2, 16 * rows)
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +69,7 @@ def compare_others(index: EpisodeIndex, server: StoreServer, rows: int, cache: i
 
 
 def export(index: EpisodeIndex, folder: Path, rows: int, steps: int) -> None:
-    """All episodes as one array a field, their lengths, and the windows of the plan's first steps."""
+    """Write all episodes as one array for each field, their lengths, and the windows of the plan's first steps."""
     folder.mkdir(parents=True)
     fields = [field for task in index.tasks for field in task.fields]
     total = int(index.steps.sum())

@@ -1,8 +1,8 @@
-"""What planning costs: slots a second over simulated indexes, a row alone, a change of weights, and all that a window costs.
+"""What planning costs: slots a second over simulated indexes, one row alone, a change of weights, and the cost of a window.
 
     python benchmarks/plan.py [--episodes 1e6,1e7,1e8] [--json FILE]
 
-Also how close the cache comes to its bound, with and without replacement, for runs of 1, 2, 5 and 20 steps.
+It also measures how close the cache comes to its bound, with and without replacement, for units of 1, 2, 5 and 20 rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TASKS, ROWS, BUDGET, WINDOW = 50, 512, 1024, 20
 
 
 class SimulatedIndex:
-    """What a plan asks of an EpisodeIndex: tasks by a power law, lognormal lengths around 150 steps."""
+    """The part of an EpisodeIndex that a plan uses: tasks by a power law, lognormal lengths around 150 steps."""
 
     def __init__(self, episodes: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ class SimulatedIndex:
 
 
 def simulated_plan(episodes: int, **options: Any) -> SamplingPlan:
-    index = SimulatedIndex(episodes)
+    index: Any = SimulatedIndex(episodes)
     per_unit = np.random.default_rng(1).integers(3, 45, TASKS).astype(np.int32)
     lengths = EntryLengths(
         units=index.steps,
@@ -54,12 +54,12 @@ def simulated_plan(episodes: int, **options: Any) -> SamplingPlan:
         prompt=0.25,
         prompt_units=np.full(TASKS, 5, np.int32),
     )
-    entry = PlanEntry(index, lengths, 1.0, "simulated", range(TASKS))  # type: ignore[arg-type]
+    entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name="simulated", tasks=range(TASKS))
     return SamplingPlan([entry], rows=ROWS, budget=BUDGET, seed=3, validation=0.01, **options)
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median processor time of a call."""
+    """Median processor time of a call, in seconds."""
     took = []
     for _ in range(repeats):
         began = time.process_time()
@@ -69,7 +69,7 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def planning(episodes: int, folder: str) -> dict[str, float]:
-    """Costs at one size of the data."""
+    """The costs of planning for one size of the data."""
     began = time.process_time()
     plan = simulated_plan(episodes, cache_dir=folder)
     built = time.process_time() - began
@@ -113,10 +113,10 @@ def planning(episodes: int, folder: str) -> dict[str, float]:
     }
 
 
-def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int = 200) -> dict[str, float]:
-    """Fetched over delivered bytes in the steady state, and processor time a window for cache alone (without any copy of bytes
-    from a store). Blocks of 256 windows of 20 steps."""
-    runs, block, size = -(-steps // run), 256, 64
+def caching(unit_rows: int, share: float, pin: bool, episodes: int = 1500, steps: int = 200) -> dict[str, float]:
+    """Fetched over delivered bytes in the steady state, and the cache's processor time for a window (no bytes are copied from a
+    store). A block is 256 windows of 20 steps."""
+    per_episode, block, size = -(-steps // unit_rows), 256, 64
     starts = steps // WINDOW
     tiles = episodes * starts
 
@@ -130,22 +130,22 @@ def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int 
 
     def plan(number: int) -> np.ndarray:
         episode, start = drawn(number)
-        first, count = start // run, (start + WINDOW - 1) // run - start // run + 1
+        first, count = start // unit_rows, (start + WINDOW - 1) // unit_rows - start // unit_rows + 1
         ends = np.cumsum(count)
-        return np.arange(ends[-1]) + np.repeat(episode * runs + first - (ends - count), count)
+        return np.arange(ends[-1]) + np.repeat(episode * per_episode + first - (ends - count), count)
 
-    units = episodes * runs
-    total, staging = units * run * size, block * (WINDOW + 2 * run) * size
+    units = episodes * per_episode
+    total, staging = units * unit_rows * size, block * (WINDOW + 2 * unit_rows) * size
     cache = RangeCache(
         units,
-        lambda u: np.full(len(u), run * size),
+        lambda u: np.full(len(u), unit_rows * size),
         plan,
         total=total,
         memory=int(share * total) + staging,
         staging=staging,
         pin=pin,
     )
-    data, epoch = bytes(run * size), episodes * steps // (block * WINDOW)
+    data, epoch = bytes(unit_rows * size), episodes * steps // (block * WINDOW)
 
     def go(blocks: int) -> None:
         for _ in range(blocks):
@@ -160,28 +160,34 @@ def caching(run: int, share: float, pin: bool, episodes: int = 1500, steps: int 
     took = time.process_time() - began
     fetched = (cache.counters["missed_bytes"] - before) / (epoch * block * WINDOW * size)
     return {
-        "run": run,
+        "unit_rows": unit_rows,
         "share": cache.capacity / total,
         "pin": pin,
         "fetched_over_delivered": fetched,
         "bound_of_single_steps": 1 - hit_bound(cache.capacity / total, pin),
         "us_a_window": took / (epoch * block) * 1e6,
-        "metadata_bytes_a_unit": (cache.kept.place.nbytes + cache.kept.planned.nbytes) / units,
+        "metadata_bytes_a_unit": cache.metadata_bytes / units,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", default="1e6,1e7", help="sizes of the simulated data, separated by commas")
-    parser.add_argument("--json", default="", help="file for the figures")
+    parser.add_argument("--json", default="", help="write the figures to this file instead of printing them")
     arguments = parser.parse_args()
     out: dict[str, Any] = {"planning": [], "caching": []}
     for text in filter(None, arguments.episodes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             out["planning"].append(planning(int(float(text)), folder))
         print(json.dumps(out["planning"][-1]), file=sys.stderr)
-    for run, share, pin in ((1, 0.25, False), (2, 0.25, False), (5, 0.25, False), (20, 0.25, False), (2, 0.25, True)):
-        out["caching"].append(caching(run, share, pin))
+    for unit_rows, share, pin in (
+        (1, 0.25, False),
+        (2, 0.25, False),
+        (5, 0.25, False),
+        (20, 0.25, False),
+        (2, 0.25, True),
+    ):
+        out["caching"].append(caching(unit_rows, share, pin))
         print(json.dumps(out["caching"][-1]), file=sys.stderr)
     text = json.dumps(out, indent=1)
     if arguments.json:

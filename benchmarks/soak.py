@@ -1,6 +1,6 @@
-"""Whether a loader's memory stays flat: its process is watched from outside while it runs for a long time.
+"""Whether a loader's memory stays constant: its process is watched from outside while it runs for a long time.
 
-A budget is what a user gives: bytes of cache, and of finished batches that wait (`prefetch`, shared memory). What is beyond it is
+The budget is what a user sets: bytes of the cache, and of finished batches (`prefetch`, in shared memory). Memory beyond it is
 the interpreter with its libraries, the index, what the plan and the cache know of the data, and any leak.
 """
 
@@ -10,10 +10,9 @@ import time
 from typing import Any
 
 import numpy as np
-import psutil
 
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
@@ -22,15 +21,13 @@ _PREFETCH = 64 << 20
 
 
 def soak(index: EpisodeIndex, rows: int, window: int, cache: int, minutes: float, pace: float) -> dict[str, Any]:
-    """Runs a loader for so many minutes; `pace` steps a second, 0: as fast as it goes. Bytes; slopes by least squares."""
-    budget = CacheBudget(memory=cache)
+    """Run a loader for so many minutes, at `pace` steps a second (0: as fast as it can). Sizes are in bytes; the slope is fitted
+    by least squares."""
+    settings = LoaderSettings(cache=CacheBudget(memory=cache), requests=128, prefetch=_PREFETCH)
     needs, plan = [all_fields(index)], window_plan(index, rows, window)
     samples, windows, spent = [], 0.0, 0.0
-    with TrajectoryLoader(
-        plan, Home(0, 1), stack_windows, needs, cache=budget, requests=128, prefetch=_PREFETCH
-    ) as loader:
+    with TrajectoryLoader(plan, Home(0, 1), stack_windows, needs, settings=settings) as loader:
         loader.start()
-        process = _loader_process()
         began = time.monotonic()
         due, tick = began + _EVERY, began
         while (now := time.monotonic()) < began + minutes * 60:
@@ -39,7 +36,7 @@ def soak(index: EpisodeIndex, rows: int, window: int, cache: int, minutes: float
             occupied = batch.counters["cache_bytes"]
             batch.release()
             if now >= due:
-                samples.append((now - began, *_resident(process.pid), occupied))
+                samples.append((now - began, *_resident(loader.pid), occupied))
                 due += _EVERY
             if pace:
                 tick = max(tick + 1 / pace, now)
@@ -47,7 +44,7 @@ def soak(index: EpisodeIndex, rows: int, window: int, cache: int, minutes: float
         seconds = time.monotonic() - began
     table = np.array(samples, np.float64)
     beyond = table[:, 1] - cache + np.maximum(table[:, 2] - _PREFETCH, 0)
-    late = table[:, 0] >= table[-1, 0] / 3  # by then the cache is full, and all code has run
+    late = table[:, 0] >= table[-1, 0] / 3  # by then the cache is full and all code has run
     slope = float(np.polyfit(table[late, 0], beyond[late], 1)[0]) if late.sum() > 1 else float("nan")
     return {
         "minutes": seconds / 60,
@@ -65,6 +62,7 @@ def soak(index: EpisodeIndex, rows: int, window: int, cache: int, minutes: float
 
 
 def summary(found: dict[str, Any]) -> str:
+    """The result of `soak` as one line for people."""
     mib = {name: value / 2**20 for name, value in found.items() if isinstance(value, float)}
     return (
         f"soak: {found['minutes']:.0f} minutes, {found['windows']:.3g} windows at {found['loader_cpu_share']:.0%} of a core; "
@@ -74,15 +72,8 @@ def summary(found: dict[str, Any]) -> str:
     )
 
 
-def _loader_process() -> psutil.Process:
-    (found,) = (
-        c for c in psutil.Process().children() if any("tiphys.dataio.loading.process" in word for word in c.cmdline())
-    )
-    return found
-
-
-def _resident(pid: int) -> tuple[int, int]:
-    """Resident bytes that are private or of files, and those of shared memory."""
+def _resident(pid: int | None) -> tuple[int, int]:
+    """(resident bytes that are private or of files, resident bytes of shared memory) of a process."""
     with open(f"/proc/{pid}/status") as file:
         size = {k: int(v.split()[0]) << 10 for k, v in (line.split(":") for line in file) if k.startswith("Rss")}
     return size["RssAnon"] + size["RssFile"], size["RssShmem"]

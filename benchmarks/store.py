@@ -1,7 +1,7 @@
-"""A store to measure against: nginx serves a folder as an S3 bucket, with first-byte latency and a rate per connection.
+"""A store for benchmarks: nginx serves a folder as an S3 bucket, with a latency of the first byte and a rate per connection.
 
-Only reading: a data set is written into the folder directly. Needs the Debian packages nginx-light and
-libnginx-mod-http-lua. Requests and body bytes are counted by the server itself.
+The server can only be read from; a dataset is written into the folder directly. It counts requests and body bytes itself. It
+needs the Debian packages nginx-light and libnginx-mod-http-lua.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ http {{
 
 
 class StoreServer:
-    """A context manager; `endpoint` is what AWS_ENDPOINT_URL must be.
+    """A context manager. `endpoint` is the value for AWS_ENDPOINT_URL.
 
-    root     folder whose first level are buckets
+    root     folder; the folders in it are the buckets
+    run      folder for the server's own files
     latency  seconds before the first byte of each answer
-    rate     most bytes a second of each connection, as nginx writes them (`80m`); `0`: no limit
+    rate     most bytes a second for each connection, as nginx writes them (`80m`); `0`: no limit
     """
 
     def __init__(self, root: Path, run: Path, latency: float = 0.015, rate: str = "80m"):
@@ -68,7 +69,7 @@ class StoreServer:
 
     def __enter__(self) -> StoreServer:
         if shutil.which("nginx") is None or not (_MODULES / "ngx_http_lua_module.so").exists():
-            raise RuntimeError("no nginx with Lua here: apt-get install nginx-light libnginx-mod-http-lua")
+            raise RuntimeError("nginx with Lua is not installed: apt-get install nginx-light libnginx-mod-http-lua")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -1,12 +1,12 @@
-"""RangeCache: which runs of the data stay near, decided by a future that the sampling plan makes known.
+"""RangeCache: keeps the pieces of the data that will be needed next. The sampling plan says which these are.
 
-A *unit* is what is fetched and kept as one: a run of steps of an episode's `steps.npy`, or a chunk of a large member.
-A *block* is what is consumed as one, a training step or a few. The plan names every future block's units, so the cache counts,
-for each unit, the planned blocks within a sliding look-ahead that use it, and keeps a unit exactly while its count is above
-zero. The budget moves the far end of the look-ahead. That reaches the hit rate of Belady's rule without a heap, a clock or an
-order among units.
+A *unit* is fetched and kept as one: consecutive rows of an episode's `steps.npy`, or chunks of a large member.
+A *block* is consumed as one: in the loader, a training step. The plan names the units of every future block. For each unit the
+cache counts the planned blocks within a sliding look-ahead that use it, and keeps the unit while its count is above zero; after
+that it may be evicted. The budget decides how far the look-ahead reaches. This gives the hit rate of Belady's rule without a
+heap, a clock or an order of units.
 
-For data that are visited once an epoch no order of eviction helps; there `pin` keeps the units that came first.
+If data is visited once an epoch, no order of eviction helps. Then `pin` keeps the units that came first.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiphys.dataio.caching.kept import NOWHERE, STAGED, KeptUnits, Units, distinct
-from tiphys.dataio.caching.slabs import ALIGN
 
-MAX_LOOK_AHEAD = 65535  # blocks: what a count of two bytes can hold
+MAX_LOOK_AHEAD = 65535  # blocks: the largest count of two bytes
 
 
 @lru_cache(64)
 def hit_bound(share: float, pin: bool = False) -> float:
-    """Best possible share of bytes served by a cache that holds `share` of the data.
+    """Best possible share of bytes that are found in a cache that holds `share` of the data.
 
-    With replacement 1 − e^(−x), where 1 − (1 + x)·e^(−x) = share: the hits that remain when exactly the units with a use in
-    the next x epochs are kept. Without replacement (`pin`) the share itself.
+    With replacement: 1 − e^(−x), with x from 1 − (1 + x)·e^(−x) = share. These are the hits if exactly the units that are used
+    in the next x epochs are kept. Without replacement (`pin`): `share` itself.
     """
     share = min(max(share, 0.0), 1.0)
     if pin or share in (0.0, 1.0):
@@ -45,10 +44,10 @@ def hit_bound(share: float, pin: bool = False) -> float:
 
 @dataclass
 class Block:
-    """The units of one block, while it is open: none of them leaves the cache.
+    """The units of one block. While the block is open, none of them leaves the cache.
 
     units   int64, ascending, each once
-    misses  int64, ascending: those that must be fetched now and `put`
+    misses  int64, ascending: the units that must be fetched now and `put`
     """
 
     number: int
@@ -57,25 +56,25 @@ class Block:
     _cache: RangeCache
     _staged: list[int]
     _address: NDArray[np.int64]  # of each unit in the memory tier; −1: not there
-    _kept: dict[int, tuple[int, int] | memoryview]  # what is on disk: unit -> place, size; once read, its bytes
+    _kept: dict[int, tuple[int, int] | memoryview]  # units on disk -> (place, size); after they were read, their bytes
 
     def put(self, unit: int, data: Any) -> None:
-        """Hands over a fetched unit: a buffer of exactly its bytes, or `close` raises ValueError. It is not copied unless the
-        cache keeps it."""
+        """Hand over a fetched unit as a buffer. `close` raises ValueError if its size is not the unit's. The buffer is copied
+        only if the cache keeps the unit."""
         self._cache._put(unit, data)
 
     def get(self, unit: int) -> memoryview | None:
-        """The bytes of one of the block's units, valid until the block is closed; None if they must be fetched (and put):
-        not there yet, or the cached copy was damaged."""
+        """The bytes of one of the block's units, valid until the block is closed. None if the unit must be fetched and put,
+        because it has not arrived yet or the cached copy was damaged."""
         return self._cache._get(self, unit)
 
     def copy(self, units: Units, low: Units, high: Units, at: Units, out: memoryview) -> list[int]:
-        """Copies bytes [low, high) of each of some of the block's units to `out[at:]`.
+        """Copy bytes [low, high) of each of these units of the block to `out[at:]`.
 
-        Returns the positions in `units` of those whose bytes must be fetched first (see `get`).
+        Returns the positions in `units` of the units that must be fetched first (see `get`).
         """
         address = self._address[np.searchsorted(self.units, units)]
-        here, size, view = address >= 0, high - low, self._cache.kept.memory.view
+        here, size, view = address >= 0, high - low, self._cache.kept.memory_view
         begin = address + low
         spots = (a[here].tolist() for a in (at, at + size, begin, begin + size))
         for a, z, b, e in zip(*spots):
@@ -90,27 +89,26 @@ class Block:
         return missing
 
     def close(self) -> None:
-        """Done with the block: what no planned block needs may now make room."""
+        """End the use of the block. Units that no planned block needs may be evicted from now on."""
         self._cache._close(self)
 
 
 class RangeCache:
-    """A bounded cache of units over memory and disk, driven by a plan. Not for use by several threads at once.
+    """A bounded cache of units in memory and on disk, driven by a plan. Not safe for use by several threads.
 
-    Args:
-        units: number of units, which are numbered from 0.
-        sizes: units (int64 [n]) -> bytes of each (int64 [n]).
-        plan: block -> units that it uses, in any order, repeats allowed. Must give the same answer until `replan`.
-        total: bytes of all data that this process draws from, for the bound that is reported.
-        memory: bytes of the memory tier, of which a part is set aside for the misses of open blocks.
-        disk: bytes of the disk tier, in `directory`, which no other process uses.
-        fingerprint: names data and unit layout; a disk tier of another fingerprint is discarded.
-        start, stop: first block, and the block before which the plan ends.
-        look_ahead: most blocks of the future that are counted.
-        pin: keep what came first instead of what is needed next (sampling without replacement).
-        staging: bytes of that part; 0: a quarter.
+    units        number of units; they are numbered from 0
+    sizes        units (int64 [n]) -> bytes of each (int64 [n])
+    plan         block -> the units that it uses, in any order, repeats allowed; must give the same answer until `replan`
+    total        bytes of all data that this process draws from, for the bound that is reported
+    memory       bytes of memory: of the memory tier, and of the misses of open blocks (`staging`)
+    disk         bytes of the disk tier in the folder `directory`, which no other process may use
+    fingerprint  names the data and how it is cut into units; a disk tier with another fingerprint is discarded
+    start, stop  first block, and the block before which the plan ends
+    look_ahead   most blocks of the future that are counted
+    pin          keep what came first instead of what is needed next (for sampling without replacement)
+    staging      bytes of `memory` that are set aside for the misses of open blocks; 0: a quarter
 
-    The loop of its user::
+    The loop that uses it::
 
         while cache.can_open():
             block = cache.open(); fetch(block.misses) -> block.put(unit, data)
@@ -144,10 +142,8 @@ class RangeCache:
             pin=pin, retract=self._retract,
         )  # fmt: skip
         self.capacity = self.kept.capacity
-        self._staged: dict[
-            int, Any
-        ] = {}  # units that open blocks wait for -> their bytes, once they are here, else None
-        self._shared: dict[int, int] = {}  # of these, those that further open blocks need -> how many such blocks
+        self._staged: dict[int, Any] = {}  # units that open blocks wait for -> their bytes, or None before they arrive
+        self._shared: dict[int, int] = {}  # staged units that several open blocks need -> how many beside the first
         self._open: dict[int, Block] = {}
         self._upcoming: tuple[Units, NDArray[np.int64]] | None = None  # units of the next block, and their sizes
         self._missed: int | None = None  # bytes of its misses
@@ -158,19 +154,19 @@ class RangeCache:
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def can_open(self) -> bool:
-        """Whether the next block exists and its misses fit beside those of the blocks that are open."""
+        """Whether there is a next block and its misses fit beside those of the open blocks."""
         if self.stop is not None and self.next >= self.stop:
             return False
         return not self._open or self.staged + self._missing() <= self.staging
 
     def open(self) -> Block:
-        """The next block. MemoryError where one block alone exceeds what is set aside for misses."""
+        """Open the next block. Raises MemoryError if its misses do not fit into the memory that is set aside for them."""
         units, sizes = self._next_units()
         number, missed = self.next, self._missing()
         if self.staged + missed > self.staging:
             raise MemoryError(
-                f"cache: block {number} needs {missed} bytes that are not cached, beside {self.staged} of other open blocks, "
-                f"but only {self.staging} of the cache's memory are set aside for these; raise data.cache.memory"
+                f"cache: block {number} needs {missed} bytes that are not cached, and other open blocks {self.staged}, but "
+                f"only {self.staging} bytes of the cache's memory are set aside for these; increase data.cache.memory"
             )
         self._look()
         place = self.kept.place[units]
@@ -183,25 +179,33 @@ class RangeCache:
         missing = misses.tolist()
         self._staged.update(dict.fromkeys(missing))
         address, kept = self.kept.find(units, place, sizes)
-        block = self._open[number] = Block(number, units, misses, self, missing + shared, address, kept)
+        block = self._open[number] = Block(
+            number=number,
+            units=units,
+            misses=misses,
+            _cache=self,
+            _staged=missing + shared,
+            _address=address,
+            _kept=kept,
+        )
         self.staged += missed
         self.next, self._upcoming, self._missed = number + 1, None, None
         self._count(place, sizes, missed)
         return block
 
     def replan(self, first: int) -> None:
-        """Forgets what was announced of blocks from `first` on. To be called before the plan changes there.
+        """Forget the announcements of blocks from `first` on. To be called before the plan changes for these blocks.
 
-        ValueError if such a block is open already.
+        Raises ValueError if such a block is already open.
         """
         if first < self.next:
-            raise ValueError(f"cache: block {first} cannot change, blocks before {self.next} are being fetched")
+            raise ValueError(f"cache: block {first} cannot change: blocks before {self.next} are being fetched already")
         while self.far > first:
             self._retract()
         self._upcoming = self._missed = None
 
     def peek(self, unit: int) -> bytes | None:
-        """A copy of a unit's bytes if they are here, for another process that asks; the cache takes no notice."""
+        """A copy of a unit's bytes if they are here, for another process. This does not count as a use."""
         place = int(self.kept.place[unit]) if 0 <= unit < len(self.kept.place) else NOWHERE
         if place == STAGED:
             data = self._staged[unit]
@@ -212,12 +216,12 @@ class RangeCache:
         return None if found is None else bytes(found)
 
     def absent(self, units: Units) -> Units:
-        """Those of some units that are neither here nor on their way."""
+        """Those of the given units that are neither here nor in flight."""
         return units[self.kept.place[units] == NOWHERE]
 
     def offer(self, data: Mapping[int, Any]) -> bool:
-        """Keeps units that nobody has asked for, as far as there is room; True if there was for all. None that another needs
-        is evicted for them."""
+        """Keep units that no block has asked for, as far as there is room. Returns whether there was room for all of them. No
+        unit that a planned block needs is evicted for them."""
         units = self.absent(np.array(list(data), np.int64))
         self._keep(units, self.sizes(units), data)
         self._missed = None
@@ -225,39 +229,53 @@ class RangeCache:
 
     @property
     def free(self) -> int:
-        """Bytes of the memory tier that nothing uses, and that are not lent."""
-        return self.kept.memory.slabs.free
+        """Bytes of the memory tier that are neither used nor lent."""
+        return self.kept.free
 
     def lend(self, size: int) -> list[int]:
-        """Room of the memory tier, of which `size` bytes or more are free, to whoever has so many bytes on their way. It holds
-        nothing until it is taken back."""
-        return self.kept.memory.slabs.withhold(size)
+        """Lend free room of the memory tier to a caller that has `size` bytes in flight. There must be as much free room.
+        Returns the lent slabs, which hold nothing until `take_back`."""
+        return self.kept.lend(size)
 
     def take_back(self, slabs: list[int]) -> None:
-        """What `lend` gave."""
-        self.kept.memory.slabs.release(slabs)
+        """Take back the slabs that `lend` returned."""
+        self.kept.take_back(slabs)
+
+    @property
+    def occupied(self) -> int:
+        """Bytes of both tiers in use, in whole slabs."""
+        return self.kept.occupied
+
+    def holds(self, units: Units) -> NDArray[np.bool_]:
+        """Mask of the units that are kept in memory or on disk."""
+        return self.kept.holds(units)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of what the cache knows of its units."""
+        return self.kept.metadata_bytes
 
     def correct(self, unit: int, data: Any) -> None:
-        """Puts good bytes in the place of a unit's wrong ones, wherever it is: on its way, or kept."""
+        """Replace a unit's wrong bytes by valid ones, whether the unit is staged or kept."""
         if self.kept.place[unit] == STAGED:
             self._put(unit, data)
         elif self.kept.place[unit] != NOWHERE:
             self.kept.rewrite(unit, memoryview(data).cast("B"))
 
     def statistics(self) -> dict[str, float]:
-        """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes and the best possible one."""
+        """Counters since the start, bytes in use by tier, blocks of look-ahead, hit rate in bytes, and its bound."""
         return {
             **self.counters,
             "kept": self.kept.written,
-            "memory_used": self.kept.memory.slabs.used + self.staged,
-            "disk_used": self.kept.disk.slabs.used if self.kept.disk else 0,
+            "memory_used": self.kept.memory_used + self.staged,
+            "disk_used": self.kept.disk_used,
             "look_ahead": self.far - self.next,
             "hit_rate": 1 - self.counters["missed_bytes"] / max(self.counters["bytes"], 1),
             "bound": hit_bound(self.capacity / max(self.total, 1), self.pin),
         }
 
     def close(self) -> None:
-        """Gives memory back; what is on disk stays for the next start."""
+        """Free the memory. What is on disk stays for the next start."""
         self._staged.clear()
         self.kept.close()
 
@@ -276,8 +294,7 @@ class RangeCache:
         return self._missed
 
     def _count(self, place: Units, sizes: NDArray[np.int64], missed: int) -> None:
-        memory = (place >= 0) & (place < self.kept.base[1] // ALIGN)
-        in_memory, shared = int(sizes[memory].sum()), int(sizes[place == STAGED].sum())
+        in_memory, shared = int(sizes[self.kept.in_memory(place)].sum()), int(sizes[place == STAGED].sum())
         everything = int(sizes.sum())
         for name, value in (
             ("units", len(place)),
@@ -297,7 +314,7 @@ class RangeCache:
     # -- look-ahead --------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Announces blocks while the budget has room for more of the future; a few at a time, so that no call takes long."""
+        """Announce blocks while the budget has room for more of the future; only a few in one call, so that no call is long."""
         if self.pin:
             self.far = max(self.far, self.next + 1)
             return
@@ -310,7 +327,7 @@ class RangeCache:
             self.far += 1
 
     def _retract(self) -> bool:
-        """Takes back the farthest announcement, if there is one; what only it needed is the first to go."""
+        """Take back the farthest announcement, if there is one. Units that only it needed are evicted first."""
         if self.far <= self.next:
             return False
         self.far -= 1
@@ -322,7 +339,7 @@ class RangeCache:
 
     def _put(self, unit: int, data: Any) -> None:
         if unit not in self._staged:
-            raise ValueError(f"cache: nothing waits for unit {unit}")
+            raise ValueError(f"cache: no open block waits for unit {unit}")
         self._staged[unit] = data
 
     def _get(self, block: Block, unit: int) -> memoryview | None:
@@ -331,9 +348,9 @@ class RangeCache:
             return memoryview(data).cast("B")
         i = int(np.searchsorted(block.units, unit))
         if i == len(block.units) or block.units[i] != unit:
-            raise ValueError(f"cache: unit {unit} is not of block {block.number}")
+            raise ValueError(f"cache: unit {unit} does not belong to block {block.number}")
         if (address := int(block._address[i])) >= 0:
-            return self.kept.read(unit, address // ALIGN, int(self.sizes(np.array([unit]))[0]))
+            return self.kept.memory_view[address : address + int(self.sizes(np.array([unit]))[0])]
         kept = block._kept.get(unit)
         if not isinstance(kept, tuple):
             return kept
@@ -345,7 +362,7 @@ class RangeCache:
         return data
 
     def _damaged(self, unit: int, size: int) -> None:
-        """Forgets a unit whose cached bytes are wrong; the blocks that are open wait for it to be fetched and put."""
+        """Forget a unit whose cached bytes are wrong. The open blocks that need it wait until it is fetched and put."""
         self.counters["damaged"] += 1
         self.kept.forget(np.array([unit], np.int64))
         waiting = [block for block in self._open.values() if unit in block._kept]
@@ -360,7 +377,7 @@ class RangeCache:
 
     def _close(self, block: Block) -> None:
         del self._open[block.number]
-        self._missed = None  # what was staged may be kept or gone from here on
+        self._missed = None  # staged units are kept or dropped below
         if not self.pin:
             self.kept.used(block.units)
         over = [unit for unit in block._staged if self._unshared(unit)] if self._shared else block._staged
@@ -373,17 +390,17 @@ class RangeCache:
         self._keep(units[here], sizes[here], data)
 
     def _unshared(self, unit: int) -> bool:
-        """Whether no other open block needs a unit; if one does, that there is one less."""
+        """Whether no other open block needs a staged unit. If one does, one fewer needs it from now on."""
         others = self._shared.pop(unit, 0)
         if others > 1:
             self._shared[unit] = others - 1
         return not others
 
     def _keep(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any]) -> None:
-        """Keeps some of the units of `data`. ValueError where one has not its size: then nothing is kept."""
+        """Keep some units of `data`. Raises ValueError, and keeps nothing, if one of them has a wrong size."""
         have = np.fromiter(map(len, map(data.__getitem__, units.tolist())), np.int64, len(units))
         if (wrong := np.flatnonzero(have != sizes)).size:
             bad = int(wrong[0])
-            raise ValueError(f"cache: unit {units[bad]} has {sizes[bad]} bytes, got {have[bad]}")
+            raise ValueError(f"cache: unit {units[bad]} must have {sizes[bad]} bytes, but {have[bad]} were put")
         self.kept.keep(units, sizes, data, [block.units for block in self._open.values()])
         self._measure()

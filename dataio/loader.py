@@ -1,8 +1,8 @@
 """`TrajectoryLoader`: finished batches of the sampling plan, made ahead of time in a process of its own.
 
-The trainer's side. The loader process (`loader_process.py`) is started fresh, never forked, and imports no torch. It ends with
-the trainer however that ends; if it dies itself it is started again at the step that was to come, which is exact because the
-plan is a pure function.
+This file is the trainer's side. The other side is the loader process (`loading/process.py`). It is spawned, never forked, and
+imports no torch. It ends when the trainer ends, in whatever way that happens. If the loader process itself dies, it is started
+again at the next step. This gives the same batches, because the plan is a pure function.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]
-_RESTARTS = 3  # of a loader process that dies without handing over a batch in between
-# Arrays of some hundred KiB come and go all the time: from the heap they cost a third less than as fresh pages (mallopt(3))
+_RESTARTS = 3  # of a loader process that dies before it hands over a batch
+# Arrays of some hundred KiB come and go all the time. From the heap they cost a third less than as fresh pages (mallopt(3)).
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-# obstore's threads: handing requests from one to another costs a third of a small request's time, so few where cores are few
+# Passing a request from one obstore thread to another costs a third of a small request's time: use few threads on few cores.
 _THREADS = {"TOKIO_WORKER_THREADS": str(max(1, (os.cpu_count() or 1) // 8))}
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tiphys.dataio.loading.process import main; main()"
@@ -47,9 +47,19 @@ _START = (
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """What one loader may hold of its data: bytes in memory, bytes on disk, and the folder for the latter.
+    """How much of the data one loader may cache, and where.
 
-    inherited  folders that earlier loaders of this node left, which no loader goes on with: read for peers, never written
+    Attributes
+    ----------
+    memory : int
+        Bytes in memory.
+    disk : int
+        Bytes on disk, in `dir`; 0: memory only.
+    dir : str
+        Folder of the disk cache. Only one loader at a time may use it.
+    inherited : tuple of str
+        Cache folders that earlier loaders of this node left and that no loader uses now. They are read for peers and never
+        changed.
     """
 
     memory: int = 1 << 30
@@ -60,19 +70,44 @@ class CacheBudget:
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """All that a loader process is told when it starts."""
+    """How a loader does its work. No setting changes what is in the batches.
+
+    Attributes
+    ----------
+    cache : CacheBudget
+        How much of the data the loader may cache.
+    requests : int
+        Most range requests in flight to each dataset's store.
+    timeout : float
+        Seconds without a byte after which a request is made again.
+    attempts : int
+        Most tries of one request.
+    prefetch : int
+        Bytes of shared memory for finished batches, both those that wait for the trainer and those that it holds. There is
+        always room for two batches.
+    unit_rows : int
+        Rows (steps of an episode) that are fetched and cached as one unit; 0: chosen from what bytes and requests cost
+        (`loading/unit_rows.py`). A disk cache is discarded if this changes.
+    """
+
+    cache: CacheBudget = CacheBudget()
+    requests: int = 64
+    timeout: float = 10.0
+    attempts: int = 8
+    prefetch: int = 256 << 20
+    unit_rows: int = 0
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """All that a loader process is told when it starts: TrajectoryLoader's arguments, and the step at which to begin."""
 
     plan: SamplingPlan
     home: Home
     make_batch: MakeBatch
     needs: tuple[Needs, ...]
     tasks: tuple[np.ndarray, ...] | None
-    cache: CacheBudget
-    requests: int
-    timeout: float
-    attempts: int
-    prefetch: int
-    run: int
+    settings: LoaderSettings
     peers: PeerSettings | None
     step: int
     stop: int | None
@@ -80,13 +115,24 @@ class LoaderSettings:
 
 @dataclass
 class LoadedBatch:
-    """One step's rows of this process.
+    """The rows of one training step that this process computes.
 
-    arrays       what make_batch returned, in shared memory: valid until `release()`
-    counters     what it cost: bytes delivered, and served from memory, disk, peers and store; requests, retries; seconds of each
-                 stage and of the trainer's `wait`; hit rate beside its bound; look-ahead; resident bytes; how random it was
-    quarantined  episodes that could not be read, with the windows drawn in their place: the trainer puts them into the plan's
-                 log from a later step on
+    Attributes
+    ----------
+    step : int
+        The training step.
+    arrays : dict of str to ndarray
+        What `make_batch` returned. The arrays lie in shared memory and are valid until `release()`.
+    counters : dict of str to float
+        What the step cost. Sums of one step, except names that end in `_rate` or `_bound`. `bytes_delivered`: bytes that the
+        windows need; `bytes_memory`, `bytes_disk`, `bytes_missed`: found in the cache's memory, on its disk, or not there;
+        `bytes_peer`, `bytes_store`: received from peers and from the store; `requests`, `retries`, `throttled`: requests to
+        the store; `*_seconds`: time of each stage; `wait`: seconds that the trainer waited; `cache_hit_rate` with the best
+        possible `cache_hit_bound`; `look_ahead_steps`, `queue_steps`: steps that are planned and begun ahead; `cache_bytes`,
+        `resident_bytes`: memory in use; `distinct_rate`: distinct episodes a window, over the last 256 windows.
+    quarantined : list of dict
+        One event for each episode that could not be read; another window was drawn for each of its windows. The trainer puts
+        the events into the plan's log, in force from a later step on.
     """
 
     step: int
@@ -96,7 +142,7 @@ class LoadedBatch:
     _release: Callable[[], None] | None = None
 
     def release(self) -> None:
-        """Give the memory back. What still views `arrays` sees later batches from now on."""
+        """Give the shared memory back. From now on, views of `arrays` that are still held show later batches."""
         if self._release is not None:
             self.arrays = {}
             self._release()
@@ -104,22 +150,41 @@ class LoadedBatch:
 
 
 class TrajectoryLoader:
-    """Iterator of LoadedBatch for steps [start, stop) of a plan: this home's rows, in order, each exactly once.
+    """Iterator of the batches of steps [start, stop) of a plan: the rows of one home, in order, each exactly once.
 
-    make_batch  picklable; called in the loader process with (step, rows int64 [n], each row's windows in slot order)
-    needs       what each line of the mixture asks of an episode
-    tasks       one an entry: task of its dataset -> the task's number in the run's list (None: as in the dataset)
-    cache       bytes that this loader may hold of the data
-    requests    range requests in flight
-    timeout     seconds without a byte after which a request is made again
-    attempts    most tries of one request
-    prefetch    bytes of finished batches that may wait
-    peers       lets other processes read this loader's cache (`peer_address`, `connect_peers`)
-    run         rows that are fetched and cached as one; 0: chosen from what bytes and requests cost
-    on_memory   called with each newly mapped piece of shared memory (uint8 array), to pin it for a GPU
+    A loader is a context manager. It is also closed by garbage collection and when the program exits.
 
-    `__next__` raises what went wrong in the loader process, with its traceback as a note. Context manager; also closed by
-    garbage collection and at exit.
+    Parameters
+    ----------
+    plan : SamplingPlan
+        Which windows each row of each step holds.
+    home : Home
+        Which rows of the global batch this process computes.
+    make_batch : callable
+        `(step, rows, windows) -> dict of name to ndarray`; `rows` int64 [n]: numbers of rows of the global batch; `windows`:
+        a list of `Window` for each row, in slot order. It must be picklable, and it runs in the loader process. Arrays must
+        be plain memory (no objects, no strings).
+    needs : sequence of Needs
+        One for each mixture entry: which fields of an episode it needs, and how many rows after a window.
+    tasks : sequence of ndarray, optional
+        One for each mixture entry: int array from a task of its dataset to the task's number in the run's list. Default: the
+        dataset's own numbers.
+    settings : LoaderSettings, optional
+        Cache, requests, prefetching.
+    peers : PeerSettings, optional
+        Lets other loaders read this loader's cache (see `peer_address`, `connect_peers`).
+    start, stop : int
+        First step, and the step before which the iteration ends (None: it never ends).
+    on_memory : callable, optional
+        Called with each newly mapped piece of shared memory (uint8 array), for example to pin it for a GPU.
+
+    Raises
+    ------
+    Exception
+        `next()` raises what went wrong in the loader process, with its traceback as a note: for example `DataError` if too
+        many windows cannot be read, `StoreError` if the store cannot be reached, and every error of `make_batch`.
+    RuntimeError
+        `next()` raises it if the loader process dies several times in a row without a batch in between.
     """
 
     def __init__(
@@ -130,12 +195,7 @@ class TrajectoryLoader:
         needs: Sequence[Needs],
         *,
         tasks: Sequence[np.ndarray] | None = None,
-        cache: CacheBudget | None = None,
-        requests: int = 64,
-        timeout: float = 10.0,
-        attempts: int = 8,
-        prefetch: int = 256 << 20,
-        run: int = 0,
+        settings: LoaderSettings | None = None,
         peers: PeerSettings | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -143,38 +203,57 @@ class TrajectoryLoader:
     ):
         self.plan, self.home, self.make_batch, self.needs = plan, home, make_batch, tuple(needs)
         self.tasks = None if tasks is None else tuple(np.asarray(t) for t in tasks)
-        self.cache, self.prefetch, self.run = cache or CacheBudget(), prefetch, run
-        self.requests, self.timeout, self.attempts = requests, timeout, attempts
-        self.step, self.stop, self.on_memory = start, stop, on_memory
-        self.peers, self._peer_address = peers, ""
-        # A process that has peers waits for this before its first request: for their addresses, or for being asked for a batch
+        self.settings, self.peers, self.on_memory = settings or LoaderSettings(), peers, on_memory
+        self.step, self.stop = start, stop
+        self._peer_address = ""
+        # A process with peers waits for this before its first request: for their addresses, or for the first call of next()
         self._connected: dict[str, Any] | None = None
         self._process: _Process | None = None
         self._failures = 0
         self._changes: list[int] = []  # the first step that each change of the plan touched, since the process started
         self._horizon = start
 
-    def _settings(self) -> LoaderSettings:
-        return LoaderSettings(
-            self.plan, self.home, self.make_batch, self.needs, self.tasks, self.cache, self.requests, self.timeout,
-            self.attempts, self.prefetch, self.run, self.peers, self.step, self.stop,
-        )  # fmt: skip
+    def _spec(self) -> ProcessSpec:
+        return ProcessSpec(
+            plan=self.plan,
+            home=self.home,
+            make_batch=self.make_batch,
+            needs=self.needs,
+            tasks=self.tasks,
+            settings=self.settings,
+            peers=self.peers,
+            step=self.step,
+            stop=self.stop,
+        )
 
-    def describe(self) -> dict[str, Any]:
-        """What will be cached of what, in which pieces, and the best possible hit rate; starts nothing."""
+    def cache_plan(self) -> dict[str, Any]:
+        """How the data will be cut into units and cached, and the best possible hit rate. Starts no process.
+
+        Returns
+        -------
+        dict
+            `data_bytes`, `home_bytes`: bytes of all data and of this home's part; `cache_bytes`: bytes by tier; `units`:
+            their number; `unit_rows`: rows of a unit by dataset and field; `policy`, `whole_shards`: how the cache is
+            filled; `hit_bound`: best possible share of bytes found in the cache.
+        """
         from tiphys.dataio.loading.sizing import sized
         from tiphys.dataio.placement import Placement
 
-        settings = self._settings()
-        return sized(self.plan, Placement(self.plan, self.home), settings).describe(settings)
+        spec = self._spec()
+        return sized(Placement(self.plan, self.home), spec).cache_plan(spec)
 
     def start(self) -> None:
-        """Start the loader process, if it does not run; `__next__` does so too."""
+        """Start the loader process if it is not running. `next()` does this too."""
         if self._process is None:
-            self._process = _Process(self._settings())
+            self._process = _Process(self._spec())
             self._changes = []
             if self._connected is not None:
                 self._process.send(self._connected)
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the loader process; None if it is not running."""
+        return None if self._process is None else self._process.popen.pid
 
     def __iter__(self) -> TrajectoryLoader:
         return self
@@ -197,11 +276,15 @@ class TrajectoryLoader:
         counters = {**message["counters"], "wait": time.monotonic() - began}
         self.step, self._failures = message["step"] + 1, 0
         return LoadedBatch(
-            message["step"], arrays, counters, message["quarantined"], lambda: process.send({"release": slot})
+            step=message["step"],
+            arrays=arrays,
+            counters=counters,
+            quarantined=message["quarantined"],
+            _release=lambda: process.send({"release": slot}),
         )
 
     def _receive(self) -> dict[str, Any]:
-        """The next batch's message. A process that died is started again; an error it sent is raised."""
+        """The next message. Starts the process again if it died; raises an error that it sent."""
         while True:
             self.start()
             assert self._process is not None
@@ -219,7 +302,7 @@ class TrajectoryLoader:
             if all(message["step"] < first for first in self._changes[message["generation"] :]):
                 self._horizon = message["horizon"]
                 return message
-            self._process.send({"release": message["slot"]})  # made before the plan changed
+            self._process.send({"release": message["slot"]})  # it was made before the plan changed
 
     def _died(self) -> None:
         assert self._process is not None
@@ -229,52 +312,74 @@ class TrajectoryLoader:
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         if self._failures > _RESTARTS:
             raise RuntimeError(
-                f"the loader process ended {how} {self._failures} times in a row at step {self.step}; "
-                "signal 9 usually means that memory ran out: lower data.cache.memory or data.prefetch"
+                f"the loader process ended {how} {self._failures} times in a row at step {self.step}. "
+                "Signal 9 usually means that memory ran out: lower data.cache.memory or data.prefetch"
             )
         log.warning("the loader process ended %s; starting it again at step %d", how, self.step)
 
     @property
     def peer_address(self) -> str:
-        """`host:port` under which other loaders may read this one's cache; starts the process."""
+        """`host:port` at which other loaders can read this loader's cache. Starts the process.
+
+        Raises
+        ------
+        ValueError
+            If the loader was made without `peers`.
+        """
         if self.peers is None:
-            raise ValueError("this loader was made without PeerSettings")
+            raise ValueError("this loader serves no peers: give PeerSettings as `peers` when it is made")
         if not self._peer_address:
             self._receive()
         return self._peer_address
 
     def connect_peers(self, addresses: Sequence[str], homes: Sequence[Home] | None = None) -> None:
-        """After a change of the world's size: ask these before the store, as long as they answer.
+        """Ask these loaders for missing data before the store is asked. For use after the number of processes has changed.
 
-        addresses  `peer_address` of whoever serves what a process of the world that was has kept; empty where nobody does
-        homes      of those processes; None: processes 0, 1, … of as many as there are addresses
+        Parameters
+        ----------
+        addresses : sequence of str
+            For each process of the earlier launch, the `peer_address` of the loader that serves its cache now; empty: none.
+        homes : sequence of Home, optional
+            The homes of those processes. Default: processes 0, 1, … of `len(addresses)`.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many homes as addresses.
         """
         if homes is not None and len(homes) != len(addresses):
-            raise ValueError(f"{len(addresses)} addresses of peers, but {len(homes)} homes")
+            raise ValueError(
+                f"connect_peers: {len(addresses)} addresses, but {len(homes)} homes; give one home for each address"
+            )
         self._connected = {"peers": list(addresses), "homes": None if homes is None else list(homes)}
         if self._process is not None:
             self._process.send(self._connected)
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Put events into the plan's log, here and in the loader process. Batches made too early are made again.
+        """Put events into the plan's log, here and in the loader process. Batches that were made too early are made again.
 
-        ValueError for an event in force from a step that was already handed over, or one that brings a new data set: what
-        is needed of its episodes is not known here.
+        Raises
+        ------
+        ValueError
+            If an event is in force from a step that was already handed over, or if it adds a dataset (this loader does not
+            know what is needed of its episodes).
         """
         self._check(events)
         for event in events:
             if event["step"] < self.step:
-                raise ValueError(f"the plan cannot change at step {event['step']}: step {self.step} comes next")
+                raise ValueError(
+                    f"the plan cannot change at step {event['step']}: the next step is {self.step}; give a later step"
+                )
             self.plan.log.append(event)
         self._announce(list(events))
 
     def refresh(self) -> list[dict[str, Any]]:
-        """Adopt events that the log's file gained, and return them. ValueError where a new data set is among them."""
+        """Read events that were added to the log's file, and return them. Raises ValueError if one of them adds a dataset."""
         events = self.plan.log.refresh()
         try:
             self._check(events)
         except ValueError:
-            self.close()  # it would go on without them
+            self.close()  # the process would continue without these events
             raise
         self._announce(events)
         return events
@@ -282,11 +387,13 @@ class TrajectoryLoader:
     @staticmethod
     def _check(events: Sequence[Mapping[str, Any]]) -> None:
         if any(event["kind"] == "dataset" for event in events):
-            raise ValueError("a data set joins the mixture: make a new loader, with what is needed of its episodes")
+            raise ValueError(
+                "an event adds a dataset to the mixture: make a new loader, with the Needs of the new entry"
+            )
 
     @property
     def horizon(self) -> int:
-        """The first step that is not being made yet: a change in force from there costs no work."""
+        """The first step that has not been begun. A change in force from this step on makes no work useless."""
         return max(self._horizon, self.step)
 
     def _announce(self, events: Sequence[Mapping[str, Any]]) -> None:
@@ -295,16 +402,17 @@ class TrajectoryLoader:
             self._process.send({"events": [dict(e) for e in events], "generation": len(self._changes)})
 
     def state_dict(self) -> dict[str, Any]:
-        """The step that comes next, and the plan's log: all that an exact resume needs, on any number of homes."""
+        """The next step and the plan's log: all that an exact resume needs, on any number of homes."""
         return {**self.plan.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`. Ends the loader process; the next one starts at the step of the state."""
         self.close()
         self.plan.load_state_dict(state)
         self.step = int(state["step"])
 
     def close(self) -> None:
-        """End the loader process. Batches that were handed over stay readable."""
+        """End the loader process. Batches that were handed over remain readable."""
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -319,7 +427,7 @@ class TrajectoryLoader:
 class _Process:
     """A running loader process, the connection to it, and the memory shared with it."""
 
-    def __init__(self, settings: LoaderSettings):
+    def __init__(self, spec: ProcessSpec):
         _fill_standard_streams()
         ours, theirs = socket.socketpair()
         memory = shared_memory.create()
@@ -333,11 +441,11 @@ class _Process:
         self.connection = Connection(ours.detach())
         self.reader = shared_memory.SlotReader(memory)
         self._close = weakref.finalize(self, _end, self.popen, self.connection, memory)
-        with contextlib.suppress(OSError):  # a process that died at once is found out by the next receive
-            self.connection.send_bytes(pickle.dumps(settings, protocol=5))
+        with contextlib.suppress(OSError):  # if the process died at once, the next receive notices it
+            self.connection.send_bytes(pickle.dumps(spec, protocol=5))
 
     def send(self, message: dict[str, Any]) -> None:
-        """Nothing where the process is gone: the next receive finds out."""
+        """Send a message. Does nothing if the process is gone: the next receive notices that."""
         if not self.connection.closed:
             with contextlib.suppress(OSError):
                 self.connection.send(message)
@@ -348,8 +456,8 @@ class _Process:
 
 
 def _fill_standard_streams() -> None:
-    """Where a daemon closed its standard streams, let their numbers lead nowhere, here and in children: else a socket would get
-    one of them, and what is printed or logged would go through it."""
+    """Open /dev/null in place of standard streams that are closed (as in a daemon), here and in children. Otherwise a socket
+    could get one of their numbers, and printed or logged text would go through it."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)

@@ -1,10 +1,12 @@
-"""Peers: after a change of the world's size, a process finds in others' caches what was at home there before.
+"""Peers: after the number of processes has changed, loaders read from each other's caches what was at home there before.
 
-Plain HTTP/1.1. `GET /units/FINGERPRINT?3,17,18` answers 200 with the bytes of those units that are here, one after the other, and
-their numbers in the header `Units`; the fingerprint names the data and how they are cut into units. A token for the run stands in
-`Authorization`. The server listens on one given interface only, and takes a bounded share of its process' time. A peer that
-fails, is slow or does not know is a miss: whoever asks then goes to the store, so that peers never cost more than the short time
-that they are given; one that has next to nothing any more is not asked again.
+The protocol is plain HTTP/1.1. `GET /units/FINGERPRINT?3,17,18` is answered with status 200, the bytes of those of the units
+that are here, one after the other, and their numbers in the header `Units`. The fingerprint names the data and how it is cut
+into units. The run's secret is sent in the header `Authorization`. The server listens on one given interface only, and takes a
+bounded share of its process's time.
+
+A peer that fails, is slow or does not have a unit is a miss: the unit is then read from the store. So peers never cost more than
+the short time that they are given. A peer that has almost nothing is not asked again.
 """
 
 from __future__ import annotations
@@ -19,37 +21,40 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-MOST_UNITS = 512  # of one request
+MOST_UNITS = 512  # in one request
 MOST_BYTES = 8 << 20  # of one answer's body, unless a single unit is larger
 _MOST_HEAD = 1 << 14  # bytes of a request or answer before its body
 _MOST_CONNECTIONS = 256
-_SHARE = 0.25  # of the server's time for peers: the rest is its own loader's
+_SHARE = 0.25  # of the server process's time that peers may take
 _AT_ONCE = 2  # requests of one loader to one peer
-_PATIENCE = 3  # failures in a row after which a peer is left alone for a while
-_REST = 30.0  # seconds
-_ENOUGH, _LEAST = 4096, 0.02  # a peer that had less than this share of so many units is not asked any more
+_PATIENCE = 3  # failures in a row after which a peer is not asked for `_REST` seconds
+_REST = 30.0
+_ENOUGH, _LEAST = 4096, 0.02  # a peer that had less than this share of so many units is not asked again
 
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """What a loader needs to serve others: the address of an interface of its own, and the run's secret."""
+    """What a loader needs to serve others: the address of one of its machine's interfaces, and the run's secret.
+
+    Raises ValueError if the address means every interface, or if the secret is too short.
+    """
 
     host: str
-    token: str = field(repr=False)
+    secret: str = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.host in ("", "0.0.0.0", "::", "*"):
             raise ValueError(
-                f"peers: {self.host!r} is every interface of this machine; give the address of the job's own"
+                f"peers: {self.host!r} means every interface of this machine; give the address of the job's network"
             )
-        if len(self.token) < 16 or not self.token.isascii() or not self.token.isprintable():
+        if len(self.secret) < 16 or not self.secret.isascii() or not self.secret.isprintable():
             raise ValueError(
-                "peers: the token must have at least 16 printable characters; secrets.token_urlsafe() makes one"
+                "peers: the secret must have at least 16 printable ASCII characters; secrets.token_urlsafe() makes one"
             )
 
 
 class PeerServer:
-    """Serves units: `read` gives a unit's bytes, or None."""
+    """Serves units to peers. `read` returns a unit's bytes, or None."""
 
     def __init__(self, settings: PeerSettings, fingerprint: str, read: Callable[[int], Buffer | None]):
         self._settings, self._path, self._read = settings, f"/units/{fingerprint}?", read
@@ -59,7 +64,7 @@ class PeerServer:
         self.served = 0  # bytes
 
     async def start(self) -> str:
-        """Listen; returns `host:port`."""
+        """Start to listen. Returns `host:port`."""
         self._server = await asyncio.start_server(self._serve, self._settings.host, 0, limit=_MOST_HEAD)
         host, port = self._server.sockets[0].getsockname()[:2]
         return f"{host}:{port}"
@@ -73,7 +78,7 @@ class PeerServer:
                     began = time.perf_counter()
                     writer.write(self._answer(head))
                     await asyncio.sleep((time.perf_counter() - began) * (1 / _SHARE - 1))
-                async with asyncio.timeout(_REST):  # whoever does not take its answer holds memory here
+                async with asyncio.timeout(_REST):  # an answer that is not taken holds memory here
                     await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             writer.transport.abort()
@@ -85,7 +90,7 @@ class PeerServer:
         request, *lines = head.split("\r\n")
         headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
         given = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, f"Bearer {self._settings.token}".encode()):
+        if not hmac.compare_digest(given, f"Bearer {self._settings.secret}".encode()):
             return _response("401 Unauthorized", b"")
         method, _, rest = request.partition(" ")
         path = rest.partition(" ")[0]
@@ -122,7 +127,7 @@ class _Peer:
 
 
 def _requests(units: Sequence[int], size_of: dict[int, int]) -> list[list[int]]:
-    """The units, as many together as one answer may hold."""
+    """The units, split into requests of as many units as one answer may hold."""
     out, bytes_of_last = list[list[int]](), MOST_BYTES
     for unit in units:
         if bytes_of_last + size_of[unit] > MOST_BYTES or len(out[-1]) == MOST_UNITS:
@@ -134,28 +139,28 @@ def _requests(units: Sequence[int], size_of: dict[int, int]) -> list[list[int]]:
 
 
 class Peers:
-    """The other processes' servers, by the number of the process in the world that was.
+    """The servers of other loaders, by number.
 
     addresses  `host:port` of each; empty for one that is gone
     """
 
-    def __init__(self, addresses: Sequence[str], token: str, fingerprint: str):
+    def __init__(self, addresses: Sequence[str], secret: str, fingerprint: str):
         self._peers = [_Peer(address) for address in addresses]
-        self._token, self._fingerprint = token, fingerprint
-        self.bytes = 0
-        self.asked = 0
+        self._secret, self._fingerprint = secret, fingerprint
+        self.bytes = 0  # received
+        self.asked = 0  # requests
 
-    def alive(self, process: int) -> bool:
-        """Whether asking this peer is worth while."""
-        peer = self._peers[process]
+    def alive(self, number: int) -> bool:
+        """Whether it is worth asking this peer now."""
+        peer = self._peers[number]
         return bool(peer.address) and time.monotonic() >= peer.rests_until
 
-    async def read(self, process: int, units: Sequence[int], sizes: Sequence[int], timeout: float) -> dict[int, bytes]:
-        """Those of the units that the peer had, within `timeout` seconds. Any failure is an empty answer."""
-        peer, out = self._peers[process], dict[int, bytes]()
+    async def read(self, number: int, units: Sequence[int], sizes: Sequence[int], timeout: float) -> dict[int, bytes]:
+        """Those of the units that the peer has, as far as they arrive within `timeout` seconds. A failure is no error."""
+        peer, out = self._peers[number], dict[int, bytes]()
         try:
             await asyncio.wait_for(peer.busy.acquire(), timeout)
-        except TimeoutError:  # others of our own requests are being answered: no fault of the peer's
+        except TimeoutError:  # the peer is answering our other requests: not its fault
             return out
         try:
             async with asyncio.timeout(timeout):
@@ -172,7 +177,7 @@ class Peers:
         return out
 
     async def _read(self, peer: _Peer, units: Sequence[int], size_of: dict[int, int], out: dict[int, bytes]) -> None:
-        """Puts into `out` what the peer has. One that has next to nothing rests for good."""
+        """Put what the peer has into `out`. A peer that has almost nothing is never asked again."""
         for some in _requests(units, size_of):
             self.asked += 1
             found = await self._ask(peer, some, size_of)
@@ -193,7 +198,7 @@ class Peers:
         try:
             path = f"/units/{self._fingerprint}?{','.join(map(str, units))}"
             writer.write(
-                f"GET {path} HTTP/1.1\r\nHost: {peer.address}\r\nAuthorization: Bearer {self._token}\r\n\r\n".encode()
+                f"GET {path} HTTP/1.1\r\nHost: {peer.address}\r\nAuthorization: Bearer {self._secret}\r\n\r\n".encode()
             )
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in head[1:])}
@@ -202,12 +207,12 @@ class Peers:
             if head[0].split(" ")[1] != "200" or not set(found) <= set(units):
                 raise ValueError(head[0])
             if length != sum(size_of[u] for u in found):
-                raise ValueError("the peer's units have other sizes")
+                raise ValueError("the peer's units have different sizes")
             body = memoryview(await reader.readexactly(length))
-        except BaseException as error:  # cancelled too: what comes later on this connection belongs to no one
+        except BaseException as error:  # also if cancelled: later bytes on this connection would belong to no request
             writer.close()
             if isinstance(error, (KeyError, IndexError)):
-                raise ValueError("not an answer") from error
+                raise ValueError("not a valid answer") from error
             raise
         peer.idle.append((reader, writer))
         out, at = {}, 0

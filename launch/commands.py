@@ -218,10 +218,10 @@ def _made(url: str, made: Any) -> int:
 
 
 def loader_bench(args: Namespace) -> int:
-    from tiphys.launch.loader_bench import bench, describe
+    from tiphys.launch.loader_bench import bench, format_result
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
-    print(json.dumps(found, indent=1) if args.json else describe(found))
+    print(json.dumps(found, indent=1) if args.json else format_result(found))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""`tiphys loader-bench`: where a loader's time and bytes go on a dataset, beside what theory allows.
+"""`tiphys loader-bench`: where a loader's time and bytes go on a dataset, beside the theoretical bound.
 
-Windows of a fixed length are drawn uniformly from all tasks and consumed as fast as they come.
+Windows of a fixed length are drawn uniformly from all tasks and consumed as fast as they arrive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from tiphys.dataio.episode import Needs, Window
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 from tiphys.launch.display import human_bytes
@@ -20,7 +20,7 @@ from tiphys.recipes.sizes import parse_size
 
 
 def stack_windows(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
-    """All windows' arrays, one after the other, by field: the least that any batch costs."""
+    """The arrays of all windows, one after the other, by field: the cheapest batch that there can be."""
     parts: dict[str, list[np.ndarray]] = {}
     count = 0
     for row in windows:
@@ -40,25 +40,29 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def window_plan(index: EpisodeIndex, rows: int, window: int, **more: Any) -> SamplingPlan:
-    """A plan of rows of one window each, over every task of a dataset."""
+    """A plan over every task of a dataset whose rows hold one window each."""
     tasks = len(index.tasks)
     units = np.maximum(np.asarray(index.steps, np.int64), 1)
     lengths = EntryLengths(
         units=units, window=np.full(tasks, window, np.int32), per_unit=np.ones(tasks, np.int32),
         fixed=np.zeros(index.episodes, np.int32), prompt=0.0, prompt_units=np.zeros(tasks, np.int32),
     )  # fmt: skip
-    entry = PlanEntry(index, lengths, 1.0, index.url, list(range(tasks)), None)
+    entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name=index.url, tasks=list(range(tasks)), priority=None)
     return SamplingPlan([entry], rows=rows, budget=window, seed=more.pop("seed", 0), **more)
 
 
 def all_fields(index: EpisodeIndex) -> Needs:
+    """Every field of every task."""
     return Needs(tuple(sorted({field.name for task in index.tasks for field in task.fields})))
 
 
 def bench(
     dataset: str, *, steps: int = 200, rows: int = 64, window: int = 20, cache: int | str = "256MiB", requests: int = 64
 ) -> dict[str, Any]:
-    """Run a loader over a dataset and say what it did. Units: seconds, bytes; `bound` is the best that any cache can do."""
+    """Run a loader over a dataset and measure it. Times are in seconds, sizes in bytes.
+
+    `bound`: the fetched share of the delivered bytes that is the best possible for any cache of this size.
+    """
     index = EpisodeIndex.open(dataset)
     budget = cache if isinstance(cache, int) else parse_size(cache)
     plan = window_plan(index, rows, window)
@@ -67,8 +71,7 @@ def bench(
         Home(0, 1),
         stack_windows,
         [all_fields(index)],
-        cache=CacheBudget(memory=budget),
-        requests=requests,
+        settings=LoaderSettings(cache=CacheBudget(memory=budget), requests=requests),
         stop=steps,
     )
     counters: dict[str, float] = {}
@@ -105,19 +108,19 @@ def bench(
         "retries": counters["retries"],
         "resident_bytes": last["resident_bytes"],
         "distinct_rate": counters["distinct_rate"] / max(steps - 1, 1),
-        "distinct_bound": _distinct_bound(index, window),
+        "distinct_bound": distinct_bound(index, window),
         "buckets": plan.buckets,
     }
 
 
-def _distinct_bound(index: EpisodeIndex, window: int, draws: int = 256) -> float:
-    """Distinct episodes, as a share of `draws` windows drawn independently and uniformly."""
+def distinct_bound(index: EpisodeIndex, window: int, draws: int = 256) -> float:
+    """Expected number of distinct episodes in `draws` windows drawn independently and uniformly, over `draws`."""
     mass = np.maximum(np.asarray(index.steps, np.float64) - window + 1, 1)
     return float((1 - (1 - mass / mass.sum()) ** draws).sum() / draws)
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The result as a few lines for people."""
+def format_result(found: dict[str, Any]) -> str:
+    """The result of `bench` as a few lines for people."""
     used, moved = found["time"], found["bytes"]
     waiting = max(0.0, 1 - sum(used.values()))
     lines = [
@@ -128,9 +131,9 @@ def describe(found: dict[str, Any]) -> str:
         f"bytes      memory {human_bytes(moved['memory'])}, disk {human_bytes(moved['disk'])}, "
         f"missed {human_bytes(moved['missed'])}, received from the store {human_bytes(moved['store'])} "
         f"in {found['requests']:.0f} requests, {found['retries']:.0f} retries",
-        f"fetched    {found['fetched_over_delivered']:.3f} of what was delivered (second half); no cache of this size can do "
-        f"better than {found['bound']:.3f} in the long run",
-        f"random     {found['distinct_rate']:.3f} distinct episodes a window over 256 windows; independent draws give "
+        f"fetched    {found['fetched_over_delivered']:.3f} of the delivered bytes (second half); the best possible for a cache "
+        f"of this size is {found['bound']:.3f} in the long run",
+        f"random     {found['distinct_rate']:.3f} distinct episodes for each window, over 256 windows; independent draws give "
         f"{found['distinct_bound']:.3f}",
         f"resident   {human_bytes(found['resident_bytes'])}",
     ]

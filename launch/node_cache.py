@@ -1,10 +1,11 @@
-"""A node's cache among its loaders, from one launch to the next.
+"""A node's cache, shared by its loaders, from one launch to the next.
 
-Each loader keeps its disk tier in `<data.cache.dir>/loader-<its number among the node's loaders>`, where `home.json` says whose
-data lie there: those at home with process p of N. A launch of another world finds these folders with processes that have other
-homes. So each loader serves to its peers what lies in its folder, and asks those who have the folders of the processes that a
-unit was at home with. Folders beyond the number of loaders (the node has fewer now) are served too, during one launch; their
-bytes count against `data.cache.disk`. Where every folder still is with the process that it was with, nothing is served.
+Each loader keeps its disk tier in `<data.cache.dir>/loader-<number>`, its number among the node's loaders. The file `home.json`
+in this folder says whose data it holds: the data at home with process p of N. If a later launch has another number of processes,
+the folders belong to processes with other homes. Then each loader serves the contents of its folder to its peers; for a unit, it
+asks the peer with the folder of the process that was home to the unit. If the node has fewer loaders now, the folders that are
+left over are served too, during one launch; their bytes count against `data.cache.disk`. If every folder is still with the
+process that it was with, nothing is served.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 
 _RECORD = "home.json"
 _FOLDER = re.compile(r"loader-(\d{1,6})$")
-_INHERITED = 0.75  # of the node's disk budget at most: the rest is for the loaders that there are
+_INHERITED = (
+    0.75  # largest share of the node's disk budget for left-over folders; the rest is for this launch's loaders
+)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What an earlier launch left in a folder of this node: its number, whose data, bytes on disk."""
+class OldFolder:
+    """A cache folder of this node that an earlier launch left: its number, whose data it holds, its bytes on disk."""
 
     number: int
     home: Home
@@ -47,23 +50,24 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Source:
-    """Who serves a folder's data now, and whose they were."""
+class ServedFolder:
+    """The rank that serves an old folder now, and the home whose data it holds."""
 
     rank: int
     home: Home
-    inherited: bool  # beyond the folders that the node's loaders go on with
+    inherited: bool  # left over: no loader of the node continues to use it
 
 
 class NodeCache(Callback):
-    """This rank's part of its node's cache, and its peers where the world has changed. Made by all ranks at once.
+    """This rank's part of its node's cache, and its peers if the number of processes has changed. All ranks must make it at the
+    same time.
 
-    directory     of the node's disk tiers; empty: memory only
+    directory     folder of the node's disk tiers; empty: memory only
     memory, disk  bytes of the node
-    datasets      their fingerprints: what other datasets left is removed
+    datasets      fingerprints of the run's datasets: left-over folders of other datasets are removed
 
-    budget        what this rank's loader may hold
-    peers         what it needs to serve others; None where nobody has anything to serve
+    budget        what this rank's loader may cache
+    peers         what it needs to serve others; None if no loader has anything to serve
     """
 
     def __init__(self, world: ParallelDims, directory: str, memory: int, disk: int, datasets: Sequence[str]) -> None:
@@ -77,31 +81,32 @@ class NodeCache(Callback):
         leads = world.is_first_stage and number == 0
         kept = survey(Path(directory), loaders, disk, self.datasets) if leads and disk else []
         found = world.gather(kept)
-        token = world.gather(secrets.token_urlsafe(32) if world.rank == 0 else "")[0]
-        self.sources = [
-            Source(ranks_of[n][k.number % len(ranks_of[n])], k.home, k.number >= len(ranks_of[n]))
-            for n, ranks in ranks_of.items()
-            for k in (found[ranks[0]] if ranks else ())
+        secret = world.gather(secrets.token_urlsafe(32) if world.rank == 0 else "")[0]
+        self.served = [
+            ServedFolder(rank=ranks[old.number % len(ranks)], home=old.home, inherited=old.number >= len(ranks))
+            for ranks in ranks_of.values()
+            for old in (found[ranks[0]] if ranks else ())
         ]
-        orphans = [k for k in (found[mine[0]] if mine else ()) if k.number >= loaders]
+        left_over = [old for old in (found[mine[0]] if mine else ()) if old.number >= loaders]
         self.folder = Path(directory) / f"loader-{number}" if disk else None
         self.budget = CacheBudget(
             memory=memory // loaders,
-            disk=max(0, disk - sum(k.bytes for k in orphans)) // loaders,
+            disk=max(0, disk - sum(old.bytes for old in left_over)) // loaders,
             dir=str(self.folder or ""),
             inherited=tuple(
-                str(Path(directory) / f"loader-{k.number}") for k in orphans if k.number % loaders == number
+                str(Path(directory) / f"loader-{old.number}") for old in left_over if old.number % loaders == number
             ),
         )
-        moved = any(s.inherited or s.home != Home(s.rank, world.data) for s in self.sources)  # stage 0: rank = replica
-        self.peers = PeerSettings(own_address(), token) if moved and world.is_first_stage else None
+        # In the first stage, a rank is its replica's number
+        moved = any(s.inherited or s.home != Home(s.rank, world.data) for s in self.served)
+        self.peers = PeerSettings(own_address(), secret) if moved and world.is_first_stage else None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Peers exchange addresses; then it is written down whose data the folders hold from now on."""
+        """Exchange the peers' addresses; then record whose data this rank's folder holds from now on."""
         loader: Any = trainer.loader
         addresses = self.world.gather(loader.peer_address if self.peers is not None else "")
         if self.peers is not None:
-            others = [s for s in self.sources if s.inherited or s.rank != self.world.rank]
+            others = [s for s in self.served if s.inherited or s.rank != self.world.rank]
             loader.connect_peers([addresses[s.rank] for s in others], [s.home for s in others])
         if self.folder is not None and self.world.is_first_stage:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,10 +114,13 @@ class NodeCache(Callback):
             _write(self.folder, {"process": home.process, "processes": home.processes, "datasets": self.datasets})
 
 
-def survey(directory: Path, loaders: int, disk: int, datasets: Sequence[str]) -> list[Kept]:
-    """What earlier launches left on this node, and is of use: of these datasets, and, beyond the folders that this launch's
-    loaders go on with, not served before and within the budget. What is beyond and of no use is removed."""
-    out: list[Kept] = []
+def survey(directory: Path, loaders: int, disk: int, datasets: Sequence[str]) -> list[OldFolder]:
+    """The folders of earlier launches on this node that are of use: those of these datasets.
+
+    A left-over folder (its number is not below `loaders`) is of use only if it was not served before and fits the budget.
+    Left-over folders that are of no use are removed.
+    """
+    out: list[OldFolder] = []
     inherited = 0
     for number, folder in sorted((int(m[1]), p) for p in directory.glob("loader-*") if (m := _FOLDER.match(p.name))):
         record = _read(folder)
@@ -126,12 +134,13 @@ def survey(directory: Path, loaders: int, disk: int, datasets: Sequence[str]) ->
             inherited += held
             _write(folder, {**record, "served": True} if record else {})
         if usable and record is not None:
-            out.append(Kept(number, Home(record["process"], record["processes"]), held))
+            home = Home(process=record["process"], processes=record["processes"])
+            out.append(OldFolder(number=number, home=home, bytes=held))
     return out
 
 
 def own_address() -> str:
-    """The address of the interface that leads to the launch's first rank: the job's network, not every one."""
+    """The address of the interface that leads to the launch's first rank: of the job's network, not of every interface."""
     master = os.environ.get("MASTER_ADDR", "127.0.0.1")
     family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
@@ -140,7 +149,7 @@ def own_address() -> str:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """A folder's record, or None where it has none that makes sense."""
+    """A folder's record; None if it has no valid one."""
     try:
         found = json.loads((folder / _RECORD).read_text())
         Home(found["process"], found["processes"])
@@ -150,12 +159,12 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
-    with suppress(OSError):  # a full disk: the folder is then not known to the next launch
+    with suppress(OSError):  # a full disk: the next launch will not know this folder
         write_json(folder / _RECORD, record)
 
 
 def _bytes(folder: Path) -> int:
-    """Bytes on disk of what a folder holds."""
+    """Bytes that a folder's files take on disk."""
     total = 0
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
@@ -164,7 +173,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of the cache, unless a loader of another run is using it."""
+    """Remove a cache folder, unless a loader of another run is using it."""
     with suppress(OSError):
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -58,10 +58,8 @@ def run(recipe: Recipe) -> int:
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
     loader = None
     if world.is_first_stage:
-        arguments = loader_arguments(recipe, objectives)
-        loader = TrajectoryLoader(
-            plan, world.home, **arguments, cache=cache.budget, peers=cache.peers, stop=recipe.train.steps
-        )
+        arguments = loader_arguments(recipe, objectives, cache=cache.budget)
+        loader = TrajectoryLoader(plan, world.home, **arguments, peers=cache.peers, stop=recipe.train.steps)
     with loader or nullcontext():
         stages = [cache, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir) if world.rank == 0 else list

@@ -1,11 +1,11 @@
-"""One other library over the same episodes and the same store; runs inside `.venv-benchmarks` and needs nothing of this project.
+"""One other library over the same episodes and the same store. It runs in `.venv-benchmarks` and imports nothing of Tiphys.
 
     python worker.py write LIBRARY EPISODES SETTINGS    # the episodes in the library's own format, into the store's folder
     python worker.py read LIBRARY EPISODES SETTINGS     # windows of them, through the store; prints JSON
 
-EPISODES is a folder with `lengths.npy` and `FIELD.npy`, all episodes' steps one after the other, and `windows.npy`: (episode,
-start) of each window, in the order in which they are to be read. Every library hands over the same: arrays of a step's windows,
-one after the other, by field. SETTINGS is a JSON file: see `other_libraries.py`.
+EPISODES is a folder with `lengths.npy`, `FIELD.npy` (the steps of all episodes, one after the other) and `windows.npy` (episode
+and start of each window, in the order in which they are read). Every library must return the same: for each field, an array of
+a step's windows, one after the other. SETTINGS is a JSON file: see `other_libraries.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Episodes:
         return {name: np.array(values[here]) for name, values in self.fields.items()}
 
     def tiles(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Windows cut beforehand, for libraries whose samples are whole things: (episode, its steps)."""
+        """(episode, its steps) of windows that are cut in advance, for libraries that can only read whole samples."""
         for episode in range(len(self.lengths)):
             whole = self[episode]
             for start in range(0, int(self.lengths[episode]) - K + 1, K):
@@ -58,12 +58,12 @@ def stacked(windows: list[dict[str, Any]], names: list[str]) -> dict[str, np.nda
 
 
 def _plain(name: str) -> str:
-    """A field's name where dots mean something else."""
+    """A field's name without dots, for formats in which dots have a meaning."""
     return name.replace(".", "_")
 
 
 class Library:
-    """`write` makes the library's own files; `steps` reads what the store serves of them."""
+    """`write` makes the library's own files; `steps` reads them through the store."""
 
     def __init__(self, episodes: Episodes, settings: dict[str, Any]) -> None:
         self.episodes, self.settings = episodes, settings
@@ -77,9 +77,9 @@ class Library:
 
 
 class Lance(Library):
-    """A row a step; `take` of all rows of a step's windows at once, two steps ahead in threads.
+    """A row for each step of an episode. One `take` of all rows of a training step's windows, two steps ahead, in threads.
 
-    128 threads of I/O, as its guide on performance says for object stores; metadata are cached.
+    128 threads of I/O, as its performance guide recommends for object stores; metadata is cached.
     """
 
     def write(self, folder: Path) -> None:
@@ -121,7 +121,8 @@ class Lance(Library):
 
 
 class LitData(Library):
-    """An episode a record of its layout for time windows, all fields in one group: one range request a window, 128 in flight."""
+    """A record for each episode, in its layout for time windows, with all fields in one group: one range request for each
+    window, 128 in flight."""
 
     def write(self, folder: Path) -> None:
         from litdata import TemporalArrayLoader, optimize
@@ -141,7 +142,7 @@ class LitData(Library):
         from litdata import StreamingDataset, TemporalArrayLoader
         from litdata.streaming import downloader
 
-        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the store here speaks no TLS
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the benchmark's store has no TLS
         data, names = StreamingDataset(self.url, item_loader=TemporalArrayLoader()), list(self.episodes.fields)
         loop, windows, rows = asyncio.new_event_loop(), self.episodes.windows, self.rows
         flying = asyncio.Semaphore(128)
@@ -162,7 +163,7 @@ class LitData(Library):
 
 
 class Tiles(Library):
-    """Samples are windows cut beforehand: what is left to choose is their order."""
+    """Samples are windows that are cut in advance. Only their order is left to choose."""
 
     def samples(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         raise NotImplementedError
@@ -175,7 +176,7 @@ class Tiles(Library):
 
 
 class Streaming(Tiles):
-    """Small MDS shards, shuffled by its default algorithm in blocks of half a cache, so that a block's shards fit."""
+    """Small MDS shards, shuffled by its default algorithm in blocks of half the cache, so that a block's shards fit the cache."""
 
     shuffle = True
 
@@ -213,7 +214,7 @@ class Streaming(Tiles):
 
 
 class StreamingRandom(Streaming):
-    """The same shards by its random access, uniformly."""
+    """The same shards, read at uniformly random places."""
 
     shuffle = False
 
@@ -225,9 +226,9 @@ class StreamingRandom(Streaming):
 
 
 class WebDataset(Tiles):
-    """Small tars, in a new order each pass, through a shuffle buffer of a quarter of the data.
+    """Small tars, in a new order in each pass, through a shuffle buffer as large as the cache.
 
-    A window is one structured array: as arrays of their own, small fields would double the bytes (a tar's headers and padding).
+    A window is one structured array. As separate arrays, small fields would double the bytes (headers and padding of a tar).
     """
 
     def write(self, folder: Path) -> None:
@@ -263,7 +264,7 @@ LIBRARIES: dict[str, Any] = {
 
 
 def _streaming() -> Any:
-    """mosaicml-streaming, which imports torchvision for data sets of pictures that are of no use here."""
+    """Import mosaicml-streaming without torchvision, which it needs only for image datasets that are not used here."""
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -277,7 +278,7 @@ def _streaming() -> Any:
 
 
 def processor_seconds() -> float:
-    """Of this process with all its threads, and of programs that it started and that ended."""
+    """Processor time of this process with all its threads, and of its child processes that have ended."""
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
@@ -298,7 +299,7 @@ def measure(library: Any, episodes: Episodes, settings: dict[str, Any]) -> dict[
         while windows < span and time.monotonic() < began + settings["seconds"]:
             arrays, episode = next(steps)
             if any(len(v) != K * len(episode) for v in arrays.values()):
-                raise RuntimeError(f"a window is not whole: { ({n: v.shape for n, v in arrays.items()}) }")
+                raise RuntimeError(f"a window is incomplete: { ({n: v.shape for n, v in arrays.items()}) }")
             windows += len(episode)
             seen.append(episode)
         speeds.append(windows / (time.monotonic() - began))

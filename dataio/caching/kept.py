@@ -1,4 +1,4 @@
-"""KeptUnits: what a cache holds in its tiers, how many announced blocks need each unit, and which units make room for others."""
+"""KeptUnits: what a cache holds in its tiers, how many announced blocks need each unit, and which units are evicted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from tiphys.dataio.caching.slabs import ALIGN, size_classes, slab_size
 from tiphys.dataio.caching.tiers import DiskTier, MemoryTier
 
 Units = NDArray[np.int64]
-NOWHERE, STAGED = -1, -2  # places of a unit that is not here, and of one whose bytes an open block holds
-_ROUNDS, _RETRACTIONS = 3, 8  # of making room for the units of a block; announced blocks that a round may take back
-_IDLE = 4096  # units of one entry of the queue of idle ones
-_SAMPLE = 16384  # units whose sizes shape the tiers
+NOWHERE, STAGED = -1, -2  # place of a unit that is not here; place of a unit whose bytes an open block holds
+_ROUNDS = 3  # of making room for the units of a block
+_RETRACTIONS = 8  # announced blocks that a round may take back
+_IDLE = 4096  # most units in one element of the queue of idle units
+_SAMPLE = 16384  # units whose sizes determine slabs and size classes
 
 
 class KeptUnits:
-    """Units in memory and on disk. A unit without a planned use is idle: it may stay as long as nobody needs its room.
+    """Units in memory and on disk. A unit without a planned use is idle: it stays as long as its room is not needed.
 
-    place     [units], in steps of ALIGN bytes over both tiers, one after the other; NOWHERE; STAGED
-    planned   uint16 [units]: announced blocks that use a unit
+    place     [units]: a unit's address in both tiers one after the other, in steps of ALIGN bytes; or NOWHERE; or STAGED
+    planned   uint16 [units]: number of announced blocks that use the unit
     live      bytes of the slots of units with a planned use
     capacity  bytes of both tiers
-    retract   called where room is missing: takes an announcement back, False if there is none
+    retract   called if there is not enough room: takes one announcement back; returns False if there is none
     """
 
     def __init__(
@@ -54,14 +55,55 @@ class KeptUnits:
         self.place: NDArray[Any] = np.full(units, NOWHERE, np.int64 if wide else np.int32)
         self.planned = np.zeros(units, np.uint16)
         self.live = self.written = 0
-        self._idle: deque[Units] = deque()  # those that were used longest ago first
+        self._idle: deque[Units] = deque()  # the unit used longest ago comes first
         self._idle_units = 0
         self._adopt()
 
     @property
     def occupied(self) -> int:
-        """Bytes of both tiers in use, whole slabs."""
+        """Bytes of both tiers in use, in whole slabs."""
         return sum(tier.slabs.used for tier in self._tiers)
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes of the memory tier in use, in whole slabs."""
+        return self.memory.slabs.used
+
+    @property
+    def disk_used(self) -> int:
+        """Bytes of the disk tier in use, in whole slabs; 0 without a disk tier."""
+        return self.disk.slabs.used if self.disk else 0
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of `place` and `planned`."""
+        return self.place.nbytes + self.planned.nbytes
+
+    @property
+    def memory_view(self) -> memoryview:
+        """All bytes of the memory tier."""
+        return self.memory.view
+
+    @property
+    def free(self) -> int:
+        """Bytes of the memory tier that are neither used nor lent."""
+        return self.memory.slabs.free
+
+    def lend(self, size: int) -> list[int]:
+        """Withhold free slabs of the memory tier, `size` bytes or more together. There must be as much free room."""
+        return self.memory.slabs.withhold(size)
+
+    def take_back(self, slabs: list[int]) -> None:
+        """Make the slabs that `lend` returned usable again."""
+        self.memory.slabs.release(slabs)
+
+    def holds(self, units: Units) -> NDArray[np.bool_]:
+        """Mask of the units that are kept in a tier."""
+        return self.place[units] >= 0
+
+    def in_memory(self, place: Units) -> NDArray[np.bool_]:
+        """Mask of the places that lie in the memory tier."""
+        return (place >= 0) & (place < self.base[1] // ALIGN)
 
     def close(self) -> None:
         for tier in self._tiers:
@@ -70,13 +112,13 @@ class KeptUnits:
     # -- uses --------------------------------------------------------------------------------------------------------
 
     def announce(self, units: Units) -> None:
-        """One more block will use these units (distinct)."""
+        """One more block needs these units (each once)."""
         fresh = units[self.planned[units] == 0]
         self.live += int(self.slot_bytes(fresh).sum())
         self.planned[units] += 1
 
     def used(self, units: Units, *, last: bool = True) -> None:
-        """One block less will use these units. Those that nobody needs now are idle: the last to go, or the first."""
+        """One fewer block needs these units. Units that no block needs become idle; with `last=False` they are evicted first."""
         self.planned[units] -= 1
         done = units[self.planned[units] == 0]
         done = done[self.place[done] >= 0]
@@ -92,16 +134,15 @@ class KeptUnits:
     def find(
         self, units: Units, place: Units, sizes: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], dict[int, tuple[int, int] | memoryview]]:
-        """Addresses of the units in the memory tier (−1: not there), and places and sizes of those on disk."""
-        border = self.base[1] // ALIGN
-        address = np.where((place >= 0) & (place < border), place.astype(np.int64) * ALIGN, -1)
+        """The units' addresses in the memory tier (−1: not there), and the places and sizes of the units on disk."""
+        address = np.where(self.in_memory(place), place.astype(np.int64) * ALIGN, -1)
         if self.disk is None:
             return address, {}
-        disk = place >= border
+        disk = place >= self.base[1] // ALIGN
         return address, dict(zip(units[disk].tolist(), zip(place[disk].tolist(), sizes[disk].tolist())))
 
     def read(self, unit: int, place: int, size: int) -> memoryview | None:
-        """The bytes of a unit that is kept at a place; None where the copy on disk is damaged."""
+        """The bytes of a unit that is kept at `place`; None if the copy on disk is damaged."""
         address = place * ALIGN
         if address < self.base[1]:
             return self.memory.view[address : address + size]
@@ -109,20 +150,20 @@ class KeptUnits:
         return self.disk.read(address - self.base[1], unit, size)
 
     def rewrite(self, unit: int, data: memoryview) -> None:
-        """Other bytes of the same size for a kept unit."""
+        """Replace the bytes of a kept unit by others of the same size."""
         address, number = int(self.place[unit]) * ALIGN, 0
         while address >= self.base[number + 1]:
             number += 1
         self._tiers[number].write(np.array([address - self.base[number]]), np.array([unit]), {unit: data})
 
     def forget(self, units: Units) -> None:
-        """Drops kept units, whoever may need them."""
+        """Drop kept units, even if blocks need them."""
         self.live -= int(self.slot_bytes(units[self.planned[units] > 0]).sum())
         self._free(units)
 
     def keep(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any], in_use: list[Units]) -> None:
-        """Copies units into the tiers: those with a planned use, and the others as long as there is room anyway. Units of
-        `in_use` stay where they are."""
+        """Copy units into the tiers: those with a planned use, and the others only if there is free room. Units of `in_use`
+        are not evicted."""
         self._fill(units, sizes, data)
         largest = max((int(t.slabs.classes[-1]) - t.HEADER for t in self._tiers if t.slabs.count), default=0)
         for attempt in range(_ROUNDS):
@@ -132,14 +173,14 @@ class KeptUnits:
                 break
             if attempt < _ROUNDS - 1:
                 self._make_room(sizes)
-            else:  # there is room, but in slabs of other sizes: take one of them over
+            else:  # there is room, but in slabs of other sizes: empty one of them
                 self._vacate(sizes, in_use)
             self._fill(units, sizes, data)
         for tier in self._tiers:
             tier.flush()
 
     def _fill(self, units: Units, sizes: NDArray[np.int64], data: Mapping[int, Any]) -> None:
-        """Puts as many of the units as have room into slots, those with a planned use first."""
+        """Put as many of the units into free slots as there are, those with a planned use first."""
         order = np.argsort(self.planned[units] == 0, kind="stable")
         units, sizes = units[order], sizes[order]
         for number, tier in enumerate(self._tiers):
@@ -152,7 +193,7 @@ class KeptUnits:
                 return
 
     def _write(self, number: int, kind: int, units: Units, data: Mapping[int, Any]) -> None:
-        """Writes units of one size class into a tier, as far as it has slots."""
+        """Write units of one size class into a tier, as far as it has free slots."""
         tier, base = self._tiers[number], self.base[number]
         addresses = tier.slabs.take(kind, units)
         units = units[: len(addresses)]
@@ -168,7 +209,7 @@ class KeptUnits:
             self._retire(units[~wanted])
 
     def _make_room(self, sizes: NDArray[np.int64]) -> None:
-        """Frees slots for units of these sizes, of units that no announced block needs, announcing less if need be."""
+        """Free slots for units of these sizes: evict idle units, and if that is not enough, take announcements back."""
         missing = len(sizes) - self._evict(sizes, len(sizes))
         for _ in range(_RETRACTIONS):
             if missing <= 0 or not self._retract():
@@ -176,12 +217,12 @@ class KeptUnits:
             missing -= self._evict(sizes, missing)
 
     def _evict(self, sizes: NDArray[np.int64], most: int) -> int:
-        """Evicts idle units of the classes of these sizes, those that were used longest ago first. Returns how many."""
+        """Evict idle units in slots of these sizes' classes, the one used longest ago first. Returns how many were evicted."""
         usable = [tier.slabs.kinds_like(sizes + tier.HEADER) for tier in self._tiers]
         evicted, passed = 0, []
         while self._idle and evicted < most:
             some, together = [self._idle.popleft()], 0
-            while self._idle and together < _IDLE:  # what was passed over stands in small pieces
+            while self._idle and together < _IDLE:  # units that were skipped before stand in small elements
                 some.append(self._idle.popleft())
                 together += len(some[-1])
             units = np.concatenate(some)
@@ -199,7 +240,7 @@ class KeptUnits:
         return evicted
 
     def _kind_in(self, units: Units, usable: list[NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Whether each kept unit lies in a slot of a usable class (a mask of classes for each tier)."""
+        """Mask of the kept units whose slots are of a usable class. `usable`: for each tier, a mask of its classes."""
         place = self.place[units].astype(np.int64) * ALIGN
         out = np.zeros(len(units), bool)
         for base, end, tier, mask in zip(self.base, self.base[1:], self._tiers, usable):
@@ -208,14 +249,15 @@ class KeptUnits:
         return out
 
     def _vacate(self, sizes: NDArray[np.int64], in_use: list[Units]) -> None:
-        """Empties the slab that holds least, for a class of which not one slot could be had."""
+        """Empty the slab that holds least, for a size class of which there is no free slot."""
         tier = max(self._tiers, key=lambda t: t.slabs.count)
         units = tier.slabs.emptiest(~tier.slabs.kinds_like(sizes + tier.HEADER))
         if not np.isin(units, np.concatenate([*in_use, units[:0]])).any():
             self.forget(units)
 
     def _retire(self, units: Units) -> None:
-        """Marks kept units as idle. Units that were used again in between stand in the queue twice; it is tidied now and then."""
+        """Put kept units at the end of the queue of idle units. A unit that was used again stands in the queue twice, so the
+        queue is cleaned from time to time."""
         if not len(units):
             return
         self._idle.extend([units] if len(units) <= _IDLE else np.array_split(units, -(-len(units) // _IDLE)))
@@ -235,7 +277,7 @@ class KeptUnits:
             tier.slabs.give(place[(place >= base) & (place < end)] - base)
 
     def slot_bytes(self, units: Units) -> NDArray[np.int64]:
-        """Bytes of the slots of units; 0 for those that are not kept."""
+        """Bytes of the units' slots; 0 for units that are not kept."""
         place = self.place[units].astype(np.int64) * ALIGN
         out = np.zeros(len(units), np.int64)
         for base, end, tier in zip(self.base, self.base[1:], self._tiers):
@@ -244,7 +286,7 @@ class KeptUnits:
         return out
 
     def _adopt(self) -> None:
-        """Finds again what a disk tier held before a restart."""
+        """Take over what the disk tier held before a restart."""
         if self.disk:
             address, unit, _ = self.disk.slabs.contents()
             strange = unit >= len(self.place)
@@ -256,7 +298,7 @@ class KeptUnits:
 
 
 def distinct(units: Units) -> Units:
-    """The same as np.unique, whose hash table takes several times as long as sorting does."""
+    """The same as np.unique. Sorting is several times as fast as the hash table of np.unique."""
     out = np.sort(units)
     keep = np.ones(len(out), bool)
     np.not_equal(out[1:], out[:-1], out=keep[1:])
@@ -266,7 +308,8 @@ def distinct(units: Units) -> Units:
 def _tiers(
     sample: NDArray[Any], memory: int, disk: int, directory: str, fingerprint: str
 ) -> tuple[MemoryTier, DiskTier | None]:
-    """The tiers, with slabs and size classes that suit a sample of the units' sizes."""
+    """The tiers, with slabs and size classes that suit a sample of the units' sizes. Raises ValueError for a disk tier
+    without a folder."""
 
     def shape(capacity: int, header: int) -> tuple[int, NDArray[np.int64]]:
         items = np.asarray(sample, np.int64) + header
@@ -274,6 +317,6 @@ def _tiers(
         return slab, size_classes(items, capacity // slab, slab)
 
     if disk and not directory:
-        raise ValueError("cache: a disk tier needs a folder (data.cache.dir)")
+        raise ValueError("cache: a disk tier needs a folder: set data.cache.dir, or data.cache.disk to 0")
     on_disk = DiskTier(disk, *shape(disk, DiskTier.HEADER), directory, fingerprint) if disk else None
     return MemoryTier(memory, *shape(memory, MemoryTier.HEADER)), on_disk

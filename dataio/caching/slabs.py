@@ -1,7 +1,7 @@
-"""Slabs: room for items of unequal sizes in one piece of bytes, without ever needing more, and without moving items.
+"""Slabs: items of different sizes in one piece of bytes of fixed size. Items are never moved.
 
-The piece is cut into slabs of equal size; a slab holds items of one size class, and an empty one may change its class. Classes
-are made for the sizes that the data have: the frequent ones fit exactly, the others lose little.
+The piece is cut into slabs of equal size. A slab holds items of one size class; an empty slab may change its class. The classes
+are chosen for the sizes that occur in the data: frequent sizes fit exactly, the others waste little.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 ALIGN = 8  # every item begins at a multiple of this
-_SMALLEST = 64
-_CANDIDATES = 256
+_SMALLEST = 64  # bytes of the smallest slot
+_CANDIDATES = 256  # most sizes that are considered as classes
 _PAGE = 4096
 
 
 def size_classes(sample: Ints, slabs: int, slab: int) -> Ints:
-    """Sizes of slots, ascending, that waste least on items like those of a sample of sizes; one is a whole slab.
+    """Sizes of slots, ascending, that waste least on items whose sizes are like `sample`. The last one is a whole slab.
 
-    There are at most an eighth as many as slabs, because each may leave a slab half empty. Where there are fewer different sizes
-    than that, each fits exactly.
+    There are at most slabs / 8 classes (but 4 at least), because each class may leave a slab half empty. If there are fewer
+    different sizes than that, each size fits exactly.
     """
     most = max(4, slabs // 8)
     rounded = np.maximum(-(-sample // ALIGN) * ALIGN, _SMALLEST)
     sizes, counts = np.unique(rounded[rounded <= slab], return_counts=True)
-    if len(sizes) > _CANDIDATES:  # cut where their number passes even steps: a frequent size ends its group
+    if len(sizes) > _CANDIDATES:  # groups of equal counts; a frequent size ends its group
         group = (np.cumsum(counts) - counts) * _CANDIDATES // counts.sum()
         last = np.append(np.flatnonzero(np.diff(group)), len(sizes) - 1)
         sizes, counts = sizes[last], np.diff(np.concatenate([[0], np.cumsum(counts)[last]]))
     chosen = sizes if len(sizes) <= most else sizes[_partition(sizes, counts, most)]
-    # What a slab's end would leave over is given to its slots.
+    # Bytes that would be left over at a slab's end are given to its slots.
     return np.unique(np.append(slab // (slab // chosen) // ALIGN * ALIGN, slab)).astype(np.int64)
 
 
 def _partition(sizes: Ints, counts: Ints, classes: int) -> Ints:
-    """Which of the sizes to make classes, so that rounding every size up to the next class wastes the fewest bytes."""
+    """Which of the sizes become classes, so that rounding every size up to the next class wastes the fewest bytes."""
     n = len(sizes)
     number = np.concatenate([[0], np.cumsum(counts)])
     total = np.concatenate([[0], np.cumsum(counts * sizes)])
     i, j = np.arange(n)[:, None], np.arange(n)[None, :]
-    # Waste if sizes i … j share the class of size j.
+    # waste[i, j]: bytes wasted if sizes i … j share the class of size j
     waste = np.where(i <= j, sizes[j] * (number[j + 1] - number[i]) - (total[j + 1] - total[i]), np.inf)
     best, before = waste[0].astype(np.float64), []
     for _ in range(classes - 1):
@@ -59,8 +59,10 @@ def _partition(sizes: Ints, counts: Ints, classes: int) -> Ints:
 
 
 def slab_size(capacity: int, sample: Ints) -> int:
-    """About a thousandth of the capacity, with room for eight of the largest items where the capacity allows: of such sizes the
-    one whose slabs leave least over when they are filled with items like those of a sample of sizes."""
+    """Bytes of a slab: about a thousandth of the capacity, with room for eight of the largest items if the capacity allows it.
+
+    Among such sizes, the one whose slabs leave the fewest bytes over when they are filled with items like those of `sample`.
+    """
     largest = int(sample.max(initial=_SMALLEST))
     size = max(16 << 10, capacity // 1024, 8 * largest)
     size = 2 ** (int(size) - 1).bit_length()
@@ -76,9 +78,11 @@ def slab_size(capacity: int, sample: Ints) -> int:
 
 
 class Slabs:
-    """Who lies where. Addresses are bytes from the piece's beginning.
+    """Which item lies where. An address is a number of bytes from the piece's beginning.
 
-    owner  int64 [slabs, slots]: the number of the item in each slot plus 1; 0: none, so that untouched memory costs nothing
+    owner  int64 [slabs, slots]: number of the item in each slot, plus 1; 0: none, so that unused rows take no memory
+    kind   int32 [slabs]: class of each slab; −1: empty
+    live   int64 [slabs]: number of items in each slab
     """
 
     def __init__(self, capacity: int, slab: int, classes: Ints) -> None:
@@ -86,14 +90,14 @@ class Slabs:
         self.count = capacity // slab
         self.slots = slab // classes  # slots of a slab, by class
         self.owner = np.zeros((self.count, int(self.slots.max())), np.int64)
-        self.kind = np.full(self.count, -1, np.int32)  # class of each slab, −1: empty
+        self.kind = np.full(self.count, -1, np.int32)
         self.live = np.zeros(self.count, np.int64)
         self._empty = np.arange(self.count)[::-1].tolist()
         self._free: list[list[Ints]] = [[] for _ in classes]  # addresses, by class
-        self._gone: set[int] = set()
+        self._gone: set[int] = set()  # slabs that are never used again
 
     def adopt(self, addresses: Ints, items: Ints, kinds: Ints) -> None:
-        """Takes over what lies somewhere already; before anything else is done."""
+        """Take over items that already lie in the piece. To be called before anything else."""
         slab = addresses // self.slab
         self.kind[slab] = kinds
         self.owner[slab, addresses % self.slab // self.classes[kinds]] = items + 1
@@ -103,23 +107,23 @@ class Slabs:
             self._offer(s, np.flatnonzero(self.owner[s, : self.slots[self.kind[s]]] == 0))
 
     def contents(self) -> tuple[Ints, Ints, Ints]:
-        """Address, item and class of everything."""
+        """Address, item and class of all items."""
         slab, slot = np.nonzero(self.owner)
         kind = self.kind[slab].astype(np.int64)
         return slab * self.slab + slot * self.classes[kind], self.owner[slab, slot] - 1, kind
 
     def class_of(self, sizes: Ints) -> Ints:
-        """Class of each size; len(classes) where an item is too large."""
+        """Class of each size; `len(classes)` if an item is too large."""
         return np.searchsorted(self.classes, sizes)
 
     def kinds_like(self, sizes: Ints) -> NDArray[np.bool_]:
-        """Mask of the classes that items of these sizes belong to."""
+        """Mask of the classes of items of these sizes."""
         mask = np.zeros(len(self.classes) + 1, bool)
         mask[self.class_of(sizes)] = True
         return mask[:-1]
 
     def slot_bytes(self, addresses: Ints) -> Ints:
-        """Bytes of the slots at some addresses."""
+        """Bytes of the slots at these addresses."""
         return self.classes[self.kind[addresses // self.slab]]
 
     @property
@@ -129,21 +133,22 @@ class Slabs:
 
     @property
     def free(self) -> int:
-        """Bytes of all slabs that are empty and may be used."""
+        """Bytes of all empty slabs that may be used."""
         return len(self._empty) * self.slab
 
     def withhold(self, size: int) -> list[int]:
-        """Empty slabs of `size` bytes or more together, which stay empty until they are released. There must be as many."""
+        """Take empty slabs of `size` bytes or more together out of use until they are released. There must be as many."""
         number = -(-size // self.slab)
         assert number <= len(self._empty)
         withheld, self._empty = self._empty[:number], self._empty[number:]
         return withheld
 
     def release(self, slabs: list[int]) -> None:
+        """Make withheld slabs usable again."""
         self._empty[:0] = slabs
 
     def take(self, kind: int, items: Ints) -> Ints:
-        """Slots for items of one class: addresses of as many as have room (a prefix of `items`)."""
+        """Take slots for items of one class. Returns their addresses, for as many items as have room (a prefix of `items`)."""
         found: list[Ints] = []
         wanted = len(items)
         while wanted:
@@ -167,7 +172,7 @@ class Slabs:
         return out
 
     def give(self, addresses: Ints) -> None:
-        """Frees slots."""
+        """Free the slots at these addresses."""
         if not len(addresses):
             return
         slab = addresses // self.slab
@@ -187,7 +192,7 @@ class Slabs:
             self._free[kind].append(s * self.slab + slots * self.classes[kind])
 
     def _retire(self, s: int) -> None:
-        """An empty slab may take any class again."""
+        """Let an empty slab take any class again."""
         kind = int(self.kind[s])
         free = np.concatenate(self._free[kind])
         self._free[kind] = [free[free // self.slab != s]]
@@ -196,7 +201,8 @@ class Slabs:
             self._empty.append(s)
 
     def emptiest(self, kinds: NDArray[np.bool_]) -> Ints:
-        """Items of the slab that holds the least bytes, among those of some classes; none where there is no such slab."""
+        """The items of the slab that holds the fewest bytes, among the slabs of the classes `kinds` (a mask). Empty if there is
+        no such slab."""
         used = np.flatnonzero(np.append(kinds, False)[self.kind])
         if not len(used):
             return np.zeros(0, np.int64)
@@ -205,12 +211,12 @@ class Slabs:
         return np.asarray(row[row > 0], np.int64) - 1
 
     def abandon(self, s: int) -> None:
-        """Never uses a slab again; items that lie there are still to be given back."""
+        """Never use a slab again. Items that lie in it must still be given back."""
         kind = int(self.kind[s])
         self._free[kind] = [free[free // self.slab != s] for free in self._free[kind]]
         self._gone.add(s)
 
     def drop_empty(self) -> None:
-        """Gives up slabs that are not in use now: the piece cannot grow to hold them."""
+        """Never use the slabs that are empty now, because the piece cannot grow to hold them."""
         self._gone.update(self._empty)
         self._empty.clear()

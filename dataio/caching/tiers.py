@@ -1,7 +1,7 @@
 """The two tiers of `RangeCache`: memory, and a file on disk that outlives the process.
 
-The disk tier never trusts what it reads: every item carries a CRC-32C of its number and its bytes. A file that was cut short or
-damaged costs cache misses, nothing else; a disk that fills up makes the tier smaller.
+The disk tier never trusts what it reads: every item carries a CRC-32C of its number and its bytes. A file that was truncated or
+damaged costs cache misses and nothing else. If the disk becomes full, the tier becomes smaller.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _VERSION = 1
-_LEAVING = 2.0  # seconds that the one who had a folder before may take to be gone
-_JOURNAL = 1 << 20  # bytes of the journal, beside what it must hold, before it is rewritten
+_LEAVING = 2.0  # seconds to wait for the process that used a folder before to end
+_JOURNAL = 1 << 20  # bytes that the journal may hold beside what is needed, before it is rewritten
 
 
 class MemoryTier:
-    """Items in anonymous memory (`view`); pages that were never used take no room."""
+    """Items in anonymous memory (`view`). Pages that were never used take no memory."""
 
     HEADER = 0
 
@@ -43,7 +43,7 @@ class MemoryTier:
         self.view = memoryview(self._map)
 
     def write(self, addresses: Ints, items: Ints, data: Mapping[int, Any]) -> NDArray[np.bool_]:
-        """Mask of the items that could be written: all."""
+        """Write each item at its address. Returns a mask of the items that could be written: here all."""
         view = self.view
         for address, item in zip(addresses.tolist(), items.tolist()):
             one = data[item]
@@ -55,17 +55,18 @@ class MemoryTier:
 
     def close(self) -> None:
         self.view.release()
-        with contextlib.suppress(BufferError):  # a window still views it: the memory goes with the last view
+        with contextlib.suppress(BufferError):  # a window still views it: the memory is freed with the last view
             self._map.close()
 
 
 class DiskTier:
-    """Items in the file `items` of a folder, each behind its CRC-32C; `journal` says which item was written where.
+    """Items in the file `items` of a folder, each after its CRC-32C. The file `journal` says which item was written where.
 
-    One process uses a folder at a time. DataError where another one does, or where it cannot be written. What another data set
-    or layout left there is discarded; where only the capacity is another (a node's loaders are more or fewer than before), the
-    slabs that lie within it stay as they are. A slot that was freed keeps its bytes until the next item takes it, so the journal
-    records only what is written.
+    Only one process may use a folder at a time. What was left there for another dataset or other units is discarded. If only
+    the capacity is different (the node has more or fewer loaders than before), the slabs within the new capacity stay as they
+    are. A freed slot keeps its bytes until the next item is written there, so the journal records only what is written.
+
+    Raises DataError if another process uses the folder, or if it cannot be written.
     """
 
     HEADER = 4  # bytes before each item
@@ -78,12 +79,12 @@ class DiskTier:
             self._open(capacity, slab, classes, fingerprint)
         except OSError as error:
             raise DataError(
-                f"cache: {directory} cannot be used: {error.strerror or error}. data.cache.dir must name a folder of a local "
-                "disk that this user may write; without data.cache.disk none is needed"
+                f"cache: {directory} cannot be used: {error.strerror or error}. data.cache.dir must name a folder on a local "
+                "disk that this user may write to; with data.cache.disk: 0GiB no folder is needed"
             ) from error
 
     def _open(self, capacity: int, slab: int, classes: Ints, fingerprint: str) -> None:
-        """Finds again what the folder holds, if it is of this fingerprint, and makes ready to write."""
+        """Find what the folder holds, if it has this fingerprint, and prepare it for writing."""
         directory = self.directory
         known = known_geometry(directory, fingerprint)
         if known is not None and capacity // 4 <= known["capacity"] <= capacity * 4:
@@ -98,24 +99,29 @@ class DiskTier:
         self._file = os.open(self._path("items"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(self._file).st_size > self.slabs.count * slab:
             os.ftruncate(self._file, self.slabs.count * slab)
-        self._backed: set[int] = set()  # slabs whose room on disk is sure
+        self._backed: set[int] = set()  # slabs whose room on disk is allocated
         self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
         self._pending: list[tuple[int, int, int]] = []
-        self._patience = 1  # how many times as long the journal may grow after rewriting it failed
+        self._patience = 1  # factor of the length that the journal may reach; doubled if rewriting it failed
         self._compact()
         geometry = {"version": _VERSION, "fingerprint": fingerprint, "capacity": capacity, "slab": slab}
         if known is None or known["capacity"] != capacity:
             try:
                 with open(self._path("geometry.json"), "w") as file:
                     json.dump({**geometry, "classes": classes.tolist()}, file)
-            except OSError as error:  # a full disk: what little fits will not be found again
-                log.warning("cache: %s: what is kept there is lost with this process (%s)", directory, error)
+            except OSError as error:  # a full disk
+                log.warning(
+                    "cache: %s: geometry.json cannot be written (%s); what is cached there will not be found after a restart",
+                    directory,
+                    error,
+                )
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
     def write(self, addresses: Ints, items: Ints, data: Mapping[int, Any]) -> NDArray[np.bool_]:
-        """Mask of the items that could be written: where the disk is full the tier does not grow any more."""
+        """Write each item at its address. Returns a mask of the items that could be written. On a full disk the tier no longer
+        grows."""
         return np.array([self._write(a, i, data[i]) for a, i in zip(addresses.tolist(), items.tolist())], bool)
 
     def _write(self, address: int, item: int, data: memoryview) -> bool:
@@ -130,7 +136,7 @@ class DiskTier:
         except OSError as error:
             if not self.shrunk:
                 log.warning(
-                    "cache: %s takes no more (%s); going on with the %d MiB that it holds",
+                    "cache: %s takes no more data (%s); continuing with the %d MiB that it holds",
                     self.directory,
                     error,
                     len(self._backed) * self.slabs.slab >> 20,
@@ -144,7 +150,7 @@ class DiskTier:
         return True
 
     def read(self, address: int, item: int, size: int) -> memoryview | None:
-        """The item's bytes; None where they are not what was written."""
+        """The item's bytes; None if they are not what was written."""
         try:
             data = os.pread(self._file, self.HEADER + size, address)
         except OSError:
@@ -155,28 +161,28 @@ class DiskTier:
         return view
 
     def flush(self) -> None:
-        """Records what was written since the last time."""
+        """Record in the journal what was written since the last call."""
         if self._pending:
             records = np.array(self._pending, np.int64)
             self._pending.clear()
             whole = self._journal.tell()
             try:
                 if self._journal.write(records.tobytes()) != records.nbytes:
-                    self._journal.truncate(whole)  # half a record would put all later ones out of step
+                    self._journal.truncate(whole)  # after half a record, all later ones would be misread
                     self._journal.seek(whole)
             except OSError:
-                self.shrunk = True  # what is not recorded is only unknown after a restart
+                self.shrunk = True  # what is not recorded will only be unknown after a restart
             self._compact()
 
     def _replay(self) -> tuple[Ints, Ints, Ints]:
-        """Address, item and class of what the folder holds: the last record of each address, of each slab's last class."""
+        """Address, item and class of what the folder holds: the last record of each address that has its slab's last class."""
         none = (np.zeros(0, np.int64),) * 3
         if not os.path.exists(self._path("journal")):
             return none
         try:
             raw = np.fromfile(self._path("journal"), np.int64)
         except OSError as error:
-            log.warning("cache: %s: what it holds is not used: the journal cannot be read (%s)", self.directory, error)
+            log.warning("cache: %s: its contents are not used: the journal cannot be read (%s)", self.directory, error)
             return none
         records = raw[: len(raw) // 3 * 3].reshape(-1, 3)[::-1]
         slab = records[:, 0] // self.slabs.slab
@@ -190,22 +196,21 @@ class DiskTier:
         kind_of[numbers] = records[last, 2]
         records = records[records[:, 2] == kind_of[slab]]
         records = records[np.unique(records[:, 0], return_index=True)[1]]
-        records = records[
-            np.unique(records[:, 1], return_index=True)[1]
-        ]  # an item that lies in two places: one will do
+        # An item may lie in two places: one is enough
+        records = records[np.unique(records[:, 1], return_index=True)[1]]
         slot = self.slabs.classes[records[:, 2]]
         within = records[:, 0] % self.slabs.slab
         records = records[(within % slot == 0) & (within // slot < self.slabs.slots[records[:, 2]])]
         return records[:, 0], records[:, 1], records[:, 2]
 
     def _compact(self) -> None:
-        """Rewrites a journal that has grown much longer than what it says."""
+        """Rewrite the journal if it has become much longer than necessary."""
         address, item, kind = self.slabs.contents()
         if self._journal.tell() < _JOURNAL * self._patience + 4 * 24 * len(address):
             return
         try:
             file = open(self._path("journal.new"), "w+b", buffering=0)  # noqa: SIM115
-        except OSError:  # the folder is gone
+        except OSError:  # for example, the folder was deleted
             self._patience *= 2
             return
         try:
@@ -213,7 +218,7 @@ class DiskTier:
             if file.write(data) != len(data):
                 raise OSError("short write")
             os.replace(self._path("journal.new"), self._path("journal"))
-        except OSError:  # a full disk: the old journal says the same, at greater length
+        except OSError:  # a full disk: keep the old journal, which is longer but says the same
             file.close()
             with contextlib.suppress(OSError):
                 os.unlink(self._path("journal.new"))
@@ -230,7 +235,8 @@ class DiskTier:
 
 
 def _locked(directory: str) -> int:
-    """A file descriptor that holds the folder's lock. A process that was just killed may hold it for a moment."""
+    """Lock the folder; returns the file descriptor that holds the lock. A process that was just killed may hold it for a
+    moment, so this waits for it. Raises DataError if it is still held after that."""
     lock, until = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None
     while True:
         try:
@@ -241,13 +247,14 @@ def _locked(directory: str) -> int:
             if time.monotonic() > until:
                 os.close(lock)
                 raise DataError(
-                    f"cache: {directory} is in use by another process; give each loader its own folder"
+                    f"cache: {directory} is in use by another process; each loader needs its own folder, and each run its "
+                    "own data.cache.dir"
                 ) from None
             time.sleep(0.05)
 
 
 def known_geometry(directory: str, fingerprint: str) -> dict[str, Any] | None:
-    """How the items of a folder lie, where it has any of this fingerprint: `capacity`, `slab`, `classes`."""
+    """How items lie in a folder (`capacity`, `slab`, `classes`); None if it has none with this fingerprint."""
     try:
         with open(os.path.join(directory, "geometry.json")) as file:
             found = json.load(file)
@@ -261,7 +268,7 @@ def known_geometry(directory: str, fingerprint: str) -> dict[str, Any] | None:
 
 
 class InheritedTier:
-    """What an earlier loader left in a folder of its own, for reading only: the node has fewer loaders now."""
+    """The disk tier of an earlier loader, for reading only. The node has fewer loaders now."""
 
     def __init__(self, tier: DiskTier) -> None:
         address, item, _ = tier.slabs.contents()
@@ -270,7 +277,7 @@ class InheritedTier:
 
     @classmethod
     def open(cls, directory: str, fingerprint: str) -> InheritedTier | None:
-        """None where the folder holds nothing of this fingerprint, or is another's."""
+        """Open a folder; None if it holds nothing with this fingerprint, or if another process uses it."""
         found = known_geometry(directory, fingerprint)
         if found is None:
             return None
@@ -279,11 +286,11 @@ class InheritedTier:
                 DiskTier(found["capacity"], found["slab"], np.array(found["classes"], np.int64), directory, fingerprint)
             )
         except (DataError, OSError) as error:
-            log.warning("cache: what an earlier loader left in %s is not used: %s", directory, error)
+            log.warning("cache: the data that an earlier loader left in %s is not used: %s", directory, error)
             return None
 
     def read(self, item: int, size: int) -> memoryview | None:
-        """The item's bytes, of which there must be `size`; None where they are not here, or not what was written."""
+        """The item's `size` bytes; None if they are not here, or not what was written."""
         place = int(np.searchsorted(self._item, item))
         if place == len(self._item) or self._item[place] != item:
             return None

@@ -1,4 +1,4 @@
-"""What the plan says of coming steps, several steps at a time: planning one alone costs many times as much."""
+"""The plan of the next steps, made for several steps at a time: one step at a time would cost many times as much."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from tiphys.dataio.placement import Placement
     from tiphys.dataio.sampling import PlannedWindows, SamplingPlan
 
-_ROWS = 2048  # that are planned together
-_STEPS = 32
+_ROWS = 2048  # most rows that are planned together
+_STEPS = 32  # most steps
 
 
 class PlannedStep(NamedTuple):
     rows: np.ndarray  # of the global batch that are at home here
     windows: PlannedWindows
-    spans: list[Span]  # the bytes that they want
+    spans: list[Span]  # the bytes that the windows need
 
 
 class Ahead:
-    """The steps of a plan, for one home. Recent answers are kept: a step is asked for when it comes into sight of the cache,
-    again when its bytes are fetched, and steps that are close to each other are asked for one after the other.
+    """The steps of a plan, for one home. Recent answers are kept, because each step is asked for twice: when the cache's
+    look-ahead reaches it, and when its bytes are fetched. Steps near each other are asked for one after the other.
 
-    near  steps whose answers are kept at least
+    near  least number of steps whose answers are kept
     """
 
     def __init__(self, plan: SamplingPlan, placement: Placement, units: UnitMap, near: int):
@@ -47,7 +47,7 @@ class Ahead:
         return known
 
     def wanted(self, step: int) -> np.ndarray:
-        """Units of a step, in any order, some more than once."""
+        """Units that a step needs, in any order, some more than once."""
         spans = self.step(step).spans
         return np.concatenate([span.units for span in spans]) if spans else np.zeros(0, np.int64)
 
@@ -64,6 +64,6 @@ class Ahead:
         return group
 
     def forget(self) -> None:
-        """The plan has changed."""
+        """Drop all answers. To be called when the plan has changed."""
         self._groups.clear()
         self._spans.clear()

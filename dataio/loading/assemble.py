@@ -1,12 +1,12 @@
 """From the bytes of units to `Window`s: every row's CRC is checked, and the windows of a step are decoded task by task.
 
-The rows of `steps.npy` of all windows of a task are decoded together: one pass of CRC and one copy of each column. Large fields
-that are stored raw become views of the bytes that arrived; a window with anything else goes through `EpisodeIndex.decode`.
+The rows of `steps.npy` of all windows of a task are decoded together, with one pass of CRC and one copy of each column. Large
+fields that are stored raw become views of the bytes that arrived. All other windows go through `EpisodeIndex.decode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,21 +27,21 @@ _RAW = KINDS.index("raw")
 
 
 class TaskFields(NamedTuple):
-    """What a line of the mixture wants of one task: column names, texts and values by episode, large fields."""
+    """The fields of one task that a mixture entry needs: columns of `steps.npy`, values of whole episodes, large fields."""
 
     dtype: np.dtype
     columns: tuple[str, ...]
     episodic: tuple[FieldSpec, ...]
-    large: tuple[tuple[FieldSpec, int], ...]  # with the bytes of a step; 0 where that is no fixed number
+    large: tuple[tuple[FieldSpec, int], ...]  # with the bytes of a step; 0 if these vary
     names: tuple[str, ...]
 
 
-_Head = tuple[int, int, str, int, int, int]  # the elements of a Window before its fields
-_Tail = tuple[bool, int]  # and after its arrays
+# Of a Window: task, episode, start, steps, episode_steps, prompt, tokens
+_Facts = tuple[int, str, int, int, int, bool, int]
 
 
 class _Step(NamedTuple):
-    """The windows of a step: first row and rows of each, and their bytes."""
+    """The windows of a training step: first row and number of rows of each, and their bytes."""
 
     planned: PlannedWindows
     first: np.ndarray
@@ -52,7 +52,7 @@ class _Step(NamedTuple):
 class Assembler:
     """Decodes the windows of a plan.
 
-    tasks  entry -> task of its dataset -> the task's number in the run's list (None: the dataset's own numbers)
+    tasks  entry -> task of its dataset -> the task's number in the run's list; None: the dataset's own numbers
     """
 
     def __init__(self, units: UnitMap, tasks: Sequence[np.ndarray] | None = None):
@@ -60,6 +60,7 @@ class Assembler:
         self._wanted: dict[tuple[int, int], TaskFields] = {}
 
     def wanted(self, entry: int, task: int) -> TaskFields:
+        """The fields of a task of the entry's dataset that the entry needs."""
         known = self._wanted.get((entry, task))
         if known is None:
             index = self.units.datasets[self.units.entry_dataset[entry]]
@@ -69,12 +70,15 @@ class Assembler:
     def windows(
         self, planned: PlannedWindows, spans: Sequence[Span], ranges: Sequence[UnitRanges], copy: Copy
     ) -> list[Window | DataError]:
-        """One a planned window: the Window, or what is wrong with its bytes.
+        """For each planned window: the Window, or a DataError that says what is wrong with its bytes.
 
-        spans  of the step (UnitMap.spans); ranges: those of each span's units; copy: where their bytes come from
+        spans   of the step (UnitMap.spans)
+        ranges  of each span's units
+        copy    gives the units' bytes
         """
         first, count = self.units.rows(planned)
-        step = _Step(planned, first, count, gather(planned, self.units, spans, ranges, copy))
+        gathered = gather(planned, self.units, spans, ranges, copy)
+        step = _Step(planned=planned, first=first, rows=count, gathered=gathered)
         out: list[Any] = [None] * len(planned.row)
         for entry, task in sorted(set(zip(planned.entry.tolist(), planned.task.tolist(), strict=True))):
             here, wanted = np.flatnonzero((planned.entry == entry) & (planned.task == task)), self.wanted(entry, task)
@@ -85,7 +89,7 @@ class Assembler:
         return out
 
     def _simple(self, step: _Step, here: np.ndarray, entry: int, wanted: TaskFields) -> np.ndarray:
-        """Mask of windows with rows of `steps.npy`, whose bytes are all here and whose large fields are stored raw."""
+        """Mask of the windows that have rows of `steps.npy`, whose bytes are all here, and whose large fields are stored raw."""
         index, episode = self._index(entry), step.planned.episode[here]
         none = np.full(len(here), UNWANTED)
         begins = {name: begin[here] for name, begin in step.gathered.begin.items()}
@@ -96,7 +100,7 @@ class Assembler:
         return simple
 
     def _many(self, step: _Step, here: np.ndarray, entry: int, wanted: TaskFields, out: list[Any]) -> None:
-        """Windows of one entry and task whose rows lie one after the other, decoded together."""
+        """Decode windows of one entry and task together. Their rows lie one after the other."""
         if not len(here):
             return
         row_bytes = wanted.dtype.itemsize
@@ -108,16 +112,16 @@ class Assembler:
         together = high - low == int(size.sum()) and (size == step.rows[here] * row_bytes).all()
         table = data.view(wanted.dtype) if together and broken_row(data.data, row_bytes) < 0 else None
         asked = expand(step.first[here], step.first[here] + step.rows[here])
-        if table is None or not np.array_equal(table["_step"], asked):  # sound rows may still be others
-            for i in here.tolist():  # one of them is damaged, or not here: each alone says which and where
+        if table is None or not np.array_equal(table["_step"], asked):  # valid rows can still be the wrong ones
+            for i in here.tolist():  # one window is damaged or absent: decoded alone, each says whether and where
                 out[i] = self._one(step, i, wanted)
             return
         large = [(spec.name, self._raw_field(step, here, entry, spec, row_bytes)) for spec, row_bytes in wanted.large]
         columns = [(name, np.ascontiguousarray(table[name])) for name in wanted.columns]
         steps, valid = asked, table["_valid"] != 0
         returns = np.ascontiguousarray(table["_return_to_go"])
-        facts, at = self._facts(step.planned, here), 0
-        for k, (i, count, (head, tail)) in enumerate(zip(here.tolist(), step.rows[here].tolist(), facts, strict=True)):
+        at, each = 0, zip(here.tolist(), step.rows[here].tolist(), self._facts(step.planned, here), strict=True)
+        for k, (i, count, (number, episode, start, length, episode_steps, prompt, tokens)) in enumerate(each):
             part = slice(at, at + count)
             at += count
             fields: dict[str, Any] = {name: array[part] for name, array in columns}
@@ -127,12 +131,26 @@ class Assembler:
                 out[i] = self._one(step, i, wanted)
             else:
                 fields |= self._episodic(step.planned, i, wanted)
-                out[i] = Window(*head, fields, steps[part], returns[part], valid[part], *tail)
+                out[i] = Window(
+                    entry=entry,
+                    task=number,
+                    episode=episode,
+                    start=start,
+                    steps=length,
+                    episode_steps=episode_steps,
+                    fields=fields,
+                    step=steps[part],
+                    returns_to_go=returns[part],
+                    valid=valid[part],
+                    prompt=prompt,
+                    tokens=tokens,
+                )
 
     def _raw_field(
         self, step: _Step, here: np.ndarray, entry: int, spec: FieldSpec, row_bytes: int
     ) -> list[np.ndarray | None]:
-        """A large field of some windows, from raw chunks that lie side by side; None where that is not so or a CRC differs."""
+        """A large field of some windows, from raw chunks. None for a window whose chunks do not lie side by side, or if a CRC
+        differs."""
         table, episode = self._index(entry).chunk_table(spec.name), step.planned.episode[here]
         first, count = step.first[here], step.rows[here]
         frames = np.maximum(table.rows[episode].astype(np.int64), 1)
@@ -162,13 +180,13 @@ class Assembler:
                 continue
             rows = step.gathered.data[begin:at].view(dtype).reshape(size // row_bytes, *spec.shape)
             rows = rows[skip : skip + rows_wanted]
-            if len(rows) < rows_wanted:  # the last, observation-only row of a field that has none there
+            if len(rows) < rows_wanted:  # the episode's last row holds only an observation, without this field
                 rows = np.concatenate([rows, np.zeros((rows_wanted - len(rows), *spec.shape), rows.dtype)])
             out.append(rows)
         return out
 
     def _one(self, step: _Step, i: int, wanted: TaskFields) -> Window | DataError:
-        """A window by itself, through the index's own decoder."""
+        """Decode one window alone, through the index's own decoder."""
         planned = step.planned
         index, episode = self._index(int(planned.entry[i])), int(planned.episode[i])
         first, count = int(step.first[i]), int(step.rows[i])
@@ -178,7 +196,9 @@ class Assembler:
                 got = step.gathered.part(part.field, i)
                 if got is None:
                     name = index.shard_name(part.shard)
-                    raise DataError(f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: not read")
+                    raise DataError(
+                        f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: could not be read"
+                    )
                 buffers.append(got)
             decoded = index.decode(episode, first, count, wanted.names, buffers)
         except DataError as error:
@@ -186,24 +206,34 @@ class Assembler:
         return self.window(planned, i, decoded)
 
     def window(self, planned: PlannedWindows, i: int, decoded: Mapping[str, Any]) -> Window:
-        """A window from what `EpisodeIndex.decode` gave of it."""
-        ((head, tail),) = self._facts(planned, np.array([i]))
-        return Window(*head, decoded["fields"], decoded["step"], decoded["returns_to_go"], decoded["valid"], *tail)
+        """The i-th planned window, from what `EpisodeIndex.decode` returned for it."""
+        ((task, episode, start, length, episode_steps, prompt, tokens),) = self._facts(planned, np.array([i]))
+        return Window(
+            entry=int(planned.entry[i]),
+            task=task,
+            episode=episode,
+            start=start,
+            steps=length,
+            episode_steps=episode_steps,
+            fields=decoded["fields"],
+            step=decoded["step"],
+            returns_to_go=decoded["returns_to_go"],
+            valid=decoded["valid"],
+            prompt=prompt,
+            tokens=tokens,
+        )
 
-    def _facts(self, planned: PlannedWindows, here: np.ndarray) -> list[tuple[_Head, _Tail]]:
-        """The first and the last elements of some Windows of one entry: what is known without their bytes."""
+    def _facts(self, planned: PlannedWindows, here: np.ndarray) -> Iterator[_Facts]:
+        """What is known of some windows of one entry without their bytes."""
         entry, episode, task = int(planned.entry[here[0]]), planned.episode[here], planned.task[here]
         index = self._index(entry)
         task = task if self.tasks is None else self.tasks[entry][task]
         starts, units, steps = planned.start[here], planned.units[here], index.steps[episode]
-        lists = (a.tolist() for a in (task, starts, units, steps, planned.prompt[here], planned.tokens[here]))
-        return [
-            ((entry, t, name, start, length, of), (prompt, tokens))
-            for name, t, start, length, of, prompt, tokens in zip(index.ids.many(episode), *lists, strict=True)
-        ]
+        lists = (a.tolist() for a in (starts, units, steps, planned.prompt[here], planned.tokens[here]))
+        return zip(task.tolist(), index.ids.many(episode), *lists, strict=True)
 
     def _episodic(self, planned: PlannedWindows, i: int, wanted: TaskFields) -> dict[str, Any]:
-        """Fields with one value for the whole episode, where it has them."""
+        """The fields with one value for the whole episode, as far as the episode has them."""
         if not wanted.episodic:
             return {}
         index, episode = self._index(int(planned.entry[i])), int(planned.episode[i])
@@ -220,7 +250,7 @@ def _fixed_bytes(field: FieldSpec) -> int:
 
 def _task_fields(task: TaskSpec, needs: Needs) -> TaskFields:
     known = {f.name: f for f in task.fields}
-    names = tuple(n for n in needs.fields if n in known)  # one line of a mixture may hold tasks of several shapes
+    names = tuple(n for n in needs.fields if n in known)  # the tasks of one mixture entry may have different fields
     chosen = [known[n] for n in names]
     return TaskFields(
         row_dtype(task),

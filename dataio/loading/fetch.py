@@ -1,4 +1,4 @@
-"""From missing units to bytes: ranges of one object are asked for together, objects beside each other, as many as are allowed."""
+"""From missing units to bytes: ranges of one object are asked for together, and many objects are asked for at a time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-_OTHER_FILES = 32  # that a loader process may have to open, beside its connections
+_OTHER_FILES = 32  # files that a loader process may have to open beside its connections
 
 
 class Fetcher:
-    """Reads units from the stores of a UnitMap's datasets, or from peers that may have them."""
+    """Reads units from the stores of a UnitMap's datasets, or from peers that may have them.
+
+    requests, timeout, attempts  as in LoaderSettings
+    """
 
     def __init__(self, units: UnitMap, requests: int, timeout: float = 10.0, attempts: int = 8):
         self.units = units
         self._peers: Peers | None = None
         self._owner: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-        self._usual = 0.1  # seconds that the store takes for a step's misses
+        self._usual = 0.1  # seconds that the store usually takes for a step's misses
         requests = _affordable(requests, len(units.datasets))
         self.stores = [
             Store(index.url, requests=requests, timeout=timeout, attempts=attempts) for index in units.datasets
@@ -41,9 +44,10 @@ class Fetcher:
     async def fetch(
         self, units: np.ndarray, put: Callable[[int, Buffer], None], *, peers: bool = True
     ) -> dict[int, Exception]:
-        """Hand over each unit's bytes through `put`. Returns what could not be read because it is not there (any more).
+        """Hand over each unit's bytes through `put`. Returns an error for each unit that is not there (any more).
 
-        Raises what no other draw would mend: a store that cannot be reached, refused access, a replaced object.
+        Raises errors that another draw would not help against: a store that cannot be reached, refused access, a replaced
+        object.
         """
         if peers and self._peers is not None:
             units = await self._ask_peers(units, put)
@@ -72,23 +76,27 @@ class Fetcher:
         return failed
 
     async def check_unchanged(self, units: np.ndarray) -> None:
-        """ObjectChanged where the shards of these units are no longer those that were first read."""
+        """Raises ObjectChanged if a shard of these units is no longer the object that was first read."""
         where = self.units.ranges(units)
         for dataset, shard in {*zip(where.dataset.tolist(), where.shard.tolist())}:
             await self.stores[dataset].check_unchanged(self.units.datasets[dataset].shard_name(shard))
 
     def connect(self, peers: Peers, owner: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        """Ask these first. `owner`: (datasets, episodes) -> the process whose cache may have them, −1: none."""
+        """Ask these peers before the store.
+
+        owner  (datasets, episodes) -> number of the peer that may have each episode; −1: none
+        """
         if self._peers is not None:
             self._peers.close()
         self._peers, self._owner = peers, owner
 
     @property
     def peer_bytes(self) -> int:
+        """Bytes received from peers so far."""
         return self._peers.bytes if self._peers is not None else 0
 
     async def _ask_peers(self, units: np.ndarray, put: Callable[[int, Buffer], None]) -> np.ndarray:
-        """What peers had is put; returns the rest. They get as long as the store usually takes, not longer."""
+        """Put the units that peers have; return the others. Peers get as much time as the store usually takes, not more."""
         peers, owner = self._peers, self._owner
         assert peers is not None
         assert owner is not None
@@ -106,7 +114,7 @@ class Fetcher:
 
 
 def _affordable(requests: int, stores: int) -> int:
-    """Requests in flight to each store: fewer where so many files may not be open, after this process has raised its limit."""
+    """Requests in flight to each store. Raises this process's limit of open files; if that is not enough, fewer than asked."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = len(os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")) + _OTHER_FILES
     wanted = taken + stores * requests
@@ -116,5 +124,7 @@ def _affordable(requests: int, stores: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return requests
     fewer = max(1, (soft - taken) // stores)
-    log.warning("%d files may be open at once (ulimit -n): %d requests in flight, not %d", soft, fewer, requests)
+    log.warning(
+        "this process may open only %d files (ulimit -n): %d requests in flight instead of %d", soft, fewer, requests
+    )
     return fewer

@@ -1,4 +1,4 @@
-"""The bytes that a step's windows want, from the units that hold them, side by side in one piece of memory."""
+"""Gathers the bytes that a step's windows need, from the units that hold them, into one piece of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from tiphys.dataio.loading.units import Ints, Span, UnitMap, UnitRanges
     from tiphys.dataio.sampling import PlannedWindows
 
-# Copies bytes [low, high) of units to `out[at:]`; returns the positions of those that are not there: `Block.copy`
+# (units, low, high, at, out): copies bytes [low, high) of each unit to `out[at:]` and returns the positions of the units that
+# are not there. `Block.copy` is one.
 Copy = Callable[["Ints", "Ints", "Ints", "Ints", memoryview], list[int]]
 _ALIGNMENT = 64
 UNWANTED, MISSING = -1, -2
@@ -23,8 +24,9 @@ class Gathered(NamedTuple):
     """Where each window's bytes lie.
 
     data   uint8: the bytes of all columns. The rows of `steps.npy` of the windows of one entry and task lie one after the other
-    begin  field -> int64 [windows]: where the window's bytes begin in `data`; UNWANTED; MISSING: some could not be had
-    size   field -> int64 [windows]
+    begin  field -> int64 [windows]: where the window's bytes begin in `data`; UNWANTED: the window does not need the field;
+           MISSING: some of its bytes are not here
+    size   field -> int64 [windows]: bytes
     """
 
     data: np.ndarray
@@ -32,7 +34,7 @@ class Gathered(NamedTuple):
     size: dict[str, Ints]
 
     def part(self, field: str, window: int) -> memoryview | None:
-        """One window's bytes of a field; None where they are not here."""
+        """One window's bytes of a field; None if they are not here."""
         if field not in self.begin or (begin := int(self.begin[field][window])) < 0:
             return None
         return self.data.data[begin : begin + int(self.size[field][window])]
@@ -41,9 +43,9 @@ class Gathered(NamedTuple):
 def gather(
     planned: PlannedWindows, units: UnitMap, spans: Sequence[Span], ranges: Sequence[UnitRanges], copy: Copy
 ) -> Gathered:
-    """Bytes of the spans of a step (UnitMap.spans), where `ranges` are those of each span's units."""
+    """The bytes of a step's spans (UnitMap.spans). `ranges`: where the units of each span lie."""
     windows = len(planned.row)
-    group = np.empty(windows, np.int64)  # windows of an entry and task stand together
+    group = np.empty(windows, np.int64)  # puts the windows of an entry and task side by side
     group[np.lexsort((planned.task, planned.entry))] = np.arange(windows)
     begin: dict[str, Ints] = {}
     size: dict[str, Ints] = {}
@@ -58,7 +60,7 @@ def gather(
         places.append(place)
         begin.setdefault(field, np.full(windows, UNWANTED))[span.window] = place
         size.setdefault(field, np.zeros(windows, np.int64))[span.window] = bytes_
-    # Between two members lies a tar header, which is in no unit: zeros stand for it
+    # The tar header between two members is in no unit: its place is filled with zeros
     data = np.zeros(total, np.uint8) if _gaps(spans, ranges) else np.empty(total, np.uint8)
     out = data.data
     for span, where, place in zip(spans, ranges, places, strict=True):
@@ -73,7 +75,7 @@ def gather(
 
 
 def _gaps(spans: Sequence[Span], ranges: Sequence[UnitRanges]) -> bool:
-    """Whether between two units of some window there are bytes of none."""
+    """Whether any window has bytes between two of its units that belong to no unit."""
     for span, where in zip(spans, ranges, strict=True):
         first = np.cumsum(span.high - span.low)[:-1]
         apart = where.offset[1:] != where.offset[:-1] + where.size[:-1]
@@ -84,7 +86,7 @@ def _gaps(spans: Sequence[Span], ranges: Sequence[UnitRanges]) -> bool:
 
 
 def copy_from(get: Callable[[int], memoryview | None]) -> Copy:
-    """`Copy` over anything that gives a unit's bytes, or None."""
+    """A `Copy` from a function that returns a unit's bytes, or None."""
 
     def copy(units: Ints, low: Ints, high: Ints, at: Ints, out: memoryview) -> list[int]:
         missing = []

@@ -1,4 +1,4 @@
-"""What is at home with a process: the episodes that it may draw, and what they weigh."""
+"""What is at home with a process: the episodes that its rows may draw, their bytes and their units."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from tiphys.dataio.sampling import SamplingPlan
 
 
-def drawn(plan: SamplingPlan, units: UnitMap) -> list[NDArray[np.bool_]]:
-    """Mask of the episodes of each dataset that any row may draw."""
+def drawable_episodes(plan: SamplingPlan, units: UnitMap) -> list[NDArray[np.bool_]]:
+    """For each dataset, a mask of the episodes that some row may draw."""
     out = [np.zeros(index.episodes, bool) for index in units.datasets]
     for number, entry in enumerate(plan.entries):
         index = entry.index
@@ -28,9 +28,9 @@ def drawn(plan: SamplingPlan, units: UnitMap) -> list[NDArray[np.bool_]]:
 
 
 def bucket_bytes(plan: SamplingPlan, units: UnitMap) -> NDArray[np.float64]:
-    """Bytes of each bucket's episodes."""
+    """float64 [buckets]: bytes of each bucket's episodes."""
     out = np.zeros(plan.buckets)
-    mine = drawn(plan, units)
+    mine = drawable_episodes(plan, units)
     for column in units.columns:
         some = np.flatnonzero(mine[column.dataset])
         bucket = np.asarray(column.index.hash)[some] % np.uint64(plan.buckets)
@@ -39,20 +39,20 @@ def bucket_bytes(plan: SamplingPlan, units: UnitMap) -> NDArray[np.float64]:
 
 
 def home_bytes(placement: Placement, of_buckets: NDArray[np.float64], step: int = 0) -> float:
-    """Bytes of what a process draws from. A bucket that is cut between two processes is at home with both."""
+    """Bytes of the data that a process draws from. A bucket that is cut between two processes counts for both."""
     return float(of_buckets[list(data_share(placement.plan, placement.home, step))].sum())
 
 
 def home_units(placement: Placement, units: UnitMap, step: int, part: float = 1.0) -> Ints:
-    """Units of the episodes at home by the weights in force at a step, ascending.
+    """Units of the episodes at home, ascending, by the weights in force at a step.
 
-    part  of the buckets: where there is no room for all of them, those of which this process serves least are left out
+    part  share of the buckets to include. If there is no room for all, the buckets that this process serves least are left out.
     """
     plan, share = placement.plan, data_share(placement.plan, placement.home, step)
     most_first = sorted(share, key=lambda bucket: -share[bucket])
     here = np.zeros(plan.buckets, bool)
     here[most_first[: int(len(share) * min(part, 1.0))]] = True
-    mine = drawn(plan, units)
+    mine = drawable_episodes(plan, units)
     out = []
     for column in units.columns:
         index = column.index

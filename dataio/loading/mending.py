@@ -1,4 +1,4 @@
-"""Windows whose bytes are wrong or gone: read once more past the cache, else others drawn in their place."""
+"""Windows whose bytes are wrong or gone: they are read again without the cache; if that fails, others are drawn instead."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from tiphys.dataio.loading.units import UnitMap
     from tiphys.dataio.sampling import PlannedWindows, SamplingPlan
 
-_READS = 3  # of one window whose bytes are wrong, before another is drawn
-_ATTEMPTS = 8  # draws in the place of one window that cannot be read
-# Share of the windows of the last steps that may be redrawn: beyond it, it is not an episode that is bad
+_READS = 3  # of one window whose bytes are wrong, before another window is drawn
+_ATTEMPTS = 8  # most draws for one window
+# Share of the windows of the last steps that may be redrawn. If it is larger, the cause is not a few damaged episodes.
 _MOST_BAD = 0.1
 
 
 class Mender:
-    """Mends what the assembler could not decode.
+    """Mends the windows that the assembler could not decode.
 
-    correct  called with unit and bytes where the store had good ones: the cache's are wrong
+    correct  called with a unit and its bytes if the store has valid ones; then those of the cache are wrong
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Mender:
     async def mend(
         self, step: int, planned: PlannedWindows, windows: list[Window | DataError]
     ) -> tuple[list[Window], list[dict[str, Any]]]:
-        """A step's windows without errors, and an event for each episode that was quarantined for that."""
+        """The windows of a step without errors, and one event for each episode that was quarantined.
+
+        Raises DataError if a window cannot be replaced, or if too many windows of the last steps could not be read.
+        """
         quarantined: list[dict[str, Any]] = []
         mended: list[Window] = []
         for i, window in enumerate(windows):
@@ -65,7 +68,7 @@ class Mender:
                 if isinstance(found, Window):
                     break
             if isinstance(found, Window):
-                if not events:  # the block's other windows, and later ones, get the good bytes too
+                if not events:  # the block's other windows, and later ones, get the valid bytes too
                     for unit, data in got.items():
                         self.correct(unit, data)
                 return found, events
@@ -77,10 +80,12 @@ class Mender:
                  "id": index.id(episode), "reason": str(found)}
             )  # fmt: skip
             error = found
-        raise DataError(f"step {step}: {_ATTEMPTS} windows in a row could not be read; the last one: {error}")
+        raise DataError(
+            f"step {step}: {_ATTEMPTS} windows in a row could not be read; run `tiphys verify`. The last error: {error}"
+        )
 
     def _draw(self, step: int, planned: PlannedWindows, i: int, attempt: int) -> PlannedWindows:
-        """The i-th window alone, or what a later attempt draws in its place."""
+        """The i-th window alone, or the window that a later attempt draws instead."""
         if attempt == int(planned.attempt[i]):
             return _only(planned, i)
         row, slot = int(planned.row[i]), int(planned.slot[i])
@@ -88,7 +93,7 @@ class Mender:
         return _only(again, int(np.flatnonzero(again.slot == slot)[0]))
 
     async def _read_alone(self, planned: PlannedWindows) -> tuple[Window | DataError, dict[int, Any]]:
-        """One planned window straight from the store, and the bytes of its units."""
+        """One planned window, read from the store without the cache, and the bytes of its units."""
         spans = self.units.spans(planned)
         ranges = [self.units.ranges(s.units) for s in spans]
         got: dict[int, Any] = {}
@@ -101,13 +106,13 @@ class Mender:
         return window, got
 
     def _judge(self, windows: int, events: list[dict[str, Any]]) -> None:
-        """Some episodes are bad; when many are, something else is, and silence would bias the training."""
+        """A few episodes may be damaged. If many are, something else is wrong, and to go on would bias the training."""
         self._recent.append((windows, len(events)))
         all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
         if bad >= 10 and bad > _MOST_BAD * all_windows:
             raise DataError(
                 f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. "
-                f"The last one: {events[-1]['reason'] if events else ''}"
+                f"The last error: {events[-1]['reason'] if events else ''}"
             )
 
 

@@ -1,7 +1,7 @@
 """The loader process: plans ahead, fetches what the cache lacks, decodes, makes batches, and hands them over in plan order.
 
-One thread and one event loop do the work: transfers go on in obstore's own threads while rows are decoded. A second thread
-listens to the trainer, and ends the process as soon as the trainer is gone, however that went.
+One thread with an event loop does the work. Transfers continue in obstore's own threads while rows are decoded. A second thread
+listens to the trainer, and ends the process as soon as the trainer has ended, in whatever way.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from tiphys.dataio.plan.log import PlanLog
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from tiphys.dataio.loader import LoaderSettings
+    from tiphys.dataio.loader import ProcessSpec
     from tiphys.dataio.sampling import PlannedWindows
 
-_AHEAD = 64  # steps whose ranges may be on their way
+_AHEAD = 64  # most training steps that are begun and not finished
 
 
 @dataclass
 class Work:
-    """A step on its way."""
+    """A training step that is begun and not finished."""
 
     step: int
     rows: np.ndarray
@@ -59,25 +59,25 @@ class Work:
     ranges: list[UnitRanges]
     block: Block
     fetched: asyncio.Task[dict[int, Exception]]
-    generation: int  # of the plan
+    generation: int  # of the plan: how many changes of it were known
     counters: dict[str, float] = field(default_factory=dict)
 
 
 class LoaderProcess:
-    """What happens between the settings and the slots."""
+    """Makes the batches of a spec's steps and writes them into the slots of shared memory."""
 
-    def __init__(self, settings: LoaderSettings, connection: Connection, memory: int):
-        self.settings, self.connection = settings, connection
-        self.plan = settings.plan
-        self.plan.log = PlanLog(events=self.plan.log.events)  # the file, if there is one, is the trainer's to write
-        self.placement = Placement(self.plan, settings.home)
-        self.slots = shared_memory.SlotWriter(memory, settings.prefetch)
-        sizing = sized(self.plan, self.placement, settings)
+    def __init__(self, spec: ProcessSpec, connection: Connection, memory: int):
+        self.spec, self.settings, self.connection = spec, spec.settings, connection
+        self.plan = spec.plan
+        self.plan.log = PlanLog(events=self.plan.log.events)  # only the trainer writes the log's file, if there is one
+        self.placement = Placement(self.plan, spec.home)
+        self.slots = shared_memory.SlotWriter(memory, self.settings.prefetch)
+        sizing = sized(self.placement, spec)
         self.units, self._staging, self._home = sizing.units, sizing.staging, sizing.home
         self._piece = sizing.piece
-        self.assembler = Assembler(self.units, settings.tasks)
-        self.fetcher = Fetcher(self.units, settings.requests, settings.timeout, settings.attempts)
-        self.step, self.generation = settings.step, 0  # step: the next one to be handed over
+        self.assembler = Assembler(self.units, spec.tasks)
+        self.fetcher = Fetcher(self.units, self.settings.requests, self.settings.timeout, self.settings.attempts)
+        self.step, self.generation = spec.step, 0  # step: the next one to be handed over
         self.ahead = Ahead(self.plan, self.placement, self.units, _AHEAD)
         self.mender = Mender(
             self.plan, self.units, self.fetcher, self.assembler, lambda unit, data: self.cache.correct(unit, data)
@@ -85,7 +85,7 @@ class LoaderProcess:
         self.counters = Counters(self.fetcher)
         self._freed = asyncio.Event()
         self._messages: list[dict[str, Any]] = []
-        self._changed = asyncio.Event()  # something that `run` must look at
+        self._changed = asyncio.Event()  # tells `run` to look at messages and tasks again
         self._connected = asyncio.Event()
         self._begun = asyncio.Event()  # a step has been handed over
         self.cache = self._new_cache(self.step)
@@ -102,12 +102,12 @@ class LoaderProcess:
             directory=budget.dir,
             fingerprint=self._layout(),
             start=start,
-            stop=self.settings.stop,
+            stop=self.spec.stop,
             pin=not self.plan.replacement,
             staging=self._staging,
         )
 
-    # What the trainer says
+    # Messages of the trainer
 
     def hear(self, message: dict[str, Any]) -> None:
         if "peers" in message:
@@ -124,8 +124,8 @@ class LoaderProcess:
     # Peers
 
     async def serve_peers(self) -> str:
-        """Let others read this process' cache; returns its address."""
-        assert self.settings.peers is not None
+        """Let other loaders read this process's cache. Returns the address."""
+        assert self.spec.peers is not None
         opened = (InheritedTier.open(folder, self._layout()) for folder in self.settings.cache.inherited)
         inherited = [tier for tier in opened if tier is not None]
 
@@ -135,11 +135,11 @@ class LoaderProcess:
             size = int(self.units.sizes(np.array([unit]))[0])
             return next((data for tier in inherited if (data := tier.read(unit, size)) is not None), None)
 
-        return await PeerServer(self.settings.peers, self._layout(), read).start()
+        return await PeerServer(self.spec.peers, self._layout(), read).start()
 
     def _connect(self, addresses: list[str], homes: list[Home] | None) -> None:
-        """Each bucket's units are asked for where most of the bucket was at home."""
-        assert self.settings.peers is not None
+        """Ask peers for missing units: for each bucket, the one that was home to most of it."""
+        assert self.spec.peers is not None
         owners, most = np.full(self.plan.buckets, -1), np.zeros(self.plan.buckets)
         homes = homes or [Home(number, len(addresses)) for number in range(len(addresses))]
         for number, home in enumerate(homes):
@@ -155,19 +155,19 @@ class LoaderProcess:
                 out[here] = owners[(hashes[number][episode[here]] % np.uint64(self.plan.buckets)).astype(np.int64)]
             return out
 
-        self.fetcher.connect(Peers(addresses, self.settings.peers.token, self._layout()), owner)
+        self.fetcher.connect(Peers(addresses, self.spec.peers.secret, self._layout()), owner)
 
     def _layout(self) -> str:
-        """Names the data and how they are cut into units."""
+        """A fingerprint of the data and of how it is cut into units."""
         text = "-".join(
-            [d.fingerprint for d in self.units.datasets] + [f"{c.field}:{c.run}" for c in self.units.columns]
+            [d.fingerprint for d in self.units.datasets] + [f"{c.field}:{c.unit_rows}" for c in self.units.columns]
         )
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     # The work
 
     async def run(self) -> None:
-        if self.settings.peers is not None:
+        if self.spec.peers is not None:
             await self._connected.wait()
         self._streaming = asyncio.create_task(self._stream())
         pipeline = asyncio.create_task(self._pipeline())
@@ -178,7 +178,7 @@ class LoaderProcess:
             if self._streaming.done() and not self._streaming.cancelled():
                 self._streaming.result()
             if pipeline.done():
-                pipeline.result()  # all steps are made, but the plan may still change
+                pipeline.result()  # raises its error; without one all steps are made, but the plan may still change
             if changed.done():
                 self._changed.clear()
                 changed = asyncio.create_task(self._changed.wait())
@@ -186,7 +186,7 @@ class LoaderProcess:
                 pipeline = await self._adopt(pipeline)
 
     async def _adopt(self, pipeline: asyncio.Task[None]) -> asyncio.Task[None]:
-        """Takes over what the trainer says of the plan. Steps that were begun too early are begun again."""
+        """Put the trainer's events into the plan's log. Steps that were begun too early are begun again."""
         messages, self._messages = self._messages, []
         first = min(event["step"] for m in messages for event in m["events"])
         again = first < self.cache.next
@@ -206,23 +206,23 @@ class LoaderProcess:
         return asyncio.create_task(self._pipeline()) if again or pipeline.done() else pipeline
 
     async def _restart_cache(self, start: int) -> None:
-        """A new cache, for the steps from `start` on."""
+        """Replace the cache by a new one, for the steps from `start` on."""
         self._streaming.cancel()
         await asyncio.wait({self._streaming})
         self.cache.close()
         self.cache = self._new_cache(start)
         self._streaming = asyncio.create_task(self._stream())
-        self._changed.set()  # `run` is to watch the new one
+        self._changed.set()  # so that `run` watches the new task
 
     async def _stream(self) -> None:
-        """Where there is room for all data that are at home here, or nearly: read them, beside the steps."""
+        """If (nearly) all data of this home fits the cache, read it once while steps are made."""
         if self._piece:
             await self._begun.wait()
             wanted = home_units(self.placement, self.units, self.step, self.cache.capacity / max(self._home, 1))
             await stream(self.units, wanted, self.fetcher, self.cache, self._piece)
 
     async def _pipeline(self) -> None:
-        """Steps from `self.step` on, until `stop`: begun as far ahead as the cache has room, finished in order."""
+        """Make the steps from `self.step` until `stop`: begin them as far ahead as the cache has room, finish them in order."""
         begun: deque[Work] = deque()
         try:
             while True:
@@ -239,7 +239,7 @@ class LoaderProcess:
         began = time.perf_counter()
         try:
             block = self.cache.open()
-        except MemoryError:  # a step that needs more than any before: begin again with more room for what is on its way
+        except MemoryError:  # this step needs more than any before: begin again with more room for data in flight
             most = most_staging(self.settings.cache.memory)
             if self._staging >= most:
                 raise
@@ -249,7 +249,16 @@ class LoaderProcess:
         rows, planned, spans = self.ahead.step(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
         fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
-        work = Work(block.number, rows, planned, spans, ranges, block, fetched, self.generation)
+        work = Work(
+            step=block.number,
+            rows=rows,
+            planned=planned,
+            spans=spans,
+            ranges=ranges,
+            block=block,
+            fetched=fetched,
+            generation=self.generation,
+        )
         work.counters["plan_seconds"] = time.perf_counter() - began
         return work
 
@@ -265,7 +274,7 @@ class LoaderProcess:
         place = {row: k for k, row in enumerate(work.rows.tolist())}
         for row, window in zip(work.planned.row.tolist(), windows, strict=True):
             by_row[place[row]].append(window)
-        arrays = self.settings.make_batch(work.step, work.rows, by_row)
+        arrays = self.spec.make_batch(work.step, work.rows, by_row)
         made = time.perf_counter()
         places, size = shared_memory.layout(arrays)
         while (slot := self.slots.acquire(size)) is None:
@@ -300,47 +309,49 @@ class LoaderProcess:
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:
-    """Pass on what the trainer says; end the process when the trainer is gone."""
+    """Pass on the trainer's messages; end the process when the trainer is gone."""
     try:
         while True:
             if connection.poll(0.5):
                 hear(connection.recv())
-            elif os.getppid() != trainer:  # the connection may live on in other children of a killed trainer
+            elif os.getppid() != trainer:  # other children of a killed trainer may keep the connection open
                 break
     except (EOFError, OSError):
         pass
     os._exit(0)
 
 
-async def _serve(settings: LoaderSettings, connection: Connection, memory: int, trainer: int) -> None:
-    process = LoaderProcess(settings, connection, memory)
+async def _serve(spec: ProcessSpec, connection: Connection, memory: int, trainer: int) -> None:
+    process = LoaderProcess(spec, connection, memory)
     loop = asyncio.get_running_loop()
 
     def hear(message: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(process.hear, message)
 
-    if settings.peers is not None:
+    if spec.peers is not None:
         connection.send({"peer": await process.serve_peers()})
     threading.Thread(target=_listen, args=(connection, trainer, hear), daemon=True).start()
     await process.run()
 
 
-def _unpickled(data: bytes) -> LoaderSettings:
-    """The settings, from our own parent over a private pipe."""
+def _unpickled(data: bytes) -> ProcessSpec:
+    """The spec. Unpickling is safe here: the bytes come from our own parent over a private pipe."""
     try:
         return pickle.loads(data)
     except AttributeError as error:
-        error.add_note("make_batch must be importable here: define it in a module, not in the script that is run")
+        error.add_note(
+            "the loader process must be able to import make_batch: define it in a module, not in the main script"
+        )
         raise
 
 
 def main() -> None:
-    """`argv`: (sys.path), the connection's file descriptor, the shared memory's."""
+    """`sys.argv[1:]`: sys.path as JSON, file descriptors of the connection and of the shared memory."""
     connection, memory, trainer = Connection(int(sys.argv[2])), int(sys.argv[3]), os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
     try:
-        settings = _unpickled(connection.recv_bytes())
-        asyncio.run(_serve(settings, connection, memory, trainer))
+        spec = _unpickled(connection.recv_bytes())
+        asyncio.run(_serve(spec, connection, memory, trainer))
     except EOFError:
         pass
     except BaseException as error:
@@ -348,7 +359,7 @@ def main() -> None:
         try:
             data = pickle.dumps({"error": error})
             pickle.loads(data)
-        except Exception:  # what cannot travel as it is
+        except Exception:  # the error cannot be pickled
             text = "".join(traceback.format_exception(error))
             data = pickle.dumps({"error": RuntimeError(f"the loader process failed:\n{text}")})
         connection.send_bytes(data)

@@ -1,7 +1,7 @@
 """Finished batches in shared memory: slots of one anonymous file that the loader process fills and the trainer reads.
 
-The file has no name (memfd), so there is nothing to clean up: the kernel frees it when the last of the two processes is gone,
-however it ends. It is sparse: a slot has a fixed place, far from the next one, and costs only the memory that it uses.
+The file has no name (memfd), so there is nothing to clean up: the kernel frees it when both processes have ended, in whatever
+way. The file is sparse: each slot has a fixed place, far from the next one, and takes only the memory that it uses.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 SLOTS = 64
 _SPACING = 1 << 36  # bytes from one slot's beginning to the next one's
 _ALIGNMENT = 64
-_GRAIN = 1 << 16
+_GRAIN = 1 << 16  # bytes to which mappings are rounded up
 
 
 class ArrayPlace(NamedTuple):
+    """Where an array lies in a slot."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -30,10 +32,10 @@ class ArrayPlace(NamedTuple):
 
 
 def create() -> int:
-    """The file descriptor of an anonymous, sparse shared memory file with room for all slots."""
+    """Make an anonymous, sparse shared memory file with room for all slots. Returns its file descriptor."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("tiphys-batches", os.MFD_CLOEXEC)
-    else:  # elsewhere than on Linux: a file without a name on disk
+    else:  # not Linux: a file on disk without a name
         fd, path = tempfile.mkstemp()
         os.unlink(path)
     os.ftruncate(fd, SLOTS * _SPACING)
@@ -41,12 +43,13 @@ def create() -> int:
 
 
 def layout(arrays: Mapping[str, np.ndarray]) -> tuple[list[ArrayPlace], int]:
-    """Where each array goes in a slot, and the bytes of all. TypeError for what is not plain memory (objects, strings)."""
+    """Where each array goes in a slot, and the bytes of all. Raises TypeError if an array is not plain memory."""
     places, offset = [], 0
     for name, array in arrays.items():
         if array.dtype.hasobject or array.dtype.kind == "T":
             raise TypeError(
-                f"make_batch: array {name!r} has dtype {array.dtype}, which cannot go through shared memory"
+                f"make_batch: array {name!r} has dtype {array.dtype}, which cannot go through shared memory; return "
+                "numbers instead of objects or strings"
             )
         places.append(ArrayPlace(name, array.dtype.str, array.shape, offset))
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
@@ -54,23 +57,26 @@ def layout(arrays: Mapping[str, np.ndarray]) -> tuple[list[ArrayPlace], int]:
 
 
 class SlotWriter:
-    """The loader's side: which slots are free, and how many there may be within `limit` bytes (always two)."""
+    """The loader's side: which slots are free, and how many may be used within `limit` bytes (at least two)."""
 
     def __init__(self, fd: int, limit: int):
         self.fd, self.limit = fd, limit
-        self.bytes = 0  # of every slot in use or kept for use
-        self._slot_bytes = 0  # what a slot holds at least: the largest batch so far
+        self.bytes = 0  # of all mapped slots
+        self._slot_bytes = 0  # bytes of a new slot: room for the largest batch so far
         self._maps: dict[int, mmap.mmap] = {}
         self._busy: set[int] = set()
 
     @property
     def allowed(self) -> int:
+        """How many slots may be in use at a time."""
         return min(SLOTS, max(2, self.limit // self._slot_bytes)) if self._slot_bytes else SLOTS
 
     def acquire(self, size: int) -> int | None:
         """A free slot of at least `size` bytes, or None while all are in use."""
         if size > _SPACING:
-            raise ValueError(f"a batch of {size} bytes is larger than any slot of shared memory")
+            raise ValueError(
+                f"a batch of {size} bytes is larger than a slot of shared memory ({_SPACING} bytes); use fewer rows"
+            )
         if size > self._slot_bytes:
             self._slot_bytes = -(-(size + size // 8) // _GRAIN) * _GRAIN
             for slot in [s for s in self._maps if s >= self.allowed and s not in self._busy]:
@@ -101,20 +107,20 @@ class SlotWriter:
             self._drop(slot)
 
     def _drop(self, slot: int) -> None:
-        size = len(self._maps.pop(slot))  # NumPy's views may still hold the mapping; the pages go now
+        size = len(self._maps.pop(slot))  # NumPy's views may keep the mapping alive, but its pages are freed below
         self.bytes -= size
         _punch_hole(self.fd, slot * _SPACING, size)
 
 
 class SlotReader:
-    """The trainer's side: NumPy views of what stands in a slot."""
+    """The trainer's side: NumPy views of the arrays in a slot."""
 
     def __init__(self, fd: int):
         self.fd = fd
         self._maps: dict[int, np.ndarray] = {}
 
     def memory(self, slot: int, size: int) -> tuple[np.ndarray, bool]:
-        """uint8 [≥ size]: the slot's memory; and whether it is newly mapped (so that a caller may pin it once)."""
+        """The slot's memory, uint8 [at least `size`], and whether it is newly mapped (so that a caller can pin it once)."""
         held = self._maps.get(slot)
         if held is not None and len(held) >= size:
             return held, False
@@ -133,7 +139,7 @@ class SlotReader:
 
 
 def _punch_hole(fd: int, offset: int, size: int) -> None:
-    """Give a slot's pages back to the kernel (fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
+    """Free a slot's pages (fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.fallocate(fd, 3, ctypes.c_int64(offset), ctypes.c_int64(size)) != 0:

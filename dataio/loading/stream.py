@@ -1,8 +1,8 @@
-"""Where all data of a process fit its cache, or nearly all, they are read once, shard by shard, in few large requests.
+"""Streaming: if (nearly) all of a process's data fits its cache, read it once, shard by shard, in few large requests.
 
-Rows come in random order, so that on-demand reading would ask for every episode by itself, for a data set of small episodes
-hundreds of times as many requests as there are megabytes; and it would take several passes until each of them had been met.
-Steps do not wait for this: what they need first they fetch themselves.
+Rows come in random order. Reading on demand would therefore ask for each episode separately (with small episodes, hundreds of
+requests for each megabyte), and it would take several passes until every episode had been drawn. Steps do not wait for the
+streaming: they fetch what they need before it has arrived.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from tiphys.dataio.loading.fetch import Fetcher
     from tiphys.dataio.loading.units import Ints, UnitMap
 
-PIECE = 8 << 20  # bytes of a piece at most: of what is asked for together
-FLYING = 8  # pieces that are on their way at once, for which memory is set aside
-_MORE = 24  # and how many more while the cache has room for them that nothing uses yet
+PIECE = 8 << 20  # most bytes of a piece, which is asked for as one
+FLYING = 8  # pieces in flight for which memory is set aside
+_MORE = 24  # further pieces in flight, as long as the cache has unused room for them
 
 
 def pieces(units: UnitMap, wanted: Ints, most: int) -> Iterator[Ints]:
-    """The wanted units, by place, in pieces of at most `most` bytes (or of one unit)."""
+    """The wanted units in order of their places, in pieces of at most `most` bytes (or of one unit)."""
     where = units.ranges(wanted)
     order = np.lexsort((where.offset, where.shard, where.dataset))
     ends = np.cumsum(where.size[order])
@@ -39,18 +39,20 @@ def pieces(units: UnitMap, wanted: Ints, most: int) -> Iterator[Ints]:
 
 
 class _Room:
-    """Memory for pieces on their way: what is set aside for them, and room that the cache lends while nothing uses it."""
+    """Memory for pieces in flight: what is set aside for them, and unused room that the cache lends."""
 
     def __init__(self, cache: RangeCache, most: int) -> None:
         self.cache, self.most = cache, most
-        self.own, self.lent, self.flying = FLYING * most, 0, 0  # bytes that are free; bytes lent; pieces
+        self.own, self.lent, self.flying = FLYING * most, 0, 0  # free bytes; lent bytes; pieces in flight
 
     def take(self, size: int) -> list[int] | None:
-        """Room for a piece: the slabs that the cache lends for it, none where none are needed. None: there is no room now."""
+        """Take room for a piece. Returns the slabs that the cache lends for it (an empty list if none are needed), or None if
+        there is no room now."""
         slabs = list[int]()
         if size <= self.own:
             self.own -= size
-        elif self.lent + size <= _MORE * self.most and self.cache.free >= self.lent + 2 * size:  # to land in, too
+        # The cache needs room for this piece, and for the copies of it and of all pieces that it lends room to
+        elif self.lent + size <= _MORE * self.most and self.cache.free >= self.lent + 2 * size:
             slabs = self.cache.lend(size)
             self.lent += size
         else:
@@ -59,6 +61,7 @@ class _Room:
         return slabs
 
     def give(self, size: int, slabs: list[int]) -> None:
+        """Give back what `take` returned for a piece of `size` bytes."""
         self.flying -= 1
         if slabs:
             self.lent -= size
@@ -68,10 +71,10 @@ class _Room:
 
 
 async def stream(units: UnitMap, wanted: Ints, fetcher: Fetcher, cache: RangeCache, most: int) -> None:
-    """Reads what the cache has not got, in pieces of `most` bytes, until there is no room.
+    """Read the wanted units that the cache does not have, in pieces of `most` bytes, until the cache has no room.
 
-    Pieces on their way take FLYING · `most` bytes, which are not the cache's, and room of the cache that nothing uses.
-    What cannot be read is left to the steps that need it: they say what is wrong.
+    Pieces in flight take FLYING · `most` bytes beside the cache, and unused room of the cache. What cannot be
+    read is ignored here: the steps that need it raise the error.
     """
     room, full, landed = _Room(cache, most), False, asyncio.Event()
 
@@ -81,7 +84,7 @@ async def stream(units: UnitMap, wanted: Ints, fetcher: Fetcher, cache: RangeCac
         try:
             await fetcher.fetch(piece, data.__setitem__)
             kept = cache.offer(data)
-            full |= not kept and not room.lent  # what is lent comes back: it may be enough
+            full |= not kept and not room.lent  # lent room comes back: it may be enough
         except StoreError:
             pass
         finally:

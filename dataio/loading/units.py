@@ -1,7 +1,8 @@
-"""Units: the runs of rows in which data are fetched and cached, numbered over all datasets of a plan.
+"""Units: the pieces in which data is fetched and cached, numbered over all datasets of a plan.
 
-A unit of `steps.npy` is a run of `run` rows; a unit of a large field is as many of its chunks as hold about `run` rows, at
-least one. Episodes are cut from their first row on, so a unit's bytes follow from its number by arithmetic and two bisections.
+A unit of `steps.npy` is `unit_rows` consecutive rows. A unit of a large field is as many of its chunks as hold about
+`unit_rows` rows, at least one. Episodes are cut from their first row on, so a unit's byte range follows from its number by
+arithmetic and two bisections.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Ints = NDArray[np.int64]
 
 
 class UnitRanges(NamedTuple):
-    """Where units lie: one element a unit."""
+    """Where units lie: one element for each unit."""
 
     dataset: Ints  # number in UnitMap.datasets
     shard: Ints
@@ -32,12 +33,12 @@ class UnitRanges(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The bytes that some windows of a step want of one column: all arrays one element a window.
+    """The bytes of one column that some windows of a training step need. All arrays have one element for each window.
 
     column      number in UnitMap.columns
     window      the window's number in the step
-    low, high   its units
-    begin, end  its bytes within the shard: at the ends it may want less than its units hold
+    low, high   its units [low, high)
+    begin, end  its bytes [begin, end) within the shard; its first and last unit may hold more than that
     """
 
     column: int
@@ -62,15 +63,19 @@ def expand(low: Ints, high: Ints) -> Ints:
 class UnitMap:
     """The units of the datasets that a plan's entries draw from.
 
-    indexes, needs  one an entry; entries of the same dataset share its units
-    run             rows of a unit, or a function of a row's bytes that gives them
+    indexes, needs  one for each mixture entry; entries of the same dataset share its units
+    unit_rows       rows of a unit, or a function from a row's bytes to that number
+
+    Raises ValueError if there are not as many needs as indexes.
     """
 
-    def __init__(self, indexes: Sequence[EpisodeIndex], needs: Sequence[Needs], run: int | Callable[[float], int] = 2):
+    def __init__(
+        self, indexes: Sequence[EpisodeIndex], needs: Sequence[Needs], unit_rows: int | Callable[[float], int] = 2
+    ):
         if len(indexes) != len(needs):
-            raise ValueError(f"{len(indexes)} lines of the mixture, but what {len(needs)} of them need is given")
+            raise ValueError(f"units: {len(indexes)} mixture entries, but {len(needs)} needs; give one for each entry")
         self.needs = tuple(needs)
-        rows_of: Callable[[float], int] = run if callable(run) else lambda row_bytes: run
+        rows_of: Callable[[float], int] = unit_rows if callable(unit_rows) else lambda row_bytes: unit_rows
         self.datasets: list[EpisodeIndex] = []
         self.entry_dataset: list[int] = []
         for index in indexes:
@@ -99,9 +104,10 @@ class UnitMap:
             self._by_entry[entry].append(len(self.columns) - 1)
 
     def rows(self, planned: PlannedWindows) -> tuple[Ints, Ints]:
-        """(first row, rows) of each planned window with what lies after it, cut at its episode's end.
+        """(first row, number of rows) of each planned window with the rows after it that are needed, cut at its episode's end.
 
-        An episode without actions (an image with its caption, a document) is always read whole.
+        An episode without actions (an image with its caption, a document) is always read whole. Raises DataError if a window
+        lies outside its episode.
         """
         first = np.asarray(planned.start, np.int64).copy()
         count = np.asarray(planned.units, np.int64).copy()
@@ -117,13 +123,13 @@ class UnitMap:
         if len(count) and count.min() <= 0:
             bad = int(np.argmin(count))
             raise DataError(
-                f"entry {int(planned.entry[bad])}, episode {int(planned.episode[bad])}: the plan's window from row "
-                f"{int(first[bad])} on lies outside; plan and dataset do not belong together"
+                f"entry {int(planned.entry[bad])}, episode {int(planned.episode[bad])}: the plan's window starts at row "
+                f"{int(first[bad])}, after the episode's end; plan and dataset do not belong together"
             )
         return first, count
 
     def spans(self, planned: PlannedWindows) -> list[Span]:
-        """What the windows want, column by column; windows that want nothing of a column are absent there."""
+        """What the windows need, column by column. Windows that need nothing of a column are absent there."""
         first, count = self.rows(planned)
         out = []
         for number, column in enumerate(self.columns):
@@ -132,7 +138,16 @@ class UnitMap:
             if len(window):
                 low, high, begin, end = column.span(planned.episode[window], first[window], count[window])
                 some = high > low
-                out.append(Span(number, window[some], low[some], high[some], begin[some], end[some]))
+                out.append(
+                    Span(
+                        column=number,
+                        window=window[some],
+                        low=low[some],
+                        high=high[some],
+                        begin=begin[some],
+                        end=end[some],
+                    )
+                )
         return out
 
     def sizes(self, units: Ints) -> Ints:
@@ -140,7 +155,7 @@ class UnitMap:
         return self.ranges(units).size
 
     def episodes(self, units: Ints) -> tuple[Ints, Ints]:
-        """(number of the dataset, episode) of each unit."""
+        """(dataset, episode) of each unit, as numbers in `datasets` and in its index."""
         dataset, episode = np.zeros(len(units), np.int64), np.zeros(len(units), np.int64)
         which = np.searchsorted(self._firsts, units, side="right") - 1
         for number in np.unique(which).tolist():
@@ -150,6 +165,7 @@ class UnitMap:
         return dataset, episode
 
     def ranges(self, units: Ints) -> UnitRanges:
+        """Where each unit lies."""
         units = np.asarray(units, np.int64)
         out = UnitRanges(*(np.zeros(len(units), np.int64) for _ in range(4)))
         which = np.searchsorted(self._firsts, units, side="right") - 1
@@ -164,10 +180,11 @@ class UnitMap:
 class StepsColumn:
     """The units of a dataset's `steps.npy` members."""
 
-    def __init__(self, dataset: int, index: EpisodeIndex, first_unit: int, run: int):
-        self.dataset, self.index, self.first_unit, self.run, self.field = dataset, index, first_unit, run, STEPS
+    def __init__(self, dataset: int, index: EpisodeIndex, first_unit: int, unit_rows: int):
+        self.dataset, self.index, self.first_unit, self.field = dataset, index, first_unit, STEPS
+        self.unit_rows = unit_rows
         has = index.rows_offset >= 0
-        self.base = _bases(np.where(has, -(-np.asarray(index.rows, np.int64) // run), 0))
+        self.base = _bases(np.where(has, -(-np.asarray(index.rows, np.int64) // unit_rows), 0))
         self.units = int(self.base[-1])
         self.total = int(self.bytes_of_episodes().sum())
 
@@ -177,15 +194,18 @@ class StepsColumn:
         return self.index.row_ranges(everything, np.zeros(1, np.int64), self.index.rows)[2]
 
     def span(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """(low, high, begin, end) of each window, as in Span."""
         _, begin, size = self.index.row_ranges(episode, first, count)
         base = self.base[episode] + self.first_unit
-        low = base + first // self.run
-        return low, np.where(size > 0, base + (first + count - 1) // self.run + 1, low), begin, begin + size
+        low = base + first // self.unit_rows
+        return low, np.where(size > 0, base + (first + count - 1) // self.unit_rows + 1, low), begin, begin + size
 
     def ranges(self, units: Ints) -> tuple[Ints, Ints, Ints]:
+        """(shard, offset, size) of each unit."""
         local = units - self.first_unit
         episode = np.searchsorted(self.base, local, side="right") - 1
-        return self.index.row_ranges(episode, (local - self.base[episode]) * self.run, np.full(len(units), self.run))
+        first = (local - self.base[episode]) * self.unit_rows
+        return self.index.row_ranges(episode, first, np.full(len(units), self.unit_rows))
 
 
 class ChunksColumn:
@@ -198,8 +218,8 @@ class ChunksColumn:
         self.frames = np.maximum(np.asarray(table.rows, np.int64), 1)
         self.offset, self.size = table.offset, table.size
         frames = int((np.diff(self.first) * self.frames).sum())
-        self.run = rows_of(float(np.asarray(self.size, np.int64).sum()) / max(frames, 1))
-        self.group = np.maximum(1, self.run // self.frames)  # chunks of a unit
+        self.unit_rows = rows_of(float(np.asarray(self.size, np.int64).sum()) / max(frames, 1))
+        self.group = np.maximum(1, self.unit_rows // self.frames)  # chunks of a unit
         self.base = _bases(-(-np.diff(self.first) // self.group))
         self.units = int(self.base[-1])
         self.total = int(self.bytes_of_episodes().sum())
@@ -215,6 +235,7 @@ class ChunksColumn:
         return out
 
     def span(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """(low, high, begin, end) of each window, as in Span."""
         one = self._whole[self.index.task[episode]]
         first, count = np.where(one, 0, first), np.where(one, 1, count)
         frames, group = self.frames[episode], self.group[episode]
@@ -229,6 +250,7 @@ class ChunksColumn:
         return base + low // group, np.where(some, base + -(-high // group), base + low // group), begin, end
 
     def ranges(self, units: Ints) -> tuple[Ints, Ints, Ints]:
+        """(shard, offset, size) of each unit."""
         local = units - self.first_unit
         episode = np.searchsorted(self.base, local, side="right") - 1
         a = self.first[episode] + (local - self.base[episode]) * self.group[episode]
@@ -238,5 +260,5 @@ class ChunksColumn:
 
 
 def _bases(units: Ints) -> Ints:
-    """int64 [E + 1]: units before each episode."""
+    """int64 [E + 1]: number of units before each episode."""
     return np.concatenate([[0], np.cumsum(units)]).astype(np.int64)

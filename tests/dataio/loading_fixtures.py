@@ -1,4 +1,4 @@
-"""What the tests of the loader share: a small dataset, the plan of a fixed table, and batches that show their windows."""
+"""Shared by the tests of the loader: a small dataset, and batches that are digests of their windows."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def dataset(
 
 
 def digest_batch(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
-    """A batch that is a fingerprint of every window: two batches are equal if and only if their windows are."""
-    digests = [hashlib.sha256("".join(map(describe, row)).encode()).digest() for row in windows]
+    """A batch of fingerprints of the windows: two batches are equal if and only if their windows are equal."""
+    digests = [hashlib.sha256("".join(map(window_text, row)).encode()).digest() for row in windows]
     names = sorted({w.episode for row in windows for w in row})
     return {
         "row": np.asarray(rows, np.int64),
@@ -71,7 +71,8 @@ def digest_batch(step: int, rows: np.ndarray, windows: list[list[Window]]) -> di
     }
 
 
-def describe(window: Window) -> str:
+def window_text(window: Window) -> str:
+    """All that a window holds, as one line of text."""
     parts = [
         repr((window.entry, window.task, window.episode, window.start, window.steps, window.prompt, window.tokens))
     ]
@@ -84,8 +85,8 @@ def describe(window: Window) -> str:
     return "|".join(parts)
 
 
-def kept(batch: LoadedBatch) -> LoadedBatch:
-    """A batch with arrays of its own; the shared memory is given back."""
+def copied(batch: LoadedBatch) -> LoadedBatch:
+    """A copy of a batch with its own arrays. The batch itself is released."""
     arrays = {name: array.copy() for name, array in batch.arrays.items()}
     batch.release()
-    return LoadedBatch(batch.step, arrays, batch.counters, batch.quarantined)
+    return LoadedBatch(step=batch.step, arrays=arrays, counters=batch.counters, quarantined=batch.quarantined)

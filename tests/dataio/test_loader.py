@@ -1,7 +1,8 @@
-"""TrajectoryLoader: what arrives is what the plan says, on any number of homes, after any interruption; nothing stays behind."""
+"""TrajectoryLoader: batches are those of the plan, on any number of homes and after any interruption; nothing is left behind."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,11 +17,11 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.dataio.loading_fixtures import CONTROL, PICTURES, dataset, describe, digest_batch, kept
+from tests.dataio.loading_fixtures import CONTROL, PICTURES, copied, dataset, digest_batch, window_text
 from tests.processes import REPOSITORY
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import Needs, Window
-from tiphys.dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoadedBatch, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
@@ -29,7 +30,7 @@ NEEDS = (
     Needs(("observation", "action", "reward", "instruction"), after=2),
     Needs(("observation.image", "observation.wrist", "observation.state", "action")),
 )
-CACHE = CacheBudget(memory=4 << 20)
+SETTINGS = LoaderSettings(cache=CacheBudget(memory=4 << 20))
 ONE = Home(0, 1)
 
 
@@ -43,8 +44,8 @@ def lengths(index: Any, window: int) -> EntryLengths:
 
 def make_plan(index: Any, **more: Any) -> SamplingPlan:
     entries = [
-        PlanEntry(index, lengths(index, 10), 0.7, "control", [0], None),
-        PlanEntry(index, lengths(index, 6), 0.3, "pictures", [1], None),
+        PlanEntry(index=index, lengths=lengths(index, 10), weight=0.7, name="control", tasks=[0], priority=None),
+        PlanEntry(index=index, lengths=lengths(index, 6), weight=0.3, name="pictures", tasks=[1], priority=None),
     ]
     return SamplingPlan(entries, rows=12, budget=64, seed=5, **more)
 
@@ -57,13 +58,13 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def load(index: Any, home: Home = ONE, start: int = 0, stop: int = 6, **more: Any) -> list[LoadedBatch]:
     """All batches, copied out of shared memory."""
     with TrajectoryLoader(
-        make_plan(index), home, digest_batch, NEEDS, cache=CACHE, start=start, stop=stop, **more
+        make_plan(index), home, digest_batch, NEEDS, settings=SETTINGS, start=start, stop=stop, **more
     ) as loader:
-        return [kept(batch) for batch in loader]
+        return [copied(batch) for batch in loader]
 
 
 def rows_of(batches: list[LoadedBatch]) -> dict[tuple[int, int], bytes]:
-    """(step, row) -> the row's digest; each row once."""
+    """(step, row) -> the row's digest. Each row must be there once."""
     out: dict[tuple[int, int], bytes] = {}
     for batch in batches:
         for row, digest in zip(batch.arrays["row"].tolist(), batch.arrays["digest"], strict=True):
@@ -98,10 +99,21 @@ def oracle(index: Any, step: int, row: int) -> list[Window]:
                 fields[name] = value
         step_of = np.arange(start, start + rows)
         out.append(
-            Window(entry, int(p.task[i]), episode.id, start, units, episode.steps, fields, step_of,
-                   reward[start : start + rows].astype(np.float32), step_of < episode.steps,
-                   bool(p.prompt[i]), int(p.tokens[i]))
-        )  # fmt: skip
+            Window(
+                entry=entry,
+                task=int(p.task[i]),
+                episode=episode.id,
+                start=start,
+                steps=units,
+                episode_steps=episode.steps,
+                fields=fields,
+                step=step_of,
+                returns_to_go=reward[start : start + rows].astype(np.float32),
+                valid=step_of < episode.steps,
+                prompt=bool(p.prompt[i]),
+                tokens=int(p.tokens[i]),
+            )
+        )
     return out
 
 
@@ -109,7 +121,7 @@ def test_every_window_equals_the_slice_of_its_episode(index: Any, reference: dic
     assert set(reference) == {(s, r) for s in range(6) for r in range(12)}
     for (step, row), digest in reference.items():
         expected = digest_batch(step, np.array([row]), [oracle(index, step, row)])
-        assert digest == expected["digest"].tobytes(), "".join(map(describe, oracle(index, step, row)))
+        assert digest == expected["digest"].tobytes(), "".join(map(window_text, oracle(index, step, row)))
 
 
 @pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4, 7))])
@@ -125,14 +137,14 @@ def test_any_number_of_homes_sees_the_same_batches(
 
 
 def test_resuming_at_any_step_on_another_number_of_homes(index: Any, reference: dict[tuple[int, int], bytes]) -> None:
-    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE) as loader:
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS) as loader:
         for _ in range(3):
             next(loader).release()
         state = loader.state_dict()
     together = {}
     for process in range(2):
         plan = make_plan(index)
-        with TrajectoryLoader(plan, Home(process, 2), digest_batch, NEEDS, cache=CACHE, stop=6) as loader:
+        with TrajectoryLoader(plan, Home(process, 2), digest_batch, NEEDS, settings=SETTINGS, stop=6) as loader:
             loader.load_state_dict(state)
             for batch in loader:
                 together |= rows_of([batch])
@@ -141,15 +153,23 @@ def test_resuming_at_any_step_on_another_number_of_homes(index: Any, reference: 
 
 
 @pytest.mark.parametrize("memory", [1 << 20, 64 << 20])
-def test_the_cache_changes_nothing(index: Any, memory: int, reference: dict[tuple[int, int], bytes]) -> None:
-    batches = []
-    with TrajectoryLoader(
-        make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=memory), stop=6
-    ) as loader:
-        for batch in loader:
-            batches.append(LoadedBatch(batch.step, {k: v.copy() for k, v in batch.arrays.items()}, batch.counters))
-            batch.release()
-    assert rows_of(batches) == reference
+def test_the_size_of_the_cache_changes_no_batch(
+    index: Any, memory: int, reference: dict[tuple[int, int], bytes]
+) -> None:
+    settings = LoaderSettings(cache=CacheBudget(memory=memory))
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=settings, stop=6) as loader:
+        assert rows_of([copied(batch) for batch in loader]) == reference
+
+
+@pytest.mark.parametrize("unit_rows", [1, 7])
+def test_the_rows_of_a_unit_change_no_batch(
+    index: Any, unit_rows: int, reference: dict[tuple[int, int], bytes]
+) -> None:
+    settings = dataclasses.replace(SETTINGS, unit_rows=unit_rows, requests=3, timeout=5.0, attempts=2)
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=settings, stop=6) as loader:
+        steps = [rows for name, rows in loader.cache_plan()["unit_rows"].items() if name.endswith("steps.npy")]
+        assert steps == [unit_rows]
+        assert rows_of([copied(batch) for batch in loader]) == reference
 
 
 def big_batch(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
@@ -157,7 +177,8 @@ def big_batch(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[
 
 
 def test_batches_of_any_size_stay_within_the_bytes_allowed_and_are_valid_until_released(index: Any) -> None:
-    with TrajectoryLoader(make_plan(index), ONE, big_batch, NEEDS, cache=CACHE, prefetch=20 << 20, stop=15) as loader:
+    settings = dataclasses.replace(SETTINGS, prefetch=20 << 20)
+    with TrajectoryLoader(make_plan(index), ONE, big_batch, NEEDS, settings=settings, stop=15) as loader:
         held = []
         for batch in loader:
             held.append(batch)
@@ -168,18 +189,17 @@ def test_batches_of_any_size_stay_within_the_bytes_allowed_and_are_valid_until_r
                 assert first.arrays["step"].shape == (first.step % 7 + 1, 100_000)
                 assert first.arrays["empty"].shape == (0, 3)
                 first.release()
-                assert loader._process is not None
-                assert shared_bytes(loader._process.popen.pid) <= 21 << 20
+                assert shared_bytes(loader.pid) <= 21 << 20
 
 
-def shared_bytes(pid: int) -> int:
+def shared_bytes(pid: int | None) -> int:
     return sum(m.rss for m in psutil.Process(pid).memory_maps() if "tiphys-batches" in m.path)
 
 
-def test_memory_is_pinned_once_a_slot(index: Any) -> None:
+def test_the_memory_of_each_slot_is_pinned_once(index: Any) -> None:
     seen: list[int] = []
     with TrajectoryLoader(
-        make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=20, prefetch=1 << 17,
+        make_plan(index), ONE, digest_batch, NEEDS, settings=dataclasses.replace(SETTINGS, prefetch=1 << 17), stop=20,
         on_memory=lambda memory: seen.append(memory.ctypes.data),
     ) as loader:  # fmt: skip
         for batch in loader:
@@ -187,20 +207,20 @@ def test_memory_is_pinned_once_a_slot(index: Any) -> None:
     assert 1 <= len(seen) == len(set(seen)) <= 2
 
 
-def test_a_description_says_what_is_kept_and_how_well_that_can_do(index: Any) -> None:
-    small = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=100 << 10))
-    large = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=64 << 20))
-    epochs = TrajectoryLoader(
-        make_plan(index, replacement=False, buckets=16), Home(1, 2), digest_batch, NEEDS, cache=CacheBudget(memory=100 << 10)
-    )  # fmt: skip
-    assert 0 < small.describe()["hit_bound"] < 1 == large.describe()["hit_bound"]
-    rows = {name.split()[-1]: count for name, count in small.describe()["rows_of_a_unit"].items()}
+def test_the_cache_plan_says_what_is_kept_and_the_best_possible_hit_rate(index: Any) -> None:
+    few, many = (LoaderSettings(cache=CacheBudget(memory=memory)) for memory in (100 << 10, 64 << 20))
+    small = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=few)
+    large = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=many)
+    epoch_plan = make_plan(index, replacement=False, buckets=16)
+    epochs = TrajectoryLoader(epoch_plan, Home(1, 2), digest_batch, NEEDS, settings=few)
+    assert 0 < small.cache_plan()["hit_bound"] < 1 == large.cache_plan()["hit_bound"]
+    rows = {name.split()[-1]: count for name, count in small.cache_plan()["unit_rows"].items()}
     assert set(rows) == {"steps.npy", "observation.image", "observation.wrist"}
-    assert all(count < whole for count, whole in zip(rows.values(), large.describe()["rows_of_a_unit"].values()))
-    assert 0.4 < epochs.describe()["home_bytes"] / epochs.describe()["data_bytes"] < 0.7
-    assert small.describe()["home_bytes"] == small.describe()["data_bytes"]
-    assert "once an epoch" in epochs.describe()["policy"]
-    assert large._process is None
+    assert all(count < whole for count, whole in zip(rows.values(), large.cache_plan()["unit_rows"].values()))
+    assert 0.4 < epochs.cache_plan()["home_bytes"] / epochs.cache_plan()["data_bytes"] < 0.7
+    assert small.cache_plan()["home_bytes"] == small.cache_plan()["data_bytes"]
+    assert "once an epoch" in epochs.cache_plan()["policy"]
+    assert large.pid is None
 
 
 # Events and errors
@@ -211,12 +231,12 @@ def test_a_change_of_the_plan_reaches_batches_that_were_made_ahead(
 ) -> None:
     def run(wait: float) -> dict[tuple[int, int], bytes]:
         out = {}
-        with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+        with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS, stop=8) as loader:
             for batch in loader:
                 out |= rows_of([batch])
                 batch.release()
                 if batch.step == 2:
-                    time.sleep(wait)  # the loader is ahead, or is not
+                    time.sleep(wait)  # so that the loader is ahead, or is not
                     loader.append([{"step": 4, "kind": "weights", "weights": {"control": 0.1, "pictures": 0.9}}])
         return out
 
@@ -225,22 +245,22 @@ def test_a_change_of_the_plan_reaches_batches_that_were_made_ahead(
     plan = make_plan(index)
     plan.log.append({"step": 4, "kind": "weights", "weights": {"control": 0.1, "pictures": 0.9}})
     known = {}
-    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, settings=SETTINGS, stop=8) as loader:
         for batch in loader:
             known |= rows_of([batch])
             batch.release()
     assert late == known
 
 
-def test_a_data_set_that_joins_through_the_log_ends_the_loader(index: Any, tmp_path: Path) -> None:
+def test_a_dataset_that_the_log_adds_closes_the_loader(index: Any, tmp_path: Path) -> None:
     file = str(tmp_path / "log.jsonl")
     plan = make_plan(index, log=PlanLog(file))
-    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, cache=CACHE, stop=8) as loader:
+    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, settings=SETTINGS, stop=8) as loader:
         next(loader).release()
         PlanLog(file).append({"step": 5, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0})
-        with pytest.raises(ValueError, match="a data set joins the mixture: make a new loader"):
+        with pytest.raises(ValueError, match="an event adds a dataset to the mixture: make a new loader"):
             loader.refresh()
-        assert loader._process is None
+        assert loader.pid is None
 
 
 def fails_at_step_2(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
@@ -250,7 +270,7 @@ def fails_at_step_2(step: int, rows: np.ndarray, windows: list[list[Window]]) ->
 
 
 def test_an_error_in_the_loader_process_is_raised_at_its_step_with_its_traceback(index: Any) -> None:
-    with TrajectoryLoader(make_plan(index), ONE, fails_at_step_2, NEEDS, cache=CACHE) as loader:
+    with TrajectoryLoader(make_plan(index), ONE, fails_at_step_2, NEEDS, settings=SETTINGS) as loader:
         assert [next(loader).step, next(loader).step] == [0, 1]
         with pytest.raises(KeyError, match="no such thing") as caught:
             next(loader)
@@ -261,16 +281,16 @@ def objects(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[st
     return {"x": np.array([object()])}
 
 
-def test_what_is_not_plain_memory_is_refused(index: Any) -> None:
+def test_arrays_that_are_not_plain_memory_are_refused(index: Any) -> None:
     with (
-        TrajectoryLoader(make_plan(index), ONE, objects, NEEDS, cache=CACHE) as loader,
+        TrajectoryLoader(make_plan(index), ONE, objects, NEEDS, settings=SETTINGS) as loader,
         pytest.raises(TypeError, match="'x' has dtype object"),
     ):
         next(loader)
 
 
-def test_a_data_set_cannot_join_a_loader_that_does_not_know_it(index: Any) -> None:
-    loader = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE)
+def test_an_event_cannot_add_a_dataset_to_a_loader_that_does_not_know_it(index: Any) -> None:
+    loader = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS)
     with pytest.raises(ValueError, match="make a new loader"):
         loader.append([{"step": 3, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0}])
     assert len(loader.plan.log) == 0
@@ -280,10 +300,10 @@ def test_a_data_set_cannot_join_a_loader_that_does_not_know_it(index: Any) -> No
 
 
 def test_the_loader_process_imports_no_torch_and_stays_small(index: Any) -> None:
-    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=3) as loader:
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS, stop=3) as loader:
         for batch in loader:
             batch.release()
-        process = psutil.Process(loader._process.popen.pid)  # type: ignore[union-attr]
+        process = psutil.Process(loader.pid)
         assert not any("torch" in m.path for m in process.memory_maps())
         assert process.memory_info().rss < 200 << 20
 
@@ -293,11 +313,11 @@ def test_a_killed_loader_process_is_started_again_at_the_same_step(
     index: Any, when: int, reference: dict[tuple[int, int], bytes]
 ) -> None:
     out: dict[tuple[int, int], bytes] = {}
-    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, cache=CACHE, stop=6) as loader:
+    with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS, stop=6) as loader:
         loader.start()
         for _ in range(6):
             if len(out) == 12 * when:
-                os.kill(loader._process.popen.pid, signal.SIGKILL)  # type: ignore[union-attr]
+                os.kill(loader.pid, signal.SIGKILL)  # type: ignore[arg-type]
             batch = next(loader)
             out |= rows_of([batch])
             batch.release()
@@ -309,9 +329,9 @@ def dies(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, 
     return {}
 
 
-def test_a_loader_process_that_always_dies_is_an_error(index: Any) -> None:
+def test_a_loader_process_that_dies_again_and_again_is_an_error(index: Any) -> None:
     with (
-        TrajectoryLoader(make_plan(index), ONE, dies, NEEDS, cache=CACHE) as loader,
+        TrajectoryLoader(make_plan(index), ONE, dies, NEEDS, settings=SETTINGS) as loader,
         pytest.raises(RuntimeError, match="by signal 9 4 times in a row at step 0"),
     ):
         next(loader)
@@ -319,12 +339,12 @@ def test_a_loader_process_that_always_dies_is_an_error(index: Any) -> None:
 
 TRAINER = """
     import os, signal, sys, time
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs these tests in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
     sys.path[:0] = {paths!r}
     from tests.dataio.test_loader import *
-    loader = TrajectoryLoader(make_plan(EpisodeIndex.open({url!r})), ONE, digest_batch, NEEDS, cache=CACHE)
+    loader = TrajectoryLoader(make_plan(EpisodeIndex.open({url!r})), ONE, digest_batch, NEEDS, settings=SETTINGS)
     next(loader).release()
-    print(loader._process.popen.pid, flush=True)
+    print(loader.pid, flush=True)
     {then}
 """
 
@@ -379,13 +399,13 @@ def test_ctrl_c_reaches_the_whole_group_and_ends_it(trainer: Any) -> None:
     assert gone(child)
 
 
-def test_an_ordinary_end_without_close_leaves_nothing(trainer: Any) -> None:
+def test_a_normal_exit_without_close_leaves_no_process(trainer: Any) -> None:
     process, child = trainer("batch = next(loader)")
     assert process.wait(20) == 0
     assert gone(child)
 
 
-def test_the_loader_process_ends_though_another_child_holds_its_connection(trainer: Any) -> None:
+def test_the_loader_process_ends_even_if_another_child_holds_its_connection(trainer: Any) -> None:
     process, child = trainer("os.fork() or time.sleep(5); time.sleep(60)")
     time.sleep(0.2)
     process.kill()
@@ -393,7 +413,7 @@ def test_the_loader_process_ends_though_another_child_holds_its_connection(train
     assert gone(child)
 
 
-def test_nothing_is_left_in_shared_memory(index: Any) -> None:
+def test_no_shared_memory_is_left(index: Any) -> None:
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     load(index, stop=2)
     after = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()

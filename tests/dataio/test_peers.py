@@ -1,4 +1,4 @@
-"""Peers: what another process has comes from there; a peer that is dead, slow, wrong or a stranger's is a miss."""
+"""Peers: units that another loader has come from there; a peer that is dead, slow, wrong or of another run is a miss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from tests.dataio.loading_fixtures import dataset, digest_batch
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.servers import Host, two_hosts
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.peers import MOST_UNITS, Peers, PeerServer, PeerSettings
 from tiphys.dataio.placement import Home
 
-TOKEN = "a-token-of-the-run-0123456789"
+SECRET = "a-secret-of-the-run-0123456789"
 UNITS = {u: bytes([u % 256]) * (u % 97 + 1) for u in range(0, 3000, 3)}
 
 
@@ -28,38 +28,38 @@ def size(unit: int) -> int:
     return unit % 97 + 1
 
 
-async def with_server(work: Callable[[str, PeerServer], Any], token: str = TOKEN) -> Any:
-    server = PeerServer(PeerSettings("127.0.0.1", token), "data", UNITS.get)
+async def with_server(work: Callable[[str, PeerServer], Any], secret: str = SECRET) -> Any:
+    server = PeerServer(PeerSettings("127.0.0.1", secret), "data", UNITS.get)
     return await work(await server.start(), server)
 
 
-def ask(units: list[int], token: str = TOKEN, fingerprint: str = "data") -> dict[int, bytes]:
+def ask(units: list[int], secret: str = SECRET, fingerprint: str = "data") -> dict[int, bytes]:
     async def work(address: str, server: PeerServer) -> dict[int, bytes]:
-        peers = Peers([address], token, fingerprint)
+        peers = Peers([address], secret, fingerprint)
         return await peers.read(0, units, [size(u) for u in units], 5.0)
 
     return asyncio.run(with_server(work))
 
 
-def test_units_that_are_there_come_and_the_others_do_not() -> None:
+def test_a_peer_sends_the_units_that_it_has_and_no_others() -> None:
     units = list(range(2 * MOST_UNITS + 10))  # several requests on one connection
     assert ask(units) == {u: UNITS[u] for u in units if u % 3 == 0}
     assert ask([]) == {}
     assert ask([1, 2]) == {}
 
 
-def test_a_stranger_gets_nothing() -> None:
-    assert ask([0, 3], token="another-token-0123456789") == {}
+def test_another_secret_or_fingerprint_gets_nothing() -> None:
+    assert ask([0, 3], secret="another-secret-0123456789") == {}
     assert ask([0, 3], fingerprint="other-data") == {}
 
 
-def test_what_is_no_proper_request_is_refused() -> None:
+def test_invalid_requests_are_refused() -> None:
     async def work(address: str, server: PeerServer) -> list[bytes]:
         host, port = address.split(":")
         out = []
         for path in ("/units/data?1;2", "/units/data?-1", f"/units/data?{'1,' * 600}1", "/etc/passwd", "/units/data?"):
             reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(f"GET {path} HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nAuthorization: Bearer {SECRET}\r\n\r\n".encode())
             out.append(await reader.readline())
             writer.close()
         return out
@@ -69,9 +69,9 @@ def test_what_is_no_proper_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
-def test_it_listens_to_one_interface_only(host: str) -> None:
+def test_every_interface_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match="every interface"):
-        PeerSettings(host, TOKEN)
+        PeerSettings(host, SECRET)
 
 
 ANSWERS = {
@@ -84,7 +84,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_peer_that_misbehaves_is_a_miss_within_the_time_given_and_then_left_alone(name: str) -> None:
+def test_a_peer_with_invalid_answers_is_a_miss_within_its_time_and_then_left_alone(name: str) -> None:
     async def scenario() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
@@ -93,7 +93,7 @@ def test_a_peer_that_misbehaves_is_a_miss_within_the_time_given_and_then_left_al
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        peers = Peers([f"127.0.0.1:{port}"], TOKEN, "data")
+        peers = Peers([f"127.0.0.1:{port}"], SECRET, "data")
         for _ in range(3):
             assert peers.alive(0)
             began = time.monotonic()
@@ -107,7 +107,7 @@ def test_a_peer_that_misbehaves_is_a_miss_within_the_time_given_and_then_left_al
 
 def test_a_dead_peer_is_a_miss() -> None:
     async def scenario() -> dict[int, bytes]:
-        peers = Peers(["", "127.0.0.1:9"], TOKEN, "data")
+        peers = Peers(["", "127.0.0.1:9"], SECRET, "data")
         assert not peers.alive(0)
         return await peers.read(1, [0], [1], 0.5)
 
@@ -136,7 +136,7 @@ def test_a_peer_killed_in_the_middle_of_an_answer_is_a_miss_at_once() -> None:
     port, lines = int(server.stdout.readline()), server.stdout
 
     async def scenario() -> float:
-        peers = Peers([f"127.0.0.1:{port}"], TOKEN, "data")
+        peers = Peers([f"127.0.0.1:{port}"], SECRET, "data")
         asked = asyncio.create_task(peers.read(0, [0], [1000], 60.0))
         assert await asyncio.to_thread(lines.readline) == "half\n"
         server.kill()
@@ -152,9 +152,9 @@ def test_a_peer_killed_in_the_middle_of_an_answer_is_a_miss_at_once() -> None:
         server.wait()
 
 
-def test_a_peer_that_has_next_to_nothing_is_not_asked_again() -> None:
+def test_a_peer_that_has_almost_nothing_is_not_asked_again() -> None:
     async def work(address: str, server: PeerServer) -> None:
-        peers = Peers([address], TOKEN, "data")
+        peers = Peers([address], SECRET, "data")
         for start in range(0, 5000, 500):
             assert peers.alive(0)
             units = [3 * u + 1 for u in range(start, start + 500)]
@@ -166,7 +166,7 @@ def test_a_peer_that_has_next_to_nothing_is_not_asked_again() -> None:
     asyncio.run(with_server(work))
 
 
-def test_requests_that_wait_for_our_own_are_no_fault_of_the_peer() -> None:
+def test_a_peer_that_is_busy_with_our_own_requests_does_not_count_as_failed() -> None:
     async def scenario() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while True:
@@ -175,7 +175,7 @@ def test_requests_that_wait_for_our_own_are_no_fault_of_the_peer() -> None:
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nUnits: 0\r\n\r\nx")
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        peers = Peers([f"127.0.0.1:{server.sockets[0].getsockname()[1]}"], TOKEN, "data")
+        peers = Peers([f"127.0.0.1:{server.sockets[0].getsockname()[1]}"], SECRET, "data")
         began = time.monotonic()
         answers = await asyncio.gather(*(peers.read(0, [0], [1], 0.25) for _ in range(40)))
         assert time.monotonic() - began < 2.0
@@ -194,13 +194,14 @@ def test_an_answer_is_bounded_and_takes_a_bounded_share_of_the_servers_time() ->
         return large.get(unit)
 
     async def scenario() -> None:
-        server = PeerServer(PeerSettings("127.0.0.1", TOKEN), "data", read)
-        peers = Peers([await server.start()], TOKEN, "data")
+        server = PeerServer(PeerSettings("127.0.0.1", SECRET), "data", read)
+        peers = Peers([await server.start()], SECRET, "data")
         began = time.monotonic()
         found = await peers.read(0, list(large), [3 << 20] * 6, 10.0)
         assert found == large  # in several answers of at most MOST_BYTES
         assert peers.asked == 3
-        assert time.monotonic() - began > 2 * 0.02 * 3  # after each of the first two it does its own work
+        # After each of the first two answers, the server's own loader gets its share of the time
+        assert time.monotonic() - began > 2 * 0.02 * 3
 
     asyncio.run(scenario())
 
@@ -222,10 +223,10 @@ print(asyncio.run(Peers([sys.argv[1]], sys.argv[2], "data").read(0, [7, 8], [5, 
 
 
 @pytest.mark.root
-def test_a_peer_on_another_host_is_reached_there_and_through_no_other_interface() -> None:
+def test_a_peer_on_another_host_is_reached_through_its_interface_and_no_other() -> None:
     with two_hosts() as (one, other):
         server = subprocess.Popen(
-            one.command(sys.executable, "-c", SERVE, one.address, TOKEN), stdout=subprocess.PIPE, text=True
+            one.command(sys.executable, "-c", SERVE, one.address, SECRET), stdout=subprocess.PIPE, text=True
         )
         try:
             assert server.stdout is not None
@@ -233,7 +234,7 @@ def test_a_peer_on_another_host_is_reached_there_and_through_no_other_interface(
 
             def read(host: Host, where: str) -> str:
                 return subprocess.run(
-                    host.command(sys.executable, "-c", READ, where, TOKEN), capture_output=True, text=True, check=True
+                    host.command(sys.executable, "-c", READ, where, SECRET), capture_output=True, text=True, check=True
                 ).stdout.strip()
 
             assert read(other, address) == "{7: b'seven'}"
@@ -243,13 +244,14 @@ def test_a_peer_on_another_host_is_reached_there_and_through_no_other_interface(
             server.wait()
 
 
-def test_a_smaller_world_finds_the_others_caches(tmp_path: Any) -> None:
+def test_fewer_processes_find_what_the_others_have_cached(tmp_path: Any) -> None:
     index = dataset(str(tmp_path / "set"))
-    settings, cache = PeerSettings("127.0.0.1", TOKEN), CacheBudget(memory=16 << 20)
+    peers = PeerSettings("127.0.0.1", SECRET)
+    settings = LoaderSettings(cache=CacheBudget(memory=16 << 20), unit_rows=2)
 
     def loader(home: Home, **more: Any) -> TrajectoryLoader:
         return TrajectoryLoader(
-            make_plan(index, buckets=8), home, digest_batch, NEEDS, cache=cache, run=2, peers=settings, **more
+            make_plan(index, buckets=8), home, digest_batch, NEEDS, settings=settings, peers=peers, **more
         )
 
     def collect(one: TrajectoryLoader) -> tuple[dict[tuple[int, int], bytes], float]:
@@ -280,8 +282,8 @@ def test_a_smaller_world_finds_the_others_caches(tmp_path: Any) -> None:
         batch = next(third)
         begun = rows_of([batch])
         batch.release()
-        assert second._process is not None
-        os.kill(second._process.popen.pid, signal.SIGKILL)
+        assert second.pid is not None
+        os.kill(second.pid, signal.SIGKILL)
         assert begun | collect(third)[0] == expected
         second.close()
         dead = loader(Home(0, 1), start=4, stop=8)

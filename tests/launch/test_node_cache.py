@@ -1,4 +1,4 @@
-"""After a change of the world's size, what the old world kept on disk is found: the same windows, less from the store."""
+"""After the number of processes has changed, the data cached on disk is still used: the same windows, less from the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.folder_server import FolderServer
 from tests.processes import environment
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.loader import TrajectoryLoader
+from tiphys.dataio.loader import LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.launch.node_cache import NodeCache, own_address, survey
 from tiphys.launch.submit import TRAIN, launcher
@@ -33,7 +33,7 @@ BUCKETS, MEMORY, DISK = 8, 320 << 10, 8 << 20
 
 @dataclass
 class Meeting:
-    """Where the ranks of a launch, which are threads here, exchange values."""
+    """Exchanges values between the ranks of a launch, which are threads here."""
 
     ranks: int
     values: dict[int, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Meeting:
 
 @dataclass
 class World:
-    """What NodeCache asks of ParallelDims."""
+    """The part of ParallelDims that NodeCache uses."""
 
     rank: int
     local: int
@@ -79,7 +79,7 @@ class Totals:
 def launch(
     index: Any, folder: Path, nodes: Sequence[int], start: int, stop: int, peers: bool = True, disk: int = DISK
 ) -> Totals:
-    """One launch: `nodes` loaders on each node, steps [start, stop). Each node has a folder of its own for its cache."""
+    """One launch of steps [start, stop). `nodes`: how many loaders run on each node. Each node has its own cache folder."""
     meeting, totals, lock = Meeting(sum(nodes)), Totals(), threading.Lock()
     places = [(node, local) for node, count in enumerate(nodes) for local in range(count)]
 
@@ -88,8 +88,9 @@ def launch(
         world: Any = World(rank, local, meeting)
         cache = NodeCache(world, str(folder / str(node)), MEMORY, disk, [index.fingerprint])
         with TrajectoryLoader(
-            make_plan(index, buckets=BUCKETS), world.home, digest_batch, NEEDS, cache=cache.budget, run=2,
-            peers=cache.peers if peers else None, start=start, stop=stop,
+            make_plan(index, buckets=BUCKETS), world.home, digest_batch, NEEDS,
+            settings=LoaderSettings(cache=cache.budget, unit_rows=2), peers=cache.peers if peers else None,
+            start=start, stop=stop,
         ) as loader:  # fmt: skip
             totals.served += loader.peers is not None
             if not peers:
@@ -110,7 +111,7 @@ def launch(
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Behind a network: peers are given as long as the store takes."""
+    """A dataset behind a slow server: peers get as much time as the store takes."""
     folder = tmp_path_factory.mktemp("data")
     dataset(str(folder / "set"), episodes=120)
     with FolderServer(folder) as server:
@@ -128,7 +129,7 @@ def part(rows: dict[tuple[int, int], bytes], start: int, stop: int) -> dict[tupl
     return {key: value for key, value in rows.items() if start <= key[0] < stop}
 
 
-# Loaders of each node, launch by launch; after which of them folders are with processes of other homes
+# Loaders of each node, for each launch; for each launch after the first, whether folders have moved to other homes
 CHANGES = {
     "two to one to two on a node": (([2], [1], [2]), (True, True)),
     "four to three on a node": (([4], [3], [3]), (True, False)),
@@ -141,7 +142,7 @@ CHANGES = {
 @pytest.mark.parametrize(
     "name", [n if i == 0 else pytest.param(n, marks=pytest.mark.long) for i, n in enumerate(CHANGES)]
 )
-def test_what_the_old_world_kept_is_found(
+def test_data_that_earlier_launches_cached_is_found(
     name: str, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
 ) -> None:
     (first, *others), moved = CHANGES[name]
@@ -165,7 +166,7 @@ def test_what_the_old_world_kept_is_found(
             assert len(list(node.glob("loader-*"))) <= max(first[0], *layout)
 
 
-def kept(folder: Path, number: int, process: int, processes: int, size: int = 4096, data: str = "a") -> Path:
+def old_folder(folder: Path, number: int, process: int, processes: int, size: int = 4096, data: str = "a") -> Path:
     place = folder / f"loader-{number}"
     place.mkdir(parents=True)
     (place / "items").write_bytes(bytes(size))
@@ -173,22 +174,26 @@ def kept(folder: Path, number: int, process: int, processes: int, size: int = 40
     return place
 
 
-def test_folders_of_no_use_are_removed_and_others_found(tmp_path: Path) -> None:
-    kept(tmp_path, 0, 2, 4)
-    kept(tmp_path, 1, 3, 4, data="other")
-    (kept(tmp_path, 2, 0, 1) / "home.json").write_text('{"process": 7, "processes": 4, "datasets": ["a"]}')
-    served, large, strange = kept(tmp_path, 3, 1, 4), kept(tmp_path, 4, 1, 4, size=1 << 20), tmp_path / "loader-x"
+def test_folders_that_are_of_no_use_are_removed_and_the_others_found(tmp_path: Path) -> None:
+    old_folder(tmp_path, 0, 2, 4)
+    old_folder(tmp_path, 1, 3, 4, data="other")
+    (old_folder(tmp_path, 2, 0, 1) / "home.json").write_text('{"process": 7, "processes": 4, "datasets": ["a"]}')
+    served, large, strange = (
+        old_folder(tmp_path, 3, 1, 4),
+        old_folder(tmp_path, 4, 1, 4, size=1 << 20),
+        tmp_path / "loader-x",
+    )
     strange.mkdir()
     found = survey(tmp_path, 2, 1 << 20, ["a"])
     assert [(k.number, k.home) for k in found] == [(0, Home(2, 4)), (3, Home(1, 4))]
     assert {p.name for p in tmp_path.iterdir()} == {"loader-0", "loader-1", "loader-3", "loader-x"}
     assert not large.exists()
-    assert [k.number for k in survey(tmp_path, 2, 1 << 20, ["a"])] == [0]  # what was served through a launch goes
+    assert [k.number for k in survey(tmp_path, 2, 1 << 20, ["a"])] == [0]  # served during one launch only
     assert not served.exists()
 
 
 def test_a_folder_in_use_by_another_run_is_left_alone(tmp_path: Path) -> None:
-    folder = kept(tmp_path, 5, 0, 1, data="other")
+    folder = old_folder(tmp_path, 5, 0, 1, data="other")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert survey(tmp_path, 1, 1 << 20, ["a"]) == []
@@ -203,11 +208,11 @@ def test_the_interface_is_the_one_that_leads_to_the_first_rank(monkeypatch: pyte
         assert own_address() == own
 
 
-def test_the_token_is_in_no_text(tmp_path: Path) -> None:
-    kept(tmp_path / "0", 0, 0, 2)
+def test_the_secret_is_not_printed(tmp_path: Path) -> None:
+    old_folder(tmp_path / "0", 0, 0, 2)
     cache = NodeCache(World(0, 0, Meeting(1)), str(tmp_path / "0"), 1 << 20, 1 << 20, ["a"])  # type: ignore[arg-type]
     assert cache.peers is not None
-    assert cache.peers.token not in repr(cache.peers)
+    assert cache.peers.secret not in repr(cache.peers)
 
 
 RECIPE = """
@@ -230,7 +235,7 @@ run: {{dir: {run}}}
 
 
 @pytest.mark.long
-def test_training_goes_on_with_fewer_processes_and_finds_the_others_caches(tmp_path: Path) -> None:
+def test_training_continues_with_fewer_processes_and_finds_the_others_caches(tmp_path: Path) -> None:
     """Through the real launcher: two processes, then one, then two again."""
     pytest.importorskip("gymnasium", reason="needs the envs extra")
     from tiphys.dataio.collect import collect
@@ -240,7 +245,7 @@ def test_training_goes_on_with_fewer_processes_and_finds_the_others_caches(tmp_p
     def train(name: str, steps: int, processes: int) -> None:
         file = tmp_path / "recipe.yaml"
         settings = {"data": f"{url}/cartpole", "run": tmp_path / name, "cache": tmp_path / f"cache-{name}"}
-        # As much for each loader: so little memory bounds the number of units, and with it their length
+        # As much memory for each loader as before: so little memory bounds the number of units, and so decides their length
         file.write_text(RECIPE.format(**settings, steps=steps, memory=192 * processes))
         command = [*launcher(processes), str(TRAIN), str(file)]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)

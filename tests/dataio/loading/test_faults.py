@@ -1,4 +1,4 @@
-"""Faults between the loader and the data: the windows are those of a run without faults, or the run says what is wrong."""
+"""Faults between the loader and the data: the windows are the same as without faults, or an error says what is wrong."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.dataio.loading_fixtures import dataset, digest_batch
+from tests.dataio.loading_fixtures import copied, dataset, digest_batch
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.processes import REPOSITORY
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoadedBatch, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.dataio.storage import AccessError, ObjectChanged, Store, StoreError
 
@@ -59,24 +59,13 @@ def load(
     prefetch: int = 256 << 20,
     timeout: float = 0.5,
 ) -> list[LoadedBatch]:
-    batches, plan = [], make_plan(index)
-    with TrajectoryLoader(
-        plan,
-        Home(0, 1),
-        digest_batch,
-        NEEDS,
-        cache=cache,
-        stop=STEPS,
-        timeout=timeout,
-        attempts=attempts,
-        prefetch=prefetch,
-    ) as loader:
+    """All batches. `each` is called with every batch before the next one is asked for."""
+    batches, settings = [], LoaderSettings(cache=cache, timeout=timeout, attempts=attempts, prefetch=prefetch)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=STEPS) as loader:
         for batch in loader:
             if each is not None:
                 each(batch)
-            copied = {k: v.copy() for k, v in batch.arrays.items()}
-            batches.append(LoadedBatch(batch.step, copied, batch.counters, batch.quarantined))
-            batch.release()
+            batches.append(copied(batch))
     return batches
 
 
@@ -86,7 +75,7 @@ def reference(world: tuple[Any, FaultyFront]) -> dict[tuple[int, int], bytes]:
 
 
 def some(share: float, *faults: Fault) -> Callable[[Request], Fault | None]:
-    """These faults by turns on a share of the shards' requests, always the same ones."""
+    """A rule that puts one of these faults on a share of the requests for shards. The choice is the same in every run."""
     rng = random.Random(0)
 
     def rule(request: Request) -> Fault | None:
@@ -116,7 +105,7 @@ def test_faults_cost_time_and_nothing_else(
     assert [b.quarantined for b in batches] == [[]] * STEPS
 
 
-def test_a_store_that_is_away_for_a_while(
+def test_a_store_that_is_away_for_a_while_changes_no_window(
     index: Any, front: FaultyFront, reference: dict[tuple[int, int], bytes]
 ) -> None:
     def each(batch: LoadedBatch) -> None:
@@ -129,7 +118,7 @@ def test_a_store_that_is_away_for_a_while(
 def test_a_store_that_cannot_be_reached_is_an_error_that_names_the_object(
     index: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens to "discard"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nothing listens on port 9 ("discard")
     with pytest.raises(
         StoreError, match=r"s3://bucket/set/shards/\d{6}\.tar, bytes \d+–\d+: could not be read in 3 tries"
     ):
@@ -145,10 +134,10 @@ def test_expired_credentials_are_an_error_at_once(index: Any, front: FaultyFront
     assert time.monotonic() - began < 15
 
 
-def test_a_storm_of_refusals_is_waited_out_with_few_requests(
+def test_a_long_refusal_is_waited_out_with_few_requests(
     index: Any, front: FaultyFront, reference: dict[tuple[int, int], bytes]
 ) -> None:
-    """Every request is refused for a while: the loader slows down instead of storming back."""
+    """Every request is refused for a while: the loader slows down instead of sending more requests."""
     front.requests.clear()
     until = time.monotonic() + 1.5
     front.rule = lambda r: Fault(status=503, code="SlowDown") if ".tar" in r.path and time.monotonic() < until else None
@@ -161,7 +150,7 @@ def test_a_storm_of_refusals_is_waited_out_with_few_requests(
 
 @contextlib.contextmanager
 def shard(index: Any, number: int, change: Callable[[bytes], bytes | None]) -> Iterator[str]:
-    """A shard is another one for a while, or is not there."""
+    """Within this context, a shard has other bytes or (if `change` returns None) is not there."""
     store, name = Store(index.url), index.shard_name(number)
     true = store.read(name)
     changed = change(true)
@@ -173,7 +162,7 @@ def shard(index: Any, number: int, change: Callable[[bytes], bytes | None]) -> I
 
 
 def test_an_object_replaced_during_the_run_is_an_error(index: Any, front: FaultyFront) -> None:
-    """All rows of the new object are sound: only its ETag tells."""
+    """All rows of the new object are valid: only its ETag shows the change."""
     with contextlib.ExitStack() as stack:
 
         def each(batch: LoadedBatch) -> None:
@@ -181,23 +170,15 @@ def test_an_object_replaced_during_the_run_is_an_error(index: Any, front: Faulty
                 for number in range(len(index.shards)):
                     stack.enter_context(shard(index, number, lambda data: data + bytes(1024)))
 
-        # The loader must not be done before the objects change
+        # Slow enough that the loader is not finished before the objects change
         front.rule = lambda r: Fault(after=0, stall=0.02) if ".tar" in r.path and r.method == "GET" else None
         with pytest.raises(ObjectChanged, match=r"s3://bucket/set/shards/\d+.tar: was replaced"):
             load_long(index, each)
 
 
 def load_long(index: Any, each: Callable[[LoadedBatch], None]) -> None:
-    loader = TrajectoryLoader(
-        make_plan(index),
-        Home(0, 1),
-        digest_batch,
-        NEEDS,
-        cache=CacheBudget(memory=256 << 10),
-        stop=200,
-        prefetch=1 << 17,
-    )
-    with loader:
+    settings = LoaderSettings(cache=CacheBudget(memory=256 << 10), prefetch=1 << 17)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=200) as loader:
         for batch in loader:
             each(batch)
             batch.release()
@@ -217,7 +198,7 @@ def test_a_damaged_episode_is_replaced_and_reported(index: Any, reference: dict[
         batches = load(index)
         again = load(index)
     found = rows_of(batches)
-    assert rows_of(again) == found  # the replacement follows from the plan too
+    assert rows_of(again) == found  # the plan determines the replacement, too
     touched = {
         (step, int(row))
         for step, planned in enumerate(windows)
@@ -282,7 +263,9 @@ def test_a_cache_damaged_while_it_is_in_use_is_read_again(
         if damage == "flip":
             for place in range(0, len(data), 499):
                 data[place] ^= 0x10
-            with open(items, "r+b") as file:  # the file that the loader has open, not another of its name
+            with open(
+                items, "r+b"
+            ) as file:  # changes the file that the loader has open; writing a new file of this name would not
                 file.write(data)
         elif damage == "cut":
             os.truncate(items, len(data) // 3)
@@ -294,7 +277,7 @@ def test_a_cache_damaged_while_it_is_in_use_is_read_again(
     budget = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path))
     load(index, budget)
     clean = load(index, budget, prefetch=1 << 12)
-    batches = load(index, budget, each, prefetch=1 << 12)  # made no more than a few steps before they are taken
+    batches = load(index, budget, each, prefetch=1 << 12)  # so small that batches are made only a few steps ahead
     assert rows_of(batches) == reference
     assert [b.quarantined for b in batches] == [[]] * STEPS
     if damage != "gone":
@@ -302,19 +285,20 @@ def test_a_cache_damaged_while_it_is_in_use_is_read_again(
 
 
 @pytest.mark.parametrize("room", [0, pytest.param(100_000, marks=pytest.mark.long)])
-def test_a_disk_that_takes_no_more(
+def test_a_disk_that_takes_no_more_data_changes_no_window(
     room: int, index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
 ) -> None:
-    """The loader process may write files of so many bytes only."""
+    """The loader process can write only files of at most `room` bytes."""
     budget = CacheBudget(memory=600 << 10, disk=8 << 20, dir=str(tmp_path))
     rows: dict[tuple[int, int], bytes] = {}
     load(index, budget)
     (items,) = tmp_path.rglob("items")
     os.truncate(items, 0)
-    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, cache=budget, stop=STEPS) as loader:
+    settings = LoaderSettings(cache=budget)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=STEPS) as loader:
         loader.start()
-        assert loader._process is not None
-        resource.prlimit(loader._process.popen.pid, resource.RLIMIT_FSIZE, (room, room))
+        assert loader.pid is not None
+        resource.prlimit(loader.pid, resource.RLIMIT_FSIZE, (room, room))
         for batch in loader:
             rows |= rows_of([batch])
             batch.release()
@@ -323,14 +307,16 @@ def test_a_disk_that_takes_no_more(
 
 
 @pytest.mark.root
-def test_a_full_disk_under_the_cache(index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]) -> None:
+def test_a_full_disk_under_the_cache_changes_no_window(
+    index: Any, tmp_path: Path, reference: dict[tuple[int, int], bytes]
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = os.geteuid() == 0 and subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True, check=False
     )
     if not mounted or mounted.returncode:
-        pytest.skip("mounting a small disk needs root: this proof did NOT run")
+        pytest.skip("mounting a small disk needs root: this test did NOT run")
     try:
         assert rows_of(load(index, CacheBudget(memory=1 << 20, disk=8 << 20, dir=str(small)))) == reference
     finally:
@@ -341,26 +327,27 @@ def test_a_full_disk_under_the_cache(index: Any, tmp_path: Path, reference: dict
 
 WAITING = """
 import signal, sys
-for number in (signal.SIGINT, signal.SIGTERM):  # whoever runs these tests in the background ignores the first
+for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored if the tests run in the background
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 sys.path[:0] = {paths!r}
 from tests.dataio.loading.test_faults import *
 from tiphys.dataio.index import EpisodeIndex
 loader = TrajectoryLoader(
-    make_plan(EpisodeIndex.open("s3://bucket/set")), Home(0, 1), digest_batch, NEEDS, timeout=60.0,
-    cache=CacheBudget(memory=600 << 10, disk=8 << 20, dir={cache!r}),
+    make_plan(EpisodeIndex.open("s3://bucket/set")), Home(0, 1), digest_batch, NEEDS,
+    settings=LoaderSettings(cache=CacheBudget(memory=600 << 10, disk=8 << 20, dir={cache!r}), timeout=60.0),
 )
 loader.start()
-print(loader._process.popen.pid, flush=True)
+print(loader.pid, flush=True)
 next(loader)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_it_ends_at_once_though_the_store_says_nothing(
+def test_both_processes_end_at_once_even_if_the_store_does_not_answer(
     number: int, index: Any, front: FaultyFront, tmp_path: Path
 ) -> None:
-    """SIGINT to the whole group, as a terminal does it; the others to the trainer alone, while it waits for its first batch."""
+    """SIGINT goes to the whole process group, as from a terminal; the other signals go to the trainer alone. The trainer is
+    waiting for its first batch."""
     front.rule = lambda r: Fault(after=20, stall=120.0) if ".tar" in r.path else None
     paths = [str(REPOSITORY)]
     code = textwrap.dedent(WAITING).format(paths=paths, cache=str(tmp_path))
@@ -382,7 +369,7 @@ def test_it_ends_at_once_though_the_store_says_nothing(
     print(f"{signal.Signals(number).name}: both processes ended within {took:.2f} s")
     assert took < 5
     (lock,) = tmp_path.rglob("lock")
-    with open(lock) as file:  # nobody holds the cache's folder any more
+    with open(lock) as file:  # the lock of the cache's folder is free
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     mapped = [p for p in Path("/proc").glob("[0-9]*/fd/*") if _target(p).startswith("/memfd:tiphys-batches")]
     assert not [p for p in mapped if int(p.parts[2]) in (process.pid, child.pid)]

@@ -1,4 +1,4 @@
-"""A name that stops resolving for a while costs time only; one that never comes back is an error that names the object."""
+"""A name that does not resolve for a while costs only time; one that never resolves again is an error that names the object."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 from tests.dataio.loading_fixtures import dataset, digest_batch
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.processes import REPOSITORY
-from tiphys.dataio.loader import CacheBudget, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 
 STEPS = 6
-# On a host of its own: a server that keeps no connection, so that every request looks its name up in /etc/hosts
+# Runs on a host of its own. The server keeps no connection open, so that every request looks its name up in /etc/hosts.
 SCRIPT = """
     import json, sys, threading, time
     sys.path[:0] = {paths!r}
@@ -38,10 +38,10 @@ SCRIPT = """
 
     def load(index, back):
         rows, retries = {{}}, 0
-        with TrajectoryLoader(
-            make_plan(index), ONE, digest_batch, NEEDS, cache=CacheBudget(memory=256 << 10), stop={steps},
-            prefetch=1 << 12, attempts=8 if back else 3,
-        ) as loader:
+        settings = LoaderSettings(
+            cache=CacheBudget(memory=256 << 10), prefetch=1 << 12, attempts=8 if back else 3
+        )
+        with TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=settings, stop={steps}) as loader:
             for batch in loader:
                 rows |= rows_of([batch])
                 retries += batch.counters["retries"]
@@ -70,11 +70,11 @@ SCRIPT = """
 def lonely_host() -> Iterator[str]:
     """A network namespace with a loopback, without name servers, and with an /etc/hosts of its own."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("a host with names of its own needs root and iproute2: this proof did NOT run")
+        pytest.skip("a host with its own names needs root and iproute2: this test did NOT run")
     name = f"tiphysdns{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"ip netns add: {made.stderr.strip()}: this proof did NOT run")
+        pytest.skip(f"ip netns add: {made.stderr.strip()}: this test did NOT run")
     etc = Path("/etc/netns") / name
     try:
         etc.mkdir(parents=True)
@@ -88,11 +88,10 @@ def lonely_host() -> Iterator[str]:
 
 
 @pytest.mark.root
-def test_a_name_that_does_not_resolve(tmp_path: Path) -> None:
+def test_a_name_that_does_not_resolve_for_a_while_and_one_that_never_does(tmp_path: Path) -> None:
     index: Any = dataset(str(tmp_path / "set"))
-    with TrajectoryLoader(
-        make_plan(index), Home(0, 1), digest_batch, NEEDS, cache=CacheBudget(memory=4 << 20), stop=STEPS
-    ) as loader:
+    settings = LoaderSettings(cache=CacheBudget(memory=4 << 20))
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=STEPS) as loader:
         expected: dict[tuple[int, int], bytes] = {}
         for batch in loader:
             expected |= rows_of([batch])

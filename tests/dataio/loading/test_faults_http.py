@@ -1,4 +1,4 @@
-"""Answers that no store should give: each costs a try, or is in the end an error that names the object; none is a wrong byte."""
+"""Answers that no store should give: each costs a try or, if it repeats, is an error that names the object. No byte is wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiphys.dataio.storage import AccessError, ObjectChanged, Store, StoreError
 
 DATA, OTHER = os.urandom(300_000), os.urandom(200_000)
 FEW = [1000], [50]
-MANY = list(range(1000, 301_000 - 50, 25_000)), [50] * 12  # in bulk
+MANY = list(range(1000, 301_000 - 50, 25_000)), [50] * 12  # so many that they are read in bulk
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def front(server: FaultyFront) -> Iterator[FaultyFront]:
 
 
 def answer(status: int = 206, body: Callable[[bytes], bytes] = bytes, **headers: str) -> Fault:
-    """An answer with another body, whose length it tells, or with other headers; an empty one: without it."""
+    """An answer with another body (and its length), or with other headers. A header with an empty value is left out."""
 
     def change(true: Answer) -> Answer:
         new = body(true.body)
@@ -52,7 +52,7 @@ def answer(status: int = 206, body: Callable[[bytes], bytes] = bytes, **headers:
 
 
 def elsewhere(by: int, longer: int) -> Fault:
-    """Bytes that say of themselves that they are others than those asked for."""
+    """An answer with other bytes than those asked for; its Content-Range says so."""
 
     def change(true: Answer) -> Answer:
         first, last, size = map(int, re.findall(r"\d+", true.headers["content-range"]))
@@ -88,13 +88,13 @@ ODD = {
     "another version": Fault(status=412, code="PreconditionFailed"),
     "another object": Fault(path="/bucket/data/other"),
 }  # fmt: skip
-# Bulk reads are cut to the bytes asked for, whatever came: what is wrong then is found by its checksum, and what has no end by
-# the time that it takes
+# A bulk read is cut to the bytes that were asked for, whatever arrives. Wrong bytes are then found by their checksums, and an
+# endless answer by its time.
 NOT_IN_BULK = ("compressed", "another object", "a part without end")
 
 
 def known_store(**settings: Any) -> Store:
-    """One that has read the object before, as a loader's have."""
+    """A store that has read the object before, as a loader's store has."""
     store = Store("s3://bucket/data", timeout=2.0, **settings)
     store.read_ranges("one", [0], [10], len(DATA))
     return store
@@ -114,7 +114,7 @@ def test_an_odd_answer_costs_a_try(name: str, front: FaultyFront) -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_answers_without_end_are_an_error_that_names_the_object(name: str, front: FaultyFront) -> None:
+def test_odd_answers_that_repeat_are_an_error_that_names_the_object(name: str, front: FaultyFront) -> None:
     store = known_store(attempts=2)
     front.rule = lambda request: ODD[name] if request.method == "GET" else None
     with pytest.raises((StoreError, DataError, FileNotFoundError), match="s3://bucket/data/one") as caught:
@@ -123,7 +123,7 @@ def test_odd_answers_without_end_are_an_error_that_names_the_object(name: str, f
 
 
 def test_a_body_that_trickles_is_asked_for_again(front: FaultyFront) -> None:
-    """A byte comes in time, every time: only the whole shows that this will not end."""
+    """Every single byte comes in time; only the time of the whole body shows that it is too slow."""
     store = Store("s3://bucket/data", timeout=0.15, attempts=2)
     front.rule = lambda request: Fault(drip=0.05) if request.number == 0 else None
     assert bytes(store.read_ranges("one", *FEW)[0]) == DATA[1000:1050]
@@ -149,7 +149,7 @@ def test_an_object_that_stays_away_is_waited_for_once(front: FaultyFront) -> Non
 
 
 def test_an_object_of_another_size_is_not_the_one_of_the_index(front: FaultyFront) -> None:
-    """Sizes tell where ETags cannot: before anything was read of an object."""
+    """The size shows it before anything of the object has been read, when there is no ETag to compare."""
     store = Store("s3://bucket/data", timeout=0.2)
     with pytest.raises(DataError, match=r"data/other: has 200000 bytes, but its index says 300000"):
         store.read_ranges("other", *FEW, len(DATA))

@@ -1,4 +1,4 @@
-"""Faults of the machine that a loader runs on: its disks, its limits, its signals, what else runs in the trainer."""
+"""Faults of the machine that a loader runs on: its disks, its limits, its signals, other code in the trainer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from tests.dataio.loading.test_faults import load
-from tests.dataio.loading_fixtures import CONTROL, dataset, digest_batch, kept
+from tests.dataio.loading_fixtures import CONTROL, copied, dataset, digest_batch
 from tests.dataio.test_cache import Stream
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.folder_server import FolderServer
 from tests.processes import REPOSITORY
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format.rows import broken_row, row_dtype
-from tiphys.dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoadedBatch, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
 from tiphys.dataio.storage import Store, StoreError
 
@@ -48,14 +48,14 @@ def reference(index: Any) -> Rows:
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "link"])
-def test_a_folder_that_cannot_be_the_caches_is_named_with_its_setting(where: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_hold_the_cache_is_named_with_its_setting(where: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
     with pytest.raises(DataError, match=rf"cache: .*/{where} cannot be used: .*data\.cache\.dir"):
         Stream().cache(0.05, 0.3, tmp_path / where)
 
 
-def test_a_folder_whose_process_was_just_killed_is_waited_for(tmp_path: Path) -> None:
+def test_a_folder_is_waited_for_if_its_process_was_just_killed(tmp_path: Path) -> None:
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(0.3, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
@@ -66,7 +66,7 @@ def test_a_folder_whose_process_was_just_killed_is_waited_for(tmp_path: Path) ->
 def test_a_cache_folder_that_is_deleted_while_it_is_in_use_costs_nothing(
     then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiphys.dataio.caching.tiers._JOURNAL", 1000)  # it is rewritten all the time
+    monkeypatch.setattr("tiphys.dataio.caching.tiers._JOURNAL", 1000)  # the journal is rewritten all the time
     stream, folder = Stream(units=500, per_block=20), tmp_path / "cache"
     cache = stream.cache(0.2, 0.3, folder)
     for step in range(200):
@@ -97,12 +97,12 @@ def test_a_disk_that_is_full_when_the_journal_is_rewritten_keeps_the_old_one(
     cache.close()
     assert not (tmp_path / "journal.new").exists()
     late = stream.cache(0.2, 0.3, tmp_path, start=200)
-    assert (late.kept.place >= 0).sum() == live
+    assert late.holds(np.arange(stream.units)).sum() == live
     stream.step(late)
     late.close()
 
 
-def test_half_a_record_does_not_put_the_journal_out_of_step(tmp_path: Path) -> None:
+def test_half_a_record_is_removed_from_the_journal(tmp_path: Path) -> None:
     stream = Stream(units=500, per_block=20)
     cache = stream.cache(0.2, 0.3, tmp_path)
     for _ in range(20):
@@ -135,7 +135,7 @@ def test_a_failing_disk_under_the_data_is_named(index: Any, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("change", ["swapped", "empty", "gone", pytest.param("a folder", marks=pytest.mark.long)])
-def test_shards_that_are_others_stop_the_run_and_are_named(change: str, tmp_path: Path) -> None:
+def test_wrong_shards_stop_the_run_and_are_named(change: str, tmp_path: Path) -> None:
     index = dataset(str(tmp_path / "set"))
     first, second = (tmp_path / "set" / s.name for s in index.shards[:2])
     assert first.stat().st_size != second.stat().st_size
@@ -156,8 +156,8 @@ def test_shards_that_are_others_stop_the_run_and_are_named(change: str, tmp_path
         load(index)
 
 
-def test_sound_rows_that_are_others_are_not_taken_for_those_that_were_asked_for(tmp_path: Path) -> None:
-    """Every row is whole, and its checksum right; each stands where the one before it should."""
+def test_valid_rows_of_other_steps_are_not_taken_for_those_that_were_asked_for(tmp_path: Path) -> None:
+    """Every row is complete and has a valid checksum, but the rows are rotated by one place."""
     index = dataset(str(tmp_path / "set"), tasks=(CONTROL,))
     plan = make_plan_of_one(index)
     expected = rows_of(load_plan(plan))
@@ -178,13 +178,14 @@ def make_plan_of_one(index: Any) -> Any:
     from tests.dataio.test_loader import lengths
     from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 
-    return SamplingPlan([PlanEntry(index, lengths(index, 10), 1.0, "control", [0], None)], rows=12, budget=64, seed=5)
+    entry = PlanEntry(index=index, lengths=lengths(index, 10), weight=1.0, name="control", tasks=[0], priority=None)
+    return SamplingPlan([entry], rows=12, budget=64, seed=5)
 
 
 def load_plan(plan: Any) -> list[LoadedBatch]:
-    cache = CacheBudget(memory=1 << 20)
-    with TrajectoryLoader(plan, Home(0, 1), digest_batch, NEEDS[:1], cache=cache, stop=3) as loader:
-        return [kept(batch) for batch in loader]
+    settings = LoaderSettings(cache=CacheBudget(memory=1 << 20))
+    with TrajectoryLoader(plan, Home(0, 1), digest_batch, NEEDS[:1], settings=settings, stop=3) as loader:
+        return [copied(batch) for batch in loader]
 
 
 # The process
@@ -200,7 +201,7 @@ np.save({out!r}, np.array([[*key, *digest] for key, digest in sorted(rows.items(
 
 
 def run_in_shell(how: str, url: str, folder: Path) -> Rows:
-    """What another process gets that a shell starts so; `python` stands for the command."""
+    """The rows that another process loads. `how`: how a shell starts it; `python` in it stands for the command."""
     paths = [str(REPOSITORY)]
     script, out = folder / "child.py", folder / "rows.npy"
     script.write_text(textwrap.dedent(CHILD).format(paths=paths, url=url, out=str(out)))
@@ -211,12 +212,14 @@ def run_in_shell(how: str, url: str, folder: Path) -> Rows:
 
 
 @pytest.mark.parametrize("how", ["python <&- >&- 2>&-", pytest.param("python >&- 2>&-", marks=pytest.mark.long)])
-def test_a_trainer_whose_standard_streams_are_closed(how: str, index: Any, reference: Rows, tmp_path: Path) -> None:
+def test_a_trainer_with_closed_standard_streams_gets_the_same_windows(
+    how: str, index: Any, reference: Rows, tmp_path: Path
+) -> None:
     assert run_in_shell(how, index.url, tmp_path) == reference
 
 
-def test_closed_standard_streams_are_no_sockets() -> None:
-    """Else what is printed or logged, here or in the loader process, would go through the connection between them."""
+def test_no_socket_takes_the_place_of_a_closed_standard_stream() -> None:
+    """Otherwise printed or logged text would go through the connection between trainer and loader process."""
     code = (
         "import os, socket, tiphys.dataio.loader; tiphys.dataio.loader._fill_standard_streams(); a, b = socket.socketpair();"
         "os._exit(min(a.fileno(), b.fileno()) <= 2 or not all(map(os.get_inheritable, (0, 1, 2))))"
@@ -228,17 +231,18 @@ def test_closed_standard_streams_are_no_sockets() -> None:
 
 
 @pytest.mark.long
-def test_a_process_that_may_open_few_files_asks_for_less_at_once(index: Any, reference: Rows, tmp_path: Path) -> None:
+def test_a_process_that_may_open_few_files_makes_fewer_requests_at_once(
+    index: Any, reference: Rows, tmp_path: Path
+) -> None:
     with FolderServer(Path(index.url).parent) as server:
         assert run_in_shell("ulimit -n 64; python", f"{server.url}/set", tmp_path).keys() == reference.keys()
 
 
 def test_a_child_of_the_trainer_that_ends_leaves_the_loader_alone(index: Any, reference: Rows) -> None:
-    """Other code forks workers, which inherit the loader and close it."""
+    """Other code may fork workers, which inherit the loader and close it."""
     rows: Rows = {}
-    with TrajectoryLoader(
-        make_plan(index), Home(0, 1), digest_batch, NEEDS, cache=CacheBudget(memory=1 << 20), stop=6, prefetch=1
-    ) as loader:
+    settings = LoaderSettings(cache=CacheBudget(memory=1 << 20), prefetch=1)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=6) as loader:
         for batch in loader:
             rows |= rows_of([batch])
             batch.release()
@@ -252,22 +256,21 @@ def test_a_child_of_the_trainer_that_ends_leaves_the_loader_alone(index: Any, re
 
 
 @pytest.mark.long
-def test_a_loader_that_is_stopped_for_a_while_goes_on(index: Any, reference: Rows) -> None:
-    """With transfers on their way over a store: their time runs on meanwhile."""
+def test_a_loader_that_is_suspended_for_a_while_continues(index: Any, reference: Rows) -> None:
+    """Transfers are in flight, and their timeouts run meanwhile."""
     rows: Rows = {}
+    settings = LoaderSettings(cache=CacheBudget(memory=256 << 10), prefetch=1, timeout=1.0)
     with FolderServer(Path(index.url).parent) as server:
         from tiphys.dataio.index import EpisodeIndex
 
         far = EpisodeIndex.open(f"{server.url}/set")
-        with TrajectoryLoader(
-            make_plan(far), Home(0, 1), digest_batch, NEEDS, cache=CacheBudget(memory=256 << 10), stop=6, prefetch=1, timeout=1.0
-        ) as loader:  # fmt: skip
+        with TrajectoryLoader(make_plan(far), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=6) as loader:
             for batch in loader:
                 rows |= rows_of([batch])
                 batch.release()
                 if batch.step == 0:
-                    assert loader._process is not None
-                    number = loader._process.popen.pid
+                    number = loader.pid
+                    assert number is not None
                     os.kill(number, signal.SIGSTOP)
                     threading.Timer(20.0, os.kill, (number, signal.SIGCONT)).start()
                     time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Streaming: data that fit the cache are read once, in few requests, and no window is another for it."""
+"""Streaming: data that fits the cache is read once, in few requests, and this changes no window."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.dataio.loading_fixtures import dataset, digest_batch, kept
+from tests.dataio.loading_fixtures import copied, dataset, digest_batch
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from tiphys.dataio.cache import RangeCache
-from tiphys.dataio.loader import CacheBudget, LoadedBatch, TrajectoryLoader
+from tiphys.dataio.loader import CacheBudget, LoadedBatch, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.loading import shared_memory
 from tiphys.dataio.loading.homes import bucket_bytes, home_bytes, home_units
 from tiphys.dataio.loading.process import LoaderProcess
@@ -35,13 +35,12 @@ def world() -> Iterator[tuple[Any, FaultyFront]]:
 
 
 def load(index: Any, front: FaultyFront, cache: CacheBudget = ROOMY) -> list[LoadedBatch]:
-    """All batches; after the first one, as slowly as the store is read."""
-    out = []
-    plan = make_plan(index)
-    with TrajectoryLoader(plan, Home(0, 1), digest_batch, NEEDS, cache=cache, stop=STEPS, timeout=2.0) as loader:
-        assert loader.describe()["whole_shards"] == (cache is ROOMY)
+    """All batches. After the first one, this waits until the loader makes no more requests."""
+    out, settings = [], LoaderSettings(cache=cache, timeout=2.0)
+    with TrajectoryLoader(make_plan(index), Home(0, 1), digest_batch, NEEDS, settings=settings, stop=STEPS) as loader:
+        assert loader.cache_plan()["whole_shards"] == (cache is ROOMY)
         for batch in loader:
-            out.append(kept(batch))
+            out.append(copied(batch))
             seen = -1
             while batch.step == 0 and seen != len(front.requests):
                 seen = len(front.requests)
@@ -49,17 +48,18 @@ def load(index: Any, front: FaultyFront, cache: CacheBudget = ROOMY) -> list[Loa
     return out
 
 
-def test_what_fits_is_read_once_in_few_requests(world: tuple[Any, FaultyFront]) -> None:
+def test_data_that_fits_is_read_once_in_few_requests(world: tuple[Any, FaultyFront]) -> None:
     index, front = world
     begun = len(front.requests)
     plain = rows_of(load(index, front, cache=CacheBudget(memory=1 << 20)))
-    by_ones, begun = len(front.requests) - begun, len(front.requests)
+    on_demand, begun = len(front.requests) - begun, len(front.requests)
     batches = load(index, front)
     assert rows_of(batches) == plain
-    assert 2 * (len(front.requests) - begun) < by_ones
+    assert 2 * (len(front.requests) - begun) < on_demand
     units = UnitMap([index, index], NEEDS, 1 << 20)
     total = sum(column.total for column in units.columns)
-    assert sum(b.counters["bytes_store"] for b in batches) < 1.5 * total  # the first steps fetched for themselves
+    # More than once, because the first steps fetch what has not been streamed yet
+    assert sum(b.counters["bytes_store"] for b in batches) < 1.5 * total
     assert sum(b.counters["bytes_missed"] for b in batches[-2:]) == 0
 
 
@@ -69,7 +69,7 @@ def test_faults_while_streaming_change_no_window(world: tuple[Any, FaultyFront])
     rng, touched = np.random.default_rng(0), set[str]()
 
     def rule(request: Request) -> Fault | None:
-        """The first answer of each shard is wrong; of the others some never come."""
+        """The first answer for each shard is wrong; some of the others are refused or truncated."""
         if ".tar" not in request.path:
             return None
         first = request.path not in touched
@@ -85,21 +85,20 @@ def test_faults_while_streaming_change_no_window(world: tuple[Any, FaultyFront])
         front.rule = lambda request: None
 
 
-def test_the_homes_divide_what_is_wanted(tmp_path: Path) -> None:
+def test_the_homes_divide_the_data(tmp_path: Path) -> None:
     index = dataset(str(tmp_path / "set"), EPISODES)
     plan, units = make_plan(index, buckets=32), UnitMap([index, index], NEEDS, 1 << 20)
     wanted = [home_units(Placement(plan, Home(p, 3)), units, 0) for p in range(3)]
     shared = sum(map(len, wanted)) - len(np.unique(np.concatenate(wanted)))
-    assert shared <= 2 * units.units / 32 * 3  # of the buckets that are cut in two
+    assert shared <= 2 * units.units / 32 * 3  # only units of buckets that are cut in two
     everything = home_units(Placement(plan, Home(0, 1)), units, 0)
     assert set(everything) == set(np.concatenate(wanted))
     weigh = bucket_bytes(plan, units)
     assert weigh.sum() == sum(column.total for column in units.columns)
     for p in range(3):
         inside = int(units.sizes(wanted[p]).sum())
-        assert (
-            0.95 < inside / home_bytes(Placement(plan, Home(p, 3)), weigh) <= 1
-        )  # but for tar headers between members
+        # Tar headers between members are in no unit
+        assert 0.95 < inside / home_bytes(Placement(plan, Home(p, 3)), weigh) <= 1
     for step in range(20):
         for p in range(3):
             planned = plan.windows(step, Placement(plan, Home(p, 3)).rows(step))
@@ -120,7 +119,7 @@ def test_pieces_name_every_unit_once(tmp_path: Path, most: int) -> None:
 
 
 class SlowStore:
-    """What a Fetcher does, and the bytes that it asks for and has not seen off: the reader's."""
+    """A stand-in for a Fetcher that counts the bytes in flight: asked for and not yet dropped by the reader."""
 
     def __init__(self, units: UnitMap, rng: np.random.Generator) -> None:
         self.units, self.rng, self.flying, self.most = units, rng, 0, 0
@@ -136,24 +135,24 @@ class SlowStore:
 
 
 class Watched(RangeCache):
-    """Counts all that is alive at the moments at which it is most."""
+    """Checks the bytes of all that is alive, at the moments at which they are most."""
 
     store: SlowStore
     budget: int
 
     def check(self) -> None:
-        assert self.kept.occupied + self.staged + self.store.flying <= self.budget
+        assert self.occupied + self.staged + self.store.flying <= self.budget
 
     def offer(self, data: Mapping[int, Any]) -> bool:
         kept = super().offer(data)
-        self.check()  # the piece, and the copy of it
+        self.check()  # now both the piece and the copy of it are alive
         self.store.flying -= sum(map(len, data.values()))
         return kept
 
 
 @pytest.mark.parametrize("share", [0.7, 0.98, 1.6])
-def test_pieces_on_their_way_never_exceed_the_budget(tmp_path: Path, share: float) -> None:
-    """While steps fill the room that pieces have borrowed, with the same data and with others."""
+def test_pieces_in_flight_never_exceed_the_budget(tmp_path: Path, share: float) -> None:
+    """Steps fill the cache at the same time, with the same data and with other data."""
     index, most = dataset(str(tmp_path / "set"), 40), 8_000
     units, rng = UnitMap([index, index], NEEDS, 2), np.random.default_rng(int(share * 100))
     total, aside = int(units.sizes(np.arange(units.units)).sum()), FLYING * most
@@ -178,7 +177,7 @@ def test_pieces_on_their_way_never_exceed_the_budget(tmp_path: Path, share: floa
         cache.store, cache.budget = SlowStore(units, rng), memory + aside
         fetcher: Any = cache.store
         await asyncio.gather(stream(units, np.arange(units.units), fetcher, cache, most), steps(cache))
-        assert cache.free == cache.kept.capacity - cache.kept.occupied  # all that was lent came back
+        assert cache.free == cache.capacity - cache.occupied  # all lent room came back
         return cache.store.most, len(cache.absent(np.arange(units.units)))
 
     flown, absent = asyncio.run(both())
@@ -187,10 +186,10 @@ def test_pieces_on_their_way_never_exceed_the_budget(tmp_path: Path, share: floa
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_an_error_that_is_not_the_stores_ends_the_loader_while_steps_still_wait(
+def test_an_error_of_streaming_that_is_not_a_store_error_ends_the_loader_while_steps_wait(
     world: tuple[Any, FaultyFront], monkeypatch: pytest.MonkeyPatch, restarted: bool
 ) -> None:
-    """Also where a new cache is streamed anew."""
+    """This also holds for the streaming that a new cache starts."""
     streams = iter([asyncio.Event().wait] if restarted else [])
 
     async def broken(*_: Any) -> None:
@@ -199,12 +198,13 @@ def test_an_error_that_is_not_the_stores_ends_the_loader_while_steps_still_wait(
         raise ZeroDivisionError
 
     monkeypatch.setattr("tiphys.dataio.loading.process.stream", broken)
-    loader = TrajectoryLoader(make_plan(world[0]), Home(0, 1), digest_batch, NEEDS, cache=ROOMY, prefetch=1)
-    ours, theirs = multiprocessing.Pipe()  # nobody reads, so that the second batch finds no room
+    settings = LoaderSettings(cache=ROOMY, prefetch=1)
+    loader = TrajectoryLoader(make_plan(world[0]), Home(0, 1), digest_batch, NEEDS, settings=settings)
+    ours, theirs = multiprocessing.Pipe()  # nothing reads from it, so that later batches find no room
     memory = shared_memory.create()
 
     async def run() -> None:
-        process = LoaderProcess(loader._settings(), theirs, memory)
+        process = LoaderProcess(loader._spec(), theirs, memory)
         running = asyncio.create_task(process.run())
         if restarted:
             await asyncio.wait_for(process._begun.wait(), 30)

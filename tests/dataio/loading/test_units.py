@@ -1,4 +1,4 @@
-"""Units and assembly: whatever the length of runs, the windows are slices of the episodes that were written."""
+"""Units and assembly: for any number of rows in a unit, the windows are slices of the episodes that were written."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def planned(index: Any, seed: int, count: int = 40) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("run", [1, 2, 5, 64])
-def test_windows_are_slices_of_the_episodes(index: Any, run: int) -> None:
-    units, plan = UnitMap([index], [NEEDS], run), planned(index, run)
+@pytest.mark.parametrize("unit_rows", [1, 2, 5, 64])
+def test_windows_are_slices_of_the_episodes(index: Any, unit_rows: int) -> None:
+    units, plan = UnitMap([index], [NEEDS], unit_rows), planned(index, unit_rows)
     fetcher, got = Fetcher(units, 8), {}
     spans = units.spans(plan)
     wanted = np.unique(np.concatenate([s.units for s in spans]))
@@ -74,7 +74,7 @@ def test_units_partition_every_column(index: Any) -> None:
     units = UnitMap([index], [NEEDS], 3)
     where = units.ranges(np.arange(units.units))
     assert where.size.min() > 0
-    headers = sum(c.total for c in units.columns) - int(where.size.sum())  # of tar members, between units
+    headers = sum(c.total for c in units.columns) - int(where.size.sum())  # of tar members: they lie between units
     assert 0 <= headers <= 1024 * units.units
     order = np.lexsort((where.offset, where.shard))
     ends, starts = (where.offset + where.size)[order][:-1], where.offset[order][1:]
@@ -82,7 +82,7 @@ def test_units_partition_every_column(index: Any) -> None:
     assert (ends <= starts)[same].all()  # no byte belongs to two units
 
 
-def test_entries_of_one_dataset_share_units_and_what_is_not_asked_for_has_none(index: Any) -> None:
+def test_entries_of_one_dataset_share_units_and_fields_that_are_not_needed_have_none(index: Any) -> None:
     small = Needs(("observation", "action"))
     both = UnitMap([index, index], [small, small], 2)
     assert len(both.datasets) == 1
