@@ -10,7 +10,6 @@ Slot 0 of a row is its prompt, where it has one; windows count from 1.
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,15 @@ from tiphys.dataio.philox import BUCKET, words
 from tiphys.dataio.plan.draws import Columns, Drawer, Ints, Quarantine
 from tiphys.dataio.plan.entries import EntryLengths, PlanEntry, PlannedWindows
 from tiphys.dataio.plan.epochs import EpochDrawer, epoch_mix
-from tiphys.dataio.plan.history import History
-from tiphys.dataio.plan.index import PlanIndex, digest
+from tiphys.dataio.plan.index import STARTS, Drawing, PlanIndex, digest, drawable_episodes
 from tiphys.dataio.plan.log import Event, PlanLog
 from tiphys.dataio.plan.mixture import UNIT, Mix, entry_shares, free_mix
+from tiphys.dataio.plan.phases import PlanHistory
 from tiphys.dataio.plan.report import report
 
 __all__ = ["EntryLengths", "PlanEntry", "PlannedWindows", "SamplingPlan", "choose_buckets"]
 
+VERSION = 2  # of the draws: another version draws other windows from the same seed
 _GOLDEN = 10368889  # the odd number nearest UNIT / golden ratio: offsets of any span of steps are spread evenly
 
 
@@ -40,14 +40,21 @@ def _part(planned: PlannedWindows, part: slice) -> PlannedWindows:
     return PlannedWindows(*columns)
 
 
-def choose_buckets(episodes: int, rows: int, prompts: bool, processes: int = 1, fits: bool = False) -> int:
-    """Number of buckets: 1 where the data fit every process' cache; else the power of two nearest `rows`, or 16 for each
-    process if that is more, as long as a bucket holds 400 episodes (1,000 with prompts), below which gradients would vary more
-    than with free draws."""
-    if fits:
-        return 1
-    most = max(1, episodes // (1000 if prompts else 400))
-    return 2 ** min(round(math.log2(max(rows, 16 * processes if processes > 1 else 1))), int(math.log2(most)))
+def choose_buckets(episodes: int, rows: int, prompted: int | None = None) -> int:
+    """Number of buckets: the largest power of two that is at most `rows`, and that leaves 400 episodes of each task in a bucket
+    (1,000 of a task with prompts). With fewer, gradients would vary more than with independent draws.
+
+    Parameters
+    ----------
+    episodes : int
+        Drawable episodes of the smallest task of an entry with a weight above 0.
+    rows : int
+        Rows of the global batch.
+    prompted : int, optional
+        The same of the smallest task with prompts.
+    """
+    most = min(rows, episodes // 400, rows if prompted is None else prompted // 1000)
+    return 1 << (max(most, 1).bit_length() - 1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class SamplingPlan:
         rows: rows of the global batch.
         budget: tokens of a row.
         weight_unit: `windows` or `tokens`: what an entry's weight counts. Prompts do not count.
+        starts: `steps` or `windows`: what is equally likely, each step of a task or each full window (`plan.draws`).
         replacement: False: epochs over disjoint tiles of the episodes.
         buckets: number of buckets; 0: `choose_buckets`.
         validation, held_out: share of episodes held out; whether to draw only from those, or never.
@@ -97,10 +105,13 @@ class SamplingPlan:
         held_out: bool = False,
         log: PlanLog | None = None,
         cache_dir: str = "",
+        starts: str = "steps",
         open_entry: Callable[[Event], PlanEntry] | None = None,
     ) -> None:
         if weight_unit not in ("windows", "tokens"):
             raise ValueError(f"weight_unit {weight_unit!r} is neither 'windows' nor 'tokens'")
+        if starts not in STARTS:
+            raise ValueError(f"starts {starts!r} is neither 'steps' nor 'windows'")
         if rows < 1 or budget < 1:
             raise ValueError(f"a plan needs at least one row and one token a row, not {rows} rows of {budget}")
         if not entries:
@@ -108,18 +119,29 @@ class SamplingPlan:
         self.rows, self.budget, self.seed = rows, budget, seed
         self.weight_unit, self.replacement = weight_unit, replacement
         self.validation, self.held_out = validation, held_out
-        self.cache_dir = cache_dir
+        self.cache_dir, self.starts = cache_dir, starts
         self.entries = tuple(entries)
-        episodes = sum(e.index.episodes for e in entries)
-        self.buckets = buckets or choose_buckets(episodes, rows, any(e.lengths.prompt > 0 for e in entries))
+        self.buckets = buckets or self._choose_buckets()
         self.log = log if log is not None else PlanLog()
         self.step = 0
         self._offset = int(words(seed, 0, purpose=BUCKET)[0]) % UNIT
         self._fingerprint = ""
         self._indexes: dict[tuple[int, ...], PlanIndex] = {}
-        self._history = History(self.entries, open_entry)
+        self._history = PlanHistory(self.entries, open_entry)
         self._forget()
         self._ready(0)  # errors of the data now, not at the first step
+
+    def _choose_buckets(self) -> int:
+        """By the smallest task of an entry with a weight above 0, and the smallest one with prompts."""
+        smallest, prompted = 2**62, None
+        for entry in self.entries:
+            counts = drawable_episodes(entry, self.validation, self.held_out)
+            share = np.asarray(entry.lengths.prompt)[list(entry.tasks)]
+            if entry.weight > 0 and (counts > 0).any():
+                smallest = min(smallest, int(counts[counts > 0].min()))
+                if (with_prompts := counts[(counts > 0) & (share > 0)]).size:
+                    prompted = min(prompted or 2**62, int(with_prompts.min()))
+        return choose_buckets(smallest, self.rows, prompted)
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -189,10 +211,7 @@ class SamplingPlan:
         windows["attempt"] = np.zeros(len(windows["at"]), np.int64)
         prompts["attempt"] = np.zeros(len(prompts["at"]), np.int64)
         if attempts or len(self._quarantine):
-            firsts = windows["slot"] == 1
-            context = {k: v[firsts][prompts["at"]] for k, v in windows.items()}
-            prompts = self._redrawn(phase, prompts, context, step, row, segment, attempts)
-            windows = self._redrawn(phase, windows, None, step, row, segment, attempts)
+            windows, prompts = self._readable(phase, windows, prompts, step, row, segment, attempts)
         columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
         at = order[columns["at"]]
         arranged = np.argsort(at << 16 | columns["slot"])
@@ -211,40 +230,77 @@ class SamplingPlan:
             attempt=columns["attempt"],
         )
 
-    def _redrawn(
+    def _readable(
         self,
         phase: _Ready,
-        columns: Columns,
-        context: Columns | None,
+        windows: Columns,
+        prompts: Columns,
         step: Ints,
         row: Ints,
         segment: Ints,
         attempts: Mapping[tuple[int, int], int],
-    ) -> Columns:
-        """Replaces what is quarantined or was reported as unreadable."""
-        index, at = phase.index, columns["at"]
+    ) -> tuple[Columns, Columns]:
+        """Windows and prompts with others in the place of those that are quarantined or were reported as unreadable.
 
-        def refused(cell: Ints, place: Ints, of: Ints) -> NDArray[np.bool_]:
-            entry = index.strata.entry[cell % len(index.strata)]
-            return self._quarantine.holds(entry, index.episode[place].astype(np.int64), step[at[of]])
+        A prompt is drawn for the window that is delivered: if that was drawn anew, the prompt is too. A window without a
+        substitute is dropped, and so is a prompt.
+        """
+        needed = self._needed(phase, windows, step, row, attempts)
+        changed = np.flatnonzero(needed)
+        windows = self._redrawn(phase, windows, None, changed, needed, step, row, segment)
+        first = np.zeros(len(windows["at"]), bool)
+        first[np.unique(windows["at"], return_index=True)[1]] = True
+        heads = {k: v[first] for k, v in windows.items()}
+        place = np.searchsorted(heads["at"], prompts["at"])
+        alive = (place < len(heads["at"])) & (windows["units"][first][np.minimum(place, len(heads["at"]) - 1)] > 0)
+        prompts, place = {k: v[alive] for k, v in prompts.items()}, place[alive]
+        heads = {k: v[place] for k, v in heads.items()}
+        needed = self._needed(phase, prompts, step, row, attempts)
+        moved = np.isin(prompts["at"], windows["at"][changed][first[changed]])
+        needed = np.where(moved, np.maximum(needed, 1), needed)
+        prompts = self._redrawn(phase, prompts, heads, np.flatnonzero(needed), needed, step, row, segment)
+        some, kept = windows["units"] > 0, prompts["units"] > 0
+        return {k: v[some] for k, v in windows.items()}, {k: v[kept] for k, v in prompts.items()}
 
-        everything = np.arange(len(at))
-        needed = refused(columns["cell"], columns["place"], everything).astype(np.int64)
+    def _refused(self, phase: _Ready, cell: Ints, place: Ints, step: Ints) -> NDArray[np.bool_]:
+        entry = phase.index.strata.entry[cell % len(phase.index.strata)]
+        return self._quarantine.holds(entry, phase.index.episode[place].astype(np.int64), step)
+
+    def _needed(
+        self, phase: _Ready, columns: Columns, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
+    ) -> Ints:
+        """The least attempt that is acceptable for each window: 0 for those that stay."""
+        at = columns["at"]
+        needed = self._refused(phase, columns["cell"], columns["place"], step[at]).astype(np.int64)
         if attempts:
             asked = [attempts.get(key, 0) for key in zip(row[at].tolist(), columns["slot"].tolist())]
             needed = np.maximum(needed, asked)
-        again = np.flatnonzero(needed)
+        return needed
+
+    def _redrawn(
+        self,
+        phase: _Ready,
+        columns: Columns,
+        heads: Columns | None,
+        again: Ints,
+        needed: Ints,
+        step: Ints,
+        row: Ints,
+        segment: Ints,
+    ) -> Columns:
+        """The columns with those in `again` drawn anew; `heads`: they are prompts, of these windows."""
         if not len(again):
             return columns
         part = {k: v[again] for k, v in columns.items()}
-        first = None if context is None else {k: v[again] for k, v in context.items()}
+        first = None if heads is None else {k: v[again] for k, v in heads.items()}
+        when, where = step[part["at"]], part["at"]
         new = phase.drawer.redraw(
             part,
-            phase.skipped + step[at[again]],
-            row[at[again]],
-            phase.bucket(segment[at[again]]),
+            phase.skipped + when,
+            row[where],
+            phase.bucket(segment[where]),
             needed[again],
-            lambda cell, place, of: refused(cell, place, again[of]),
+            lambda cell, place, of: self._refused(phase, cell, place, when[of]),
             first,
         )
         columns = {k: v.copy() for k, v in columns.items()}
@@ -262,6 +318,20 @@ class SamplingPlan:
         self._built: dict[int, _Ready] = {}
         known = [(e.name, e.index.fingerprint) for e in self._phases[-1].entries]
         self._quarantine = Quarantine((e for e in self.log.events if e["kind"] == "quarantine"), known)
+        self._check_left()
+
+    def _check_left(self) -> None:
+        """DataError if quarantine leaves nothing of an entry with a weight above 0, before a step wants it."""
+        for number, entry in enumerate(self._phases[-1].entries):
+            gone = self._quarantine.episodes(number)
+            if not len(gone) or self._phases[-1].weights[number] <= 0:
+                continue
+            counts = drawable_episodes(entry, self.validation, self.held_out, without=gone)
+            if not counts.sum():
+                raise DataError(
+                    f"mixture: entry {entry.name!r} has no episode left: all that could be drawn are quarantined as unreadable; "
+                    "run `tiphys verify` on its dataset, or set its weight to 0"
+                )
 
     def _phase(self, step: int) -> tuple[int, _Ready]:
         if len(self.log) != self._applied:
@@ -276,8 +346,10 @@ class SamplingPlan:
             phase = self._phases[number]
             index = self._index(phase.entries)
             shares = entry_shares(index, phase.weights, [e.name for e in phase.entries], self.held_out)
-            make = free_mix if self.replacement else epoch_mix
-            mix = make(index, shares, self.rows, self.budget, self.weight_unit)
+            if self.replacement:
+                mix = free_mix(index, shares, self.rows, self.weight_unit)
+            else:
+                mix = epoch_mix(index, shares, self.rows, self.budget, self.weight_unit)
             drawer = (
                 Drawer(index, mix, self.budget, self.seed) if self.replacement else self._epochs(number, index, mix)
             )
@@ -315,15 +387,10 @@ class SamplingPlan:
     def _index(self, entries: tuple[PlanEntry, ...]) -> PlanIndex:
         key = tuple(map(id, entries))
         if key not in self._indexes:
-            self._indexes[key] = PlanIndex.open(
-                entries,
-                buckets=self.buckets,
-                budget=self.budget,
-                validation=self.validation,
-                held_out=self.held_out,
-                tiles=not self.replacement,
-                cache_dir=self.cache_dir,
+            how = Drawing(
+                self.buckets, self.budget, self.validation, self.held_out, self.starts, tiles=not self.replacement
             )
+            self._indexes[key] = PlanIndex.open(entries, how, self.cache_dir)
         return self._indexes[key]
 
     def describe(self, step: int = 0) -> dict[str, Any]:
@@ -341,6 +408,8 @@ class SamplingPlan:
         """Names everything but the log that the plan's draws depend on."""
         if not self._fingerprint:
             numbers = [
+                VERSION,
+                self.starts,
                 self.rows,
                 self.budget,
                 self.seed,
@@ -357,6 +426,7 @@ class SamplingPlan:
         """JSON: the step that comes next (`step`, kept by whoever consumes the plan), the log, and what must be the same."""
         return {
             "step": self.step,
+            "version": VERSION,
             "log": list(self.log.events),
             "buckets": self.buckets,
             "fingerprint": self.fingerprint,
@@ -364,6 +434,12 @@ class SamplingPlan:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state. The log's events that this plan lacks are added; ValueError where the plan is another one."""
+        if state.get("version", 1) != VERSION:
+            raise ValueError(
+                f"plan: the checkpoint was drawn by version {state.get('version', 1)} of the sampling plan; this Tiphys draws by "
+                f"version {VERSION}, so the same steps would show other windows. Finish the run with the Tiphys that began it, or "
+                "start a new run"
+            )
         if state["buckets"] != self.buckets:
             raise ValueError(
                 f"plan: the checkpoint was drawn from {state['buckets']} buckets, this plan has {self.buckets}; set "

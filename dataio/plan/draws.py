@@ -1,4 +1,12 @@
-"""Draws with replacement: from Philox words to the windows and prompts of rows, for any rows of any steps at once."""
+"""Draws with replacement: from Philox words to the windows and prompts of rows, for any rows of any steps at once.
+
+Why every step of a task is equally likely (`starts: steps`). An episode of T steps whose longest window is K steps has mass
+(T − 1) / K + 1. Its window starts anywhere from −(K − 1) to T − 1, all equally likely, and is cut at the episode's ends. So each
+step is in K of the T + K − 1 windows, and its rate is (T + K − 1) / K · K / (T + K − 1) = 1, whatever T and K are. Near the end
+of a row only K' < K steps fit. The window then starts anywhere from −(K' − 1) to T − 1, and the draw is accepted with a chance
+in proportion to ((T − 1) / K' + 1) / ((T − 1) / K + 1), which makes the rate 1 again. Whether the room is short, and when a row
+ends, depends on the stratum and the room alone, never on the episode.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +23,7 @@ from tiphys.dataio.plan.mixture import Mix
 
 # Redraws: up to 16 stay with task and bucket, up to 64 with the bucket; the first 32 avoid the episode that was drawn first.
 SAME_TASK, OTHER_EPISODE, ATTEMPTS = 16, 32, 64
+_TRIES = 64  # slots in a row that may be refused near the end of a row (see `Drawer.take`), before the row ends
 Ints = NDArray[np.int64]
 Refused = Callable[[Ints, Ints, Ints], NDArray[np.bool_]]
 Columns = dict[
@@ -46,6 +55,11 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def episodes(self, entry: int) -> Ints:
+        """Numbers of an entry's episodes that are quarantined from some step on."""
+        mine = self._keys >> 40 == entry
+        return self._keys[mine] & ((1 << 40) - 1)
+
     def holds(self, entry: Ints, episode: Ints, step: Ints) -> NDArray[np.bool_]:
         """Whether each episode is quarantined at the step."""
         if not len(self):
@@ -56,52 +70,146 @@ class Quarantine:
 
 
 class Drawer:
-    """Draws rows from an index under a mix. `counter` is the plan's own count of steps: the step plus what was skipped."""
+    """Draws rows from an index under a mix. `counter` is the plan's own count of steps: the step plus the skipped ones."""
 
     def __init__(self, index: PlanIndex, mix: Mix, budget: int, seed: int, tiles: bool = False) -> None:
         self.index, self.mix, self.budget, self.seed, self.tiles = index, mix, budget, seed, tiles
         self._before = np.asarray(index.mass[index.first])  # running mass before each cell: small enough for the caches
-        self.prompt_room = np.maximum(budget - index.strata.least, 0)  # most tokens of a prompt, by stratum
-        filled = mix.slots[mix.slots > 0]
-        self._slots = 1 + int(np.ceil(filled.mean())) if len(filled) else 1  # windows drawn at once for each row
+        self.prompt_room = np.maximum(budget - index.least, 0)  # most tokens of a prompt, by stratum
+        # What a row sets aside for its prompt until its first window is known
+        strata = index.strata
+        wanted = index.costs.fit(np.arange(len(strata)), self.prompt_room)
+        self.reserve = np.minimum(_most_tokens(index, np.minimum(strata.prompt_units, wanted)), self.prompt_room)
+        mass = index.cell_mass.sum(0)
+        size = np.divide(index.content.reshape(index.buckets, -1).sum(0), mass, where=mass > 0, out=np.ones(len(mass)))
+        self.rooms: list[Ints] | None = None  # if it is a list: the room before each draw from slot 2 on is added to it
+        self._slots = int(np.clip(budget // max(size.max(initial=1.0), 1.0), 1, 64))  # slots drawn at once for each row
 
     def rows(self, counter: Ints, row: Ints, bucket: Ints) -> tuple[Columns, Columns]:
         """Windows and prompts of rows, before any redraw. Windows are ordered by row, then slot."""
-        alive, used = np.arange(len(row)), np.zeros(len(row), np.int64)
-        found, prompts, slot = [], {}, 1
+        left, slot = np.full(len(row), self.budget, np.int64), np.ones(len(row), np.int64)
+        alive = np.arange(len(row))
+        heads, prompts = self._heads(counter, row, bucket, left, slot)
+        found = [heads]
+        alive = alive[left >= 0]
         while len(alive):
-            cell, place, start = self._candidates(counter[alive], row[alive], bucket[alive], slot)
-            if slot == 1:
-                prompts = self._prompts(counter, row, cell[:, 0], place[:, 0], start[:, 0])
-                used[prompts["at"]] = prompts["tokens"]
-            columns, used, alive = self._pack(alive, used, cell, place, start, slot)
+            columns, roomy = self._roomy(alive, counter, row, bucket, left, slot)
             found.append(columns)
-            slot += self._slots
-        out = {k: np.concatenate([f[k] for f in found]) for k in found[0]} if found else {}
-        if len(found) > 1:
-            order = np.argsort(out["at"], kind="stable")
-            out = {k: v[order] for k, v in out.items()}
-        return out, prompts
+            short = alive[~roomy]
+            alive = alive[roomy]
+            if len(short):
+                found += self._short(short, counter, row, bucket, left, slot)
+        out = {k: np.concatenate([f[k] for f in found]) for k in heads}
+        order = np.argsort(out["at"] << 16 | out["slot"], kind="stable")
+        return {k: v[order] for k, v in out.items()}, prompts
 
-    def _candidates(self, counter: Ints, row: Ints, bucket: Ints, slot: int) -> tuple[Ints, Ints, Ints]:
-        """Cell, place and start of each row's next draws [rows, draws], as if each had all the room it wants."""
-        slots = np.arange(slot, slot + self._slots)
-        a, b, c, _ = words(self.seed, counter[:, None], row[:, None], slots[None, :], purpose=WINDOW)
-        cell = self.cell(np.repeat(bucket, self._slots), a.ravel())
-        place, start = self.window(cell, b.ravel(), c.ravel())
-        shape = (len(row), self._slots)
-        return cell.reshape(shape), place.reshape(shape), start.reshape(shape)
+    def _roomy(
+        self, alive: Ints, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints
+    ) -> tuple[Columns, NDArray[np.bool_]]:
+        """The next slots of rows, as long as each row's room holds any window of the stratum drawn.
+
+        Moves `left` and `slot` on. Returns the windows, and whether all slots of a row were such.
+        """
+        slots = slot[alive][:, None] + np.arange(self._slots)
+        a, b, c, _ = words(self.seed, counter[alive][:, None], row[alive][:, None], slots, purpose=WINDOW)
+        cell = self.cell(np.repeat(bucket[alive], self._slots), a.ravel())
+        place, start, units, cost = self._whole(cell, b.ravel(), c.ravel())
+        cell, place, start, units, cost = (x.reshape(slots.shape) for x in (cell, place, start, units, cost))
+        end = np.cumsum(cost, 1)
+        before = left[alive][:, None] - (end - cost)
+        fits = np.logical_and.accumulate(before >= self.index.strata.full[cell % len(self.index.strata)], axis=1)
+        r, k = np.nonzero(fits)
+        if self.rooms is not None:
+            later = slots[r, k] > 1
+            self.rooms.append(before[r[later], k[later]])
+        columns = _columns(alive[r], slots[r, k], cell[r, k], place[r, k], start[r, k], units[r, k], cost[r, k])
+        taken = fits.sum(1)
+        left[alive] -= np.where(taken > 0, end[np.arange(len(alive)), taken - 1], 0)
+        slot[alive] += taken
+        return columns, (taken == self._slots) & (left[alive] > 0)
+
+    def _short(self, alive: Ints, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints) -> list[Columns]:
+        """The last slots of rows, one after the other, until a stratum is drawn of which no unit fits for sure."""
+        found, refused = [], np.zeros(len(row), np.int64)
+        while len(alive):
+            a, b, c, d = words(self.seed, counter[alive], row[alive], slot[alive], purpose=WINDOW)
+            cell = self.cell(bucket[alive], a)
+            if self.rooms is not None:
+                self.rooms.append(left[alive])
+            going = left[alive] >= self.index.least[cell % len(self.index.strata)]
+            alive, cell = alive[going], cell[going]
+            b, c, d = b[going], c[going], d[going]
+            place, start, units, cost, accepted = self.take(cell, b, c, d, left[alive])
+            mine = np.flatnonzero(accepted)
+            at = alive[mine]
+            found.append(_columns(at, slot[at], cell[mine], place[mine], start[mine], units[mine], cost[mine]))
+            left[at] -= cost[mine]
+            slot[alive] += 1
+            refused[alive] = np.where(accepted, 0, refused[alive] + 1)
+            alive = alive[refused[alive] < _TRIES]
+        return found
 
     def cell(self, bucket: Ints, word: Words) -> Ints:
         """A cell of each bucket, by the mix."""
         return np.searchsorted(self.mix.choice, bucket + uniform32(word), side="right")
 
-    def window(self, cell: Ints, high: Words, low: Words) -> tuple[Ints, Ints]:
-        """Place and start of a window of each cell, uniform over windows times priority."""
+    def _whole(self, cell: Ints, high: Words, low: Words) -> tuple[Ints, Ints, Ints, Ints]:
+        """Place, start, units and tokens of a window of each cell that has all the room it wants."""
         place, part = self.episode(cell, uniform53(high, low))
-        choices = self._starts(cell, place)
-        start: Ints = np.minimum((part * choices).astype(np.int64), choices - 1) * self._stride(cell)
-        return place, start
+        stratum = cell % len(self.index.strata)
+        fixed = self.index.fixed[place].astype(np.int64)
+        start, units = self._span(place, part, self.index.window(stratum, fixed))
+        return place, start, units, fixed + self.index.costs.cost(stratum, start, units)
+
+    def take(
+        self, cell: Ints, high: Words, low: Words, chance: Words, room: Ints
+    ) -> tuple[Ints, Ints, Ints, Ints, NDArray[np.bool_]]:
+        """Place, start, units and tokens of a window of each cell within some room, and whether the draw is accepted."""
+        index, stratum = self.index, cell % len(self.index.strata)
+        place, part = self.episode(cell, uniform53(high, low))
+        fixed = index.fixed[place].astype(np.int64)
+        window = index.window(stratum, fixed)
+        short = room < index.strata.full[stratum]
+        fit = np.where(short, np.minimum(window, index.costs.fit(stratum, room - fixed)), window)
+        if index.starts == "windows":
+            start, units = self._span(place, part, window)
+            units = np.minimum(units, fit)
+            accepted = units > 0
+        else:
+            accepted = ~short | (uniform32(chance) * self._bound(stratum, room) < self._ratio(place, window, fit))
+            start, units = self._span(place, part, np.maximum(fit, 1))
+        return place, start, units, fixed + index.costs.cost(stratum, start, units), accepted
+
+    def _ratio(self, place: Ints, window: Ints, fit: Ints) -> NDArray[np.float64]:
+        """((T − 1) / K' + 1) / ((T − 1) / K + 1) of each episode."""
+        rest = self.index.units[place].astype(np.float64) - 1
+        return (rest / np.maximum(fit, 1) + 1) / (rest / window + 1)
+
+    def _bound(self, stratum: Ints, room: Ints) -> NDArray[np.float64]:
+        """An upper bound of `_ratio` over the episodes of a stratum; exact if all have the same fixed tokens."""
+        strata, costs = self.index.strata, self.index.costs
+        low, high, rest = strata.fixed_low[stratum], strata.fixed_high[stratum], strata.longest[stratum] - 1.0
+        window, window_high = self.index.window(stratum, low), self.index.window(stratum, high)
+        fit = np.minimum(window, costs.fit(stratum, room - low))
+        fit_high = np.maximum(np.minimum(window_high, costs.fit(stratum, room - high)), 1)
+        same = low == high
+        bound = (window / fit_high) * np.minimum((rest + fit) / (rest + window_high), 1.0)
+        return np.where(same, (rest / fit_high + 1) / (rest / window_high + 1), bound)
+
+    def _span(self, place: Ints, part: NDArray[np.float64], window: Ints) -> tuple[Ints, Ints]:
+        """Start and units of a window of each episode, by where in its mass the draw fell."""
+        units = self.index.units[place].astype(np.int64)
+        if self.tiles:
+            count = tile_count(units, window)
+            start = np.minimum((part * count).astype(np.int64), count - 1) * window
+            return start, np.minimum(window, units - start)
+        if self.index.starts == "windows":
+            count = np.maximum(units - window + 1, 1)
+            return np.minimum((part * count).astype(np.int64), count - 1), np.minimum(window, units)
+        count = units + window - 1
+        first = np.minimum((part * count).astype(np.int64), count - 1) - (window - 1)
+        start = np.maximum(first, 0)
+        return start, np.minimum(first + window, units) - start
 
     def episode(self, cell: Ints, uniform: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float64]]:
         """Place of an episode of each cell, by mass, and where within its mass the draw fell, in [0, 1)."""
@@ -114,83 +222,73 @@ class Drawer:
         below = index.mass[place]
         return place, (point - below) / (index.mass[place + 1] - below)
 
-    def _stride(self, cell: Ints) -> Any:
-        return self.index.strata.window[cell % len(self.index.strata)] if self.tiles else 1
-
-    def _starts(self, cell: Ints, place: Ints) -> Ints:
-        """Number of different windows of an episode."""
-        window = self.index.strata.window[cell % len(self.index.strata)]
-        units = self.index.units[place]
-        return tile_count(units, window) if self.tiles else np.maximum(units - window + 1, 1)
-
-    def _pack(
-        self, alive: Ints, used: Ints, cell: Ints, place: Ints, start: Ints, slot: int
-    ) -> tuple[Columns, Ints, Ints]:
-        """Puts each row's draws one after the other until one is shortened, fills the row, or cannot fit one unit."""
-        strata = self.index.strata
-        stratum = cell % len(strata)
-        fixed, per_unit = self.index.fixed[place].astype(np.int64), strata.per_unit[stratum]
-        whole = np.minimum(self.index.units[place] - start, strata.window[stratum])
-        cost = fixed + whole * per_unit
-        end = used[alive][:, None] + np.cumsum(cost, 1)
-        left = self.budget - (end - cost)
-        # A draw takes part if all before it were whole and left room, and it finds room for one unit.
-        before = np.logical_and.accumulate((left >= strata.least[stratum]) & (end < self.budget), axis=1)
-        reached = np.concatenate([np.ones((len(alive), 1), bool), before[:, :-1]], axis=1)
-        take = reached & (left >= strata.least[stratum])
-        r, k = np.nonzero(take)
-        units = np.minimum(whole[r, k], (left[r, k] - fixed[r, k]) // per_unit[r, k])
-        columns = {
-            "at": alive[r],
-            "slot": slot + k,
-            "cell": cell[r, k],
-            "place": place[r, k],
-            "start": start[r, k],
-            "units": units,
-            "tokens": fixed[r, k] + units * per_unit[r, k],
-        }
-        going = before[:, -1]
-        used = used.copy()
-        used[alive] = end[:, -1]
-        return columns, used, alive[going]
-
     # -- prompts -----------------------------------------------------------------------------------------------------
 
-    def _prompts(self, counter: Ints, row: Ints, cell: Ints, place: Ints, start: Ints) -> Columns:
-        """The prompts of those rows that have one, given each row's first window."""
+    def _heads(self, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints) -> tuple[Columns, Columns]:
+        """The first windows and the prompts of those rows that have a prompt.
+
+        Moves `left` and `slot` on; `left` is −1 for a row that ends here. The first window is drawn within the room that the
+        longest prompt leaves, so that it does not depend on the prompt. The prompt is drawn for the window that was found.
+        """
         strata = self.index.strata
-        chance = strata.prompt[cell % len(strata)]
+        word = words(self.seed, counter, row, 1, purpose=WINDOW)[0]
+        cell = self.cell(bucket, word)
+        chance = np.where(self.reserve > 0, strata.prompt, 0.0)[cell % len(strata)]
         at = np.flatnonzero(chance > 0)
         if len(at):
             yes = uniform32(words(self.seed, counter[at], row[at], 0, purpose=PROMPT)[0])
             at = at[yes < chance[at]]
-        return self.prompt(at, counter[at], row[at], cell[at], place[at], start[at], 0)
+        cell = cell[at]
+        found = []
+        for _ in range(_TRIES):
+            if not len(at):
+                break
+            _, b, c, d = words(self.seed, counter[at], row[at], slot[at], purpose=WINDOW)
+            room = self.budget - self.reserve[cell % len(strata)]
+            place, start, units, cost, accepted = self.take(cell, b, c, d, room)
+            columns = _columns(at, slot[at], cell, place, start, units, cost)
+            found.append({k: v[accepted] for k, v in columns.items()})
+            slot[at] += 1
+            at, cell = at[~accepted], cell[~accepted]
+        heads = {k: np.concatenate([f[k] for f in found]) for k in found[0]} if found else _nothing()
+        order = np.argsort(heads["at"], kind="stable")
+        heads = {k: v[order] for k, v in heads.items()}
+        where = heads["at"]
+        prompts = self.prompt(heads, counter[where], row[where], 0)
+        left[where] -= heads["tokens"]
+        left[prompts["at"]] -= prompts["tokens"]
+        return heads, prompts
 
-    def prompt(self, at: Ints, counter: Ints, row: Ints, cell: Ints, place: Ints, start: Ints, attempt: int) -> Columns:
-        """A prompt for each window: of another episode of its cell, or, where there is none, the same one's other end.
+    def prompt(self, windows: Columns, counter: Ints, row: Ints, attempt: int, room: Ints | None = None) -> Columns:
+        """A prompt for each window that shows none of the window's own steps: of another episode of its cell, else of the same
+        episode before or after the window. Windows for which there is neither get none.
 
         Half of the prompts are their episode's end, the others uniform (Reed et al. 2022, section 2.2).
         """
         index, strata = self.index, self.index.strata
+        cell, place = windows["cell"], windows["place"]
         stratum = cell % len(strata)
         _, b, c, d = words(self.seed, counter, row, 0, attempt, purpose=PROMPT)
         other, part, alone = self._another(cell, place, uniform53(b, c))
-        room = self.prompt_room[stratum] // strata.per_unit[stratum]
-        units = np.minimum(np.minimum(strata.prompt_units[stratum], index.units[other]), room)
-        last = index.units[other] - units
-        first = np.where((d & np.uint64(1)) == 1, last, np.minimum((part * (last + 1)).astype(np.int64), last))
-        first = np.where(alone, np.where(2 * start < last, last, 0), first)
+        room = self.reserve[stratum] if room is None else room
+        most = np.minimum(strata.prompt_units[stratum], index.costs.fit(stratum, room))
+        # The part of the episode that the prompt may be taken from
+        begin, end = np.zeros(len(cell), np.int64), index.units[other].astype(np.int64)
+        before, after = windows["start"], windows["start"] + windows["units"]
+        late = end - after >= before  # after the window is more than before it
+        begin = np.where(alone & late, after, begin)
+        end = np.where(alone & ~late, before, end)
+        units = np.minimum(most, end - begin)
+        last = end - units
+        free = last - begin
+        start = np.where((d & np.uint64(1)) == 1, last, begin + np.minimum((part * (free + 1)).astype(np.int64), free))
         keep = units > 0
-        columns = {
-            "at": at,
-            "slot": np.zeros(len(at), np.int64),
-            "cell": cell,
-            "place": other,
-            "start": first,
-            "units": units,
-            "tokens": units * strata.per_unit[stratum],
-        }
-        return {k: v[keep] for k, v in columns.items()}
+        columns = _columns(
+            windows["at"], np.zeros(len(cell), np.int64), cell, other, start, units, np.zeros(len(cell), np.int64)
+        )
+        columns = {k: v[keep] for k, v in columns.items()}
+        columns["tokens"] = index.costs.cost(stratum[keep], columns["start"], columns["units"])
+        return columns
 
     def _another(
         self, cell: Ints, place: Ints, uniform: NDArray[np.float64]
@@ -220,49 +318,63 @@ class Drawer:
         bucket: Ints,
         needed: Ints,
         refused: Refused,
-        context: Columns | None,
+        first: Columns | None,
     ) -> Columns:
-        """Draws each of these windows (or, with `context`, the first windows of their rows, prompts) anew.
+        """Draw each of these windows anew, or, with `first`, the first windows of their rows, each of these prompts.
 
         needed   least attempt of each that is acceptable, at least 1
         refused  (cell, place, which of the windows) -> bool: whether an episode may not be used
-        Task, bucket and tokens stay; only where sixteen attempts found nothing, another task of the bucket is taken.
+
+        Task, bucket and tokens stay. If sixteen attempts find nothing, another task of the bucket is taken. Windows for which
+        64 attempts find nothing have 0 units in the result: they are dropped.
         """
         out = {k: v.copy() for k, v in columns.items()} | {"attempt": np.zeros(len(row), np.int64)}
+        out["units"][:] = 0
         open_ = np.arange(len(row))
         for attempt in range(1, ATTEMPTS + 1):
             of = open_
-            if context is None:
+            if first is None:
                 new = self._redrawn(columns, counter, row, bucket, of, attempt)
             else:
-                c = {k: v[of] for k, v in context.items()}
-                new = self.prompt(of, counter[of], row[of], c["cell"], c["place"], c["start"], attempt)
-                new["units"] = np.minimum(
-                    new["units"],
-                    columns["tokens"][of] // self.index.strata.per_unit[new["cell"] % len(self.index.strata)],
-                )
-                new["tokens"] = new["units"] * self.index.strata.per_unit[new["cell"] % len(self.index.strata)]
+                chosen = {k: v[of] for k, v in first.items()} | {"at": of}
+                new = self.prompt(chosen, counter[of], row[of], attempt, columns["tokens"][of])
+                of = new["at"]  # those for which there is another prompt
             good = (new["units"] > 0) & (attempt >= needed[of]) & ~refused(new["cell"], new["place"], of)
             if attempt <= OTHER_EPISODE:
                 good &= new["place"] != columns["place"][of]
             for k in ("cell", "place", "start", "units", "tokens"):
                 out[k][of[good]] = new[k][good]
             out["attempt"][of[good]] = attempt
-            open_ = of[~good]
+            open_ = np.setdiff1d(open_, of[good], assume_unique=True)
             if not len(open_):
-                return out
-        raise DataError(
-            f"no window can be drawn for row {int(row[open_[0]])} (bucket {int(bucket[open_[0]])}) after {ATTEMPTS} "
-            "attempts: too many of its episodes are quarantined or unreadable; see the plan's log, and repair or replace the data"
-        )
+                break
+        return out
 
     def _redrawn(self, columns: Columns, counter: Ints, row: Ints, bucket: Ints, of: Ints, attempt: int) -> Columns:
-        strata = self.index.strata
+        index, strata = self.index, self.index.strata
         a, b, c, _ = words(self.seed, counter[of], row[of], columns["slot"][of], attempt, purpose=WINDOW)
         cell = columns["cell"][of] if attempt <= SAME_TASK else self.cell(bucket[of], a)
-        place, start = self.window(cell, b, c)
-        stratum = cell % len(strata)
-        fixed, per_unit = self.index.fixed[place].astype(np.int64), strata.per_unit[stratum]
-        whole = np.minimum(self.index.units[place] - start, strata.window[stratum])
-        units = np.minimum(whole, (columns["tokens"][of] - fixed) // per_unit)
-        return {"cell": cell, "place": place, "start": start, "units": units, "tokens": fixed + units * per_unit}
+        place, part = self.episode(cell, uniform53(b, c))
+        stratum, fixed = cell % len(strata), index.fixed[place].astype(np.int64)
+        window = index.window(stratum, fixed)
+        fit = np.minimum(window, index.costs.fit(stratum, columns["tokens"][of] - fixed))
+        start, units = self._span(
+            place, part, window if self.tiles or index.starts == "windows" else np.maximum(fit, 1)
+        )
+        units = np.where(fit > 0, np.minimum(units, fit), 0)
+        tokens = fixed + index.costs.cost(stratum, start, units)
+        return {"cell": cell, "place": place, "start": start, "units": units, "tokens": tokens}
+
+
+def _columns(at: Ints, slot: Ints, cell: Ints, place: Ints, start: Ints, units: Ints, tokens: Ints) -> Columns:
+    return {"at": at, "slot": slot, "cell": cell, "place": place, "start": start, "units": units, "tokens": tokens}
+
+
+def _nothing() -> Columns:
+    return _columns(*(np.zeros(0, np.int64) for _ in range(7)))
+
+
+def _most_tokens(index: PlanIndex, units: Ints) -> Ints:
+    """Most tokens of so many units of each stratum."""
+    costs = index.costs
+    return np.asarray((costs.tokens * -(-units // costs.period)).sum(0), np.int64)

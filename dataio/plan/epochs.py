@@ -75,16 +75,17 @@ class Rows:
 
     @classmethod
     def of(cls, index: PlanIndex, entries: int, budget: int) -> Rows:
-        strata = index.strata
+        strata, costs = index.strata, index.costs
         length, prompt, prompted = (np.zeros(entries, np.int64) for _ in range(3))
         for e in range(entries):
             s = np.flatnonzero(strata.entry == e)
             if not len(s):
                 continue
-            length[e] = budget - (strata.least[s] - strata.per_unit[s]).max() - (strata.per_unit[s].max() - 1)
-            prompted[e] = round(float(strata.prompt[s[0]]) * _SHARE)
-            room = np.maximum(length[e] - strata.least[s], 0) // strata.per_unit[s]
-            prompt[e] = (np.minimum(strata.prompt_units[s], room) * strata.per_unit[s]).max()
+            fixed = (strata.fixed_high + costs.once)[s]
+            length[e] = budget - fixed.max() - (costs.each[s].max() - 1)
+            prompted[e] = round(float(strata.prompt[s].max()) * _SHARE)
+            room = np.maximum(length[e] - fixed - costs.each[s], 0) // costs.each[s]
+            prompt[e] = (np.minimum(strata.prompt_units[s], room) * costs.each[s]).max()
             prompted[e] *= prompt[e] > 0
         return cls(length, prompt, prompted)
 
@@ -116,13 +117,9 @@ def epoch_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: 
     segments /= segments.sum()
     delivered = segments * rows * payload / np.maximum(tokens, 1)  # epochs of each stream a step
     per_cell = delivered[:, strata.entry]
-    mean_tokens = np.divide(tokens, tiles, where=tiles > 0, out=np.ones_like(tokens))
-    row_share = segments.sum(1, keepdims=True)
-    slots = (segments / np.maximum(row_share, 1e-300) * payload / np.maximum(mean_tokens, 1)).sum(1)
     return Mix(
         cut=cuts(segments.reshape(-1), rows),
         choice=running_share(per_cell * index.cell_mass),
-        slots=slots,
         windows=per_cell * index.cell_mass,
         tokens=per_cell * cell_tokens,
     )
@@ -172,7 +169,7 @@ class EpochDrawer(Drawer):
         self.slope, self.begun, self.before, self.generation = slope, begun, before, generation
         self.offset = (offset + slope * begun) % UNIT
         self.shape = Rows.of(index, self.entries, budget)
-        self.prompt_room = np.minimum(self.prompt_room, self.shape.prompt[index.strata.entry])
+        self.reserve = np.minimum(self.reserve, self.shape.prompt[index.strata.entry])
         self._strata = [np.flatnonzero(index.strata.entry == e) for e in range(self.entries)]
         streams = index.buckets * self.entries
         self._totals, self._costs = _Kept(self._total, 2 * streams), _Kept(self._block_costs, 2 * streams)
@@ -197,10 +194,8 @@ class EpochDrawer(Drawer):
         first = np.cumsum(counts) - counts
         at = np.flatnonzero(self.shape.has_prompt(entry, number) & (counts > 0))
         head = first[at]
-        prompts = self.prompt(
-            at, counter[at], row[at], windows["cell"][head], windows["place"][head], windows["start"][head], 0
-        )
-        return windows, prompts
+        heads = {k: v[head] for k, v in windows.items()} | {"at": at}
+        return windows, self.prompt(heads, counter[at], row[at], 0)
 
     def _stretches(self, segments: list[int], begins: list[int], ends: list[int]) -> tuple[Ints, Ints, Ints, Ints]:
         """The tiles (see `_tiles`) that each stretch [begin, end) of a stream touches, one stretch after the other [5, n]; for
@@ -228,10 +223,8 @@ class EpochDrawer(Drawer):
     def _cut(self, tiles: Ints, owner: Ints, low: Ints, high: Ints) -> Columns:
         """What each stretch takes of its tiles: the units whose first token lies in it."""
         at, cell, place, start, units = tiles
-        fixed, per_unit = (
-            self.index.fixed[place].astype(np.int64),
-            self.index.strata.per_unit[cell % len(self.index.strata)],
-        )
+        stratum, costs = cell % len(self.index.strata), self.index.costs
+        fixed, per_unit = self.index.fixed[place] + costs.once[stratum], costs.each[stratum]
         from_unit = np.maximum(-(-(low - at - fixed) // per_unit), 0)
         to_unit = np.minimum(-(-(high - at - fixed) // per_unit), units)
         some = np.flatnonzero(to_unit > from_unit)
@@ -263,8 +256,9 @@ class EpochDrawer(Drawer):
         bucket, number = segment // self.entries, len(self.index.strata)
         cells = bucket * number + self._strata[segment % self.entries]
         stratum = np.repeat(cells % number, self.index.first[cells + 1] - self.index.first[cells])
-        units, fixed = self.index.units[low:high].astype(np.int64), self.index.fixed[low:high].astype(np.int64)
-        window, per_unit = self.index.strata.window[stratum], self.index.strata.per_unit[stratum]
+        costs, units = self.index.costs, self.index.units[low:high].astype(np.int64)
+        window, per_unit = self.index.window(stratum, self.index.fixed[low:high]), costs.each[stratum]
+        fixed = self.index.fixed[low:high] + costs.once[stratum]
         count = tile_count(units, window)
         cost = np.repeat(fixed + window * per_unit, count)
         cost[np.cumsum(count) - 1] = fixed + (units - (count - 1) * window) * per_unit
@@ -307,8 +301,9 @@ class EpochDrawer(Drawer):
         tile = tile[self._keys(segment, epoch, tile, 1)]
         place = index.find(first + tile)
         cell = np.searchsorted(index.first, place, side="right") - 1
-        window, per_unit = index.strata.window[cell % number], index.strata.per_unit[cell % number]
+        stratum = cell % number
+        window = index.window(stratum, index.fixed[place])
         start = (first + tile - index.mass[place]).astype(np.int64) * window
         units = np.minimum(index.units[place] - start, window)
-        cost = index.fixed[place] + units * per_unit
+        cost = index.fixed[place] + index.costs.once[stratum] + units * index.costs.each[stratum]
         return np.stack([np.cumsum(cost) - cost, cell, place, start, units]).astype(np.int64)

@@ -1,8 +1,8 @@
 """PlanIndex: the drawable episodes of a mixture, sorted by bucket and kind, with running sums that make a draw one bisection.
 
-A *stratum* is one task of one entry of the mixture; a *bucket* is a residue of the episodes' hashes, which knows nothing of
-processes; a *cell* is a stratum within a bucket. Built once from all episodes (or opened memory-mapped); a change of the
-mixture's weights needs none of it again.
+A *stratum* is one task of one mixture entry. A *bucket* is a residue of the episodes' hashes; processes have no influence on it.
+A *cell* is a stratum within a bucket. The index is built once from all episodes, or opened memory-mapped; a change of the
+mixture's weights does not need a new one.
 """
 
 from __future__ import annotations
@@ -13,35 +13,57 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.cost import Costs, StepCost
 
 if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
 
 _GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
-_FORMAT = 2  # of the saved arrays
+_FORMAT = 3  # of the saved arrays
 _CHUNK = 1 << 22  # episodes worked on at once
-_LEVEL_WORK = 5e7  # multiplications of one pass of the renewal calculation: some 50 ms
+STARTS = ("steps", "windows")
 
 
 @dataclass(frozen=True)
 class Strata:
-    """One element a stratum: entry, task of the entry's index, most units of a window, tokens a unit, prompts, and `least`,
-    the tokens that must be left in a row for a window of the stratum to be begun: one unit beside the largest fixed part."""
+    """One element a stratum.
+
+    Attributes
+    ----------
+    entry, task : int64
+        The mixture entry, and the task of its index.
+    window, context : int64
+        Most units and most tokens of a window.
+    prompt : float64
+        Share of rows with a prompt.
+    prompt_units : int64
+        Most units of a prompt.
+    fixed_low, fixed_high : int64
+        Smallest and largest fixed tokens of its drawable episodes.
+    longest : int64
+        Most units of its drawable episodes.
+    full : int64
+        Tokens of its largest window.
+    """
 
     entry: NDArray[np.int64]
     task: NDArray[np.int64]
     window: NDArray[np.int64]
-    per_unit: NDArray[np.int64]
+    context: NDArray[np.int64]
     prompt: NDArray[np.float64]
     prompt_units: NDArray[np.int64]
-    least: NDArray[np.int64]
+    fixed_low: NDArray[np.int64]
+    fixed_high: NDArray[np.int64]
+    longest: NDArray[np.int64]
+    full: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.entry)
@@ -49,24 +71,35 @@ class Strata:
 
 @dataclass(frozen=True)
 class PlanIndex:
-    """Arrays over the drawable episodes in the order of (cell, number in their index); cell = bucket · strata + stratum.
+    """Arrays over the drawable episodes, sorted by (cell, number in their index); cell = bucket · strata + stratum.
 
-    episode   int32 [n]: number in the entry's index
-    units     int32 [n]
-    fixed     int32 [n]
-    mass      float64 [n + 1]: running sum of mass, that is, windows (or tiles) × priority
-    tokens    float64 [n + 1]: running sum of tokens of all tiles; only for epochs, else empty
-    guide     int32: what `find` says of 0, 1, 2, … times `_spacing`, up to the whole mass and once beyond
-    first     int64 [cells + 1]: first episode of each cell
-    level_cell, level, level_mass: histogram of window mass over tokens a window, where it is not 0; tokens are `level · grain`
-    square    float64 [cells]: sum of squared masses
-    prompt_cost  float64 [strata]: mean tokens of a prompt
-    too_long  int64 [entries]: episodes left out because one unit with their fixed tokens exceeds a row
+    Attributes
+    ----------
+    episode, units, fixed : int32 [n]
+        Number in the entry's index; units; tokens of a window beside its units.
+    mass : float64 [n + 1]
+        Running sum of the mass by which full windows are drawn. It is priority × ((units − 1) / K + 1) for `starts: steps`,
+        priority × max(units − K + 1, 1) for `starts: windows`, and the number of tiles without replacement. K is the
+        episode's longest window.
+    tokens : float64 [n + 1]
+        Running sum of the tokens of all tiles; only without replacement, else empty.
+    guide : int32
+        What `find` gives for 0, 1, 2, … times `_spacing`, up to the whole mass and once beyond.
+    first : int64 [cells + 1]
+        First episode of each cell.
+    square : float64 [cells]
+        Sum of squared masses.
+    content : float64 [cells]
+        Tokens that full windows deliver, in proportion: Σ mass × mean tokens of a window.
+    too_long : int64 [entries]
+        Episodes that are left out because one unit and their fixed tokens exceed a row.
     """
 
     buckets: int
-    grain: int
+    budget: int
+    starts: str
     strata: Strata
+    costs: Costs
     episode: NDArray[np.int32]
     units: NDArray[np.int32]
     fixed: NDArray[np.int32]
@@ -74,12 +107,18 @@ class PlanIndex:
     guide: NDArray[np.int32]
     tokens: NDArray[np.float64]
     first: NDArray[np.int64]
-    level_cell: NDArray[np.int64]
-    level: NDArray[np.int64]
-    level_mass: NDArray[np.float64]
     square: NDArray[np.float64]
-    prompt_cost: NDArray[np.float64]
+    content: NDArray[np.float64]
     too_long: NDArray[np.int64]
+
+    @cached_property
+    def least(self) -> NDArray[np.int64]:
+        """[strata]: tokens that must be left in a row for a window of the stratum: one unit beside the largest fixed part."""
+        return self.costs.first + self.strata.fixed_high
+
+    def window(self, stratum: NDArray[np.int64], fixed: NDArray) -> NDArray[np.int64]:
+        """Units of an episode's longest window, from its stratum and its fixed tokens."""
+        return longest_window(self.strata.window, self.strata.context, self.costs, stratum, fixed)
 
     @property
     def cells(self) -> int:
@@ -110,35 +149,26 @@ class PlanIndex:
         return np.minimum(place, len(self.mass) - 1)
 
     @classmethod
-    def open(
-        cls,
-        entries: Sequence[PlanEntry],
-        *,
-        buckets: int,
-        budget: int,
-        validation: float,
-        held_out: bool,
-        tiles: bool,
-        cache_dir: str = "",
-    ) -> PlanIndex:
-        """Builds the index, or, with a folder, builds it there once and maps it into memory."""
+    def open(cls, entries: Sequence[PlanEntry], how: Drawing, cache_dir: str = "") -> PlanIndex:
+        """Build the index. With a folder, build it there once, and map it into memory."""
+        costs = Costs([c for _, c in _strata_costs(entries)], how.budget)
         if not cache_dir:
-            return _build(entries, buckets, budget, validation, held_out, tiles)
-        key = digest(entries, [_FORMAT, buckets, budget, validation, held_out, tiles])
+            return _build(entries, how, costs)
+        key = digest(entries, [_FORMAT, *astuple(how)])
         folder = os.path.join(cache_dir, f"plan-{key[:24]}")
         if not os.path.exists(os.path.join(folder, "plan.json")):
-            _build(entries, buckets, budget, validation, held_out, tiles).save(folder)
-        return cls.load(folder)
+            _build(entries, how, costs).save(folder)
+        return cls.load(folder, costs)
 
     def save(self, folder: str) -> None:
-        """Writes the arrays; another process that did the same a moment earlier wins."""
+        """Write the arrays. If another process did the same a moment earlier, its files stay."""
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=".plan-", dir=os.path.dirname(folder))
         try:
             for name, array in self._arrays().items():
                 np.save(os.path.join(temporary, f"{name}.npy"), array)
             with open(os.path.join(temporary, "plan.json"), "w") as file:
-                json.dump({"buckets": self.buckets, "grain": self.grain}, file)
+                json.dump({"buckets": self.buckets, "budget": self.budget, "starts": self.starts}, file)
             os.rename(temporary, folder)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -146,32 +176,67 @@ class PlanIndex:
                 raise
 
     @classmethod
-    def load(cls, folder: str) -> PlanIndex:
+    def load(cls, folder: str, costs: Costs) -> PlanIndex:
         with open(os.path.join(folder, "plan.json")) as file:
-            numbers = json.load(file)
+            scalars = json.load(file)
 
         def read(name: str) -> NDArray[Any]:
             return np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False)
 
         strata = Strata(**{f.name: np.array(read(f"strata.{f.name}")) for f in fields(Strata)})
-        arrays: dict[str, Any] = {
-            f.name: read(f.name) for f in fields(cls) if f.name not in ("buckets", "grain", "strata")
-        }
-        return cls(strata=strata, **numbers, **arrays)
+        arrays: dict[str, Any] = {f.name: read(f.name) for f in fields(cls) if f.name not in _NOT_ARRAYS}
+        return cls(strata=strata, costs=costs, **scalars, **arrays)
 
     def _arrays(self) -> dict[str, NDArray]:
-        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("buckets", "grain", "strata")}
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_ARRAYS}
         return out | {f"strata.{f.name}": getattr(self.strata, f.name) for f in fields(Strata)}
 
 
+_NOT_ARRAYS = ("buckets", "budget", "starts", "strata", "costs")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What, beside the entries, decides which episodes can be drawn and with which mass.
+
+    Attributes
+    ----------
+    buckets, budget : int
+        Number of buckets; tokens of a row.
+    validation : float
+        Share of episodes that are held out.
+    held_out : bool
+        Draw only those, or never.
+    starts : "steps" or "windows"
+        What is equally likely: each step of a task, or each full window.
+    tiles : bool
+        Without replacement, over disjoint tiles.
+    """
+
+    buckets: int
+    budget: int
+    validation: float = 0.0
+    held_out: bool = False
+    starts: str = "steps"
+    tiles: bool = False
+
+
+def longest_window(
+    window: NDArray[np.int64], context: NDArray[np.int64], costs: Costs, stratum: NDArray[np.int64], fixed: NDArray
+) -> NDArray[np.int64]:
+    fit = costs.fit(stratum, context[stratum] - fixed)
+    return np.maximum(np.minimum(window[stratum], fit), 1)
+
+
 def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
-    """Names everything that a plan's draws depend on beside seed and weights: the data, lengths, priorities and these numbers."""
+    """Names everything that draws depend on beside seed and weights: the data, lengths, priorities and these numbers."""
     out = hashlib.sha256(json.dumps(numbers).encode())
     for entry in entries:
         lengths = entry.lengths
-        out.update(json.dumps([entry.index.fingerprint, [int(t) for t in entry.tasks], float(lengths.prompt)]).encode())
-        arrays = (lengths.units, lengths.window, lengths.per_unit, lengths.fixed, lengths.prompt_units, entry.priority)
-        for given in arrays:
+        costs = [[list(c.elements), c.chunk] for c in lengths.costs]
+        out.update(json.dumps([entry.index.fingerprint, [int(t) for t in entry.tasks], costs]).encode())
+        arrays = (lengths.units, lengths.window, lengths.context, lengths.fixed, lengths.prompt, lengths.prompt_units)
+        for given in (*arrays, entry.priority):
             if given is None:
                 out.update(b"none")
             else:
@@ -204,26 +269,31 @@ def tile_count(units: NDArray, window: NDArray) -> NDArray[np.int64]:
     return count
 
 
-def _strata(entries: Sequence[PlanEntry], budget: int) -> dict[str, NDArray]:
-    rows = [(i, int(t)) for i, entry in enumerate(entries) for t in entry.tasks]
+def _strata_costs(entries: Sequence[PlanEntry]) -> list[tuple[tuple[int, int], StepCost]]:
+    """((entry, task), its costs) of each stratum."""
+    return [((i, int(t)), entry.lengths.costs[t]) for i, entry in enumerate(entries) for t in entry.tasks]
+
+
+def _strata(entries: Sequence[PlanEntry], budget: int, costs: Costs) -> dict[str, NDArray]:
+    rows = [key for key, _ in _strata_costs(entries)]
     entry, task = (np.array(x, np.int64) for x in (zip(*rows) if rows else ([], [])))
 
-    def of(name: str) -> NDArray[np.int64]:
-        return np.array([int(getattr(entries[i].lengths, name)[t]) for i, t in rows], np.int64)
+    def of(name: str) -> list[Any]:
+        return [getattr(entries[i].lengths, name)[t] for i, t in rows]
 
     out = {
         "entry": entry,
         "task": task,
-        "window": of("window"),
-        "per_unit": of("per_unit"),
-        "prompt": np.array([entries[i].lengths.prompt for i, _ in rows], np.float64),
-        "prompt_units": of("prompt_units"),
+        "window": np.array(of("window"), np.int64),
+        "context": np.minimum(np.array(of("context"), np.int64), budget),
+        "prompt": np.array(of("prompt"), np.float64),
+        "prompt_units": np.array(of("prompt_units"), np.int64),
     }
-    for (i, t), window, tokens in zip(rows, out["window"], out["per_unit"]):
+    for (i, t), window, tokens in zip(rows, out["window"], costs.first):
         if window < 1 or tokens < 1 or tokens > budget:
             raise DataError(
                 f"entry {entries[i].name!r}, task {t}: windows of at most {window} units of {tokens} tokens do not fit rows of "
-                f"{budget} tokens; a longer context, or fewer tokens a step, is needed"
+                f"{budget} tokens; use a longer context, or fewer tokens a step"
             )
     return out
 
@@ -264,29 +334,29 @@ class _Columns:
         self.parts.clear()
 
 
-def _build(
-    entries: Sequence[PlanEntry], buckets: int, budget: int, validation: float, held_out: bool, tiles: bool
-) -> PlanIndex:
-    strata = _strata(entries, budget)
+def _build(entries: Sequence[PlanEntry], how: Drawing, costs: Costs) -> PlanIndex:
+    strata = _strata(entries, how.budget, costs)
     number = len(strata["entry"])
     columns, too_long = _Columns(), np.zeros(len(entries), np.int64)
+    least = costs.each + costs.once if how.tiles else costs.first
     for i, entry in enumerate(entries):
-        held = entry.index.held_out(validation)
+        held = entry.index.held_out(how.validation)
         mine = np.flatnonzero(strata["entry"] == i)
         most = max(int(np.max(entry.index.task, initial=0)), max(entry.tasks, default=0))
         lookup = np.full(most + 1, -1, np.int64)
         lookup[strata["task"][mine]] = mine
         for part in _parts(entry.index.episodes):
             stratum = lookup[entry.index.task[part]]
-            drawable, long = _drawable(entry, part, stratum, strata, budget, held[part] == held_out)
+            keep = (held[part] == how.held_out) & (stratum >= 0)
+            drawable, long = _drawable(entry, part, keep, entry.lengths.fixed[part] + least[stratum] > how.budget)
             too_long[i] += long
             chosen = np.flatnonzero(drawable)
-            bucket = (entry.index.hash[part][chosen] % np.uint64(buckets)).astype(np.int64)
+            bucket = (entry.index.hash[part][chosen] % np.uint64(how.buckets)).astype(np.int64)
             columns.add(entry, chosen + part.start, bucket * number + stratum[chosen])
     # Without replacement every tile comes once an epoch: of priorities, 0 alone has a meaning.
-    plain = tiles or all(e.priority is None for e in entries)
+    plain = how.tiles or all(e.priority is None for e in entries)
     columns.sort(plain)
-    return _sums(columns, strata, buckets, budget, tiles, plain, too_long)
+    return _sums(columns, strata, how, costs, plain, too_long)
 
 
 def _parts(episodes: int) -> list[slice]:
@@ -294,76 +364,88 @@ def _parts(episodes: int) -> list[slice]:
 
 
 def _drawable(
-    entry: PlanEntry,
-    part: slice,
-    stratum: NDArray[np.int64],
-    strata: dict[str, NDArray[Any]],
-    budget: int,
-    keep: NDArray[np.bool_],
+    entry: PlanEntry, part: slice, keep: NDArray[np.bool_], long: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], int]:
     """Which of some episodes can be drawn at all, and how many are left out as too long for a row."""
-    lengths = entry.lengths
-    keep = keep & (stratum >= 0) & (lengths.units[part] > 0)
+    keep = keep & (entry.lengths.units[part] > 0)
     if entry.priority is not None:
         priority = entry.priority[part]
         if not (np.isfinite(priority) & (priority >= 0)).all():
             raise DataError(f"entry {entry.name!r}: priorities must be finite and at least 0")
         keep &= priority > 0
-    fits = lengths.fixed[part] + strata["per_unit"][stratum] <= budget
-    return keep & fits, int((keep & ~fits).sum())
+    return keep & ~long, int((keep & long).sum())
+
+
+def drawable_episodes(
+    entry: PlanEntry, validation: float, held_out: bool, without: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """int64 [tasks of the entry]: episodes that can be drawn, whatever their bucket; `without`: numbers of some that cannot."""
+    number = max(int(np.max(entry.index.task, initial=0)), max(entry.tasks, default=0)) + 1
+    held, out = entry.index.held_out(validation), np.zeros(number, np.int64)
+    for part in _parts(entry.index.episodes):
+        keep = held[part] == held_out
+        if without is not None:
+            keep[without[(without >= part.start) & (without < part.stop)] - part.start] = False
+        some, _ = _drawable(entry, part, keep, np.zeros(len(keep), bool))
+        out += np.bincount(entry.index.task[part][some], minlength=number)
+    return out[list(entry.tasks)]
 
 
 def _sums(
     columns: _Columns,
     strata: dict[str, NDArray[Any]],
-    buckets: int,
-    budget: int,
-    tiles: bool,
+    how: Drawing,
+    costs: Costs,
     plain: bool,
     too_long: NDArray[np.int64],
 ) -> PlanIndex:
-    """Running sums over the sorted episodes, in parts, so that a hundred million of them need no more than they must."""
+    """Running sums over the sorted episodes, in parts, so that 10⁸ episodes need little memory beside the arrays."""
     number, episodes = len(strata["entry"]), len(columns.cell)
-    cells, window, per_unit = buckets * number, strata["window"], strata["per_unit"]
-    largest, present, first = np.zeros(number, np.int64), np.zeros(budget + 1, bool), np.zeros(cells + 1, np.int64)
-    mass, tokens = np.zeros(episodes + 1), np.zeros(episodes + 1 if tiles else 0)
+    cells = how.buckets * number
+    low, high, longest, full = (np.zeros(number, np.int64) for _ in range(4))
+    low += how.budget
+    first, square, content = np.zeros(cells + 1, np.int64), np.zeros(cells), np.zeros(cells)
+    mass, tokens = np.zeros(episodes + 1), np.zeros(episodes + 1 if how.tiles else 0)
     for part in _parts(episodes):
-        cell, units, fixed = columns.cell[part], columns.units[part].astype(np.int64), columns.fixed[part]
-        s = cell % np.uint32(number)
-        np.maximum.at(largest, s, fixed)
-        present[np.minimum(fixed + np.minimum(units, window[s]) * per_unit[s], budget)] = True
+        cell, units, fixed = (
+            columns.cell[part].astype(np.int64),
+            columns.units[part].astype(np.int64),
+            columns.fixed[part],
+        )
+        s = cell % number
+        window = longest_window(strata["window"], strata["context"], costs, s, fixed)
+        np.minimum.at(low, s, fixed)
+        np.maximum.at(high, s, fixed)
+        np.maximum.at(longest, s, units)
+        np.maximum.at(full, s, fixed + _most(costs, s, np.minimum(window, units)))
         first[1:] += np.bincount(cell, minlength=cells)
         after = slice(part.start + 1, part.stop + 1)
-        if tiles:
-            count = tile_count(units, window[s])
-            np.cumsum(units * per_unit[s] + count * fixed, out=tokens[after])
+        if how.tiles:
+            each: NDArray[Any] = tile_count(units, window)
+            np.cumsum(units * costs.each[s] + each * (fixed + costs.once[s]), out=tokens[after])
             tokens[after] += tokens[part.start]
+        elif how.starts == "steps":
+            each = (units - 1) / window + 1.0
         else:
-            count = np.maximum(units - window[s] + 1, 1)
-        np.cumsum(count if plain else count * columns.priority[part].astype(np.float64), out=mass[after])
+            each = np.maximum(units - window + 1, 1)
+        weighted = each if plain else each * columns.priority[part].astype(np.float64)
+        np.cumsum(weighted, out=mass[after])
         mass[after] += mass[part.start]
-    least = per_unit + largest
-    grain, top = _grain(int(present.sum()), buckets, budget)
-    square, weight, prompts = np.zeros(cells), np.zeros(number), np.zeros(number)
-    levels = []
-    for part in _parts(episodes):
-        place, units = columns.cell[part].astype(np.int64), columns.units[part].astype(np.int64)
-        stratum = place % number
-        each = np.diff(mass[part.start : part.stop + 1])
-        full = np.minimum(columns.fixed[part] + np.minimum(units, window[stratum]) * per_unit[stratum], budget)
-        levels.append(_levels(place, full, each, grain, top))
-        square += sums(place, each * each, cells)
-        weight += sums(stratum, each, number)
-        prompt = np.minimum(
-            np.minimum(units, strata["prompt_units"][stratum]) * per_unit[stratum], (budget - least)[stratum]
-        )
-        prompts += sums(stratum, each * prompt, number)
-    keys, inverse = np.unique(np.concatenate([k for k, _ in levels] or [np.zeros(0, np.int64)]), return_inverse=True)
-    level_mass = sums(inverse, np.concatenate([v for _, v in levels] or [np.zeros(0)]), len(keys))
+        square += sums(cell, weighted.astype(np.float64) ** 2, cells)
+        mean = units / each if how.tiles or how.starts == "steps" else np.minimum(units, window)
+        content += sums(cell, weighted * (fixed + mean * (costs.tokens / costs.period).sum(0)[s]), cells)
     return PlanIndex(
-        buckets=buckets,
-        grain=grain,
-        strata=Strata(**strata, least=least),
+        buckets=how.buckets,
+        budget=how.budget,
+        starts=how.starts,
+        strata=Strata(
+            **strata,
+            fixed_low=np.minimum(low, high),
+            fixed_high=high,
+            longest=longest,
+            full=np.minimum(full, how.budget),
+        ),
+        costs=costs,
         episode=columns.episode,
         units=columns.units,
         fixed=columns.fixed,
@@ -371,37 +453,15 @@ def _sums(
         guide=_guide(mass),
         tokens=tokens,
         first=np.cumsum(first),
-        level_cell=keys // (top + 2),
-        level=keys % (top + 2),
-        level_mass=level_mass,
         square=square,
-        prompt_cost=prompts / np.maximum(weight, 1e-300),
+        content=content,
         too_long=too_long,
     )
 
 
-def _grain(distinct: int, buckets: int, budget: int) -> tuple[int, int]:
-    """Tokens of one position of the renewal calculation, so that it stays quick, and positions of a row."""
-    grain = 1
-    while grain < budget and min(distinct, budget / grain) * (budget / grain) * buckets > _LEVEL_WORK:
-        grain += 1
-    return grain, -(-budget // grain)
-
-
-def _levels(
-    cell: NDArray[np.int64], cost: NDArray[np.int64], mass: NDArray[np.float64], grain: int, top: int
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Mass by cell · (top + 2) + level. A cost between two multiples of the grain goes to both, so that its mean stays."""
-    low = cost // grain
-    part = np.where(low < 1, 0.0, cost / grain - low)
-    low = np.maximum(low, 1)  # a window takes at least one position
-    begin = int(cell.min(initial=0)) * (top + 2)
-    key = cell * (top + 2) + low - begin
-    size = int(key.max(initial=0)) + 2
-    if size <= 2**24:
-        dense = sums(key, mass * (1 - part), size) + (sums(key + 1, mass * part, size) if grain > 1 else 0.0)
-        where = np.flatnonzero(dense)
-        return where + begin, dense[where]
-    where, inverse = np.unique(np.concatenate([key, key + 1]), return_inverse=True)
-    values = sums(inverse, np.concatenate([mass * (1 - part), mass * part]), len(where))
-    return where[values > 0] + begin, values[values > 0]
+def _most(costs: Costs, stratum: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Most tokens of so many units, wherever they start."""
+    if costs.plain:
+        return steps * costs.first[stratum]
+    most = sum(t[stratum] * -(-steps // p[stratum]) for t, p in zip(costs.tokens, costs.period))
+    return np.asarray(most, np.int64)

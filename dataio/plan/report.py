@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiphys.dataio.plan.index import PlanIndex
 from tiphys.dataio.plan.mixture import Mix
+
+_CHUNK = 1 << 22  # episodes worked on at once
 
 
 def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: int) -> dict[str, Any]:
     """Expectations under the weights in force; JSON.
 
     windows_per_row, tokens_per_row  prompts not counted
-    repeats_in_row         share of windows whose episode another window of the row shows already
-    same_episode_prompts   cells (task and bucket) with prompts but a single episode, whose prompts are its other end, and the
-                           share of all prompts that this concerns
+    pairs_in_row           pairs of windows of a row that show the same episode, for each window
+    same_episode_prompts   cells (task and bucket) with prompts but a single episode, whose prompts are another part of it, and
+                           the share of all prompts that this concerns
     too_long               entry -> episodes that are left out, because one step with its instruction exceeds a row
     entries                name -> share of windows and of tokens, episodes, and steps until as much was delivered as there is
+    step_rates             entry -> task -> smallest and largest rate of a step over the task's mean, calculated
     """
     strata, number = index.strata, len(index.strata)
     episodes = np.diff(index.first).reshape(index.buckets, number)
@@ -28,7 +32,7 @@ def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: 
     per_stratum = np.add.reduceat(np.append(index.units, 0).astype(np.int64), index.first[:-1]) * (
         np.diff(index.first) > 0
     )
-    tokens = per_stratum.reshape(index.buckets, number).sum(0) * strata.per_unit
+    tokens = per_stratum.reshape(index.buckets, number).sum(0) * index.costs.each
     entries = {}
     for i, name in enumerate(names):
         mine = strata.entry == i
@@ -43,21 +47,63 @@ def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: 
         "windows_per_row": float(mix.windows.sum() / rows),
         "tokens_per_row": float(mix.tokens.sum() / rows),
         "fill": float(mix.tokens.sum() / rows / budget),
-        "repeats_in_row": _repeats(index, mix),
+        "pairs_in_row": _pairs(index, mix, rows),
         "same_episode_prompts": {
             "cells": int(lonely.sum()),
             "share": float(prompts[lonely].sum() / prompts.sum()) if prompts.sum() else 0.0,
         },
         "too_long": {name: int(n) for name, n in zip(names, index.too_long) if n},
         "entries": entries,
+        "step_rates": _rates_by_task(index, names),
     }
 
 
-def _repeats(index: PlanIndex, mix: Mix) -> float:
+def _rates_by_task(index: PlanIndex, names: Sequence[str]) -> dict[str, dict[int, tuple[float, float]]]:
+    low, high = step_rates(index)
+    out: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    present = index.cell_mass.sum(0) > 0
+    for s in np.flatnonzero(present):
+        out[names[index.strata.entry[s]]][int(index.strata.task[s])] = (float(low[s]), float(high[s]))
+    return out
+
+
+def _pairs(index: PlanIndex, mix: Mix, rows: int) -> float:
     """Two windows of a row show the same episode with the chance Σ p² over its bucket's episodes."""
     of_bucket = mix.windows.sum(1)
     drawn = np.divide(mix.windows, of_bucket[:, None], where=of_bucket[:, None] > 0, out=np.zeros_like(mix.windows))
+    share = np.diff(mix.cut).reshape(index.buckets, -1).sum(1) / mix.cut[-1]
+    per_row = np.divide(of_bucket, share * rows, where=share > 0, out=np.zeros_like(of_bucket))
     mass = index.cell_mass
     within = np.divide(index.square.reshape(mass.shape), mass**2, where=mass > 0, out=np.zeros_like(mass))
     same = (drawn**2 * within).sum(1)
-    return float((of_bucket * np.maximum(mix.slots - 1, 0) / 2 * same).sum() / of_bucket.sum())
+    return float((of_bucket * np.maximum(per_row - 1, 0) / 2 * same).sum() / of_bucket.sum())
+
+
+def step_rates(index: PlanIndex) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Smallest and largest rate [strata] at which a step is drawn in full windows, over the mean of the stratum's steps.
+
+    An episode's mass over its number of starts is the same for all its windows, so a step's rate is that times the number of
+    windows that show it.
+    """
+    number = len(index.strata)
+    low, high = np.full(number, np.inf), np.zeros(number)
+    total, steps = np.zeros(number), np.zeros(number)
+    cells = np.repeat(np.arange(index.cells), np.diff(index.first))
+    for a in range(0, len(cells), _CHUNK):
+        part = slice(a, a + _CHUNK)
+        s, units = cells[part] % number, index.units[part].astype(np.float64)
+        window = index.window(s, index.fixed[part])
+        mass = np.diff(index.mass[a : a + len(s) + 1])
+        if index.starts == "steps":
+            least = most = mass / (units + window - 1) * window
+            mean = least
+        else:
+            starts = np.maximum(units - window + 1, 1)
+            least, most = mass / starts, mass / starts * np.minimum(starts, np.minimum(window, units))
+            mean = mass * np.minimum(window, units) / units
+        np.minimum.at(low, s, least)
+        np.maximum.at(high, s, most)
+        total += np.bincount(s, mean * units, number)
+        steps += np.bincount(s, units, number)
+    mean_rate = np.divide(total, steps, where=steps > 0, out=np.ones(number))
+    return np.where(steps > 0, low / mean_rate, 1.0), np.where(steps > 0, high / mean_rate, 1.0)

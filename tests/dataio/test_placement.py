@@ -36,7 +36,7 @@ def test_a_home_keeps_to_its_data():
     total = np.zeros(32)
     for i, share in enumerate(shares):
         seen = {int(b) for step in range(40) for b in p.row_buckets(step)[1][Placement(p, Home(i, 5)).rows(step)]}
-        assert seen == set(share)
+        assert {b for b, part in share.items() if part > 0.05} <= seen <= set(share)
         np.add.at(total, list(share), list(share.values()))
     assert total == pytest.approx(np.ones(32))
     assert sum(len(s) for s in shares) <= 32 + 4

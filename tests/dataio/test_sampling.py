@@ -11,7 +11,6 @@ from tests.dataio.plan.plans import columns, entry, mixture, plan
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.dataio.plan.preferences import preference
-from tiphys.dataio.plan.renewal import visits
 from tiphys.dataio.sampling import SamplingPlan, choose_buckets
 
 WORST = 1e-4  # least p-value of a chi-square test at a fixed seed
@@ -50,7 +49,8 @@ def test_windows_lie_in_their_episodes_and_rows_in_their_budget(replacement):
     for i, e in enumerate(entries):
         mine = all_["entry"] == i
         assert (e.index.task[all_["episode"][mine]] == all_["task"][mine]).all()
-        cost = all_["units"][mine] * e.lengths.per_unit[all_["task"][mine]]
+        each = np.array([c.elements[0][0] for c in e.lengths.costs])
+        cost = all_["units"][mine] * each[all_["task"][mine]]
         fixed = np.where(all_["prompt"][mine], 0, e.lengths.fixed[all_["episode"][mine]])
         assert (all_["tokens"][mine] == cost + fixed).all()
 
@@ -67,31 +67,21 @@ def test_all_windows_of_a_row_come_from_its_bucket():
         assert (hashes % np.uint64(16) == bucket[w.row]).all()
 
 
-def test_entries_and_tasks_are_drawn_by_their_weights():
-    for unit in ("windows", "tokens"):
-        entries = mixture()
-        all_ = columns(plan(entries, weight_unit=unit), range(500))
-        drawn = ~all_["prompt"]
-        n = int(drawn.sum())
-        for i, share in enumerate((0.6, 0.4)):
-            lengths, index = entries[i].lengths, entries[i].index
-            mass = np.maximum(lengths.units - lengths.window[index.task] + 1, 1).astype(float)
-            if unit == "tokens":
-                units = np.minimum(lengths.units, lengths.window[index.task])
-                mass *= lengths.fixed + units * lengths.per_unit[index.task]
-            of_task = np.bincount(index.task, mass) / mass.sum() * share
-            for task, expected in enumerate(of_task):
-                mine = drawn & (all_["entry"] == i) & (all_["task"] == task)
-                got = mine.sum() / n if unit == "windows" else all_["tokens"][mine].sum() / all_["tokens"][drawn].sum()
-                sigma = np.sqrt(expected * (1 - expected) / n) * (1 if unit == "windows" else 1.5)
-                assert abs(got - expected) < 4 * sigma, (unit, i, task)
+@pytest.mark.parametrize("unit", ["windows", "tokens"])
+def test_entries_are_delivered_by_their_weights(unit):
+    all_ = columns(plan(mixture(), weight_unit=unit), range(1500))
+    drawn = ~all_["prompt"]
+    for i, share in enumerate((0.6, 0.4)):
+        amount = drawn.astype(float) if unit == "windows" else all_["tokens"] * drawn
+        got = amount[all_["entry"] == i].sum() / amount.sum()
+        assert got == pytest.approx(share, rel=0.01), (unit, i)
 
 
 @pytest.mark.parametrize("buckets", [1, 32])
 def test_episodes_and_starts_are_drawn_like_free_draws(buckets):
-    """Every window of an entry is as likely as any other, whatever rows, buckets, prompts and the ends of rows do to it."""
-    entries = mixture()
-    all_ = columns(plan(entries, buckets=buckets), range(1200))
+    """With `starts: windows`, every window of an entry is as likely as any other. Rows, buckets and prompts do not matter."""
+    entries = mixture(fixed=0)
+    all_ = columns(plan(entries, buckets=buckets, starts="windows"), range(1200))
     for i, e in enumerate(entries):
         windows = np.maximum(e.lengths.units - e.lengths.window[e.index.task] + 1, 1)
         mine = (all_["entry"] == i) & ~all_["prompt"]
@@ -103,65 +93,6 @@ def test_episodes_and_starts_are_drawn_like_free_draws(buckets):
         long = mine & (windows[np.minimum(all_["episode"], e.index.episodes - 1)] > 20)
         place = (all_["start"][long] + 0.5) / windows[all_["episode"][long]]
         assert chisquare(np.bincount((place * 10).astype(int), minlength=10)).pvalue > WORST
-
-
-def test_slow_oracle_that_fills_rows_freely():
-    """Rows filled one draw at a time, in plain Python, with the chances that the plan uses: the same windows a row."""
-    entries = mixture(prompt=0.0)
-    p = plan(entries, buckets=1)
-    ready = p._ready(0)
-    strata, random = ready.index.strata, np.random.default_rng(1)
-    chances = np.diff(np.concatenate([[0.0], ready.mix.choice]))
-    pools = []
-    for s in range(len(strata)):
-        places = np.arange(*ready.index.first[s : s + 2])
-        mass = np.diff(ready.index.mass)[places]
-        pools.append(random.choice(places, 40000, p=mass / mass.sum()))
-    rows, counts = 6000, np.zeros(len(strata))
-    for _ in range(rows):
-        left = 1024
-        while True:
-            s = random.choice(len(strata), p=chances)
-            place = pools[s][random.integers(40000)]
-            if left < strata.least[s]:
-                break
-            counts[s] += 1
-            left -= ready.index.fixed[place] + min(ready.index.units[place], strata.window[s]) * strata.per_unit[s]
-            if left <= 0:
-                break
-    expected = ready.mix.windows[0] / p.rows * rows
-    assert np.abs(counts - expected).max() < 4 * np.sqrt(expected.max())
-    assert abs(counts.sum() / rows - ready.mix.slots[0]) < 0.02 * ready.mix.slots[0]
-    weights = np.bincount(strata.entry, expected) / expected.sum()
-    assert weights == pytest.approx([0.6, 0.4], abs=1e-4)
-
-
-def test_renewal_against_monte_carlo():
-    random = np.random.default_rng(0)
-    cost, gap = np.array([3, 7, 20]), np.array([4, 0, 0])  # the first kind begins only where 7 positions are left
-    chance = np.array([0.5, 0.3, 0.2])
-    positions, rows = 64, 60000
-    at, hits = np.zeros(rows, int), np.zeros(positions)
-    alive = np.ones(rows, bool)
-    while alive.any():
-        np.add.at(hits, at[alive], 1)
-        kind = random.choice(3, rows, p=chance)
-        fits = at + cost[kind] + gap[kind] <= positions
-        at = at + cost[kind]
-        alive &= fits & (at < positions)
-    first = np.zeros((positions, 1))
-    np.add.at(first, (cost, 0), chance)
-    calculated = visits(first, chance[:, None], cost, gap)[:, 0]
-    assert np.abs(hits / rows - calculated).max() < 5 * np.sqrt(0.25 / rows)
-
-
-def test_coarse_renewal_agrees_with_the_exact_one():
-    """Where costs are too many, tokens are rounded to a grain; the shares of the buckets hardly move."""
-    entries = [entry("text", 20000, 1, window=2048, per_unit=(1,), fixed=3, steps=200)]
-    exact = plan(entries, budget=2048, buckets=4)._ready(0)
-    coarse = plan(entries, budget=2048, buckets=64)._ready(0)
-    assert exact.index.grain < coarse.index.grain
-    assert coarse.mix.slots.mean() == pytest.approx(exact.mix.slots.mean(), rel=3e-3)
 
 
 # -- prompts -------------------------------------------------------------------------------------------------------------
@@ -189,14 +120,42 @@ def test_prompts(replacement):
     assert chisquare(np.bincount((all_["start"][uniform] * 8 // last[uniform]).astype(int), minlength=8)).pvalue > WORST
 
 
-def test_a_prompt_of_a_task_with_one_episode_is_its_other_end():
+def test_a_prompt_of_a_task_with_one_episode_is_another_part_of_it():
     lonely = entry("a", 1, 1, window=5, per_unit=(10,), prompt=1.0, steps=300)
     p = plan([lonely], budget=100)
-    w = p.windows(0)
-    prompt, first = w.start[w.prompt], w.start[w.slot == 1]
-    last = int(lonely.lengths.units[0]) - 5
-    assert (prompt == np.where(2 * first < last, last, 0)).all()
+    drawn = columns(p, range(20))
+    at = np.flatnonzero(drawn["prompt"])
+    assert len(at) == 20 * 32
+    start, end = drawn["start"], drawn["start"] + drawn["units"]
+    assert ((end[at] <= start[at + 1]) | (start[at] >= end[at + 1])).all()
     assert p.describe()["same_episode_prompts"] == {"cells": 1, "share": 1.0}
+
+
+def test_an_episode_that_its_window_shows_whole_has_no_prompt():
+    lonely = entry("a", 1, 1, window=50, per_unit=(2,), prompt=1.0, length=[3])
+    drawn = columns(plan([lonely], budget=100), range(5))
+    whole = (drawn["slot"] > 0) & (drawn["units"] == 3)
+    assert whole.any()
+    rows = drawn["step"] * 32 + drawn["row"]
+    firsts = np.unique(rows[~drawn["prompt"]], return_index=True)[1]
+    whole_first = rows[~drawn["prompt"]][firsts[drawn["units"][~drawn["prompt"]][firsts] == 3]]
+    assert not np.isin(whole_first, rows[drawn["prompt"]]).any()
+
+
+def test_prompts_never_show_the_window_before_or_after_a_redraw():
+    """Few episodes, many tasks, and quarantine: the cases in which a prompt held its window's own steps."""
+    few = entry("a", 200, 100, per_unit=(10,), prompt=0.5, steps=15)
+    log = PlanLog(events=[{"step": 0, "kind": "quarantine", "entry": "a", "episode": e} for e in range(0, 200, 5)])
+    for p in (plan([few]), plan([few], log=log)):
+        drawn = columns(p, range(200))
+        at = np.flatnonzero(drawn["prompt"])
+        assert len(at) > 1000
+        assert (drawn["row"][at] == drawn["row"][at + 1]).all()
+        assert (drawn["task"][at] == drawn["task"][at + 1]).all()
+        same = drawn["episode"][at] == drawn["episode"][at + 1]
+        start, end = drawn["start"], drawn["start"] + drawn["units"]
+        apart = (end[at] <= start[at + 1]) | (start[at] >= end[at + 1])
+        assert (apart | ~same).all()
 
 
 # -- changes -------------------------------------------------------------------------------------------------------------
@@ -241,7 +200,7 @@ def test_priorities_by_rule_and_by_file(tmp_path):
     event = {"step": 2, "kind": "priority", "entry": "a", "file": str(tmp_path / "p.npy")}
     p.log.append(event | {"digest": hashlib.sha256((tmp_path / "p.npy").read_bytes()).hexdigest()})
     drawn = columns(p, range(2, 400))
-    windows = np.maximum(entries[0].lengths.units - 19, 1) * some
+    windows = ((entries[0].lengths.units - 1) / 20 + 1) * some
     assert (some[drawn["episode"]] > 0).all()
     seen, expected = (
         np.bincount(some[drawn["episode"]].astype(int), minlength=4)[1:],
@@ -308,8 +267,24 @@ def test_quarantine_of_everything_is_an_error_that_says_so():
     p = plan([entry("a", 3, 1)])
     for episode in range(3):
         p.log.append({"step": 0, "kind": "quarantine", "entry": "a", "episode": episode})
-    with pytest.raises(DataError, match="quarantined or unreadable"):
+    with pytest.raises(DataError, match="'a' has no episode left"):
         p.windows(0)
+
+
+def test_a_cell_whose_episodes_are_all_unreadable_gives_up_its_windows_and_prompts():
+    """A task of two episodes, one of them corrupt, with prompts; and a task of one episode."""
+    random = np.random.default_rng(0)
+    e = entry("a", 2000, 3, per_unit=(10,), prompt=1.0)
+    task = random.integers(0, 2, 2000)
+    task[:2], task[2] = 2, 1
+    e.index.task[:] = task
+    p, before = plan([e], buckets=1), plan([e], buckets=1)
+    p.log.append({"step": 0, "kind": "quarantine", "entry": "a", "episode": 0})
+    p.log.append({"step": 0, "kind": "quarantine", "entry": "a", "episode": 1})
+    drawn, whole = columns(p, range(2000)), columns(before, range(2000))
+    assert (whole["task"] == 2).any()
+    assert not (drawn["task"] == 2).any()
+    assert len(drawn["row"]) > 0.99 * len(whole["row"])
 
 
 def test_a_data_set_joins():
@@ -351,6 +326,9 @@ def test_state_and_spawned_copies():
     for different in (plan(seed=4), plan(buckets=4), plan(mixture(prompt=0.0))):
         with pytest.raises(ValueError, match="plan"):
             different.load_state_dict(p.state_dict())
+    old = {k: v for k, v in p.state_dict().items() if k != "version"}
+    with pytest.raises(ValueError, match="version 1 of the sampling plan"):
+        plan().load_state_dict(old)
 
 
 def test_memory_mapped_index_draws_the_same(tmp_path):
@@ -382,6 +360,8 @@ def test_what_cannot_be_drawn_is_named():
         plan([entry("a")], budget=16)
     with pytest.raises(ValueError, match="weight_unit"):
         plan(weight_unit="rows")
+    with pytest.raises(ValueError, match="starts"):
+        plan(starts="rows")
     with pytest.raises(DataError, match="no entries"):
         SamplingPlan([], rows=1, budget=1, seed=0)
 
@@ -395,29 +375,41 @@ def test_episodes_too_long_for_a_row_are_left_out_and_counted():
 
 
 def test_number_of_buckets():
-    assert choose_buckets(10**6, 512, False) == 512
-    assert choose_buckets(10**6, 512, False, fits=True) == 1
-    assert choose_buckets(10**5, 512, False) == 128  # 400 episodes a bucket
-    assert choose_buckets(10**5, 512, True) == 64
-    assert choose_buckets(10**8, 512, False, processes=256) == 4096
-    assert choose_buckets(100, 512, False) == 1
+    assert choose_buckets(10**6, 512) == 512
+    assert choose_buckets(10**6, 500) == 256  # at most as many as rows
+    assert choose_buckets(10**5, 512) == 128  # 400 episodes a bucket
+    assert choose_buckets(10**5, 512, prompted=20000) == 16  # 1,000 of a task with prompts
+    assert choose_buckets(100, 512) == 1
+
+
+def test_buckets_count_what_can_be_drawn():
+    """The smallest task decides; episodes of priority 0 and held-out ones do not count, nor do entries of weight 0."""
+    top = np.zeros(51200, np.float32)
+    top[:512] = 1
+    assert plan([entry("a", 51200, 1)]).buckets == 32
+    assert plan([entry("a", 51200, 1, priority=top)]).buckets == 1
+    assert plan([entry("a", 51200, 1), entry("b", 500, 1, seed=1)]).buckets == 1
+    assert plan([entry("a", 51200, 1), entry("b", 500, 1, seed=1, weight=0.0)]).buckets == 32
+    assert plan([entry("a", 6400, 1)], validation=0.6).buckets == 4
 
 
 def test_describe_says_what_is_delivered():
     p = plan(buckets=4)
-    told, drawn = p.describe(), columns(p, range(300))
+    told, drawn = p.describe(), columns(p, range(600))
     windows = ~drawn["prompt"]
+    tokens = drawn["tokens"] * windows
     assert told["buckets"] == 4
-    assert told["windows_per_row"] == pytest.approx(windows.sum() / (300 * 32), rel=0.02)
+    assert told["windows_per_row"] == pytest.approx(windows.sum() / (600 * 32), rel=0.01)
+    assert told["fill"] == pytest.approx(tokens.sum() / (600 * 32 * 1024), rel=0.01)
     for i, name in enumerate("ab"):
-        assert told["entries"][name]["windows"] == pytest.approx((drawn["entry"][windows] == i).mean(), abs=0.02)
-        tokens = drawn["tokens"] * windows
-        assert told["entries"][name]["tokens"] == pytest.approx(
-            tokens[drawn["entry"] == i].sum() / tokens.sum(), abs=0.02
-        )
+        mine = drawn["entry"] == i
+        assert told["entries"][name]["windows"] == pytest.approx(mine[windows].mean(), rel=0.02)
+        assert told["entries"][name]["tokens"] == pytest.approx(tokens[mine].sum() / tokens.sum(), rel=0.02)
     rows = (drawn["step"] * 32 + drawn["row"])[windows]
-    pairs = np.unique(np.stack([rows, drawn["entry"][windows], drawn["episode"][windows]]), axis=1).shape[1]
-    assert told["repeats_in_row"] == pytest.approx(1 - pairs / windows.sum(), abs=0.003)
+    key = rows * 10000 + drawn["entry"][windows] * 5000 + drawn["episode"][windows]
+    counts = np.unique(key, return_counts=True)[1]
+    assert told["pairs_in_row"] == pytest.approx((counts * (counts - 1) / 2).sum() / windows.sum(), abs=0.003)
+    assert all(rates == pytest.approx((1.0, 1.0)) for tasks in told["step_rates"].values() for rates in tasks.values())
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -425,7 +417,7 @@ def test_a_stream_of_windows_is_as_random_as_free_draws(replacement):
     """Distinct episodes in 256 windows in a row, over what free draws by mass give, in many such spans."""
     e = entry("a", 20000, 3)
     p = plan([e], rows=64, replacement=replacement)
-    assert p.buckets == 32
+    assert p.buckets == 16
     drawn = columns(p, range(1500 if replacement else 450))
     episode = drawn["episode"][~drawn["prompt"]]
     if not replacement:  # what a row's end cuts into two windows is one draw
@@ -435,6 +427,6 @@ def test_a_stream_of_windows_is_as_random_as_free_draws(replacement):
     assert len(spans) > (1000 if replacement else 250)
     distinct = np.mean([len(np.unique(s)) for s in spans])
     units, window = e.lengths.units, 20
-    mass = np.maximum(units - window + 1, 1) if replacement else -(-units // window)
+    mass = (units - 1) / window + 1 if replacement else -(-units // window)
     expected = (1 - (1 - mass / mass.sum()) ** 256).sum()
     assert distinct / expected > 0.97

@@ -39,18 +39,24 @@ def entry(
     seed=0,
     steps=60,
     priority=None,
+    context=1 << 30,
+    length=None,
 ):
     """An entry over simulated episodes of lognormal lengths; `fixed` > 0: instructions of up to so many tokens."""
     random = np.random.default_rng([seed, 2])
-    length = np.clip(np.exp(random.normal(np.log(steps), 0.8, episodes)), 1, 400).astype(np.int64)
+    drawn = np.clip(np.exp(random.normal(np.log(steps), 0.8, episodes)), 1, 400).astype(np.int64)
+    length = drawn if length is None else np.asarray(length, np.int64)
+    episodes = len(length)
     index = SimulatedIndex(length, random.integers(0, tasks, episodes), seed, name)
-    lengths = EntryLengths(
-        units=length,
-        window=np.full(tasks, window, np.int32),
-        per_unit=np.resize(np.array(per_unit, np.int32), tasks),
-        fixed=random.integers(0, fixed + 1, episodes).astype(np.int32),
+    lengths = EntryLengths.plain(
+        length,
+        window,
+        np.resize(np.array(per_unit), tasks),
+        tasks=tasks,
+        fixed=random.integers(0, fixed + 1, episodes),
+        context=context,
         prompt=prompt,
-        prompt_units=np.full(tasks, prompt_units, np.int32),
+        prompt_units=prompt_units,
     )
     return PlanEntry(index, lengths, weight, name, tuple(range(tasks)), priority)
 

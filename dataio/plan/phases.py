@@ -33,7 +33,7 @@ class Phase:
     weights: NDArray[np.float64]
 
 
-class History:
+class PlanHistory:
     """Replays events over a mixture; `open_entry` opens the data set of a `dataset` event."""
 
     def __init__(self, entries: tuple[PlanEntry, ...], open_entry: Callable[[Event], PlanEntry] | None) -> None:

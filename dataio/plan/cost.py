@@ -1,0 +1,79 @@
+"""What steps of an episode cost in tokens, by stratum: exactly, also if some elements are shown at few steps only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Tokens of the steps of one task.
+
+    An element of `tokens` tokens with `period` p is shown at the steps t of a window that starts at step s for which
+    (t − s mod chunk) is a multiple of p. Elements with period 1 are shown at every step.
+
+    elements  (tokens, period) of each element
+    chunk     steps of an action chunk; periods of elements that stand once a chunk are multiples of it
+    """
+
+    elements: tuple[tuple[int, int], ...]
+    chunk: int = 1
+
+    @classmethod
+    def plain(cls, tokens: int) -> StepCost:
+        """Every step costs the same."""
+        return cls(((tokens, 1),))
+
+    def most(self, steps: NDArray) -> Ints:
+        """Tokens of so many steps, wherever they start, at most."""
+        total = sum((tokens * -(-np.asarray(steps, np.int64) // period) for tokens, period in self.elements))
+        return np.asarray(total, np.int64)
+
+
+class Costs:
+    """The step costs of all strata, for arrays of strata at once.
+
+    budget  tokens of a row: `fit` is asked for no more
+    """
+
+    def __init__(self, costs: Sequence[StepCost], budget: int) -> None:
+        width = max((len(c.elements) for c in costs), default=1)
+        self.tokens = np.zeros((width, len(costs)), np.int64)
+        self.period = np.ones((width, len(costs)), np.int64)
+        self.chunk = np.array([c.chunk for c in costs], np.int64)
+        for i, cost in enumerate(costs):
+            for j, (tokens, period) in enumerate(cost.elements):
+                self.tokens[j, i], self.period[j, i] = tokens, period
+        self.first = np.array([int(c.most(np.ones(1))[0]) for c in costs], np.int64)  # most tokens of a single step
+        # A window of n steps takes at most n · each + once tokens: exact for n if every step costs the same
+        self.each = np.asarray(-(-self.tokens // self.period)).sum(0)
+        self.once = np.asarray(-(-self.tokens * (self.period - 1) // self.period)).sum(0)
+        self.plain = bool((self.period == 1).all())
+        self._fit: Ints | None = None
+        if not self.plain:
+            rooms = np.arange(budget + 1)
+            self._fit = np.stack([np.searchsorted(c.most(1 + rooms), rooms, side="right") for c in costs])
+
+    def cost(self, stratum: Ints, start: Ints, steps: Ints) -> Ints:
+        """Tokens of the steps [start, start + steps)."""
+        if self.plain:
+            return steps * self.first[stratum]
+        begin = start - start % self.chunk[stratum]
+        total: Ints = np.zeros(np.broadcast(stratum, start, steps).shape, np.int64)
+        for tokens, period in zip(self.tokens, self.period):
+            p = period[stratum]
+            total = total + tokens[stratum] * ((begin + steps - 1) // p - (begin - 1) // p)
+        return total
+
+    def fit(self, stratum: Ints, room: Ints) -> Ints:
+        """Most steps that fit so many tokens, wherever they start; 0 for a negative room."""
+        room = np.maximum(room, 0)
+        if self._fit is None:
+            return np.asarray(room // self.first[stratum], np.int64)
+        return self._fit[stratum, np.minimum(room, self._fit.shape[1] - 1)]

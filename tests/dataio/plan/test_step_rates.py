@@ -1,0 +1,153 @@
+"""Every step of a task is equally likely: χ² over steps, episodes and preambles, with a stated error rate.
+
+Each test is one χ² at a fixed seed; it fails for p < 1e-4. Windows hold several steps that come together, so steps are counted by
+windows that *begin to show* them in blocks, and the statistic is divided by the measured variance of blocks (Rao and Scott 1981).
+"""
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from tests.dataio.plan.plans import columns, entry, mixture, plan
+
+WORST = 1e-4
+RANDOM = np.random.default_rng(5)
+CASES = {
+    "lognormal": {"window": 20, "per_unit": (10,)},
+    "short context": {"window": 1000, "per_unit": (10,), "context": 200},
+    "very unequal": {"window": 50, "per_unit": (4,), "length": np.concatenate([np.full(1500, 4), np.full(60, 400)])},
+    "preambles": {"window": 1000, "per_unit": (5,), "context": 128, "fixed": 24, "length": RANDOM.integers(3, 60, 1500)},
+    "windows longer than episodes": {
+        "window": 1000, "per_unit": (3,), "context": 128, "fixed": 24, "length": RANDOM.integers(2, 12, 3000)
+    },
+    "prompts": {
+        "window": 1000, "per_unit": (5,), "context": 128, "fixed": 24, "length": RANDOM.integers(3, 60, 3000),
+        "prompt": 0.5, "prompt_units": 8,
+    },
+    "priorities": {"window": 20, "per_unit": (10,), "priority": RANDOM.integers(0, 4, 2000).astype(np.float32)},
+}  # fmt: skip
+
+
+def rates(e, **options):
+    """How often each step of an entry was delivered, by blocks of planning steps [blocks, steps]."""
+    p = plan([e], rows=64, **options)
+    base = np.concatenate([[0], np.cumsum(e.lengths.units)])
+    out = []
+    for block in range(20):
+        drawn = columns(p, range(block * 60, block * 60 + 60))
+        mine = ~drawn["prompt"]
+        first = base[drawn["episode"][mine]] + drawn["start"][mine]
+        seen = np.zeros(base[-1] + 1)
+        np.add.at(seen, first, 1)
+        np.add.at(seen, first + drawn["units"][mine], -1)
+        out.append(np.cumsum(seen)[:-1])
+    return np.array(out)
+
+
+def p_value(counts, groups, weights):
+    """Of χ² over groups of steps, with each group's variance from the blocks."""
+    number = groups.max() + 1
+    by_group = np.array([np.bincount(groups, c, number) for c in counts])
+    share = np.bincount(groups, weights, number)
+    expected = by_group.sum(1, keepdims=True) * share / share.sum()
+    difference = (by_group - expected).sum(0)
+    variance = (by_group - expected).var(0, ddof=1) * len(counts)
+    degrees = number - 1
+    statistic = (difference**2 / variance).sum() * (degrees / number)
+    # Each term is F(1, 19): its mean is 19/17, so that the test stays on the safe side of its error rate.
+    return chi2.sf(statistic * 17 / 19, degrees)
+
+
+@pytest.mark.parametrize("buckets", [1, 0])
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_equally_likely(case, buckets):
+    options = dict(CASES[case])
+    budget = options.get("context", 1024)
+    e = entry("a", 2000, 1, **options)
+    counts = rates(e, budget=max(budget, 128), buckets=buckets)
+    length = np.repeat(e.lengths.units, e.lengths.units)
+    place = np.concatenate([np.arange(t) for t in e.lengths.units])
+    weights = np.ones(len(length)) if e.priority is None else np.repeat(e.priority, e.lengths.units)
+    fixed = np.repeat(e.lengths.fixed, e.lengths.units)
+
+    def ranks(values, most):
+        return np.minimum((np.argsort(np.argsort(values, kind="stable")) * most) // len(values), most - 1)
+
+    near_end = np.where(place < 3, place, np.where(length - place <= 3, 2 + length - place, 6))
+    assert p_value(counts, near_end, weights) > WORST, "first and last steps"
+    assert p_value(counts, ranks(length, 8), weights) > WORST, "short and long episodes"
+    assert p_value(counts, ranks(fixed, 8), weights) > WORST, "short and long preambles"
+    assert p_value(counts, ranks(np.arange(len(length)), 16), weights) > WORST, "anything else"
+    assert (counts.sum(0)[weights > 0] > 0).mean() > 0.999, "coverage"
+
+
+def test_the_test_has_power():
+    """The old rule fails at once: with it, first and last steps are rare."""
+    e = entry("a", 2000, 1, **CASES["lognormal"])
+    counts = rates(e, starts="windows")
+    place = np.concatenate([np.arange(t) for t in e.lengths.units])
+    assert p_value(counts, np.minimum(place, 6), np.ones(len(place))) < 1e-12
+
+
+def test_rates_are_calculated_for_the_old_rule():
+    e = entry("a", 400, 1, window=20, per_unit=(10,))
+    counts = rates(e, starts="windows", buckets=1, budget=200).sum(0)
+    low, high = plan([e], starts="windows", buckets=1, budget=200).describe()["step_rates"]["a"][0]
+    first = np.concatenate([[0], np.cumsum(e.lengths.units)])[:-1]
+    long = e.lengths.units > 60
+    assert counts[first[long]].mean() / counts.mean() == pytest.approx(low, rel=0.1)
+    middle = first[long] + e.lengths.units[long] // 2
+    assert counts[middle].mean() / counts.mean() == pytest.approx(high, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shares_and_fill_of_random_mixtures(seed):
+    """Delivered shares of tokens within 1 %, and the fill that is told is the real one."""
+    random = np.random.default_rng(seed)
+    entries = [
+        entry(
+            name, int(random.integers(300, 4000)), int(random.integers(1, 4)), float(random.uniform(0.2, 1.0)),
+            window=int(random.integers(1, 60)), per_unit=random.integers(1, 60, 3), fixed=int(random.integers(0, 20)),
+            prompt=float(random.choice([0.0, 0.3])), prompt_units=int(random.integers(1, 6)), seed=i,
+            steps=int(random.integers(3, 120)),
+        )
+        for i, name in enumerate("abc")
+    ]  # fmt: skip
+    p = plan(entries, weight_unit="tokens", rows=64, budget=768)
+    drawn = columns(p, range(400))
+    tokens = drawn["tokens"] * ~drawn["prompt"]
+    weight = sum(e.weight for e in entries)
+    for i, e in enumerate(entries):
+        assert tokens[drawn["entry"] == i].sum() / tokens.sum() == pytest.approx(e.weight / weight, rel=0.02), e.name
+    assert p.describe()["fill"] == pytest.approx(tokens.sum() / (400 * 64 * 768), rel=0.01)
+
+
+@pytest.mark.parametrize("window", [20, 200])
+def test_a_batch_varies_as_independent_draws_do(window):
+    """Variance of the batch mean of a value of each episode, over that of free draws of steps."""
+    random = np.random.default_rng(1)
+    top = (random.random(30000) < 0.5).astype(np.float32)
+    entries = [
+        entry("a", 30000, 1, 0.7, window=window, per_unit=(10,), priority=top, steps=100),
+        entry("b", 6000, 2, 0.3, window=window, per_unit=(10,), seed=1, steps=100),
+    ]
+    p = plan(entries, rows=64, budget=window * 10)
+    assert p.buckets > 1
+    q = plan(entries, rows=64, budget=window * 10, buckets=1)
+    value = random.standard_normal(36000)
+    found = []
+    for some in (p, q):
+        drawn = columns(some, range(1500))
+        each = value[drawn["episode"] + 30000 * drawn["entry"]] * drawn["tokens"]
+        found.append((np.bincount(drawn["step"], each) / np.bincount(drawn["step"], drawn["tokens"])).var())
+    # The quotient of two variances of 1,500 batches has a standard deviation of .052
+    assert found[0] / found[1] < 1.02 + 4 * 0.052
+
+
+def test_no_row_wanted_is_no_error():
+    """More processes than rows: some have none."""
+    for replacement in (True, False):
+        p = plan(mixture(), replacement=replacement)
+        assert len(p.windows(3, []).row) == 0
+        parts = p.many([0, 1, 2], [np.array([], int), np.array([5]), np.array([], int)])
+        assert [len(set(x.row.tolist())) for x in parts] == [0, 1, 0]
