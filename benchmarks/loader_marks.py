@@ -114,14 +114,8 @@ class Simulation:
 
     def __init__(self, episodes: int, processes: int) -> None:
         self.index = SimulatedIndex(episodes)
-        lengths = EntryLengths(
-            units=self.index.steps.astype(np.int64),
-            window=np.full(TASKS, WINDOW, np.int32),
-            per_unit=np.random.default_rng(1).integers(3, 45, TASKS).astype(np.int32),
-            fixed=np.zeros(episodes, np.int32),
-            prompt=0.0,
-            prompt_units=np.zeros(TASKS, np.int32),
-        )
+        each = np.random.default_rng(1).integers(3, 45, TASKS)
+        lengths = EntryLengths.plain(self.index.steps, WINDOW, each, tasks=TASKS)
         index: Any = self.index
         entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name="simulated", tasks=range(TASKS))
         self.plan = SamplingPlan([entry], rows=ROWS, budget=1024, seed=3, buckets=ROWS)

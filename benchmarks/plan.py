@@ -46,14 +46,7 @@ class SimulatedIndex:
 def simulated_plan(episodes: int, **options: Any) -> SamplingPlan:
     index: Any = SimulatedIndex(episodes)
     per_unit = np.random.default_rng(1).integers(3, 45, TASKS).astype(np.int32)
-    lengths = EntryLengths(
-        units=index.steps,
-        window=np.full(TASKS, WINDOW, np.int32),
-        per_unit=per_unit,
-        fixed=np.zeros(episodes, np.int32),
-        prompt=0.25,
-        prompt_units=np.full(TASKS, 5, np.int32),
-    )
+    lengths = EntryLengths.plain(index.steps, WINDOW, per_unit, tasks=TASKS, prompt=0.25, prompt_units=5)
     entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name="simulated", tasks=range(TASKS))
     return SamplingPlan([entry], rows=ROWS, budget=BUDGET, seed=3, validation=0.01, **options)
 

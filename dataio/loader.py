@@ -30,10 +30,12 @@ from tiphys.dataio.peers import PeerSettings
 
 if TYPE_CHECKING:
     from tiphys.dataio.placement import Home
+    from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
 
 log = logging.getLogger(__name__)
 
+Join = Callable[[Sequence["PlanEntry"]], "Joined"]
 MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]
 _RESTARTS = 3  # of a loader process that dies before it hands over a batch
 # Arrays of some hundred KiB come and go all the time. From the heap they cost a third less than as fresh pages (mallopt(3)).
@@ -96,6 +98,25 @@ class LoaderSettings:
     attempts: int = 8
     prefetch: int = 256 << 20
     unit_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a loader must know of entries that join the mixture while it runs.
+
+    Attributes
+    ----------
+    needs : sequence of Needs
+        One for each of these entries.
+    tasks : sequence of ndarray
+        One for each: task of its dataset -> the task's number in the run's list.
+    make_batch : callable
+        As `make_batch` of the loader; it knows the windows of all entries, old and new.
+    """
+
+    needs: Sequence[Needs]
+    tasks: Sequence[np.ndarray]
+    make_batch: MakeBatch
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,9 @@ class TrajectoryLoader:
         dataset's own numbers.
     settings : LoaderSettings, optional
         Cache, requests, prefetching.
+    join : callable, optional
+        `(entries) -> Joined`: what the loader must know of the entries that `dataset` events of the plan's log add, all of
+        them, in the plan's order.
     peers : PeerSettings, optional
         Lets other loaders read this loader's cache (see `peer_address`, `connect_peers`).
     start, stop : int
@@ -196,6 +220,7 @@ class TrajectoryLoader:
         *,
         tasks: Sequence[np.ndarray] | None = None,
         settings: LoaderSettings | None = None,
+        join: Join | None = None,
         peers: PeerSettings | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -204,6 +229,7 @@ class TrajectoryLoader:
         self.plan, self.home, self.make_batch, self.needs = plan, home, make_batch, tuple(needs)
         self.tasks = None if tasks is None else tuple(np.asarray(t) for t in tasks)
         self.settings, self.peers, self.on_memory = settings or LoaderSettings(), peers, on_memory
+        self.join = join
         self.step, self.stop = start, stop
         self._peer_address = ""
         # A process with peers waits for this before its first request: for their addresses, or for the first call of next()
@@ -214,12 +240,20 @@ class TrajectoryLoader:
         self._horizon = start
 
     def _spec(self) -> ProcessSpec:
+        make_batch, needs, tasks = self.make_batch, self.needs, self.tasks
+        added = self.plan.entries[len(needs) :]
+        if added:
+            if self.join is None:
+                raise ValueError("the plan's log adds datasets to the mixture, and this loader was made without `join`")
+            joined = self.join(added)
+            make_batch, needs = joined.make_batch, (*needs, *joined.needs)
+            tasks = None if tasks is None else (*tasks, *joined.tasks)
         return ProcessSpec(
             plan=self.plan,
             home=self.home,
-            make_batch=self.make_batch,
-            needs=self.needs,
-            tasks=self.tasks,
+            make_batch=make_batch,
+            needs=needs,
+            tasks=tasks,
             settings=self.settings,
             peers=self.peers,
             step=self.step,
@@ -361,35 +395,23 @@ class TrajectoryLoader:
         Raises
         ------
         ValueError
-            If an event is in force from a step that was already handed over, or if it adds a dataset (this loader does not
-            know what is needed of its episodes).
+            If an event is in force from a step that was already handed over, or if it adds a dataset and the loader has no
+            `join`.
+        DataError
+            If an event does not fit the mixture.
         """
-        self._check(events)
+        if self.join is None and any(event["kind"] == "dataset" for event in events):
+            raise ValueError("an event adds a dataset to the mixture, and this loader was made without `join`")
         for event in events:
             if event["step"] < self.step:
                 raise ValueError(
                     f"the plan cannot change at step {event['step']}: the next step is {self.step}; give a later step"
                 )
             self.plan.log.append(event)
-        self._announce(list(events))
-
-    def refresh(self) -> list[dict[str, Any]]:
-        """Read events that were added to the log's file, and return them. Raises ValueError if one of them adds a dataset."""
-        events = self.plan.log.refresh()
-        try:
-            self._check(events)
-        except ValueError:
-            self.close()  # the process would continue without these events
-            raise
-        self._announce(events)
-        return events
-
-    @staticmethod
-    def _check(events: Sequence[Mapping[str, Any]]) -> None:
         if any(event["kind"] == "dataset" for event in events):
-            raise ValueError(
-                "an event adds a dataset to the mixture: make a new loader, with the Needs of the new entry"
-            )
+            self.close()  # what is needed of the new episodes is told to a process when it starts
+        else:
+            self._announce(list(events))
 
     @property
     def horizon(self) -> int:

@@ -86,7 +86,7 @@ class SamplingPlan:
         validation, held_out: share of episodes held out; whether to draw only from those, or never.
         log: events that change the plan.
         cache_dir: folder for the sorted index, which is then mapped into memory; empty: in memory.
-        open_entry: opens the data set of a `dataset` event.
+        open_entry: opens the dataset of a `dataset` event.
 
     DataError where nothing can be drawn, or a window cannot fit a row.
     """
@@ -120,21 +120,21 @@ class SamplingPlan:
         self.weight_unit, self.replacement = weight_unit, replacement
         self.validation, self.held_out = validation, held_out
         self.cache_dir, self.starts = cache_dir, starts
-        self.entries = tuple(entries)
+        self._first_entries = tuple(entries)
         self.buckets = buckets or self._choose_buckets()
         self.log = log if log is not None else PlanLog()
         self.step = 0
         self._offset = int(words(seed, 0, purpose=BUCKET)[0]) % UNIT
         self._fingerprint = ""
         self._indexes: dict[tuple[int, ...], PlanIndex] = {}
-        self._history = PlanHistory(self.entries, open_entry)
+        self._history = PlanHistory(self._first_entries, open_entry)
         self._forget()
         self._ready(0)  # errors of the data now, not at the first step
 
     def _choose_buckets(self) -> int:
         """By the smallest task of an entry with a weight above 0, and the smallest one with prompts."""
         smallest, prompted = 2**62, None
-        for entry in self.entries:
+        for entry in self._first_entries:
             counts = drawable_episodes(entry, self.validation, self.held_out)
             share = np.asarray(entry.lengths.prompt)[list(entry.tasks)]
             if entry.weight > 0 and (counts > 0).any():
@@ -142,6 +142,13 @@ class SamplingPlan:
                 if (with_prompts := counts[(counts > 0) & (share > 0)]).size:
                     prompted = min(prompted or 2**62, int(with_prompts.min()))
         return choose_buckets(smallest, self.rows, prompted)
+
+    @property
+    def entries(self) -> tuple[PlanEntry, ...]:
+        """All entries, those that `dataset` events of the log add last. Windows count their entries in this order."""
+        if len(self.log) != self._applied:
+            self._forget()
+        return self._phases[-1].entries
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -418,8 +425,8 @@ class SamplingPlan:
                 self.buckets,
                 self.validation,
             ]
-            weights = [[e.name, float(e.weight)] for e in self.entries]
-            self._fingerprint = digest(self.entries, [*numbers, self.held_out, weights])
+            weights = [[e.name, float(e.weight)] for e in self._first_entries]
+            self._fingerprint = digest(self._first_entries, [*numbers, self.held_out, weights])
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
@@ -437,8 +444,8 @@ class SamplingPlan:
         if state.get("version", 1) != VERSION:
             raise ValueError(
                 f"plan: the checkpoint was drawn by version {state.get('version', 1)} of the sampling plan; this Tiphys draws by "
-                f"version {VERSION}, so the same steps would show other windows. Finish the run with the Tiphys that began it, or "
-                "start a new run"
+                f"version {VERSION}, so the same steps would show other windows. Finish the run with the Tiphys that began it, "
+                "or start a new run"
             )
         if state["buckets"] != self.buckets:
             raise ValueError(

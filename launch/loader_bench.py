@@ -43,10 +43,7 @@ def window_plan(index: EpisodeIndex, rows: int, window: int, **more: Any) -> Sam
     """A plan over every task of a dataset whose rows hold one window each."""
     tasks = len(index.tasks)
     units = np.maximum(np.asarray(index.steps, np.int64), 1)
-    lengths = EntryLengths(
-        units=units, window=np.full(tasks, window, np.int32), per_unit=np.ones(tasks, np.int32),
-        fixed=np.zeros(index.episodes, np.int32), prompt=0.0, prompt_units=np.zeros(tasks, np.int32),
-    )  # fmt: skip
+    lengths = EntryLengths.plain(units, window, tasks=tasks)
     entry = PlanEntry(index=index, lengths=lengths, weight=1.0, name=index.url, tasks=list(range(tasks)), priority=None)
     return SamplingPlan([entry], rows=rows, budget=window, seed=more.pop("seed", 0), **more)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tiphys.dataio.sampling import PlannedWindows, SamplingPlan
 
 _READS = 3  # of one window whose bytes are wrong, before another window is drawn
-_ATTEMPTS = 8  # most draws for one window
 # Share of the windows of the last steps that may be redrawn. If it is larger, the cause is not a few damaged episodes.
 _MOST_BAD = 0.1
 
@@ -38,59 +37,75 @@ class Mender:
         correct: Callable[[int, Any], None],
     ) -> None:
         self.plan, self.units, self.fetcher, self.assembler, self.correct = plan, units, fetcher, assembler, correct
+        self._bad: set[tuple[str, int]] = set()  # (dataset, episode) that could not be read
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
 
     async def mend(
         self, step: int, planned: PlannedWindows, windows: list[Window | DataError]
-    ) -> tuple[list[Window], list[dict[str, Any]]]:
+    ) -> tuple[list[Window | None], list[dict[str, Any]]]:
         """The windows of a step without errors, and one event for each episode that was quarantined.
 
-        Raises DataError if a window cannot be replaced, or if too many windows of the last steps could not be read.
+        None stands for a window that is dropped because nothing can be drawn instead of it. Raises DataError if too many windows
+        of the last steps could not be read.
         """
         quarantined: list[dict[str, Any]] = []
-        mended: list[Window] = []
-        for i, window in enumerate(windows):
-            if isinstance(window, DataError):
-                window, events = await self._mend(step, planned, i, window)
-                quarantined += events
-            mended.append(window)
+        mended: list[Window | None] = list(windows)  # type: ignore[arg-type]
+        wrong = np.array([isinstance(window, DataError) for window in windows], bool)
+        for row in np.unique(planned.row[wrong]).tolist():
+            mine = np.flatnonzero(planned.row == row)
+            good = {int(planned.slot[i]): (_key(planned, i), windows[i]) for i in mine.tolist() if not wrong[i]}
+            found, events = await self._mend_row(step, _only(planned, mine), good)  # type: ignore[arg-type]
+            quarantined += events
+            for i in mine.tolist():
+                mended[i] = found.get(int(planned.slot[i]))
         self._judge(len(mended), quarantined)
         return mended, quarantined
 
-    async def _mend(
-        self, step: int, planned: PlannedWindows, i: int, error: DataError
-    ) -> tuple[Window, list[dict[str, Any]]]:
-        events: list[dict[str, Any]] = []
-        for attempt in range(int(planned.attempt[i]), int(planned.attempt[i]) + _ATTEMPTS):
-            one = self._draw(step, planned, i, attempt)
-            for _ in range(_READS):
-                found, got = await self._read_alone(one)
-                if isinstance(found, Window):
-                    break
-            if isinstance(found, Window):
-                if not events:  # the block's other windows, and later ones, get the valid bytes too
-                    for unit, data in got.items():
-                        self.correct(unit, data)
-                return found, events
-            await self.fetcher.check_unchanged(np.array(list(got), np.int64))
-            entry, episode = int(one.entry[0]), int(one.episode[0])
-            index = self.plan.entries[entry].index
-            events.append(
-                {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
-                 "id": index.id(episode), "reason": str(found)}
-            )  # fmt: skip
-            error = found
-        raise DataError(
-            f"step {step}: {_ATTEMPTS} windows in a row could not be read; run `tiphys verify`. The last error: {error}"
-        )
+    async def _mend_row(
+        self, step: int, planned: PlannedWindows, good: dict[int, tuple[_Key, Window]]
+    ) -> tuple[dict[int, Window], list[dict[str, Any]]]:
+        """Slot -> window of one row. A prompt is drawn for the window behind it: if that changes, the prompt may change too.
 
-    def _draw(self, step: int, planned: PlannedWindows, i: int, attempt: int) -> PlannedWindows:
-        """The i-th window alone, or the window that a later attempt draws instead."""
-        if attempt == int(planned.attempt[i]):
-            return _only(planned, i)
-        row, slot = int(planned.row[i]), int(planned.slot[i])
-        again = self.plan.windows(step, np.array([row]), attempts={(row, slot): attempt})
-        return _only(again, int(np.flatnonzero(again.slot == slot)[0]))
+        good  slot -> what was drawn, and its window, for the slots that could be decoded
+        """
+        events: list[dict[str, Any]] = []
+        attempts: dict[tuple[int, int], int] = {}
+        row = int(planned.row[0])
+        while True:
+            if attempts:
+                planned = self.plan.windows(step, np.array([row]), attempts=attempts)
+            for i, slot in enumerate(planned.slot.tolist()):
+                key = _key(planned, i)
+                if slot in good and good[slot][0] == key:
+                    continue
+                window = await self._read(planned, i, events)
+                if window is None:
+                    attempts[row, slot] = int(planned.attempt[i]) + 1
+                    break
+                good[slot] = key, window
+            else:
+                return {slot: good[slot][1] for slot in planned.slot.tolist()}, events
+
+    async def _read(self, planned: PlannedWindows, i: int, events: list[dict[str, Any]]) -> Window | None:
+        """The i-th window, read again past the cache. If that fails, its episode is bad from now on, and the result is None."""
+        one = _only(planned, np.array([i]))
+        entry, episode = int(one.entry[0]), int(one.episode[0])
+        index = self.plan.entries[entry].index
+        if (index.fingerprint, episode) in self._bad:
+            return None
+        for _ in range(_READS):
+            found, got = await self._read_alone(one)
+            if isinstance(found, Window):
+                for unit, data in got.items() if not events else ():  # other windows get the valid bytes too
+                    self.correct(unit, data)
+                return found
+        await self.fetcher.check_unchanged(np.array(list(got), np.int64))
+        self._bad.add((index.fingerprint, episode))
+        events.append(
+            {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
+             "id": index.id(episode), "reason": str(found)}
+        )  # fmt: skip
+        return None
 
     async def _read_alone(self, planned: PlannedWindows) -> tuple[Window | DataError, dict[int, Any]]:
         """One planned window, read from the store without the cache, and the bytes of its units."""
@@ -116,6 +131,15 @@ class Mender:
             )
 
 
-def _only(planned: PlannedWindows, i: int) -> PlannedWindows:
-    arrays: Any = (a[i : i + 1] for a in planned)
+_Key = tuple[int, int, int, int]
+
+
+def _key(planned: PlannedWindows, i: int) -> _Key:
+    """What was drawn: entry, episode, start, units."""
+    return int(planned.entry[i]), int(planned.episode[i]), int(planned.start[i]), int(planned.units[i])
+
+
+def _only(planned: PlannedWindows, some: np.ndarray) -> PlannedWindows:
+    """Some of the windows."""
+    arrays: Any = (a[some] for a in planned)
     return type(planned)(*arrays)

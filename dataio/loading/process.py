@@ -273,7 +273,8 @@ class LoaderProcess:
         by_row: list[list[Window]] = [[] for _ in work.rows]
         place = {row: k for k, row in enumerate(work.rows.tolist())}
         for row, window in zip(work.planned.row.tolist(), windows, strict=True):
-            by_row[place[row]].append(window)
+            if window is not None:
+                by_row[place[row]].append(window)
         arrays = self.spec.make_batch(work.step, work.rows, by_row)
         made = time.perf_counter()
         places, size = shared_memory.layout(arrays)

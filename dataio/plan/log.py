@@ -2,25 +2,28 @@
 
 | kind | keys beside `step` | in force from `step` on |
 |---|---|---|
-| `weights` | `weights` {entry: number} | these entries of the mixture have these weights |
+| `weights` | `weights` {entry: number} | these mixture entries have these weights |
 | `priority` | `entry`, `prefer`, `top` | the entry's episodes are preferred by a rule (`tiphys.dataio.plan.preferences`) |
-| `priority` | `entry`, `file`, `digest` | … by a `.npy` of float32 [episodes], of this SHA-256 |
-| `quarantine` | `entry`, `episode` (number), `id`, `reason` | the episode is drawn no more |
+| `priority` | `entry`, `file`, `digest` | … by a `.npy` of float32 [episodes] with this SHA-256 |
+| `quarantine` | `entry`, `episode` (number), `id`, `reason` | the episode is not drawn any more |
 | `skip` | `steps` | the plan jumps this many steps ahead: their rows are never seen |
-| `dataset` | `entry`, `dataset`, `weight`, … | a further entry of the mixture |
+| `dataset` | `entry`, `dataset`, `digest`, `like`, `weight` | a dataset with this fingerprint joins, learned like `like` |
 
-A plan replays the log, so resuming needs only a step and these lines.
+A plan replays the log, so a resume needs only a step and these lines. The same lines are the channel to a running plan: another
+process appends an event to the file in the run's folder, and the run adopts it (`follow`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tiphys.dataio.episode import DataError
 
+log = logging.getLogger(__name__)
 Event = dict[str, Any]
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -28,7 +31,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "priority": ("entry",),
     "quarantine": ("entry", "episode"),
     "skip": ("steps",),
-    "dataset": ("entry", "dataset", "weight"),
+    "dataset": ("entry", "dataset", "digest", "like", "weight"),
 }
 
 
@@ -49,6 +52,8 @@ def checked(event: Mapping[str, Any], where: str) -> Event:
             isinstance(w, (int, float)) and w >= 0 for w in weights.values()
         ):
             raise DataError(f"{where}: `weights` must map entries to numbers of at least 0, not {weights!r}")
+    if kind == "dataset" and not (isinstance(event["weight"], (int, float)) and 0 <= event["weight"] < float("inf")):
+        raise DataError(f"{where}: `weight` must be a number of at least 0, not {event['weight']!r}")
     if kind == "priority" and not ("prefer" in event or {"file", "digest"} <= event.keys()):
         raise DataError(f"{where}: a priority event needs `prefer`, or `file` and `digest`")
     if kind == "skip" and (not isinstance(event["steps"], int) or event["steps"] < 1):
@@ -93,10 +98,22 @@ class PlanLog:
         self.refresh()
 
     def refresh(self) -> list[Event]:
-        """Events that the file gained since it was last read; a last line without its end is left for the next time."""
-        if not self.path or not os.path.exists(self.path):
-            return []
+        """Events that the file gained since it was last read. DataError for a line that is no event.
+
+        A last line without its end is left for the next time; the torn line of a writer that died is passed over.
+        """
         fresh: list[Event] = []
+        for where, value in self._lines():
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: an event is a JSON object, not {type(value).__name__}")
+            fresh.append(checked(value, where))
+        self._events += fresh
+        return fresh
+
+    def _lines(self) -> Iterator[tuple[str, Any]]:
+        """(place, JSON value) of each whole line that the file gained."""
+        if not self.path or not os.path.exists(self.path):
+            return
         with open(self.path, "rb") as file:
             file.seek(self._read)
             lines = file.read().split(b"\n")
@@ -106,11 +123,18 @@ class PlanLog:
             if not line:
                 continue
             try:
-                event = json.loads(line)
+                value = json.loads(line)
             except ValueError:
-                continue  # the torn line of a writer that died; it was never acknowledged
-            if not isinstance(event, dict):
-                raise DataError(f"{where}: an event is a JSON object, not {type(event).__name__}")
-            fresh.append(checked(event, where))
+                continue  # it was never acknowledged
+            yield where, value
+
+    def follow(self) -> list[Event]:
+        """As `refresh`, for a run that must go on: a line that is no event is named in a warning and passed over."""
+        fresh: list[Event] = []
+        for where, value in self._lines():
+            try:
+                fresh.append(checked(value if isinstance(value, dict) else {}, where))
+            except DataError as error:
+                log.warning("passed over: %s", error)
         self._events += fresh
         return fresh

@@ -34,11 +34,12 @@ class Phase:
 
 
 class PlanHistory:
-    """Replays events over a mixture; `open_entry` opens the data set of a `dataset` event."""
+    """Replays events over a mixture; `open_entry` opens the dataset of a `dataset` event."""
 
     def __init__(self, entries: tuple[PlanEntry, ...], open_entry: Callable[[Event], PlanEntry] | None) -> None:
         self.entries, self.open_entry = entries, open_entry
         self._made: dict[tuple[str, int], PlanEntry] = {}
+        self._joined: dict[str, PlanEntry] = {}  # by event
 
     def phases(self, events: Sequence[Event]) -> list[Phase]:
         """The phases, ascending, the first from step 0 on. DataError for an event that does not fit the mixture."""
@@ -57,7 +58,7 @@ class PlanHistory:
             return replace(last, first=step, skipped=last.skipped + event["steps"])
         entries, weights = list(last.entries), last.weights.copy()
         if kind == "dataset":
-            entries.append(self._derived(event, None))
+            entries.append(self._join(event, [e.name for e in entries]))
             weights = np.append(weights, np.float64(event["weight"]))
             return replace(last, first=step, entries=tuple(entries), weights=weights)
         names = [e.name for e in entries]
@@ -68,22 +69,38 @@ class PlanHistory:
             if kind == "weights":
                 weights[i] = event["weights"][name]
             else:
-                entries[i] = self._derived(event, entries[i])
+                entries[i] = self._preferred(event, entries[i])
         return replace(last, first=step, entries=tuple(entries), weights=weights)
 
-    def _derived(self, event: Event, base: PlanEntry | None) -> PlanEntry:
-        """The entry that an event makes: the same object at every replay, so that nothing is built again."""
+    def _preferred(self, event: Event, base: PlanEntry) -> PlanEntry:
+        """The entry with an event's priorities: the same object at every replay, so that nothing is built again."""
         key = (json.dumps(event, sort_keys=True), id(base))
         if key not in self._made:
-            if base is not None:
-                self._made[key] = replace(base, priority=priority_of(event, base.index))
-            elif self.open_entry is None:
-                raise DataError(
-                    f"plan log: step {event['step']} adds data set {event['dataset']!r}, which nothing here can open"
-                )
-            else:
-                self._made[key] = self.open_entry(event)
+            self._made[key] = replace(base, priority=priority_of(event, base.index))
         return self._made[key]
 
+    def _join(self, event: Event, names: list[str]) -> PlanEntry:
+        """The entry that a `dataset` event adds, opened once."""
+        where, key = (
+            f"plan log: step {event['step']} adds dataset {event['dataset']!r}",
+            json.dumps(event, sort_keys=True),
+        )
+        if event["entry"] in names:
+            raise DataError(f"{where} as entry {event['entry']!r}, which the mixture has already; give it another name")
+        if event["like"] not in names:
+            raise DataError(f"{where} like entry {event['like']!r}; the mixture has {', '.join(names)}")
+        if key not in self._joined:
+            if self.open_entry is None:
+                raise DataError(f"{where}, but this plan was made without `open_entry`, which opens datasets")
+            entry = self.open_entry(event)
+            if entry.index.fingerprint != event["digest"]:
+                raise DataError(
+                    f"{where} with the fingerprint {event['digest']}, but it has {entry.index.fingerprint} now: it was changed "
+                    "since; restore it, or add it again under another name"
+                )
+            self._joined[key] = entry
+        return self._joined[key]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"entries": self.entries, "open_entry": self.open_entry, "_made": {}}
+        """Joined entries travel with the plan, so that only the process that drew the events opens datasets."""
+        return {"entries": self.entries, "open_entry": None, "_made": {}, "_joined": self._joined}

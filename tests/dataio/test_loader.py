@@ -21,9 +21,9 @@ from tests.dataio.loading_fixtures import CONTROL, PICTURES, copied, dataset, di
 from tests.processes import REPOSITORY
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import Needs, Window
-from tiphys.dataio.loader import CacheBudget, LoadedBatch, LoaderSettings, TrajectoryLoader
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.loader import CacheBudget, Joined, LoadedBatch, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.placement import Home
-from tiphys.dataio.plan.log import PlanLog
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 NEEDS = (
@@ -36,10 +36,8 @@ ONE = Home(0, 1)
 
 def lengths(index: Any, window: int) -> EntryLengths:
     tasks = len(index.tasks)
-    return EntryLengths(
-        units=index.steps.astype(np.int64), window=np.full(tasks, window, np.int32), per_unit=np.full(tasks, 3, np.int32),
-        fixed=np.full(index.episodes, 4, np.int32), prompt=0.25, prompt_units=np.full(tasks, 4, np.int32),
-    )  # fmt: skip
+    fixed = np.full(index.episodes, 4)
+    return EntryLengths.plain(index.steps, window, 3, tasks=tasks, fixed=fixed, prompt=0.25, prompt_units=4)
 
 
 def make_plan(index: Any, **more: Any) -> SamplingPlan:
@@ -252,15 +250,39 @@ def test_a_change_of_the_plan_reaches_batches_that_were_made_ahead(
     assert late == known
 
 
-def test_a_dataset_that_the_log_adds_closes_the_loader(index: Any, tmp_path: Path) -> None:
-    file = str(tmp_path / "log.jsonl")
-    plan = make_plan(index, log=PlanLog(file))
-    with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, settings=SETTINGS, stop=8) as loader:
-        next(loader).release()
-        PlanLog(file).append({"step": 5, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0})
-        with pytest.raises(ValueError, match="an event adds a dataset to the mixture: make a new loader"):
-            loader.refresh()
-        assert loader.pid is None
+def joined(entries: Any) -> Joined:
+    """Every dataset that joins is a control dataset."""
+    return Joined(needs=[NEEDS[0]] * len(entries), tasks=[np.array([0, -1])] * len(entries), make_batch=digest_batch)
+
+
+def open_more(event: Any) -> PlanEntry:
+    index = EpisodeIndex.open(event["dataset"])
+    return PlanEntry(index=index, lengths=lengths(index, 6), weight=event["weight"], name=event["entry"], tasks=[0])
+
+
+def test_a_dataset_joins_a_running_loader(index: Any, tmp_path: Path) -> None:
+    """The steps before it stay; those from its step on equal the ones of a loader that knew of it from the start."""
+    more = dataset(str(tmp_path / "more"), 20, seed=9)
+    event = {"step": 4, "kind": "dataset", "entry": "more", "dataset": more.url, "digest": more.fingerprint}
+    event |= {"like": "control", "weight": 1.0}
+
+    def run(early: bool, late: bool) -> dict[tuple[int, int], Any]:
+        plan, out = make_plan(index, open_entry=open_more), {}
+        if early:
+            plan.log.append(event)
+        settings = {"settings": SETTINGS, "tasks": [np.arange(2)] * 2, "join": joined, "stop": 8}
+        with TrajectoryLoader(plan, ONE, digest_batch, NEEDS, **settings) as loader:
+            for batch in loader:
+                out |= rows_of([batch])
+                batch.release()
+                if late and batch.step == 2:
+                    loader.append([event])
+        return out
+
+    known, told, without = run(True, False), run(False, True), run(False, False)
+    assert known == told
+    assert {key for key in told if told[key] != without[key]} <= {key for key in told if key[0] >= 4}
+    assert known != without
 
 
 def fails_at_step_2(step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
@@ -289,10 +311,11 @@ def test_arrays_that_are_not_plain_memory_are_refused(index: Any) -> None:
         next(loader)
 
 
-def test_an_event_cannot_add_a_dataset_to_a_loader_that_does_not_know_it(index: Any) -> None:
+def test_an_event_cannot_add_a_dataset_to_a_loader_that_cannot_join_it(index: Any) -> None:
     loader = TrajectoryLoader(make_plan(index), ONE, digest_batch, NEEDS, settings=SETTINGS)
-    with pytest.raises(ValueError, match="make a new loader"):
-        loader.append([{"step": 3, "kind": "dataset", "entry": "more", "dataset": index.url, "weight": 1.0}])
+    event = {"step": 3, "kind": "dataset", "entry": "more", "dataset": index.url, "digest": "d", "like": "control"}
+    with pytest.raises(ValueError, match="without `join`"):
+        loader.append([{**event, "weight": 1.0}])
     assert len(loader.plan.log) == 0
 
 

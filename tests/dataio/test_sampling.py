@@ -287,16 +287,27 @@ def test_a_cell_whose_episodes_are_all_unreadable_gives_up_its_windows_and_promp
     assert len(drawn["row"]) > 0.99 * len(whole["row"])
 
 
-def test_a_data_set_joins():
+def test_a_dataset_joins():
     new = entry("c", 300, 1, seed=7)
+    event = {"step": 5, "kind": "dataset", "entry": "c", "dataset": "runs/generated", "like": "a", "weight": 1.0}
+    event["digest"] = new.index.fingerprint
     p = plan(open_entry=lambda event: new)
-    p.log.append({"step": 5, "kind": "dataset", "entry": "c", "dataset": "runs/generated", "weight": 1.0})
+    p.log.append(event)
+    assert [e.name for e in p.entries] == ["a", "b", "c"]
     assert set(p.windows(4).entry) <= {0, 1}
     drawn = columns(p, range(5, 200))
     share = (drawn["entry"][~drawn["prompt"]] == 2).mean()
     assert abs(share - 0.5) < 4 * np.sqrt(0.25 / len(drawn["row"]))
-    with pytest.raises(DataError, match="generated"):
+    assert equal(pickle.loads(pickle.dumps(p)).windows(30), p.windows(30))
+    with pytest.raises(DataError, match=r"generated.*open_entry"):
         plan(log=PlanLog(events=p.log.events)).windows(0)
+    for wrong, message in (
+        ({"digest": "other"}, "changed since"),
+        ({"like": "x"}, "like entry 'x'"),
+        ({"entry": "a"}, "another name"),
+    ):
+        with pytest.raises(DataError, match=message):
+            plan(open_entry=lambda event: new, log=PlanLog(events=[event | wrong])).windows(0)
 
 
 # -- held out, state, errors ---------------------------------------------------------------------------------------------

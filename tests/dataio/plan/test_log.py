@@ -48,6 +48,11 @@ def test_a_torn_line_is_left_alone(tmp_path):
         ({"step": 1, "kind": "weights", "weights": {"a": float("nan")}}, "numbers of at least 0"),
         ({"step": 1, "kind": "quarantine", "entry": "a"}, "needs episode"),
         ({"step": 1, "kind": "priority", "entry": "a", "file": "x"}, "`file` and `digest`"),
+        ({"step": 1, "kind": "dataset", "entry": "b", "dataset": "x", "weight": 1}, "needs digest, like"),
+        (
+            {"step": 1, "kind": "dataset", "entry": "b", "dataset": "x", "digest": "d", "like": "a", "weight": -1},
+            "at least 0",
+        ),
     ],
 )
 def test_events_are_checked(event, message):
@@ -60,3 +65,12 @@ def test_a_bad_event_in_a_file_is_named(tmp_path):
     path.write_text(json.dumps(WEIGHTS) + "\n" + json.dumps({"step": 1, "kind": "colour"}) + "\n")
     with pytest.raises(DataError, match=r"plan\.jsonl at byte \d+"):
         PlanLog(str(path))
+
+
+def test_a_run_that_follows_a_file_passes_over_what_is_no_event(tmp_path, caplog):
+    path = tmp_path / "plan.jsonl"
+    log = PlanLog(str(path))
+    path.write_text("3\n" + json.dumps({"step": 1, "kind": "colour"}) + "\n" + json.dumps(WEIGHTS) + "\n")
+    assert log.follow() == [WEIGHTS]
+    assert log.follow() == []
+    assert [record.getMessage().count("passed over") for record in caplog.records] == [1, 1]
