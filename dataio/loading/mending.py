@@ -37,6 +37,8 @@ class Mender:
         correct: Callable[[int, Any], None],
     ) -> None:
         self.plan, self.units, self.fetcher, self.assembler, self.correct = plan, units, fetcher, assembler, correct
+        self._failures = 0  # windows of this step that could not be read
+        self._last = ""  # the reason of the last one
         self._bad: set[tuple[str, int]] = set()  # (dataset, episode) that could not be read
         self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
 
@@ -58,7 +60,7 @@ class Mender:
             quarantined += events
             for i in mine.tolist():
                 mended[i] = found.get(int(planned.slot[i]))
-        self._judge(len(mended), quarantined)
+        self._judge(len(mended))
         return mended, quarantined
 
     async def _mend_row(
@@ -80,6 +82,7 @@ class Mender:
                     continue
                 window = await self._read(planned, i, events)
                 if window is None:
+                    self._failures += 1
                     attempts[row, slot] = int(planned.attempt[i]) + 1
                     break
                 good[slot] = key, window
@@ -101,6 +104,7 @@ class Mender:
                 return found
         await self.fetcher.check_unchanged(np.array(list(got), np.int64))
         self._bad.add((index.fingerprint, episode))
+        self._last = str(found)
         events.append(
             {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
              "id": index.id(episode), "reason": str(found)}
@@ -120,14 +124,14 @@ class Mender:
         (window,) = self.assembler.windows(planned, spans, ranges, copy_from(lambda u: memoryview(got[u])))
         return window, got
 
-    def _judge(self, windows: int, events: list[dict[str, Any]]) -> None:
+    def _judge(self, windows: int) -> None:
         """A few episodes may be damaged. If many are, something else is wrong, and to go on would bias the training."""
-        self._recent.append((windows, len(events)))
+        self._recent.append((windows, self._failures))
+        self._failures = 0
         all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
         if bad >= 10 and bad > _MOST_BAD * all_windows:
             raise DataError(
-                f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. "
-                f"The last error: {events[-1]['reason'] if events else ''}"
+                f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. The last error: {self._last}"
             )
 
 
