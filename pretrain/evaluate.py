@@ -4,7 +4,7 @@
 seeds, so the result does not depend on the number of processes. The default seeds are reserved for evaluation: `collect` makes no
 demonstration with them (`tiphys.dataio.collect`).
 
-`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same from the command line; `start` runs it as a process.
+`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same from the command line; `start` starts it.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def evaluate(
     Returns
     -------
     dict
-        {"tasks": {name: scores}}. `tiphys.pretrain.acting.scores.summary` lists the scores. "pictures" and "seen_states" are added
-        if they were asked for.
+        {"tasks": {name: scores}}. `tiphys.pretrain.acting.scores.summary` lists the scores. "pictures" and "seen_states" are
+        added if they were asked for.
 
     Raises
     ------

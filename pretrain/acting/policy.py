@@ -218,7 +218,7 @@ class Policy:
 
     @torch.inference_mode()
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """The answers to all slots. The histories pass through the model once, then one token of each row for each further slot."""
+        """The answers to all slots. The histories go through the model once, then each row's last token for each further slot."""
         answers: list[list[Any]] = [[None] * len(chosen) for _ in acting.slots]
         device = self.model.device
         for rows in _groups(acting):

@@ -47,7 +47,10 @@ def hash_values(values: Sequence[tuple[Any, str]]) -> int:
 
 
 def demonstrated_states(spec: TaskSpec, datasets: Sequence[str], part: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """uint64, sorted: hashes of the states of a task in these datasets. part (i, n): only of every n-th episode, from the i-th on."""
+    """uint64, sorted: hashes of the states of a task in these datasets.
+
+    part  (i, n): only those of every n-th episode, from the i-th on
+    """
     from tiphys.dataio.dataset import read_episode
     from tiphys.dataio.index import EpisodeIndex
 

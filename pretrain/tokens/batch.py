@@ -283,4 +283,3 @@ class TokenBatch:
             embedded={n: Embedded(**p) for n, p in parts["embedded"].items()},
             regression={n: Regression(**p) for n, p in parts["regression"].items()},
         )
-

@@ -375,5 +375,7 @@ def codec_from_dict(values: Mapping[str, Any]) -> Codec:
     rest = dict(values)
     kind = rest.pop("kind")
     if kind not in CODECS:
-        raise DataError(f"codec {kind!r} is unknown; this version has {', '.join(CODECS)}. Update Tiphys to load this policy")
+        raise DataError(
+            f"codec {kind!r} is unknown; this version has {', '.join(CODECS)}. Update Tiphys to load this policy"
+        )
     return CODECS[kind](**rest)

@@ -313,11 +313,13 @@ class Encoding:
         first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
         if len(shape) not in (2, 3):
             raise DataError(
-                f"{self.where(field)}: an image has shape [height, width] or [height, width, channels], not {shape}; skip the field, "
-                "or convert each camera to a field of its own"
+                f"{self.where(field)}: an image has shape [height, width] or [height, width, channels], not {shape}; "
+                "skip the field, or convert each camera to a field of its own"
             )
         if 0 in shape and not tokens.resize:
-            raise DataError(f"{self.where(field)}: its images differ in size; give `resize`, so that all become the same size")
+            raise DataError(
+                f"{self.where(field)}: its images differ in size; give `resize`, so that all become the same size"
+            )
         white = 255.0 if field.dtype == "uint8" else float(max(field.high)) if field.high else 1.0
         channels = (shape[0] if first else shape[2]) if len(shape) == 3 else 1
         return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white)
@@ -325,8 +327,8 @@ class Encoding:
     def grid(self, field: FieldSpec) -> Codec:
         if len(field.shape) not in (2, 3) or field.modality == "continuous":
             raise DataError(
-                f"{self.where(field)}: encoding 'grid' needs discrete values of shape [height, width] or [height, width, channels], "
-                f"not {field.modality} values of shape {field.shape}"
+                f"{self.where(field)}: encoding 'grid' needs discrete values of shape [height, width] or "
+                f"[height, width, channels], not {field.modality} values of shape {field.shape}"
             )
         values, low = ((256,), (0,)) if field.modality == "image" else self.counted(field)
         codec = Grid("", field.shape, values, low, field.dtype)

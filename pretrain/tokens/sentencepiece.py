@@ -36,9 +36,7 @@ def to_tokenizer(data: bytes, name: str) -> str:
     from tokenizers import AddedToken, Tokenizer, models
 
     if len(data) > _LARGEST:
-        raise DataError(
-            f"{name}: the file has {len(data)} bytes; a SentencePiece model may have at most {_LARGEST}"
-        )
+        raise DataError(f"{name}: the file has {len(data)} bytes; a SentencePiece model may have at most {_LARGEST}")
     try:
         model = _parse(data)
     except (IndexError, ValueError, struct.error, TypeError, AttributeError) as error:

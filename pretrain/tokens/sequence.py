@@ -194,9 +194,7 @@ def placements(
     return sorted(found, key=lambda placed: placed.first)
 
 
-def _groups(
-    flat: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
-) -> list[_Group]:
+def _groups(flat: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer) -> list[_Group]:
     members: dict[tuple[int, int], list[int]] = {}
     for number, window in enumerate(flat):
         members.setdefault((window.entry, window.task), []).append(number)
@@ -265,7 +263,9 @@ class _Draft:
     def __init__(self, rows: np.ndarray, length: int, vocabulary: Vocabulary):
         self.rows, self.length, self.vocabulary = rows, length, vocabulary
         self.cells = len(rows) * length
-        self.dense = {name: np.zeros(self.cells + 1, dtype) for name, dtype in TokenBatch.DENSE.items() if name != "row"}
+        self.dense = {
+            name: np.zeros(self.cells + 1, dtype) for name, dtype in TokenBatch.DENSE.items() if name != "row"
+        }
         self.dense["target"] -= 1
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}

@@ -44,7 +44,9 @@ def learn(texts: Iterable[str], vocabulary: int) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocabulary < BYTES:
-        raise DataError(f"model.text_vocabulary: {vocabulary} ids are too few; at least {BYTES} are needed, one for each byte")
+        raise DataError(
+            f"model.text_vocabulary: {vocabulary} ids are too few; at least {BYTES} are needed, one for each byte"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -47,7 +47,9 @@ class EmbedderSpec:
     def merged(self, other: EmbedderSpec, name: str) -> EmbedderSpec:
         """The embedder that serves both. Raises DataError if kind or shape differ, because then tasks cannot share one."""
         if (self.kind, self.shape) != (other.kind, other.shape):
-            raise DataError(f"two tasks need embedder {name!r}, one as {self}, one as {other}; rename the field of one task")
+            raise DataError(
+                f"two tasks need embedder {name!r}, one as {self}, one as {other}; rename the field of one task"
+            )
         return EmbedderSpec(self.kind, self.shape, max(self.values, other.values))
 
 
