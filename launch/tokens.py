@@ -109,7 +109,8 @@ def window_title(number: int, window: WindowView) -> str:
 
 def _cells(window: WindowView) -> list[tuple[str, ...]]:
     """A row of cells for each element. The number of a step stands only beside its first element."""
-    rows, before = [], None
+    rows: list[tuple[str, ...]] = []
+    before = None
     for e in window.elements:
         step = "" if e.step is None or e.step == before else str(e.step)
         before = e.step

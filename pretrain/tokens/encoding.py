@@ -124,8 +124,8 @@ class Encoding:
         limit = min(each, int(self.option("text_tokens", each)))
         if limit < 1:
             raise DataError(
-                f"task {self.task.name!r}: beside one timestep, a context of {self.objective.context} has no room for the "
-                f"texts of {', '.join(layout.preamble)}; raise `context`"
+                f"task {self.task.name!r}: a context of {self.objective.context} holds one timestep, but not also the texts of "
+                f"{', '.join(layout.preamble)}; raise `context`"
             )
         return replace(layout, text_limit=limit)
 

@@ -17,7 +17,7 @@ from tiphys.pretrain.tokens.codecs import Codec, codec_from_dict
 
 LOCAL_POSITIONS = 512
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
-_JSON_KEYS = {  # of processor.json, version 1, where they differ from the names here
+_JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
     "text_limit": "text",
     "predict_text": "said",
     "text_last": "ends",

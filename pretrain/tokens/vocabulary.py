@@ -119,7 +119,7 @@ class Vocabulary:
     ) -> Vocabulary:
         """A vocabulary with text in [0, text), then continuous, discrete and special ids.
 
-        Where the text and the continuous range begin depends on `text` alone.
+        The first ids of the text and of the continuous range depend on `text` alone.
 
         Parameters
         ----------
