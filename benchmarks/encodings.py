@@ -1,9 +1,10 @@
-"""Bytes, time to write and random windows per second of every image encoding, on the frames of a real video.
+"""Size, write time, and random windows per second of every image encoding, on the frames of a real video.
 
     python benchmarks/encodings.py VIDEO.mp4 [--frames 240] [--size 128] [--window 8] [--json FILE]
 
-All encodings are measured side by side in one run, on one core and from a local folder: the figures are what a codec
-costs, not a network. Random windows are read as the loader reads them (ranges, bytes, CRCs, decoding); medians of five.
+All encodings are measured side by side in one run, on one core and from a local folder, so the results are the cost of the
+codec, not of a network. Random windows are read as the loader reads them (ranges, bytes, CRCs, decoding). Each rate is the median
+of five.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CASES = {
 
 
 def frames_of(video: str, count: int, size: int) -> np.ndarray:
-    """uint8 [count, size, size, 3]: the first frames, scaled."""
+    """uint8 [count, size, size, 3]: the first frames of a video, scaled."""
     import av
 
     out = []

@@ -97,6 +97,7 @@ def _run_commands(commands: Any) -> None:
     _recipe_arguments(p)
     p.add_argument("--step", type=int, default=0)
     p.add_argument("--row", type=int, default=0)
+    p.add_argument("--html", default="", help="write the table to this file too, as a page with the row's pictures")
     p.set_defaults(command="tokens")
 
 

@@ -77,7 +77,7 @@ def objectives(args: Namespace) -> int:
 def tokens(args: Namespace) -> int:
     from tiphys.launch.tokens import show_row
 
-    print(show_row(args.recipe, args.overrides, args.step, args.row))
+    print(show_row(args.recipe, args.overrides, args.step, args.row, args.html))
     return 0
 
 

@@ -1,10 +1,10 @@
-"""How well a policy acts: episodes in its tasks' environments, in processes of their own.
+"""Evaluates a policy: it plays episodes in the environments of its tasks, in worker processes.
 
-Episodes play in groups of `GROUP`, side by side in one process and in one forward pass a step. A group follows from its task and
-its seeds alone, so the result does not depend on the number of processes. Seeds start where no demonstration reaches
-(`tiphys.dataio.collect`).
+`GROUP` episodes are played together in one process, with one forward pass for each step. A group depends only on its task and its
+seeds, so the result does not depend on the number of processes. The default seeds are reserved for evaluation: `collect` makes no
+demonstration with them (`tiphys.dataio.collect`).
 
-`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same in a process of its own; `start` runs it.
+`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same from the command line; `start` starts it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tiphys.pretrain.acting.scores import seen_share, summary
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
 
-GROUP = 10  # episodes that one forward pass serves
+GROUP = 10  # episodes that share a forward pass
 
 
 def evaluate(
@@ -50,23 +50,49 @@ def evaluate(
     demonstrations: Sequence[str] = (),
     device: str = "",
 ) -> dict[str, Any]:
-    """Play `episodes` episodes of each task and score them.
+    """Play episodes of each task with a policy, and score them.
 
-    folder          a policy (`Policy.load`)
-    tasks           None: every task of the policy that has an environment
-    seed            episode i plays seed + i
-    processes       0: as many as cores
-    sample          draw actions instead of taking the most probable
-    out             file for the result, written whole or not at all
-    pictures        folder for the first `videos` episodes of each task as film strips, `TASK-SEED.png`
-    demonstrations  datasets that the policy learned from: says what share of the evaluation's states they contain
+    Parameters
+    ----------
+    folder : str or Path
+        The folder of a policy, as for `Policy.load`.
+    tasks : sequence of str, optional
+        Names of the tasks. None: every task of the policy that has an environment.
+    episodes : int
+        Episodes of each task.
+    seed : int
+        Episode i is played with seed ``seed + i``. The default is the first of the reserved seeds.
+    processes : int
+        Number of worker processes; 0: one for each core.
+    sample : bool
+        Draw actions from the policy's distribution instead of taking the most probable ones.
+    out : str or Path
+        JSON file for the result, written whole or not at all; "": no file.
+    pictures : str or Path
+        Folder for film strips of the first ``videos`` episodes of each task, ``TASK-SEED.png``; "": none.
+    videos : int
+        Film strips of each task.
+    demonstrations : sequence of str
+        Datasets that the policy was trained on. With them, the result says which share of the evaluation's states they contain.
+    device : str
+        As for `Policy.load`.
 
-    Returns {"tasks": {name: see `summary`}}. Raises DataError for a task that the policy does not know or that has no
-    environment, and what environments raise.
+    Returns
+    -------
+    dict
+        {"tasks": {name: scores}}. `tiphys.pretrain.acting.scores.summary` lists the scores. "pictures" and "seen_states" are
+        added if they were asked for.
+
+    Raises
+    ------
+    DataError
+        If the policy has no such task, if a task has no environment, or if ``episodes`` is less than 1.
+    EnvironmentFault
+        If an environment raises.
     """
     specs = _specs(folder, tasks)
     if episodes < 1:
-        raise DataError(f"{episodes} episodes cannot measure anything; at least 1 is needed")
+        raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
     starts = range(seed, seed + episodes, GROUP)
     jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
     count = min(processes or os.cpu_count() or 1, len(jobs))
@@ -94,9 +120,9 @@ def evaluate(
 
 
 def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    """The same in a process of its own, which the caller polls or waits for. Options are those of `evaluate`.
+    """Start the same in a new process, for which the caller polls or waits. The options are those of `evaluate`.
 
-    The process is told nothing of the launcher's ranks and rendezvous, and takes no GPU from the training.
+    The process does not inherit the launcher's ranks and rendezvous, and it uses no GPU, because the training needs them.
     """
     command = [sys.executable, "-m", "tiphys.pretrain.evaluate", str(folder), "--out", str(out)]
     for name, value in options.items():
@@ -124,7 +150,7 @@ def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **o
 
 
 def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
-    """The tasks to play, checked before any process starts."""
+    """The tasks to play. They are checked before any process starts."""
     from tiphys.pretrain.acting.policy import Policy
 
     policy = Policy.load(folder, "cpu")
@@ -132,11 +158,11 @@ def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
     names = list(tasks or [n for n, s in known.items() if s.environment])
     if not names:
         raise DataError(
-            f"{folder}: none of this policy's tasks has an environment ({', '.join(known) or 'it has no task'})"
+            f"{folder}: none of the policy's tasks has an environment; its tasks are {', '.join(known) or 'none'}"
         )
     for name in names:
         if name not in known:
-            raise DataError(f"{folder}: this policy knows no task {name!r}; it knows {', '.join(known)}")
+            raise DataError(f"{folder}: the policy has no task {name!r}; its tasks are {', '.join(known)}")
         if not known[name].environment:
             raise DataError(f"{folder}: task {name!r} has no environment to act in")
         environments.family(known[name].environment)
@@ -169,7 +195,7 @@ class _Strip:
         name = f"{self.spec.name.replace('/', '_')}-{self.seed}.png"
         try:
             strip = film_strip(self.spec.environment, self.seed, self.actions)
-        except Exception as error:  # no display and no EGL, no pygame: the scores stand all the same
+        except Exception as error:  # no display, no EGL, no pygame: the scores are valid without pictures
             return {"seed": self.seed, "error": f"{type(error).__name__}: {error}"}
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         strip.save(Path(self.folder) / name)
@@ -178,7 +204,7 @@ class _Strip:
 
 @dataclass(frozen=True)
 class _Demonstrated:
-    """The states of every n-th episode of a task in the demonstrations."""
+    """The states of every n-th episode of a task in the demonstrations. `part` is (i, n)."""
 
     spec: TaskSpec
     datasets: tuple[str, ...]
@@ -190,7 +216,7 @@ class _Demonstrated:
         return demonstrated_states(self.spec, self.datasets, self.part)
 
 
-# What an evaluating process keeps.
+# The policy of a worker process.
 _policy: Policy | None = None
 
 
@@ -201,7 +227,7 @@ def _start(folder: str, sample: bool, device: str) -> None:
     from tiphys.pretrain.acting.policy import Policy
 
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # processes share the cores
+        torch.set_num_threads(1)  # the worker processes share the cores
     _policy = Policy.load(folder, device, sample=sample)
 
 
@@ -213,7 +239,7 @@ def _environments(task: str) -> list[Environment]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tiphys.pretrain.evaluate", description="Let a policy act, and score it."
+        prog="python -m tiphys.pretrain.evaluate", description="Play episodes with a policy, and score them."
     )
     parser.add_argument("folder")
     parser.add_argument("--tasks", nargs="*", default=[])

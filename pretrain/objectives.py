@@ -1,4 +1,4 @@
-"""Objectives: a recipe's objectives over its datasets: what a window costs and needs, and its tokens."""
+"""Objectives: the objectives of a recipe over its datasets. They say how many tokens a window takes, and make its tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, table
-from tiphys.pretrain.tokens.sequence import assemble
+from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import Timestep
+from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
 
 if TYPE_CHECKING:
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 __all__ = ["Objectives", "table"]
 
 _TEXTS_AT_ONCE = 1 << 14
-_MOST_IDS = 1 << 16  # of one range
+_MOST_IDS = 1 << 16  # of one range of the vocabulary
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line of the mixture with what stands behind it."""
+class _MixtureEntry:
+    """One entry of the mixture, with its objective, its dataset and the tasks that are trained."""
 
-    entry: Entry
+    settings: Entry  # of the recipe
     name: str  # of the objective
     objective: Objective
     paradigm: Paradigm
     index: EpisodeIndex
-    tasks: tuple[int, ...]  # numbers in the index of the tasks that take part
+    tasks: tuple[int, ...]  # the tasks that are trained, as numbers in the index
 
     def __iter__(self) -> Iterator[tuple[int, TaskSpec]]:
         return ((i, self.index.tasks[i]) for i in self.tasks)
@@ -48,98 +48,152 @@ class _Line:
 
 @dataclass(frozen=True)
 class _Returns:
-    """Of a task's episodes: the best return, and the largest absolute one."""
+    """The best return and the largest absolute return of a task's episodes."""
 
     best: float
     largest: float
 
 
 class Objectives:
-    """The recipe's objectives over its datasets, one index a line of the mixture.
+    """The objectives of a recipe over its datasets.
 
-    vocabulary  of the run
-    length      positions of a row: the largest context
-    tasks       every task that takes part, in order of appearance; Window.task and TokenBatch.task count here
+    It can be pickled, but without its indexes: `lengths` and `processor` then raise RuntimeError.
 
-    Picklable without its indexes, which `lengths` alone uses. Raises DataError where a task cannot be learned as the recipe
-    says: no paradigm of that name, a field without encoding, a context that cannot hold one timestep, clipped actions.
+    Parameters
+    ----------
+    recipe : Recipe
+        A resolved recipe.
+    indexes : sequence of EpisodeIndex
+        The dataset of each mixture entry, in the order of ``data.mixture``.
+
+    Attributes
+    ----------
+    vocabulary : Vocabulary
+        The vocabulary of the run.
+    length : int
+        Positions of a row: the largest ``context`` of the objectives.
+    tasks : tuple of TaskSpec
+        Every task that is trained, in order of appearance. Window.task and TokenBatch.task are indexes into it.
+    layouts : list of dict of int to TimestepLayout
+        Mixture entry -> task (index into ``tasks``) -> how its timesteps become positions.
+    prompts : list of float
+        For each mixture entry, the share of rows that begin with a prompt.
+    text : TextTokenizer
+        The text tokenizer of the run.
+
+    Raises
+    ------
+    DataError
+        If a task cannot be trained as the recipe says: an unknown paradigm, a field without encoding, a context that cannot
+        hold one timestep, too many clipped actions, or a name in the recipe that nothing matches.
     """
 
     def __init__(self, recipe: Recipe, indexes: Sequence[EpisodeIndex]):
-        lines = [_line(recipe, entry, index) for entry, index in zip(recipe.data.mixture, indexes, strict=True)]
-        if not lines:
-            raise DataError("data.mixture: no line, so there is nothing to learn")
-        self._lines: list[_Line] | None = lines
-        self.tasks = _tasks(lines)
-        self.length = max(line.objective.context for line in lines)
+        mixture = recipe.data.mixture
+        entries = [_mixture_entry(recipe, entry, index) for entry, index in zip(mixture, indexes, strict=True)]
+        if not entries:
+            raise DataError("data.mixture: it has no entry, so there is nothing to train on; add a dataset")
+        self._entries: list[_MixtureEntry] | None = entries
+        self.tasks = _tasks(entries)
+        self.length = max(entry.objective.context for entry in entries)
         number = {task.name: i for i, task in enumerate(self.tasks)}
-        self._numbers = [_numbers(line, number) for line in lines]
-        _check_names(lines)
+        self._numbers = [_numbers(entry, number) for entry in entries]
+        _check_names(entries)
         self._clipped: dict[str, float] = {}
-        self._returns = {task.name: _returns(lines, task.name) for task in self.tasks}
-        definition, text = _tokenizer(recipe, lines), recipe.model.text_vocabulary
-        # the ranges are as large as the codecs want them, and the codecs' ids follow from the ranges
-        continuous, discrete = _sizes(self._schemes(lines, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS)))
+        self._returns = {task.name: _returns(entries, task.name) for task in self.tasks}
+        definition, text = _tokenizer(recipe, entries), recipe.model.text_vocabulary
+        # The codecs decide how large the ranges are, and the ranges decide the ids of the codecs: so the layouts are made twice.
+        continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS)))
         plain = Vocabulary.build(text, continuous=continuous, discrete=discrete)
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
-        self.schemes = self._schemes(lines, number, ranges)
-        embedders, regressions = _heads(self.schemes)
+        self.layouts = self._layouts(entries, number, ranges)
+        embedders, regressions = _heads(self.layouts)
         self.vocabulary = replace(
             plain, embedders=embedders, regressions=regressions, tasks=tuple(number), text_tokenizer=definition
         )
         self.text = TextTokenizer(definition)
-        self.prompts = [_prompt(line) for line in lines]
+        self.prompts = [_prompt(entry) for entry in entries]
 
-    def _schemes(self, lines: Sequence[_Line], number: Mapping[str, int], ranges: Ranges) -> list[dict[int, Timestep]]:
-        """line of the mixture -> task -> its timestep."""
-        found = _statistics(lines)
-        schemes: list[dict[int, Timestep]] = []
-        for line in lines:
-            timesteps = {}
-            for _, task in line:
+    def _layouts(
+        self, entries: Sequence[_MixtureEntry], number: Mapping[str, int], ranges: Ranges
+    ) -> list[dict[int, TimestepLayout]]:
+        """Mixture entry -> task -> its layout."""
+        found = _statistics(entries)
+        layouts: list[dict[int, TimestepLayout]] = []
+        for entry in entries:
+            by_task = {}
+            for _, task in entry:
                 largest = self._returns[task.name].largest
-                encoding = Encoding(task, line.objective, line.paradigm, found[task.name], ranges, largest)
-                timesteps[number[task.name]] = encoding.timestep(number[task.name], line.entry.loss_weight)
+                encoding = Encoding(task, entry.objective, entry.paradigm, found[task.name], ranges, largest)
+                by_task[number[task.name]] = encoding.layout(number[task.name], entry.settings.loss_weight)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
-            schemes.append(timesteps)
-        return schemes
+            layouts.append(by_task)
+        return layouts
 
     def clipped(self) -> dict[str, float]:
-        """ "task/field" -> share of an action field's values in the data that its tokens clamp."""
+        """Share of clamped values of each action field in the data, by "task/field"."""
         return dict(self._clipped)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lines": None}
+        return {**self.__dict__, "_entries": None}
 
-    def _line(self, entry: int) -> _Line:
-        if self._lines is None:
+    def _entry(self, entry: int) -> _MixtureEntry:
+        if self._entries is None:
             raise RuntimeError(
-                "these Objectives were unpickled: lengths and the processor are asked where the indexes are"
+                "these Objectives were unpickled and have no indexes: call `lengths` and `processor` in the process that "
+                "made them"
             )
-        return self._lines[entry]
+        return self._entries[entry]
 
     def task_numbers(self, entry: int) -> np.ndarray:
-        """int32 [tasks of the line's index] -> number in `tasks`; −1 for a task that takes no part."""
+        """Numbers of the tasks of a mixture entry.
+
+        Parameters
+        ----------
+        entry : int
+            The mixture entry.
+
+        Returns
+        -------
+        ndarray, int32 [tasks of the entry's dataset]
+            Index into ``tasks``; −1 for a task that is not trained.
+        """
         return self._numbers[entry]
 
     def lengths(self, entry: int) -> EntryLengths:
-        """What a window of this line costs, for the sampling plan. Arrays by task count in the line's index."""
+        """How many tokens the windows of a mixture entry take, for the sampling plan.
+
+        Parameters
+        ----------
+        entry : int
+            The mixture entry.
+
+        Returns
+        -------
+        EntryLengths
+            Its arrays by task have an element for each task of the entry's dataset.
+
+        Raises
+        ------
+        DataError
+            If an episode lacks a text that its task has.
+        """
         from tiphys.dataio.sampling import EntryLengths
 
-        line, numbers = self._line(entry), self._numbers[entry]
+        line, numbers = self._entry(entry), self._numbers[entry]
         index, share = line.index, self.prompts[entry]
         units = np.maximum(np.asarray(index.steps, np.int64), 0)
         fixed = np.zeros(len(units), np.int64)
         per_unit, window, prompt_units = (np.ones(len(index.tasks), np.int32) for _ in range(3))
         task_of = np.asarray(index.task)
         for i in line.tasks:
-            timestep = self.schemes[entry][int(numbers[i])]
+            timestep = self.layouts[entry][int(numbers[i])]
             each, once = timestep.cost(prompts=share > 0)
             mine = task_of == i if len(index.tasks) > 1 else np.ones(len(units), bool)
-            if not timestep.acts:
+            if not timestep.has_actions:
                 units[mine] = 1
-            fixed[mine] = once + timestep.ends + self._preambles(line, timestep, mine)
+            fixed[mine] = once + timestep.text_last + self._preambles(line, timestep, mine)
             least = int(fixed[mine].min()) if mine.any() else once
             per_unit[i] = max(each, 1)
             window[i] = timestep.window or max(1, (line.objective.context - least) // per_unit[i])
@@ -147,8 +201,8 @@ class Objectives:
             prompt_units[i] = max(1, min(steps, self.length // int(per_unit[i])))
         return EntryLengths(units, window, per_unit, fixed.astype(np.int32), share, prompt_units)
 
-    def _preambles(self, line: _Line, timestep: Timestep, mine: np.ndarray) -> np.ndarray:
-        """Ids of the texts that stand once in a window, for the episodes of a mask."""
+    def _preambles(self, line: _MixtureEntry, timestep: TimestepLayout, mine: np.ndarray) -> np.ndarray:
+        """int64 [episodes of the mask `mine`]: number of ids of the texts that stand once in a window."""
         total = np.zeros(int(mine.sum()), np.int64)
         for field in timestep.preamble:
             codes, texts = line.index.text(field)
@@ -159,16 +213,16 @@ class Objectives:
             size = np.zeros(len(texts), np.int64)
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 some = texts[start : start + _TEXTS_AT_ONCE]
-                size[start : start + len(some)] = [len(ids) for ids in self.text.encode(some, timestep.text)]
+                size[start : start + len(some)] = [len(ids) for ids in self.text.encode(some, timestep.text_limit)]
             total += size[codes]
         return total
 
     def needs(self, entry: int) -> Needs:
-        """The fields that this line's tokens show; nothing else is fetched."""
+        """The fields that the tokens of a mixture entry are made from. Nothing else is fetched."""
         fields: dict[str, None] = {}
-        for timestep in self.schemes[entry].values():
-            fields |= dict.fromkeys(timestep.preamble)
-            fields |= dict.fromkeys(e.field for e in timestep.elements if e.field)
+        for layout in self.layouts[entry].values():
+            fields |= dict.fromkeys(layout.preamble)
+            fields |= dict.fromkeys(e.field for e in layout.elements if e.field)
         return Needs(fields=tuple(fields))
 
     def make_batch(
@@ -180,12 +234,38 @@ class Objectives:
         seed: int,
         training: bool = True,
     ) -> dict[str, np.ndarray]:
-        """The arrays of the TokenBatch of these rows; a function of (seed, step, rows, windows), however rows are grouped."""
+        """The TokenBatch of some rows, as arrays.
+
+        The result depends on (seed, step, rows, windows) alone. A row is the same whatever rows are made with it.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+        rows : ndarray, int64 [n]
+            Numbers of the rows in the global batch.
+        windows : sequence of sequence of Window
+            The windows of each row, in order; a prompt stands before the window that it belongs to.
+        seed : int
+            Seed of the random places of image patches.
+        training : bool
+            False: each patch has the middle of its place instead of a random one.
+
+        Returns
+        -------
+        dict of str to ndarray
+            `TokenBatch.to_arrays`.
+
+        Raises
+        ------
+        DataError
+            If a window lacks a field or has a value without encoding, or if a row needs more than ``length`` positions.
+        """
         batch = assemble(
             step,
             rows,
             windows,
-            self.schemes,
+            self.layouts,
             self.vocabulary,
             self.text,
             length=self.length,
@@ -195,21 +275,24 @@ class Objectives:
         return batch.to_arrays()
 
     def processor(self) -> dict[str, Any]:
-        """Everything that acting needs, as JSON: see `tiphys.pretrain.acting.processor.Processor`."""
+        """Everything that a policy needs to act besides its weights, as JSON: the content of processor.json.
+
+        `tiphys.pretrain.acting.processor.Processor.from_dict` reads it.
+        """
         objectives: dict[str, Any] = {}
-        for entry, schemes in enumerate(self.schemes):
-            line = self._line(entry)
+        for number, layouts in enumerate(self.layouts):
+            entry = self._entry(number)
             mine = objectives.setdefault(
-                line.name,
+                entry.name,
                 {
-                    "paradigm": line.paradigm.name,
-                    "target_return": line.objective.target_return or 1.0,
-                    "prompt_steps": line.objective.prompt_steps,
+                    "paradigm": entry.paradigm.name,
+                    "target_return": entry.objective.target_return or 1.0,
+                    "prompt_steps": entry.objective.prompt_steps,
                     "timesteps": {},
                 },
             )
-            for timestep in schemes.values():
-                mine["timesteps"].setdefault(timestep.task, timestep.to_dict())
+            for layout in layouts.values():
+                mine["timesteps"].setdefault(layout.task, layout.to_dict())
         return {
             "version": 1,
             "length": self.length,
@@ -220,7 +303,7 @@ class Objectives:
         }
 
 
-def _line(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Line:
+def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _MixtureEntry:
     from tiphys.recipes.schema import Objective
 
     name = entry.objective
@@ -228,71 +311,73 @@ def _line(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Line:
     paradigm = PARADIGMS.get(objective.paradigm or name)
     if paradigm is None:
         raise DataError(
-            f"objectives.{name}: no paradigm {objective.paradigm or name!r}; there are {', '.join(PARADIGMS)}"
+            f"objectives.{name}.paradigm: no paradigm {objective.paradigm or name!r}; the paradigms are {', '.join(PARADIGMS)}"
         )
     wanted = list(entry.tasks) or ["*"]
     tasks = tuple(i for i, t in enumerate(index.tasks) if any(fnmatchcase(t.name, pattern) for pattern in wanted))
     if not tasks:
         has = ", ".join(t.name for t in index.tasks)
         raise DataError(f"data.mixture: no task of {entry.dataset} matches {', '.join(wanted)}; it has {has}")
-    return _Line(entry, name, objective, paradigm, index, tasks)
+    return _MixtureEntry(entry, name, objective, paradigm, index, tasks)
 
 
-def _tasks(lines: Sequence[_Line]) -> tuple[TaskSpec, ...]:
-    """Tasks by name in order of appearance; DataError where two datasets mean different things by one name."""
+def _tasks(entries: Sequence[_MixtureEntry]) -> tuple[TaskSpec, ...]:
+    """Tasks in order of appearance. Raises DataError if two datasets have a task of the same name with different fields."""
     found: dict[str, tuple[TaskSpec, str]] = {}
-    for line in lines:
-        for _, task in line:
-            known, where = found.setdefault(task.name, (task, line.entry.dataset))
+    for entry in entries:
+        for _, task in entry:
+            known, where = found.setdefault(task.name, (task, entry.settings.dataset))
             one, other = ({f.name: f for f in t.fields} for t in (known, task))
             differ = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))
             if differ:
                 raise DataError(
-                    f"task {task.name!r} has other fields in {line.entry.dataset} than in {where}: {', '.join(differ)}; "
-                    "rename one of the tasks, or mend the fields"
+                    f"task {task.name!r} has other fields in {entry.settings.dataset} than in {where}: {', '.join(differ)}; "
+                    "rename one of the tasks, or make the fields equal"
                 )
     return tuple(task for task, _ in found.values())
 
 
-def _check_names(lines: Sequence[_Line]) -> None:
-    """Options that nobody reads and patterns that no field matches are typing errors: DataError."""
+def _check_names(entries: Sequence[_MixtureEntry]) -> None:
+    """Raises DataError for an unknown option, and for a pattern that matches no field, because both are typing errors."""
     fields: dict[str, set[str]] = {}
-    for line in lines:
-        fields.setdefault(line.name, set()).update(f.name for _, task in line for f in task.fields)
-    for line in lines:
-        for option in line.objective.options:
+    for entry in entries:
+        fields.setdefault(entry.name, set()).update(f.name for _, task in entry for f in task.fields)
+    for entry in entries:
+        for option in entry.objective.options:
             if option not in OPTIONS:
-                raise DataError(f"objectives.{line.name}.options: no option {option!r}; there are {', '.join(OPTIONS)}")
-        for pattern in line.objective.fields:
-            if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[line.name]):
-                has = ", ".join(sorted(fields[line.name]))
-                raise DataError(f"objectives.{line.name}.fields: no field matches {pattern!r}; the tasks have {has}")
+                raise DataError(
+                    f"objectives.{entry.name}.options: no option {option!r}; the options are {', '.join(OPTIONS)}"
+                )
+        for pattern in entry.objective.fields:
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[entry.name]):
+                has = ", ".join(sorted(fields[entry.name]))
+                raise DataError(f"objectives.{entry.name}.fields: no field matches {pattern!r}; the tasks have {has}")
 
 
-def _numbers(line: _Line, number: Mapping[str, int]) -> np.ndarray:
-    out = np.full(len(line.index.tasks), -1, np.int32)
-    for i, task in line:
+def _numbers(entry: _MixtureEntry, number: Mapping[str, int]) -> np.ndarray:
+    out = np.full(len(entry.index.tasks), -1, np.int32)
+    for i, task in entry:
         out[i] = number[task.name]
     return out
 
 
-def _tokenizer(recipe: Recipe, lines: Sequence[_Line]) -> str:
-    """The text tokenizer that the recipe names, else one learned from every text of its datasets."""
+def _tokenizer(recipe: Recipe, entries: Sequence[_MixtureEntry]) -> str:
+    """The JSON of the text tokenizer that the recipe names, else of one trained on all texts of the datasets."""
     size = recipe.model.text_vocabulary
     if recipe.model.text_tokenizer:
         return text_tokenizers.load(recipe.model.text_tokenizer, size)
     texts: set[str] = set()
-    for line in lines:
-        fields = {f.name for _, task in line for f in task.fields if f.modality == "text" and f.per == "episode"}
+    for entry in entries:
+        fields = {f.name for _, task in entry for f in task.fields if f.modality == "text" and f.per == "episode"}
         for field in sorted(fields):
-            texts.update(line.index.text(field)[1])
+            texts.update(entry.index.text(field)[1])
     return text_tokenizers.learn(texts, size)
 
 
-def _sizes(schemes: Sequence[Mapping[int, Timestep]]) -> tuple[int, int]:
-    """Ids of continuous and of discrete values: Gato's, or what the codecs need beyond them."""
+def _sizes(layouts: Layouts) -> tuple[int, int]:
+    """Numbers of continuous and of discrete ids: Gato's, or more if the codecs need more."""
     continuous, discrete = CONTINUOUS_BINS, DISCRETE_VALUES
-    for codec in _codecs(schemes):
+    for codec in _codecs(layouts):
         if isinstance(codec, Discrete):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
@@ -300,47 +385,47 @@ def _sizes(schemes: Sequence[Mapping[int, Timestep]]) -> tuple[int, int]:
     return continuous, discrete
 
 
-def _codecs(schemes: Sequence[Mapping[int, Timestep]]) -> Iterator[Codec]:
-    for timesteps in schemes:
-        for timestep in timesteps.values():
-            yield from (e.codec for e in timestep.elements if e.codec is not None)
+def _codecs(layouts: Layouts) -> Iterator[Codec]:
+    for by_task in layouts:
+        for layout in by_task.values():
+            yield from (e.codec for e in layout.elements if e.codec is not None)
 
 
-def _heads(schemes: Sequence[Mapping[int, Timestep]]) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
-    """Embedders and regression heads that the timesteps of all tasks ask for."""
+def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
+    """The embedders and regression heads that the layouts of all tasks need."""
     embedders: dict[str, EmbedderSpec] = {}
-    for codec in sorted(_codecs(schemes), key=lambda c: c.embedder):
+    for codec in sorted(_codecs(layouts), key=lambda c: c.embedder):
         if codec.embedder:
             spec = codec.embedder_spec()
             embedders[codec.embedder] = embedders.get(codec.embedder, spec).merged(spec, codec.embedder)
-    heads = {e.head: e.codec for timesteps in schemes for t in timesteps.values() for e in t.elements if e.head}
+    heads = {e.head: e.codec for by_task in layouts for t in by_task.values() for e in t.elements if e.head}
     return embedders, {head: codec.embedder_spec().shape[0] for head, codec in heads.items() if codec is not None}
 
 
-def _statistics(lines: Sequence[_Line]) -> dict[str, dict[str, FieldStatistics]]:
-    """task -> field -> statistics over every dataset that has the task."""
+def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldStatistics]]:
+    """Task -> field -> statistics over all datasets that have the task."""
     found: dict[str, dict[str, list[FieldStatistics]]] = {}
     seen = set()
-    for line in lines:
-        for i, task in line:
+    for entry in entries:
+        for i, task in entry:
             mine = found.setdefault(task.name, {})
-            if (line.index.fingerprint, i) not in seen:
-                for field, statistics in line.index.statistics.get(task.name, {}).items():
+            if (entry.index.fingerprint, i) not in seen:
+                for field, statistics in entry.index.statistics.get(task.name, {}).items():
                     mine.setdefault(field, []).append(statistics)
-            seen.add((line.index.fingerprint, i))
+            seen.add((entry.index.fingerprint, i))
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}
 
 
-def _returns(lines: Sequence[_Line], name: str) -> _Returns:
+def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
     best, largest = -np.inf, 0.0
-    for line in lines:
-        for i, task in line:
+    for entry in entries:
+        for i, task in entry:
             if task.name == name:
-                returns = np.asarray(line.index.total_return, np.float64)[np.asarray(line.index.task) == i]
+                returns = np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i]
                 if len(returns):
                     best, largest = max(best, float(returns.max())), max(largest, float(np.abs(returns).max()))
     return _Returns(best if np.isfinite(best) else 0.0, largest)
 
 
-def _prompt(line: _Line) -> float:
+def _prompt(line: _MixtureEntry) -> float:
     return line.paradigm.prompt if line.objective.prompt < 0 else line.objective.prompt

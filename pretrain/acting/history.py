@@ -1,4 +1,4 @@
-"""History: what a batch of environments has seen and done, laid out for the next action."""
+"""History: what a batch of environments has observed and done, laid out as tokens for the next action."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.timestep import Element, Timestep
+from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.processor import Processor
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Slot:
-    """One answer of the policy: an id in [low, high), or, where `head` is named, the vector of that regression head.
+    """One answer that the model gives: an id in [low, high), or, if `head` is set, the vector of that regression head.
 
-    low and high are 0 for a vector. `field` is the action field that it belongs to.
+    For a vector, low and high are 0. `field` is the action field that the answer belongs to.
     """
 
     field: str
@@ -31,13 +31,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Acting:
-    """Rows of open histories, a row an environment.
+    """Histories whose next action is still to be chosen, one row for each environment.
 
-    batch  TokenBatch [R, L]: everything up to the action, and after it the action's positions, whose ids are to be
-           filled in. All else of them (segment, position, local, …) is already right.
-    open   int64 [R]: column of the action's first position. The answer to slot i is read at column open + i − 1 and
-           stands in column open + i
-    slots  of the action, in order
+    batch  TokenBatch [R, L] without targets: everything up to the action, then the positions of the action. `answer` fills in
+           the ids or vectors of those; everything else about them (segment, position, local, …) is already there
+    open   int64 [R]: column of the action's first position. The model gives the answer to slot i at column open + i − 1, and
+           the answer stands in column open + i
+    slots  the answers that make up the action, in order
     """
 
     batch: TokenBatch
@@ -45,7 +45,10 @@ class Acting:
     slots: tuple[Slot, ...]
 
     def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Writes the answers [n] (ids) or [n, d] (vectors) of a slot into these rows (None: all), for the next slot to read."""
+        """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
+
+        value  int [n] ids, or float [n, d] vectors; an element for each row
+        """
         rows = np.arange(len(self.open)) if rows is None else rows
         column = self.open[rows] + slot
         if not self.slots[slot].head:
@@ -57,32 +60,38 @@ class Acting:
 
 @dataclass
 class _Episode:
-    """What one environment has seen and done since its reset: the rows that a window may still show."""
+    """What one environment has observed and done since its reset: only the steps that a window can still show."""
 
-    asked: float  # the return of the whole episode
-    number: int = 0  # of the first row kept
+    asked: float  # the return that is asked for, of the whole episode
+    number: int = 0  # number of the first step that is kept, in the episode
     observations: list[Mapping[str, Any]] = field(default_factory=list)
     actions: list[Mapping[str, np.ndarray]] = field(default_factory=list)
-    returns: list[float] = field(default_factory=list)  # to go, at each row
+    returns: list[float] = field(default_factory=list)  # return-to-go at each step
 
 
 class History:
-    """The last steps of a batch of environments: `observe`, answer the slots, `decode`, act, and again.
+    """The last steps of a batch of environments.
 
-    Environments are independent: each has its own length, may be reset alone, and may be left out of a step.
+    At each step: `observe`, answer the slots of the result, `decode` the answers, act, and call `acted`. The environments are
+    independent: each has its own number of steps, can be reset alone, and can be left out of a step.
     """
 
     def __init__(
-        self, processor: Processor, timestep: Timestep, environments: int, target_return: float, prompt: Window | None
+        self,
+        processor: Processor,
+        layout: TimestepLayout,
+        environments: int,
+        target_return: float,
+        prompt: Window | None,
     ):
-        self.processor, self.timestep, self.target_return, self.prompt = processor, timestep, target_return, prompt
-        self.actions = tuple(e for e in timestep.elements if e.role == "action")
+        self.processor, self.layout, self.target_return, self.prompt = processor, layout, target_return, prompt
+        self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
         self._episodes = [_Episode(target_return) for _ in range(environments)]
-        self._nothing = {e.field: _any_action(e) for e in self.actions}
+        self._placeholders = {e.field: _any_action(e) for e in self.actions}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
-        """Forgets an environment's episode; its next one is asked for `target_return`, or as much as the history was."""
+        """Forget the episode of an environment. Its next one is asked for `target_return` (None: that of the history)."""
         self._episodes[environment] = _Episode(self.target_return if target_return is None else target_return)
 
     def observe(
@@ -91,11 +100,13 @@ class History:
         rewards: Sequence[float] | None = None,
         environments: Sequence[int] | None = None,
     ) -> Acting:
-        """Takes in a step of these environments (None: all) and lays out their histories with the action open.
+        """Add a step of these environments (None: all), and lay out their histories for the next action.
 
-        observations  fields by name (tiphys.dataio.observation.observation_fields), one mapping an environment
-        rewards       what the last action earned; they lower the return that is still asked for
-        Raises DataError where a field is missing or has no encoding.
+        observations  for each environment, its fields by name (tiphys.dataio.observation.observation_fields)
+        rewards       for each environment, the reward of its last action; it lowers the return that is still asked for
+
+        Raises DataError if a field is missing or a value has no encoding, or if an environment has not acted since its last
+        observation.
         """
         chosen = range(len(self._episodes)) if environments is None else environments
         earned = [0.0] * len(observations) if rewards is None else rewards
@@ -104,26 +115,26 @@ class History:
             episode = self._episodes[i]
             if len(episode.actions) != len(episode.observations):
                 raise DataError(
-                    f"environment {i} observes again without having acted: call `acted` after each `observe`"
+                    f"environment {i} has not acted since its last observation: call `acted` after each `observe`"
                 )
             to_go = episode.returns[-1] - float(reward) if episode.returns else episode.asked
             episode.observations.append(observation)
             episode.returns.append(to_go)
             window = self._window(i, episode)
             rows.append([window] if self.prompt is None or not self.prompt.steps else [self.prompt, window])
-        batch = self.processor.encode(self.timestep, rows)
+        batch = self.processor.encode(self.layout, rows)
         used = (batch.segment > 0).sum(axis=1)
         return Acting(batch, used.astype(np.int64) - len(self.slots), self.slots)
 
     def acted(self, actions: Mapping[str, np.ndarray], environments: Sequence[int] | None = None) -> None:
-        """What was done: action fields [R, *shape], as `decode` gives them."""
+        """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them."""
         chosen = range(len(self._episodes)) if environments is None else environments
         for row, i in enumerate(chosen):
             episode = self._episodes[i]
             episode.actions.append({e.field: np.asarray(actions[e.field][row]) for e in self.actions})
 
     def decode(self, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Answers of all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the environment's own terms."""
+        """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset."""
         out, at = {}, 0
         for element in self.actions:
             codec = element.codec
@@ -134,20 +145,20 @@ class History:
         return out
 
     def _window(self, environment: int, episode: _Episode) -> Window:
-        """The rows that the context holds, the last one with an action that is still to be chosen."""
+        """The last steps that fit into the context; the last of them has a placeholder as its action."""
         self._forget(episode)
-        shown, timestep = episode.observations, self.timestep
+        shown, layout = episode.observations, self.layout
         count = len(shown)
         fields: dict[str, Any] = {}
-        for element in timestep.elements:
+        for element in layout.elements:
             if element.role in ("observation", "text"):
                 name, constant = element.field, element.constant
                 rows = [_given(o, name) for o in (shown[-1:] if constant else shown)]
                 fields[name] = rows[0] if constant else np.stack([np.asarray(r) for r in rows])
-        for name in timestep.preamble:
+        for name in layout.preamble:
             fields[name] = str(_given(shown[-1], name))
-        for name, nothing in self._nothing.items():
-            fields[name] = np.stack([*(a[name] for a in episode.actions), nothing])
+        for name, placeholder in self._placeholders.items():
+            fields[name] = np.stack([*(a[name] for a in episode.actions), placeholder])
         return Window(
             entry=0,
             task=0,
@@ -162,16 +173,16 @@ class History:
         )
 
     def _forget(self, episode: _Episode) -> None:
-        """Drops what no window shows any more, in whole chunks, so that a chunk's observation is never parted from it."""
-        timestep = self.timestep
-        prompt = 0 if self.prompt is None else self.prompt.steps * timestep.width
-        said = episode.observations[-1]
-        texts = [str(_given(said, name)) for name in timestep.preamble]
-        preamble = sum(len(ids) for ids in self.processor.text.encode(texts, timestep.text))
+        """Drop the steps that no window can show any more. Only whole chunks, so that no chunk loses its observation."""
+        layout = self.layout
+        prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
+        last = episode.observations[-1]
+        texts = [str(_given(last, name)) for name in layout.preamble]
+        preamble = sum(len(ids) for ids in self.processor.text.encode(texts, layout.text_limit))
         room = self.processor.length - prompt
-        most = timestep.steps(preamble, room)
+        most = layout.steps(preamble, room)
         while len(episode.observations) > most:
-            drop = timestep.chunk
+            drop = layout.chunk
             del episode.observations[:drop], episode.actions[:drop], episode.returns[:drop]
             episode.number += drop
 
@@ -192,7 +203,7 @@ def _slots(element: Element) -> list[Slot]:
 
 
 def _any_action(element: Element) -> np.ndarray:
-    """Some action, for the position whose action is open."""
+    """Some valid action, as a placeholder for the one that is still to be chosen."""
     codec = element.codec
     assert codec is not None
     if element.head:

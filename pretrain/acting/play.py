@@ -1,4 +1,4 @@
-"""A policy plays episodes: one forward pass a step for a group of environments."""
+"""A policy plays episodes in a group of environments, with one forward pass for each step of the group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Played:
-    """One episode: its outcome, its actions (to draw it again), and hashes of the states it passed, where they are small."""
+    """One episode: its outcome, its actions (to draw it again), and hashes of its states, if `state_hash` has any."""
 
     seed: int
     outcome: Outcome
@@ -56,7 +56,12 @@ class _Playing:
 def play_group(
     policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
 ) -> list[Played]:
-    """One episode in each environment, in lock step; those that have ended leave the batch."""
+    """Play one episode in each environment. All step together; an environment whose episode has ended leaves the batch.
+
+    limit  most steps of an episode
+
+    Raises EnvironmentFault if an environment raises.
+    """
     from tiphys.pretrain.acting.states import state_hash
 
     policy.reset(spec.name, environments=len(seeds))
@@ -87,7 +92,7 @@ def _guarded(spec: TaskSpec, seed: int, step: int, call: Any, *arguments: Any) -
 
 @dataclass(frozen=True)
 class PolicyExpert:
-    """A policy's folder as the expert of a collection (`tiphys.dataio.collect`)."""
+    """The policy of a folder as the expert of `tiphys.dataio.collect`."""
 
     folder: str
 
@@ -96,11 +101,11 @@ class PolicyExpert:
 
         policy = Policy.load(self.folder)
 
-        class Acting:
+        class PolicyActor:
             def reset(self) -> None:
                 policy.reset(task)
 
             def act(self, observation: Any, taken: Any = None) -> Any:
                 return policy.act(observation)
 
-        return Acting()
+        return PolicyActor()

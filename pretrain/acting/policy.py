@@ -1,10 +1,9 @@
-"""Policy: native observations in, native actions out, for a batch of environments. Published policies carry this file."""
+"""Policy: native observations in, native actions out, for a batch of environments. A published policy contains this file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,37 +17,33 @@ from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.attention import KeyValueCache
 from tiphys.pretrain.model.inputs import to_tensors, unpack
-from tiphys.pretrain.tokens.batch import Embedded, TokenBatch
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
 
 PROCESSOR = "processor.json"
-_DENSE = (
-    "tokens",
-    "modality",
-    "segment",
-    "position",
-    "local",
-    "timestep",
-    "task",
-    "causal",
-    "target",
-    "softmax",
-    "weight",
-)
 
 
 class Policy:
-    """A decision model that acts.
+    """A decision model that acts in environments.
 
-        policy = Policy.load(folder)
-        policy.reset("CartPole-v1")
-        action = policy.act(observation)
+    Parameters
+    ----------
+    model : DecisionModel
+        The model. It is put into evaluation mode.
+    processor : Processor
+        How observations become tokens, and answers become actions.
+    sample : bool
+        Draw each element of an action from the model's distribution, instead of taking the most probable one.
+    seed : int
+        Seed of those draws. The draws of an environment at its t-th step depend only on the seed, on the environment's stream
+        (`restart`; by default its number) and on t, whatever other environments are in the batch.
 
-    sample  draw each element of an action from the model's distribution instead of taking the most probable one
-    seed    of those draws. Environment i's draws at its t-th step depend on (seed, stream of i, t) alone, whatever else is in
-            the batch; `stream` of `restart` names them, by default the environment's number
+    Examples
+    --------
+    >>> policy = Policy.load(folder)
+    >>> policy.reset("CartPole-v1")
+    >>> action = policy.act(observation)
     """
 
     def __init__(self, model: DecisionModel, processor: Processor, *, sample: bool = False, seed: int = 0) -> None:
@@ -58,33 +53,63 @@ class Policy:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "", *, sample: bool = False, seed: int = 0) -> Policy:
-        """The policy of a folder (or of a hub, `org/name`), acting by this installation's code.
+        """Load a policy. It acts with the code of this installation, not with the code in its folder.
 
-        device  "": a GPU where there is one; "auto": spread over all devices by `accelerate`; else a torch device
+        Parameters
+        ----------
+        folder : str or Path
+            The folder of a policy, or ``org/name`` on the hub.
+        device : str
+            A torch device. "": a GPU if there is one, else the CPU; "auto": ``accelerate`` spreads the model over all devices.
+        sample, seed
+            As in the class.
+
+        Raises
+        ------
+        OSError
+            If there is no policy.
+        DataError
+            If the policy was made by a newer version of Tiphys.
         """
         from transformers.utils import logging
 
         from tiphys.pretrain.model.transformer import DecisionModel
 
-        logging.disable_progress_bar()  # an evaluation loads a policy in each of its processes
+        logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = DecisionModel.from_pretrained(str(folder), device_map=device if device == "auto" else None)
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)
 
     @classmethod
     def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0) -> Policy:
-        """The policy of a model that was loaded from a folder or a hub: its processor lies beside its weights."""
+        """The policy of a loaded model. Its processor.json is read from where the weights were loaded.
+
+        Parameters
+        ----------
+        model : DecisionModel
+            A model from ``from_pretrained``.
+        sample, seed
+            As in the class.
+
+        Raises
+        ------
+        OSError
+            If there is no processor.json beside the weights.
+        DataError
+            If the policy was made by a newer version of Tiphys.
+        """
         from transformers.utils import cached_file
 
         revision = getattr(model.config, "_commit_hash", None)
         file = cached_file(str(model.name_or_path), PROCESSOR, revision=revision)
-        assert file is not None  # it raises where there is none
+        assert file is not None  # it raises if there is none
         return cls(model, Processor.from_dict(json.loads(Path(file).read_text())), sample=sample, seed=seed)
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Tasks that this policy can act in."""
-        known = {task for timesteps in self.processor.timesteps.values() for task, t in timesteps.items() if t.acts}
+        """Names of the tasks that this policy can act in."""
+        layouts = self.processor.layouts.values()
+        known = {task for by_task in layouts for task, layout in by_task.items() if layout.has_actions}
         return tuple(name for name in self.processor.tasks if name in known)
 
     def reset(
@@ -96,11 +121,27 @@ class Policy:
         target_return: float | None = None,
         prompt: Window | None = None,
     ) -> None:
-        """Begin new episodes of a task in a number of environments. Raises KeyError for a task that was not learned.
+        """Begin new episodes of a task, in a number of environments.
 
-        objective      which of the policy's objectives acts; "": the first that learned this task
-        target_return  what to ask for, where the objective is conditioned on returns; None: as the recipe says
-        prompt         a demonstration of the task that stands before each history
+        Parameters
+        ----------
+        task : str
+            Name of the task, one of ``tasks``.
+        environments : int
+            Number of environments that `act` serves at once.
+        objective : str
+            The objective to act with; "": the first that the task was trained with.
+        target_return : float, optional
+            Return of an episode to ask for, in rewards, if the objective is conditioned on returns. None: as the recipe says.
+        prompt : Window, optional
+            A demonstration of the task. Its last steps stand before each history.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If the task has no actions.
         """
         self.history = self.processor.history(
             task, environments, objective=objective, target_return=target_return, prompt=prompt
@@ -111,7 +152,17 @@ class Policy:
         self._steps = [0] * environments
 
     def restart(self, environment: int, *, stream: int | None = None, target_return: float | None = None) -> None:
-        """Begin a new episode in one of the environments."""
+        """Begin a new episode in one of the environments.
+
+        Parameters
+        ----------
+        environment : int
+            Number of the environment.
+        stream : int, optional
+            Stream of the environment's random draws from now on. None: as before.
+        target_return : float, optional
+            Return to ask for, in rewards. None: as in `reset`.
+        """
         self.history.reset(environment, target_return)
         self._steps[environment] = 0
         if stream is not None:
@@ -123,20 +174,38 @@ class Policy:
         rewards: float | Sequence[float] | None = None,
         environments: Sequence[int] | None = None,
     ) -> Any:
-        """The action for an observation, or a list of actions for a list of observations.
+        """The action for an observation, or the actions for a list of observations.
 
-        rewards       what the actions before earned; they lower the return that is still asked for, and matter only to
-                      objectives that are conditioned on it
-        environments  numbers of the environments that these observations are of; None: all
+        Parameters
+        ----------
+        observations : observation or list of observations
+            As the environments give them: an array, a number, a text, or a dict of these.
+        rewards : float or sequence of float, optional
+            Rewards of the last actions. They lower the return that is still asked for, and matter only if the objective is
+            conditioned on returns.
+        environments : sequence of int, optional
+            The number of the environment of each observation. None: all, in order.
+
+        Returns
+        -------
+        action or list of actions
+            As the environments take them: an int, an array of the space's dtype and within its bounds, or a dict of these.
+
+        Raises
+        ------
+        ValueError
+            If `reset` was not called, or if there is not one observation for each environment.
+        DataError
+            If an observation lacks a field, or has a value without encoding.
         """
         if not self.task:
-            raise ValueError("a policy needs to know its task: call reset(task) before act")
+            raise ValueError("the policy does not know its task: call reset(task) before act")
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments)[0]
         chosen = list(range(len(self._streams))) if environments is None else list(environments)
         if len(observations) != len(chosen):
-            raise ValueError(f"{len(observations)} observations for {len(chosen)} environments")
+            raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
         acting = self.history.observe([observation_fields(o) for o in observations], rewards, chosen)  # type: ignore[arg-type]
         fields = self.history.decode(self._answer(acting, chosen))
         self.history.acted(fields, chosen)
@@ -149,7 +218,7 @@ class Policy:
 
     @torch.inference_mode()
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """Answers to all slots: the rows' histories once, then one token a row for every further slot."""
+        """The answers to all slots. The histories go through the model once, then each row's last token for each further slot."""
         answers: list[list[Any]] = [[None] * len(chosen) for _ in acting.slots]
         device = self.model.device
         for rows in _groups(acting):
@@ -158,19 +227,19 @@ class Policy:
             for number in range(len(acting.slots)):
                 read = acting.open[rows] + number - 1  # the column whose hidden state answers this slot
                 stop = int(read.max()) + 1
-                inputs = to_tensors(part(acting.batch, rows, start, stop), device)
+                inputs = to_tensors(acting.batch.part(rows, start, stop), device)
                 hidden = unpack(self.model(inputs, cache=cache).hidden, inputs, len(rows), stop - start)
                 last = hidden[np.arange(len(rows)), read - start]
                 found = self._choose(acting, number, last, [chosen[r] for r in rows])
                 for r, value in zip(rows, found, strict=True):
                     answers[number][r] = value
                 if number + 1 < len(acting.slots):
-                    _write(acting, number, rows, found)
+                    acting.answer(number, found, rows)
                 start = stop
         return [np.stack(a) for a in answers]
 
     def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
-        """The answers [n] (ids) or [n, d] (vectors) of one slot, from the hidden states [n, D] before it."""
+        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it."""
         slot = acting.slots[number]
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
@@ -185,7 +254,8 @@ class Policy:
 
 
 def _groups(acting: Acting) -> Iterator[np.ndarray]:
-    """Rows that are computed together: all for one slot; for several, those of one length, as a key-value cache wants."""
+    """Groups of rows that are computed together: all rows if there is one slot, else rows of equal length, because they share a
+    key-value cache."""
     if len(acting.slots) == 1:
         yield np.arange(len(acting.open))
         return
@@ -193,33 +263,8 @@ def _groups(acting: Acting) -> Iterator[np.ndarray]:
         yield np.flatnonzero(acting.open == opening)
 
 
-def _write(acting: Acting, number: int, rows: np.ndarray, found: np.ndarray) -> None:
-    """Some rows' answers to a slot into the batch."""
-    slot, column = acting.slots[number], acting.open[rows] + number
-    if slot.head:
-        vectors = acting.batch.embedded[f"vector:{slot.head}"]
-        vectors.value[np.searchsorted(vectors.index, rows * acting.batch.length + column)] = found
-    else:
-        acting.batch.tokens[rows, column] = found
-
-
-def part(batch: TokenBatch, rows: np.ndarray, start: int, stop: int) -> TokenBatch:
-    """Positions [start, stop) of some rows (ascending), without targets."""
-    dense: dict[str, Any] = {n: np.ascontiguousarray(getattr(batch, n)[rows, start:stop]) for n in _DENSE}
-    dense["target"] = np.full_like(dense["target"], -1)
-    new = np.full(batch.rows, -1)
-    new[rows] = np.arange(len(rows))
-    embedded = {}
-    for name, e in batch.embedded.items():
-        row, column = np.divmod(e.index, batch.length)
-        keep = (new[row] >= 0) & (column >= start) & (column < stop)
-        index = new[row[keep]] * (stop - start) + column[keep] - start
-        embedded[name] = Embedded(index, e.value[keep], e.place[keep] if len(e.place) else e.place)
-    return replace(batch, row=batch.row[rows], **dense, embedded=embedded, regression={})
-
-
 def _value(value: np.ndarray, field: FieldSpec) -> Any:
-    """One action field as an environment takes it: an int, or an array of the space's type within its bounds."""
+    """One action field as an environment takes it: an int, or an array of the space's dtype within its bounds."""
     if field.modality == "discrete":
         return int(value) if field.shape == () else np.asarray(value, field.dtype)
     value = np.asarray(value, field.dtype)

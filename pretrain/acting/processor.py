@@ -1,6 +1,6 @@
-"""Processor: what a policy needs beside its weights, to lay out histories and to read actions. No dataset, no torch.
+"""Processor: what a policy needs besides its weights, to lay out histories and to decode actions. No dataset, no torch.
 
-The same code (`tiphys.pretrain.tokens.sequence`) lays out a history and a training window, so acting and training cannot diverge.
+The same code (`tiphys.pretrain.tokens.sequence`) lays out a history and a training window, so acting and training cannot differ.
 """
 
 from __future__ import annotations
@@ -15,51 +15,79 @@ from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import Timestep
+from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 
 class Processor:
-    """What a policy needs beside its weights. JSON: `from_dict(Objectives.processor())`.
+    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 1).
 
-    tasks        name -> TaskSpec
-    objectives   name -> {"paradigm", "target_return", "prompt_steps", "timesteps": {task: …}}
-    best_return  name -> best return of the task in the data
+    ``Processor.from_dict(objectives.processor())`` makes one from an `Objectives`.
+
+    Parameters
+    ----------
+    vocabulary : Vocabulary
+        The vocabulary of the run.
+    tasks : mapping of str to TaskSpec
+        The tasks, by name.
+    layouts : mapping of str to mapping of str to TimestepLayout
+        Objective -> task -> how its timesteps become positions.
+    objectives : mapping of str to mapping
+        Objective -> {"paradigm", "target_return", "prompt_steps", …}.
+    best_return : mapping of str to float
+        Task -> best return in the data, in rewards.
+    length : int
+        Most positions of a row.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
         tasks: Mapping[str, TaskSpec],
-        timesteps: Mapping[str, Mapping[str, Timestep]],
+        layouts: Mapping[str, Mapping[str, TimestepLayout]],
         objectives: Mapping[str, Mapping[str, Any]],
         best_return: Mapping[str, float],
         length: int,
     ):
-        self.vocabulary, self.tasks, self.timesteps = vocabulary, tasks, timesteps
+        self.vocabulary, self.tasks, self.layouts = vocabulary, tasks, layouts
         self.objectives, self.best_return, self.length = objectives, best_return, length
         self.text = TextTokenizer(vocabulary.text_tokenizer)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Processor:
+        """The processor of a processor.json.
+
+        Parameters
+        ----------
+        values : mapping
+            The JSON.
+
+        Raises
+        ------
+        DataError
+            If it has another version than 1, or a codec that this version does not have.
+        """
         if values.get("version") != 1:
-            raise DataError(f"the processor has version {values.get('version')!r}, this Tiphys reads 1; update Tiphys")
-        timesteps = {
-            name: {task: Timestep.from_dict(t) for task, t in objective["timesteps"].items()}
+            raise DataError(
+                f"processor.json has version {values.get('version')!r}, but this Tiphys reads version 1; update Tiphys"
+            )
+        layouts = {
+            name: {task: TimestepLayout.from_dict(t) for task, t in objective["timesteps"].items()}
             for name, objective in values["objectives"].items()
         }
         return cls(
             Vocabulary.from_dict(values["vocabulary"]),
             {task["name"]: TaskSpec(**task) for task in values["tasks"]},
-            timesteps,
+            layouts,
             values["objectives"],
             values["best_return"],
             int(values["length"]),
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
         objectives = {
-            name: {**objective, "timesteps": {task: t.to_dict() for task, t in self.timesteps[name].items()}}
+            name: {**objective, "timesteps": {task: t.to_dict() for task, t in self.layouts[name].items()}}
             for name, objective in self.objectives.items()
         }
         return {
@@ -72,11 +100,17 @@ class Processor:
         }
 
     def objective(self, task: str) -> str:
-        """The first objective that was learned on a task; KeyError with the known tasks otherwise."""
-        for name, timesteps in self.timesteps.items():
-            if task in timesteps:
+        """Name of the first objective that a task was trained with.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task.
+        """
+        for name, layouts in self.layouts.items():
+            if task in layouts:
                 return name
-        raise KeyError(f"this policy knows no task {task!r}; it knows {', '.join(self.tasks)}")
+        raise KeyError(f"this policy has no task {task!r}; its tasks are {', '.join(self.tasks)}")
 
     def history(
         self,
@@ -89,29 +123,49 @@ class Processor:
     ) -> History:
         """An empty history of a batch of environments of one task.
 
-        target_return  of an episode, in rewards; None: the recipe's multiple of the best return in the data. Used where
-                       the objective shows returns
-        prompt         a demonstration of the task; its last steps stand before each history
+        Parameters
+        ----------
+        task : str
+            Name of the task.
+        environments : int
+            Number of environments.
+        objective : str
+            The objective to act with; "": the first that the task was trained with.
+        target_return : float, optional
+            Return of an episode to ask for, in rewards. None: the recipe's multiple of the best return in the data. Only
+            objectives that show returns use it.
+        prompt : Window, optional
+            A demonstration of the task. Its last steps stand before each history.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If the task has no actions.
         """
         name = objective or self.objective(task)
-        timestep = self.timesteps[name][task]
-        if not timestep.acts:
-            raise DataError(f"task {task!r} has no actions, so nothing can act in it")
+        if task not in self.layouts.get(name, {}):
+            known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
+            raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
+        layout = self.layouts[name][task]
+        if not layout.has_actions:
+            raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
         if target_return is None:
             target_return = float(self.objectives[name]["target_return"]) * float(self.best_return[task])
         if prompt is not None:
-            prompt = self._prompt(timestep, prompt, int(self.objectives[name]["prompt_steps"]))
-        return History(self, timestep, environments, target_return, prompt)
+            prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
+        return History(self, layout, environments, target_return, prompt)
 
-    def _prompt(self, timestep: Timestep, window: Window, steps: int) -> Window:
+    def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
         """The last steps of a demonstration, as many as a prompt may have."""
         most = min(
-            steps or (self.length // 2) // timestep.width,
+            steps or (self.length // 2) // layout.width,
             window.steps,
-            (self.length - timestep.width) // timestep.width,
+            (self.length - layout.width) // layout.width,
         )
         first = window.steps - max(most, 0)
-        constant = {e.field for e in timestep.elements if e.constant} | set(timestep.preamble)
+        constant = {e.field for e in layout.elements if e.constant} | set(layout.preamble)
         fields = {n: v if n in constant else v[first : window.steps] for n, v in window.fields.items()}
         return Window(
             entry=0,
@@ -127,7 +181,26 @@ class Processor:
             prompt=True,
         )
 
-    def encode(self, timestep: Timestep, windows: Sequence[Sequence[Window]]) -> TokenBatch:
-        """TokenBatch of rows of windows of one task (entry 0, task 0), as long as the longest row."""
+    def encode(self, layout: TimestepLayout, windows: Sequence[Sequence[Window]]) -> TokenBatch:
+        """Rows of windows of one task as tokens, without targets.
+
+        Parameters
+        ----------
+        layout : TimestepLayout
+            The layout of the task.
+        windows : sequence of sequence of Window
+            The windows of each row, all with entry 0 and task 0.
+
+        Returns
+        -------
+        TokenBatch
+            Its rows are as long as the longest needs.
+
+        Raises
+        ------
+        DataError
+            If a window lacks a field or has a value without encoding.
+        """
         rows = np.arange(len(windows))
-        return assemble(0, rows, windows, [{0: timestep}], self.vocabulary, self.text, training=False)
+        batch = assemble(0, rows, windows, [{0: layout}], self.vocabulary, self.text, training=False)
+        return batch.without_targets()

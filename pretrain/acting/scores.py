@@ -1,4 +1,4 @@
-"""What episodes say of a policy: means, intervals, expert-normalised scores, and how much of it was demonstrated."""
+"""Scores of a policy from its episodes: means, intervals, expert-normalised scores, and the share of demonstrated states."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tiphys.dataio.episode import TaskSpec
 
 
 def summary(spec: TaskSpec, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What evaluation.json says of a task.
+    """The entry of a task in evaluation.json.
 
-    episodes, mean_return, success_rate (None where the task has no success), random, expert (scores that the dataset
-    measured: of `normalise`, return or success), expert_normalized = (score − random) / (expert − random), std_return,
-    mean_length, and the 95 % intervals `…_interval` (bootstrap over episodes; Wilson 1927 for the success rate).
+    Its keys: episodes, mean_return, success_rate (None if the task has no success), random and expert (scores that are stored in
+    the dataset), normalise (which score they are: return or success), expert_normalized = (score − random) / (expert − random),
+    std_return, mean_length, and 95 % intervals `…_interval` (bootstrap over episodes; Wilson 1927 for the success rate).
     """
     returns = np.array([o.total_return for o in outcomes])
     known = [o.success for o in outcomes if o.success is not None]
@@ -54,13 +54,13 @@ def wilson(successes: int, trials: int) -> list[float]:
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000) -> list[float]:
-    """95 % percentile interval of a mean (Efron 1979), the same for the same values."""
+    """95 % percentile interval of a mean (Efron 1979). The same values always give the same interval."""
     rng = np.random.default_rng(0)
     means = rng.choice(values, (draws, len(values))).mean(1)
     return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
 def seen_share(visited: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> float | None:
-    """Share of the states of an evaluation that the demonstrations contain; None where states are too rich to repeat."""
+    """Share of an evaluation's states that are among the known ones. Both are hashes. None if no state was hashed."""
     states = np.concatenate([np.asarray(v, np.uint64) for v in visited])
     return float(np.isin(states, np.concatenate(known)).mean()) if len(states) else None

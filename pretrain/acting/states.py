@@ -1,4 +1,4 @@
-"""States that an evaluation passes: whether the demonstrations contain them, and pictures of them."""
+"""The states of an evaluation: whether the demonstrations contain them, and pictures of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from tiphys.dataio.observation import observation_fields
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SMALL = 4096  # bytes of an observation that is worth comparing
+SMALL = 4096  # bytes; a larger observation is not compared
 
 
 def state_hash(spec: TaskSpec) -> Callable[[Any], int] | None:
-    """A function from a native observation to 64 bits of a hash; None where observations hold anything but small discrete
-    values and text, which hardly ever repeat exactly."""
+    """A function from a native observation to a 64-bit hash.
+
+    None if observations have other fields than discrete values and text, or are large: they almost never repeat exactly.
+    """
     fields = [f for f in spec.with_role("observation", "text") if f.name.startswith("observation")]
     if not fields or sum(f.bytes_per_step for f in fields) > SMALL:
         return None
@@ -36,7 +38,7 @@ def state_hash(spec: TaskSpec) -> Callable[[Any], int] | None:
 
 
 def hash_values(values: Sequence[tuple[Any, str]]) -> int:
-    """64 bits of (value, dtype) pairs, in order."""
+    """A 64-bit hash of (value, dtype) pairs, in order."""
     digest = hashlib.blake2b(digest_size=8)
     for value, dtype in values:
         data = str(value).encode() if dtype == "str" else np.ascontiguousarray(value, dtype).tobytes()
@@ -45,7 +47,10 @@ def hash_values(values: Sequence[tuple[Any, str]]) -> int:
 
 
 def demonstrated_states(spec: TaskSpec, datasets: Sequence[str], part: tuple[int, int] = (0, 1)) -> np.ndarray:
-    """uint64, sorted: hashes of the states of a task in these datasets; of part (i, n), those of every n-th episode."""
+    """uint64, sorted: hashes of the states of a task in these datasets.
+
+    part  (i, n): only those of every n-th episode, from the i-th on
+    """
     from tiphys.dataio.dataset import read_episode
     from tiphys.dataio.index import EpisodeIndex
 
@@ -67,7 +72,7 @@ def demonstrated_states(spec: TaskSpec, datasets: Sequence[str], part: tuple[int
 
 
 def film_strip(environment: str, seed: int, actions: Sequence[Any], frames: int = 6, height: int = 160) -> Image:
-    """The episode of a seed, acted again in an environment that draws: `frames` pictures side by side, first to last."""
+    """Pictures of an episode, side by side, in order: the actions are repeated in an environment that can draw."""
     from PIL import Image
 
     env = environments.make(environment, render_mode="rgb_array")

@@ -1,25 +1,30 @@
-"""TokenBatch: what a rank trains on in one step, as flat NumPy arrays; the form between objectives, loader, model."""
+"""TokenBatch: what one process trains on in one step, as flat NumPy arrays. Objectives make it, loader and model use it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-# Modalities of a position: what the router sees. 0 stands only on padding.
+# Modality of a position, which the router sees. Only padding has 0.
 PADDING, TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, RETURN, REWARD = range(9)
 MODALITIES = ("padding", "text", "image", "discrete", "continuous", "separator", "action", "return", "reward")
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Positions that carry values instead of a vocabulary id (patches, vectors, grids), for one embedder.
+    """Positions that hold values (patches, vectors, grids) instead of a vocabulary id, for one embedder.
 
-    index  int64 [n]   row · L + position, ascending
-    value  [n, …]      what the embedder takes
-    place  int32 [n,2] patches: row and column bin of 128; absent (shape [0, 2]) for other embedders
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position, ascending.
+    value : ndarray [n, …]
+        What the embedder takes.
+    place : ndarray, int32 [n, 2]
+        Patches: row bin and column bin (of 128). Shape [0, 2] for other embedders.
     """
 
     index: np.ndarray
@@ -29,11 +34,16 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Regression:
-    """Targets that are vectors, for one head.
+    """Targets that are vectors, for one regression head.
 
-    index  int64 [n]       row · L + position, ascending
-    value  float32 [n, d]
-    weight float32 [n]
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position, ascending.
+    value : ndarray, float32 [n, d]
+        The vector to predict at the position.
+    weight : ndarray, float32 [n]
+        Loss weight of the vector.
     """
 
     index: np.ndarray
@@ -43,22 +53,59 @@ class Regression:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """R rows of L positions, all NumPy; `segment == 0` is padding and is neither attended, routed nor counted.
+    """R rows of L positions, all NumPy arrays.
 
-    step      int: the training step t
-    row       int64 [R]: the row's number in the global batch; −1: a filler row without any token
-    tokens    int32 [R, L]: vocabulary id; `Vocabulary.embedded` where an Embedded value stands
-    modality  uint8 [R, L]: PADDING … REWARD
-    segment   int32 [R, L]: 1, 2, … the window within its row (a prompt shares the segment of the window that follows)
-    position  int32 [R, L]: 0, 1, … within the segment (rotary)
-    local     int32 [R, L]: position within the timestep, < 512 (Reed et al. 2022, app. C.3); actions share one value
-    timestep  int32 [R, L]: the step's number in its episode
-    task      int32 [R, L]: the task's number in the run's list of tasks
-    causal    bool  [R, L]: False: this position's segment is attended in both directions
-    target    int32 [R, L]: the id to be predicted *at* this position (already shifted); −1: none
-    softmax   uint8 [R, L]: over what the target is normalised: 0 the whole vocabulary, i > 0 Vocabulary's i-th range
-    weight    float32 [R, L]: weight of the target; 0 where there is none
+    A position with ``segment == 0`` is padding: it is not attended to, not routed and not counted. Local positions and the
+    bins of patches follow Reed et al. 2022, app. C.3.
+
+    Parameters
+    ----------
+    step : int
+        The training step.
+    row : ndarray, int64 [R]
+        Number of the row in the global batch; −1 for a filler row, which has no tokens.
+    tokens : ndarray, int32 [R, L]
+        Vocabulary id; ``Vocabulary.embedded`` at a position that holds an `Embedded` value.
+    modality : ndarray, uint8 [R, L]
+        PADDING … REWARD.
+    segment : ndarray, int32 [R, L]
+        1, 2, …: the window within its row. A prompt has the segment of the window that follows it.
+    position : ndarray, int32 [R, L]
+        0, 1, … within the segment, for the rotary embedding.
+    local : ndarray, int32 [R, L]
+        Position within the timestep, less than 512. All action tokens share one value.
+    timestep : ndarray, int32 [R, L]
+        Number of the step in its episode.
+    task : ndarray, int32 [R, L]
+        Number of the task in the run's list of tasks.
+    causal : ndarray, bool [R, L]
+        False: the segment of this position is attended to in both directions.
+    target : ndarray, int32 [R, L]
+        The id to predict *at* this position (already shifted by one); −1: none.
+    softmax : ndarray, uint8 [R, L]
+        What the target is normalised over: 0 is the whole vocabulary, i > 0 is the i-th range of the Vocabulary.
+    weight : ndarray, float32 [R, L]
+        Loss weight of the target; 0 without a target.
+    embedded : mapping of str to Embedded
+        Embedder name -> the values for it.
+    regression : mapping of str to Regression
+        Regression head -> its targets.
     """
+
+    DENSE: ClassVar[Mapping[str, Any]] = {
+        "row": np.int64,
+        "tokens": np.int32,
+        "modality": np.uint8,
+        "segment": np.int32,
+        "position": np.int32,
+        "local": np.int32,
+        "timestep": np.int32,
+        "task": np.int32,
+        "causal": np.bool_,
+        "target": np.int32,
+        "softmax": np.uint8,
+        "weight": np.float32,
+    }  # the arrays that have an element for every row, or for every position of every row
 
     step: int
     row: np.ndarray
@@ -86,9 +133,9 @@ class TokenBatch:
 
     @property
     def targets(self) -> int:
-        """Number of target elements: tokens plus regressed vectors, each counted once, whatever its weight.
+        """Number of targets: predicted tokens plus regressed vectors. Each counts once, whatever its weight.
 
-        The loss of a step is the weighted sum over targets divided by this number over the *global* batch.
+        The loss of a step is the weighted sum over the targets of the *global* batch, divided by their number.
         """
         return int((self.target >= 0).sum()) + sum(len(r.index) for r in self.regression.values())
 
@@ -97,34 +144,82 @@ class TokenBatch:
         return int((self.segment > 0).sum())
 
     def select(self, rows: slice) -> TokenBatch:
-        """The rows of a slice (step 1) as a batch of their own."""
-        lo, hi, _ = rows.indices(self.rows)
+        """The rows of a slice (with step 1) as a batch of their own. The dense arrays and the values are views."""
+        low, high, _ = rows.indices(self.rows)
         length = self.length
 
-        def part(index: np.ndarray) -> slice:
-            a, b = np.searchsorted(index, (lo * length, hi * length))
-            return slice(int(a), int(b))
+        def inside(index: np.ndarray) -> slice:
+            first, last = np.searchsorted(index, (low * length, high * length))
+            return slice(int(first), int(last))
 
-        dense: dict[str, Any] = {n: getattr(self, n)[lo:hi] for n in _DENSE}
+        dense: dict[str, Any] = {name: getattr(self, name)[low:high] for name in self.DENSE}
         embedded = {}
         for name, e in self.embedded.items():
-            p = part(e.index)
-            embedded[name] = Embedded(e.index[p] - lo * length, e.value[p], e.place[p] if len(e.place) else e.place)
+            mine = inside(e.index)
+            place = e.place[mine] if len(e.place) else e.place
+            embedded[name] = Embedded(e.index[mine] - low * length, e.value[mine], place)
         regression = {}
         for name, r in self.regression.items():
-            p = part(r.index)
-            regression[name] = Regression(r.index[p] - lo * length, r.value[p], r.weight[p])
+            mine = inside(r.index)
+            regression[name] = Regression(r.index[mine] - low * length, r.value[mine], r.weight[mine])
         return replace(self, **dense, embedded=embedded, regression=regression)
 
+    def part(self, rows: np.ndarray, start: int, stop: int) -> TokenBatch:
+        """Positions [start, stop) of some rows, as a batch of their own. Its arrays are copies.
+
+        Parameters
+        ----------
+        rows : ndarray, int [n]
+            Rows of this batch, ascending.
+        start, stop : int
+            First position, and the position after the last.
+        """
+        width = stop - start
+        dense: dict[str, Any] = {
+            name: np.ascontiguousarray(array[rows] if array.ndim == 1 else array[rows, start:stop])
+            for name, array in ((name, getattr(self, name)) for name in self.DENSE)
+        }
+        new_row = np.full(self.rows, -1)
+        new_row[rows] = np.arange(len(rows))
+
+        def inside(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """Mask of the values that are in the part, and their index in it."""
+            row, column = np.divmod(index, self.length)
+            kept = (new_row[row] >= 0) & (column >= start) & (column < stop)
+            return kept, new_row[row[kept]] * width + column[kept] - start
+
+        embedded = {}
+        for name, e in self.embedded.items():
+            kept, index = inside(e.index)
+            embedded[name] = Embedded(index, e.value[kept], e.place[kept] if len(e.place) else e.place)
+        regression = {}
+        for name, r in self.regression.items():
+            kept, index = inside(r.index)
+            regression[name] = Regression(index, r.value[kept], r.weight[kept])
+        return replace(self, **dense, embedded=embedded, regression=regression)
+
+    def without_targets(self) -> TokenBatch:
+        """The same batch with nothing to predict. All arrays but those of the targets are shared with this batch."""
+        return replace(
+            self,
+            target=np.full_like(self.target, -1),
+            softmax=np.zeros_like(self.softmax),
+            weight=np.zeros_like(self.weight),
+            regression={},
+        )
+
     def fill(self, rows: int) -> TokenBatch:
-        """The same batch with filler rows (no token, no target) appended until it has `rows` rows."""
+        """The same batch with filler rows (no tokens, no targets) appended until it has `rows` rows.
+
+        Raises ValueError if the batch has more rows than that.
+        """
         more = rows - self.rows
         if more < 0:
             raise ValueError(f"a batch of {self.rows} rows cannot be filled up to {rows}")
         if more == 0:
             return self
         dense: dict[str, Any] = {}
-        for name in _DENSE:
+        for name in self.DENSE:
             array = getattr(self, name)
             empty = -1 if name in ("row", "target") else 0
             dense[name] = np.concatenate([array, np.full((more, *array.shape[1:]), empty, array.dtype)])
@@ -132,11 +227,11 @@ class TokenBatch:
 
     @classmethod
     def concatenate(cls, batches: Iterable[TokenBatch]) -> TokenBatch:
-        """Rows of several batches of one step and length, in order."""
+        """The rows of several batches of the same step and length, in order."""
         parts = list(batches)
         first, length = parts[0], parts[0].length
         offsets = np.cumsum([0] + [b.rows for b in parts[:-1]]) * length
-        dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in _DENSE}
+        dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in cls.DENSE}
         embedded = {}
         for name in sorted({n for b in parts for n in b.embedded}):
             have = [(b.embedded[name], o) for b, o in zip(parts, offsets, strict=True) if name in b.embedded]
@@ -158,13 +253,13 @@ class TokenBatch:
     @classmethod
     def empty(cls, step: int, length: int, rows: int = 0) -> TokenBatch:
         """A batch of `rows` filler rows."""
-        dense: dict[str, Any] = {n: np.zeros((0, length) if n != "row" else (0,), d) for n, d in _DENSE.items()}
+        dense: dict[str, Any] = {n: np.zeros((0, length) if n != "row" else (0,), d) for n, d in cls.DENSE.items()}
         return cls(step=step, **dense).fill(rows)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Flat names -> arrays, for shared memory: `embedded/<embedder>/value` and so on."""
+        """Flat name -> array, for shared memory: `tokens`, `embedded/<embedder>/value` and so on."""
         out: dict[str, np.ndarray] = {"step": np.array(self.step, np.int64)}
-        out.update({n: getattr(self, n) for n in _DENSE})
+        out.update({n: getattr(self, n) for n in self.DENSE})
         for kind in ("embedded", "regression"):
             for name, part in getattr(self, kind).items():
                 out.update({f"{kind}/{name}/{f.name}": getattr(part, f.name) for f in fields(part)})
@@ -188,19 +283,3 @@ class TokenBatch:
             embedded={n: Embedded(**p) for n, p in parts["embedded"].items()},
             regression={n: Regression(**p) for n, p in parts["regression"].items()},
         )
-
-
-_DENSE: dict[str, Any] = {
-    "row": np.int64,
-    "tokens": np.int32,
-    "modality": np.uint8,
-    "segment": np.int32,
-    "position": np.int32,
-    "local": np.int32,
-    "timestep": np.int32,
-    "task": np.int32,
-    "causal": np.bool_,
-    "target": np.int32,
-    "softmax": np.uint8,
-    "weight": np.float32,
-}

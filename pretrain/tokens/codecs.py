@@ -1,8 +1,9 @@
-"""Values of a field <-> ids of the vocabulary, or the numbers that an embedder takes. Every encoding has its decoding.
+"""Codecs: values of a field <-> ids of the vocabulary, or the numbers that an embedder takes. Every codec can decode.
 
-A codec is frozen, JSON (`to_dict`, `from_dict`), and works on N steps at once. Reed et al. 2022, sec. 2.1 and app. B, and the
-compact scheme (a whole vector or a small grid as one token). Values beyond a codec's range are clamped, ±inf too; NaN and
-discrete values that do not exist raise `BadValue`, which says at which of the N steps.
+A codec is frozen, can be written as JSON (`to_dict`, `from_dict`), and works on N steps at once. The codecs are those of Reed et
+al. 2022, sec. 2.1 and app. B, and those of the compact scheme, in which a whole vector or a small grid is one token. Values
+outside a codec's range are clamped, ±inf too. NaN, and discrete values that do not exist, raise `BadValue`, which says at which
+of the N steps.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from tiphys.pretrain.tokens.images import PATCH, centre_crop, from_patches, inte
 from tiphys.pretrain.tokens.vocabulary import EmbedderSpec
 
 MU, M = 100.0, 256.0  # mu-law: F(±M) = ±1
-_FAR = 10.0  # standard deviations; what lies further is clamped, so that no outlier swamps an embedder
+_NAN = "NaN has no encoding; correct or remove the episode"
+_FAR = 10.0  # standard deviations; values are clamped to it, so that no outlier dominates an embedder
 
 
 class BadValue(DataError):
-    """A value that has no encoding; `at` is its number among the steps that were encoded."""
+    """A value that has no encoding. `at` is the index of its step among the steps that were encoded."""
 
     def __init__(self, at: int, reason: str):
         super().__init__(reason)
@@ -47,19 +49,22 @@ def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
     if x.dtype.kind == "f" and len(x):
         bad = np.isnan(flat).any(axis=1)
         if bad.any():
-            raise BadValue(int(bad.argmax()), "NaN has no encoding")
+            raise BadValue(int(bad.argmax()), _NAN)
     return flat
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One field's encoding. Subclasses give ids (int32 [N, tokens]) or, where `embedder` is named, its values [N, tokens, …]."""
+    """The encoding of one field.
+
+    `encode` gives ids, int32 [N, tokens]. If `embedder` is set, it gives the values for that embedder, [N, tokens, …].
+    """
 
     kind: ClassVar[str]
     modality: ClassVar[int] = CONTINUOUS
     spec: ClassVar[EmbedderSpec | None] = None
     embedder: str  # name of the embedder; empty: the codec gives ids
-    shape: tuple[int, ...]  # of one step
+    shape: tuple[int, ...]  # of the field's value at one step
 
     def __post_init__(self) -> None:
         for f in fields(self):  # JSON gives lists
@@ -69,7 +74,7 @@ class Codec:
 
     @property
     def tokens(self) -> int:
-        """Positions that one step takes."""
+        """Positions that the field takes at one step."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     def encode(self, x: np.ndarray) -> np.ndarray:
@@ -79,10 +84,10 @@ class Codec:
         raise NotImplementedError
 
     def embedder_spec(self) -> EmbedderSpec:
-        raise DataError(f"codec {self.kind!r} gives ids and needs no embedder")
+        raise DataError(f"codec {self.kind!r} gives ids, so it has no embedder")
 
     def choices(self) -> tuple[tuple[int, int], ...]:
-        """[low, high) of the ids that each of the step's tokens can be."""
+        """For each token of a step: [low, high) of the ids that it can be."""
         raise DataError(f"codec {self.kind!r} gives no ids")
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +96,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Discrete(Codec):
-    """Integers low … low + values − 1, one id each, in raster order."""
+    """Integers low … low + values − 1, one token each, in raster order."""
 
     kind: ClassVar[str] = "discrete"
     modality: ClassVar[int] = DISCRETE
@@ -113,11 +118,11 @@ class Discrete(Codec):
 
 
 def _integers(x: np.ndarray, low: tuple[int, ...], values: tuple[int, ...]) -> np.ndarray:
-    """int32 [N, numbers], counted from the lowest value; BadValue where one is no integer or does not exist."""
+    """int32 [N, numbers], counted from the lowest value. Raises BadValue if a value is not an integer or out of range."""
     flat = _flat(x, None)
     if flat.dtype.kind == "f" and not np.array_equal(flat, np.rint(flat)):
         at = int((flat != np.rint(flat)).any(axis=1).argmax())
-        raise BadValue(at, f"{flat[at].tolist()} are not integers, though the field is discrete")
+        raise BadValue(at, f"the field is discrete, but {flat[at].tolist()} are not all integers")
     least = np.broadcast_to(np.asarray(low, np.int64), flat.shape[1:])
     count = np.broadcast_to(np.asarray(values, np.int64), flat.shape[1:])
     wrong = (flat < least) | (flat >= least + count)
@@ -125,14 +130,17 @@ def _integers(x: np.ndarray, low: tuple[int, ...], values: tuple[int, ...]) -> n
         at, entry = np.argwhere(wrong)[0].tolist()
         raise BadValue(
             at,
-            f"{flat[at, entry]} is none of {least[entry]} … {least[entry] + count[entry] - 1}; mend `values` of the field",
+            f"{flat[at, entry]} is not in {least[entry]} … {least[entry] + count[entry] - 1}; correct `values` of the field",
         )
     return (flat.astype(np.int64) - least).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Bins(Codec):
-    """Uniform bins of [-1, 1], the last one closed, after mu-law (observations) or an affine map of [low, high] (actions)."""
+    """Uniform bins of [-1, 1], of which the last includes 1.
+
+    Values are mapped to [-1, 1] first: with `companded` by mu-law, else by the affine map of [low, high].
+    """
 
     kind: ClassVar[str] = "bins"
     first: int
@@ -163,7 +171,7 @@ class Bins(Codec):
 
 
 def to_unit(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[low, high] -> [-1, 1]; 0 where low = high."""
+    """[low, high] -> [-1, 1]; 0 for entries with low = high."""
     span = high - low
     with np.errstate(invalid="ignore"):
         y = (x - low) / np.where(span > 0, span, 1) * 2 - 1
@@ -176,7 +184,7 @@ def from_unit(y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantiles(Codec):
-    """Bins whose edges are quantiles of the data, a row of `edges` for each entry (Janner et al. 2021, sec. 3.1)."""
+    """Bins whose edges are quantiles of the data; each entry of the field has its own edges (Janner et al. 2021, sec. 3.1)."""
 
     kind: ClassVar[str] = "quantiles"
     first: int
@@ -216,12 +224,12 @@ class Patches(Codec):
 
     @property
     def varies(self) -> bool:
-        """Pictures differ in size from episode to episode (a side of `shape` is 0)."""
+        """The pictures differ in size from episode to episode (a side of `shape` is 0)."""
         return 0 in self.shape
 
     @cached_property
     def size(self) -> tuple[int, int, int]:
-        """Height, width and channels of what is cut into patches."""
+        """Height, width and channels of the picture that is cut into patches."""
         shape = self.shape if len(self.shape) == 3 else (*self.shape, 1)
         height, width, channels = (*shape[1:], shape[0]) if self.channels_first else shape
         if self.crop:
@@ -234,10 +242,10 @@ class Patches(Codec):
         return rows * columns
 
     def pixels(self, x: np.ndarray) -> np.ndarray:
-        """[N, *shape] -> uint8 [N, height, width, channels] as the patches will show it."""
+        """[N, *shape] -> uint8 [N, height, width, channels], the pictures as the patches show them."""
         x = np.asarray(x)
         if x.dtype.kind == "f" and np.isnan(x).any():
-            raise BadValue(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), "NaN has no encoding")
+            raise BadValue(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), _NAN)
         if x.ndim == 3:
             x = x[..., None]
         if self.channels_first:
@@ -250,7 +258,7 @@ class Patches(Codec):
         return to_patches(self.pixels(x))
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [N, patches, 16, 16, C] -> uint8 [N, height, width, C], after crop and resize, which have no inverse."""
+        """float32 [N, patches, 16, 16, C] -> uint8 [N, height, width, C]. Crop and resize are not undone."""
         return from_patches(tokens, *self.size[:2])
 
     @cached_property
@@ -263,7 +271,7 @@ class Patches(Codec):
 
 @dataclass(frozen=True)
 class Vector(Codec):
-    """A whole array as one token: its standardised values, then their mu-law; float32 [N, 1, 2·numbers]."""
+    """A whole array as one token, float32 [N, 1, 2·numbers]: first the standardised values, then the values after mu-law."""
 
     kind: ClassVar[str] = "vector"
     mean: tuple[float, ...] = (0.0,)
@@ -288,7 +296,7 @@ class Vector(Codec):
         return out
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Exact within float32 up to 10 standard deviations, where the standardised half is clamped."""
+        """Exact within float32 up to 10 standard deviations; beyond that the value was clamped."""
         mean, std = self._moments
         n = tokens.shape[-1] // 2
         x = np.asarray(tokens, np.float64)[:, 0, :n] * std + mean
@@ -300,9 +308,9 @@ class Vector(Codec):
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """A whole array as one token, [low, high] mapped to [-1, 1] and clamped to ± `limit`: regressed actions, returns.
+    """A whole array as one token: [low, high] is mapped to [-1, 1] and clamped to ± `limit`. For regressed actions and returns.
 
-    The value is what a regression head learns, and what its output is decoded from.
+    A regression head learns these values, and its output is decoded from them.
     """
 
     kind: ClassVar[str] = "affine"
@@ -330,7 +338,7 @@ class Affine(Codec):
 
 @dataclass(frozen=True)
 class Grid(Codec):
-    """A small grid of discrete values as one token: [N, 1, h, w, c], counted from the lowest value."""
+    """A small grid of discrete values as one token, [N, 1, h, w, c]; values are counted from the lowest one."""
 
     kind: ClassVar[str] = "grid"
     modality: ClassVar[int] = DISCRETE
@@ -367,5 +375,7 @@ def codec_from_dict(values: Mapping[str, Any]) -> Codec:
     rest = dict(values)
     kind = rest.pop("kind")
     if kind not in CODECS:
-        raise DataError(f"codec {kind!r} is none of {', '.join(CODECS)}; the policy was made by a newer version")
+        raise DataError(
+            f"codec {kind!r} is unknown; this version has {', '.join(CODECS)}. Update Tiphys to load this policy"
+        )
     return CODECS[kind](**rest)

@@ -1,116 +1,184 @@
-"""A row of a batch, decoded for people."""
+"""One row of a batch, decoded for people: the elements of its windows, where they stand, and what is predicted there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.episode import Window
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
-from tiphys.pretrain.tokens.codecs import Patches
+from tiphys.pretrain.tokens.codecs import Codec, Patches
+from tiphys.pretrain.tokens.images import PATCH
+from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import Timestep
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
+_ALL = 8  # an array with more numbers is summarised by its shape and extremes
 
-def describe_row(batch: TokenBatch, row: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """One dict a position: where it stands, what it shows, what is predicted there.
 
-    Keys: position, segment, task, timestep, local, modality, shows; and where there is a target: predicts, weight, over.
-    Texts, discrete values and bins are decoded; of an embedded value its embedder, shape and extremes are given.
+@dataclass(frozen=True)
+class ElementView:
+    """An element of a timestep, or the texts that stand once in a window.
+
+    step       number of the step in its episode; None: it stands once in the window
+    what       modality of its positions: text, image, discrete, continuous, separator, action, return
+    field      name of its field; empty for a separator and a return
+    first      its first position in the row
+    last       its last position
+    value      its decoded value, in the units of the dataset
+    predicted  the decoded targets at these positions; empty: none
+    weight     loss weight of the targets; None: there are none
+    picture    uint8 [height, width, channels] of an image; None for everything else
     """
-    text = TextTokenizer(vocabulary.text_tokenizer) if vocabulary.text_tokenizer else None
-    embedded = {
-        int(cell): f"{name} {_summary(part.value[i])}"
-        for name, part in batch.embedded.items()
-        for i, cell in enumerate(part.index)
-        if cell // batch.length == row
-    }
-    regressed = {
-        int(cell): (f"{name} {_summary(part.value[i])}", float(part.weight[i]))
-        for name, part in batch.regression.items()
-        for i, cell in enumerate(part.index)
-        if cell // batch.length == row
-    }
-    ranges = ("vocabulary", *(name for name, _, _ in vocabulary.ranges))
-    out = []
-    for p in np.flatnonzero(batch.segment[row]).tolist():
-        cell = row * batch.length + p
-        task = int(batch.task[row, p])
-        entry: dict[str, Any] = {
-            "position": p,
-            "segment": int(batch.segment[row, p]),
-            "task": vocabulary.tasks[task] if task < len(vocabulary.tasks) else task,
-            "timestep": int(batch.timestep[row, p]),
-            "local": int(batch.local[row, p]),
-            "modality": MODALITIES[batch.modality[row, p]],
-            "shows": embedded.get(cell) or show(int(batch.tokens[row, p]), vocabulary, text),
-        }
-        if batch.target[row, p] >= 0:
-            entry["predicts"] = show(int(batch.target[row, p]), vocabulary, text)
-            entry["weight"] = float(batch.weight[row, p])
-            entry["over"] = ranges[batch.softmax[row, p]]
-        elif cell in regressed:
-            entry["predicts"], entry["weight"] = regressed[cell]
-        out.append(entry)
-    return out
+
+    step: int | None
+    what: str
+    field: str
+    first: int
+    last: int
+    value: str
+    predicted: str = ""
+    weight: float | None = None
+    picture: np.ndarray | None = None
 
 
-def pictures(batch: TokenBatch, row: int, timesteps: Iterable[Timestep]) -> list[tuple[int, int, str, np.ndarray]]:
-    """(segment, timestep, field, uint8 [height, width, channels]) of each picture of a row, put together from its patches.
+@dataclass(frozen=True)
+class WindowView:
+    """A window of a row. `softmax` says what its targets are normalised over: vocabulary | range."""
 
-    timesteps  those of the run's tasks (`Objectives.schemes`); where lines of the mixture show one task's pictures
-               differently, only the first line's can be put together
+    task: str
+    episode: str
+    start: int
+    steps: int
+    prompt: bool
+    softmax: str
+    elements: tuple[ElementView, ...]
+
+
+def view_windows(
+    batch: TokenBatch,
+    row: int,
+    windows: Sequence[Window],
+    layouts: Layouts,
+    vocabulary: Vocabulary,
+    text: TextTokenizer,
+) -> list[WindowView]:
+    """The windows of row `row` of a batch, decoded.
+
+    Values and targets are read from the batch. `windows` are those that the row was made from; with the layouts they say what
+    stands where.
     """
-    scheme: dict[int, Timestep] = {}
-    for timestep in timesteps:
-        scheme.setdefault(timestep.number, timestep)
-    out = []
-    for name, part in batch.embedded.items():
-        if not len(part.place):
-            continue
-        mine = np.flatnonzero(part.index // batch.length == row)
-        at = part.index[mine] % batch.length
-        keys = np.stack(
-            [batch.segment[row, at], batch.position[row, at] - batch.local[row, at], batch.timestep[row, at]]
+    placed = placements(windows, layouts, vocabulary, text)
+    reader = _Reader(batch.select(slice(row, row + 1)), windows, layouts, placed, vocabulary, text)
+    elements: list[list[ElementView]] = [[] for _ in windows]
+    for one in placed:
+        elements[one.window].append(reader.view(one))
+    return [
+        WindowView(
+            layouts[w.entry][w.task].task,
+            w.episode,
+            w.start,
+            w.steps,
+            w.prompt,
+            layouts[w.entry][w.task].softmax,
+            tuple(views),
         )
-        for number in _runs(keys):
-            segment, _, step = (int(v) for v in keys[:, number[0]])
-            left = part.value[mine[number]]
-            for element in scheme[int(batch.task[row, at[number[0]]])].elements:
-                codec = element.codec
-                if isinstance(codec, Patches) and codec.embedder == name and step % element.stride == 0 and len(left):
-                    out.append((segment, step, element.field, codec.decode(left[None, : codec.tokens])[0]))
-                    left = left[codec.tokens :]
-    return sorted(out, key=lambda picture: picture[:3])
+        for w, views in zip(windows, elements, strict=True)
+    ]
 
 
-def _runs(keys: np.ndarray) -> list[np.ndarray]:
-    """Numbers of consecutive equal columns of [k, n]."""
-    if not keys.shape[1]:
-        return []
-    edges = np.flatnonzero((np.diff(keys) != 0).any(axis=0)) + 1
-    return np.split(np.arange(keys.shape[1]), edges)
+class _Reader:
+    """Decodes the elements of a batch of one row."""
+
+    def __init__(
+        self,
+        batch: TokenBatch,
+        windows: Sequence[Window],
+        layouts: Layouts,
+        placed: Sequence[Placed],
+        vocabulary: Vocabulary,
+        text: TextTokenizer,
+    ):
+        self.batch, self.windows, self.layouts, self.vocabulary, self.text = batch, windows, layouts, vocabulary, text
+        self.at = {p: one for one in placed for p in range(one.first, one.first + one.size)}
+        self.tokens, self.target = batch.tokens[0], batch.target[0]
+        self.targets = self.tokens.copy()  # the tokens, each replaced by the target that predicts it
+        where = np.flatnonzero(self.target >= 0)
+        self.targets[where + 1] = self.target[where]
+
+    def view(self, one: Placed) -> ElementView:
+        window = self.windows[one.window]
+        value, picture = self.value(one)
+        predicted, weight = self.predicted(one)
+        return ElementView(
+            step=None if one.step is None else int(window.step[one.step]),
+            what=MODALITIES[self.batch.modality[0, one.first]],
+            field=one.element.field if one.element else ", ".join(self.layouts[window.entry][window.task].preamble),
+            first=one.first,
+            last=one.first + one.size - 1,
+            value=value,
+            predicted=predicted,
+            weight=weight,
+            picture=picture,
+        )
+
+    def value(self, one: Placed) -> tuple[str, np.ndarray | None]:
+        """The value of an element in words, and its picture."""
+        codec = one.element.codec if one.element else None
+        if codec is None or not codec.embedder:
+            return self.words(self.tokens, one, range(one.size)), None
+        part = self.batch.embedded[codec.embedder]
+        first, last = np.searchsorted(part.index, (one.first, one.first + one.size))
+        decoded = codec.decode(part.value[first:last][None])[0]
+        if isinstance(codec, Patches):
+            return f"{one.size} {'patch' if one.size == 1 else 'patches'} of {PATCH}×{PATCH}", decoded
+        return _numbers(decoded), None
+
+    def predicted(self, one: Placed) -> tuple[str, float | None]:
+        """The targets at an element's positions in words, and their loss weight."""
+        words, weight = [], None
+        offsets: dict[int, list[int]] = {}  # first position of the element that is predicted -> offsets of its tokens
+        for p in (p for p in range(one.first, one.first + one.size) if self.target[p] >= 0):
+            offsets.setdefault(self.at[p + 1].first, []).append(p + 1 - self.at[p + 1].first)
+            weight = float(self.batch.weight[0, p])
+        for first, some in offsets.items():
+            words.append(self.words(self.targets, self.at[first], some))
+        for part in self.batch.regression.values():
+            for i in np.flatnonzero((part.index >= one.first) & (part.index < one.first + one.size)).tolist():
+                element = self.at[int(part.index[i]) + 1].element
+                assert element is not None
+                words.append(_numbers(_codec(element.codec).decode(part.value[i][None, None])[0]))
+                weight = float(part.weight[i])
+        return " ".join(words), weight
+
+    def words(self, ids: np.ndarray, one: Placed, offsets: Sequence[int]) -> str:
+        """Some tokens of an element whose tokens are ids."""
+        mine = ids[one.first : one.first + one.size]
+        if one.element is None or one.element.role == "text":
+            return self.read(mine[list(offsets)])
+        if one.element.role == "separator":
+            return ""
+        decoded = _codec(one.element.codec).decode(mine[None])[0]
+        return _numbers(decoded if len(offsets) == one.size else np.ravel(decoded)[list(offsets)])
+
+    def read(self, ids: np.ndarray) -> str:
+        """Ids of a text, quoted; an end-of-text token is named."""
+        end = ids == self.vocabulary.end_of_text
+        words = [repr(self.text.decode(ids[~end]))] if not end.all() else []
+        return " ".join(words + ["end-of-text"] * int(end.sum()))
 
 
-def show(token: int, vocabulary: Vocabulary, text: TextTokenizer | None) -> str:
-    """An id in words: `text 'red'`, `continuous bin 512 (+0.001)`, `discrete 3`, `separator`."""
-    name = vocabulary.name_of(token)
-    low, high = vocabulary.range(name)
-    value = token - low
-    if name == "text":
-        return f"text {text.decode([token])!r}" if text else f"text {value}"
-    if name == "continuous":
-        return f"continuous bin {value} ({(value + 0.5) * 2 / (high - low) - 1:+.3f})"
-    if name == "discrete":
-        return f"discrete {value}"
-    special = {getattr(vocabulary, n): n.replace("_", " ") for n in ("separator", "embedded", "mask", "end_of_text")}
-    return special.get(token, f"{name} {value}")
+def _codec(codec: Codec | None) -> Codec:
+    assert codec is not None
+    return codec
 
 
-def _summary(value: np.ndarray) -> str:
-    size = "×".join(map(str, value.shape)) or "1"
-    if value.size <= 8:
-        return f"{size}: {' '.join(f'{v:g}' for v in np.round(value.ravel(), 3).tolist())}"
-    return f"{size}: {value.min():.3g} … {value.max():.3g}"
+def _numbers(value: Any) -> str:
+    """A few numbers as they are; many by their shape and extremes."""
+    array = np.asarray(value)
+    if array.size > _ALL:
+        return f"{'×'.join(map(str, array.shape))}: {array.min():.3g} … {array.max():.3g}"
+    return " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in array.ravel().tolist())

@@ -1,4 +1,4 @@
-"""Which codec each field of a task gets: the objective's scheme, what the recipe overrides, and the data's statistics."""
+"""Chooses the codec of each field of a task, from the objective's scheme, the recipe's overrides and the data's statistics."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.tokens.codecs import Affine, Bins, Codec, Discrete, Grid, Patches, Quantiles, Vector
 from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, SEPARATOR, TEXT, Paradigm
-from tiphys.pretrain.tokens.timestep import Element, Timestep
+from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES
 
 if TYPE_CHECKING:
     from tiphys.dataio.statistics import FieldStatistics
     from tiphys.recipes.schema import FieldTokens, Objective
 
-CLIPPED = 1e-3  # share of an action field's values that may lie beyond what has an id
-_MANY = 16  # entries of a discrete vector above which the compact scheme makes one token of it
+CLIPPED = 1e-3  # share of an action field's values that may be outside the range of its tokens
+_MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token
 _RETURN_LIMIT = 10.0
 OPTIONS = {
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
-    "action_quantile": "an action field without bounds is mapped from this quantile to the opposite one; 0: from its extremes",
+    "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
 }
 _IMAGES, _REST = 0, 1
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """First ids and sizes of the ranges that codecs draw from."""
+    """First ids and sizes of the vocabulary's ranges for continuous and discrete values."""
 
     continuous: int
     continuous_size: int
@@ -42,14 +42,14 @@ class Ranges:
 
 @dataclass(frozen=True)
 class Encoding:
-    """All that decides how the fields of one task become tokens under one objective."""
+    """Everything that decides how the fields of one task become tokens under one objective."""
 
     task: TaskSpec
     objective: Objective
     paradigm: Paradigm
     statistics: Mapping[str, FieldStatistics]
     ranges: Ranges
-    largest_return: float  # in the data, without its sign
+    largest_return: float  # largest absolute return in the data
 
     @property
     def scheme(self) -> str:
@@ -70,16 +70,17 @@ class Encoding:
     def where(self, field: FieldSpec) -> str:
         return f"task {self.task.name!r}, field {field.name!r}"
 
-    # the timestep
+    # the layout
 
-    def timestep(self, number: int, weight: float) -> Timestep:
-        """The plan of this task's timesteps. Raises DataError where a field has no encoding or the context is too short."""
+    def layout(self, number: int, weight: float) -> TimestepLayout:
+        """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
         preamble = tuple(f.name for f in texts if f.per == "episode")
         has_actions = bool(self.shown("action"))
         if not has_actions and not (TEXT in self.paradigm.targets and preamble):
             raise DataError(
-                f"task {self.task.name!r} has neither actions nor a text that {self.paradigm.name!r} could learn"
+                f"task {self.task.name!r} has neither actions nor a text that paradigm {self.paradigm.name!r} predicts, so there "
+                "is nothing to learn; leave the task out with `tasks` of the mixture entry, or use another paradigm"
             )
         elements: list[Element] = []
         for part in self.paradigm.timestep:
@@ -88,47 +89,48 @@ class Encoding:
             elif part == ACTION:
                 elements += self.actions()
             elif part == TEXT:
-                elements += [self.said(f) for f in texts if f.per == "step"]
+                elements += [self.step_text(f) for f in texts if f.per == "step"]
             elif part == RETURN and has_actions:
                 elements.append(Element("return", codec=self.return_codec()))
             elif part == SEPARATOR and has_actions:
                 elements.append(Element("separator"))
-        timestep = Timestep(
+        layout = TimestepLayout(
             task=self.task.name,
             number=number,
             elements=tuple(elements),
             preamble=preamble,
-            said=TEXT in self.paradigm.targets,
-            ends=not has_actions,
+            predict_text=TEXT in self.paradigm.targets,
+            text_last=not has_actions,
             chunk=self.chunk(),
             softmax=self.softmax,
             weight=weight,
             context=self.objective.context,
             window=self.objective.window if has_actions else 1,
         )
-        return self.with_text_limit(timestep)
+        return self.with_text_limit(layout)
 
-    def with_text_limit(self, timestep: Timestep) -> Timestep:
-        """Texts are cut so that one timestep fits beside them; DataError where it does not fit even alone."""
-        room = self.objective.context - sum(timestep.cost())
+    def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
+        """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
+        room = self.objective.context - sum(layout.cost())
         if room < 0:
-            parts = ", ".join(f"{e.field or e.role} {e.size}" for e in timestep.elements)
+            parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{sum(timestep.cost())} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{sum(layout.cost())} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
             )
-        if not timestep.preamble:
-            return timestep
-        each = (room - timestep.ends) // len(timestep.preamble)
+        if not layout.preamble:
+            return layout
+        each = (room - layout.text_last) // len(layout.preamble)
         limit = min(each, int(self.option("text_tokens", each)))
         if limit < 1:
             raise DataError(
-                f"task {self.task.name!r}: a context of {self.objective.context} leaves no room for {timestep.preamble}"
+                f"task {self.task.name!r}: a context of {self.objective.context} holds one timestep, but not also the texts of "
+                f"{', '.join(layout.preamble)}; raise `context`"
             )
-        return replace(timestep, text=limit)
+        return replace(layout, text_limit=limit)
 
     def tokens(self, field: FieldSpec) -> FieldTokens:
-        """The recipe's entry for a field: its name, else the first glob that matches, else the defaults."""
+        """What the recipe says of a field: under its name, else under the first pattern that matches, else the defaults."""
         from tiphys.recipes.schema import FieldTokens
 
         given = self.objective.fields
@@ -142,16 +144,19 @@ class Encoding:
     def chunk(self) -> int:
         chunks = {max(1, self.tokens(f).chunk) for f in self.shown("action")}
         if len(chunks) > 1:
-            raise DataError(f"task {self.task.name!r}: its action fields must have one `chunk`, not {sorted(chunks)}")
+            raise DataError(
+                f"task {self.task.name!r}: all action fields must have the same `chunk`, but they have {sorted(chunks)}"
+            )
         return chunks.pop() if chunks else 1
 
-    def said(self, field: FieldSpec) -> Element:
+    def step_text(self, field: FieldSpec) -> Element:
+        """The element of a text that changes from step to step."""
         size = int(self.option("text_tokens", 32))
         predicted = TEXT in self.paradigm.targets
         return Element("text", field.name, size=size, predicted=predicted, stride=max(1, self.tokens(field).stride))
 
     def observations(self) -> list[Element]:
-        """Images, then discrete and continuous fields, each by name."""
+        """Images, then discrete and continuous fields together; both groups are sorted by name."""
         fields = [f for f in self.shown("observation") if f.modality != "text"]
         fields.sort(key=lambda f: (_IMAGES if f.modality == "image" else _REST, f.name))
         elements = []
@@ -201,11 +206,16 @@ class Encoding:
     def action(self, field: FieldSpec) -> Codec:
         kind = self.tokens(field).encoding
         if kind in ("vector", "grid"):
-            raise DataError(f"{self.where(field)}: an action is no {kind!r}; `discretise: no` regresses it as a vector")
+            raise DataError(
+                f"{self.where(field)}: an action cannot have encoding {kind!r}; `discretise: no` regresses it as a vector"
+            )
         if field.modality == "discrete":
             return self.discrete(field)
         if field.modality != "continuous":
-            raise DataError(f"{self.where(field)}: an action of modality {field.modality!r} has no encoding")
+            raise DataError(
+                f"{self.where(field)}: an action must be discrete or continuous, not {field.modality!r}; "
+                "set `encoding: skip` for it"
+            )
         if kind == "quantile":
             return self.binned(field, kind)
         low, high = self.action_range(field)
@@ -216,16 +226,17 @@ class Encoding:
         return Bins("", field.shape, self.ranges.continuous, bins, low, high, False, field.dtype)
 
     def action_range(self, field: FieldSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What maps to [-1, 1]: nothing is mapped that lies there already; else the space's bounds; else the data's range.
+        """(low, high) that is mapped to [-1, 1]: the bounds of the space, else the range of the data.
 
-        Raises DataError where more than 0.1 % of the data would be clamped, unless `allow_clipped` is at least that share.
+        If that range is within [-1, 1], it becomes ((-1,), (1,)): values stay as they are. Raises DataError if more than 0.1 % of
+        the data would be clamped, unless `allow_clipped` is at least that share.
         """
         low, high = self._data_range(field) if (bounds := _bounds(field)) is None else bounds
         clipped = self.clipped(field)
         if clipped > float(self.option("allow_clipped", CLIPPED)):
             raise DataError(
-                f"{self.where(field)}: {clipped:.2%} of its values lie outside what its tokens can say; mend its bounds, "
-                f"or accept it by `options: {{allow_clipped: {clipped:.4f}}}` of the objective"
+                f"{self.where(field)}: {clipped:.2%} of its values lie outside low/high and would be clipped; widen `low`/`high` "
+                f"in the mapping file and convert again, or set `options: {{allow_clipped: {clipped:.4f}}}` of the objective"
             )
         if _within_unit(low, high):
             return (-1.0,), (1.0,)
@@ -235,14 +246,15 @@ class Encoding:
         found = self.statistics.get(field.name)
         if found is None or not found.count:
             raise DataError(
-                f"{self.where(field)}: neither the space nor the data says what range it has; give low and high"
+                f"{self.where(field)}: it has no bounds, and the dataset has no statistics of it; give `low` and `high` in the "
+                "mapping file and convert again"
             )
         quantile = float(self.option("action_quantile", 0.0))
         low, high = _quantiles(found, (quantile, 1 - quantile), field)
         return low, high
 
     def clipped(self, field: FieldSpec) -> float:
-        """Share of an action field's values in the data that its tokens clamp."""
+        """Share of an action field's values in the data that are clamped."""
         found, bounds = self.statistics.get(field.name), _bounds(field)
         if field.modality != "continuous" or found is None or not found.count:
             return 0.0
@@ -256,12 +268,13 @@ class Encoding:
         values, low = self.counted(field)
         if max(values) > self.ranges.discrete_size:
             raise DataError(
-                f"{self.where(field)}: {max(values)} values exceed the {self.ranges.discrete_size} discrete ids"
+                f"{self.where(field)}: it has {max(values)} values, more than the {self.ranges.discrete_size} discrete ids; set "
+                "`encoding: skip` for it, or declare it continuous"
             )
         return Discrete("", field.shape, self.ranges.discrete, values, low, field.dtype)
 
     def counted(self, field: FieldSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """How many values each entry of a discrete field has, and the lowest."""
+        """The number of values of each entry of a discrete field, and its lowest value."""
         low = np.asarray(field.low if field.low is not None else 0, np.int64).reshape(-1)
         if field.high is not None:
             values = np.asarray(field.high, np.int64).reshape(-1) - low + 1
@@ -275,15 +288,17 @@ class Encoding:
         return Bins("", field.shape, self.ranges.continuous, CONTINUOUS_BINS, companded=True, dtype=field.dtype)
 
     def binned(self, field: FieldSpec, kind: str) -> Codec:
-        """Per-dimension bins, uniform over the field's bounds (else the data's range) or by the data's quantiles."""
+        """Bins for each dimension: uniform over the field's bounds (else the data's range), or by the data's quantiles."""
         bins = self.tokens(field).bins
         if field.modality not in ("continuous", "discrete"):
-            raise DataError(f"{self.where(field)}: modality {field.modality!r} has no {kind!r} bins")
+            raise DataError(
+                f"{self.where(field)}: encoding {kind!r} is for continuous and discrete fields, not for {field.modality!r}"
+            )
         found = self.statistics.get(field.name)
         bounds = _bounds(field) if kind == "uniform" else None
         if bounds is None and (found is None or not found.count):
             raise DataError(
-                f"{self.where(field)}: {kind!r} bins need statistics of the field, and the dataset has none"
+                f"{self.where(field)}: encoding {kind!r} needs statistics of the field, and the dataset has none"
             )
         if kind == "uniform":
             low, high = bounds or _quantiles(found, (0.0, 1.0), field)  # type: ignore[arg-type]
@@ -298,10 +313,13 @@ class Encoding:
         first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
         if len(shape) not in (2, 3):
             raise DataError(
-                f"{self.where(field)}: a picture is [height, width(, channels)], not {shape}; skip it or name a camera"
+                f"{self.where(field)}: an image has shape [height, width] or [height, width, channels], not {shape}; "
+                "skip the field, or convert each camera to a field of its own"
             )
         if 0 in shape and not tokens.resize:
-            raise DataError(f"{self.where(field)}: its pictures differ in size; give `resize` so that they become one")
+            raise DataError(
+                f"{self.where(field)}: its images differ in size; give `resize`, so that all become the same size"
+            )
         white = 255.0 if field.dtype == "uint8" else float(max(field.high)) if field.high else 1.0
         channels = (shape[0] if first else shape[2]) if len(shape) == 3 else 1
         return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white)
@@ -309,7 +327,8 @@ class Encoding:
     def grid(self, field: FieldSpec) -> Codec:
         if len(field.shape) not in (2, 3) or field.modality == "continuous":
             raise DataError(
-                f"{self.where(field)}: a grid is discrete and [height, width(, channels)], not {field.shape}"
+                f"{self.where(field)}: encoding 'grid' needs discrete values of shape [height, width] or "
+                f"[height, width, channels], not {field.modality} values of shape {field.shape}"
             )
         values, low = ((256,), (0,)) if field.modality == "image" else self.counted(field)
         codec = Grid("", field.shape, values, low, field.dtype)
@@ -321,10 +340,10 @@ class Encoding:
         found = self.statistics.get(field.name)
         if found is None or not found.count:
             raise DataError(
-                f"{self.where(field)}: a vector is standardised by its statistics, and the dataset has none"
+                f"{self.where(field)}: encoding 'vector' needs statistics of the field, and the dataset has none"
             )
         mean, std = np.asarray(found.mean, np.float64).reshape(-1), np.asarray(found.std, np.float64).reshape(-1)
-        # an entry that never moves in the data says nothing when it does: its scale is its own size, not 0
+        # The std of an entry that is constant in the data is 0, which is no scale for a value that differs: use its size.
         std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, np.maximum(1.0, np.abs(mean)))
         return Vector(f"vector:{field.name}:{numbers}", field.shape, _numbers(mean), _numbers(std), field.dtype)
 
@@ -338,7 +357,7 @@ def _numbers(array: np.ndarray) -> tuple[float, ...]:
 
 
 def _bounds(field: FieldSpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """The space's bounds, where they are finite and leave room."""
+    """The bounds of the space; None if a bound is not finite or high is not above low."""
     if field.low is None or field.high is None:
         return None
     low, high = np.asarray(field.low, np.float64), np.asarray(field.high, np.float64)
@@ -351,7 +370,7 @@ def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:
-    """[len(shares)] arrays [numbers] of the data's quantiles, linear between those that the statistics hold."""
+    """[len(shares)] arrays [numbers]: quantiles of the data, interpolated between those of the statistics."""
     from tiphys.dataio.statistics import QUANTILES
 
     numbers = int(np.prod(field.shape, dtype=np.int64))
@@ -367,7 +386,7 @@ def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, fie
 
 
 def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
-    """Statistics of a field whose task stands in several datasets; quantiles are averaged by count, the rest is exact."""
+    """Statistics of a field over several datasets. Quantiles are averages weighted by count; the rest is exact."""
     if len(found) == 1:
         return found[0]
     count = np.array([f.count for f in found], np.float64)

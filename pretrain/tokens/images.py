@@ -1,4 +1,4 @@
-"""Images <-> 16×16 patches in raster order, and the position bins of a patch (Reed et al. 2022, sec. 2.1 and app. C.3)."""
+"""Images <-> 16×16 patches in raster order, and the bins of a patch's place (Reed et al. 2022, sec. 2.1 and app. C.3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SCALE = np.float32(4.0)  # √PATCH
 
 
 def centre_crop(images: np.ndarray, size: int) -> np.ndarray:
-    """The middle `size` × `size` of [N, H, W, C]; sides that are shorter stay as they are. 0: no crop."""
+    """The middle `size` × `size` of [N, H, W, C]. A shorter side stays as it is. 0: no crop."""
     if not size:
         return images
     height, width = images.shape[1:3]
@@ -21,9 +21,10 @@ def centre_crop(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, H, W, C] -> [N, size, size, C] by a triangle filter that widens when it shrinks (antialiased). 0: no change.
+    """uint8 [N, H, W, C] -> [N, size, size, C] by a triangle filter, which is wider if the image shrinks (antialiasing).
 
-    The weights are whole numbers, so that float32 products are exact: an image becomes the same bytes in any company.
+    0: no change. The weights are whole numbers, so that float32 products are exact: an image gives the same bytes whatever
+    images are resized with it.
     """
     count, height, width, channels = images.shape
     if not size or (height, width) == (size, size):
@@ -38,18 +39,18 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     return images
 
 
-_WEIGHT = 1 << 12  # sum of a target pixel's weights; times 255 it stays below 2^24, where float32 is exact
+_WEIGHT = 1 << 12  # sum of the weights of one target pixel; times 255 it is below 2^24, so float32 is exact
 
 
 def _rounded(weighted: np.ndarray) -> np.ndarray:
-    """Weighted sums -> bytes, in place: a division by a power of two is exact."""
+    """Weighted sums -> bytes; overwrites its argument. Dividing by a power of two is exact."""
     weighted += np.float32(_WEIGHT // 2)
     weighted *= np.float32(1 / _WEIGHT)
     return weighted.astype(np.uint8)
 
 
 def _triangle(source: int, target: int) -> np.ndarray:
-    """float32 [target, source], whole numbers with rows that sum to _WEIGHT: a triangle of half-width max(1, source/target)."""
+    """float32 [target, source]: whole numbers; each row sums to _WEIGHT. A triangle of half-width max(1, source/target)."""
     scale = source / target
     centre = (np.arange(target) + 0.5) * scale
     share = np.maximum(0.0, 1.0 - np.abs(np.arange(source)[None] + 0.5 - centre[:, None]) / max(1.0, scale))
@@ -66,7 +67,7 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
 def to_patches(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, C] -> float32 [N, patches, 16, 16, C]: raster order, pixels in [-1, 1] divided by √16.
 
-    Sides that are no multiple of 16 are continued by their last row or column.
+    If a side is not a multiple of 16, its last row or column is repeated.
     """
     count, height, width, channels = images.shape
     rows, columns = patch_grid(height, width)
@@ -91,7 +92,7 @@ def from_patches(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def intervals(height: int, width: int) -> np.ndarray:
-    """int32 [patches, 4]: first and last bin of each patch's rows, first and last bin of its columns, of PLACES."""
+    """int32 [patches, 4]: first and last bin of each patch's rows, first and last bin of its columns. There are PLACES bins."""
     rows, columns = patch_grid(height, width)
 
     def bounds(parts: int) -> np.ndarray:
@@ -106,10 +107,10 @@ def intervals(height: int, width: int) -> np.ndarray:
 def places(
     spans: np.ndarray, seed: int, step: int, row: np.ndarray, position: np.ndarray, training: bool
 ) -> np.ndarray:
-    """int32 [n, 2], the row and column bin of each patch: a random bin of its interval in training, the middle otherwise.
+    """int32 [n, 2], the row and column bin of each patch: a random bin of its interval in training, the middle one otherwise.
 
-    spans [n, 4] as of `intervals`. The random bins are a function of (seed, step, row, position in the row) alone, so
-    that they do not depend on which process makes the row.
+    spans is [n, 4], as `intervals` gives it. The random bins depend on (seed, step, row, position in the row) alone, not on
+    which process makes the row.
     """
     first, last = spans[:, 0::2], spans[:, 1::2]
     if not training:

@@ -1,9 +1,9 @@
-"""The table of paradigms: what separates Decision Transformer, Gato and behaviour cloning is data, not code.
+"""The table of paradigms: Decision Transformer, Gato and behaviour cloning differ in data, not in code.
 
-A row says which elements of a timestep stand in the sequence and in what order, which of them are predicted, whether actions are
-ids or regressed vectors, the attention mask, the conditioning, and how the policy acts. `OBSERVATION` stands for the observation
-fields: images, then discrete and continuous ones, each group sorted by name; texts that are one for a whole episode stand once,
-before the window's first timestep.
+A row of the table says which elements a timestep has and in what order, which of them are predicted, whether actions are ids or
+regressed vectors, the attention mask, the conditioning, and how the policy acts. `OBSERVATION` means all observation fields:
+first images, then discrete and continuous fields together; both groups are sorted by name. Texts that stay the same for a whole
+episode stand once, before the first timestep of the window.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ TEXT, OBSERVATION, SEPARATOR, RETURN, ACTION = "text", "observation", "separator
 
 @dataclass(frozen=True)
 class Paradigm:
-    """One row.
+    """One row of the table.
 
     timestep      elements in order
     targets       elements that are predicted: `action`, `text`
-    discretised   actions are ids (True) or, where they are continuous, regressed vectors (False)
-    scheme        gato | compact: how fields become tokens unless the recipe says otherwise
-    softmax       vocabulary | range: over what a predicted id is normalised
+    discretised   True: actions are ids. False: continuous actions are regressed vectors
+    scheme        gato | compact: how fields become tokens, unless the recipe says otherwise
+    softmax       vocabulary | range: what a predicted id is normalised over
     mask          causal
     prompt        share of rows that begin with a prompt of the same task
-    conditioning  what the policy is told beside observations
+    conditioning  what the policy is told besides observations
     acting        how it acts
     source        where it is described
     """
@@ -54,7 +54,7 @@ PARADIGMS: dict[str, Paradigm] = {
             softmax="range",
             mask="causal",
             prompt=0.0,
-            conditioning="text where the task has one; %BC by `prefer: top`",
+            conditioning="text, if the task has one; %BC by `prefer: top`",
             acting="the action's tokens one after another",
             source="behaviour cloning; %BC: Chen et al. 2021, sec. 5.1",
         ),
@@ -80,8 +80,8 @@ PARADIGMS: dict[str, Paradigm] = {
             softmax="vocabulary",
             mask="causal",
             prompt=0.25,
-            conditioning="prompt: a demonstration of the same task, half of them its end; text",
-            acting="the action's tokens one after another, a demonstration before them where one is given",
+            conditioning="text; prompt: a demonstration of the same task, in half of the cases its end",
+            acting="the action's tokens one after another, after a demonstration if one is given",
             source="Reed et al. 2022, sec. 2 and app. B, C",
         ),
     )
@@ -89,7 +89,7 @@ PARADIGMS: dict[str, Paradigm] = {
 
 
 def table() -> list[dict[str, str]]:
-    """The rows as text, for people."""
+    """The rows as text, for people to read."""
     return [
         {
             "name": p.name,

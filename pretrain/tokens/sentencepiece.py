@@ -1,7 +1,7 @@
-"""A SentencePiece model as the JSON of the `tokenizers` library, so that a policy needs no further library to read text.
+"""Converts a SentencePiece model to the JSON of the `tokenizers` library, so that a policy needs no other library for text.
 
 The file is a protocol buffer (sentencepiece_model.proto, messages ModelProto, SentencePiece, TrainerSpec, NormalizerSpec). It
-may come from a stranger: sizes are bounded, and nothing in it is run.
+may come from an untrusted source: sizes are bounded, and nothing in it is run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST_PIECES = 1 << 20
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
 _SPACE = "\u2581"
-_UNREACHABLE = "\ufdd0"  # a noncharacter: no text has it, so that no text becomes a control id
+_UNREACHABLE = "\ufdd0"  # a noncharacter: it is in no text, so no text becomes a control id
 
 
 @dataclass(frozen=True)
@@ -26,28 +26,29 @@ class _Model:
     pieces: list[tuple[str, float, int]]  # text, score, type
     kind: int = _UNIGRAM
     byte_fallback: bool = False
-    characters: bytes = b""  # precompiled map of the normaliser
-    prefix: bool = True  # a space is set before the text
-    trims: bool = True  # runs of spaces become one, those at the ends none
+    characters: bytes = b""  # the precompiled map of the normaliser
+    prefix: bool = True  # a space is put before the text
+    trims: bool = True  # several spaces become one, and those at both ends are removed
 
 
 def to_tokenizer(data: bytes, name: str) -> str:
-    """The tokenizer's JSON. Raises DataError where the file is no SentencePiece model of kind unigram or BPE."""
+    """The tokenizer's JSON. Raises DataError if the file is not a SentencePiece model of type unigram or BPE."""
     from tokenizers import AddedToken, Tokenizer, models
 
     if len(data) > _LARGEST:
-        raise DataError(
-            f"{name}: {len(data)} bytes are too many for a SentencePiece model; at most {_LARGEST} are read"
-        )
+        raise DataError(f"{name}: the file has {len(data)} bytes; a SentencePiece model may have at most {_LARGEST}")
     try:
         model = _parse(data)
     except (IndexError, ValueError, struct.error, TypeError, AttributeError) as error:
-        raise DataError(f"{name}: no SentencePiece model: {error}") from error
+        raise DataError(f"{name}: not a SentencePiece model: {error}") from error
     if model.kind not in (_UNIGRAM, _BPE):
-        raise DataError(f"{name}: its pieces are words or characters (type {model.kind}); train a unigram or BPE model")
+        raise DataError(
+            f"{name}: a SentencePiece model of type {model.kind}, whose pieces are words or characters, cannot be used; train a "
+            "unigram or BPE model"
+        )
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == _UNKNOWN), None)
     if unknown is None:
-        raise DataError(f"{name}: no SentencePiece model: it has no unknown piece")
+        raise DataError(f"{name}: not a SentencePiece model: it has no unknown piece")
     names = [_UNREACHABLE + text if kind in (_UNKNOWN, _CONTROL, _UNUSED) else text for text, _, kind in model.pieces]
     if model.kind == _UNIGRAM:
         scored = [(text, score) for text, (_, score, _) in zip(names, model.pieces, strict=True)]
@@ -65,7 +66,7 @@ def to_tokenizer(data: bytes, name: str) -> str:
 
 
 def _surround(tokenizer: Any, model: _Model) -> None:
-    """Normaliser, splitting at spaces, and the way back to text."""
+    """Adds the normaliser, the splitting at spaces, and the decoder."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     steps: list[Any] = [normalizers.Precompiled(model.characters)] if model.characters else []
@@ -82,7 +83,7 @@ def _surround(tokenizer: Any, model: _Model) -> None:
 
 
 def _merges(model: _Model, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs in the order in which they were merged: a piece's score falls with its rank."""
+    """Pairs in the order in which they were merged. The later a piece was merged, the lower its score."""
     found = []
     for text, score, kind in model.pieces:
         if kind != _NORMAL:
@@ -116,7 +117,7 @@ def _parse(data: bytes) -> _Model:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a message: int for a varint, bytes otherwise."""
+    """(number, value) of each field of a message. A varint gives an int, anything else bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -133,7 +134,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         else:
             raise ValueError(f"byte {at}: wire type {wire} does not exist")
         if at + size > len(data):
-            raise ValueError(f"byte {at}: a field of {size} bytes runs past the end")
+            raise ValueError(f"byte {at}: a field of {size} bytes goes past the end of the file")
         yield number, data[at : at + size]
         at += size
 
@@ -145,4 +146,4 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at += 1
         if data[at - 1] < 128:
             return value, at
-    raise ValueError(f"byte {at}: a number of more than ten bytes")
+    raise ValueError(f"byte {at}: a number has more than ten bytes")

@@ -1,6 +1,7 @@
-"""Windows -> TokenBatch: the one place where positions, segments and targets are laid out, in training and in acting.
+"""Windows -> TokenBatch. Positions, segments and targets are laid out only here, for training and for acting.
 
-Windows of one task are laid out at once, because this runs in the loader: no Python runs by token, little by window.
+This runs in the loader, so all windows of one task are laid out together: no Python code runs for each token, little for each
+window.
 """
 
 from __future__ import annotations
@@ -16,24 +17,42 @@ from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
 from tiphys.pretrain.tokens.codecs import BadValue, Patches
 from tiphys.pretrain.tokens.images import places, to_patches
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, Element, Timestep
+from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
-Schemes = Sequence[Mapping[int, Timestep]]  # line of the mixture -> task -> its timestep
-_NOTHING = np.zeros(0, np.int32)
+Layouts = Sequence[Mapping[int, TimestepLayout]]  # mixture entry -> task -> its layout
+_NO_IDS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where one element of a window stands in its row.
+
+    window   index of the window in its row
+    step     index of the step in its window; None for the preamble, which stands once in a window
+    element  the element of the layout; None for the preamble
+    first    its first position in the row
+    size     its number of positions, at least 1
+    """
+
+    window: int
+    step: int | None
+    element: Element | None
+    first: int
+    size: int
 
 
 @dataclass
 class _Group:
-    """Windows of one line and task: G windows, N timesteps in all, W columns a timestep."""
+    """Windows of one mixture entry and task: G windows, N timesteps in all, W columns in a timestep."""
 
-    timestep: Timestep
+    layout: TimestepLayout
     windows: list[Window]
-    number: np.ndarray  # [G] each window's number in the batch
-    steps: np.ndarray  # [G] timesteps of each
-    texts: list[np.ndarray]  # G preambles
-    spoken: list[np.ndarray]  # texts by step: N for each such element, in order
-    keep: np.ndarray | None  # bool [N, W]: columns that are there; None: all
+    number: np.ndarray  # [G] index of each window in the batch
+    steps: np.ndarray  # [G] number of timesteps of each window
+    preambles: list[np.ndarray]  # G arrays of ids
+    step_texts: list[np.ndarray]  # the ids of each element that is a text of a step, in order: int32 [N, element.size]
+    present: np.ndarray | None  # bool [N, W]: the columns that a timestep has; None: all
 
     @property
     def owner(self) -> np.ndarray:
@@ -42,21 +61,42 @@ class _Group:
 
     @property
     def first(self) -> np.ndarray:
-        """[G] each window's first timestep."""
+        """[G] the first timestep of each window."""
         return np.cumsum(self.steps) - self.steps
 
-    def body(self) -> np.ndarray:
-        """[G] positions of each window's timesteps."""
-        if self.keep is None:
-            return self.steps * self.timestep.width
-        ends = np.concatenate([[0], np.cumsum(self.keep.sum(axis=1))])
+    def body_size(self) -> np.ndarray:
+        """[G] positions that the timesteps of each window take."""
+        if self.present is None:
+            return self.steps * self.layout.width
+        ends = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])
         return ends[self.first + self.steps] - ends[self.first]
 
-    def preamble(self) -> np.ndarray:
-        return np.array([len(t) for t in self.texts], np.int64)
+    def preamble_size(self) -> np.ndarray:
+        """[G] positions that the preamble of each window takes."""
+        return np.array([len(ids) for ids in self.preambles], np.int64)
+
+    def starts(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([G], [G]): first cells of the preambles and of the timesteps of windows that start at cells `start`."""
+        if self.layout.text_last:
+            return start + self.body_size(), start
+        return start, start + self.preamble_size()
+
+    def cells(self, body: np.ndarray, absent: int) -> np.ndarray:
+        """int64 [N, W]: the cell of each column, if the timesteps of each window start at cell `body`; `absent` if missing."""
+        width, owner = self.layout.width, self.owner
+        if self.present is None:
+            within = np.arange(len(owner)) - self.first[owner]
+            return (body[owner] + within * width)[:, None] + np.arange(width)
+        rank = np.cumsum(self.present).reshape(self.present.shape) - 1
+        before = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])[self.first]
+        return np.where(self.present, (body - before)[owner][:, None] + rank, absent)
+
+    def step_numbers(self) -> np.ndarray:
+        """[N] the number of each timestep in its episode."""
+        return np.concatenate([w.step[:n] for w, n in zip(self.windows, self.steps.tolist(), strict=True)])
 
     def gather(self, field: str, constant: bool = False) -> np.ndarray:
-        """[N, *shape]: a field's rows, window after window; `constant`: its one value, once a timestep."""
+        """[N, *shape]: the values of a field, window after window. `constant`: its one value, repeated for each timestep."""
         parts = []
         for window, n in zip(self.windows, self.steps.tolist(), strict=True):
             rows = _field(window, field)
@@ -65,12 +105,13 @@ class _Group:
             parts.append(rows[:n])
             if len(parts[-1]) < n:
                 raise DataError(
-                    f"episode {window.episode!r}: field {field!r} has {len(rows)} rows from step {window.start}, not {n}"
+                    f"episode {window.episode!r}: field {field!r} has {len(rows)} values from step {window.start} on, "
+                    f"but the window needs {n}"
                 )
         return np.concatenate(parts)
 
     def pictures(self, field: str, codec: Patches, constant: bool) -> np.ndarray:
-        """uint8 [N, height, width, C] of pictures whose sizes differ between windows."""
+        """uint8 [N, height, width, C]: pictures whose original sizes differ between windows."""
         parts = []
         for window, n in zip(self.windows, self.steps.tolist(), strict=True):
             rows = _field(window, field)
@@ -78,12 +119,12 @@ class _Group:
         return np.concatenate(parts)
 
     def refuse(self, field: str, error: BadValue) -> DataError:
-        """The error of a value, with the episode and the step it stands in."""
+        """The error of a value, with its episode and step."""
         owner = int(self.owner[error.at])
         window = self.windows[owner]
         step = int(window.step[error.at - int(self.first[owner])])
         return DataError(
-            f"task {self.timestep.task!r}, field {field!r}, episode {window.episode!r}, step {step}: {error.reason}"
+            f"task {self.layout.task!r}, field {field!r}, episode {window.episode!r}, step {step}: {error.reason}"
         )
 
 
@@ -99,7 +140,7 @@ def assemble(
     step: int,
     rows: np.ndarray,
     windows: Sequence[Sequence[Window]],
-    schemes: Schemes,
+    layouts: Layouts,
     vocabulary: Vocabulary,
     text: TextTokenizer,
     *,
@@ -107,108 +148,138 @@ def assemble(
     seed: int = 0,
     training: bool = True,
 ) -> TokenBatch:
-    """The TokenBatch of rows [R] of the global batch, each with its windows in order; length None: as long as the longest.
+    """The TokenBatch of rows [R] of the global batch, each with its windows in order.
 
-    The target of a predicted position stands at the position before it, within its segment; a prompt has none.
-    Raises DataError where a window lacks a field, has a value without encoding, or a row exceeds `length`.
+    The target of a predicted position stands at the position before it, in the same segment. A prompt has no targets.
+    `length` None: the rows are as long as the longest. Raises DataError if a window lacks a field or has a value without
+    encoding, or if a row needs more than `length` positions.
     """
     flat = [w for row in windows for w in row]
     row_of = np.repeat(np.arange(len(windows)), [len(row) for row in windows])
-    groups = _group(flat, schemes, vocabulary, text)
-    size = np.zeros(len(flat), np.int64)
-    for group in groups:
-        size[group.number] = group.preamble() + group.body()
+    groups = _groups(flat, layouts, vocabulary, text)
+    size = _sizes(groups, len(flat))
     used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
     length = int(used.max(initial=1)) if length is None else length
     if (used > length).any():
         at = int(used.argmax())
-        raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, more than the {length} of a row")
+        raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, but a row holds {length}")
     start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
-    draft.spans(flat, size, start, row_of, np.array([schemes[w.entry][w.task].number for w in flat], np.int32))
+    draft.lay_windows(flat, size, start, row_of, np.array([layouts[w.entry][w.task].number for w in flat], np.int32))
     for group in groups:
         draft.lay(group, start[group.number])
     return draft.finish(step, seed, training)
 
 
-def _group(flat: list[Window], schemes: Schemes, vocabulary: Vocabulary, text: TextTokenizer) -> list[_Group]:
+def placements(
+    windows: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
+) -> list[Placed]:
+    """Where `assemble` puts every element of the windows of one row, by position."""
+    groups = _groups(windows, layouts, vocabulary, text)
+    size = _sizes(groups, len(windows))
+    start = np.cumsum(size) - size
+    found = []
+    for group in groups:
+        preamble, body = group.starts(start[group.number])
+        for window, first, n in zip(group.number.tolist(), preamble.tolist(), group.preamble_size().tolist()):
+            if n:
+                found.append(Placed(window, None, None, first, n))
+        cells = group.cells(body, -1)
+        for owner, step, row in zip(group.owner, np.arange(len(cells)) - group.first[group.owner], cells):
+            for element, column in zip(group.layout.elements, group.layout.columns, strict=True):
+                at = row[column : column + element.size]
+                at = at[at >= 0]
+                if len(at):
+                    found.append(Placed(int(group.number[owner]), int(step), element, int(at[0]), len(at)))
+    return sorted(found, key=lambda placed: placed.first)
+
+
+def _groups(flat: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer) -> list[_Group]:
     members: dict[tuple[int, int], list[int]] = {}
     for number, window in enumerate(flat):
         members.setdefault((window.entry, window.task), []).append(number)
     return [
-        _measure(schemes[entry][task], [flat[i] for i in numbers], numbers, vocabulary, text)
+        _measure(layouts[entry][task], [flat[i] for i in numbers], numbers, vocabulary, text)
         for (entry, task), numbers in members.items()
     ]
 
 
+def _sizes(groups: Sequence[_Group], windows: int) -> np.ndarray:
+    """[windows] positions that each window takes."""
+    size = np.zeros(windows, np.int64)
+    for group in groups:
+        size[group.number] = group.preamble_size() + group.body_size()
+    return size
+
+
 def _measure(
-    timestep: Timestep, windows: list[Window], numbers: list[int], vocabulary: Vocabulary, text: TextTokenizer
+    layout: TimestepLayout, windows: list[Window], numbers: list[int], vocabulary: Vocabulary, text: TextTokenizer
 ) -> _Group:
     """A group with everything that decides how many positions its windows take."""
-    # A last row without an action is nothing to learn from, but it is all that a caption has.
-    steps = [w.steps - (timestep.acts and not w.valid[w.steps - 1]) for w in windows]
-    texts = [_NOTHING] * len(windows)
-    for field in timestep.preamble:
-        said = ["" if w.prompt else _field(w, field) for w in windows]  # a prompt is planned without its text
-        texts = [np.concatenate([t, f]) for t, f in zip(texts, text.encode(said, timestep.text), strict=True)]
-    if timestep.ends:
+    # There is nothing to learn from a last row without an action. For a caption such a row is the only one.
+    steps = [w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows]
+    preambles = [_NO_IDS] * len(windows)
+    for field in layout.preamble:
+        texts = ["" if w.prompt else _field(w, field) for w in windows]  # the plan counts a prompt without its text
+        found = text.encode(texts, layout.text_limit)
+        preambles = [np.concatenate([ids, more]) for ids, more in zip(preambles, found, strict=True)]
+    if layout.text_last:
         end = np.array([vocabulary.end_of_text], np.int32)
-        texts = [np.concatenate([t, end]) for t in texts]
-    group = _Group(timestep, windows, np.array(numbers), np.array(steps, np.int64), texts, [], None)
-    if timestep.varies:
-        _thin(group, text)
+        preambles = [np.concatenate([ids, end]) for ids in preambles]
+    group = _Group(layout, windows, np.array(numbers), np.array(steps, np.int64), preambles, [], None)
+    if layout.varies:
+        _find_present(group, text)
     return group
 
 
-def _thin(group: _Group, text: TextTokenizer) -> None:
-    """Fills in `spoken` and `keep`."""
-    timestep, owner = group.timestep, group.owner
-    keep = np.ones((len(owner), timestep.width), bool)
-    numbers = np.concatenate([w.step[:n] for w, n in zip(group.windows, group.steps.tolist(), strict=True)])
-    answered = (np.arange(len(owner)) - group.first[owner]) % timestep.chunk == 0
-    for element, column in zip(timestep.elements, timestep.columns, strict=True):
+def _find_present(group: _Group, text: TextTokenizer) -> None:
+    """Fills in `step_texts` and `present`."""
+    layout, owner = group.layout, group.owner
+    present = np.ones((len(owner), layout.width), bool)
+    numbers = group.step_numbers()
+    observed = (np.arange(len(owner)) - group.first[owner]) % layout.chunk == 0
+    for element, column in zip(layout.elements, layout.columns, strict=True):
         span = slice(column, column + element.size)
         if element.role != "action":
-            keep[:, span] &= (answered & (numbers % element.stride == 0))[:, None]
+            present[:, span] &= (observed & (numbers % element.stride == 0))[:, None]
         if element.role == "text":
             found = text.encode([str(t) for t in group.gather(element.field)], element.size)
-            keep[:, span] &= np.arange(element.size) < np.array([len(f) for f in found])[:, None]
-            group.spoken.append(_padded(found, element.size))
-    group.keep = keep
+            present[:, span] &= np.arange(element.size) < np.array([len(f) for f in found])[:, None]
+            group.step_texts.append(_padded(found, element.size))
+    group.present = present
 
 
 def _padded(texts: list[np.ndarray], width: int) -> np.ndarray:
-    """int32 [N, width] of ragged ids."""
+    """int32 [N, width] of N arrays of ids."""
     out = np.zeros((len(texts), width), np.int32)
     sizes = np.array([len(t) for t in texts])
-    out[np.arange(width) < sizes[:, None]] = np.concatenate([*texts, _NOTHING])
+    out[np.arange(width) < sizes[:, None]] = np.concatenate([*texts, _NO_IDS])
     return out
 
 
 class _Draft:
-    """A batch being laid out: flat arrays of rows · length cells and one more, where columns go that a timestep lacks."""
+    """A batch that is being laid out: flat arrays of rows · length cells, and one spare cell for columns that are absent."""
 
     def __init__(self, rows: np.ndarray, length: int, vocabulary: Vocabulary):
         self.rows, self.length, self.vocabulary = rows, length, vocabulary
         self.cells = len(rows) * length
-        kinds: dict[str, Any] = {"modality": np.uint8, "causal": bool, "softmax": np.uint8, "weight": np.float32}
-        names = ("tokens", "segment", "position", "local", "timestep", "task", "target")
-        kinds |= dict.fromkeys(names, np.int32)
-        self.dense = {name: np.zeros(self.cells + 1, kind) for name, kind in kinds.items()}
+        self.dense = {
+            name: np.zeros(self.cells + 1, dtype) for name, dtype in TokenBatch.DENSE.items() if name != "row"
+        }
         self.dense["target"] -= 1
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
 
-    def spans(
+    def lay_windows(
         self, flat: list[Window], size: np.ndarray, start: np.ndarray, row_of: np.ndarray, task: np.ndarray
     ) -> None:
-        """What is one for a whole window: its segment, positions and task."""
+        """Everything that does not depend on a window's layout: its segment, positions and task."""
         if not flat:
             return
         prompt = np.array([w.prompt for w in flat])
-        opens = np.ones(len(flat), bool)  # a window shares the segment of the prompt before it
+        opens = np.ones(len(flat), bool)  # False: the window is in the segment of the prompt before it
         opens[1:] = (row_of[1:] != row_of[:-1]) | ~prompt[:-1]
         opener = np.maximum.accumulate(np.where(opens, np.arange(len(flat)), 0))
         number = np.cumsum(opens)
@@ -224,59 +295,49 @@ class _Draft:
 
     def lay(self, group: _Group, start: np.ndarray) -> None:
         """Everything of a group's windows, which start at cells `start` [G]."""
-        timestep, preamble = group.timestep, group.preamble()
-        body = start if timestep.ends else start + preamble
-        if preamble.any():
-            self._lay_preamble(group, start + group.body() if timestep.ends else start, preamble)
-        if not timestep.width or not group.steps.any():
+        layout, size = group.layout, group.preamble_size()
+        preamble, body = group.starts(start)
+        if size.any():
+            self._lay_preamble(group, preamble, size)
+        if not layout.width or not group.steps.any():
             return
-        cell = self._cells(group, body)
+        cell = group.cells(body, self.cells)
         self._lay_frame(group, cell)
-        spoken = iter(group.spoken)
-        for element, column in zip(timestep.elements, timestep.columns, strict=True):
+        step_texts = iter(group.step_texts)
+        for element, column in zip(layout.elements, layout.columns, strict=True):
             at = cell[:, column : column + element.size]
             if element.role == "text":
-                self.dense["tokens"][at] = next(spoken)
+                self.dense["tokens"][at] = next(step_texts)
             elif element.role == "separator":
                 self.dense["tokens"][at] = self.vocabulary.separator
             else:
                 self._lay_values(group, element, at)
             if element.predicted and not element.head:
-                self._predict(at.ravel(), timestep)
-
-    def _cells(self, group: _Group, body: np.ndarray) -> np.ndarray:
-        """int64 [N, width]: the cell of each column of each timestep; the spare cell where it is absent."""
-        width, owner = group.timestep.width, group.owner
-        if group.keep is None:
-            within = np.arange(len(owner)) - group.first[owner]
-            return (body[owner] + within * width)[:, None] + np.arange(width)
-        rank = np.cumsum(group.keep).reshape(group.keep.shape) - 1
-        before = np.concatenate([[0], np.cumsum(group.keep.sum(axis=1))])[group.first]
-        return np.where(group.keep, (body - before)[owner][:, None] + rank, self.cells)
+                self._predict(at.ravel(), layout)
 
     def _lay_frame(self, group: _Group, cell: np.ndarray) -> None:
-        timestep, dense = group.timestep, self.dense
-        dense["modality"][cell] = timestep.modality
-        local = timestep.local
-        if timestep.spoken:  # what follows a text counts on from its end
-            lacking = timestep.spoken - group.keep[:, : timestep.spoken].sum(axis=1)  # type: ignore[index]
-            behind = (np.arange(timestep.width) >= timestep.spoken) & (local != ACTION_LOCAL)
-            local = local - lacking[:, None] * behind
+        """Modality, local position and step number of the timesteps."""
+        layout, dense = group.layout, self.dense
+        dense["modality"][cell] = layout.modality
+        local, columns = layout.local, layout.text_columns
+        if columns:  # the element after a text continues from the end of the text
+            lacking = columns - group.present[:, :columns].sum(axis=1)  # type: ignore[index]
+            after = (np.arange(layout.width) >= columns) & (local != ACTION_LOCAL)
+            local = local - lacking[:, None] * after
         dense["local"][cell] = local
-        numbers = np.concatenate([w.step[:n] for w, n in zip(group.windows, group.steps.tolist(), strict=True)])
-        dense["timestep"][cell] = numbers[:, None]
+        dense["timestep"][cell] = group.step_numbers()[:, None]
 
     def _lay_preamble(self, group: _Group, start: np.ndarray, size: np.ndarray) -> None:
         within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
         cell = np.repeat(start, size) + within
-        dense, timestep = self.dense, group.timestep
-        dense["tokens"][cell] = np.concatenate(group.texts)
+        dense, layout = self.dense, group.layout
+        dense["tokens"][cell] = np.concatenate(group.preambles)
         dense["modality"][cell] = TEXT
-        shown = timestep.width if timestep.ends else 0
-        dense["local"][cell] = np.minimum(within + shown, ACTION_LOCAL - 1)
+        before = layout.width if layout.text_last else 0
+        dense["local"][cell] = np.minimum(within + before, ACTION_LOCAL - 1)
         dense["timestep"][cell] = np.repeat([int(w.step[0]) if len(w.step) else 0 for w in group.windows], size)
-        if timestep.said:
-            self._predict(cell, timestep)
+        if layout.predict_text:
+            self._predict(cell, layout)
 
     def _lay_values(self, group: _Group, element: Element, at: np.ndarray) -> None:
         codec = element.codec
@@ -305,22 +366,22 @@ class _Draft:
             spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[there]
             self.patches.setdefault(codec.embedder, []).append(spans)
         if element.predicted:
-            learnt = self._learnt(cell)
-            weight = np.full(len(cell), group.timestep.weight, np.float32)
-            self.vectors.setdefault(element.head, []).append((cell[learnt] - 1, value[learnt], weight[learnt]))
+            kept = self._can_be_target(cell)
+            weight = np.full(len(cell), group.layout.weight, np.float32)
+            self.vectors.setdefault(element.head, []).append((cell[kept] - 1, value[kept], weight[kept]))
 
-    def _learnt(self, cell: np.ndarray) -> np.ndarray:
-        """bool: cells that are there, not in a prompt, and have one before them in their segment."""
+    def _can_be_target(self, cell: np.ndarray) -> np.ndarray:
+        """Mask of the cells that are not the spare one, not in a prompt, and not the first of their segment."""
         return (cell < self.cells) & ~self.prompt[cell] & (self.dense["position"][cell] > 0)
 
-    def _predict(self, cell: np.ndarray, timestep: Timestep) -> None:
-        """Targets for the ids that stand in `cell`, each at the cell before."""
+    def _predict(self, cell: np.ndarray, layout: TimestepLayout) -> None:
+        """Makes the ids in `cell` targets, each at the cell before."""
         dense, vocabulary = self.dense, self.vocabulary
-        cell = cell[self._learnt(cell)]
+        cell = cell[self._can_be_target(cell)]
         ids = dense["tokens"][cell]
         dense["target"][cell - 1] = ids
-        dense["weight"][cell - 1] = timestep.weight
-        if timestep.softmax == "range":
+        dense["weight"][cell - 1] = layout.weight
+        if layout.softmax == "range":
             highs = np.array([high for _, _, high in vocabulary.ranges])
             dense["softmax"][cell - 1] = np.searchsorted(highs, ids, side="right") + 1
 

@@ -1,4 +1,4 @@
-"""Text <-> ids by the tokenizer that a vocabulary carries."""
+"""Text <-> ids, with the tokenizer of a vocabulary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-_REMEMBER = 1 << 16  # texts whose ids are kept
-_LONGEST = 1 << 20  # characters of one text; what is longer is cut before it reaches the tokenizer
+_REMEMBER = 1 << 16  # number of texts whose ids are kept
+_LONGEST = 1 << 20  # characters; a longer text is cut before the tokenizer sees it
 
 
 class TextTokenizer:
-    """The `tokenizers` library behind a picklable face; ids of a text are remembered, because instructions repeat.
+    """A picklable wrapper of the `tokenizers` library. It keeps the ids of texts, because instructions repeat.
 
-    Special tokens in a text are read as plain text: what a stranger wrote can never become a control id.
+    Special tokens in a text are read as plain text, so an untrusted text can never become a control id.
     """
 
     def __init__(self, definition: str):
@@ -44,7 +44,7 @@ class TextTokenizer:
         return int(self._native.get_vocab_size(with_added_tokens=True))
 
     def encode(self, texts: Iterable[str], limit: int = 0) -> list[np.ndarray]:
-        """int32 ids of each text, at most `limit` of them (0: all)."""
+        """The int32 ids of each text, at most `limit` of them (0: all)."""
         wanted = list(texts)
         new = [t for t in dict.fromkeys(wanted) if t not in self._ids]
         known = self._ids

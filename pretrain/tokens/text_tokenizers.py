@@ -1,4 +1,4 @@
-"""Where a run's text tokenizer comes from: a file that is given, or a byte-level BPE learned from the recipe's own texts."""
+"""Makes a run's text tokenizer: from a given file, or by training a byte-level BPE on the texts of the datasets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.text import TextTokenizer
 
 BYTES = 256
-_LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and bounded for texts that come from strangers
+_LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for untrusted texts
 
 
 def load(path: str, vocabulary: int) -> str:
-    """The JSON of a tokenizer.json or a SentencePiece model, checked to fit into `vocabulary` ids.
+    """The tokenizer's JSON, from a tokenizer.json or a SentencePiece model (.model).
 
-    Raises DataError where the file is neither, or has more ids.
+    Raises DataError if the file is neither, or has more than `vocabulary` ids.
     """
     if path.endswith(".model"):
         from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
@@ -27,30 +27,32 @@ def load(path: str, vocabulary: int) -> str:
     try:
         size = TextTokenizer(definition).size
     except Exception as error:  # the library raises plain Exception
-        raise DataError(f"model.text_tokenizer: {path} is no tokenizer.json: {error}") from error
+        raise DataError(f"model.text_tokenizer: {path} is not a valid tokenizer: {error}") from error
     if size > vocabulary:
         raise DataError(
-            f"model.text_tokenizer: {path} has {size} ids, model.text_vocabulary is {vocabulary}; set it to {size}"
+            f"model.text_tokenizer: {path} has {size} ids, but model.text_vocabulary is {vocabulary}; set it to {size}"
         )
     return definition
 
 
 def learn(texts: Iterable[str], vocabulary: int) -> str:
-    """A byte-level BPE of at most `vocabulary` ids as JSON. Any text has an encoding, and decodes to itself.
+    """The JSON of a byte-level BPE with at most `vocabulary` ids. Every text can be encoded, and decodes to itself.
 
-    The result depends on the set of texts only: they are sorted first, and the trainer breaks ties by id.
-    Merges are learned until every word is one id or the vocabulary is full.
+    The result depends only on the set of texts: they are sorted first, and the trainer breaks ties by id. Merges are learned
+    until every word is one id or the vocabulary is full. Raises DataError if `vocabulary` is less than 256.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocabulary < BYTES:
-        raise DataError(f"model.text_vocabulary: {vocabulary} ids cannot hold the {BYTES} bytes")
+        raise DataError(
+            f"model.text_vocabulary: {vocabulary} ids are too few; at least {BYTES} are needed, one for each byte"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        min_frequency=1,  # a run with one instruction sees its words as one id each, not as bytes
+        min_frequency=1,  # if a run has only one instruction, its words still become one id each
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[],

@@ -1,12 +1,12 @@
-"""Timestep: the plan by which one task's timesteps become positions of a sequence.
+"""TimestepLayout: how the timesteps of one task become positions of a sequence.
 
-It is JSON, so that a policy acts by the plan that it learned from.
+It can be written as JSON, so that a policy acts with the layout that it was trained with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,12 @@ from tiphys.pretrain.tokens.batch import ACTION, RETURN, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, codec_from_dict
 
 LOCAL_POSITIONS = 512
-ACTION_LOCAL = LOCAL_POSITIONS - 1  # the one that all actions share (Reed et al. 2022, app. C.3)
+ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
+_JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
+    "text_limit": "text",
+    "predict_text": "said",
+    "text_last": "ends",
+}
 _ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETURN}
 
 
@@ -24,14 +29,14 @@ _ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETU
 class Element:
     """One element of a timestep.
 
-    role       text (one by step) | observation | separator | return | action
-    field      the field it shows; empty for a separator and a return
-    codec      how; None for text and the separator
-    size       positions; for text the most that it takes
-    predicted  its ids are targets; with `head`, its vector is
-    head       regression head; empty: ids
-    stride     shown at steps whose number in the episode it divides
-    constant   the field is one array for the episode, shown at every step
+    role       text (a text that changes from step to step) | observation | separator | return | action
+    field      the field that it shows; empty for a separator and a return
+    codec      its encoding; None for text and the separator
+    size       positions that it takes; for text: at most
+    predicted  its ids are targets; with `head`: its vector is the target
+    head       regression head; empty: its ids are predicted
+    stride     it is shown at the steps whose number in the episode is a multiple of this
+    constant   the field has one array for the whole episode, which is shown at every step
     """
 
     role: str
@@ -60,30 +65,31 @@ class Element:
 
 
 @dataclass(frozen=True)
-class Timestep:
-    """A task's timestep, and what stands once in a window.
+class TimestepLayout:
+    """How a timestep of a task becomes positions, and what stands once in a window.
 
-    number    the task's number in the run's list
-    elements  in order; texts by step come first
-    preamble  fields whose text is one for the episode: once a window, before its first timestep, with local positions of
-              their own, so that an observation's local positions are the same in every timestep
-    text      most ids of one text
-    said      the preamble is predicted
-    ends      the preamble stands after the observations and is closed by end-of-text: captions and documents (no actions)
-    chunk     steps that one observation answers for: rows 0, chunk, 2·chunk … of a window show observations, all show actions
-    softmax   vocabulary | range
-    weight    of each target
-    context   most positions of a window
-    window    most steps of a window; 0: as many as the context holds
+    number        the task's number in the run's list
+    elements      in order; texts that change from step to step come first
+    preamble      text fields that have one text for the whole episode. They stand once in a window, before its first timestep.
+                  They have local positions of their own, so that an observation's local positions are the same in every timestep
+    text_limit    most ids of one text of the preamble
+    predict_text  the preamble is predicted
+    text_last     the preamble stands after the observations, and an end-of-text token follows it: captions and documents
+                  (no actions)
+    chunk         steps 0, chunk, 2·chunk … of a window show every element, the steps between them only the actions
+    softmax       vocabulary | range: what a predicted id is normalised over
+    weight        loss weight of each target
+    context       most positions of a window
+    window        most steps of a window; 0: as many as the context holds
     """
 
     task: str
     number: int
     elements: tuple[Element, ...]
     preamble: tuple[str, ...] = ()
-    text: int = 0
-    said: bool = False
-    ends: bool = False
+    text_limit: int = 0
+    predict_text: bool = False
+    text_last: bool = False
     chunk: int = 1
     softmax: str = "vocabulary"
     weight: float = 1.0
@@ -92,29 +98,30 @@ class Timestep:
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
-        """First column of each element in a timestep that shows all of them."""
+        """First column of each element, in a timestep that shows all elements."""
         return tuple(np.cumsum([0] + [e.size for e in self.elements[:-1]]).tolist()) if self.elements else ()
 
     @cached_property
     def width(self) -> int:
+        """Positions of a timestep that shows all elements."""
         return sum(e.size for e in self.elements)
 
     @cached_property
-    def spoken(self) -> int:
-        """Columns of texts by step, which vary in length."""
+    def text_columns(self) -> int:
+        """Columns of the texts that change from step to step. They come first and vary in length."""
         return sum(e.size for e in self.elements if e.role == "text")
 
     @cached_property
-    def acts(self) -> bool:
+    def has_actions(self) -> bool:
         return any(e.role == "action" for e in self.elements)
 
     @cached_property
     def varies(self) -> bool:
-        """Timesteps may lack columns."""
-        return self.chunk > 1 or self.spoken > 0 or any(e.stride > 1 for e in self.elements)
+        """Some timesteps may lack some columns."""
+        return self.chunk > 1 or self.text_columns > 0 or any(e.stride > 1 for e in self.elements)
 
     def per_column(self, of: Any, dtype: Any) -> np.ndarray:
-        """[width]: `of(element)` for each of the element's columns."""
+        """[width]: `of(element)` for each column of each element."""
         values = [of(e) for e in self.elements for _ in range(e.size)]
         return np.array(values, dtype)
 
@@ -124,14 +131,14 @@ class Timestep:
 
     @cached_property
     def local(self) -> np.ndarray:
-        """int32 [width]: 0, 1, … within the timestep; actions share the last."""
+        """int32 [width]: local positions 0, 1, … within the timestep; all actions have ACTION_LOCAL."""
         action = self.per_column(lambda e: e.role == "action", bool)
         return np.where(action, ACTION_LOCAL, np.minimum(np.arange(self.width), ACTION_LOCAL - 1)).astype(np.int32)
 
     def cost(self, prompts: bool = False) -> tuple[int, int]:
-        """(a, b): a window of n steps takes at most a·n + b positions beside its preamble.
+        """(a, b): a window of n steps takes at most a·n + b positions, not counting its preamble.
 
-        With prompts b is 0, because a prompt is planned by its steps alone.
+        With prompts, b is 0, because a prompt is planned by its steps alone.
         """
         if prompts or not (self.chunk > 1 or any(e.stride > 1 for e in self.elements)):
             return self.width, 0
@@ -142,17 +149,21 @@ class Timestep:
         return each, sum(-(-e.size * (e.stride - 1) // e.stride) for e in self.elements)
 
     def steps(self, preamble: int, room: int) -> int:
-        """Most steps of a window in `room` positions, `preamble` of them for its texts; whole chunks where it can be."""
+        """Most steps of a window that fit into `room` positions, of which its texts take `preamble`. Whole chunks if possible."""
         each, once = self.cost()
         fit = max(1, (min(self.context, room) - preamble - once) // max(each, 1))
         fit = min(fit, self.window) if self.window else fit
         return fit // self.chunk * self.chunk or fit
 
     def to_dict(self) -> dict[str, Any]:
-        flat = {k: v for k, v in self.__dict__.items() if k in self.__dataclass_fields__ and k != "elements"}
+        """JSON, with the keys of processor.json."""
+        flat = {_JSON_KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "elements"}
         return flat | {"elements": [e.to_dict() for e in self.elements]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Timestep:
+    def from_dict(cls, values: Mapping[str, Any]) -> TimestepLayout:
+        """The inverse of `to_dict`."""
+        names = {key: name for name, key in _JSON_KEYS.items()}
+        flat = {names.get(key, key): value for key, value in values.items()}
         elements = tuple(Element.from_dict(e) for e in values["elements"])
-        return cls(**{**values, "elements": elements, "preamble": tuple(values["preamble"])})
+        return cls(**{**flat, "elements": elements, "preamble": tuple(values["preamble"])})

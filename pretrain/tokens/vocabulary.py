@@ -1,4 +1,4 @@
-"""Vocabulary: disjoint ranges of ids for text, continuous and discrete values, and the names of everything that is not an id."""
+"""Vocabulary: disjoint ranges of ids for text, continuous and discrete values, and the embedders and heads for the rest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiphys.dataio.episode import DataError
 CONTINUOUS_BINS = 1024  # Reed et al. 2022, sec. 2.1
 DISCRETE_VALUES = 1024
 SPECIALS = ("separator", "embedded", "mask", "end_of_text")
-_SPECIAL_IDS = 64  # room for more, and a vocabulary whose size suits matrix products
+_SPECIAL_IDS = 64  # leaves room for more, and keeps the vocabulary's size a good one for matrix products
 EMBEDDER_KINDS = ("patch", "vector", "grid")
 
 
@@ -19,9 +19,20 @@ EMBEDDER_KINDS = ("patch", "vector", "grid")
 class EmbedderSpec:
     """What one embedder takes.
 
-    kind    patch (a ResNet block on a normalised patch) | vector (an MLP) | grid (cell embeddings and a small convolution)
-    shape   of one value: patch (16, 16, channels), vector (numbers,), grid (height, width, channels)
-    values  grid: number of values of each cell entry; 0 for the other kinds
+    Parameters
+    ----------
+    kind : str
+        ``patch`` (a ResNet block on a normalised patch), ``vector`` (an MLP) or ``grid`` (cell embeddings and a small
+        convolution).
+    shape : tuple of int
+        Of one value: (16, 16, channels) for a patch, (numbers,) for a vector, (height, width, channels) for a grid.
+    values : int
+        Grid: how many values an entry of a cell can have. 0 for the other kinds.
+
+    Raises
+    ------
+    DataError
+        If there is no such kind.
     """
 
     kind: str
@@ -30,25 +41,45 @@ class EmbedderSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in EMBEDDER_KINDS:
-            raise DataError(f"embedder kind {self.kind!r} is none of {', '.join(EMBEDDER_KINDS)}")
+            raise DataError(f"embedder kind {self.kind!r} is unknown; the kinds are {', '.join(EMBEDDER_KINDS)}")
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
 
     def merged(self, other: EmbedderSpec, name: str) -> EmbedderSpec:
-        """The embedder that serves both; tasks share one where kind and shape agree."""
+        """The embedder that serves both. Raises DataError if kind or shape differ, because then tasks cannot share one."""
         if (self.kind, self.shape) != (other.kind, other.shape):
-            raise DataError(f"embedder {name!r} is asked for as {self} and as {other}; rename the field of one task")
+            raise DataError(
+                f"two tasks need embedder {name!r}, one as {self}, one as {other}; rename the field of one task"
+            )
         return EmbedderSpec(self.kind, self.shape, max(self.values, other.values))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Every id, embedder and regression head of a run. `ranges` are disjoint and cover [0, size).
+    """Every id, embedder and regression head of a run. The ranges are disjoint and cover [0, size).
 
-    ranges          (name, low, high), ids in [low, high); softmax i > 0 of a TokenBatch is ranges[i - 1]
-    embedders       name -> EmbedderSpec: "patch:3", "vector:observation:39", "grid:observation.image:7x7x3", "vector:return:1"
-    regressions     head -> dimensions: "action:6"
-    tasks           names; TokenBatch.task counts here
-    text_tokenizer  JSON of the Hugging Face `tokenizers` library
+    The sizes of the continuous and the discrete range follow Reed et al. 2022, sec. 2.1.
+
+    Parameters
+    ----------
+    size : int
+        Number of ids.
+    ranges : tuple of (str, int, int)
+        (name, low, high): the ids in [low, high). Softmax i > 0 of a TokenBatch is ``ranges[i - 1]``.
+    separator, embedded, mask, end_of_text : int
+        Ids of the special tokens. ``embedded`` stands at a position that holds a value for an embedder.
+    embedders : mapping of str to EmbedderSpec
+        By name: "patch:3", "vector:observation:39", "grid:observation.image:7x7x3", "vector:return:1".
+    regressions : mapping of str to int
+        Regression head -> numbers that it predicts: "action:6" -> 6.
+    tasks : tuple of str
+        Names of the tasks; TokenBatch.task is an index into it.
+    text_tokenizer : str
+        JSON of the Hugging Face ``tokenizers`` library.
+
+    Raises
+    ------
+    DataError
+        If the ranges overlap, leave a gap, or do not end at ``size``.
     """
 
     size: int
@@ -69,10 +100,10 @@ class Vocabulary:
         end = 0
         for name, low, high in ranges:
             if low != end or high <= low:
-                raise DataError(f"vocabulary: range {name!r} is [{low}, {high}), but the one before it ends at {end}")
+                raise DataError(f"vocabulary: range {name!r} is [{low}, {high}), but the range before it ends at {end}")
             end = high
         if end != self.size:
-            raise DataError(f"vocabulary: the ranges end at {end}, not at its size {self.size}")
+            raise DataError(f"vocabulary: the ranges end at {end}, but its size is {self.size}")
 
     @classmethod
     def build(
@@ -86,7 +117,17 @@ class Vocabulary:
         tasks: Iterable[str] = (),
         text_tokenizer: str = "",
     ) -> Vocabulary:
-        """Text in [0, text), then continuous, discrete and special ids. Ids of text and of Gato's bins never move."""
+        """A vocabulary with text in [0, text), then continuous, discrete and special ids.
+
+        The first ids of the text and of the continuous range depend on `text` alone.
+
+        Parameters
+        ----------
+        text, continuous, discrete : int
+            Number of ids of each range.
+        embedders, regressions, tasks, text_tokenizer
+            As in the class.
+        """
         ranges, low = [], 0
         for name, size in (
             ("text", text),
@@ -108,22 +149,22 @@ class Vocabulary:
         )
 
     def range(self, name: str) -> tuple[int, int]:
-        """[low, high) of a range."""
+        """[low, high) of a range. Raises KeyError if there is no such range."""
         for known, low, high in self.ranges:
             if known == name:
                 return low, high
-        raise KeyError(f"no range {name!r}; there are {', '.join(r[0] for r in self.ranges)}")
+        raise KeyError(f"the vocabulary has no range {name!r}; it has {', '.join(r[0] for r in self.ranges)}")
 
     def softmax(self, name: str) -> int:
-        """The number under which TokenBatch.softmax knows a range."""
+        """The number that stands for a range in TokenBatch.softmax. Raises ValueError if there is no such range."""
         return [r[0] for r in self.ranges].index(name) + 1
 
     def name_of(self, token: int) -> str:
-        """The range that an id lies in."""
+        """Name of the range that an id lies in. Raises KeyError if the id is outside the vocabulary."""
         for name, low, high in self.ranges:
             if low <= token < high:
                 return name
-        raise KeyError(f"id {token} lies outside the vocabulary of {self.size}")
+        raise KeyError(f"id {token} is outside the vocabulary; its ids are 0 … {self.size - 1}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

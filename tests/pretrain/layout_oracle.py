@@ -25,65 +25,65 @@ def lay(objectives: Objectives, rows: list[list[Any]]) -> dict[str, Any]:
     for r, windows in enumerate(rows):
         p, segment, position, continued = 0, 0, 0, False
         for window in windows:
-            timestep = objectives.schemes[window.entry][window.task]
+            layout = objectives.layouts[window.entry][window.task]
             if not continued:
                 segment, position = segment + 1, 0
             continued = window.prompt
-            for token in _tokens(objectives, timestep, window):
+            for token in _tokens(objectives, layout, window):
                 out["tokens"][r, p] = token.get("id", vocabulary.embedded)
                 out["modality"][r, p] = CODE[token["modality"]]
                 out["segment"][r, p] = segment
                 out["position"][r, p] = position
                 out["local"][r, p] = token["local"]
                 out["timestep"][r, p] = token["timestep"]
-                out["task"][r, p] = timestep.number
+                out["task"][r, p] = layout.number
                 out["causal"][r, p] = 1
                 if "embedder" in token:
                     part = (r * length + p, token["value"], token.get("place"))
                     embedded.setdefault(token["embedder"], []).append(part)
                 if token["predicted"] and position > 0 and not window.prompt:
                     if token.get("head"):
-                        part = (r * length + p - 1, token["value"], timestep.weight)
+                        part = (r * length + p - 1, token["value"], layout.weight)
                         regression.setdefault(token["head"], []).append(part)
                     else:
                         out["target"][r, p - 1] = token["id"]
-                        out["weight"][r, p - 1] = timestep.weight
-                        if timestep.softmax == "range":
+                        out["weight"][r, p - 1] = layout.weight
+                        if layout.softmax == "range":
                             out["softmax"][r, p - 1] = vocabulary.softmax(vocabulary.name_of(token["id"]))
                 p, position = p + 1, position + 1
     return {**out, "embedded": embedded, "regression": regression}
 
 
-def _tokens(objectives: Objectives, timestep: Any, window: Any) -> list[dict[str, Any]]:
+def _tokens(objectives: Objectives, layout: Any, window: Any) -> list[dict[str, Any]]:
     steps = window.steps
-    if timestep.acts and not window.valid[steps - 1]:
+    if layout.has_actions and not window.valid[steps - 1]:
         steps -= 1
     texts: list[int] = []
     if not window.prompt:
-        for name in timestep.preamble:
-            texts += objectives.text.encode([window.fields[name]])[0].tolist()[: timestep.text]
-    if timestep.ends:
+        for name in layout.preamble:
+            texts += objectives.text.encode([window.fields[name]])[0].tolist()[: layout.text_limit]
+    if layout.text_last:
         texts.append(objectives.vocabulary.end_of_text)
-    first = timestep.width if timestep.ends else 0
+    first = layout.width if layout.text_last else 0
     preamble = [
         {
             "id": i,
             "modality": "text",
             "local": min(first + n, 510),
             "timestep": int(window.step[0]),
-            "predicted": timestep.said,
+            "predicted": layout.predict_text,
         }
         for n, i in enumerate(texts)
     ]
-    body = [t for s in range(steps) for t in _timestep(objectives, timestep, window, s)]
-    return body + preamble if timestep.ends else preamble + body
+    body = [t for s in range(steps) for t in _timestep(objectives, layout, window, s)]
+    return body + preamble if layout.text_last else preamble + body
 
 
-def _timestep(objectives: Objectives, timestep: Any, window: Any, s: int) -> list[dict[str, Any]]:
+def _timestep(objectives: Objectives, layout: Any, window: Any, s: int) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     number, local = int(window.step[s]), 0
-    for e in timestep.elements:
-        absent = e.role != "action" and (s % timestep.chunk != 0 or number % e.stride != 0)
+    for e in layout.elements:
+        absent = e.role != "action" and (s % layout.chunk != 0 or number % e.stride != 0)
         base = {"timestep": number, "predicted": e.predicted, "head": e.head}
         if e.role == "text":
             ids = objectives.text.encode([str(window.fields[e.field][s])])[0].tolist()[: e.size]

@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
     return acting.folder(tmp_path_factory.mktemp("policy"))
 
 
-def test_the_same_on_any_number_of_processes(folder, tmp_path, monkeypatch):
+def test_the_result_does_not_depend_on_the_number_of_processes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluating, "GROUP", 2)
     tasks = [acting.CART, acting.GRID]
     one = evaluate(folder, tasks, episodes=5, processes=1, out=tmp_path / "one.json")
@@ -50,7 +50,7 @@ def test_the_same_on_any_number_of_processes(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("task", [acting.CART, acting.GRID])
-def test_lock_step_equals_one_episode_after_another(folder, task, sample):
+def test_episodes_played_together_equal_episodes_played_alone(folder, task, sample):
     policy = Policy.load(folder, "cpu", sample=sample)
     spec = policy.processor.tasks[task]
     seeds = [1_000_000, 1_000_001, 1_000_002]
@@ -85,7 +85,7 @@ def test_scores_of_known_outcomes():
         summary(spec, [Outcome(1.0, None, 1)])
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_contain_the_true_value_in_95_percent_of_cases():
     rng = np.random.default_rng(0)
     held = {"wilson": 0, "bootstrap": 0}
     for _ in range(300):
@@ -99,7 +99,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert wilson(0, 40)[0] == pytest.approx(0.0)
 
 
-def test_pictures_show_the_episodes_that_were_scored(folder, tmp_path):
+def test_pictures_show_the_scored_episodes(folder, tmp_path):
     from PIL import Image
 
     found = evaluate(folder, [acting.GRID], episodes=2, processes=1, pictures=tmp_path / "pictures", videos=2)
@@ -114,7 +114,7 @@ def test_pictures_show_the_episodes_that_were_scored(folder, tmp_path):
     assert np.array_equal(pixels[:, :160], expected)
 
 
-def test_the_share_of_seen_states_is_told_where_states_can_repeat(folder, tmp_path):
+def test_the_share_of_seen_states_is_given_if_states_can_repeat(folder, tmp_path):
     from tiphys.dataio.collect import collect
 
     collect({acting.GRID: 3, acting.CART: 1}, str(tmp_path / "data"), processes=1, score_episodes=1)
@@ -124,7 +124,7 @@ def test_the_share_of_seen_states_is_told_where_states_can_repeat(folder, tmp_pa
     assert found[acting.CART]["seen_states"] is None
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_cost_the_scores(folder, tmp_path, monkeypatch):
+def test_scores_are_kept_if_a_picture_cannot_be_drawn(folder, tmp_path, monkeypatch):
     made = environments.make
 
     def blind(task, **options):
@@ -137,7 +137,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_cost_the_scores(folder, tmp_pat
     assert "no display" in found["tasks"][acting.CART]["pictures"][0]["error"]
 
 
-def test_states_that_demonstrations_contain(tmp_path):
+def test_states_of_demonstrations_are_recognised(tmp_path):
     spec = environments.spec(acting.GRID)
     with Players(1) as players, ShardWriter(str(tmp_path / "data"), [spec]) as writer:
         episodes = list(players.demonstrations(spec, 6, 0, None))
@@ -160,13 +160,13 @@ def test_states_that_demonstrations_contain(tmp_path):
     share = seen_share([np.array(states(e), np.uint64) for e in episodes], [known[:3], known[3:]])
     visited = [s for e in episodes for s in states(e)]
     assert share == pytest.approx(np.mean([s in inside for s in visited]))
-    assert outside - inside  # else this test would show nothing
+    assert outside - inside  # otherwise this test would prove nothing
     assert share is not None
     assert 0 < share < 1
 
 
 @pytest.mark.long
-def test_a_process_of_its_own_writes_the_same(folder, tmp_path, monkeypatch):
+def test_a_started_process_writes_the_same_result(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     handle = start(folder, [acting.CART], out=tmp_path / "evaluation.json", episodes=2, processes=1, sample=True)
@@ -175,7 +175,7 @@ def test_a_process_of_its_own_writes_the_same(folder, tmp_path, monkeypatch):
     assert found == evaluate(folder, [acting.CART], episodes=2, processes=1, sample=True)
 
 
-def test_errors_name_what_is_wrong_and_leave_no_file(folder, tmp_path, capsys):
+def test_errors_name_what_is_wrong_and_no_file_is_written(folder, tmp_path, capsys):
     out = tmp_path / "evaluation.json"
     with pytest.raises(DataError, match=r"metaworld/reach-v3.*CartPole-v1"):
         evaluate(folder, ["metaworld/reach-v3"], out=out)
@@ -186,7 +186,7 @@ def test_errors_name_what_is_wrong_and_leave_no_file(folder, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_an_environment_that_raises_is_named(folder):
+def test_the_error_of_an_environment_names_task_seed_and_step(folder):
     policy = Policy.load(folder, "cpu")
 
     class Broken:
@@ -201,7 +201,7 @@ def test_an_environment_that_raises_is_named(folder):
         play_group(policy, policy.processor.tasks[acting.CART], [broken], [5])
 
 
-def test_importing_it_is_cheap():
+def test_importing_evaluate_imports_no_torch_and_no_environments():
     import subprocess
 
     code = "import sys, tiphys.pretrain.evaluate; assert not {'torch', 'transformers', 'gymnasium'} & set(sys.modules)"

@@ -1,4 +1,4 @@
-"""Windows -> tokens: Gato by hand, the fast layout against the slow one, targets, costs, and what is refused."""
+"""Windows -> tokens: a Gato timestep by hand, the fast layout against the slow one, targets, lengths, and error messages."""
 
 import functools
 import json
@@ -16,7 +16,6 @@ from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec, Window
 from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 from tiphys.pretrain.objectives import Objectives, table
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
-from tiphys.pretrain.tokens.describe import describe_row, pictures
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
 
@@ -49,16 +48,16 @@ def batch_of(objectives, rows, step=5, numbers=None, training=False):
 
 
 def some_rows(objectives, rng, rows=5):
-    """Rows of random windows of all tasks, as many as fit, some beginning with a prompt."""
+    """Rows of random windows of all tasks, as many as fit. Some rows begin with a prompt, and the last is empty."""
     out = []
     for r in range(rows):
         row, left = [], objectives.length
         while True:
             task = objectives.tasks[rng.integers(len(objectives.tasks))].name
             steps = 1 if task == "caption" else int(rng.integers(1, 5))
-            timestep = next(t for t in objectives.schemes[0].values() if t.task == task)
-            cost = timestep.width * steps + 45
-            prompt = not row and r % 2 == 0 and timestep.acts
+            layout = next(t for t in objectives.layouts[0].values() if t.task == task)
+            cost = layout.width * steps + 45
+            prompt = not row and r % 2 == 0 and layout.has_actions
             if left < cost * (1 + prompt):
                 break
             last = bool(rng.random() < 0.3) and steps > 1
@@ -111,7 +110,7 @@ def test_fast_layout_equals_the_slow_one(setup):
 
 
 def test_a_gato_timestep_by_hand():
-    """Reed et al. 2022: text, image patches, discrete and continuous by name, separator, actions."""
+    """Reed et al. 2022: text, image patches, then discrete and continuous fields by name, separator, actions."""
     task = TaskSpec(
         "by hand",
         (
@@ -131,7 +130,18 @@ def test_a_gato_timestep_by_hand():
         "words": np.array(["ab"], np.dtypes.StringDType()),
         "action": np.array([[2.0, -0.5]], np.float32),
     }
-    w = Window(0, 0, "e", 0, 1, 1, fields, np.array([7]), np.zeros(1, np.float32), np.ones(1, bool))
+    w = Window(
+        entry=0,
+        task=0,
+        episode="e",
+        start=0,
+        steps=1,
+        episode_steps=1,
+        fields=fields,
+        step=np.array([7]),
+        returns_to_go=np.zeros(1, np.float32),
+        valid=np.ones(1, bool),
+    )
     b = batch_of(o, [[w]])
     text, continuous, discrete, special = (low for _, low, _ in o.vocabulary.ranges)
     assert (text, continuous, discrete, special) == (0, 300, 1324, 2348)
@@ -155,7 +165,7 @@ def test_a_gato_timestep_by_hand():
     kinds = ["text"] * len(words) + ["image"] * 2 + ["discrete"] + ["continuous"] * 2 + ["separator"] + ["action"] * 2
     assert [MODALITIES[m] for m in b.modality[0, :n]] == kinds
     target = [-1] * n
-    target[: len(words) - 1] = words[1:]  # the first token of a segment has nothing before it
+    target[: len(words) - 1] = words[1:]  # no position before it predicts the first token of a segment
     target[n - 3], target[n - 2] = expected[n - 2], expected[n - 1]
     assert b.target[0, :n].tolist() == target
     assert (b.softmax == 0).all()
@@ -166,25 +176,25 @@ def test_a_gato_timestep_by_hand():
 
 def test_a_compact_timestep_is_few_tokens():
     o = make([GRID, ARM], "bc", context=64)
-    assert [t.width for t in o.schemes[0].values()] == [3, 3]  # direction, grid, action; vector, two of an action
+    assert [t.width for t in o.layouts[0].values()] == [3, 3]  # direction, grid, action; vector, two of an action
     rng = np.random.default_rng(0)
     w = window(o, "arm", 2, rng)
     b = batch_of(o, [[w]])
-    ids = o.schemes[0][w.task].elements[-1].codec.encode(w.fields["action"])
+    ids = o.layouts[0][w.task].elements[-1].codec.encode(w.fields["action"])
     embedded = o.vocabulary.embedded
     assert b.tokens[0, :6].tolist() == [embedded, *ids[0], embedded, *ids[1]]
     assert b.target[0, :6].tolist() == [*ids[0], -1, *ids[1], -1]
     assert set(b.softmax[b.target >= 0]) == {o.vocabulary.softmax("continuous")}
 
 
-def test_a_decision_transformer_sees_return_observation_action_and_regresses():
+def test_a_decision_transformer_has_return_observation_and_action_and_regresses_the_action():
     o = make([ARM], "dt", context=30)
     rng = np.random.default_rng(0)
     w = window(o, "arm", 3, rng)
     b = batch_of(o, [[w]])
     assert [MODALITIES[m] for m in b.modality[0, :9]] == ["return", "continuous", "action"] * 3
     head = b.regression["action:2"]
-    assert head.index.tolist() == [1, 4, 7]  # at the observation, whose successor is the action
+    assert head.index.tolist() == [1, 4, 7]  # at the observation, which stands before the action
     assert np.allclose(head.value, w.fields["action"] / [2, 5] - [0, 1], atol=1e-6)
     assert (head.value == b.embedded["vector:action:2"].value).all()
     largest = np.abs(FakeIndex([ARM]).total_return).max()
@@ -199,7 +209,7 @@ def test_a_prompt_has_no_targets_and_shares_its_windows_segment():
     b = batch_of(o, [[prompt, first, second]])
     segments = b.segment[0]
     assert sorted(set(segments.tolist())) == [0, 1, 2]
-    size = o.schemes[0][0].width
+    size = o.layouts[0][0].width
     assert (b.target[0, : size - 1] < 0).all()
     text = len(o.text.encode([first.fields["observation.mission"]])[0])
     assert (segments == 1).sum() == 2 * size + text
@@ -208,7 +218,7 @@ def test_a_prompt_has_no_targets_and_shares_its_windows_segment():
     assert b.target[0, 2 * size + text - 1] == -1  # a segment's last position does not predict the next segment
 
 
-def test_grouping_of_rows_does_not_change_them():
+def test_a_row_does_not_depend_on_the_rows_beside_it():
     o = make([GRID, ARM, CAMERA, CAPTION], "gato", context=1200)
     rows = some_rows(o, np.random.default_rng(4), 6)
     numbers = np.array([3, 8, 1, 200, 7, 0, 12])
@@ -224,7 +234,7 @@ def test_grouping_of_rows_does_not_change_them():
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_windows_cost_what_the_plan_is_told(setup):
+def test_windows_take_the_positions_that_the_plan_is_told(setup):
     paradigm, options = SETUPS[setup]
     o = make([GRID, ARM, CAMERA], paradigm, **options)
     lengths, (codes, texts) = o.lengths(0), FakeIndex([GRID]).text("observation.mission")
@@ -232,7 +242,7 @@ def test_windows_cost_what_the_plan_is_told(setup):
     rng = np.random.default_rng(2)
     for episode in range(9):
         number = int(index.task[episode])
-        task, timestep = o.tasks[number], o.schemes[0][number]
+        task, layout = o.tasks[number], o.layouts[0][number]
         for units in (1, 2, 3, int(lengths.window[number])):
             w = window(o, task.name, units, rng, start=episode)
             if "observation.mission" in w.fields:
@@ -240,15 +250,15 @@ def test_windows_cost_what_the_plan_is_told(setup):
             planned = int(lengths.fixed[episode]) + units * int(lengths.per_unit[number])
             used = batch_of(o, [[w]]).real_tokens if planned <= o.length else 0
             assert used <= planned
-            assert timestep.varies or used in (planned, 0)
+            assert layout.varies or used in (planned, 0)
             if lengths.prompt and units <= lengths.prompt_units[number]:
                 p = window(o, task.name, units, rng, start=episode, prompt=True)
                 assert batch_of(o, [[p]]).real_tokens <= units * lengths.per_unit[number]
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_what_the_plan_packs_fits_its_rows(setup):
-    """The real plan fills rows by these lengths; whatever it packs, prompts too, fits."""
+def test_what_the_plan_packs_into_a_row_fits(setup):
+    """The real plan fills rows by these lengths. Everything that it packs fits, prompts too."""
     paradigm, options = SETUPS[setup]
     tasks = [GRID, ARM, CAMERA, CAPTION] if paradigm == "gato" else [GRID, ARM, CAMERA]
     o = make(tasks, paradigm, **options)
@@ -269,11 +279,11 @@ def test_what_the_plan_packs_fits_its_rows(setup):
                     w.fields[name] = texts[codes[episode]]
             rows[int(planned.row[i])].append(w)
         full.append((batch_of(o, rows, step=step).segment > 0).mean())
-    if not any(o.schemes[0][t].varies for t in range(len(tasks))):
-        assert np.mean(full) > 0.6  # what is left of a row is less than its next window's first timestep
+    if not any(o.layouts[0][t].varies for t in range(len(tasks))):
+        assert np.mean(full) > 0.6  # the rest of a row is shorter than the first timestep of the next window
 
 
-def test_pickled_it_makes_the_same_batches_without_its_indexes():
+def test_pickled_objectives_make_the_same_batches_without_indexes():
     o = make([GRID, ARM], "bc", context=100)
     rows = some_rows(o, np.random.default_rng(0), 2)
     expected = o.make_batch(1, np.arange(3), rows, seed=2)
@@ -281,9 +291,11 @@ def test_pickled_it_makes_the_same_batches_without_its_indexes():
     assert b"token_fixtures" not in data
     found = pickle.loads(data)(1, np.arange(3), rows)
     assert all(np.array_equal(found[n], expected[n]) for n in expected)
+    with pytest.raises(RuntimeError, match="unpickled and have no indexes"):
+        pickle.loads(data).func.__self__.lengths(0)
 
 
-def test_no_torch_in_the_loader():
+def test_the_loader_side_imports_no_torch():
     code = (
         "import sys, tiphys.pretrain.objectives, tiphys.pretrain.acting.processor\n"
         "assert not {'torch', 'pyarrow'} & set(sys.modules)"
@@ -291,7 +303,7 @@ def test_no_torch_in_the_loader():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_needs_are_what_is_shown():
+def test_only_fields_that_are_shown_are_fetched():
     o = make([CAMERA, CAPTION], "gato", context=500, fields={"observation.joints": FieldTokens(encoding="skip")})
     assert set(o.needs(0).fields) == {
         "observation.front",
@@ -305,7 +317,7 @@ def test_needs_are_what_is_shown():
     }
 
 
-def test_a_value_without_encoding_is_named_with_its_episode_and_step():
+def test_the_error_for_a_value_without_encoding_names_its_episode_and_step():
     o = make([ARM, GRID], "bc", context=100)
     rng = np.random.default_rng(0)
     good, bad = window(o, "arm", 3, rng), window(o, "arm", 4, rng, start=20)
@@ -314,7 +326,7 @@ def test_a_value_without_encoding_is_named_with_its_episode_and_step():
         batch_of(o, [[good], [bad]])
     wrong = window(o, "grid", 2, rng, start=5)
     wrong.fields["action"][1] = 7
-    with pytest.raises(DataError, match=r"field 'action', episode 'grid-5', step 6: 7 is none of 0 … 6"):
+    with pytest.raises(DataError, match=r"field 'action', episode 'grid-5', step 6: 7 is not in 0 … 6"):
         batch_of(o, [[wrong]])
     del wrong.fields["action"]
     with pytest.raises(DataError, match="'grid-5' has no field 'action'"):
@@ -323,7 +335,7 @@ def test_a_value_without_encoding_is_named_with_its_episode_and_step():
 
 def test_a_row_that_is_too_long_is_refused():
     o = make([ARM], "bc", context=16)
-    with pytest.raises(DataError, match="row 9 of the batch has 18 tokens"):
+    with pytest.raises(DataError, match="row 9 of the batch has 18 tokens, but a row holds 16"):
         batch_of(o, [[window(o, "arm", 6, np.random.default_rng(0))]], numbers=[9])
 
 
@@ -358,26 +370,26 @@ def test_clipped_actions_are_refused_unless_allowed():
     with pytest.raises(DataError, match=r"task 't', field 'action': 2.00% .*allow_clipped: 0.0200"):
         build()
     assert build(allow_clipped=0.02).clipped() == {"t/action": 0.02}
-    with pytest.raises(DataError, match="no option 'allow_clip'; there are"):
+    with pytest.raises(DataError, match="no option 'allow_clip'; the options are"):
         build(allow_clip=0.02)
 
 
-def test_a_pattern_that_no_field_matches_is_refused():
+def test_a_pattern_that_matches_no_field_is_refused():
     with pytest.raises(DataError, match=r"fields: no field matches 'observation.imag'; the tasks have action, "):
         make([GRID], "bc", context=64, fields={"observation.imag": FieldTokens(encoding="skip")})
 
 
-def test_actions_without_bounds_are_mapped_by_the_datas_range():
+def test_actions_without_bounds_are_mapped_by_the_range_of_the_data():
     o = make([with_action()], "bc", context=64)
-    codec = o.schemes[0][0].elements[-1].codec
+    codec = o.layouts[0][0].elements[-1].codec
     found = FakeIndex([with_action()]).statistics["t"]["action"]
     assert codec.low == (float(found.min[0]),)
     assert codec.high == (float(found.max[0]),)
-    inside = make([with_action(low=(-0.5,), high=(0.5,))], "bc", context=64).schemes[0][0].elements[-1].codec
-    assert (inside.low, inside.high) == ((-1.0,), (1.0,))  # what lies in [-1, 1] is not mapped
+    inside = make([with_action(low=(-0.5,), high=(0.5,))], "bc", context=64).layouts[0][0].elements[-1].codec
+    assert (inside.low, inside.high) == ((-1.0,), (1.0,))  # values in [-1, 1] stay as they are
 
 
-def test_one_task_name_means_one_thing():
+def test_two_tasks_of_one_name_with_different_fields_are_refused():
     other = TaskSpec("arm", (*ARM.fields[:1], FieldSpec("action", "action", "discrete", "int64", values=3)))
     recipe = Recipe(
         name="x",
@@ -389,7 +401,7 @@ def test_one_task_name_means_one_thing():
         Objectives(recipe, [FakeIndex([ARM], url="a"), FakeIndex([other], url="b")])
 
 
-def test_two_lines_share_tasks_and_keep_their_own_weight_and_objective():
+def test_two_mixture_entries_share_tasks_but_not_weight_and_objective():
     recipe = Recipe(
         name="x",
         data=Data(
@@ -405,8 +417,8 @@ def test_two_lines_share_tasks_and_keep_their_own_weight_and_objective():
     assert [t.name for t in o.tasks] == ["arm", "grid"]
     assert o.task_numbers(0).tolist() == [-1, 0]
     assert o.task_numbers(1).tolist() == [0, 1]
-    assert o.schemes[0][0].width > o.schemes[1][0].width
-    assert o.schemes[1][0].weight == 0.25
+    assert o.layouts[0][0].width > o.layouts[1][0].width
+    assert o.layouts[1][0].weight == 0.25
     with pytest.raises(DataError, match=r"no task of a matches nothing\*; it has arm"):
         Objectives(
             Recipe(name="x", data=Data(mixture=[Entry(dataset="a", tasks=["nothing*"])]), run=Run(dir="unused")),
@@ -444,40 +456,7 @@ def test_the_table_has_a_row_for_each_paradigm():
     assert json.dumps(table())
 
 
-def test_a_row_can_be_read():
-    o = make([GRID, ARM], "bc", context=100)
-    rng = np.random.default_rng(0)
-    w = window(o, "grid", 2, rng)
-    lines = describe_row(batch_of(o, [[window(o, "arm", 1, rng)], [w]]), 1, o.vocabulary)
-    text = "".join(line["shows"].removeprefix("text ").strip("'") for line in lines if line["modality"] == "text")
-    assert text == w.fields["observation.mission"]
-    predicted = [line["predicts"] for line in lines if "predicts" in line]
-    assert predicted == [f"discrete {a}" for a in w.fields["action"]]
-    assert any(line["shows"].startswith("grid:observation.image:7x7x3 7×7×3") for line in lines)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_pictures_of_a_row_are_those_of_its_windows(stride):
-    o = make([CAMERA, CAPTION], "gato", context=400, fields={"observation.front": FieldTokens(stride=stride)})
-    rng = np.random.default_rng(0)
-    windows = [window(o, "camera", 3, rng, start=4), window(o, "caption", 1, rng), window(o, "camera", 1, rng, start=6)]
-    batch = batch_of(o, [[], windows])
-    found = pictures(batch, 1, o.schemes[0].values())
-    wanted = [
-        (segment, int(w.step[s]), name, w.fields[name][s])
-        for segment, w, name in zip(
-            (1, 2, 3), windows, ("observation.front", "image", "observation.front"), strict=True
-        )
-        for s in range(w.steps)
-        if name == "image" or w.step[s] % stride == 0
-    ]
-    assert [p[:3] for p in found] == [p[:3] for p in wanted]
-    for (*_, one), (*_, other) in zip(found, wanted, strict=True):
-        assert np.array_equal(one, other)
-    assert pictures(batch, 0, o.schemes[0].values()) == []
-
-
-def test_pictures_of_any_size_become_one_size():
+def test_images_of_different_sizes_are_resized_to_one():
     task = TaskSpec("web", (FieldSpec("image", "observation", "image", "uint8", (0, 0, 3)), CAPTION.fields[1]))
     with pytest.raises(DataError, match=r"task 'web', field 'image': .* give `resize`"):
         make([task], "gato", context=64)
@@ -487,7 +466,19 @@ def test_pictures_of_any_size_become_one_size():
     for shape in ((50, 70, 3), (16, 20, 3)):
         image = rng.integers(0, 256, (1, *shape)).astype(np.uint8)
         fields = {"image": image, "caption": "go"}
-        rows.append([Window(0, 0, "w", 0, 1, 0, fields, np.zeros(1, int), np.zeros(1, np.float32), np.zeros(1, bool))])
+        one = Window(
+            entry=0,
+            task=0,
+            episode="w",
+            start=0,
+            steps=1,
+            episode_steps=0,
+            fields=fields,
+            step=np.zeros(1, int),
+            returns_to_go=np.zeros(1, np.float32),
+            valid=np.zeros(1, bool),
+        )
+        rows.append([one])
     batch = batch_of(o, rows)
     assert batch.embedded["patch:3"].value.shape == (8, 16, 16, 3)
     ids = [*o.text.encode(["go"])[0], o.vocabulary.end_of_text]

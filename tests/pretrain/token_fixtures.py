@@ -1,4 +1,4 @@
-"""Small tasks, an index without bytes, and windows, for tests of tokens and objectives."""
+"""Small tasks, an index without data, and random windows, for tests of tokens and objectives."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CAPTION = TaskSpec(
 
 
 class FakeIndex:
-    """As much of an EpisodeIndex as objectives and a plan ask: tasks, lengths, texts, statistics."""
+    """The parts of an EpisodeIndex that objectives and a plan use: tasks, lengths, texts, statistics."""
 
     def __init__(self, tasks: Sequence[TaskSpec], episodes: int = 40, seed: int = 0, url: str = "fake"):
         rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def window(
     prompt: bool = False,
     last_without_action: bool = False,
 ) -> Window:
-    """Random rows of a task, in line 0 of the mixture."""
+    """A window with random values, of a task in mixture entry 0."""
     task = next(t for t in objectives.tasks if t.name == name)
     fields: dict[str, Any] = {}
     for f in task.fields:
@@ -134,7 +134,7 @@ def window(
 
 
 def make(tasks: Sequence[TaskSpec], paradigm: str, text: int = 600, **options: Any) -> Objectives:
-    """Objectives of one dataset with these tasks under one objective."""
+    """Objectives over one dataset that has these tasks, with one objective named `it`."""
     recipe = Recipe(
         name="test",
         data=Data(mixture=[Entry(dataset="fake", objective="it", loss_weight=options.pop("loss_weight", 1.0))]),

@@ -1,4 +1,4 @@
-"""A policy of random weights in a folder, for real environments, without training."""
+"""A policy with random weights in a folder, for real environments. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(of: Objectives, seed: int = 0) -> DecisionModel:
 
 
 def folder(path: Path, of: Objectives | None = None, seed: int = 0) -> Path:
-    """As much of a published policy as `Policy.load` asks for."""
+    """The parts of a published policy that `Policy.load` reads."""
     of = of or objectives()
     model(of, seed).save_pretrained(path)
     (path / "processor.json").write_text(json.dumps(of.processor()))

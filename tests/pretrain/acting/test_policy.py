@@ -1,4 +1,4 @@
-"""Policy: what it answers equals the obvious slow way, whatever else is in the batch."""
+"""Policy: its actions equal those of the obvious slow way, whatever other environments are in the batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiphys.recipes.schema import Experts, Model
 
 
 def policy_of(objectives: Objectives, seed: int = 0, **options: Any) -> Policy:
-    """A policy of random weights. Its JSON goes through text once, as a published one's does."""
+    """A policy with random weights. Its processor is written as JSON and read again, as that of a published policy is."""
     import json
 
     model = Model(layers=2, hidden=32, heads=4, kv_heads=2, moe=Experts(experts=4, experts_per_token=2))
@@ -32,7 +32,7 @@ def policy_of(objectives: Objectives, seed: int = 0, **options: Any) -> Policy:
 
 
 def observation(task: str, rng: np.random.Generator) -> Any:
-    """A native observation, nested as an environment nests it."""
+    """A native observation, as the environment gives it."""
     if task == "grid":
         return {
             "image": rng.integers(0, 11, (7, 7, 3)).astype(np.uint8),
@@ -43,7 +43,7 @@ def observation(task: str, rng: np.random.Generator) -> Any:
 
 
 def slowly(policy: Policy, history: Any, seen: Any, reward: float | None) -> Any:
-    """One environment, every slot by a whole forward pass over the whole history."""
+    """The action of one environment: each slot by a forward pass over the whole history, without a cache."""
     acting = history.observe([observation_fields(seen)], None if reward is None else [reward])
     answers = []
     for number, slot in enumerate(acting.slots):
@@ -63,7 +63,7 @@ def slowly(policy: Policy, history: Any, seen: Any, reward: float | None) -> Any
 
 @pytest.mark.parametrize("task", ["grid", "arm"])
 @pytest.mark.parametrize(("paradigm", "scheme"), [("bc", "compact"), ("gato", "gato"), ("dt", "compact")])
-def test_a_batch_with_a_cache_answers_as_one_environment_without(task, paradigm, scheme):
+def test_a_batch_with_a_cache_acts_like_one_environment_without_a_cache(task, paradigm, scheme):
     objectives = fixtures.make(
         [fixtures.GRID, fixtures.ARM], paradigm, context=400 if scheme == "gato" else 60, scheme=scheme
     )
@@ -73,7 +73,7 @@ def test_a_batch_with_a_cache_answers_as_one_environment_without(task, paradigm,
     missions = [observation(task, rng) for _ in range(3)]
     for step in range(5):
         seen = [observation(task, rng) for _ in range(3)]
-        if task == "grid":  # an instruction stays for the episode
+        if task == "grid":  # an instruction stays the same in an episode
             seen = [{**s, "mission": m["mission"]} for s, m in zip(seen, missions, strict=True)]
         rewards = None if step == 0 else [0.5, 0.0, -1.0]
         actions = policy.act(seen, rewards)
@@ -104,7 +104,7 @@ def test_actions_are_native():
 
 
 def test_environments_are_independent():
-    """What one environment answers does not depend on when others joined, ended or were left out."""
+    """The actions in one environment do not depend on when others start, end or are left out."""
     objectives = fixtures.make([fixtures.GRID, fixtures.ARM], "bc", context=40, scheme="compact")
     policy, rng = policy_of(objectives, seed=1), np.random.default_rng(5)
     seen = [rng.normal(size=5) for _ in range(8)]
@@ -123,7 +123,7 @@ def test_environments_are_independent():
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-4)
 
 
-def test_the_return_asked_for_changes_the_answer_and_falls_with_rewards():
+def test_the_target_return_changes_the_action_and_falls_with_rewards():
     policy = policy_of(fixtures.make([fixtures.ARM], "dt", context=40, scheme="compact"), seed=2)
     seen = np.zeros(5)
     policy.reset("arm", target_return=100.0)
@@ -137,7 +137,7 @@ def test_the_return_asked_for_changes_the_answer_and_falls_with_rewards():
     assert not np.allclose(policy.act(seen, rewards=0.0), much[1])
 
 
-def test_draws_follow_from_seed_stream_and_step_alone():
+def test_draws_depend_on_seed_stream_and_step_alone():
     objectives = fixtures.make([fixtures.GRID], "bc", scheme="compact")
     rng = np.random.default_rng(0)
     seen = [observation("grid", rng) for _ in range(30)]
@@ -156,8 +156,8 @@ def test_draws_follow_from_seed_stream_and_step_alone():
     assert first != [greedy.act(s) for s in seen]
 
 
-def test_draws_have_the_models_distribution():
-    """4σ over 3,000 draws of one slot."""
+def test_draws_have_the_distribution_of_the_model():
+    """Within 4σ, over 3,000 draws of one slot."""
     policy = policy_of(fixtures.make([fixtures.GRID], "bc", scheme="compact"), sample=True)
     seen = observation("grid", np.random.default_rng(1))
     policy.reset("grid", environments=3000)
@@ -171,12 +171,14 @@ def test_draws_have_the_models_distribution():
     assert np.all(np.abs(counts - 3000 * chance) <= 4 * np.sqrt(3000 * chance * (1 - chance)) + 1)
 
 
-def test_misuse_is_named():
+def test_misuse_is_refused_with_what_to_do():
     policy = policy_of(fixtures.make([fixtures.GRID], "bc", scheme="compact"))
     with pytest.raises(ValueError, match="reset"):
         policy.act({})
     with pytest.raises(KeyError, match=r"nowhere.*grid"):
         policy.reset("nowhere")
+    with pytest.raises(KeyError, match="'grid' was not trained with objective 'dt', but with it"):
+        policy.reset("grid", objective="dt")
     policy.reset("grid")
     with pytest.raises(ValueError, match=r"mission|direction|image"):
         policy.act({"image": np.zeros((7, 7, 3), np.uint8)})

@@ -1,8 +1,12 @@
-"""Acting: a history built step by step has the tokens of a training window, and answers become native actions."""
+"""Acting: a history that grows step by step has the tokens of a training window, and answers become native actions."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +33,9 @@ def processor_of(objectives):
 
 
 def play(processor, task, w, **options):
-    """Replays a window through a history; the answers are the window's own actions. Yields (rows so far, Acting)."""
+    """Replays a window through a history. The answers are the window's actions. Yields (steps so far, Acting)."""
     history = processor.history(task, 1, **options)
-    constant = {e.field for e in history.timestep.elements if e.constant} | set(history.timestep.preamble)
+    constant = {e.field for e in history.layout.elements if e.constant} | set(history.layout.preamble)
     rewards = np.append(0.0, w.returns_to_go[:-1] - w.returns_to_go[1:])
     for t in range(w.steps):
         observation = {
@@ -49,7 +53,7 @@ def play(processor, task, w, **options):
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_step_by_step_equals_the_training_window(setup):
+def test_a_history_equals_the_training_window(setup):
     paradigm, task, options = SETUPS[setup]
     objectives = make([GRID, ARM, CAMERA], paradigm, **options)
     processor = processor_of(objectives)
@@ -60,6 +64,7 @@ def test_step_by_step_equals_the_training_window(setup):
         b = acting.batch
         n = b.real_tokens
         assert n == acting.open[0] + len(acting.slots)
+        assert b.targets == 0
         for name in ("tokens", "modality", "segment", "position", "local", "timestep", "task", "causal"):
             assert np.array_equal(getattr(b, name)[0, :n], getattr(whole, name)[0, :n]), (rows, name)
         for name, part in whole.embedded.items():
@@ -71,7 +76,7 @@ def test_step_by_step_equals_the_training_window(setup):
 
 
 @pytest.mark.parametrize("setup", SETUPS)
-def test_slots_stand_where_training_had_its_targets(setup):
+def test_slots_stand_where_training_has_its_targets(setup):
     paradigm, task, options = SETUPS[setup]
     objectives = make([GRID, ARM, CAMERA], paradigm, **options)
     w = window(objectives, task, 2, np.random.default_rng(3), start=0)
@@ -112,7 +117,7 @@ def test_answers_decode_to_native_actions(setup):
 
 
 def test_environments_are_independent():
-    """Different lengths, a reset, and steps that only some take part in change nothing for the others."""
+    """An environment does not change if others have other lengths, are reset, or leave out a step."""
     objectives = make([GRID], "bc", context=120)
     processor = processor_of(objectives)
     rng = np.random.default_rng(0)
@@ -127,7 +132,7 @@ def test_environments_are_independent():
 
     history = processor.history("grid", 3)
     for t in range(4):
-        taking = [0] if t == 0 else [0, 2]  # environment 2 begins a step later
+        taking = [0] if t == 0 else [0, 2]  # environment 2 starts a step later
         times = [t] if t == 0 else [t, t - 1]
         acting = history.observe([seen(i // 2, s) for i, s in zip(taking, times, strict=True)], environments=taking)
         acting.answer(
@@ -146,7 +151,7 @@ def test_environments_are_independent():
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_long_histories_keep_what_the_context_holds(chunk):
+def test_a_long_history_keeps_the_last_steps_that_fit(chunk):
     objectives = make([ARM], "bc", context=34, fields={"action": FieldTokens(chunk=chunk)})
     processor = processor_of(objectives)
     w = window(objectives, "arm", 40, np.random.default_rng(0), start=0)
@@ -162,7 +167,7 @@ def test_long_histories_keep_what_the_context_holds(chunk):
     assert max(a.batch.real_tokens for _, a in play(limited, "arm", w)) == 6
 
 
-def test_a_return_that_is_asked_for_falls_by_what_was_earned():
+def test_the_target_return_falls_by_each_reward():
     objectives = make([ARM], "dt", context=60, target_return=2.0)
     processor = processor_of(objectives)
     index = FakeIndex([ARM])
@@ -179,7 +184,7 @@ def test_a_return_that_is_asked_for_falls_by_what_was_earned():
     assert np.allclose(acting.batch.embedded["vector:return:1"].value[:, 0], np.array([10, 7, 8]) / scale)
 
 
-def test_a_demonstration_stands_before_the_history_in_its_segment():
+def test_a_demonstration_stands_before_the_history_in_the_same_segment():
     objectives = make([ARM], "gato", context=200)
     processor = processor_of(objectives)
     rng = np.random.default_rng(0)
@@ -197,12 +202,12 @@ def test_a_demonstration_stands_before_the_history_in_its_segment():
     long = window(objectives, "arm", 90, rng, prompt=True)
     *_, (_, acting) = play(processor, "arm", w, prompt=long)
     assert acting.batch.real_tokens <= 200
-    assert acting.batch.timestep[0, 0] > long.start  # its last steps, not its first
+    assert acting.batch.timestep[0, 0] > long.start  # the last steps of the prompt, not the first
 
 
-def test_what_cannot_act_is_named():
+def test_the_error_names_what_cannot_act():
     processor = processor_of(make([ARM, CAPTION], "gato", context=300))
-    with pytest.raises(KeyError, match="knows no task 'leg'; it knows arm, caption"):
+    with pytest.raises(KeyError, match="has no task 'leg'; its tasks are arm, caption"):
         processor.history("leg")
     with pytest.raises(DataError, match="'caption' has no actions"):
         processor.history("caption")
@@ -219,8 +224,30 @@ def test_processor_json_round_trip():
     assert again == json.loads(json.dumps(values))
 
 
+def test_a_processor_json_of_version_1_still_loads():
+    """data/processor.json was written when the names in the code were other ones. Its keys must never change."""
+    text = (Path(__file__).parent / "data" / "processor.json").read_text(encoding="utf-8")
+    values = json.loads(text)
+    processor = Processor.from_dict(values)
+    assert json.loads(json.dumps(processor.to_dict())) == values
+    camera, caption = processor.layouts["it"]["camera"], processor.layouts["it"]["caption"]
+    assert (camera.text_limit, camera.predict_text, camera.text_last) == (0, True, False)
+    assert (camera.chunk, camera.window, camera.weight, camera.has_actions, camera.text_columns) == (2, 4, 0.5, True, 9)
+    assert (caption.text_limit, caption.predict_text, caption.text_last) == (9, True, True)
+    assert (caption.preamble, caption.has_actions) == (("caption",), False)
+    digests = {"camera": "02b063a852f33842b9488579dca1ed46", "caption": "7a2fbc469b46a95b7dbeb6401e0806b5"}
+    for task, steps in (("camera", 3), ("caption", 1)):
+        w = window(
+            SimpleNamespace(tasks=list(processor.tasks.values())), task, steps, np.random.default_rng(0), start=0
+        )
+        batch, digest = processor.encode(processor.layouts["it"][task], [[replace(w, task=0)]]), hashlib.sha256()
+        for name in ("tokens", "modality", "segment", "position", "local", "timestep", "task"):
+            digest.update(getattr(batch, name).tobytes())
+        assert digest.hexdigest().startswith(digests[task])
+
+
 def test_acting_needs_no_dataset_code():
-    """A published policy carries these files alone."""
+    """A published policy contains only these files."""
     code = (
         "import sys, tiphys.pretrain.acting.processor\n"
         "mine = {m for m in sys.modules if m.split('.')[0] == 'tiphys'}\n"

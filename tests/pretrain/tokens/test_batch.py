@@ -26,12 +26,45 @@ def test_arrays_round_trip(batch):
     equal(TokenBatch.from_arrays(batch.to_arrays()), batch)
 
 
-def test_select_and_concatenate_are_inverse(batch):
+def test_concatenate_is_the_inverse_of_select(batch):
     equal(TokenBatch.concatenate([batch.select(slice(0, 2)), batch.select(slice(2, 5))]), batch)
     equal(TokenBatch.concatenate([batch.select(slice(i, i + 1)) for i in range(5)]), batch)
 
 
-def test_fillers_count_nothing(batch):
+@pytest.mark.parametrize(("rows", "start", "stop"), [([0, 2, 3], 7, 31), ([4], 0, 1), ([1, 4], 100, 120), ([], 3, 9)])
+def test_a_part_has_the_values_of_its_rows_and_positions(batch, rows, start, stop):
+    part = batch.part(np.array(rows, int), start, stop)
+    assert (part.rows, part.length) == (len(rows), stop - start)
+    for name in TokenBatch.DENSE:
+        whole = getattr(batch, name)
+        assert np.array_equal(getattr(part, name), whole[rows] if name == "row" else whole[rows, start:stop]), name
+    for kind in ("embedded", "regression"):
+        for name, values in getattr(batch, kind).items():
+            kept = getattr(part, kind)[name]
+            row, position = np.divmod(values.index, batch.length)
+            cells = [
+                (rows.index(r) * part.length + p - start, i)
+                for i, (r, p) in enumerate(zip(row.tolist(), position.tolist(), strict=True))
+                if r in rows and start <= p < stop
+            ]
+            assert kept.index.tolist() == [cell for cell, _ in cells]
+            assert np.array_equal(kept.value, values.value[[i for _, i in cells]])
+
+
+def test_a_part_with_all_rows_and_positions_is_the_whole_batch(batch):
+    equal(batch.part(np.arange(batch.rows), 0, batch.length), batch)
+
+
+def test_without_targets_only_the_targets_are_gone(batch):
+    bare = batch.without_targets()
+    assert (batch.targets > 0, bare.targets) == (True, 0)
+    assert not bare.weight.any()
+    for name in TokenBatch.DENSE.keys() - {"target", "softmax", "weight"}:
+        assert getattr(bare, name) is getattr(batch, name)
+    assert bare.embedded is batch.embedded
+
+
+def test_filler_rows_have_no_tokens_and_no_targets(batch):
     full = batch.fill(8)
     assert full.rows == 8
     assert full.row[5:].tolist() == [-1] * 3

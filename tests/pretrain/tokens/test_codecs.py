@@ -26,7 +26,7 @@ from tiphys.pretrain.tokens.codecs import (
 from tiphys.pretrain.tokens.images import PLACES, from_patches, intervals, places, resized, to_patches
 
 FIRST = 5000
-quick = settings(deadline=None, max_examples=50)  # a busy machine is no failure
+quick = settings(deadline=None, max_examples=50)  # a slow machine is not a failure
 EXAMPLES = {
     "discrete": Discrete("", (2,), FIRST, (7, 3), (0, -1)),
     "bins": Bins("", (3,), FIRST, 1024, (-2.0, 0.0, 5.0), (2.0, 1.0, 6.0)),
@@ -49,7 +49,7 @@ def test_json_round_trip(kind):
     assert codec_from_dict(json.loads(json.dumps(codec.to_dict()))) == codec
 
 
-def test_an_unknown_codec_is_named():
+def test_the_error_for_an_unknown_codec_names_it():
     with pytest.raises(DataError, match="'wavelet'"):
         codec_from_dict({"kind": "wavelet", "embedder": "", "shape": []})
 
@@ -62,7 +62,7 @@ def test_mu_law_round_trip(x):
     assert np.allclose(inverse_mu_law(y), x, rtol=1e-9, atol=1e-12)
 
 
-def test_mu_law_is_the_papers():
+def test_mu_law_is_that_of_the_paper():
     x = np.array([0.0, 1.0, -1.0, 256.0, -256.0])
     expected = [0.0, np.log(101) / np.log(25601), -np.log(101) / np.log(25601), 1.0, -1.0]
     assert np.allclose(mu_law(x), expected)
@@ -82,7 +82,7 @@ def test_gato_edges(value, bin_):
 
 @quick
 @given(hnp.arrays(np.float32, (4, 3), elements=any_float), st.booleans())
-def test_bins_never_leave_their_range_and_decode_to_themselves(x, companded):
+def test_ids_of_bins_stay_in_their_range_and_decode_to_the_same_bin(x, companded):
     codec = Bins("", (3,), FIRST, 1024, (-2.0, 0.0, 5.0), (2.0, 1.0, 6.0), companded, "float64")
     ids = codec.encode(x)
     assert ((ids >= FIRST) & (ids < FIRST + 1024)).all()
@@ -100,14 +100,14 @@ def test_affine_bins_are_exact_to_half_a_bin(share):
 
 @quick
 @given(hnp.arrays(np.float64, (6, 2), elements=st.floats(allow_nan=False)))
-def test_quantiles_never_leave_their_range_and_decode_to_themselves(x):
+def test_ids_of_quantiles_stay_in_their_range_and_decode_to_the_same_bin(x):
     codec = Quantiles("", (2,), FIRST, ((0.0, 1.0, 4.0, 9.0), (-1.0, 0.0, 0.5, 8.0)), "float64")
     ids = codec.encode(x)
     assert ((ids >= FIRST) & (ids < FIRST + 3)).all()
     assert (codec.encode(codec.decode(ids)) == ids).all()
 
 
-def test_an_edge_belongs_to_the_bin_above_it_and_the_last_bin_is_closed():
+def test_an_edge_belongs_to_the_bin_above_it_and_the_last_bin_includes_its_end():
     x = np.array([[0.0, -1.0], [1.0, 0.0], [4.0, 0.5]])
     assert (EXAMPLES["quantiles"].encode(x) - FIRST).tolist() == [[0, 0], [1, 1], [1, 1]]
     uniform = Bins("", (), FIRST, 4, (0.0,), (4.0,))
@@ -135,7 +135,7 @@ def test_a_discrete_value_that_does_not_exist_is_refused(value, make):
 
 
 @pytest.mark.parametrize("kind", ["bins", "quantiles", "vector", "affine", "discrete"])
-def test_nan_is_refused_where_it_stands(kind):
+def test_the_error_for_nan_says_at_which_step_it_is(kind):
     x = np.zeros((4, *EXAMPLES[kind].shape))
     x[2, -1] = np.nan
     with pytest.raises(BadValue, match="NaN") as caught:
@@ -145,7 +145,7 @@ def test_nan_is_refused_where_it_stands(kind):
 
 @quick
 @given(hnp.arrays(np.float32, (3, 4), elements=any_float))
-def test_vectors_are_finite_and_come_back_within_their_limit(x):
+def test_vectors_are_finite_and_decode_within_their_limit(x):
     mean, std = (0.0, 10.0, -5.0, 1.0), (1.0, 3.0, 0.1, 100.0)
     codec = Vector("vector:o:4", (4,), mean, std, "float64")
     value = codec.encode(x)
@@ -158,7 +158,7 @@ def test_vectors_are_finite_and_come_back_within_their_limit(x):
 
 @quick
 @given(hnp.arrays(np.float32, (3, 2), elements=any_float))
-def test_affine_vectors_are_clamped_to_the_bounds(x):
+def test_affine_vectors_are_clamped_to_their_bounds(x):
     codec = Affine("vector:a:2", (2,), (-1.0, 0.0), (1.0, 4.0), 1.0, "float64")
     value = codec.encode(x)
     assert np.abs(value).max() <= 1
@@ -197,7 +197,7 @@ def test_patches_are_in_raster_order():
     assert (from_patches(patches, 32, 48) == image).all()
 
 
-def test_channels_first_and_floats_become_the_same_patches():
+def test_channels_first_and_float_images_give_the_same_patches():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (2, 16, 20, 3)).astype(np.uint8)
     plain = Patches("patch:3", (16, 20, 3)).encode(image)
@@ -206,7 +206,7 @@ def test_channels_first_and_floats_become_the_same_patches():
     assert (Patches("patch:3", (16, 20, 3), white=1.0).encode(floats) == plain).all()
 
 
-def test_resize_keeps_constants_and_averages_when_it_shrinks():
+def test_resize_keeps_constant_images_and_averages_when_it_shrinks():
     assert (resized(np.full((1, 37, 21, 3), 77, np.uint8), 16) == 77).all()
     checks = np.indices((64, 64)).sum(0) % 2 * 200
     small = resized(checks[None, :, :, None].astype(np.uint8), 8)
@@ -217,7 +217,7 @@ def test_resize_keeps_constants_and_averages_when_it_shrinks():
 
 @quick
 @given(st.integers(1, 700), st.integers(1, 700))
-def test_place_intervals_lie_in_their_bins_and_in_order(height, width):
+def test_intervals_of_places_are_ordered_and_within_the_bins(height, width):
     spans = intervals(height, width)
     assert spans.min() >= 0
     assert spans.max() < PLACES
@@ -225,7 +225,7 @@ def test_place_intervals_lie_in_their_bins_and_in_order(height, width):
     assert (spans[:, 2] <= spans[:, 3]).all()
 
 
-def test_places_are_random_in_training_and_the_middle_otherwise():
+def test_places_are_random_in_training_and_in_the_middle_otherwise():
     spans = np.tile(intervals(32, 32), (500, 1))
     row, position = np.repeat(np.arange(500), 4), np.tile(np.arange(4), 500)
     drawn = places(spans, 7, 3, row, position, True)

@@ -1,4 +1,4 @@
-"""Given text tokenizers: SentencePiece models against the real library, tokenizer.json, and files that are neither."""
+"""Text tokenizers from files: SentencePiece models against the real library, tokenizer.json, and files that are neither."""
 
 import io
 
@@ -40,7 +40,7 @@ def model(request, tmp_path_factory):
     return file, sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
 
 
-def test_ids_and_texts_are_those_of_the_library(model):
+def test_ids_and_texts_equal_those_of_the_library(model):
     file, library = model
     ours = TextTokenizer(load(str(file), 1000))
     for text in READ:
@@ -50,7 +50,7 @@ def test_ids_and_texts_are_those_of_the_library(model):
             assert ours.decode(ids) == library.decode(ids), text
 
 
-def test_a_broken_model_is_an_error_that_names_it(model):
+def test_the_error_for_a_broken_model_names_its_file(model):
     data = model[0].read_bytes()
     rng = np.random.default_rng(0)
     bad = model[0].with_name("bad.model")
@@ -62,17 +62,17 @@ def test_a_broken_model_is_an_error_that_names_it(model):
         try:
             TextTokenizer(load(str(bad), 1 << 20)).encode(["go to the ball"])
         except DataError as error:
-            assert "bad.model" in str(error)  # noqa: PT017 — some mutations leave a whole model
+            assert "bad.model" in str(error)  # noqa: PT017 — after some mutations the model is still valid
 
 
-def test_a_tokenizer_json_is_taken_as_it_is_and_must_fit(tmp_path):
+def test_a_tokenizer_json_is_used_unchanged_and_must_fit(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(learn(["go to the red ball"], 280))
     assert load(str(file), 280) == file.read_text()
-    with pytest.raises(DataError, match=r"has 2\d\d ids, model\.text_vocabulary is 260; set it to 2"):
+    with pytest.raises(DataError, match=r"has 2\d\d ids, but model\.text_vocabulary is 260; set it to 2"):
         load(str(file), 260)
     file.write_text("{}")
-    with pytest.raises(DataError, match=r"tokenizer\.json is no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a valid tokenizer"):
         load(str(file), 300)
-    with pytest.raises(DataError, match="100 ids cannot hold the 256 bytes"):
+    with pytest.raises(DataError, match="100 ids are too few; at least 256"):
         learn([], 100)

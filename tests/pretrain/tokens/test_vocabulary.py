@@ -35,21 +35,21 @@ def test_json_round_trip():
     assert again.embedders["patch:3"].shape == (16, 16, 3)
 
 
-def test_softmax_counts_ranges_from_one():
+def test_ranges_are_numbered_from_one_for_the_softmax():
     v = Vocabulary.build(300)
     for i, (name, _, _) in enumerate(v.ranges):
         assert v.softmax(name) == i + 1
 
 
-def test_overlapping_or_open_ranges_are_refused():
+def test_ranges_that_overlap_or_leave_a_gap_are_refused():
     v = Vocabulary.build(300).to_dict()
-    with pytest.raises(DataError, match="the one before it ends"):
+    with pytest.raises(DataError, match="the range before it ends"):
         Vocabulary.from_dict({**v, "ranges": [("text", 0, 300), ("continuous", 299, v["size"])]})
-    with pytest.raises(DataError, match="not at its size"):
+    with pytest.raises(DataError, match="but its size is"):
         Vocabulary.from_dict({**v, "size": v["size"] + 1})
 
 
-def test_tasks_share_an_embedder_or_are_told_why_not():
+def test_two_tasks_share_an_embedder_or_the_error_names_it():
     assert EmbedderSpec("grid", (7, 7, 3), 5).merged(EmbedderSpec("grid", (7, 7, 3), 11), "g").values == 11
     with pytest.raises(DataError, match="'g'"):
         EmbedderSpec("grid", (7, 7, 3), 5).merged(EmbedderSpec("grid", (5, 7, 3), 5), "g")
