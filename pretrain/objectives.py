@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Objectives", "table"]
 
 _TEXTS_AT_ONCE = 1 << 14
+_NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
 
 
@@ -179,27 +180,36 @@ class Objectives:
         DataError
             If an episode lacks a text that its task has.
         """
+        from tiphys.dataio.plan.cost import StepCost
         from tiphys.dataio.sampling import EntryLengths
 
         line, numbers = self._entry(entry), self._numbers[entry]
-        index, share = line.index, self.prompts[entry]
-        units = np.maximum(np.asarray(index.steps, np.int64), 0)
-        fixed = np.zeros(len(units), np.int64)
-        per_unit, window, prompt_units = (np.ones(len(index.tasks), np.int32) for _ in range(3))
-        task_of = np.asarray(index.task)
+        index, number = line.index, len(line.index.tasks)
+        units, task_of = np.maximum(np.asarray(index.steps, np.int64), 0), np.asarray(index.task)
+        fixed, costs = np.zeros(len(units), np.int64), [StepCost.plain(1)] * number
+        window, prompt_units = np.ones(number, np.int32), np.ones(number, np.int32)
+        prompt = np.zeros(number, np.float32)
         for i in line.tasks:
-            timestep = self.layouts[entry][int(numbers[i])]
-            each, once = timestep.cost(prompts=share > 0)
-            mine = task_of == i if len(index.tasks) > 1 else np.ones(len(units), bool)
-            if not timestep.has_actions:
+            layout = self.layouts[entry][int(numbers[i])]
+            mine = task_of == i if number > 1 else np.ones(len(units), bool)
+            if layout.width:
+                costs[i] = StepCost(layout.cadence, layout.chunk)
+            window[i] = layout.window or _NO_LIMIT
+            fixed[mine] = layout.text_last + self._preambles(line, layout, mine)
+            if layout.has_actions:  # a prompt is a demonstration
+                prompt[i] = self.prompts[entry]
+                prompt_units[i] = max(1, line.objective.prompt_steps or layout.fit(self.length // 2))
+            else:
                 units[mine] = 1
-            fixed[mine] = once + timestep.text_last + self._preambles(line, timestep, mine)
-            least = int(fixed[mine].min()) if mine.any() else once
-            per_unit[i] = max(each, 1)
-            window[i] = timestep.window or max(1, (line.objective.context - least) // per_unit[i])
-            steps = line.objective.prompt_steps or (self.length // 2) // int(per_unit[i])
-            prompt_units[i] = max(1, min(steps, self.length // int(per_unit[i])))
-        return EntryLengths(units, window, per_unit, fixed.astype(np.int32), share, prompt_units)
+        return EntryLengths(
+            units=units,
+            window=window,
+            context=np.full(number, line.objective.context, np.int32),
+            costs=costs,
+            fixed=fixed.astype(np.int32),
+            prompt=prompt,
+            prompt_units=prompt_units,
+        )
 
     def _preambles(self, line: _MixtureEntry, timestep: TimestepLayout, mine: np.ndarray) -> np.ndarray:
         """int64 [episodes of the mask `mine`]: number of ids of the texts that stand once in a window."""

@@ -111,12 +111,12 @@ class Encoding:
 
     def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
         """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
-        room = self.objective.context - sum(layout.cost())
+        room = self.objective.context - layout.width
         if room < 0:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{sum(layout.cost())} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{layout.width} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
             )
         if not layout.preamble:
             return layout

@@ -236,7 +236,9 @@ def _find_present(group: _Group, text: TextTokenizer) -> None:
     """Fills in `step_texts` and `present`."""
     layout, owner = group.layout, group.owner
     present = np.ones((len(owner), layout.width), bool)
-    numbers = group.step_numbers()
+    # Chunks and strides count from the same step, so that a stride shows the field at every start of a window alike
+    phase = np.array([w.start % layout.chunk for w in group.windows], np.int64)
+    numbers = group.step_numbers() - phase[owner]
     observed = (np.arange(len(owner)) - group.first[owner]) % layout.chunk == 0
     for element, column in zip(layout.elements, layout.columns, strict=True):
         span = slice(column, column + element.size)

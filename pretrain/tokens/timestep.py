@@ -5,6 +5,7 @@ It can be written as JSON, so that a policy acts with the layout that it was tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -135,23 +136,28 @@ class TimestepLayout:
         action = self.per_column(lambda e: e.role == "action", bool)
         return np.where(action, ACTION_LOCAL, np.minimum(np.arange(self.width), ACTION_LOCAL - 1)).astype(np.int32)
 
-    def cost(self, prompts: bool = False) -> tuple[int, int]:
-        """(a, b): a window of n steps takes at most a·n + b positions, not counting its preamble.
+    @cached_property
+    def cadence(self) -> tuple[tuple[int, int], ...]:
+        """(positions, period): how many positions are shown at every period-th step, counted from the first whole chunk.
 
-        With prompts, b is 0, because a prompt is planned by its steps alone.
+        Actions are shown at every step. Other elements are shown at the steps that begin a chunk and that `stride` divides.
         """
-        if prompts or not (self.chunk > 1 or any(e.stride > 1 for e in self.elements)):
-            return self.width, 0
-        if self.chunk > 1:
-            seen = sum(e.size for e in self.elements if e.role != "action")
-            return self.width - seen + -(-seen // self.chunk), -(-seen * (self.chunk - 1) // self.chunk)
-        each = sum(-(-e.size // e.stride) for e in self.elements)
-        return each, sum(-(-e.size * (e.stride - 1) // e.stride) for e in self.elements)
+        found: dict[int, int] = {}
+        for e in self.elements:
+            period = 1 if e.role == "action" else math.lcm(self.chunk, e.stride)
+            found[period] = found.get(period, 0) + e.size
+        return tuple((size, period) for period, size in sorted(found.items()))
+
+    def fit(self, room: int) -> int:
+        """Most steps that fit `room` positions, wherever they start."""
+        steps = max(room, 0) if not self.cadence else max(room, 0) * self.cadence[-1][1] // max(self.cadence[-1][0], 1)
+        while steps > 0 and (over := sum(size * -(-steps // period) for size, period in self.cadence) - room) > 0:
+            steps -= max(1, over // max(self.width, 1))
+        return steps
 
     def steps(self, preamble: int, room: int) -> int:
-        """Most steps of a window that fit into `room` positions, of which its texts take `preamble`. Whole chunks if possible."""
-        each, once = self.cost()
-        fit = max(1, (min(self.context, room) - preamble - once) // max(each, 1))
+        """Most steps of a window that fit `room` positions, of which its texts take `preamble`. Whole chunks if possible."""
+        fit = max(1, self.fit(min(self.context, room) - preamble))
         fit = min(fit, self.window) if self.window else fit
         return fit // self.chunk * self.chunk or fit
 

@@ -83,7 +83,9 @@ def _timestep(objectives: Objectives, layout: Any, window: Any, s: int) -> list[
     out: list[dict[str, Any]] = []
     number, local = int(window.step[s]), 0
     for e in layout.elements:
-        absent = e.role != "action" and (s % layout.chunk != 0 or number % e.stride != 0)
+        absent = e.role != "action" and (
+            s % layout.chunk != 0 or (number - window.start % layout.chunk) % e.stride != 0
+        )
         base = {"timestep": number, "predicted": e.predicted, "head": e.head}
         if e.role == "text":
             ids = objectives.text.encode([str(window.fields[e.field][s])])[0].tolist()[: e.size]

@@ -13,6 +13,7 @@ import pytest
 from tests.pretrain import layout_oracle
 from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec, Window
+from tiphys.dataio.plan.cost import Costs
 from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 from tiphys.pretrain.objectives import Objectives, table
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
@@ -243,17 +244,38 @@ def test_windows_take_the_positions_that_the_plan_is_told(setup):
     for episode in range(9):
         number = int(index.task[episode])
         task, layout = o.tasks[number], o.layouts[0][number]
-        for units in (1, 2, 3, int(lengths.window[number])):
+        costs, at = Costs([lengths.costs[number]], o.length), np.zeros(1, np.int64)
+        fixed = int(lengths.fixed[episode])
+        most = min(int(lengths.window[number]), int(costs.fit(at, lengths.context[number] - fixed)[0]))
+        for units in {1, 2, 3, max(most, 1)}:
             w = window(o, task.name, units, rng, start=episode)
             if "observation.mission" in w.fields:
                 w.fields["observation.mission"] = texts[codes[episode]]
-            planned = int(lengths.fixed[episode]) + units * int(lengths.per_unit[number])
-            used = batch_of(o, [[w]]).real_tokens if planned <= o.length else 0
-            assert used <= planned
-            assert layout.varies or used in (planned, 0)
-            if lengths.prompt and units <= lengths.prompt_units[number]:
+            body = int(costs.cost(at, at + episode, at + units)[0])
+            used = batch_of(o, [[w]]).real_tokens if fixed + body <= o.length else 0
+            assert used <= fixed + body
+            assert layout.text_columns or used in (fixed + body, 0)
+            if lengths.prompt[number] and units <= lengths.prompt_units[number]:
                 p = window(o, task.name, units, rng, start=episode, prompt=True)
-                assert batch_of(o, [[p]]).real_tokens <= units * lengths.per_unit[number]
+                used = batch_of(o, [[p]]).real_tokens
+                assert used <= body
+                assert layout.text_columns or used == body
+
+
+def test_chunks_and_strides_count_from_the_same_step():
+    """A window that starts at an odd step shows a field with stride 2 as often as one that starts at an even step."""
+    fields = {"observation.front": FieldTokens(stride=4), "action*": FieldTokens(chunk=2)}
+    o = make([CAMERA], "bc", context=300, fields=fields)
+    rng = np.random.default_rng(0)
+    shown = [batch_of(o, [[window(o, "camera", 8, rng, start=start)]]).embedded for start in (4, 5, 8, 9)]
+    counts = [len(embedded["patch:3"].index) for embedded in shown]
+    assert len(set(counts)) == 1
+    assert counts[0] > 0
+
+
+def test_prompts_are_for_tasks_that_act():
+    o = make([GRID, CAPTION], "gato", context=400, prompt=0.25)
+    assert o.lengths(0).prompt.tolist() == [0.25, 0.0]
 
 
 @pytest.mark.parametrize("setup", SETUPS)
