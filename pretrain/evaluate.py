@@ -3,16 +3,11 @@
 Episodes play in groups of `GROUP`, side by side in one process and in one forward pass a step. A group follows from its task and
 its seeds alone, so the result does not depend on the number of processes. Seeds start where no demonstration reaches
 (`tiphys.dataio.collect`).
-
-`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same in a process of its own; `start` runs it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -91,36 +86,6 @@ def evaluate(
     if out:
         write_json(out, finite(result), indent=1)
     return result
-
-
-def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    """The same in a process of its own, which the caller polls or waits for. Options are those of `evaluate`.
-
-    The process is told nothing of the launcher's ranks and rendezvous, and takes no GPU from the training.
-    """
-    command = [sys.executable, "-m", "tiphys.pretrain.evaluate", str(folder), "--out", str(out)]
-    for name, value in options.items():
-        if value is True:
-            command.append(f"--{name}")
-        elif isinstance(value, (list, tuple)):
-            command += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None and value is not False and value != "":
-            command += [f"--{name}", str(value)]
-    if tasks:
-        command += ["--tasks", *tasks]
-    ranks = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "CROSS_RANK",
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in ranks}
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
-    return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"})
 
 
 def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
@@ -209,31 +174,3 @@ def _start(folder: str, sample: bool, device: str) -> None:
 def _environments(task: str) -> list[Environment]:
     """The environments of a task that this process has made so far."""
     return []
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiphys.pretrain.evaluate", description="Let a policy act, and score it."
-    )
-    parser.add_argument("folder")
-    parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--episodes", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEEDS)
-    parser.add_argument("--processes", type=int, default=0)
-    parser.add_argument("--sample", action="store_true")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--pictures", default="")
-    parser.add_argument("--videos", type=int, default=1)
-    parser.add_argument("--demonstrations", nargs="*", default=[])
-    parser.add_argument("--device", default="")
-    options = vars(parser.parse_args(arguments))
-    try:
-        evaluate(options.pop("folder"), options.pop("tasks") or None, **options)
-    except (DataError, OSError, RuntimeError) as error:
-        print(f"evaluation failed: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
