@@ -10,7 +10,7 @@ class Status(IntEnum):
 
     meaning: str
 
-    def __new__(cls, value: int, meaning: str) -> Status:
+    def __new__(cls, value: int, meaning: str = "") -> Status:
         made = int.__new__(cls, value)
         made._value_, made.meaning = value, meaning
         return made

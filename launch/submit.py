@@ -145,10 +145,10 @@ def explain(status: int, asked: int = 0) -> int:
     The launcher exits with the status of the first rank that ended badly. If a signal killed that rank, this is 256 − signal.
     """
     killed = 256 - status if 192 <= status < 256 else max(0, -status)
-    if asked and (
-        killed or status == Status.TRY_AGAIN
-    ):  # it came outside the training loop, where ranks do not wait to save
-        return stopped_by(asked)
+    if asked and (killed or status == Status.TRY_AGAIN):
+        return stopped_by(
+            asked
+        )  # outside the training loop the signal ends a rank at once: there is nothing new to save
     if not killed:
         return status
     try:
