@@ -1,4 +1,4 @@
-"""The command `tiphys`: its words. What each does stands in `launch/commands.py`, imported when it runs."""
+"""The command `tiphys`: its subcommands and options. `launch/commands.py` holds what each one does and is imported last."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tiphys.launch import statuses
+from tiphys.launch.statuses import Status
+
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns a `Status`, or the status of the DeepSpeed launcher."""
     parser = _parser()
     args = _parse(parser, list(sys.argv[1:] if argv is None else argv))
     name: str | None = getattr(args, "command", None)
     if name is None:
         parser.print_help()
-        return 2
+        return Status.USAGE
     from tiphys.launch import commands
 
     try:
@@ -22,19 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(args)
     except KeyboardInterrupt:
         print("tiphys: stopped", file=sys.stderr)
-        return 130
+        return Status.INTERRUPTED
     except BrokenPipeError:
-        return 141
+        return Status.BROKEN_PIPE
     except (ValueError, OSError, ImportError, LookupError) as error:
-        # Errors of users' input; anything else is a defect of ours and keeps its traceback.
+        # What the user's input causes. Any other error is a defect of Tiphys and keeps its traceback.
         if args.traceback:
             raise
         print(f"tiphys: {error}", file=sys.stderr)
-        return 1
+        return Status.REFUSED
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Overrides may stand before or after options, which argparse alone refuses for subcommands."""
+    """Parse, and allow overrides both before and after options: by itself argparse refuses this for subcommands."""
     args, rest = parser.parse_known_args(words)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]
@@ -44,8 +48,13 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tiphys", description="Pre-train decision models, from episodes to a policy.")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser = argparse.ArgumentParser(
+        prog="tiphys",
+        description="Pre-train decision models: from recorded episodes to a policy. `tiphys COMMAND --help` explains a command.",
+        epilog=f"exit statuses:\n{statuses.table()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show the full Python traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="")
     for add in (_run_commands, _data_commands, _policy_commands):
         add(commands)
@@ -53,154 +62,265 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with Tiphys")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe, e.g. train.steps=100")
+    parser.add_argument("recipe", help="path of a YAML file, or the name of a recipe that comes with Tiphys")
+    _override_argument(parser)
+
+
+def _override_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe key, e.g. train.steps=100")
+
+
+def _verbose_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="also show DeepSpeed's own log lines and harmless warnings"
+    )
 
 
 def _run_commands(commands: Any) -> None:
-    p = commands.add_parser("quickstart", help="demonstrations, training, evaluation, policy, report: the whole way")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe `quickstart`")
-    p.add_argument("--datasets", default="datasets/quickstart", help="folder for the demonstrations")
-    p.add_argument("--scale", type=float, default=1.0, help="share of the demonstrations to collect")
-    p.add_argument("--processes", type=int, default=0, help="ranks; 0: one a device, 2 without one")
+    p = commands.add_parser("quickstart", help="all steps once: demonstrations, training, evaluation, policy, report")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe `quickstart`")
+    p.add_argument(
+        "--datasets", default="datasets/quickstart", help="folder for the demonstrations (default: %(default)s)"
+    )
+    p.add_argument(
+        "--scale", type=float, default=1.0, help="fraction of the demonstrations to collect (default: %(default)s)"
+    )
+    p.add_argument(
+        "--processes", type=int, default=0, help="number of ranks (default: one per GPU, or 2 if there is no GPU)"
+    )
+    _verbose_argument(p)
     p.set_defaults(command="quickstart")
 
-    p = commands.add_parser("train", help="train a recipe with the DeepSpeed launcher")
+    p = commands.add_parser("train", help="train a recipe with the DeepSpeed launcher, or resume its run")
     _recipe_arguments(p)
-    p.add_argument("--processes", type=int, default=0, help="ranks on each host; 0: one a device, 2 without one")
-    p.add_argument("--hostfile", default="", help="DeepSpeed's hostfile, for several hosts")
-    p.add_argument("--port", type=int, default=0, help="of the rendezvous; 0: a free one")
-    p.add_argument("--launcher", default="", help="further options of `deepspeed`, in one string")
+    p.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="number of ranks on each host (default: one per GPU, or 2 if there is no GPU)",
+    )
+    p.add_argument("--hostfile", default="", help="DeepSpeed hostfile, to train on several hosts (default: this host)")
+    p.add_argument("--port", type=int, default=0, help="TCP port where the ranks meet (default: a free one)")
+    p.add_argument(
+        "--launcher", default="", help="further options of the `deepspeed` command, in one string (default: none)"
+    )
+    _verbose_argument(p)
     p.set_defaults(command="train")
 
-    p = commands.add_parser("check", help="name every error of a recipe")
+    p = commands.add_parser("check", help="list every error of a recipe without training")
     _recipe_arguments(p)
-    p.add_argument("--world", type=int, default=0, help="number of processes that it is meant for")
+    p.add_argument(
+        "--world", type=int, default=0, help="total number of ranks to check the layout for (default: not checked)"
+    )
     p.add_argument("--no-data", action="store_true", help="do not open the datasets")
     p.set_defaults(command="check")
 
-    p = commands.add_parser("mixture", help="change a run's mixture while it trains")
-    p.add_argument("run", help="the run's folder")
-    p.add_argument("action", choices=("show", "set"))
-    p.add_argument("weights", nargs="*", metavar="dataset=weight", help="line of the mixture (number or dataset)")
-    p.add_argument("--at", type=int, default=0, help="first step that uses them; 0: as soon as every rank can")
+    p = commands.add_parser("mixture", help="show or change the mixture weights of a run while it trains")
+    p.add_argument("run", help="folder of the run")
+    p.add_argument("action", choices=("show", "set"), help="print the weights, or ask the run for new ones")
+    p.add_argument(
+        "weights",
+        nargs="*",
+        metavar="entry=weight",
+        help="mixture entry (its number or its dataset) and its new weight",
+    )
+    p.add_argument(
+        "--at", type=int, default=0, help="first training step that uses them (default: as soon as every rank can)"
+    )
     p.set_defaults(command="mixture")
 
     p = commands.add_parser("report", help="write report.html of a run")
-    p.add_argument("run", help="the run's folder")
+    p.add_argument("run", help="folder of the run")
     p.set_defaults(command="report")
 
-    p = commands.add_parser("objectives", help="the table of paradigms")
+    p = commands.add_parser("objectives", help="show the table of paradigms")
     p.set_defaults(command="objectives")
 
-    p = commands.add_parser("tokens", help="show one training row, decoded")
+    p = commands.add_parser("tokens", help="show one row of a training batch, decoded")
     _recipe_arguments(p)
-    p.add_argument("--step", type=int, default=0)
-    p.add_argument("--row", type=int, default=0)
-    p.add_argument("--html", default="", help="write the table to this file too, as a page with the row's pictures")
+    p.add_argument("--step", type=int, default=0, help="training step of the batch, from 0 (default: %(default)s)")
+    p.add_argument("--row", type=int, default=0, help="row of the batch, from 0 (default: %(default)s)")
+    p.add_argument("--html", default="", help="also write the table to this file, as a page with the row's pictures")
     p.set_defaults(command="tokens")
 
 
 def _data_commands(commands: Any) -> None:
-    p = commands.add_parser("collect", help="let an expert act in environments, and keep its episodes")
-    p.add_argument("tasks", nargs="+", help="e.g. BabyAI-GoToRedBallGrey-v0 metaworld/reach-v3 CartPole-v1")
-    p.add_argument("--to", required=True, help="the dataset: a folder or URL")
-    p.add_argument("--episodes", type=int, default=1000, help="of each task")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--noise", type=float, default=-1.0, help="of the executed action; -1: the family's own")
-    p.add_argument("--processes", type=int, default=0, help="0: as many as cores")
-    p.add_argument("--policy", default="", help="a Stable-Baselines3 agent (zip) or a Tiphys policy as the expert")
-    p.add_argument("--trust-policy", action="store_true", help="a zip contains pickles, which can run code: allow it")
+    p = commands.add_parser("collect", help="let an expert act in environments and record its episodes as a dataset")
+    p.add_argument(
+        "tasks", nargs="+", help="environments, e.g. BabyAI-GoToRedBallGrey-v0 metaworld/reach-v3 CartPole-v1"
+    )
+    p.add_argument("--to", required=True, help="folder or URL of the new dataset (required)")
+    p.add_argument("--episodes", type=int, default=1000, help="number of episodes of each task (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first episode of each task (default: %(default)s)")
+    p.add_argument(
+        "--noise",
+        type=float,
+        default=-1.0,
+        help="disturbance of the executed action: for continuous actions the standard deviation in half-ranges, for discrete "
+        "ones the probability of a random action (default: -1, the usual value of the environment family)",
+    )
+    p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
+    p.add_argument(
+        "--policy",
+        default="",
+        help="expert to use: folder of a Tiphys policy, zip of a Stable-Baselines3 agent, or module:function "
+        "(default: the expert of the environment family)",
+    )
+    p.add_argument(
+        "--trust-policy",
+        action="store_true",
+        help="open the zip of --policy: it contains pickles, which can run any code",
+    )
     p.set_defaults(command="collect")
 
-    p = commands.add_parser("environments", help="names of the environments that are installed")
-    p.add_argument("contains", nargs="?", default="", help="only names that contain this")
+    p = commands.add_parser("environments", help="list the environments that are installed")
+    p.add_argument("contains", nargs="?", default="", help="list only names that contain this text")
     p.set_defaults(command="environments")
 
-    p = commands.add_parser("convert", help="data of another format -> a dataset")
-    p.add_argument("source")
-    p.add_argument("destination")
-    p.add_argument("--from", dest="format", default="", help="the format; recognised when not given")
-    p.add_argument("--map", dest="mapping", default="", help="YAML that renames fields, sets roles, tasks, bounds")
-    p.add_argument("--skip-bad", action="store_true", help="leave malformed episodes out, and list them")
-    p.add_argument("--processes", type=int, default=0)
-    p.add_argument("--on", choices=("local", "ray"), default="local")
+    p = commands.add_parser("convert", help="convert data of another format into a dataset")
+    p.add_argument("source", help="path or URL of a file or folder")
+    p.add_argument("destination", help="folder or URL of the new dataset")
+    p.add_argument("--from", dest="format", default="", help="format of the source (default: detected)")
+    p.add_argument(
+        "--map",
+        dest="mapping",
+        default="",
+        help="mapping file (YAML) that renames fields and sets roles, tasks and bounds (default: none)",
+    )
+    p.add_argument(
+        "--skip-bad", action="store_true", help="leave out malformed episodes and list them, instead of stopping"
+    )
+    p.add_argument("--processes", type=int, default=0, help="parts converted at the same time (default: one per core)")
+    p.add_argument(
+        "--on",
+        choices=("local", "ray"),
+        default="local",
+        help="convert on this machine or on a Ray cluster (default: local)",
+    )
     p.set_defaults(command="convert")
 
-    p = commands.add_parser("export", help="a dataset -> Minari HDF5, LeRobot v3 or NPZ")
-    p.add_argument("dataset")
-    p.add_argument("destination")
-    p.add_argument("--to", dest="format", required=True, choices=("minari", "lerobot", "npz"))
+    p = commands.add_parser("export", help="write a dataset as Minari HDF5, LeRobot v3 or NPZ")
+    p.add_argument("dataset", help="folder or URL of the dataset")
+    p.add_argument("destination", help="new or empty folder or URL")
+    p.add_argument(
+        "--to", dest="format", required=True, choices=("minari", "lerobot", "npz"), help="format to write (required)"
+    )
     p.set_defaults(command="export")
 
-    p = commands.add_parser("inspect", help="tasks, fields, lengths, returns of a dataset")
-    p.add_argument("dataset")
-    p.add_argument("--json", action="store_true")
-    p.add_argument("--episode", type=int, default=-1, help="show one episode")
-    p.add_argument("--picture", default="", help="with --episode: write its frames to this .png or .gif")
+    p = commands.add_parser("inspect", help="show tasks, fields, lengths and returns of a dataset")
+    p.add_argument("dataset", help="folder or URL of the dataset")
+    p.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    p.add_argument("--episode", type=int, default=-1, help="show this episode, from 0 (default: the whole dataset)")
+    p.add_argument(
+        "--picture", default="", help="with --episode: also write its frames to this .png or .gif (default: none)"
+    )
     p.set_defaults(command="inspect")
 
     p = commands.add_parser("verify", help="check every byte of a dataset")
-    p.add_argument("dataset")
-    p.add_argument("--repair", action="store_true", help="drop broken episodes from the index, rebuild a missing one")
+    p.add_argument("dataset", help="folder or URL of the dataset")
+    p.add_argument(
+        "--repair",
+        action="store_true",
+        help="remove broken episodes from the index; rebuild the index if it is damaged",
+    )
     p.set_defaults(command="verify")
 
-    p = commands.add_parser("index", help="make WebDataset tars of others a dataset, without rewriting them")
-    p.add_argument("dataset")
+    p = commands.add_parser("index", help="use WebDataset image-text tars as a dataset, without rewriting them")
+    p.add_argument("dataset", help="folder or URL of the tars; the index is written there")
     p.set_defaults(command="index")
 
-    _dataset_commands(commands.add_parser("dataset", help="merge, split, filter, append datasets"))
+    _dataset_commands(commands.add_parser("dataset", help="merge, split, filter or append datasets"))
 
-    p = commands.add_parser("loader-bench", help="where a loader's time and bytes go, beside the theoretical bound")
-    p.add_argument("dataset")
-    p.add_argument("--steps", type=int, default=200)
-    p.add_argument("--rows", type=int, default=64)
-    p.add_argument("--window", type=int, default=20)
-    p.add_argument("--cache", default="256MiB")
-    p.add_argument("--json", action="store_true")
+    p = commands.add_parser(
+        "loader-bench", help="measure where a loader's time and bytes go, beside the theoretical bound"
+    )
+    p.add_argument("dataset", help="folder or URL of the dataset")
+    p.add_argument("--steps", type=int, default=200, help="number of batches to load (default: %(default)s)")
+    p.add_argument("--rows", type=int, default=64, help="rows of a batch, one window each (default: %(default)s)")
+    p.add_argument("--window", type=int, default=20, help="episode steps of a window (default: %(default)s)")
+    p.add_argument("--cache", default="256MiB", help="memory of the loader's cache (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.set_defaults(command="loader_bench")
 
 
 def _dataset_commands(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", metavar="", required=True)
-    p = actions.add_parser("merge", help="several datasets as one; no shard is rewritten")
-    p.add_argument("destination")
-    p.add_argument("datasets", nargs="+")
+    p = actions.add_parser("merge", help="one dataset out of several; no shard is copied")
+    p.add_argument("destination", help="folder or URL of the new dataset")
+    p.add_argument("datasets", nargs="+", help="datasets to merge; they must stay where they are")
     p.set_defaults(command="merge")
-    p = actions.add_parser("append", help="add a dataset's episodes to another")
-    p.add_argument("dataset")
-    p.add_argument("more")
+    p = actions.add_parser("append", help="add the episodes of other datasets to a dataset; no shard is copied")
+    p.add_argument("dataset", help="dataset to extend")
+    p.add_argument("more", nargs="+", help="datasets to add; they must stay where they are")
     p.set_defaults(command="append")
-    p = actions.add_parser("split", help="one dataset as two, by a hash of the episode's id")
-    p.add_argument("dataset")
-    p.add_argument("first")
-    p.add_argument("second")
-    p.add_argument("--share", type=float, default=0.1, help="of the episodes that go into the second")
+    p = actions.add_parser("split", help="two datasets out of one, by a hash of the episode ids; no shard is copied")
+    p.add_argument("dataset", help="dataset to split; it must stay where it is")
+    p.add_argument("first", help="folder or URL of the first new dataset")
+    p.add_argument("second", help="folder or URL of the second new dataset")
+    p.add_argument(
+        "--share", type=float, default=0.1, help="fraction of the episodes that go to the second (default: %(default)s)"
+    )
     p.set_defaults(command="split")
-    p = actions.add_parser("filter", help="keep some episodes")
-    p.add_argument("dataset")
-    p.add_argument("destination")
-    p.add_argument("--tasks", nargs="*", default=[])
-    p.add_argument("--min-return", type=float, default=None)
-    p.add_argument("--top", type=float, default=None, help="share of each task with the highest returns")
-    p.add_argument("--success", action="store_true")
-    p.add_argument("--min-steps", type=int, default=None)
+    p = actions.add_parser(
+        "filter", help="a dataset of the episodes that meet every given condition; no shard is copied"
+    )
+    p.add_argument("dataset", help="dataset to choose from; it must stay where it is")
+    p.add_argument("destination", help="folder or URL of the new dataset")
+    p.add_argument("--tasks", nargs="*", default=[], help="task names; * and ? match any text (default: all tasks)")
+    p.add_argument("--min-return", type=float, default=None, help="smallest undiscounted return (default: no limit)")
+    p.add_argument(
+        "--top",
+        type=float,
+        default=None,
+        help="fraction of each task with the highest returns, after the other conditions (default: all)",
+    )
+    p.add_argument("--success", action="store_true", help="only episodes that are known to have succeeded")
+    p.add_argument("--min-steps", type=int, default=None, help="smallest number of actions (default: no limit)")
     p.set_defaults(command="filter")
 
 
 def _policy_commands(commands: Any) -> None:
-    p = commands.add_parser("evaluate", help="let a policy act in its environments")
-    p.add_argument("policy", help="a run's folder, a policy's folder, or hf://org/name")
-    p.add_argument("--tasks", nargs="*", default=[], help="default: every task of the policy that has an environment")
-    p.add_argument("--episodes", type=int, default=40)
-    p.add_argument("--seed", type=int, default=1_000_000)
-    p.add_argument("--processes", type=int, default=0)
-    p.add_argument("--sample", action="store_true", help="draw actions instead of taking the most probable")
-    p.add_argument("--out", default="", help="evaluation.json to write; default: beside the policy")
+    p = commands.add_parser("evaluate", help="let a policy act in its environments and score it")
+    p.add_argument("policy", help="folder of a run, folder of a policy, or hf://org/name")
+    p.add_argument(
+        "--tasks",
+        nargs="*",
+        default=[],
+        help="tasks to play (default: every task of the policy that has an environment)",
+    )
+    p.add_argument("--episodes", type=int, default=40, help="number of episodes of each task (default: %(default)s)")
+    p.add_argument(
+        "--seed", type=int, default=1_000_000, help="seed of the first episode of each task (default: %(default)s)"
+    )
+    p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
+    p.add_argument(
+        "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
+    )
+    p.add_argument("--out", default="", help="JSON file for the result (default: evaluation.json beside the policy)")
+    p.add_argument(
+        "--pictures", default="", help="folder for film strips of the first episodes (default: none are made)"
+    )
+    p.add_argument(
+        "--videos",
+        type=int,
+        default=1,
+        help="with --pictures: number of film strips of each task (default: %(default)s)",
+    )
+    p.add_argument(
+        "--demonstrations",
+        nargs="*",
+        default=[],
+        help="datasets that the policy learned from: also report the share of states that they contain (default: none)",
+    )
+    p.add_argument(
+        "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
+    )
     p.set_defaults(command="evaluate")
 
-    p = commands.add_parser("publish", help="a run's policy -> a folder, a bucket or a hub")
-    p.add_argument("run", help="a run's or a policy's folder")
-    p.add_argument("to", help="folder, s3://bucket/path, hf://org/name")
-    p.add_argument("--public", action="store_true", help="hubs: private unless this is given")
+    p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
+    p.add_argument("run", help="folder of a run or of a policy")
+    p.add_argument("to", help="folder, s3://bucket/path, or hf://org/name")
+    p.add_argument(
+        "--public", action="store_true", help="on a hub: create a public repository instead of a private one"
+    )
     p.set_defaults(command="publish")

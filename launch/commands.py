@@ -1,4 +1,7 @@
-"""What each subcommand of `tiphys` does, from parsed arguments to an exit status. Imports stand where they are needed."""
+"""What each subcommand of `tiphys` does, from parsed arguments to an exit status.
+
+Every function imports what it needs itself, so that a command does not load the libraries of the others.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tiphys.launch.statuses import Status
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
 def quickstart(args: Namespace) -> int:
     from tiphys.launch.quickstart import quickstart
 
-    return quickstart(args.overrides, args.datasets, args.scale, args.processes)
+    return quickstart(args.overrides, args.datasets, args.scale, args.processes, args.verbose)
 
 
 def train(args: Namespace) -> int:
@@ -32,6 +37,7 @@ def train(args: Namespace) -> int:
         port=args.port,
         hostfile=args.hostfile,
         extra=shlex.split(args.launcher),
+        verbose=args.verbose,
     )
 
 
@@ -39,8 +45,8 @@ def check(args: Namespace) -> int:
     from tiphys.launch.check import check
 
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
-    print(f"{args.recipe}: recipe {recipe.name!r} is right")
-    return 0
+    print(f"{args.recipe}: recipe {recipe.name!r} is valid")
+    return Status.DONE
 
 
 def mixture(args: Namespace) -> int:
@@ -50,14 +56,14 @@ def mixture(args: Namespace) -> int:
         print(show(args.run))
     else:
         print(request(args.run, args.weights, args.at))
-    return 0
+    return Status.DONE
 
 
 def report(args: Namespace) -> int:
     from tiphys.launch.report import write_report
 
     print(write_report(args.run))
-    return 0
+    return Status.DONE
 
 
 def objectives(args: Namespace) -> int:
@@ -71,14 +77,14 @@ def objectives(args: Namespace) -> int:
     for row in rows:
         view.add_row(*row.values())
     Console(width=None if sys.stdout.isatty() else 240).print(view)
-    return 0
+    return Status.DONE
 
 
 def tokens(args: Namespace) -> int:
     from tiphys.launch.tokens import show_row
 
     print(show_row(args.recipe, args.overrides, args.step, args.row, args.html))
-    return 0
+    return Status.DONE
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -88,7 +94,7 @@ def environments(args: Namespace) -> int:
     from tiphys.dataio.environments import names
 
     print("\n".join(n for n in names() if args.contains.lower() in n.lower()))
-    return 0
+    return Status.DONE
 
 
 def collect(args: Namespace) -> int:
@@ -116,7 +122,7 @@ def collect(args: Namespace) -> int:
     print(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
     for task in index.tasks:
         print(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
-    return 0
+    return Status.DONE
 
 
 def convert(args: Namespace) -> int:
@@ -133,14 +139,14 @@ def convert(args: Namespace) -> int:
         progress=progress_bar("converting"),
     )
     print(done)
-    return 0
+    return Status.DONE
 
 
 def export(args: Namespace) -> int:
     from tiphys.dataio.export import export
 
     print(export(args.dataset, args.destination, format=args.format))
-    return 0
+    return Status.DONE
 
 
 def inspect(args: Namespace) -> int:
@@ -150,7 +156,7 @@ def inspect(args: Namespace) -> int:
         from tiphys.launch.display import episode
 
         print(episode(args.dataset, args.episode, args.picture))
-        return 0
+        return Status.DONE
     found = inspect(args.dataset)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -158,7 +164,7 @@ def inspect(args: Namespace) -> int:
         from tiphys.launch.display import summary
 
         print(summary(found))
-    return 0
+    return Status.DONE
 
 
 def verify(args: Namespace) -> int:
@@ -166,7 +172,7 @@ def verify(args: Namespace) -> int:
 
     found = verify(args.dataset, repair=args.repair)
     print(found)
-    return 0 if found.ok else 1
+    return Status.DONE if found.ok else Status.REFUSED
 
 
 def index(args: Namespace) -> int:
@@ -174,7 +180,7 @@ def index(args: Namespace) -> int:
 
     made = index_foreign(args.dataset)
     print(f"{args.dataset}: {made.episodes} samples indexed in place")
-    return 0
+    return Status.DONE
 
 
 def merge(args: Namespace) -> int:
@@ -194,7 +200,7 @@ def split(args: Namespace) -> int:
 
     for url, made in zip((args.first, args.second), split(args.dataset, args.first, args.second, args.share)):
         _made(url, made)
-    return 0
+    return Status.DONE
 
 
 def filter(args: Namespace) -> int:
@@ -214,7 +220,7 @@ def filter(args: Namespace) -> int:
 
 def _made(url: str, made: Any) -> int:
     print(f"{url}: {made.episodes} episodes, {int(made.steps.sum())} steps, {len(made.tasks)} tasks")
-    return 0
+    return Status.DONE
 
 
 def loader_bench(args: Namespace) -> int:
@@ -222,7 +228,7 @@ def loader_bench(args: Namespace) -> int:
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
     print(json.dumps(found, indent=1) if args.json else format_result(found))
-    return 0
+    return Status.DONE
 
 
 # -- policies ---------------------------------------------------------------------------------------------------------
@@ -241,20 +247,27 @@ def evaluate(args: Namespace) -> int:
         processes=args.processes,
         sample=args.sample,
         out=args.out or str(Path(folder).parent / "evaluation.json"),
+        pictures=args.pictures,
+        videos=args.videos,
+        demonstrations=args.demonstrations,
+        device=args.device,
     )
     print(scores(found))
-    return 0
+    return Status.DONE
 
 
 def publish(args: Namespace) -> int:
     from tiphys.pretrain.publish import publish
 
     print(publish(_policy_folder(args.run), args.to, private=not args.public))
-    return 0
+    return Status.DONE
 
 
 def _policy_folder(name: str) -> str:
-    """`run/policy` of a run's folder; a policy's own folder; a hub's, fetched."""
+    """The local folder of a policy that is named by a run's folder, its own folder, or hf://org/name (then downloaded).
+
+    Raises FileNotFoundError if there is no policy.
+    """
     if name.startswith("hf://"):
         from huggingface_hub import snapshot_download
 
@@ -264,14 +277,14 @@ def _policy_folder(name: str) -> str:
         return str(folder / "policy")
     if (folder / "config.json").is_file():
         return str(folder)
-    raise FileNotFoundError(f"{name}: neither a run with a policy/ nor a policy (no config.json in it)")
+    raise FileNotFoundError(f"{name}: neither the folder of a run with a policy nor a policy; it has no config.json")
 
 
-# -- how far ----------------------------------------------------------------------------------------------------------
+# -- progress ---------------------------------------------------------------------------------------------------------
 
 
 def progress_lines() -> Callable[[str, int, int], None]:
-    """(name, done, all) -> a line a name on a terminal, rewritten; elsewhere a line when a name is done."""
+    """A function (name, done, total). On a terminal it updates one line per name; elsewhere it prints one when a name is done."""
     terminal = sys.stderr.isatty()
 
     def show(name: str, done: int, whole: int) -> None:
@@ -284,7 +297,7 @@ def progress_lines() -> Callable[[str, int, int], None]:
 
 
 def progress_bar(what: str) -> Callable[[int, int], None]:
-    """(done, all) -> a bar with rate and ETA on a terminal; elsewhere a line every ten seconds."""
+    """A function (done, total). On a terminal it shows a bar with the time left; elsewhere it prints a line every ten seconds."""
     import time
 
     if sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""Data and scores as text and pictures for people."""
+"""Datasets, episodes and scores as text and pictures for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> str:
-    """A plain table, wide enough for its cells wherever it is printed."""
+    """A plain table of up to 200 columns of text, whatever the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -34,13 +34,13 @@ def _cell(value: Any) -> str:
 
 
 def histogram(counts: Sequence[float]) -> str:
-    """Counts as a row of bars."""
+    """Counts as one line of bars; 0 is a space."""
     top = max(counts, default=0) or 1
     return "".join(_BARS[min(7, int(8 * c / top))] if c else " " for c in counts)
 
 
 def scores(found: Mapping[str, Any]) -> str:
-    """The table of an evaluation.json."""
+    """The table of the contents of an `evaluation.json`."""
     rows = [
         (
             name,
@@ -63,13 +63,16 @@ def _interval(bounds: Any) -> str | None:
 
 
 def episode(url: str, number: int, picture: str = "") -> str:
-    """An episode's fields in words; with `picture`, its frames as a .png strip or a .gif."""
+    """Describe the fields of one episode. With `picture`, also write its frames there, as a .png strip or a .gif.
+
+    Raises IndexError if there is no such episode, ValueError if it has no images or `picture` has another suffix.
+    """
     from tiphys.dataio.dataset import read_episode
     from tiphys.dataio.index import EpisodeIndex
 
     index = EpisodeIndex.open(url)
     if not 0 <= number < index.episodes:
-        raise IndexError(f"{url} has episodes 0 … {index.episodes - 1}, not {number}")
+        raise IndexError(f"{url}: there is no episode {number}; the dataset has episodes 0 … {index.episodes - 1}")
     found = read_episode(index, number)
     lines = [
         f"episode {number}: {found.id}",
@@ -87,7 +90,7 @@ def episode(url: str, number: int, picture: str = "") -> str:
 
 
 def _values(array: np.ndarray) -> str:
-    """The first steps of small fields; the extremes of large ones."""
+    """The first two steps of a small field; the smallest and largest value of a large one."""
     if array.ndim > 2 and array.dtype.kind in "iuf" and array.size:
         return f"from {array.min():g} to {array.max():g}"
     return " ".join(np.array2string(array[:2], threshold=12, precision=3).split())
@@ -99,7 +102,7 @@ def _picture(fields: Mapping[str, Any], path: str) -> str:
     images = [v for v in fields.values() if isinstance(v, np.ndarray) and v.dtype == np.uint8 and v.ndim == 4]
     images = [v for v in images if v.shape[-1] in (1, 3) and min(v.shape[1:3]) >= 16]
     if not images:
-        raise ValueError("this episode has no images")
+        raise ValueError("--picture: this episode has no field of images (uint8, 1 or 3 channels, at least 16 × 16)")
     frames = [Image.fromarray(f if f.shape[-1] == 3 else f[..., 0]) for f in images[0]]
     if Path(path).suffix == ".gif":
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
@@ -110,12 +113,12 @@ def _picture(fields: Mapping[str, Any], path: str) -> str:
             strip.paste(frame, (i * frame.width, 0))
         strip.save(path)
     else:
-        raise ValueError(f"{path}: write .png or .gif")
+        raise ValueError(f"--picture {path}: the name must end in .png or .gif")
     return path
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """What `inspect` found, for a terminal."""
+    """What `tiphys.dataio.dataset.inspect` returned, as text."""
     lines = [
         f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {human_bytes(found['bytes'])} "
         f"in {found['shards']} shards" + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
@@ -147,6 +150,7 @@ def _range(spread: Mapping[str, Any]) -> str | None:
 
 
 def human_bytes(count: float) -> str:
+    """A number of bytes with a binary unit: `512 B`, `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,14 +1,17 @@
-"""After training, and beside it: a checkpoint as a policy, its evaluation, its publication, the report. Rank 0 alone."""
+"""What rank 0 does after training, and beside it: export a checkpoint as a policy, evaluate it, publish it, write the report."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.atomic import write_json
 from tiphys.recipes.load import digest, to_dict
 from tiphys.recipes.schema import Recipe
 
@@ -16,8 +19,15 @@ if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
 
 
-def finish(recipe: Recipe, objectives: Objectives) -> int:
-    """The newest checkpoint as `<run.dir>/policy`, its evaluation, the publication that the recipe asks for, the report."""
+# What the launcher tells a rank about the other ranks. A process outside the training must not see it.
+_RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def finish(recipe: Recipe, objectives: Objectives) -> None:
+    """Export the newest checkpoint to `<run.dir>/policy`; then evaluate and publish it if the recipe says so; then report."""
     from tiphys.launch.display import scores
     from tiphys.launch.report import write_report
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -40,11 +50,10 @@ def finish(recipe: Recipe, objectives: Objectives) -> int:
     if recipe.publish.to:
         publish_policy(recipe, folder, found)
     print(f"report       {write_report(run)}", flush=True)
-    return 0
 
 
 def export_policy(recipe: Recipe, objectives: Objectives, checkpoint: Path, folder: Path) -> Path:
-    """A checkpoint as a policy in the Hugging Face form."""
+    """Write a checkpoint as a policy in the Hugging Face format. Returns the folder."""
     from tiphys.pretrain.checkpoint import Checkpoint, export_weights
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.publish import save_policy
@@ -64,6 +73,7 @@ def export_policy(recipe: Recipe, objectives: Objectives, checkpoint: Path, fold
 
 
 def evaluation_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's options of `tiphys.pretrain.evaluate.evaluate`."""
     e = recipe.evaluate
     return {
         "episodes": e.episodes,
@@ -76,18 +86,43 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def start_evaluation(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> subprocess.Popen[bytes]:
-    """Evaluate a checkpoint in a process of its own, while training goes on: `<run.dir>/evaluations/step-…json`."""
-    from tiphys.pretrain.evaluate import start
-
+    """Start the evaluation of a checkpoint, which writes `<run.dir>/evaluations/step-…/evaluation.json`. Training goes on."""
     folder = Path(recipe.run.dir) / "evaluations" / f"step-{step:08d}"
     export_policy(recipe, objectives, checkpoint, folder)
     options = evaluation_options(recipe) | {"videos": 0}
-    return start(folder, recipe.evaluate.tasks, out=folder / "evaluation.json", **options)
+    return evaluate_apart(folder, recipe.evaluate.tasks, out=folder / "evaluation.json", **options)
+
+
+def evaluate_apart(
+    folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start `tiphys evaluate` in a process of its own; the caller polls it or waits for it.
+
+    folder   a policy
+    tasks    empty: every task of the policy that has an environment
+    out      file for the result
+    options  those of `tiphys.pretrain.evaluate.evaluate`
+
+    The process gets no GPU unless CUDA_VISIBLE_DEVICES is set, and does not see that it was started by a rank.
+    """
+    command = [sys.executable, "-m", "tiphys", "evaluate", str(folder), "--out", str(out)]
+    for name, value in options.items():
+        if value is True:
+            command.append(f"--{name}")
+        elif isinstance(value, (list, tuple)):
+            command += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None and value is not False and value != "":
+            command += [f"--{name}", str(value)]
+    if tasks:
+        command += ["--tasks", *tasks]
+    environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
+    # Its table of scores would come between the lines of the training; errors go to stderr and are shown.
+    return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
 def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> None:
-    """Publish a checkpoint's policy while training goes on; with `publish.keep: best` after an evaluation of its own."""
-    from tiphys.pretrain.evaluate import start
+    """Publish a checkpoint's policy while training goes on. With `publish.keep: best` it is evaluated first."""
     from tiphys.pretrain.publish import add_evaluation
 
     folder = Path(recipe.run.dir) / "publishing"
@@ -97,7 +132,7 @@ def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path,
         if recipe.publish.keep == "best":
             out = folder / "evaluation.json"
             options = evaluation_options(recipe) | {"videos": 0}
-            if start(folder, recipe.evaluate.tasks, out=out, **options).wait():
+            if evaluate_apart(folder, recipe.evaluate.tasks, out=out, **options).wait():
                 raise RuntimeError("its evaluation failed, see above")
             found = json.loads(out.read_text(encoding="utf-8"))
             add_evaluation(folder, found)
@@ -107,7 +142,7 @@ def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path,
 
 
 def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None) -> None:
-    """Publish; with `publish.keep: best` only what scores higher than what this run has published before."""
+    """Publish a policy. With `publish.keep: best`, only if it scores higher than the one that this run published before."""
     from tiphys.pretrain.publish import publish
 
     record = Path(recipe.run.dir) / "published.json"
@@ -115,14 +150,14 @@ def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None
     if recipe.publish.keep == "best" and record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))["score"]
         if before is not None and (score is None or score <= before):
-            print(f"not published: it scores {score}, what is at {recipe.publish.to} scores {before}", flush=True)
+            print(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}", flush=True)
             return
     print(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}", flush=True)
-    record.write_text(json.dumps({"to": recipe.publish.to, "score": score}), encoding="utf-8")
+    write_json(record, {"to": recipe.publish.to, "score": score})
 
 
 def mean_score(found: Mapping[str, Any] | None) -> float | None:
-    """Mean expert-normalised score of an evaluation; None where no task has one."""
+    """Mean expert-normalised score of an evaluation; None if no task has one."""
     scores = [t["expert_normalized"] for t in (found or {"tasks": {}})["tasks"].values()]
     known = [s for s in scores if s is not None]
     return sum(known) / len(known) if known else None

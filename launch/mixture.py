@@ -1,7 +1,7 @@
 """`tiphys mixture`: change the weights of a run's mixture while it trains.
 
-A request is a line of `<run.dir>/mixture.jsonl`. Rank 0 of the run reads new lines after every step, and all ranks put the change
-into the plan's log from the same step on; the log, and with it the change, stands in every checkpoint.
+A request is one line of `<run.dir>/mixture.jsonl`. Rank 0 of the run reads new lines after every step. All ranks then add the
+change to the plan's log, in force from the same step on. Every checkpoint contains that log.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ REQUESTS = "mixture.jsonl"
 
 
 def names(recipe: Recipe) -> list[str]:
-    """The plan's names of the lines of a mixture: `0:datasets/a`, `1:s3://b`."""
+    """The plan's names of the mixture entries: `0:datasets/a`, `1:s3://b`."""
     return [f"{i}:{entry.dataset}" for i, entry in enumerate(recipe.data.mixture)]
 
 
 def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
-    """Ask the run for new weights from step `at` on (0: as soon as it can). Each is `line=weight`: a number or a dataset."""
+    """Ask a run for new weights. Returns a sentence that confirms it.
+
+    weights  `entry=weight` each; an entry is the number of a mixture entry, its dataset, or both (`0:datasets/a`)
+    at       first training step that uses them; 0: as soon as every rank can
+
+    Raises ValueError if an entry is unknown or ambiguous, or a weight is not a number of at least 0; nothing is written then.
+    """
     recipe = _recipe(run_dir)
     known = names(recipe)
     wanted: dict[str, float] = {}
@@ -32,16 +38,18 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
         key, sign, value = item.rpartition("=")
         found = [n for i, n in enumerate(known) if key in (str(i), n, n.partition(":")[2])]
         if not sign or len(found) != 1:
-            raise ValueError(f"{item!r}: write line=weight, where line is one of {', '.join(known)} or its number")
+            raise ValueError(
+                f"{item!r}: write entry=weight; the entries are {', '.join(known)} (the number alone is enough)"
+            )
         try:
             weight = float(value)
         except ValueError:
             weight = -1.0
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"{item!r}: a weight is a number of at least 0")
+            raise ValueError(f"{item!r}: a weight must be a finite number of at least 0")
         wanted[found[0]] = weight
     if not wanted:
-        raise ValueError("no weight given: tiphys mixture RUN set 0=0.5 1=0.5")
+        raise ValueError("no weight was given; write for example: tiphys mixture RUN set 0=0.5 1=0.5")
     line = json.dumps({"step": at, "kind": "weights", "weights": wanted}) + "\n"
     with open(Path(run_dir) / REQUESTS, "a", encoding="utf-8") as file:
         file.write(line)
@@ -53,7 +61,7 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
 
 
 def show(run_dir: str) -> str:
-    """The recipe's weights, and every change that was asked for."""
+    """The weights of the recipe and every change that was asked for, a line each."""
     recipe = _recipe(run_dir)
     lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
     lines += [f"asked: {json.dumps(event)}" for event in _read(Path(run_dir) / REQUESTS, 0)[0]]
@@ -61,7 +69,7 @@ def show(run_dir: str) -> str:
 
 
 def follow(run_dir: str) -> Callable[[], list[dict[str, Any]]]:
-    """A function that returns the requests made since it was last called; those from before this call count as done."""
+    """Returns a function that gives the requests made since its last call. Requests older than this call are never given."""
     path = Path(run_dir) / REQUESTS
     position = path.stat().st_size if path.is_file() else 0
 
@@ -74,7 +82,7 @@ def follow(run_dir: str) -> Callable[[], list[dict[str, Any]]]:
 
 
 def _read(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines from byte `start` on, and where the next read begins."""
+    """The complete lines from byte `start` on, parsed, and the byte at which the next read starts."""
     if not path.is_file() or path.stat().st_size <= start:
         return [], start
     with open(path, "rb") as file:
@@ -87,5 +95,5 @@ def _read(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
 def _recipe(run_dir: str) -> Recipe:
     file = Path(run_dir) / "recipe.yaml"
     if not file.is_file():
-        raise FileNotFoundError(f"{run_dir}: no run (recipe.yaml is not there)")
+        raise FileNotFoundError(f"{run_dir}: not the folder of a run: it has no recipe.yaml")
     return load_recipe(file)

@@ -1,6 +1,6 @@
-"""The whole way, shortened to a coffee: demonstrations, training, evaluation, policy, report.
+"""`tiphys quickstart`: all steps from nothing to a policy: demonstrations, training, evaluation, report.
 
-Each step prints the command that does the same alone.
+Every step prints the command that does the same by itself.
 """
 
 from __future__ import annotations
@@ -28,31 +28,37 @@ DEMONSTRATIONS: dict[str, dict[str, int]] = {
 RECIPE = "quickstart"
 
 
-def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes: int) -> int:
-    """0 when a policy, its evaluation and the report are there. Demonstrations that are there already are kept."""
+def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes: int, verbose: bool = False) -> int:
+    """Returns a `Status`; DONE means that the policy, its evaluation and the report exist. Existing demonstrations are reused."""
     began = time.monotonic()
     for name, tasks in DEMONSTRATIONS.items():
         counts = {task: max(10, round(n * scale)) for task, n in tasks.items()}
         _collect(f"{datasets}/{name}", counts, scored=max(3, round(20 * scale)))
-    told = [*_moved(datasets), *overrides]
-    print(f"\n$ tiphys train {' '.join([RECIPE, *told])}", flush=True)
-    status = submit(RECIPE, told, processes=processes)
-    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in all", flush=True)
+    changes = [*_moved(datasets), *overrides]
+    print(f"\n$ tiphys train {' '.join([RECIPE, *changes])}", flush=True)
+    status = submit(RECIPE, changes, processes=processes, verbose=verbose)
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in total", flush=True)
     return status
 
 
 def _moved(datasets: str) -> list[str]:
-    """Overrides that point the recipe's mixture at another folder."""
-    lines = enumerate(load_recipe(RECIPE).data.mixture)
+    """Overrides that make the mixture entries of the recipe use another folder."""
+    entries = enumerate(load_recipe(RECIPE).data.mixture)
     return [
         f"data.mixture[{i}].dataset={datasets}/{Path(entry.dataset).name}"
-        for i, entry in lines
+        for i, entry in entries
         if entry.dataset != f"{datasets}/{Path(entry.dataset).name}"
     ]
 
 
 def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
-    """`tasks`: demonstrations of each; `scored`: episodes that measure each task's random and expert score."""
+    """Collect a dataset, unless it exists.
+
+    tasks   task -> number of demonstrations
+    scored  episodes that measure the random and the expert score of each task
+
+    Raises FileExistsError if the folder holds other demonstrations.
+    """
     from tiphys.dataio.collect import collect
     from tiphys.dataio.index import EpisodeIndex
 
@@ -60,10 +66,10 @@ def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
         have = EpisodeIndex.open(url)
         counts = {t.name: int((have.task == i).sum()) for i, t in enumerate(have.tasks)}
         if counts == dict(tasks):
-            print(f"{url}: {have.episodes} episodes are there already", flush=True)
+            print(f"{url}: {have.episodes} episodes exist already", flush=True)
             return
         raise FileExistsError(
-            f"{url} holds other demonstrations ({json.dumps(counts)}) than wanted ({json.dumps(dict(tasks))}); "
+            f"{url} holds other demonstrations ({json.dumps(counts)}) than this command needs ({json.dumps(dict(tasks))}); "
             "remove it, or choose another folder with --datasets"
         )
     for task, count in tasks.items():

@@ -1,4 +1,4 @@
-"""One rank of a run, from a recipe to a policy: what `launch/train.py` does once the recipe is right."""
+"""One rank of a run, from a checked recipe to a policy. `launch/train.py` calls `run`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
+from tiphys.dataio.episode import DataError
+from tiphys.launch import rank_reports
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import held_out_batches, loader_arguments, make_plan, open_datasets
-from tiphys.recipes.load import to_yaml
+from tiphys.launch.rank_reports import RankReport
+from tiphys.launch.statuses import Status, stopped_by
+from tiphys.pretrain.callbacks.base import Callback
+from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.parallel import LayoutError, ParallelDims, lost_peer
+from tiphys.recipes.load import RecipeError, to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.sampling import SamplingPlan
-    from tiphys.pretrain.callbacks import Callback
+    from tiphys.pretrain.metrics import StepMetrics
     from tiphys.pretrain.objectives import Objectives
-    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.pretrain.trainer import Trainer
+
+# Errors that the user's input causes. Their message is enough; any other error keeps its traceback.
+REFUSALS = (RecipeError, DataError, LayoutError, CheckpointError, FileNotFoundError, PermissionError)
+# The line of a long error text that says what happened to a connection. It only chooses words.
+_CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|[Rr]emote")
 
 
-# What gloo and NCCL say when the process at the other end of a connection is gone
-_LOST = re.compile(
-    r"onnection (closed|reset|refused)|[Bb]roken pipe|[Tt]imed out|ncclRemoteError|[Rr]emote process exit"
-)
+class LastStep(Callback):
+    """Remembers how many training steps are done, for the report of an error."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.step = trainer.step
+
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        self.step = trainer.step
 
 
-def run(recipe: Recipe) -> int:
-    """Train, evaluate, publish, report. 0 when all is done; 130 when a signal stopped it (saved, to be resumed); 1 when another
-    rank is gone."""
+def run(recipe: Recipe) -> Status:
+    """Train, evaluate, publish, report. Raises what is an error inside Tiphys, after leaving a `RankReport`."""
+    world = ParallelDims(recipe.parallel)
+    last = LastStep()
+    try:
+        if world.rank == 0:
+            rank_reports.remove(recipe.run.dir)
+        world.barrier()  # no rank leaves a report before the old ones are removed
+        objectives, stop = _train(recipe, world, last)
+        world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
+        if stop:
+            return stopped_by(stop)
+        if world.rank == 0:
+            finish(recipe, objectives)
+        return Status.DONE
+    except Exception as error:
+        if lost_peer(error):
+            return _lost(recipe.run.dir, error, last.step)
+        status = Status.REFUSED if isinstance(error, REFUSALS) else Status.CRASHED
+        cause = f"{type(error).__name__}: {error}"
+        rank_reports.write(recipe.run.dir, RankReport(world.rank, last.step, cause, status))
+        if status == Status.CRASHED:
+            raise
+        print(f"tiphys: {error}", file=sys.stderr, flush=True)
+        return status
+
+
+def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objectives, int]:
+    """Train on every rank. Returns the signal that stopped the run early, or 0."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -41,10 +86,8 @@ def run(recipe: Recipe) -> int:
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
-    from tiphys.pretrain.parallel import ParallelDims
     from tiphys.pretrain.trainer import Trainer
 
-    world = ParallelDims(recipe.parallel)
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
@@ -61,38 +104,44 @@ def run(recipe: Recipe) -> int:
         arguments = loader_arguments(recipe, objectives, cache=cache.budget)
         loader = TrajectoryLoader(plan, world.home, **arguments, peers=cache.peers, stop=recipe.train.steps)
     with loader or nullcontext():
-        stages = [cache, *callbacks(recipe, objectives, indexes, world)]
+        stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
-        try:
-            done = trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
-        except RuntimeError as error:
-            if not _LOST.search(str(error)):
-                raise
-            saved = Checkpoint.newest_whole(recipe.run.dir)
-            print(lost(error, trainer.step, saved.step if saved else 0), file=sys.stderr, flush=True)
-            return 1
-    rank = world.rank
-    world.close()  # nothing collective from here on: the other ranks' cores are free for the evaluation
-    if not done:
-        return 130
-    return finish(recipe, objectives) if rank == 0 else 0
+        trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+    return objectives, trainer.stop_signal
 
 
-def lost(error: Exception, step: int, saved: int) -> str:
-    """What to say where another process of the run is gone: which connection, and how to go on."""
-    how = next((line for line in str(error).splitlines() if _LOST.search(line)), str(error)).strip()
+def _lost(run_dir: str, error: Exception, step: int) -> Status:
+    """Say that another rank is gone, and why if it left a report. Its status if it did, else TRY_AGAIN."""
+    from tiphys.pretrain.checkpoint import Checkpoint
+
+    saved = Checkpoint.newest_whole(run_dir)
+    reports = rank_reports.read(run_dir)
+    print(lost(error, step, saved.step if saved else 0, reports), file=sys.stderr, flush=True)
+    return reports[0].status if reports else Status.TRY_AGAIN
+
+
+def lost(error: Exception, step: int, saved: int, reports: list[RankReport]) -> str:
+    """What a rank says if another one is gone: which connection broke, what the other reported, how to go on.
+
+    step   training steps done
+    saved  step of the newest whole checkpoint; 0: there is none
+    """
+    how = next((line for line in str(error).splitlines() if _CONNECTION.search(line)), str(error)).strip()
+    known = " ".join(f"Rank {r.rank} reported after step {r.step}: {r.cause}." for r in reports)
     return (
         f"tiphys: after step {step}: another process of this run is gone or cannot be reached ({how}). "
-        "If it wrote an error, that is the cause; if not, its machine failed or ran out of memory. The same command resumes "
-        + (f"from step {saved}" if saved else "from the beginning: nothing was saved yet")
+        + (known or "It left no report: it was killed, its machine failed, or it ran out of memory.")
+        + (" Once that is fixed, the" if reports else " The")
+        + " same command resumes from "
+        + (f"step {saved}" if saved else "the beginning: no checkpoint has been written yet")
     )
 
 
 def callbacks(
     recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
 ) -> list[Callback]:
-    """The stages beside the loop, in the order in which they act."""
+    """The callbacks of a run, in the order in which they act."""
     from tiphys.pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
 
     names = [task.name for task in objectives.tasks]
@@ -120,7 +169,7 @@ def callbacks(
 
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
-    """What is about to run, before it does: layout, model, derived values, data."""
+    """Print what is about to run: layout, model, batch, data, and the values that were derived for DeepSpeed."""
     parameters = sum(p.numel() for p in engine.module.parameters())
     episodes = sum(entry.index.episodes for entry in plan.entries)
     world = engine.world
@@ -128,7 +177,8 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"run          {recipe.run.dir}  (recipe {recipe.name})",
         f"layout       {world.world} processes = {world.pipeline} pipeline × {world.data} data, {world.expert} expert; "
         f"ZeRO-{engine.zero_stage}, {'bf16' if engine.bf16 else 'fp32'}",
-        f"model        {parameters / 1e6:.2f}M parameters on this rank, {recipe.model.layers} layers of {recipe.model.hidden}",
+        f"model        {parameters / 1e6:.2f}M parameters on this rank, "
+        f"{recipe.model.layers} layers of width {recipe.model.hidden}",
         f"batch        {engine.rows} rows × {objectives.length} positions; "
         f"{engine.accumulation} × {engine.micro_batch} rows a rank",
         f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
@@ -138,5 +188,5 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """The resolved recipe beside the run, whole or not at all."""
+    """Write the resolved recipe, with all defaults and overrides, to `<run.dir>/recipe.yaml`."""
     write_text(Path(recipe.run.dir) / "recipe.yaml", to_yaml(recipe))

@@ -3,16 +3,11 @@
 `GROUP` episodes are played together in one process, with one forward pass for each step. A group depends only on its task and its
 seeds, so the result does not depend on the number of processes. The default seeds are reserved for evaluation: `collect` makes no
 demonstration with them (`tiphys.dataio.collect`).
-
-`python -m tiphys.pretrain.evaluate FOLDER --out evaluation.json` does the same from the command line; `start` starts it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -119,36 +114,6 @@ def evaluate(
     return result
 
 
-def start(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    """Start the same in a new process, for which the caller polls or waits. The options are those of `evaluate`.
-
-    The process does not inherit the launcher's ranks and rendezvous, and it uses no GPU, because the training needs them.
-    """
-    command = [sys.executable, "-m", "tiphys.pretrain.evaluate", str(folder), "--out", str(out)]
-    for name, value in options.items():
-        if value is True:
-            command.append(f"--{name}")
-        elif isinstance(value, (list, tuple)):
-            command += [f"--{name}", *map(str, value)] if value else []
-        elif value is not None and value is not False and value != "":
-            command += [f"--{name}", str(value)]
-    if tasks:
-        command += ["--tasks", *tasks]
-    ranks = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "CROSS_RANK",
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in ranks}
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
-    return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"})
-
-
 def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
     """The tasks to play. They are checked before any process starts."""
     from tiphys.pretrain.acting.policy import Policy
@@ -235,31 +200,3 @@ def _start(folder: str, sample: bool, device: str) -> None:
 def _environments(task: str) -> list[Environment]:
     """The environments of a task that this process has made so far."""
     return []
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiphys.pretrain.evaluate", description="Play episodes with a policy, and score them."
-    )
-    parser.add_argument("folder")
-    parser.add_argument("--tasks", nargs="*", default=[])
-    parser.add_argument("--episodes", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEEDS)
-    parser.add_argument("--processes", type=int, default=0)
-    parser.add_argument("--sample", action="store_true")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--pictures", default="")
-    parser.add_argument("--videos", type=int, default=1)
-    parser.add_argument("--demonstrations", nargs="*", default=[])
-    parser.add_argument("--device", default="")
-    options = vars(parser.parse_args(arguments))
-    try:
-        evaluate(options.pop("folder"), options.pop("tasks") or None, **options)
-    except (DataError, OSError, RuntimeError) as error:
-        print(f"evaluation failed: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

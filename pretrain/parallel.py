@@ -7,10 +7,13 @@ the data-parallel ranks of one stage into groups of `expert` neighbours; the exp
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.pretrain.distributed.layout_errors import Error, grid_errors
@@ -31,6 +34,40 @@ def refuse(errors: Iterable[Error]) -> None:
     lines = [f"{key}: {reason}" for key, reason in errors]
     if lines:
         raise LayoutError("\n".join(lines))
+
+
+class PeerLost(RuntimeError):
+    """Another process of this launch is gone or cannot be reached, so a collective operation failed."""
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Gloo raises a plain RuntimeError if a connection breaks or times out; this turns it into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(str(error)) from error
+
+
+def lost_peer(error: BaseException) -> bool:
+    """True if `error` says that another process of this launch is gone or cannot be reached.
+
+    Collectives of `ParallelDims` raise PeerLost, and NCCL raises torch's DistError. In other collectives, such as DeepSpeed's,
+    gloo raises a plain RuntimeError. It counts if it was raised by a call of torch.distributed or by DeepSpeed's wait for one.
+    """
+    import deepspeed
+    import torch.distributed
+
+    if isinstance(error, PeerLost | torch.distributed.DistError):
+        return True
+    if type(error) is not RuntimeError:
+        return False
+    torchs, deepspeeds = Path(torch.distributed.__file__).parent, Path(deepspeed.__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)[-2:]
+    if any(Path(frames[-1].filename).is_relative_to(folder) for folder in (torchs, deepspeeds / "comm")):
+        return True
+    # `handle.wait()` is compiled code: the last line of Python is the one that calls it, or DeepSpeed's wrapper around it.
+    return any(Path(f.filename).is_relative_to(deepspeeds) and ".wait" in (f.line or "") for f in frames)
 
 
 @dataclass(frozen=True)
@@ -121,7 +158,8 @@ class ParallelDims(Grid):
         import torch.distributed as dist
 
         out: list[Any] = [None] * self.world
-        dist.all_gather_object(out, value, group=self.control)
+        with _collective():
+            dist.all_gather_object(out, value, group=self.control)
         return out
 
     def barrier(self) -> None:
@@ -129,7 +167,8 @@ class ParallelDims(Grid):
         if self.control is not None:
             import torch.distributed as dist
 
-            dist.barrier(group=self.control)
+            with _collective():
+                dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Leave the process group. No collective works afterwards."""
@@ -147,11 +186,15 @@ class Sum:
         import torch.distributed as dist
 
         self._tensor = torch.tensor(list(values), dtype=torch.float64)
-        self._work = dist.all_reduce(self._tensor, group=group, async_op=True) if group is not None else None
+        self._work = None
+        if group is not None:
+            with _collective():
+                self._work = dist.all_reduce(self._tensor, group=group, async_op=True)
 
     def result(self) -> list[float]:
         if self._work is not None:
-            self._work.wait()
+            with _collective():
+                self._work.wait()
             self._work = None
         return self._tensor.tolist()
 

@@ -82,7 +82,7 @@ class Trainer:
         self.world, self.steps = engine.world, recipe.train.steps
         self.resumed: Checkpoint | None = None
         self.peak = 0.0  # FLOP/s of all processes together
-        self.stopped = False
+        self.stop_signal = 0  # SIGINT or SIGTERM if one stopped the run early, the same on every rank
         self._counters: list[str] | None = None
 
     @property
@@ -107,6 +107,11 @@ class Trainer:
             self._notify("close")
         return not self.stopped
 
+    @property
+    def stopped(self) -> bool:
+        """A signal stopped the run early."""
+        return self.stop_signal != 0
+
     def _loop(self, signals: Signals) -> None:
         clock = Stopwatch()
         for batch, wait, loaded in self._batches():
@@ -119,7 +124,7 @@ class Trainer:
                 )
             self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
             if stop:
-                self.stopped = True
+                self.stop_signal = stop
                 break
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
@@ -171,21 +176,23 @@ class Trainer:
         self.engine.announce(batch)
         return batch, watch.lap(), loaded
 
-    def _ask(self, stop: bool, wait: float, loaded: Loaded | None) -> _Question:
+    def _ask(self, stop: int, wait: float, loaded: Loaded | None) -> _Question:
         """Start the sum of what the ranks must agree on, while the step runs: whether to stop, and what their loaders saw."""
         counters = loaded.counters if loaded is not None else {}
         if self._counters is None:  # every rank must send the same numbers: agree once on their names
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
         events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
-        return _Question(events, self.world.sum([stop, loaded is not None, wait, len(events), *values]))
+        stops = [stop == signal.SIGINT, stop == signal.SIGTERM]
+        return _Question(events, self.world.sum([*stops, loaded is not None, wait, len(events), *values]))
 
-    def _answer(self, question: _Question, step: int) -> tuple[bool, float, dict[str, float]]:
-        """The same on every rank: (stop, mean wait of the loaders, their counters: summed, rates averaged).
+    def _answer(self, question: _Question, step: int) -> tuple[int, float, dict[str, float]]:
+        """The same on every rank: (signal that stops the run or 0, mean wait of the loaders, their counters: summed, rates
+        averaged). SIGINT goes before SIGTERM.
 
         Events that any rank had go into the plan's log.
         """
-        stops, loaders, waits, changes, *totals = question.sums.result()
+        interrupts, terminations, loaders, waits, changes, *totals = question.sums.result()
         if changes:
             self._change([event for some in self.world.gather(question.events) for event in some], step + 2)
         named = dict(zip(self._counters or (), totals, strict=True))
@@ -193,7 +200,8 @@ class Trainer:
             name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
             for name, total in named.items()
         }
-        return stops > 0, waits / max(loaders, 1.0), means
+        stop = signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0
+        return int(stop), waits / max(loaders, 1.0), means
 
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Put events into the plan's log, the same on every rank; in force from `first` on, for the step before is drawn."""
@@ -213,7 +221,8 @@ class Signals:
     """
 
     def __init__(self, speaks: bool) -> None:
-        self.asked, self._interrupts, self._speaks = False, 0, speaks
+        self.asked = 0  # the first signal that came
+        self._interrupts, self._speaks = 0, speaks
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -232,4 +241,4 @@ class Signals:
         if self._speaks and not self.asked:
             # os.write: print may be what was interrupted
             os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; Ctrl-C again ends at once\n")
-        self.asked = True
+        self.asked = self.asked or number

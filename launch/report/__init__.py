@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page of a run."""
+"""`report.html`: one page about a run that needs no other file."""
 
 from tiphys.launch.report.page import write_report
 

@@ -1,4 +1,7 @@
-"""One HTML page of a run: curves, expert use, the table of its evaluation, pictures of its rollouts. No script, no network."""
+"""The HTML page about a run: scores, curves, use of experts, pictures of episodes, the recipe.
+
+The page has no script and loads nothing from the network.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `<run_dir>/report.html` from what the run has left there. Raises FileNotFoundError where there is no run."""
+    """Write `<run_dir>/report.html` from the files of a run and return its path.
+
+    Raises FileNotFoundError if the folder has no metrics.jsonl.
+    """
     folder = Path(run_dir)
     if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder}: no run (metrics.jsonl is not there)")
+        raise FileNotFoundError(f"{folder}: not the folder of a run that has trained: it has no metrics.jsonl")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     page = render(lines, _json(folder / "evaluation.json"), _text(folder / "recipe.yaml"), folder / "pictures")
     target = folder / "report.html"
@@ -33,7 +39,13 @@ def write_report(run_dir: str | Path) -> Path:
 def render(
     lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None, recipe: str, pictures: Path
 ) -> str:
-    """The page. `lines`: metrics.jsonl; `evaluation`: evaluation.json, where there is one; `recipe`: the resolved YAML."""
+    """The page as text.
+
+    lines       of metrics.jsonl
+    evaluation  contents of evaluation.json, or None
+    recipe      the resolved recipe as YAML, or ""
+    pictures    folder of the pictures that `evaluation` names
+    """
     train = [line for line in lines if "kind" not in line]
     name = (yaml.safe_load(recipe) or {}).get("name", "run") if recipe else "run"
     parts = [
@@ -44,7 +56,7 @@ def render(
         _curves(lines, train),
         _experts(lines),
         _pictures(evaluation, pictures),
-        "<h2>Recipe</h2><div class='card'><details><summary>as it was resolved</summary>"
+        "<h2>Recipe</h2><div class='card'><details><summary>with all defaults and overrides</summary>"
         f"<pre>{html.escape(recipe)}</pre></details></div>",
     ]
     return (
@@ -55,9 +67,9 @@ def render(
 
 def _when(train: Sequence[Mapping[str, Any]]) -> str:
     if not train:
-        return "no step yet"
+        return "no training step yet"
     last = train[-1]
-    return f"{last['step']} steps; {last['rows']} rows and about {last['tokens']} tokens a step"
+    return f"{last['step']} steps; {last['rows']} rows and about {last['tokens']} tokens per step"
 
 
 def _facts(train: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None) -> str:
@@ -65,14 +77,14 @@ def _facts(train: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | N
     if evaluation:
         scores = [t["expert_normalized"] for t in evaluation["tasks"].values() if t["expert_normalized"] is not None]
         if scores:
-            facts.append((f"{sum(scores) / len(scores):.2f}", f"expert-normalised, mean of {len(scores)} tasks"))
+            facts.append((f"{sum(scores) / len(scores):.2f}", f"expert-normalised score, mean of {len(scores)} tasks"))
     if train:
         late = train[len(train) // 2 :]
         facts += [
             (f"{train[-1]['loss']:.3f}", "loss of the last step"),
-            (_number(_mean(late, "tokens_per_second")), "tokens a second"),
+            (_number(_mean(late, "tokens_per_second")), "tokens per second"),
             (f"{100 * _mean(late, 'mfu'):.1f} %", "model FLOPs utilisation"),
-            (f"{100 * _wait(late):.1f} %", "of the time waiting for data"),
+            (f"{100 * _wait(late):.1f} %", "of the time spent waiting for data"),
         ]
     return (
         "<div class='facts'>"
@@ -131,8 +143,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     return (
         "<h2>Evaluation</h2><div class='card scroll'><table><thead><tr>"
         f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class='sub'>Normalised: 0 is random actions, 1 the expert. Seen states: share of the evaluation's states that "
-        "stand in the demonstrations too, where observations are small and discrete.</p>"
+        "<p class='sub'>Normalised: 0 is the score of random actions, 1 that of the expert. Seen states: share of the states of "
+        "the evaluation that also occur in the demonstrations (only for small, discrete observations).</p>"
     )
 
 
@@ -153,9 +165,9 @@ def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any
         ("Loss by task", svg.lines({t: svg.smooth(p) for t, p in by_task.items()}, log=True)),
         ("Gradient norm", svg.lines({"norm": svg.smooth(_series(train, "gradient_norm"))}, log=True)),
         ("Learning rate", svg.lines({"rate": _series(train, "learning_rate")})),
-        ("Tokens a second", svg.lines({"tokens/s": svg.smooth(_series(train, "tokens_per_second"))})),
+        ("Tokens per second", svg.lines({"tokens/s": svg.smooth(_series(train, "tokens_per_second"))})),
         ("Balance and z-loss", svg.lines({"auxiliary": svg.smooth(_series(train, "auxiliary"))})),
-        ("Waiting for data, share of a step", svg.lines({"wait": svg.smooth(_shares(train))})),
+        ("Waiting for data, share of the step", svg.lines({"wait": svg.smooth(_shares(train))})),
         ("Cache", svg.lines(_cache(train))),
         ("Peak memory of a process, GiB", svg.lines({"peak": _memory(train)})),
     ]
@@ -179,8 +191,8 @@ def _memory(train: Iterable[Mapping[str, Any]]) -> Points:
 
 
 def _cache(train: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """Share of the bytes that the cache held, beside the share that theory allows."""
-    names = {"cache_hit_rate": "hit rate", "cache_hit_bound": "bound"}
+    """Share of the bytes that came from the cache, and the best share that a cache of this size can reach."""
+    names = {"cache_hit_rate": "hit rate", "cache_hit_bound": "best possible"}
     return {
         shown: [(line["step"], line["loader"][key]) for line in train if key in line.get("loader", {})]
         for key, shown in names.items()
@@ -188,7 +200,7 @@ def _cache(train: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
 
 
 def _experts(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A heat map a layer of the last count: which tasks use which experts."""
+    """One heat map per layer, of the last count: which tasks use which experts."""
     counted = [line for line in lines if line.get("kind") == "experts"]
     if not counted:
         return ""
@@ -213,7 +225,7 @@ def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
                 data = base64.b64encode(path.read_bytes()).decode()
                 image = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
                 cards.append(f"<div class='card'><h3>{html.escape(name)}</h3>{image}</div>")
-    return f"<h2>Rollouts</h2>{''.join(cards)}" if cards else ""
+    return f"<h2>Episodes of the evaluation</h2>{''.join(cards)}" if cards else ""
 
 
 def _json(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Small inline SVG charts for the report: a line chart and a heat map, in the page's own colours, without any script."""
+"""Small inline SVG charts for the report: a line chart and a heat map. The page's style sheet gives the colours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
 
 
 def lines(series: Mapping[str, Points], *, x: str = "step", unit: str = "", log: bool = False) -> str:
-    """A line chart. `series`: name -> (x, y) in ascending x; values that are not finite are left out.
+    """A line chart.
 
-    log  a logarithmic y axis, where every value is positive
+    series  name -> points (x, y) in ascending x; points whose y is not finite are left out
+    x       label of the x axis
+    unit    written after every number of the y axis
+    log     use a logarithmic y axis if every value is positive
     """
     clean = {n: [(float(a), float(b)) for a, b in p if math.isfinite(b)] for n, p in series.items()}
     clean = {n: p for n, p in clean.items() if p}
@@ -55,7 +58,7 @@ def lines(series: Mapping[str, Points], *, x: str = "step", unit: str = "", log:
 
 
 def heat(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> str:
-    """A heat map of shares in [0, 1], scaled to the largest; rows and columns are labelled, each cell shows its number."""
+    """A heat map of shares in [0, 1]. The largest share has the full colour. Each cell shows its share in percent."""
     cell_w, cell_h, label = max(34, min(64, 640 // max(1, len(columns)))), 22, 190
     width, height = label + cell_w * len(columns) + 4, 22 + cell_h * len(rows) + 4
     top = max((v for row in values for v in row if math.isfinite(v)), default=1.0) or 1.0
@@ -111,7 +114,7 @@ def _short(value: float) -> str:
 
 
 def smooth(points: Points, window: int = 25) -> list[tuple[float, float]]:
-    """A running mean over `window` points, where there are enough of them."""
+    """A running mean over `window` points; the points themselves if there are fewer than 2 · `window`."""
     if len(points) < 2 * window:
         return list(points)
     out, total = [], 0.0

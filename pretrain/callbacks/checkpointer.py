@@ -57,8 +57,13 @@ class Checkpointer(Callback):
             self.save(trainer)
         self.writer.wait()
         self._tell(trainer)
-        if trainer.stopped and trainer.world.rank == 0:
-            print(f"stopped after step {trainer.step}, which is saved; the same command resumes from there", flush=True)
+        if trainer.stopped:
+            if trainer.world.rank == 0:
+                print(
+                    f"stopped after step {trainer.step}, which is saved; the same command resumes from there",
+                    flush=True,
+                )
+            trainer.world.barrier()  # a launcher ends the other ranks as soon as one has ended
 
     def save(self, trainer: Trainer) -> None:
         self.writer.save(trainer.engine, trainer.state(), self._committed.append)

@@ -1,4 +1,4 @@
-"""A run over two hosts is the run of one; when a host is gone the run ends and says so, and a resume goes on exactly."""
+"""A run over two hosts has the losses of a run on one. If a host is lost, the run ends and says so, and a resume is exact."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def recipe(place: Path, data: str, name: str, steps: int) -> Path:
 
 
 def on_one_host(place: Path, data: str, steps: int, processes: int) -> dict[int, float]:
-    """Losses of the same run on this machine; one process needs no launcher."""
+    """Losses of the same run on this machine. One process needs no launcher."""
     file = recipe(place, data, "one", steps)
-    command = [sys.executable, str(TRAIN), str(file)]
+    command = [sys.executable, "-m", TRAIN[1], str(file)]
     if processes > 1:
-        command = [*launcher(processes), str(TRAIN), str(file)]
+        command = [*launcher(processes), *TRAIN, str(file)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=place, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return losses(place / "one" / "metrics.jsonl")
@@ -78,7 +78,7 @@ def test_two_hosts_have_the_losses_of_one(hosts: list[Host], folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_host_that_is_gone_ends_the_run_and_a_resume_goes_on(
+def test_a_lost_host_ends_the_run_and_a_resume_gives_the_same_losses(
     victim: int, hosts: list[Host], folder: Path, tmp_path: Path
 ) -> None:
     expected = on_one_host(tmp_path, str(folder / "cartpole"), 30, 2)

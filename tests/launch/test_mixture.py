@@ -1,4 +1,4 @@
-"""Requests for new weights reach a run once each, whole, and only for lines that it has."""
+"""Every request for new weights reaches a run once, complete, and only if the run has the entry."""
 
 import json
 
@@ -20,13 +20,13 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_a_request_is_seen_once_and_whole(run):
+def test_a_request_is_seen_once_and_complete(run):
     request(run, ["a=0.5"])
     fresh = follow(run)
-    assert fresh() == []  # made before this run began
+    assert fresh() == []  # older than this call of follow
     request(run, ["1=3", "0=1"], at=70)
     with open(run / REQUESTS, "a") as file:
-        file.write('{"step": 1, "ki')  # still being written
+        file.write('{"step": 1, "ki')  # half written
     assert fresh() == [{"step": 70, "kind": "weights", "weights": {"1:s3://b/c": 3.0, "0:a": 1.0}}]
     with open(run / REQUESTS, "a") as file:
         file.write('nd": "weights", "weights": {}}\n')
@@ -35,7 +35,7 @@ def test_a_request_is_seen_once_and_whole(run):
 
 
 @pytest.mark.parametrize("wrong", ["b=1", "0", "0=-1", "0=nan", "0=inf", "2=1", "0=x"])
-def test_what_cannot_be_meant_is_refused_and_nothing_is_written(run, wrong):
+def test_an_invalid_request_is_refused_and_nothing_is_written(run, wrong):
     with pytest.raises(ValueError, match="weight"):
         request(run, ["1=1", wrong])
     assert not (run / REQUESTS).exists()
@@ -49,5 +49,5 @@ def test_show_lists_weights_and_requests(run):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run"):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         request(tmp_path, ["0=1"])

@@ -247,7 +247,7 @@ def test_training_continues_with_fewer_processes_and_finds_the_others_caches(tmp
         settings = {"data": f"{url}/cartpole", "run": tmp_path / name, "cache": tmp_path / f"cache-{name}"}
         # As much memory for each loader as before: so little memory bounds the number of units, and so decides their length
         file.write_text(RECIPE.format(**settings, steps=steps, memory=192 * processes))
-        command = [*launcher(processes), str(TRAIN), str(file)]
+        command = [*launcher(processes), *TRAIN, str(file)]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 

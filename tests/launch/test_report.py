@@ -1,4 +1,4 @@
-"""The report is one page that needs nothing else, and says what the run's files say."""
+"""The report is one page that needs no other file and shows what the files of the run say."""
 
 import json
 from html.parser import HTMLParser
@@ -59,17 +59,17 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_page_is_whole_and_needs_no_network(run):
+def test_the_page_is_complete_and_needs_no_network(run):
     page = write_report(run).read_text()
     links = Links()
     links.feed(page)
     assert links.found == []
     assert "script" not in links.tags
-    assert links.tags.count("svg") == 8 + 2  # curves, and a heat map a layer
+    assert links.tags.count("svg") == 8 + 2  # curves, and one heat map per layer
     assert "data:image/png;base64," in page
 
 
-def test_it_says_what_the_files_say_and_escapes_names(run):
+def test_it_shows_what_the_files_say_and_escapes_names(run):
     page = write_report(run).read_text()
     assert "<h1>a run</h1>" in page
     assert "&lt;b&gt;task&lt;/b&gt;" in page
@@ -82,9 +82,9 @@ def test_it_says_what_the_files_say_and_escapes_names(run):
 def test_a_run_without_evaluation_or_steps_still_has_a_page(run):
     (run / "evaluation.json").unlink()
     (run / "metrics.jsonl").write_text("")
-    assert "no step yet" in write_report(run).read_text()
+    assert "no training step yet" in write_report(run).read_text()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run"):
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         write_report(tmp_path)

@@ -62,5 +62,5 @@ if __name__ == "__main__":
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--pipeline", type=int, default=1)
     a = parser.parse_args()
-    done, _ = train(a.run, a.steps, kill_at=a.kill_at, pause=a.pause, pipeline=a.pipeline)
-    sys.exit(0 if done else 130)
+    done, trained = train(a.run, a.steps, kill_at=a.kill_at, pause=a.pause, pipeline=a.pipeline)
+    sys.exit(0 if done else 128 + trained.stop_signal)

@@ -1,0 +1,91 @@
+"""The command line explains itself, and its exit statuses say what happened."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.launch import cli, commands, submit
+from tiphys.launch.statuses import Status, stopped_by
+
+DATA = Path(__file__).parents[1] / "golden" / "data"
+
+
+def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, below in action.choices.items():
+                yield from parsers(below, f"{name} {command}")
+
+
+def test_every_argument_has_a_help_text_and_every_option_its_default() -> None:
+    for name, parser in parsers(cli._parser(), "tiphys"):
+        parser.format_help()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            assert action.help, f"{name}: {action.dest}"
+            if action.option_strings and action.nargs != 0:
+                assert "(default: " in action.help or "(required)" in action.help, f"{name}: {action.dest}"
+
+
+def test_every_command_exists_and_the_help_lists_all_statuses() -> None:
+    for name, parser in parsers(cli._parser(), "tiphys"):
+        command = parser.get_default("command")
+        assert command is None or hasattr(commands, command), name
+    text = cli._parser().format_help()
+    assert all(f"{status.value}  {status.meaning}" in text for status in Status)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("no"), Status.REFUSED),
+        (FileNotFoundError("no"), Status.REFUSED),
+        (KeyboardInterrupt(), Status.INTERRUPTED),
+        (BrokenPipeError(), Status.BROKEN_PIPE),
+    ],
+)
+def test_errors_of_the_user_have_a_status_and_no_traceback(
+    error: BaseException, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(args: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(commands, "objectives", fail)
+    assert cli.main(["objectives"]) == status
+
+
+def test_a_command_line_that_is_not_valid_has_the_status_of_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == Status.USAGE
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == Status.USAGE
+
+
+def test_append_takes_whole_names_of_datasets(tmp_path: Path) -> None:
+    assert cli.main(["dataset", "merge", str(tmp_path / "all"), str(DATA / "cart")]) == Status.DONE
+    assert (
+        cli.main(["dataset", "append", str(tmp_path / "all"), str(DATA / "grid"), str(DATA / "pendulum")])
+        == Status.DONE
+    )
+    parts = [EpisodeIndex.open(str(DATA / name)).episodes for name in ("cart", "grid", "pendulum")]
+    assert EpisodeIndex.open(str(tmp_path / "all")).episodes == sum(parts)
+
+
+def test_the_launchers_status_is_translated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [submit.explain(status) for status in Status] == list(Status)
+    assert submit.explain(256 - signal.SIGKILL) == Status.TRY_AGAIN
+    assert "killed by SIGKILL" in capsys.readouterr().err
+    assert submit.explain(256 - signal.SIGSEGV) == Status.CRASHED
+    assert "killed by SIGSEGV" in capsys.readouterr().err
+    assert submit.explain(-signal.SIGKILL, asked=signal.SIGINT) == stopped_by(signal.SIGINT) == Status.INTERRUPTED
+    assert submit.explain(Status.TRY_AGAIN, asked=signal.SIGTERM) == Status.TERMINATED
+    assert submit.explain(Status.REFUSED, asked=signal.SIGTERM) == Status.REFUSED
