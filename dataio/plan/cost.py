@@ -68,7 +68,8 @@ class Costs:
         total: Ints = np.zeros(np.broadcast(stratum, start, steps).shape, np.int64)
         for tokens, period in zip(self.tokens, self.period):
             p = period[stratum]
-            total = total + tokens[stratum] * ((begin + steps - 1) // p - (begin - 1) // p)
+            times: Ints = (begin + steps - 1) // p - (begin - 1) // p
+            total = total + tokens[stratum] * times
         return total
 
     def fit(self, stratum: Ints, room: Ints) -> Ints:

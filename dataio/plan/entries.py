@@ -52,7 +52,7 @@ class EntryLengths:
         cls,
         units: NDArray,
         window: int | Sequence[int],
-        tokens: int | Sequence[int] = 1,
+        tokens: int | Sequence[int] | NDArray = 1,
         *,
         tasks: int = 1,
         fixed: NDArray | None = None,
