@@ -150,6 +150,10 @@ class SamplingPlan:
             self._forget()
         return self._phases[-1].entries
 
+    def check(self, event: Event) -> None:
+        """Raises DataError if an event does not fit this plan; changes nothing."""
+        self._history.phases([*self.log.events, event])
+
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def row_buckets(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.int32]]:

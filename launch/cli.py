@@ -115,14 +115,21 @@ def _run_commands(commands: Any) -> None:
     p.add_argument("--no-data", action="store_true", help="do not open the datasets")
     p.set_defaults(command="check")
 
-    p = commands.add_parser("mixture", help="show or change the mixture weights of a run while it trains")
+    p = commands.add_parser("mixture", help="show or change the mixture of a run while it trains")
     p.add_argument("run", help="folder of the run")
-    p.add_argument("action", choices=("show", "set"), help="print the weights, or ask the run for new ones")
+    p.add_argument(
+        "action", choices=("show", "set", "add"), help="print the weights, ask the run for new ones, or add datasets"
+    )
     p.add_argument(
         "weights",
         nargs="*",
         metavar="entry=weight",
-        help="mixture entry (its number or its dataset) and its new weight",
+        help="set: mixture entry (its number or its dataset) and its new weight; add: dataset and its weight",
+    )
+    p.add_argument(
+        "--like",
+        default="0",
+        help="add: mixture entry whose objective is learned on the datasets (default: %(default)s)",
     )
     p.add_argument(
         "--at", type=int, default=0, help="first training step that uses them (default: as soon as every rank can)"

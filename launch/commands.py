@@ -50,10 +50,12 @@ def check(args: Namespace) -> int:
 
 
 def mixture(args: Namespace) -> int:
-    from tiphys.launch.mixture import request, show
+    from tiphys.launch.mixture import add, request, show
 
     if args.action == "show":
         print(show(args.run))
+    elif args.action == "add":
+        print(add(args.run, args.weights, args.like, args.at))
     else:
         print(request(args.run, args.weights, args.at))
     return Status.DONE

@@ -1,21 +1,27 @@
-"""`tiphys mixture`: change the weights of a run's mixture while it trains.
+"""`tiphys mixture`: change the mixture of a run while it trains.
 
-A request is one line of `<run.dir>/mixture.jsonl`. Rank 0 of the run reads new lines after every step. All ranks then add the
-change to the plan's log, in force from the same step on. Every checkpoint contains that log.
+A request is an event of the plan's log (`tiphys.dataio.plan.log`) that is appended to `<run.dir>/plan.jsonl`. Rank 0 of the run
+reads new lines after every step. All ranks then add the event to the plan's log, in force from the same step on. Every checkpoint
+contains that log.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import PlanLog
 from tiphys.recipes.load import load_recipe
 from tiphys.recipes.schema import Recipe
 
-REQUESTS = "mixture.jsonl"
+if TYPE_CHECKING:
+    from tiphys.dataio.sampling import SamplingPlan
+
+REQUESTS = "plan.jsonl"
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -36,60 +42,101 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
     wanted: dict[str, float] = {}
     for item in weights:
         key, sign, value = item.rpartition("=")
-        found = [n for i, n in enumerate(known) if key in (str(i), n, n.partition(":")[2])]
-        if not sign or len(found) != 1:
+        if not sign:
             raise ValueError(
                 f"{item!r}: write entry=weight; the entries are {', '.join(known)} (the number alone is enough)"
             )
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = -1.0
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{item!r}: a weight must be a finite number of at least 0")
-        wanted[found[0]] = weight
+        wanted[_entry(key, known)] = _weight(value, item)
     if not wanted:
         raise ValueError("no weight was given; write for example: tiphys mixture RUN set 0=0.5 1=0.5")
-    line = json.dumps({"step": at, "kind": "weights", "weights": wanted}) + "\n"
-    with open(Path(run_dir) / REQUESTS, "a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    return f"asked {run_dir} for {', '.join(f'{n} = {w:g}' for n, w in wanted.items())}" + (
-        f" from step {at} on" if at else ""
-    )
+    PlanLog(_requests(run_dir)).append({"step": at, "kind": "weights", "weights": wanted})
+    return f"asked {run_dir} for {', '.join(f'{n} = {w:g}' for n, w in wanted.items())}{_from(at)}"
+
+
+def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
+    """Ask a run to take further datasets into its mixture. Returns a sentence that confirms it.
+
+    datasets  `dataset=weight` each
+    like      the mixture entry whose objective is learned on them: its number, its dataset, or both
+    at        first training step that may draw from them; 0: as soon as every rank can
+
+    Raises ValueError if `like` is unknown or a weight is no number of at least 0, and what opening a dataset raises.
+    """
+    from tiphys.dataio.index import EpisodeIndex
+
+    known = names(_recipe(run_dir))
+    log = PlanLog(_requests(run_dir))
+    number = len(known) + sum(event["kind"] == "dataset" for event in log.events)
+    for item in datasets:
+        dataset, sign, value = item.rpartition("=")
+        if not sign:
+            raise ValueError(f"{item!r}: write dataset=weight")
+        event = {"step": at, "kind": "dataset", "entry": f"{number}:{dataset}", "dataset": dataset}
+        event |= {
+            "digest": EpisodeIndex.open(dataset).fingerprint,
+            "like": _entry(like, known),
+            "weight": _weight(value, item),
+        }
+        log.append(event)
+        number += 1
+    return f"asked {run_dir} to take in {', '.join(datasets)}, learned like {like}{_from(at)}"
 
 
 def show(run_dir: str) -> str:
     """The weights of the recipe and every change that was asked for, a line each."""
     recipe = _recipe(run_dir)
     lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
-    lines += [f"asked: {json.dumps(event)}" for event in _read(Path(run_dir) / REQUESTS, 0)[0]]
+    lines += [f"asked: {json.dumps(event)}" for event in PlanLog(_requests(run_dir)).events]
     return "\n".join(lines)
 
 
-def follow(run_dir: str) -> Callable[[], list[dict[str, Any]]]:
-    """Returns a function that gives the requests made since its last call. Requests older than this call are never given."""
-    path = Path(run_dir) / REQUESTS
-    position = path.stat().st_size if path.is_file() else 0
+def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]]]:
+    """Returns a function that gives the events appended since its last call. Events older than this call are never given.
+
+    An event that does not fit the plan is named on the terminal and passed over: a request never ends a run.
+    """
+    log = PlanLog()
+    log.path = _requests(run_dir)
+    log.follow()
 
     def fresh() -> list[dict[str, Any]]:
-        nonlocal position
-        found, position = _read(path, position)
-        return found
+        out = []
+        for event in log.follow():
+            try:
+                plan.check(event)
+            except (DataError, OSError) as error:
+                print(f"tiphys: a request in {log.path} is passed over: {error}", file=sys.stderr, flush=True)
+            else:
+                out.append(event)
+        return out
 
     return fresh
 
 
-def _read(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """The complete lines from byte `start` on, parsed, and the byte at which the next read starts."""
-    if not path.is_file() or path.stat().st_size <= start:
-        return [], start
-    with open(path, "rb") as file:
-        file.seek(start)
-        data = file.read()
-    end = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:end].splitlines()], start + end
+def _requests(run_dir: str) -> str:
+    return str(Path(run_dir) / REQUESTS)
+
+
+def _entry(key: str, known: Sequence[str]) -> str:
+    """The plan's name of a mixture entry that is given by number, dataset, or both."""
+    found = [n for i, n in enumerate(known) if key in (str(i), n, n.partition(":")[2])]
+    if len(found) != 1:
+        raise ValueError(f"{key!r} is not one of the entries {', '.join(known)} (the number alone is enough)")
+    return found[0]
+
+
+def _weight(value: str, item: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{item!r}: a weight must be a finite number of at least 0")
+    return weight
+
+
+def _from(at: int) -> str:
+    return f" from step {at} on" if at else ""
 
 
 def _recipe(run_dir: str) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.dataio.loader import CacheBudget, LoaderSettings
+    from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings
+    from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.parallel import ParallelDims
@@ -40,33 +41,76 @@ def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[Epi
     return [opened[entry.dataset] for entry in recipe.data.mixture]
 
 
+class Joining:
+    """Opens datasets that join the mixture of a run (`dataset` events of the plan's log)."""
+
+    def __init__(self, recipe: Recipe, objectives: Objectives) -> None:
+        self.recipe, self.objectives = recipe, objectives
+        self._known: dict[
+            str, tuple[EpisodeIndex, int]
+        ] = {}  # entry -> its dataset, and the entry that it is learned like
+
+    def open(self, event: Mapping[str, Any]) -> PlanEntry:
+        """The plan's entry of an event. Raises DataError if its dataset cannot be learned like the entry that it names."""
+        from tiphys.dataio.index import EpisodeIndex
+
+        known = names(self.recipe)
+        like = known.index(event["like"]) if event["like"] in known else self._known[event["like"]][1]
+        index = EpisodeIndex.open(event["dataset"])
+        self._known[event["entry"]] = index, like
+        objectives = self.objectives.joined([(index, like)])
+        number = len(known)
+        return _plan_entry(objectives, number, index, event["weight"], event["entry"], None)
+
+    def loader(self, entries: Sequence[PlanEntry], *, training: bool = True) -> Joined:
+        """What a loader must know of the entries that have joined."""
+        from tiphys.dataio.loader import Joined
+
+        objectives = self.objectives.joined([self._known[entry.name] for entry in entries])
+        numbers = range(len(self.recipe.data.mixture), len(self.recipe.data.mixture) + len(entries))
+        return Joined(
+            needs=[objectives.needs(i) for i in numbers],
+            tasks=[objectives.task_numbers(i) for i in numbers],
+            make_batch=partial(objectives.make_batch, seed=self.recipe.train.seed, training=training),
+        )
+
+
+def _plan_entry(
+    objectives: Objectives, number: int, index: EpisodeIndex, weight: float, name: str, priority: Any
+) -> PlanEntry:
+    from tiphys.dataio.sampling import PlanEntry
+
+    tasks = [t for t, n in enumerate(objectives.task_numbers(number).tolist()) if n >= 0]
+    return PlanEntry(
+        index=index, lengths=objectives.lengths(number), weight=weight, name=name, tasks=tasks, priority=priority
+    )
+
+
 def make_plan(
-    recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, *, held_out: bool = False, rows: int = 0
+    recipe: Recipe,
+    indexes: list[EpisodeIndex],
+    objectives: Objectives,
+    *,
+    held_out: bool = False,
+    rows: int = 0,
+    joining: Joining | None = None,
 ) -> SamplingPlan:
     """The plan of a recipe. With `held_out`, of the held-out episodes, with `rows` rows in a step."""
     from tiphys.dataio.format.document import cache_folder
     from tiphys.dataio.plan.preferences import preference
-    from tiphys.dataio.sampling import PlanEntry, SamplingPlan
+    from tiphys.dataio.sampling import SamplingPlan
 
     entries = []
-    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
-        numbers = objectives.task_numbers(i)
-        entries.append(
-            PlanEntry(
-                index=index,
-                lengths=objectives.lengths(i),
-                weight=entry.weight,
-                name=names(recipe)[i],
-                tasks=[int(t) for t in range(len(index.tasks)) if numbers[t] >= 0],
-                priority=None if held_out else preference(index, entry.prefer, entry.top),
-            )
-        )
+    for i, (entry, index, name) in enumerate(zip(recipe.data.mixture, indexes, names(recipe), strict=True)):
+        priority = None if held_out else preference(index, entry.prefer, entry.top)
+        entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority))
     return SamplingPlan(
         entries,
         rows=rows or int(recipe.deepspeed["train_batch_size"]),
         budget=objectives.length,
         seed=recipe.train.seed,
         weight_unit=recipe.data.weight_unit,
+        starts=recipe.data.starts,
         replacement=recipe.data.replacement or held_out,
         buckets=recipe.data.buckets,
         validation=recipe.data.validation,
@@ -74,6 +118,7 @@ def make_plan(
         # A large plan is sorted once on each machine and mapped into memory by every process. A small one is sorted anew, which
         # is quicker than reading it.
         cache_dir=str(cache_folder() / "plans") if sum(index.episodes for index in indexes) > MAPPED else "",
+        open_entry=None if joining is None else joining.open,
     )
 
 

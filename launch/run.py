@@ -14,7 +14,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.launch import rank_reports
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
-from tiphys.launch.plan import held_out_batches, loader_arguments, make_plan, open_datasets
+from tiphys.launch.plan import Joining, held_out_batches, loader_arguments, make_plan, open_datasets
 from tiphys.launch.rank_reports import RankReport
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
@@ -90,7 +90,8 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
-    plan = make_plan(recipe, indexes, objectives)
+    joining = Joining(recipe, objectives)
+    plan = make_plan(recipe, indexes, objectives, joining=joining)
     model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
     if world.rank == 0:
@@ -102,10 +103,12 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
     loader = None
     if world.is_first_stage:
         arguments = loader_arguments(recipe, objectives, cache=cache.budget)
-        loader = TrajectoryLoader(plan, world.home, **arguments, peers=cache.peers, stop=recipe.train.steps)
+        loader = TrajectoryLoader(
+            plan, world.home, **arguments, join=joining.loader, peers=cache.peers, stop=recipe.train.steps
+        )
     with loader or nullcontext():
         stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
-        requests = follow(recipe.run.dir) if world.rank == 0 else list
+        requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
         trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
     return objectives, trainer.stop_signal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,39 @@ class Objectives:
             prompt=prompt,
             prompt_units=prompt_units,
         )
+
+    def joined(self, added: Sequence[tuple[EpisodeIndex, int]]) -> Objectives:
+        """These objectives with further datasets, learned as mixture entries that exist. The vocabulary stays as it is.
+
+        Parameters
+        ----------
+        added : sequence of (EpisodeIndex, int)
+            Each dataset, and the mixture entry whose objective and layouts it takes over. They get the next entry numbers.
+
+        Raises
+        ------
+        DataError
+            If a dataset has none of that entry's tasks, or a task whose fields differ.
+        """
+        out = copy(self)
+        out._entries, out._numbers = list(self._entries or ()), list(self._numbers)
+        out.layouts, out.prompts = list(self.layouts), list(self.prompts)
+        number = {task.name: i for i, task in enumerate(self.tasks)}
+        for index, like in added:
+            known = self.layouts[like]
+            tasks = tuple(i for i, t in enumerate(index.tasks) if number.get(t.name, -1) in known)
+            if not tasks:
+                names = ", ".join(self.tasks[i].name for i in known)
+                raise DataError(
+                    f"{index.url}: it has none of the tasks {names} of the mixture entry that it is learned like"
+                )
+            entry = replace(self._entry(like), index=index, tasks=tasks)
+            _tasks([*out._entries, entry])
+            out._entries.append(entry)
+            out._numbers.append(_numbers(entry, number))
+            out.layouts.append(known)
+            out.prompts.append(self.prompts[like])
+        return out
 
     def _preambles(self, line: _MixtureEntry, timestep: TimestepLayout, mine: np.ndarray) -> np.ndarray:
         """int64 [episodes of the mask `mine`]: number of ids of the texts that stand once in a window."""

@@ -58,6 +58,11 @@ class Data:
         0.01, "Share of episodes held out for validation, by a hash of the episode's id", low=0, below=1
     )
     weight_unit: str = key("windows", "What `weight` counts", choices=("windows", "tokens"))
+    starts: str = key(
+        "steps",
+        "What is equally likely: each step of a task, or each full window (then first and last steps are rare)",
+        choices=("steps", "windows"),
+    )
     replacement: bool = key(
         True, "Draw windows independently; false: epochs that cut the episodes into disjoint windows"
     )
