@@ -295,11 +295,11 @@ def _check_value(section: type, name: str, value: Any, at: str, where: _Where) -
     if _interpolated(value):
         return  # OmegaConf resolves it when the whole recipe is known, and `from_dict` checks the result
     try:
-        read = OmegaConf.merge(OmegaConf.structured(section), {name: value})[name]
+        read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
     except (OmegaConfBaseException, OverflowError) as error:
         yield f"{where(at)}: {_first_line(error)}"
         return
-    problem = key_of(section_fields(section)[name][1]).problem(read)
+    problem = key_of(section_fields(section)[name][1]).problem(read[name])
     if problem:
         yield f"{where(at)}: {problem}"
 

@@ -14,7 +14,7 @@ Error: TypeAlias = tuple[str, str]
 
 OPTIMIZERS = ("Adam", "AdamW")
 
-# Switches of DeepSpeed that would train something else than the recipe says, silently or by a crash in the first step.
+# Switches of DeepSpeed with which a run would silently train something else than the recipe says, or crash in the first step.
 _SWITCHES = {
     "amp": "would compute the router and the loss in half precision; use bf16",
     "torch_autocast": "would compute the router and the loss in half precision; use bf16",
@@ -80,7 +80,7 @@ def zero_stage(config: Mapping[str, Any]) -> Any:
 
 
 def bf16_enabled(config: Mapping[str, Any]) -> bool:
-    """Whether a `deepspeed:` section turns bf16 on, also if only where the device has it (`auto`)."""
+    """Whether a `deepspeed:` section turns bf16 on. `auto` counts as on."""
     return bool((_section(config, "bf16") or _section(config, "bfloat16")).get("enabled"))
 
 
@@ -190,7 +190,8 @@ def batch_errors(config: Mapping[str, Any], data: int = 0) -> Iterator[Error]:
             "is missing: it is the number of rows of a global batch, the same on every layout",
         )
     elif data and not wrong:
-        yield from _arithmetic_errors(*(given.get(key, 0) for key in _BATCH), data)
+        rows, micro, accumulation = (given.get(key, 0) for key in _BATCH)
+        yield from _arithmetic_errors(rows, micro, accumulation, data)
 
 
 def _arithmetic_errors(rows: int, micro: int, accumulation: int, data: int) -> Iterator[Error]:

@@ -38,10 +38,10 @@ def test_overrides_set_keys_in_lists_sections_and_deepspeeds_section(tmp_path):
 
 
 def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path):
-    text = GOOD.replace("weight: 1", "wieght: 1, prefer: retrun").replace("encoding: grid", "encoding: grdi")
+    wrong = GOOD.replace("weight: 1", "wieght: 1, prefer: retrun").replace("encoding: grid", "encoding: grdi")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(write(tmp_path, text), ["train.steps=many", "modle.layers=3"])
-    said = "\n".join(caught.value.errors)
+        load_recipe(write(tmp_path, wrong), ["train.steps=many", "modle.layers=3"])
+    text = "\n".join(caught.value.errors)
     assert len(caught.value.errors) == 5
     for words in (
         "recipe.yaml:4: data.mixture[0].wieght: unknown key. Did you mean 'weight'?",
@@ -51,7 +51,7 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path):
         "train.steps: Value 'many'",
         "modle: unknown key. Did you mean 'model'?",
     ):
-        assert words in said
+        assert words in text
 
 
 @pytest.mark.parametrize(
