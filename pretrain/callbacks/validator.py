@@ -1,4 +1,4 @@
-"""Loss on held-out episodes."""
+"""Measures the loss on held-out episodes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Validator(Callback):
-    """Loss on held-out rows, every n steps and at the end, on all ranks together.
+    """Computes the loss on held-out rows, every `every` steps and at the end, on all ranks together.
 
-    batches    gives this rank's held-out batches; called once, when first needed; every rank must have as many
+    batches    returns this rank's held-out batches; called once, when they are needed for the first time
     """
 
     def __init__(self, every: int, batches: Callable[[], Iterable[TokenBatch]], write: MetricsWriter | None) -> None:

@@ -1,8 +1,8 @@
-"""From a recipe's `deepspeed:` section and a layout to the configuration that DeepSpeed gets, and what was changed on the way.
+"""From a recipe's `deepspeed:` section and a layout to DeepSpeed's configuration, with a record of every change.
 
-The section goes through verbatim. Changed are only: the batch sizes (rows that do not divide are filled up), values written
-`auto`, and flags without which the section cannot run on this device. Everything that was changed stands in `Derived.values`.
-No torch here: the recipe check and the layout estimate call this too.
+The section is passed on unchanged, with these exceptions: the batch sizes (rows that do not divide evenly are filled up),
+values written `auto`, and flags that this device needs. `Derived.values` lists every change. This file imports no torch,
+because the recipe check calls it too.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from tiphys.pretrain.parallel import Grid, LayoutError
 if TYPE_CHECKING:
     from tiphys.recipes.schema import Recipe
 
-OPTIMIZERS = ("Adam", "AdamW")  # whose state is one (exp_avg, exp_avg_sq, step) an element: what a checkpoint holds
+OPTIMIZERS = ("Adam", "AdamW")  # their state is exp_avg, exp_avg_sq and step: what a checkpoint can hold
 
 
 @dataclass(frozen=True)
 class Derived:
-    """config: DeepSpeed's; values: key path -> what was derived for it; and the sizes of one rank's part of a step."""
+    """DeepSpeed's `config`, the changes (`values`: key path -> derived value), and the sizes of one rank's part of a step."""
 
     config: dict[str, Any]
     values: dict[str, Any]
-    rows: int  # B: real rows of a global batch
+    rows: int  # B: real rows of the global batch
     rows_per_rank: int  # after filling up: micro_batch × accumulation
     micro_batch: int
     accumulation: int
@@ -50,7 +50,7 @@ class _Changes:
 
 
 def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
-    """Raises LayoutError where DeepSpeed cannot run the section on this layout, or would run it wrongly."""
+    """Raises LayoutError if DeepSpeed cannot run the section on this layout, or would give wrong results."""
     changes = _Changes(copy.deepcopy(dict(recipe.deepspeed)))
     _precision(changes, accelerator)
     _automatic(changes, recipe)
@@ -69,21 +69,25 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
     if "gradient_clipping" not in changes.config:
         changes.set("gradient_clipping", 1.0, "DeepSpeed's default; 0 turns clipping off")
     if accelerator != "cpu" and stage in (1, 2) and recipe.model.moe.experts and _aligns_parameters():
-        changes.set("zero_optimization.parameter_alignment", True, "grouped products would copy other weights first")
+        changes.set(
+            "zero_optimization.parameter_alignment",
+            True,
+            "grouped products would copy weights that are not aligned",
+        )
     if accelerator == "cpu" and not changes.config["optimizer"].get("params", {}).get("torch_adam"):
-        changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would be compiled first")
+        changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would have to be compiled first")
     return Derived(changes.config, changes.values, rows, rows_per_rank, micro, accumulation, stage, bf16)
 
 
 def _aligns_parameters() -> bool:
-    """Whether this DeepSpeed can begin every parameter at a multiple of 16 bytes."""
+    """Whether this DeepSpeed can align parameters to 16 bytes."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return "parameter_alignment" in DeepSpeedZeroConfig.model_fields
 
 
 def _precision(changes: _Changes, accelerator: str) -> None:
-    """`bf16: {enabled: auto}`: bf16 where the device multiplies it natively; elsewhere it is emulated, five times slower."""
+    """`bf16: {enabled: auto}`: bf16 if the device multiplies it natively; emulated bf16 would be five times slower than fp32."""
     if (changes.config.get("bf16") or {}).get("enabled") == "auto":
         native = accelerator != "cpu" or cpu_has_bf16()
         why = "this CPU multiplies bf16 natively" if native else "this CPU has no bf16 products"
@@ -91,7 +95,7 @@ def _precision(changes: _Changes, accelerator: str) -> None:
 
 
 def cpu_has_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether every processor listed has bf16 matrix or dot products (x86: AVX512-BF16 or AMX; Arm: bf16)."""
+    """Whether all listed processors have bf16 matrix or dot products (x86: AVX512-BF16 or AMX; Arm: bf16)."""
     try:
         with open(cpuinfo, encoding="utf-8", errors="replace") as lines:
             flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
@@ -101,7 +105,7 @@ def cpu_has_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
 
 
 def _automatic(changes: _Changes, recipe: Recipe) -> None:
-    """Replace `auto`: what a recipe knows elsewhere is filled in, everything else is left to DeepSpeed's default."""
+    """Replace `auto` by what another key of the recipe says; without one, leave the value to DeepSpeed's default."""
     optimizer = changes.config.get("optimizer") or {}
     known = {
         "scheduler.params.total_num_steps": recipe.train.steps,

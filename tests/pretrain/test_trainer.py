@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests import processes
 from tests.pretrain import synthetic, training
 from tiphys.pretrain import callbacks as cb
+from tiphys.pretrain.callbacks.progress import ProgressLine
 from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError
 from tiphys.pretrain.engine import StepResult
 from tiphys.pretrain.metrics import StepMetrics
@@ -191,14 +194,37 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     fake_trainer(3, cb.Progress(terminal=False, seconds=0.0)).fit()
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3
-    assert out[-1].startswith("step 3/3  loss 0.3333")
-    for word in ("tokens/s", "MFU", "data wait", "cache 75%", "ETA 0:00"):
+    assert out[-1].startswith("step 3/3  ETA 0:00  loss 0.3333  ")
+    for word in ("tokens/s", "MFU", "data wait", "cache 75%"):
         assert word in out[-1]
 
 
 def test_progress_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     fake_trainer(3, cb.Progress(terminal=True)).fit()
-    assert "3/3" in capsys.readouterr().out
+    assert "step 3/3  ETA 0:00  loss 0.3333" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 50, 40, 30, 20])
+def test_a_narrow_terminal_shows_the_most_important_items(width: int) -> None:
+    items = [
+        "step 12345/100000",
+        "ETA 12:34:56",
+        "loss 0.3333",
+        "123.4k tokens/s",
+        "data wait 0.1%",
+        "MFU 12.3%",
+        "cache 7%",
+    ]
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(ProgressLine(items, 12345, 100000))
+    (line,) = captured.get().splitlines()
+    assert len(line) <= width
+    shown = [item for item in items if item in line]
+    assert shown == items[: len(shown)]
+    assert "  ".join(shown) in line
+    assert len(shown) == {200: 7, 100: 6, 80: 4, 60: 3, 50: 3, 40: 2, 30: 1, 20: 1}[width]
+    assert ("━" in line) == (width in (200, 100, 80, 60, 30))
 
 
 class FakeCheckpointer(cb.Checkpointer):
@@ -243,8 +269,8 @@ def test_evaluations_run_one_at_a_time_beside_training(tmp_path: Path, capsys: p
     fake_trainer(8, keeper, Finish(), cb.Evaluator(2, start, keeper)).fit()
     assert sorted(handles) == [2, 6]  # 4 was left out, 8 is for after training
     out = capsys.readouterr().out
-    assert "step 4: the evaluation of step 2 still runs; this one is left out" in out
-    assert "the evaluation of step 2 failed with status 1; training goes on" in out
+    assert "step 4: not evaluated, because the evaluation of step 2 is still running" in out
+    assert "the evaluation of step 2 failed with exit status 1; training continues" in out
     assert [c.step for c in Checkpoint.all(tmp_path)] == [8]
 
 

@@ -11,7 +11,7 @@ from tiphys.pretrain.model import attention as module
 from tiphys.pretrain.model.attention import Attention, grouped_attention
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout, group_windows, length_class
+from tiphys.pretrain.model.token_layout import TokenLayout, group_windows, length_class
 
 
 def masked_attention(q, k, v, windows):
@@ -37,7 +37,7 @@ def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
     g = np.random.default_rng(kv_heads)
     windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6)
     tokens = int(windows[:, 0].sum())
-    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     assert any(group.slots is not None for group in layout.groups)
     q, k, v = (torch.randn(tokens, h, 8, requires_grad=True) for h in (4, kv_heads, kv_heads))
     y = torch.randn(tokens, 4, 8)
@@ -87,7 +87,7 @@ def test_the_kernel_gets_every_window(monkeypatch, release, causal):
     g = np.random.default_rng(3)
     windows = make_windows(g.integers(1, 20, 12), g.random(12) < causal)
     tokens = int(windows[:, 0].sum())
-    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     q, k, v = (torch.randn(tokens, h, 8) for h in (4, 2, 2))
     torch.testing.assert_close(module.varlen_attention(q, k, v, layout), masked_attention(q, k, v, windows))
 
@@ -115,11 +115,11 @@ def test_positions_are_relative():
     inputs = to_tensors(make_batch(rows=1))
     x = torch.randn(len(inputs["index"]), 32)
     attributes = inputs["attributes"].clone()
-    before = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    before = layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
     attributes[:, 0] += 7
-    after = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    after = layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-6)
     attributes[:, 0] *= 2
     assert not torch.allclose(
-        before, layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu"))), atol=1e-4
+        before, layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu"))), atol=1e-4
     )

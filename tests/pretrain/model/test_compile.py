@@ -7,8 +7,8 @@ from tests.pretrain.model.model_fakes import make_batch, make_config
 from tiphys.pretrain.model import attention
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout
 from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block
 
 
@@ -26,7 +26,7 @@ def make_layer(number=1, dtype=torch.bfloat16):
 
 def make_layout(batch):
     inputs = to_tensors(batch)
-    return Layout(inputs["windows"], inputs["attributes"], scalars(1.0, batch.real_tokens, 1.0, "cpu"))
+    return TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, batch.real_tokens, 1.0, "cpu"))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from tests.pretrain.model.model_fakes import make_batch, make_config
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout
 from tiphys.pretrain.model.moe import MixtureOfExperts, has_grouped_mm, looped_products, products
+from tiphys.pretrain.model.token_layout import TokenLayout
 
 
 def make_moe(**changes):
@@ -21,7 +21,7 @@ def make_moe(**changes):
 
 def make_layout(batch, tokens=None, scale=1.0):
     inputs = to_tensors(batch)
-    return Layout(inputs["windows"], inputs["attributes"], scalars(1.0, tokens or batch.real_tokens, scale, "cpu"))
+    return TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, tokens or batch.real_tokens, scale, "cpu"))
 
 
 def slow_mixture(moe, x, layout):
