@@ -1,7 +1,7 @@
-"""ParallelDims: who is where. Every size, rank and process group that another module needs comes from here.
+"""ParallelDims: the grid of processes. All sizes, ranks and process groups that other modules need come from here.
 
-The ranks of a launch form a grid [pipeline, data], stage by stage, as DeepSpeed lays them out: rank = stage · data + replica.
-Expert parallelism divides the data-parallel ranks of one stage: `expert` neighbours hold the experts of a layer between them.
+The ranks of a launch form a grid [pipeline, data], stage by stage, in DeepSpeed's order: rank = stage · data + replica.
+Expert parallelism divides the data-parallel ranks of a stage: `expert` neighbours together hold the experts of a layer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class LayoutError(ValueError):
-    """A layout that cannot run. The message says which sizes do not fit and what would."""
+    """A layout that cannot run. The message says which sizes do not fit, and which would."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The arithmetic of a layout, without a process group: sizes and where one rank stands."""
+    """The arithmetic of a layout, without a process group: the sizes and the position of one rank."""
 
     rank: int
     world: int
@@ -59,12 +59,12 @@ class Grid:
 
     @property
     def replica(self) -> int:
-        """This rank's number among the data-parallel ranks of its stage."""
+        """Number of this rank among the data-parallel ranks of its stage."""
         return self.rank % self.data
 
     @property
     def expert_rank(self) -> int:
-        """Which slice of each expert layer this rank holds: 0 … expert − 1."""
+        """Number of the slice of each expert layer that this rank holds: 0 … expert − 1."""
         return self.replica % self.expert
 
     @property
@@ -77,10 +77,11 @@ class Grid:
 
 
 class ParallelDims(Grid):
-    """The grid of this launch, with its process groups. Starts torch.distributed if nobody has.
+    """The grid of this launch, with its process groups. Starts torch.distributed if it is not running.
 
-    local    this process' number on its machine
-    device   where the model lives: the accelerator's device, or the CPU
+    local    number of this process on its machine
+    device   device of the model: the accelerator, or the CPU
+    control  process group on the CPU for small values; None with one process
     """
 
     local: int
@@ -95,26 +96,26 @@ class ParallelDims(Grid):
         set_ = object.__setattr__
         set_(self, "local", int(os.environ.get("LOCAL_RANK", "0")))
         set_(self, "device", _device(self.local))
-        # Counts and decisions travel on the CPU, in a group of their own: they neither wait for the accelerator's
-        # queue nor come between DeepSpeed's collectives.
+        # Counts and decisions use a CPU group of their own, so that they do not wait for the accelerator's queue and do not
+        # mix with DeepSpeed's collectives.
         set_(self, "control", dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if self.world > 1 else None)
 
     @property
     def home(self) -> Home:
-        """Which share of every global batch this process' loader serves: one loader a pipeline replica."""
+        """Which share of every global batch this process's loader serves. Each pipeline replica has one loader."""
         from tiphys.dataio.placement import Home
 
         return Home(process=self.replica, processes=self.data, weights=None)
 
     def sum(self, values: Sequence[float]) -> Sum:
-        """Start the sum of a few float64 numbers over all ranks; `result()` waits for it.
+        """Start to sum a few float64 numbers over all ranks; `result()` waits for the sum.
 
-        All ranks must ask for the same sums in the same order.
+        All ranks must start the same sums in the same order.
         """
         return Sum(self.control, values)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's small value, by rank. Values pass through pickle between the launch's own processes only."""
+        """The values of all ranks, in rank order. Values must be small; only processes of this launch exchange the pickles."""
         if self.control is None:
             return [value]
         import torch.distributed as dist
@@ -130,7 +131,7 @@ class ParallelDims(Grid):
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave the process group; nothing collective works afterwards."""
+        """Leave the process group. No collective works afterwards."""
         import torch.distributed as dist
 
         if dist.is_initialized():
@@ -138,7 +139,7 @@ class ParallelDims(Grid):
 
 
 class Sum:
-    """A sum over all ranks under way."""
+    """A sum over all ranks that has started."""
 
     def __init__(self, group: Any, values: Sequence[float]) -> None:
         import torch
@@ -155,21 +156,21 @@ class Sum:
 
 
 def initialise() -> None:
-    """Start torch.distributed under DeepSpeed from the launcher's environment; alone, as a world of one process."""
+    """Start torch.distributed through DeepSpeed, from the launcher's environment; without a launcher, with one process."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:  # no launcher: port 0 lets the system choose one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    # DeepSpeed calls collectives by names that torch has renamed; the warning comes at every call.
+    # DeepSpeed uses old names of torch's collectives; without this filter every call would warn.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile this op with g++ at the first start, for a minute or two; gloo does the same work.
+        # DeepSpeed would compile this op with g++ at the first start, for a minute or two. gloo replaces it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     else:

@@ -76,7 +76,7 @@ class PipelineEngine(Engine):
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
         self._began = self._clock.mark()
-        micros = self._cut(batch, self.accumulation) if self.world.is_first_stage else ()
+        micros = self.micro_batches(batch, self.accumulation) if self.world.is_first_stage else ()
         loss = self.deepspeed.train_batch(self._feed(micros, training=True, **self._divisors(counts)))
         if self.world.rank == 0:  # every rank has the loss, but it must count once
             totals.add("loss", loss.detach())
@@ -96,7 +96,7 @@ class PipelineEngine(Engine):
     def _feed(self, micros: Any, *, training: bool, **divisors: float) -> Iterator[MicroBatch]:
         """Micro-batches for the first stage. DeepSpeed also asks the last stage, for labels; it gets None, the cargo has them."""
         for micro in micros:
-            yield pipeline_inputs(self._inputs(micro, training=training), self.config, **divisors), None
+            yield pipeline_inputs(self.inputs(micro, training=training), self.config, **divisors), None
         while not self.world.is_first_stage:
             yield None, None
 

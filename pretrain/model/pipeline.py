@@ -176,8 +176,8 @@ def layer_operations(config: DecisionConfig, window: int = 256, targets: float =
 def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None) -> list[int]:
     """Bounds [0, …, number of layers] of the stages that make the most expensive stage as cheap as possible.
 
-    Every stage has at least one block. `costs` has a number for every layer, in any unit; None: `layer_operations`. Raises ValueError
-    if there are more stages than blocks.
+    Every stage has at least one block. `costs` has a number for every layer, in any unit; None: `layer_operations`. Raises
+    ValueError if there are more stages than blocks.
     """
     costs = list(layer_operations(config) if costs is None else costs)
     blocks = config.num_hidden_layers

@@ -140,7 +140,7 @@ def test_rank_0_takes_no_part_of_another_save(tmp_path: Path) -> None:
 
 def test_a_rank_that_fails_or_never_comes(tmp_path: Path) -> None:
     files.folder_of(tmp_path, 3).mkdir(parents=True)
-    ck._tell(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
+    ck.report_failure(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
     with pytest.raises(CheckpointError, match="rank 1 could not write its part: No space left"):
         ck.write(part(3, 0, 2, save="s"), tmp_path)
     with pytest.raises(CheckpointError, match=r"no part from rank 1 .* file system that all hosts share"):
@@ -160,11 +160,11 @@ def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     newest_verified = Checkpoint.newest_whole(tmp_path, verify=True)
     assert newest_verified is not None
     assert newest_verified.step == 2
-    assert re.search(r"passed over.*rank00000.safetensors: differs", caplog.text)
+    assert re.search(r"skipped a damaged.*rank00000.safetensors: differs", caplog.text)
     tensors.write_bytes(data[:-1])
     caplog.clear()
     assert newest(tmp_path) == 2
-    assert re.search(r"passed over.*rank00000.safetensors", caplog.text)
+    assert re.search(r"skipped a damaged.*rank00000.safetensors", caplog.text)
     (files.folder_of(tmp_path, 2) / "state.json").unlink()
     assert newest(tmp_path) == 1
     (files.folder_of(tmp_path, 1) / "manifest.json").write_text("[")
@@ -199,7 +199,7 @@ def test_ranges_are_put_together_across_files(tmp_path: Path) -> None:
     for rank in (3, 2, 1):
         ck.write(part(9, rank, 4, save="s", value=float(rank)), tmp_path)
     ck.write(part(9, 0, 4, save="s", value=0.0), tmp_path)
-    with ck._Reader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
+    with ck.RangeReader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
         for start in range(8):
             for stop in range(start + 1, 9):
                 into, before = torch.full((stop - start,), -1.0), reader.bytes
@@ -219,7 +219,7 @@ def test_ranges_are_put_together_across_files(tmp_path: Path) -> None:
 
 def test_a_recipe_that_differs_where_it_matters_is_refused() -> None:
     saved = synthetic.recipe("a")
-    state = ck.describe(saved)
+    state = ck.recipe_state(saved)
     fine = synthetic.recipe(
         "b",
         train={"steps": 99, "seed": 7},
@@ -256,8 +256,8 @@ def test_what_is_not_fit_to_be_saved(world: ParallelDims, tmp_path: Path) -> Non
     engine = engine_of(world, stage=1)
     ck.snapshot(engine, "s", {})  # before the first step: Adam's state is zeros
     batch = layouts.rows_for(world, 0)
-    micro = next(engine._cut(batch, engine.accumulation))
-    output = engine.deepspeed(engine._inputs(micro, training=True))
+    micro = next(engine.micro_batches(batch, engine.accumulation))
+    output = engine.deepspeed(engine.inputs(micro, training=True))
     engine.deepspeed.backward(output.loss)
     engine.deepspeed.step()
     with pytest.raises(CheckpointError, match="between the micro-batches"):
@@ -286,7 +286,7 @@ def equal(a: Path, b: Path) -> None:
             torch.testing.assert_close(states[0][name][key], states[1][name][key], rtol=0, atol=0, msg=f"{name}|{key}")
     for c in (one, two):
         c.verify()
-    steps = [ck._Reader(c).steps for c in (one, two)]
+    steps = [ck.RangeReader(c).steps for c in (one, two)]
     assert steps[0] == steps[1]
     engines = [c.state()["engine"] for c in (one, two)]
     assert engines[0] == engines[1]

@@ -154,12 +154,12 @@ def test_published_sources_import_nothing_of_this_project_and_little_else():
 )
 def test_an_import_that_cannot_be_published_is_named(line):
     with pytest.raises(ValueError, match=r"pretrain\.made_up, line 2.*from tiphys\.….NAME import"):
-        sources._flat("pretrain.made_up", f'"""A module."""\n{line}\n')
+        sources.flat_source("pretrain.made_up", f'"""A module."""\n{line}\n')
 
 
 def test_imports_for_type_checkers_are_left_out():
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tiphys.recipes.schema import Model\nx = 1\n"
-    text, imported = sources._flat("pretrain.made_up", source)
+    text, imported = sources.flat_source("pretrain.made_up", source)
     assert "recipes" not in text
     assert imported == set()
     assert text.endswith("x = 1\n")
@@ -199,9 +199,9 @@ def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="something other than a policy"):
         save(other)
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="something other than a policy"):
         publish(folder, str(other))
     assert (other / "chapter.txt").read_text() == "years of work"
 
@@ -210,7 +210,7 @@ def test_publishing_to_a_folder_and_to_a_store(folder, tmp_path):
     copy = publish(folder, str(tmp_path / "copy"))
     assert is_policy(Path(copy))
     assert here(Path(copy)) == here(folder)
-    with pytest.raises(ValueError, match="no policy"):
+    with pytest.raises(ValueError, match="is not a policy"):
         publish(tmp_path, str(tmp_path / "copy"))
 
 
@@ -271,7 +271,7 @@ def test_publishing_to_a_hub(folder, tmp_path):
 
         repository.private = False
         refused = from_a_process(hub, folder, "hf://owner/small", secret, tmp_path)
-        assert "public already" in refused.stderr
+        assert "already public" in refused.stderr
         nobody = from_a_process(hub, folder, "hf://owner/other", "hf_stranger_secret123", tmp_path)
         assert "403" in nobody.stderr
         for result in (done, refused, nobody):

@@ -313,9 +313,9 @@ def test_every() -> None:
 def test_a_second_interrupt_ends_at_once(signals: list[int], status: int) -> None:
     pid = os.fork()
     if pid == 0:
-        with Signals(False) as asked:
+        with Signals(False) as handling:
             for number in signals:
                 os.kill(os.getpid(), number)
             time.sleep(0.01)
-            os._exit(0 if asked.asked else 1)
+            os._exit(0 if handling.stop else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
