@@ -95,7 +95,7 @@ def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: fl
                 missing = [r for r in range(world) if r not in found]
                 raise CheckpointError(
                     f"{folder}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after {timeout:.0f} s; "
-                    "run.dir must lie on a file system that all hosts share"
+                    "run.dir must be on a file system that all hosts share"
                 )
             time.sleep(pause)
     return [found[rank] for rank in range(world)]

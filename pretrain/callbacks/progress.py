@@ -100,7 +100,7 @@ class ProgressLine:
 
 
 def fit(items: Sequence[str], width: int) -> tuple[list[str], int]:
-    """The items that fit `width` columns beside a bar, and the width of the bar (0: no bar).
+    """The items that fit `width` columns, and the width of the bar (0: no bar).
 
     The first three items are more important than a bar of `SHORTEST_BAR` columns, the others less. The first item is always
     shown.

@@ -11,9 +11,7 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-CHANNELS = (
-    64  # of the convolutions over patches and grids (embedding.py); it stands here because this file imports no torch
-)
+CHANNELS = 64  # of the convolutions in embedding.py; defined here because this file imports no torch
 
 
 def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
