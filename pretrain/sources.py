@@ -60,7 +60,7 @@ def flat_source(module: str, source: str) -> tuple[str, set[str]]:
         if not mine:
             continue
         line, count = _IMPORT.subn(r"\1.\2 import", lines[node.lineno - 1])
-        if not count:
+        if not count or any(_path(name).name == "__init__.py" for name in mine):
             raise ValueError(
                 f"{module}, line {node.lineno}: write imports of code that is published as "
                 f"`from tiphys.….NAME import …`, not as `{lines[node.lineno - 1].strip()}`"
