@@ -2,17 +2,17 @@
 
     python -m benchmarks.train --hidden 512 --tokens 4096 --json FILE
 
-Three models of one shape (every layer a mixture of experts, SwiGLU, top-k, no shared expert) train on the same tokens with
-AdamW, from the same weights: ours; ours with `deepspeed.moe.layer.MoE` in place of our expert layer; `transformers`' Mixtral.
-Rounds alternate, so that a busy machine slows all of them. The rates are medians of a forward and a backward pass, and of a
-whole step with AdamW; `share` is the useful operations a second of the passes over the machine's own rate for one matrix product
-of the layer's shape, the best of all that were measured between the rounds; on a GPU that is known, `mfu` is that of whole
-steps over its data sheet. The losses show that all three learn alike. Peak memory is that of a process of its own for each,
-parameters, gradients and moments included. What does not fit the device says so in its row, and the others go on: where not
-all of them fit together, give one of them at a time to `--methods`.
+Three models of the same shape (every layer a mixture of experts, SwiGLU, top-k, no shared expert) train on the same tokens with
+AdamW, from the same weights: ours; ours with `deepspeed.moe.layer.MoE` instead of our expert layer; Mixtral of `transformers`.
+The models take turns in every round, so that other work on the machine slows all of them. Rates are medians of the forward and
+backward pass, and of a whole step with AdamW. `share` is the useful operations per second of the passes, divided by the
+machine's rate for one matrix product of the layer's shape (the best of those measured between the rounds). On a GPU with a known
+peak, `mfu` is that of whole steps. The losses show that all three models learn equally well. Peak memory is measured in a
+process of its own for each model and includes parameters, gradients and moments. The row of a model that does not fit the
+device says so, and the others continue. If they do not fit together, give them one at a time with `--methods`.
 
-On a CPU the processes keep the memory that arrays free, as training under the launcher does (`tiphys.launch.submit.KEEP_MEMORY`);
-`--malloc default` measures without.
+On a CPU, processes keep freed memory, as training under the launcher does (`tiphys.launch.submit.KEEP_MEMORY`);
+`--malloc default` measures without this.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TEXT, TokenBatch
 
 VOCABULARY = 2048
-LONG = 1e13  # operations: some 15 ms of an H200
+LONG = 1e13  # operations that a GPU is timed with: about 15 ms of an H200
 
 
 def make_batch(rows: int, context: int, seed: int) -> TokenBatch:
-    """Rows of one full window each; the next token is the last one plus a small, learnable step."""
+    """Each row is one full window. The next token is the previous one plus a small step, which can be learned."""
     g = np.random.default_rng(seed)
     tokens = (g.integers(VOCABULARY, size=(rows, 1)) + np.cumsum(g.integers(1, 4, (rows, context + 1)), 1)) % VOCABULARY
     shape, ones = (rows, context), np.ones((rows, context), np.int32)
@@ -77,7 +77,7 @@ def make_ours(config: DecisionConfig, options: argparse.Namespace) -> tuple[nn.M
 
 
 class DeepSpeedMixture(nn.Module):
-    """DeepSpeed's layer behind the signature of ours; dropless, because ours is."""
+    """DeepSpeed's layer with the signature of ours. It drops no tokens, like ours."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class DeepSpeedMixture(nn.Module):
 
     @torch.no_grad()
     def take(self, ours: Any) -> None:
-        """Our layer's weights."""
+        """Copy the weights of our layer."""
         layer = self.moe.deepspeed_moe
         layer.gate.wg.weight.copy_(ours.router.weight)
         for i, expert in enumerate(layer.experts.deepspeed_experts):
@@ -163,7 +163,7 @@ def make_mixtral(
 
 @torch.no_grad()
 def take(mixtral: Any, ours: Any) -> None:
-    """The weights of a DecisionModel as Mixtral's, which turns the halves of a head where we turn neighbouring pairs."""
+    """Copy the weights of a DecisionModel to Mixtral, which rotates the halves of a head, while we rotate neighbouring pairs."""
     config, size = ours.config, ours.config.head_size
     halves = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
     mixtral.model.embed_tokens.weight.copy_(ours.token.weight + ours.embedding.local.weight[0])
@@ -184,11 +184,11 @@ MAKERS = {"ours": make_ours, "deepspeed": make_deepspeed, "mixtral": make_mixtra
 
 
 def matrix_rate(options: argparse.Namespace) -> float:
-    """Operations a second of one product of the layer's shape, forward only."""
+    """Operations per second of one matrix product of the layer's shape, forward only."""
     a = torch.randn(options.tokens, options.hidden, device=options.device, dtype=options.dtype)
     b = torch.randn(options.hidden, 4 * options.hidden, device=options.device, dtype=options.dtype)
     operations = 2 * a.shape[0] * b.numel()
-    # A GPU does one in less time than it takes to start it.
+    # On a GPU one product takes less time than its launch.
     times = 1 if options.device == "cpu" else max(1, int(LONG // operations))
 
     def work() -> None:
@@ -214,7 +214,9 @@ def parse() -> argparse.Namespace:
     shape = {"hidden": 512, "layers": 4, "experts": 8, "k": 2, "tokens": 4096, "context": 256, "rounds": 7}
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 where the device multiplies it natively")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto: bfloat16 if the device multiplies it natively, otherwise float32"
+    )
     parser.add_argument("--malloc", default="keep", choices=["keep", "default"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", nargs="+", default=list(MAKERS), choices=list(MAKERS))
@@ -225,7 +227,7 @@ def parse() -> argparse.Namespace:
     options.dtype = getattr(torch, options.dtype)
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if options.malloc == "keep" and not os.environ.keys() >= KEEP_MEMORY.keys():  # read once, at the process' start
+        if options.malloc == "keep" and not os.environ.keys() >= KEEP_MEMORY.keys():  # read only when a process starts
             os.execve(sys.executable, sys.orig_argv, {**os.environ, **KEEP_MEMORY})
     return options
 
@@ -248,12 +250,12 @@ class Method:
     model: nn.Module
     loss: Callable[[TokenBatch], Tensor]
     optimizer: torch.optim.Optimizer
-    seconds: list[float] = field(default_factory=list)  # of forward and backward
-    steps: list[float] = field(default_factory=list)  # of whole steps
+    seconds: list[float] = field(default_factory=list)  # forward and backward pass
+    steps: list[float] = field(default_factory=list)  # whole steps
     losses: list[float] = field(default_factory=list)
 
     def step(self, batch: TokenBatch, device: str, warm: bool) -> bool:
-        """One optimizer step, done."""
+        """Do one optimizer step; time it if `warm`. Returns True, so that `fitting` can tell it from a failure."""
 
         def work() -> Tensor:
             value = self.loss(batch)
@@ -277,10 +279,10 @@ class Method:
 
 
 def memory_of(method: str) -> float:
-    """Peak of a process that runs one method for two steps."""
+    """Peak memory in MiB of a process that runs one method for two steps."""
     command = [*sys.orig_argv, "--methods", method, "--rounds", "1", "--json", "/dev/stdout"]
-    told = subprocess.run([sys.executable, *command[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(told[told.index("{\n") :])["peak_mib"]
+    output = subprocess.run([sys.executable, *command[1:]], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output[output.index("{\n") :])["peak_mib"]
 
 
 def make_method(name: str, config: DecisionConfig, options: argparse.Namespace) -> Method:
@@ -290,7 +292,7 @@ def make_method(name: str, config: DecisionConfig, options: argparse.Namespace) 
 
 
 def measure(config: DecisionConfig, options: argparse.Namespace) -> tuple[dict[str, Method | None], float]:
-    """Every method after its rounds, without its model, or None where it did not fit the device; the rate of one product."""
+    """All methods after their rounds, without models (None if a method did not fit the device), and the rate of one product."""
     methods: dict[str, Method | None] = {}
     rates = []
     for name in options.methods:
@@ -311,7 +313,7 @@ def measure(config: DecisionConfig, options: argparse.Namespace) -> tuple[dict[s
 
 
 def fitting(work: Callable[[], Any]) -> Any:
-    """What `work` gives; None where the device's memory does not suffice."""
+    """The result of `work`; None if the device has too little memory."""
     try:
         return work()
     except torch.OutOfMemoryError:
@@ -320,7 +322,7 @@ def fitting(work: Callable[[], Any]) -> Any:
 
 
 def release() -> None:
-    """Give back what nothing refers to, so that other processes can have it."""
+    """Release unused memory, so that other processes can use it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -342,7 +344,7 @@ def main() -> None:
         "methods": {},
     }
     print(
-        f"{options.tokens} tokens a step, hidden {options.hidden}, {options.experts} experts, k = {options.k}, "
+        f"{options.tokens} tokens per step, hidden {options.hidden}, {options.experts} experts, k = {options.k}, "
         f"{options.dtype}, {torch.get_num_threads()} threads, malloc: {options.malloc}, "
         f"{everything / 1e6:.0f}M parameters, {active / 1e6:.0f}M active"
     )
@@ -351,7 +353,7 @@ def main() -> None:
     for name, method in methods.items():
         if method is None:
             report["methods"][name] = {"out_of_memory": True}
-            print(f"{name:10s} does not fit the device" + ("" if alone else " beside the others"))
+            print(f"{name:10s} does not fit the device" + ("" if alone else " together with the others"))
             continue
         seconds, step = statistics.median(method.seconds), statistics.median(method.steps)
         row = {
@@ -367,13 +369,13 @@ def main() -> None:
         if device.type == "cuda":
             row["mfu"] = flops / step / peak_rate(device, options.dtype)
         report["methods"][name] = row
-        rates_told = (
+        rates = (
             f"{row['tokens_per_second']:9.0f} tokens/s, {row['gflops']:7.0f} GFLOP/s, {row['share']:.2f} of the product; "
             f"whole steps {row['step_tokens_per_second']:.0f} tokens/s"
             + (f", MFU {row['mfu']:.2f}" if "mfu" in row else "")
         )
-        told = f"{row['peak_mib']:6.0f} MiB, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
-        print(f"{name:10s} {rates_told}, {told}")
+        rest = f"{row['peak_mib']:6.0f} MiB, loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
+        print(f"{name:10s} {rates}, {rest}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -157,11 +157,10 @@ def callbacks(
         asynchronous=recipe.checkpoint.asynchronous,
         also=also,
     )
-    stages: list[Callback] = [writer, Progress()]
+    stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         stages.append(Validator(recipe.validate.every, held_out, writer))
-    stages.append(checkpointer)
     if recipe.evaluate.every and recipe.evaluate.tasks:
         stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
     if recipe.publish.every and recipe.publish.to:

@@ -1,4 +1,4 @@
-"""The model card of a policy: README.md with the metadata that hubs read."""
+"""The model card of a policy: README.md, with metadata for hubs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ while not done:
     observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
     done = terminated or truncated
 ```"""
-_PLACE = "path/or/name of this repository"
-# What registers the ids of a family with gymnasium; Meta-World's tasks, which it does not know, come from Tiphys.
+_PLACE = "folder, or owner/name on a hub"
+# What to import so that gymnasium knows a family's ids. It does not know those of Meta-World; Tiphys makes these.
 _REGISTERS = {"BabyAI": ", minigrid", "MiniGrid": ", minigrid", "ALE/": ", ale_py"}
 
 
 def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
-    """README.md: YAML metadata (license, library, tags, model-index with the results), how to act, and the table of results.
+    """Text of README.md: YAML metadata (license, library, tags, model-index), how to act, results, tasks.
 
-    config, processor   of the policy, as their JSON
-    evaluation          evaluation.json, or None
+    config, processor   contents of config.json and processor.json
+    evaluation          contents of evaluation.json, or None
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -50,17 +50,17 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
     )
     parts += ["## Tasks", known]
     if about.get("recipe"):
-        parts.append(f"Trained for {about.get('step', 0)} steps by `recipe.yaml` (hash `{about['recipe']}`).")
+        parts.append(f"Trained for {about.get('step', 0)} steps with `recipe.yaml` (hash `{about['recipe']}`).")
     return "\n\n".join(parts) + "\n"
 
 
 def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
     experts = config.get("num_experts") or 0
-    kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} a token" if experts else "dense"
+    kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} for each token" if experts else "dense"
     return (
-        f"A decision Transformer of {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
-        f"from offline trajectories of {len(processor['tasks'])} tasks with Tiphys. It needs `torch` and `transformers`, and "
-        "the environments that it is to act in."
+        f"A decision Transformer with {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
+        f"with Tiphys on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, `transformers` and the "
+        "environments in which it acts."
     )
 
 
@@ -68,17 +68,17 @@ def _example(tasks: list[Mapping[str, Any]]) -> str:
     acting = [t for t in tasks if t.get("environment")]
     task = min(acting, key=lambda t: t["environment"].startswith("metaworld/"), default=None)
     if task is None:
-        return "None of its tasks has an environment; `policy.act(observation)` takes the observations that it was trained on."
+        return "None of its tasks has an environment. `policy.act(observation)` takes observations as in the training data."
     environment = task["environment"]
     registers = next((more for prefix, more in _REGISTERS.items() if environment.startswith(prefix)), "")
     imports, make = f"import gymnasium{registers}", "gymnasium.make"
     if environment.startswith("metaworld/"):
-        imports, make = "from dataio import environments", "environments.make"
+        imports, make = "from tiphys.dataio import environments", "environments.make"
     return _ACTING.format(imports=imports, make=make, place=_PLACE, task=task["name"], environment=environment)
 
 
 def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries of the model-index for one task."""
+    """Entries of the model-index for one task."""
     deviation = found.get("std_return")
     mean = f"{found['mean_return']:.2f}" + (f" +/- {deviation:.2f}" if deviation is not None else "")
     rows = [("mean_reward", "mean return", mean)]
@@ -103,9 +103,9 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         cells = [_number(r[k]) for k in ("mean_return", "success_rate", "random", "expert")]
         lines.append(f"| {task.replace('|', chr(92) + '|')} | {r['episodes']} | {' | '.join(cells)} | {normalized} |")
     note = (
-        "Random and expert are scores of the training data's collection: success where the task has it, else return. "
+        "Random and expert: scores measured when the training data was collected (success rate if the task has one, "
+        "otherwise return). In brackets: 95 % confidence intervals over the episodes."
     )
-    note += "In brackets: 95 % intervals over the episodes."
     return ["\n".join(lines), note]
 
 

@@ -1,8 +1,9 @@
-"""Checkpoints that know no layout: saved from any, loaded on any other, bit for bit.
+"""Checkpoints that do not depend on the layout: saved on one layout, they load on any other, bit for bit.
 
 Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
-Saving copies them to host memory and writes in a thread, without a collective; `checkpoint_files` says when the result counts.
-Loading reads, of all ranks' files, only what overlaps with the ranges that this rank holds now. Files are safetensors and JSON.
+Saving copies them to host memory, then a thread writes them, without a collective; `checkpoint_files` says when the result
+counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files are safetensors
+and JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Snapshot:
-    """One rank's part of a checkpoint, in host memory. `save` is one word for all ranks of this save."""
+    """One rank's part of a checkpoint, in host memory. `save` identifies this save; it is the same on all ranks."""
 
     step: int
     rank: int
@@ -56,9 +57,11 @@ class _Piece(NamedTuple):
 
 
 def snapshot(engine: Engine, save: str, state: Mapping[str, Any]) -> Snapshot:
-    """Copy what this rank owns. No collective. Raises CheckpointError where the state is not fit to be saved."""
+    """Copy what this rank owns. Not collective. Raises CheckpointError if the engine's state cannot be saved now."""
     if state_of.inside_accumulation(engine.deepspeed):
-        raise CheckpointError("a checkpoint between the micro-batches of a step would lose their gradients")
+        raise CheckpointError(
+            "a checkpoint between the micro-batches of a step would lose their gradients; save after the step"
+        )
     state_of.materialise(engine.deepspeed)
     tensors: dict[str, torch.Tensor] = {}
     index: list[dict[str, Any]] = []
@@ -95,7 +98,7 @@ def _add(
 
 
 def _check_weight(fragment: state_of.Fragment) -> None:
-    """The weight that the model computes with must be its master, rounded: else this is not what was trained."""
+    """Raises CheckpointError if the weight that the model computes with is not the rounded master."""
     master, weight = fragment.views.get("master"), fragment.weight
     if master is None or weight is None:
         return
@@ -104,16 +107,20 @@ def _check_weight(fragment: state_of.Fragment) -> None:
             "holds NaN" if bool(torch.isnan(master).any()) else "differs from the weights that the model computes with"
         )
         stop = fragment.start + fragment.numel
-        raise CheckpointError(f"{fragment.name}[{fragment.start}:{stop}]: the fp32 master {why}; nothing was saved")
+        raise CheckpointError(
+            f"{fragment.name}[{fragment.start}:{stop}]: the fp32 master {why}; this checkpoint is not saved"
+        )
 
 
 def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
-    """Write one rank's part; on rank 0, wait for the others and commit. The folder counts only when this is done there."""
+    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on."""
     folder = files.folder_of(run_dir, snap.step)
     tensors, name = files.rank_files(snap.rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / files.MANIFEST).unlink(missing_ok=True)  # an older save stops counting before its files are replaced
+        (folder / files.MANIFEST).unlink(
+            missing_ok=True
+        )  # before files are replaced, an older save of this step stops counting
         with atomic_path(folder / tensors) as path:
             save_file(snap.tensors, path)
         index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
@@ -121,13 +128,13 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
         if snap.rank == 0:
             files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
     except (OSError, SafetensorError) as error:
-        _tell(folder / name, snap.save, error)
-        raise CheckpointError(f"{folder}: not written, the folder does not count: {error}") from error
+        report_failure(folder / name, snap.save, error)
+        raise CheckpointError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
     return folder
 
 
-def _tell(path: Path, save: str, error: Exception) -> None:
-    """Leave the error for rank 0's writer, which otherwise waits; where even that cannot be written it waits out its time."""
+def report_failure(path: Path, save: str, error: Exception) -> None:
+    """Write the error for rank 0, which waits for this rank's part. If this fails too, rank 0 waits until its timeout."""
     try:
         write_json(path, {"save": save, "error": str(error)})
     except OSError:
@@ -135,9 +142,10 @@ def _tell(path: Path, save: str, error: Exception) -> None:
 
 
 class Writer:
-    """Saves one checkpoint at a time, in a thread beside the training. One a process.
+    """Saves checkpoints, one at a time, in a thread. Each process has one writer.
 
-    launch    one word for this launch, the same on all ranks
+    launch    identifies this launch; the same on all ranks
+    stall     seconds that the last save stopped training
     """
 
     def __init__(self, run_dir: str | Path, launch: str, *, asynchronous: bool = True, timeout: float = 1800.0) -> None:
@@ -146,7 +154,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saves = 0
-        self.stall = 0.0  # seconds that the last save held up training
+        self.stall = 0.0
 
     def save(
         self,
@@ -156,9 +164,9 @@ class Writer:
         *,
         wait: bool = False,
     ) -> None:
-        """Copy now, write in the background. `then` gets the folder when it is written (on rank 0: committed).
+        """Copy now and write in the background. `then` is called with the folder when it is written (on rank 0: committed).
 
-        Raises what went wrong with the save before, or with this one's copy.
+        Raises the error of the previous save, or of this one's copy.
         """
         self.wait()
         start = time.perf_counter()
@@ -179,7 +187,7 @@ class Writer:
             self._error = error
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if anything did."""
+        """Raise the error of the background thread, if there is one."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -192,7 +200,19 @@ class Writer:
 
 
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A whole checkpoint on disk: every file of its manifest exists and has the size that the manifest says.
+
+    Attributes
+    ----------
+    path : Path
+        Its folder, `<run.dir>/checkpoints/step-00001000`.
+    manifest : mapping
+        The contents of `manifest.json`.
+    step : int
+        The training step after which it was saved.
+    world : int
+        Number of ranks that saved it.
+    """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.manifest = path, manifest
@@ -202,6 +222,22 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
+        """Open a checkpoint.
+
+        Parameters
+        ----------
+        path : str or Path
+            Its folder.
+
+        Returns
+        -------
+        Checkpoint
+
+        Raises
+        ------
+        CheckpointError
+            If there is no manifest, or a file is missing or has another size.
+        """
         manifest = files.read_manifest(Path(path))
         if manifest is None:
             raise CheckpointError(f"{path}: not a whole checkpoint: it has no {files.MANIFEST}")
@@ -209,16 +245,29 @@ class Checkpoint:
 
     @classmethod
     def all(cls, run_dir: str | Path) -> list[Checkpoint]:
-        """Whole checkpoints of a run, newest first."""
+        """The whole checkpoints of a run, newest first."""
         return [cls(folder, manifest) for folder, manifest in files.whole(run_dir)]
 
     @classmethod
     def newest_whole(cls, run_dir: str | Path, *, verify: bool = False) -> Checkpoint | None:
-        """The newest checkpoint whose files are all there, in full size; with `verify`, of the right digests too. A warning names
-        what is wrong with newer ones."""
+        """The newest whole checkpoint of a run.
+
+        Damaged checkpoints are skipped, with a warning that names the damage.
+
+        Parameters
+        ----------
+        run_dir : str or Path
+        verify : bool
+            Also compare the digests of all files.
+
+        Returns
+        -------
+        Checkpoint or None
+            None if the run has no whole checkpoint.
+        """
 
         def damaged(error: CheckpointError) -> None:
-            log.warning("passed over, for the one before: %s", error)
+            log.warning("skipped a damaged checkpoint: %s", error)
 
         for folder, manifest in files.whole(run_dir, damaged):
             checkpoint = cls(folder, manifest)
@@ -240,23 +289,37 @@ class Checkpoint:
         return int(self.manifest["world"])
 
     def state(self) -> dict[str, Any]:
-        """What is not a tensor: step, plan, recipe and its hash, the engine's progress, fingerprints of the datasets."""
+        """`state.json`: step, state of the loader, recipe and its hash, the engine's progress, fingerprints of the datasets."""
         return files.read_json(self.path / files.STATE)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compare the digests of all files, or of one part of them. Raises CheckpointError."""
+        """Compare the digests of all files, or of part number `part` of `parts`. Raises CheckpointError if one differs."""
         files.verify(self.path, self.manifest, part, parts)
 
     def load(self, engine: Engine) -> dict[str, Any]:
-        """Put this checkpoint into an engine of any layout; returns `state()`. Collective.
+        """Load this checkpoint into an engine of any layout. Collective.
 
-        Raises CheckpointError where digests, parameters or shapes do not fit; the engine's state is then undefined.
+        Parameters
+        ----------
+        engine : Engine
+            Its masters, moments, buffers, step counters and schedule are overwritten, bit for bit with what was saved. On as
+            many ranks as saved, torch's random generators are restored too.
+
+        Returns
+        -------
+        dict
+            `state()`.
+
+        Raises
+        ------
+        CheckpointError
+            On all ranks, if digests, parameters or shapes differ on any rank. The engine's state is then undefined.
         """
         world = engine.world
         _agree(world, lambda: self.verify(world.rank, world.world), "verify")
         state = self.state()
         state_of.materialise(engine.deepspeed)
-        with _Reader(self) as reader:
+        with RangeReader(self) as reader:
             _agree(world, lambda: self._fill(engine, reader), "load")
             if self.world == world.world:
                 _set_rng(reader.rng[world.rank])
@@ -265,7 +328,7 @@ class Checkpoint:
         world.barrier()
         return state
 
-    def _fill(self, engine: Engine, reader: _Reader) -> None:
+    def _fill(self, engine: Engine, reader: RangeReader) -> None:
         steps: set[float] = set()
         wanted: set[str] = set()
         for fragment in state_of.fragments(engine.deepspeed, engine.address):
@@ -279,17 +342,17 @@ class Checkpoint:
             buffer.copy_(flat.view(buffer.shape))
         extra = sorted(set(reader.pieces) - wanted) if engine.world.world == 1 else []
         if extra:
-            raise CheckpointError(f"{self.path}: holds {', '.join(extra[:5])}, which this model does not have")
+            raise CheckpointError(f"{self.path}: contains {', '.join(extra[:5])}, which this model does not have")
         if len(steps) > 1:
-            raise CheckpointError(f"{self.path}: parameters of different steps: {sorted(steps)}")
+            raise CheckpointError(f"{self.path}: its parameters are from different steps: {sorted(steps)}")
         if not steps and reader.steps:
-            steps = {max(reader.steps)}  # nothing of a trained parameter lies here
+            steps = {max(reader.steps)}  # this rank holds no part of a trained parameter
         if steps:
             state_of.set_step(engine.deepspeed, steps.pop())
 
 
-class _Reader:
-    """Flat ranges of canonical parameters out of all ranks' files; opens only those that are needed."""
+class RangeReader:
+    """Reads flat ranges of canonical parameters from the files of all ranks. Opens only the files that it needs."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
@@ -297,7 +360,7 @@ class _Reader:
         self.pieces: dict[str, dict[str, list[_Piece]]] = {}
         self.rng: list[dict[str, str]] = []
         self.steps: set[float] = set()
-        self.bytes = 0  # read so far
+        self.bytes = 0  # number of bytes read so far
         self._files: dict[int, Any] = {}
         for rank in range(checkpoint.world):
             index = files.read_json(self.path / files.rank_files(rank)[1])
@@ -315,15 +378,17 @@ class _Reader:
             self.pieces.setdefault(name, {}).setdefault(key, []).append(piece)
 
     def copy(self, name: str, key: str, shape: tuple[int, ...], start: int, into: torch.Tensor) -> set[float]:
-        """Fill the flat tensor `into` with the elements from `start` on; returns the optimizer steps they are from."""
+        """Fill the flat tensor `into` with elements from `start` on. Returns the optimizer steps that they are from."""
         if name not in self.shapes:
             raise CheckpointError(f"{self.path}: has no parameter {name!r}")
         if self.shapes[name] != tuple(shape):
-            raise CheckpointError(f"{self.path}: {name} has shape {self.shapes[name]}, the model's is {tuple(shape)}")
+            raise CheckpointError(
+                f"{self.path}: {name} has shape {self.shapes[name]}, but {tuple(shape)} in this model"
+            )
         if key not in self.pieces[name]:
             have = ", ".join(self.pieces[name])
             raise CheckpointError(
-                f"{self.path}: {name} was saved as {have}, not as {key}; is it frozen in one recipe only?"
+                f"{self.path}: {name} was saved as {have}, not as {key}; check model.freeze, which must be as it was"
             )
         stop, found, steps = start + into.numel(), 0, set()
         for piece in self.pieces[name][key]:
@@ -337,11 +402,12 @@ class _Reader:
                     steps.add(piece.step)
         if found != into.numel():
             raise CheckpointError(
-                f"{self.path}: {name}|{key}: {found} of {into.numel()} elements from {start} on are there"
+                f"{self.path}: {name}|{key}: only {found} of {into.numel()} elements from {start} on were saved"
             )
         return steps
 
     def whole(self, name: str, key: str) -> torch.Tensor:
+        """A whole parameter, moment or buffer, in its canonical shape."""
         shape = self.shapes[name]
         first = self.pieces[name][key][0]
         dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
@@ -354,7 +420,7 @@ class _Reader:
             self._files[rank] = safe_open(self.path / files.rank_files(rank)[0], "pt").__enter__()
         return self._files[rank].get_slice(key)[low:high]
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> RangeReader:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -364,13 +430,13 @@ class _Reader:
 
 
 def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Floating masters become `dtype` if given."""
+    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Masters are cast to `dtype` if it is given."""
     return dict(iterate(checkpoint, dtype))
 
 
 def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """As `export_weights`, one tensor at a time."""
-    with _Reader(checkpoint) as reader:
+    """Like `export_weights`, one tensor at a time."""
+    with RangeReader(checkpoint) as reader:
         for name, keys in reader.pieces.items():
             key = next(k for k in ("master", "frozen", "buffer") if k in keys)
             tensor = reader.whole(name, key)
@@ -378,43 +444,43 @@ def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterato
 
 
 def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
-    """Canonical name -> key -> whole tensor, of everything; to compare checkpoints."""
-    with _Reader(checkpoint) as reader:
+    """Canonical name -> key -> whole tensor, for all that was saved. For comparisons of checkpoints."""
+    with RangeReader(checkpoint) as reader:
         return {name: {key: reader.whole(name, key) for key in keys} for name, keys in reader.pieces.items()}
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's part of `state.json`."""
+def recipe_state(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's part of `state.json`: all its keys, and their hash."""
     return {"recipe": to_dict(recipe), "hash": digest(recipe)}
 
 
 def check_recipe(state: Mapping[str, Any], recipe: Recipe, where: str) -> None:
-    """Raises CheckpointError, with the keys that differ, where `recipe` does not continue the run that was saved."""
+    """Raises CheckpointError, naming the keys that differ, if `recipe` cannot continue the saved run."""
     if state["hash"] == digest(recipe):
         return
     changed = differences(from_dict(state["recipe"], where), recipe)
     matter = [line for line in changed if not may_change(line.partition(": ")[0])]
     if matter:
         raise CheckpointError(
-            f"{where}: belongs to another recipe. Differing keys (saved -> now):\n  "
+            f"{where}: belongs to another recipe. These keys differ (saved -> now):\n  "
             + "\n  ".join(matter)
-            + "\nUse another run.dir."
+            + "\nRestore them, or use another run.dir."
         )
 
 
 def _agree(world: Any, action: Callable[[], None], what: str) -> None:
-    """Run `action`; where it fails on any rank, all ranks raise, instead of some waiting for the others."""
+    """Run `action`. If it fails on any rank, all ranks raise, so that no rank waits for another."""
     error: CheckpointError | None = None
     try:
         action()
     except CheckpointError as caught:
         error = caught
     if world.sum([error is not None]).result()[0]:
-        raise error or CheckpointError(f"another rank could not {what} the checkpoint; its message says why")
+        raise error or CheckpointError(f"another rank could not {what} the checkpoint; the log of that rank says why")
 
 
 def _rng() -> dict[str, str]:
-    """torch's generators, for dropout; all other randomness is a function of seed, step and row."""
+    """State of torch's random generators, which dropout uses. All other randomness is a function of seed, step and row."""
     out = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
     if torch.cuda.is_available():
         out["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()

@@ -1,14 +1,15 @@
-"""A checkpoint's folder on disk: when it counts as whole, how it becomes so, how old ones go.
+"""A checkpoint's folder on disk: when it is whole, how it becomes whole, and how old ones are removed.
 
     <run.dir>/checkpoints/step-00001000/
         rank00000.safetensors   the fragments that rank 0 owns
         rank00000.json          their index, with the digest of the file above
-        …                       one pair a rank
-        state.json              all that is not a tensor
+        …                       one such pair for each rank
+        state.json              everything that is not a tensor
         manifest.json           written last: size and SHA-256 of every file above
 
 Every file is written under a temporary name, synced and renamed. A folder without a manifest is not a checkpoint, whatever
-else lies in it; removing one takes the manifest first. No process talks to another: rank 0 waits for the index files.
+else it contains; when a checkpoint is removed, its manifest goes first. The processes do not communicate: rank 0 waits for the
+index files of the others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or continued. The message names the file and what to do."""
+    """A checkpoint cannot be written, read or continued. The message names the file and says what to do."""
 
 
 def folder_of(run_dir: str | Path, step: int) -> Path:
@@ -41,12 +42,12 @@ def folder_of(run_dir: str | Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     match = _STEP.fullmatch(folder.name)
     if match is None:
-        raise CheckpointError(f"{folder}: a checkpoint's folder is named step-00001000")
+        raise CheckpointError(f"{folder}: not a checkpoint's folder, whose name is like step-00001000")
     return int(match[1])
 
 
 def rank_files(rank: int) -> tuple[str, str]:
-    """(tensors, index) of one rank."""
+    """Names of the two files of a rank: (tensors, index)."""
     return f"rank{rank:05d}.safetensors", f"rank{rank:05d}.json"
 
 
@@ -67,14 +68,16 @@ def read_json(path: Path) -> Any:
 
 
 def digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: float = 0.02) -> list[dict[str, Any]]:
-    """The index of every rank, as soon as all of them belong to this save.
+    """Wait until the indexes of all ranks belong to this save, and return them.
 
-    `save` is the same word on all ranks of one save and no other, so that what a crashed one left behind is not taken.
+    `save` identifies a save: the same on all its ranks, different in every other save. So files that a crashed save left are
+    not used. Raises CheckpointError if a rank reports a failure, or after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     found: dict[int, dict[str, Any]] = {}
@@ -92,14 +95,14 @@ def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: fl
                 missing = [r for r in range(world) if r not in found]
                 raise CheckpointError(
                     f"{folder}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after {timeout:.0f} s; "
-                    "run.dir must lie on a file system that all hosts share"
+                    "run.dir must be on a file system that all hosts share"
                 )
             time.sleep(pause)
     return [found[rank] for rank in range(world)]
 
 
 def commit(folder: Path, step: int, world: int, save: str, state: Mapping[str, Any], timeout: float) -> None:
-    """What rank 0 does when its own part is written: wait for the others, then make the folder a checkpoint."""
+    """On rank 0, after its own part is written: wait for the other ranks, then make the folder a checkpoint."""
     indexes = await_indexes(folder, world, save, timeout)
     files = {}
     for rank, index in enumerate(indexes):
@@ -112,9 +115,9 @@ def commit(folder: Path, step: int, world: int, save: str, state: Mapping[str, A
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder whose files all have the size that it says; None where there is none yet, or no more.
+    """The manifest of a folder, whose files all have the size in the manifest; None if the folder has no manifest.
 
-    Raises CheckpointError where a file was lost or cut, or the manifest is none.
+    Raises CheckpointError if a file is missing or has another size, or if the manifest is not valid.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -129,16 +132,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     for name, size in sizes.items():
         file = folder / name
         if Path(name).name != name:
-            raise CheckpointError(f"{path}: names {name!r}, which is no file of its folder")
+            raise CheckpointError(f"{path}: lists {name!r}, which is not a file name in its own folder")
         have = file.stat().st_size if file.is_file() else None
         if have != size:
-            lost = "is gone" if have is None else f"has {have} bytes"
-            raise CheckpointError(f"{file}: {lost}, but its manifest says {size}: this is not a whole checkpoint")
+            lost = "is missing" if have is None else f"has {have} bytes"
+            raise CheckpointError(f"{file}: {lost}, but {MANIFEST} says {size} bytes: this is not a whole checkpoint")
     return manifest
 
 
 def verify(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> None:
-    """Compare digests, of every `parts`-th file from number `part` on. Raises CheckpointError for a file that differs."""
+    """Compare the digests of every `parts`-th file from number `part` on. Raises CheckpointError if a file differs."""
     for name in sorted(manifest["files"])[part::parts]:
         if digest(folder / name) != manifest["files"][name]:
             raise CheckpointError(
@@ -149,7 +152,7 @@ def verify(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int 
 def whole(
     run_dir: str | Path, damaged: Callable[[CheckpointError], None] = lambda error: None
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Whole checkpoints of a run, newest first. Those that are not are passed over; `damaged` hears of those that once were."""
+    """The whole checkpoints of a run, newest first. Others are skipped; `damaged` is called for those with a manifest."""
     for _, folder in reversed(folders(run_dir)):
         try:
             manifest = read_manifest(folder)
@@ -161,14 +164,17 @@ def whole(
 
 
 def remove(folder: Path) -> None:
-    """Take the manifest first, so that a folder half removed is not a checkpoint."""
+    """Remove the manifest first, so that a folder that is half removed is not a checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
     _sync_folder(folder)
     shutil.rmtree(folder)
 
 
 def prune(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()) -> list[Path]:
-    """Remove all but the newest `keep` whole checkpoints, and broken folders older than the newest whole one."""
+    """Remove all whole checkpoints except the newest `keep` and `protect`, and damaged folders older than the newest whole one.
+
+    Returns the removed folders, oldest first.
+    """
     kept = [folder for folder, _ in whole(run_dir)]
     if not kept:
         return []

@@ -1,10 +1,10 @@
-"""build_engine: DeepSpeed behind one train_step, the same loss on every layout.
+"""The engine: DeepSpeed behind one `train_step`, with the same loss on every layout.
 
-The loss of a step is Σ weight · loss over the targets of the *global* batch ÷ their number. A rank sees only its rows, so the
-number of targets is summed over the ranks before the forward pass (one step ahead, where the trainer announces batches), and
-the model divides by it. DeepSpeed then averages gradients over data-parallel ranks and accumulation steps: the divisor given
-to the model is smaller by just that factor. Auxiliary gradients enter at the routers, past DeepSpeed's division by the
-accumulation steps, so they are multiplied by the number of data-parallel ranks alone.
+The loss of a step is Σ weight · loss over the targets of the *global* batch ÷ their number. A rank has only some rows, so the
+number of targets is summed over the ranks before the forward pass (one step ahead, when the trainer announces a batch), and
+the model divides by this sum. DeepSpeed then averages gradients over data-parallel ranks and accumulation steps; to
+compensate, the divisor that the model gets is smaller by the product of both. Auxiliary gradients enter at the routers, after
+DeepSpeed's division by the accumulation steps, so their scale is the number of data-parallel ranks only.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepResult:
-    """What one step did, summed over the global batch.
+    """Result of one step over the global batch.
 
     loss             weighted sum over targets ÷ number of targets, without auxiliary terms
-    auxiliary        balance and z-loss of the routers
-    gradient_norm    of the whole gradient, before clipping
-    loss_by_task     task's number -> (weighted loss sum, number of targets)
+    auxiliary        balance loss plus z-loss of the routers
+    gradient_norm    norm of the whole gradient, before clipping
+    loss_by_task     number of a task -> (weighted loss sum, number of targets)
     task_counts      [MoE layers, tasks, experts]: tokens routed to each expert
-    memory           bytes: the peak so far on the rank that needed most; of its device, or resident on a CPU
-    all_to_all       seconds that tokens travelled to experts and back, or waited to; the mean over the ranks
-    bubble           share of the time from the first to the last pass of the pipeline that its stages spent outside passes:
-                     the schedule's bubble, uneven stages and transfers; None without a pipeline
-    bubble_bound     what it would be with even stages and free transfers
+    memory           peak memory so far on the rank that needed most, in bytes (of its device, or resident on a CPU)
+    all_to_all       seconds for sending tokens to experts and back, including waits; mean over the ranks; None without
+                     expert parallelism
+    bubble           share of the time from the step's start to the last pass that the pipeline's stages spent outside
+                     passes: the schedule's bubble, uneven stages and transfers; None without a pipeline
+    bubble_bound     the same share if stages were even and transfers took no time
     """
 
     step: int
@@ -70,7 +71,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of a global batch that its loss is divided by."""
+    """Sums over a global batch: targets, real tokens, real rows, floating-point operations."""
 
     targets: float
     tokens: float
@@ -79,7 +80,7 @@ class Counts:
 
 
 class Totals:
-    """Named float64 arrays in one flat tensor, so that a step is summed over the ranks by one all-reduce."""
+    """Named float64 arrays in one flat tensor, so that one all-reduce sums all of a step's numbers over the ranks."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
         sizes = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
@@ -107,12 +108,25 @@ class Totals:
 
 
 def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> Engine:
-    """DeepSpeed around a DecisionModel, as the recipe's `deepspeed:` and `parallel:` sections say.
+    """Put a model under DeepSpeed, as the recipe's `deepspeed:` and `parallel:` sections say.
 
-    With pipeline stages, or experts divided among ranks, a rank takes its part of the model's weights and drops the rest.
-    `model` may be on the meta device: its weights are then drawn where they are needed.
+    Parameters
+    ----------
+    recipe : Recipe
+    model : DecisionModel
+        The whole model. With pipeline stages, or experts divided among ranks, a rank keeps only its part of the weights.
+        If the model is on the meta device, each rank draws the weights that it needs.
+    world : ParallelDims
+        The grid of this launch.
 
-    Raises LayoutError where the section and the layout do not fit, before anything is built.
+    Returns
+    -------
+    Engine
+
+    Raises
+    ------
+    LayoutError
+        If the section and the layout do not fit, before anything is built.
     """
     if world.pipeline > 1:
         from tiphys.pretrain.distributed.pipeline_engine import PipelineEngine
@@ -122,12 +136,35 @@ def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> E
 
 
 class Engine:
-    """A model under DeepSpeed on one layout.
+    """A model under DeepSpeed on one layout. `build_engine` makes it.
 
-    rows_per_rank    rows this rank computes a step, after filling up: micro_batch × accumulation
-    derived          key path of `deepspeed:` -> what was derived for it, for printing
-    module           the model as this rank holds it
-    step             number of steps done
+    Parameters
+    ----------
+    recipe : Recipe
+    model : DecisionModel
+        The whole model, which may be on the meta device.
+    world : ParallelDims
+        The grid of this launch.
+
+    Attributes
+    ----------
+    step : int
+        Number of steps done.
+    learning_rate : float
+        Learning rate of the next step.
+    module : torch.nn.Module
+        This rank's part of the model.
+    rows : int
+        Real rows of a global batch.
+    rows_per_rank : int
+        Rows that this rank computes in each step, filler rows included: micro_batch × accumulation.
+    derived : dict of str to object
+        Key path of `deepspeed:` -> the value that was derived for it.
+
+    Raises
+    ------
+    LayoutError
+        If the recipe cannot run on this layout, or `model.freeze` names no parameter.
     """
 
     def __init__(self, recipe: Recipe, model: DecisionModel, world: ParallelDims) -> None:
@@ -156,9 +193,9 @@ class Engine:
         self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
         self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
-        self._travels = Spans(world.device)
+        self._exchanges = Spans(world.device)
         if world.expert > 1 and not recipe.train.compile:
-            _time_travels(self.module, self._travels)
+            _time_exchanges(self.module, self._exchanges)
 
     @property
     def step(self) -> int:
@@ -169,68 +206,90 @@ class Engine:
         return learning_rate(self.deepspeed)
 
     def announce(self, batch: TokenBatch) -> None:
-        """Start counting the global batch that this one is a part of. Every rank announces the same steps in order.
+        """Start to count the targets and tokens of the global batch that `batch` is a part of.
 
-        A step that was not announced is counted, and waited for, when it is trained on.
+        All ranks must announce the same steps in the same order. `train_step` announces a batch that was not announced, and
+        then has to wait for the other ranks.
         """
         self._announced[batch.step] = self.world.sum(
             [batch.targets, batch.real_tokens, int((batch.row >= 0).sum()), flops_per_batch(self.config, batch)]
         )
 
     def train_step(self, batch: TokenBatch) -> StepResult:
-        """One optimizer step on this rank's rows of the global batch."""
+        """One optimizer step. Collective.
+
+        Parameters
+        ----------
+        batch : TokenBatch
+            This rank's rows of the global batch, at most `rows_per_rank`.
+
+        Returns
+        -------
+        StepResult
+            Numbers of the global batch, the same on every rank.
+        """
         counts, rate = self._counts(batch), self.learning_rate
         totals = self._totals()
         self.module.train()
-        self._travels.take()  # what an evaluation left
+        self._exchanges.take()  # drop what an evaluation measured
         norm = self._train(batch, counts, totals)
-        measured = [*self._passes(), self._travels.take()[0], float(peak_memory(self.world.device))]
+        measured = [*self._passes(), self._exchanges.take()[0], float(peak_memory(self.world.device))]
         totals["ranks"][self.world.rank] = torch.tensor(measured, dtype=torch.float64)
         self._finish_experts(totals)
         return self._result(counts, totals.numpy(), float(norm), rate)
 
     @torch.no_grad()
     def evaluate(self, batch: TokenBatch) -> dict[str, np.ndarray]:
-        """Sums over this batch on all ranks: `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task;
-        `errors` [tasks, 4]: see `action_error` (zeros under a pipeline, whose last stage knows only the loss).
+        """Evaluate the model, without training, on the rows of all ranks. Collective.
 
-        Collective. Ranks with fewer rows compute filler rows, because all must go through the model as often.
+        Ranks with fewer rows compute filler rows, because all ranks must call the model equally often.
+
+        Parameters
+        ----------
+        batch : TokenBatch
+            Rows of this rank, of any number.
+
+        Returns
+        -------
+        dict of str to ndarray
+            `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4]: see
+            `action_error`; zeros with a pipeline, whose last stage returns only the loss.
         """
         self.module.eval()
         totals = self._totals()
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
-        self._evaluate(list(self._cut(batch, times)), totals)
+        self._evaluate(list(self.micro_batches(batch, times)), totals)
         totals.all_reduce()
         sums = totals.numpy()
         return {name: sums[name] for name in ("by_task", "errors")}
 
     def canonical(self, local: str) -> str:
-        """The whole model's name of a parameter or buffer of this rank's module."""
+        """Name in the whole model of a parameter or buffer of this rank's module."""
         return local
 
     def address(self, local: str, parameter: torch.nn.Parameter, shape: tuple[int, ...]) -> Address:
-        """Where a parameter of this rank's module lies in the whole model."""
+        """Where a parameter of this rank's module is in the whole model."""
         first = self._first_expert.get(id(parameter))
         if first is None:
             return Address(self.canonical(local), 0, shape)
         return Address(self.canonical(local), first * math.prod(shape[1:]), (self.config.num_experts, *shape[1:]))
 
     def buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Canonical name and live tensor of everything that is saved and is not a parameter: the routers' shares."""
+        """Canonical name and live tensor of each saved buffer: the counts and biases of the routers."""
         saved = self.module.state_dict().keys()
         for name, buffer in self.module.named_buffers():
             if name in saved:
                 yield self.canonical(name), buffer
 
     def destroy(self) -> None:
-        """Give back DeepSpeed's hooks and buffers; the engine cannot be used afterwards."""
+        """Release DeepSpeed's hooks and buffers. The engine cannot be used afterwards."""
         self.deepspeed.destroy()
         forget_groups()
 
-    # --- what a pipeline does differently ------------------------------------------------------------------------------
+    # --- what PipelineEngine overrides ---------------------------------------------------------------------------------
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
-        """The part of the model that this rank holds, with its weights and what is frozen of it."""
+        """This rank's part of the model, with its weights and the choice of frozen parameters."""
         if not any(p.is_meta for p in model.parameters()):
             return model
         drawn = type(model)(self.config, seed=self.seed)
@@ -239,11 +298,11 @@ class Engine:
         return drawn
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
-        """Forward, backward and step; adds what it measures to `totals`; returns the gradient's norm."""
+        """Forward, backward and step. Adds the losses to `totals` and returns the gradient norm."""
         scale = self.world.data * self.accumulation
         norm = None
-        for micro in self._cut(batch, self.accumulation):
-            output = self.deepspeed(self._inputs(micro, training=True), **self._divisors(counts))
+        for micro in self.micro_batches(batch, self.accumulation):
+            output = self.deepspeed(self.inputs(micro, training=True), **self._divisors(counts))
             self.deepspeed.backward(output.loss)
             totals.add("loss", output.loss.detach() / scale)
             totals.add("by_task", output.loss_by_task.detach())
@@ -253,14 +312,14 @@ class Engine:
         return gradient_norm(self.deepspeed) if norm is None else norm
 
     def _passes(self) -> tuple[float, float]:
-        """Seconds of this step inside the stage's passes, and from the step's start to the end of the last one."""
+        """Seconds inside this stage's passes in this step, and seconds from the step's start to the end of the last pass."""
         return 0.0, 0.0
 
     def _evaluate(self, micros: list[TokenBatch], totals: Totals) -> None:
         import deepspeed
 
         for micro in micros:
-            inputs = self._inputs(micro, training=False)
+            inputs = self.inputs(micro, training=False)
             output = self.module(inputs)
             totals.add("by_task", output.loss_by_task)
             ends = [*self.module.output.parameters(), *self.module.head.parameters()]  # type: ignore[union-attr]
@@ -275,20 +334,21 @@ class Engine:
         return Counts(*self._announced.pop(batch.step).result())
 
     def _divisors(self, counts: Counts) -> dict[str, float]:
-        """What the model divides by: see the head of this file."""
+        """The divisors that the model gets; see the docstring of this file."""
         return {
             "normaliser": max(counts.targets, 1.0) / (self.world.data * self.accumulation),
             "tokens_global": max(counts.tokens, 1.0),
             "auxiliary_scale": float(self.world.data),
         }
 
-    def _cut(self, batch: TokenBatch, times: int) -> Iterator[TokenBatch]:
-        """The batch as that many micro-batches, the last ones filled up with empty rows."""
+    def micro_batches(self, batch: TokenBatch, times: int) -> Iterator[TokenBatch]:
+        """The batch in `times` micro-batches; the last ones are filled up with filler rows."""
         filled = batch.fill(times * self.micro_batch)
         for i in range(times):
             yield filled.select(slice(i * self.micro_batch, (i + 1) * self.micro_batch))
 
-    def _inputs(self, batch: TokenBatch, *, training: bool) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: TokenBatch, *, training: bool) -> dict[str, torch.Tensor]:
+        """The model's inputs on this rank's device; training hides tasks from the router (`task_dropout`)."""
         dropout = self.config.task_dropout if training else 0.0
         return to_tensors(batch, self.world.device, task_dropout=dropout, seed=self.seed)
 
@@ -299,7 +359,7 @@ class Engine:
         return Totals(shapes | {"errors": (tasks, COLUMNS), "ranks": (self.world.world, 4)}, self.world.device)
 
     def _finish_experts(self, totals: Totals) -> None:
-        """Sum what this step counted over the ranks; the routers' shares of the step become those of the next one's loss."""
+        """Sum all of the step's numbers over the ranks, and give the routers the global counts for their next balance loss."""
         here = [self._expert_layers.index(layer.number) for layer in mixtures(self.module)]
         if here:
             counts, losses = step_counts(self.module, self.world.device)
@@ -310,13 +370,13 @@ class Engine:
             layer.finish_step(totals["experts"][place].to(torch.int64))
 
     def _result(self, counts: Counts, totals: dict[str, np.ndarray], norm: float, rate: float) -> StepResult:
-        passes, whole, travels, memory = totals["ranks"].T
+        passes, whole, exchanges, memory = totals["ranks"].T
         stages, more = self.world.pipeline, {}
         if stages > 1:
             more["bubble"] = float(1 - passes.mean() / max(whole.max(), 1e-9))
             more["bubble_bound"] = (stages - 1) / (self.accumulation + stages - 1)
         if self.world.expert > 1:
-            more["all_to_all"] = float(travels.mean())
+            more["all_to_all"] = float(exchanges.mean())
         return StepResult(
             step=self.step,
             loss=float(totals["loss"]),
@@ -335,11 +395,13 @@ class Engine:
 
 
 def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """`model.freeze`. Raises LayoutError for a glob that names no parameter."""
+    """Freeze the parameters that `model.freeze` names. Raises LayoutError if a pattern matches none."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise LayoutError(f"model.freeze: {pattern!r} matches no parameter; they are named like {names[0]!r}")
+            raise LayoutError(
+                f"model.freeze: {pattern!r} matches no parameter; the names of parameters look like {names[0]!r}"
+            )
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
@@ -352,7 +414,7 @@ def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) ->
     shard_experts(module, config, world.expert_rank, world.expert)
 
 
-def _time_travels(module: torch.nn.Module, spans: Spans) -> None:
+def _time_exchanges(module: torch.nn.Module, spans: Spans) -> None:
     from tiphys.pretrain.model.expert_parallel import ShardedExperts
 
     for layer in module.modules():
@@ -361,7 +423,7 @@ def _time_travels(module: torch.nn.Module, spans: Spans) -> None:
 
 
 def _first_experts(module: torch.nn.Module) -> dict[int, int]:
-    """id of each parameter that is a slice of a stack of experts -> number of its first expert."""
+    """For parameters that are a slice of a stack of experts: id of the parameter -> number of its first expert."""
     return {
         id(p): int(layer.experts.first)  # type: ignore[arg-type]
         for layer in mixtures(module)

@@ -1,4 +1,4 @@
-"""What is measured on the way: times, rates, and MFU against the rate that this machine's matrix products reach."""
+"""Measurements of a step: times, rates, and MFU (model FLOP/s ÷ the FLOP/s that the devices could reach)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 if TYPE_CHECKING:
     from tiphys.pretrain.engine import StepResult
 
-# Dense bf16 tensor-core peak of one device, FLOP/s, from the vendor's data sheets (without sparsity).
+# Dense bf16 tensor-core peak of one device in FLOP/s, from the vendor's data sheets (without sparsity).
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @dataclass
 class StepMetrics:
-    """One step as the trainer saw it.
+    """One step as the trainer measured it.
 
-    seconds    from the end of the step before to the end of this one
-    wait       of these, waiting for the loader
+    seconds    from the end of the previous step to the end of this one
+    wait       seconds of these that the loaders were waited for, mean over the loaders
     peak       FLOP/s that all processes together could reach
-    counters   what the loaders report, summed over the ranks
+    counters   numbers from the loaders: sums over the ranks, means of rates
     """
 
     result: StepResult
@@ -39,11 +39,11 @@ class StepMetrics:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs (forward and backward of what is not padding) ÷ what the devices could have done meanwhile."""
+        """Model FLOPs (forward and backward, without padding) ÷ FLOPs that the devices could have done in the same time."""
         return self.result.flops / (self.seconds * self.peak)
 
     def to_json(self, tasks: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
-        """The line of metrics.jsonl. `loss_by_task` holds each task's own mean over its targets."""
+        """The line of metrics.jsonl. `loss_by_task` is the mean over the targets of each task."""
         r = self.result
         by_task = {tasks[t] if t < len(tasks) else str(t): s / n for t, (s, n) in r.loss_by_task.items() if n}
         return {
@@ -67,7 +67,7 @@ class StepMetrics:
         }
 
     def shares(self) -> dict[str, float]:
-        """What the layout costs, as far as it has such a part: shares of the step (all_to_all) or of the pipeline's passes."""
+        """Costs of the layout, if it has them: `all_to_all` as a share of the step; `bubble` and its bound."""
         r = self.result
         parts = {
             "all_to_all": None if r.all_to_all is None else r.all_to_all / self.seconds,
@@ -78,7 +78,7 @@ class StepMetrics:
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that one process could reach: the device's data sheet where we know it, else what its products measure."""
+    """FLOP/s that one process could reach: from the device's data sheet if it is in `PEAKS`, otherwise measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
@@ -89,9 +89,9 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.15) -> float:
-    """FLOP/s of square matrix products, the best of several within `seconds`; measured once a process.
+    """FLOP/s of square matrix products, the best of several within `seconds`. Measured once in each process.
 
-    The best, not the mean: another process on the same cores slows training, not the machine.
+    The best and not the mean, because other processes on the same cores do not lower what the machine could reach.
     """
     size = size or (768 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -111,7 +111,7 @@ def _synchronise(device: torch.device, _: torch.Tensor) -> None:
 
 
 class Stopwatch:
-    """Seconds since the last `lap`."""
+    """Measures the seconds since the last `lap`."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -123,7 +123,7 @@ class Stopwatch:
 
 
 class Smoothed:
-    """An exponential mean of the last ~`steps` values, without the bias of the start."""
+    """An exponential mean over about the last `steps` values, without a bias at the start."""
 
     def __init__(self, steps: float = 20.0) -> None:
         self._keep, self._sum, self._weight = 1.0 - 1.0 / steps, 0.0, 0.0

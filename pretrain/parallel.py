@@ -96,12 +96,12 @@ class Grid:
 
     @property
     def replica(self) -> int:
-        """This rank's number among the data-parallel ranks of its stage."""
+        """Number of this rank among the data-parallel ranks of its stage."""
         return self.rank % self.data
 
     @property
     def expert_rank(self) -> int:
-        """Which slice of each expert layer this rank holds: 0 … expert − 1."""
+        """Number of the slice of each expert layer that this rank holds: 0 … expert − 1."""
         return self.replica % self.expert
 
     @property
@@ -145,7 +145,7 @@ class ParallelDims(Grid):
         return Home(process=self.replica, processes=self.data, weights=None)
 
     def sum(self, values: Sequence[float]) -> Sum:
-        """Start the sum of a few float64 numbers over all ranks; `result()` waits for it.
+        """Start to sum a few float64 numbers over all ranks; `result()` waits for the sum.
 
         All ranks must call this in the same order, with equally many values.
         """

@@ -1,6 +1,6 @@
-"""A policy in the Hugging Face form: a folder that acts without this project installed; and its way to a bucket or a hub.
+"""A policy in the Hugging Face format (a folder that acts without Tiphys installed), and its publication to a bucket or a hub.
 
-config.json (with auto_map)   model.safetensors   processor.json   *.py (sources of the model and the policy)
+config.json (with auto_map)   model.safetensors   processor.json   *.py (source code of the model and the policy)
 recipe.yaml                   evaluation.json     README.md (model card)
 """
 
@@ -34,7 +34,7 @@ CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
 
 
 class PublishError(RuntimeError):
-    """A policy could not be published. The message says where, why, and what to do; it holds no secret."""
+    """A policy could not be published. The message says where, why, and what to do; it contains no secret."""
 
 
 def save_policy(
@@ -49,14 +49,40 @@ def save_policy(
     recipe_digest: str = "",
     license: str = "apache-2.0",
 ) -> Path:
-    """Write a policy's folder, whole or not at all; one that is there already is replaced.
+    """Write a policy's folder, whole or not at all. It replaces a policy that is already there.
 
-    weights    canonical names (`DecisionModel.state_dict()`), of any floating type, all of them
-    processor  `Objectives.processor()`
-    recipe     the resolved recipe, as plain values
-    evaluation `tiphys.pretrain.evaluate.evaluate`'s result; `add_evaluation` adds it later
+    Parameters
+    ----------
+    folder : str or Path
+        The folder to write.
+    weights : mapping, or iterable of (str, Tensor)
+        All weights, under the names of `DecisionModel.state_dict()`, in any floating type.
+    config : DecisionConfig
+        Shape of the model.
+    processor : mapping
+        `Objectives.processor()`.
+    recipe : mapping, optional
+        The resolved recipe, as plain values.
+    evaluation : mapping, optional
+        Result of `tiphys.pretrain.evaluate.evaluate`; `add_evaluation` can add it later.
+    step : int
+        Number of training steps.
+    recipe_digest : str
+        Hash of the recipe, for the model card.
+    license : str
+        SPDX identifier, for the model card.
 
-    Raises ValueError for weights that are not the model's, FileExistsError where something else than a policy is in the way.
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes of the weights are not those of the model.
+    FileExistsError
+        If the folder contains something other than a policy.
     """
     import yaml
     from huggingface_hub import save_torch_state_dict
@@ -64,7 +90,7 @@ def save_policy(
     target, tensors = Path(folder), dict(weights)
     _check_weights(tensors, config)
     about = {"license": license, "step": step, "recipe": recipe_digest, "name": str((recipe or {}).get("name", ""))}
-    with _replacing(target) as new:
+    with _Replacing(target) as new:
         config.architectures = ["DecisionModel"]
         config.dtype = next(
             (str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()), None
@@ -84,7 +110,7 @@ def save_policy(
 
 
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> None:
-    """Put an evaluation into a policy's folder: evaluation.json, and its results into the model card."""
+    """Add an evaluation to a policy's folder: write evaluation.json, and the model card with the results."""
     from tiphys.pretrain.card import model_card
 
     folder = Path(folder)
@@ -96,22 +122,43 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> 
 
 
 def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
-    """Copy a policy to a folder, a bucket (`s3://bucket/path`) or a hub (`hf://org/name`). Returns where it is.
+    """Copy a policy to a folder, a bucket or a hub.
 
-    private  hubs: a new repository is private; one that is public already is refused then
+    Parameters
+    ----------
+    folder : str or Path
+        The policy's folder, from `save_policy`.
+    to : str
+        A folder, a bucket (`s3://bucket/path`) or a repository of a hub (`hf://owner/name`).
+    private : bool
+        Only for hubs: a new repository is private, and a public one is refused.
 
-    Raises PublishError, FileExistsError where `to` is a folder of something else, or what the store raises.
+    Returns
+    -------
+    str
+        Where the policy is; for a hub `hf://owner/name@commit`.
+
+    Raises
+    ------
+    DataError
+        If `folder` is not a policy, or `to` is not a valid address of a repository.
+    PublishError
+        If the hub refuses, cannot be reached, or the repository is public but `private` is true.
+    FileExistsError
+        If `to` contains something other than a policy.
+    OSError
+        If a bucket cannot be read or written.
     """
     source = Path(folder)
     if not is_policy(source):
-        raise DataError(f"{source} is no policy: it has no {CONFIG} of a tiphys model")
+        raise DataError(f"{source} is not a policy: it has no {CONFIG} of a tiphys model")
     if to.startswith("hf://"):
         return _to_hub(source, to.removeprefix("hf://").strip("/"), private)
     if "://" in to and not to.startswith("file://"):
         return _to_bucket(source, to)
     target = Path(to.removeprefix("file://"))
     if target.resolve() != source.resolve():
-        with _replacing(target) as new:
+        with _Replacing(target) as new:
             shutil.copytree(source, new, dirs_exist_ok=True)
     return str(target)
 
@@ -125,28 +172,28 @@ def is_policy(folder: Path) -> bool:
 
 
 def _to_bucket(source: Path, to: str) -> str:
-    """`config.json` goes first and comes last: without it there is no policy, so nobody sees a mixture of two."""
+    """`config.json` is deleted first and uploaded last. Without it there is no policy, so no reader sees a mix of two."""
     from tiphys.dataio.storage import Store
 
     store, files = Store(to), sorted(p.name for p in source.iterdir() if p.is_file())
     there = set(store.list())
     if there and CONFIG not in there and not there <= set(files):
-        raise FileExistsError(f"{to} holds something else than a policy; choose an empty place")
+        raise FileExistsError(f"{to} contains something other than a policy; choose an empty path")
     if CONFIG in there:
         store.delete(CONFIG)
     for name in [f for f in files if f != CONFIG] + [CONFIG]:
         store.upload(name, str(source / name))
     for name in there - set(files):
         if "/" not in name and name.endswith((".py", ".json", ".safetensors", ".yaml", ".md")):
-            store.delete(name)  # of a version before this one
+            store.delete(name)  # left by an earlier version
     return to
 
 
 def _to_hub(source: Path, name: str, private: bool) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DataError(f"hf://{name}: a repository is hf://owner/name")
+        raise DataError(f"hf://{name} is not a repository; write hf://owner/name")
     if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # Xet's storage belongs to huggingface.co alone
+        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # only huggingface.co has Xet storage
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -162,28 +209,29 @@ def _to_hub(source: Path, name: str, private: bool) -> str:
             public = False
             api.create_repo(name, private=private, exist_ok=True)
         if public and private:
-            raise PublishError(f"hf://{name} is public already: publish with --public, or to another name")
+            raise PublishError(f"hf://{name} is already public: publish with --public, or under another name")
         step = json.loads((source / CONFIG).read_text(encoding="utf-8")).get("tiphys", {}).get("step", 0)
         commit = api.upload_folder(
             repo_id=name,
             folder_path=source,
             commit_message=f"Policy at step {step}",
-            delete_patterns=["*.py", "*.json", "*.safetensors"],  # what a version before this one had beside these
+            delete_patterns=["*.py", "*.json", "*.safetensors"],  # left by an earlier version
         )
     except OfflineModeIsEnabled as error:
-        raise PublishError(f"hf://{name}: the hub is switched off here (HF_HUB_OFFLINE); unset it") from error
+        raise PublishError(f"hf://{name}: HF_HUB_OFFLINE is set, so the hub cannot be used; unset it") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        hint = {401: "log in with `hf auth login` or set HF_TOKEN", 403: "this token may not write there"}.get(
-            status or 0, ""
-        )
-        # not chained: the request that is part of the original carries the token in its headers
+        hint = {
+            401: "log in with `hf auth login` or set HF_TOKEN",
+            403: "this key has no permission to write there",
+        }.get(status or 0, "")
+        # not chained, because the original error holds a request whose headers contain the key
         raise PublishError(without_secrets(f"hf://{name}: {error}" + (f"; {hint}" if hint else ""))) from None
     return f"hf://{name}@{commit.oid}"
 
 
 def without_secrets(text: str) -> str:
-    """The text with everything that looks like a hub's token taken out."""
+    """The text, with everything that looks like a hub's key replaced by ***."""
     for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
         if secret:
             text = text.replace(secret, "***")
@@ -191,7 +239,7 @@ def without_secrets(text: str) -> str:
 
 
 def _check_weights(tensors: Mapping[str, torch.Tensor], config: DecisionConfig) -> None:
-    """Raises ValueError where names or shapes are not those of the model that the config describes."""
+    """Raises ValueError if names or shapes are not those of the config's model."""
     from accelerate import init_empty_weights
 
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -205,14 +253,14 @@ def _check_weights(tensors: Mapping[str, torch.Tensor], config: DecisionConfig) 
     shapes = sorted(n for n in set(expected) & set(tensors) if expected[n] != tuple(tensors[n].shape))
     if missing or unknown or shapes:
         wrong = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-        told = "; ".join(
+        problems = "; ".join(
             f"{what}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for what, names in wrong if names
         )
-        raise ValueError(f"these are not the weights of the model that the config describes ({told})")
+        raise ValueError(f"the weights do not fit the config's model ({problems})")
 
 
-class _replacing:
-    """A new folder beside the target, which takes the target's place when the block is left without an exception."""
+class _Replacing:
+    """A new folder next to the target. It replaces the target when the block ends without an exception."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -220,7 +268,7 @@ class _replacing:
     def __enter__(self) -> Path:
         target = self._target
         if target.exists() and not is_policy(target) and any(target.iterdir()):
-            raise FileExistsError(f"{target} holds something else than a policy; choose another folder")
+            raise FileExistsError(f"{target} contains something other than a policy; choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         self._new.chmod(0o755)
@@ -240,7 +288,7 @@ class _replacing:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences as dicts and lists, which YAML's safe dumper knows."""
+    """Mappings as dicts and sequences as lists, for YAML's safe dumper."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The sources that a published policy carries: what `Policy` and `DecisionModel` import of this project, as one flat folder."""
+"""Source code for a published policy: all modules of Tiphys that `Policy` and `DecisionModel` import, in one flat folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _IMPORT = re.compile(r"^(\s*from )tiphys\.(?:\w+\.)*(\w+) import\b")
 
 
 def code_files() -> dict[str, str]:
-    """File name -> source, for every module that the roots import, directly or not.
+    """File name -> source code of every module that `ROOTS` import, directly or indirectly.
 
     Imports of this project's modules become relative: `from tiphys.pretrain.tokens.batch import X` -> `from .batch import X`.
-    Imports for type checkers alone are left out. Raises ValueError for an import in another form or two modules of one name.
+    Imports for type checkers are removed. Raises ValueError if an import has another form, or two modules have the same name.
     """
     files: dict[str, str] = {}
     origin: dict[str, str] = {}
@@ -26,10 +26,12 @@ def code_files() -> dict[str, str]:
         module = waiting.pop()
         name = module.rsplit(".", 1)[1] + ".py"
         if origin.setdefault(name, module) != module:
-            raise ValueError(f"{origin[name]} and {module} cannot lie in one folder: rename one of them")
+            raise ValueError(
+                f"{origin[name]} and {module} have the same file name, but a policy has only one folder; rename one of them"
+            )
         if name in files:
             continue
-        files[name], imported = _flat(module, _path(module).read_text(encoding="utf-8"))
+        files[name], imported = flat_source(module, _path(module).read_text(encoding="utf-8"))
         waiting += sorted(imported)
     return dict(sorted(files.items()))
 
@@ -37,12 +39,12 @@ def code_files() -> dict[str, str]:
 def _path(module: str) -> Path:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
-        raise ValueError(f"{module} has no source file, so a policy cannot carry it")
+        raise ValueError(f"{module} has no source file, so it cannot be part of a policy")
     return Path(spec.origin)
 
 
-def _flat(module: str, source: str) -> tuple[str, set[str]]:
-    """The source with relative imports, and the modules of this project that it imports."""
+def flat_source(module: str, source: str) -> tuple[str, set[str]]:
+    """The source code of a module with relative imports, and the modules of this project that it imports."""
     lines = source.splitlines()
     imported: set[str] = set()
     tree = ast.parse(source)
@@ -58,10 +60,10 @@ def _flat(module: str, source: str) -> tuple[str, set[str]]:
         if not mine:
             continue
         line, count = _IMPORT.subn(r"\1.\2 import", lines[node.lineno - 1])
-        if not count:
+        if not count or any(_path(name).name == "__init__.py" for name in mine):
             raise ValueError(
-                f"{module}, line {node.lineno}: published code is imported as `from tiphys.….NAME import …`, not as "
-                f"`{lines[node.lineno - 1].strip()}`"
+                f"{module}, line {node.lineno}: write imports of code that is published as "
+                f"`from tiphys.….NAME import …`, not as `{lines[node.lineno - 1].strip()}`"
             )
         lines[node.lineno - 1] = line
         imported.update(mine)
@@ -73,5 +75,5 @@ def _flat(module: str, source: str) -> tuple[str, set[str]]:
 def _version() -> str:
     try:
         return version("tiphys")
-    except PackageNotFoundError:  # a source tree on the path
+    except PackageNotFoundError:  # a source tree on the Python path
         return "(uninstalled)"

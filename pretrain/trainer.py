@@ -1,4 +1,4 @@
-"""The training loop, on one screen; everything else happens in callbacks at named stages."""
+"""The training loop. Everything else happens in callbacks, at named stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from tiphys.pretrain.callbacks import Callback
-from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, describe
+from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, recipe_state
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.pretrain.metrics import StepMetrics, Stopwatch, peak_rate
 from tiphys.pretrain.tokens.batch import TokenBatch
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class Loaded(Protocol):
-    """One step's rows from a loader; its arrays are valid until `release()`. `quarantined`: events for the plan's log."""
+    """One step's rows from a loader. The arrays are valid until `release()`. `quarantined`: events for the plan's log."""
 
     step: int
     arrays: dict[str, np.ndarray]
@@ -44,7 +44,7 @@ class Loaded(Protocol):
 
 
 class Loader(Protocol):
-    """An iterator of steps that can be put back to any of them."""
+    """An iterator over steps that can be set to any step."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -53,19 +53,42 @@ class Loader(Protocol):
 
 
 @dataclass(frozen=True)
-class _Question:
-    """What a rank has asked the others: its events for the plan's log, and a sum that is on its way."""
+class _Exchange:
+    """An exchange of numbers between the ranks that has started: this rank's events for the plan's log, and the sums."""
 
     events: list[dict[str, Any]]
     sums: Sum
 
 
 class Trainer:
-    """Trains `engine` on `loader` for `recipe.train.steps` steps.
+    """Trains a model until `recipe.train.steps` steps are done.
 
-    loader      None on pipeline stages that take no data
-    fingerprints  of the datasets; a resumed run must have the same
-    requests    asked after every step, on whichever ranks it is given: events for the plan's log (`tiphys mixture`)
+    Parameters
+    ----------
+    recipe : Recipe
+    engine : Engine
+        The model under DeepSpeed.
+    loader : Loader or None
+        This rank's rows of each step; None on pipeline stages that get no data.
+    callbacks : sequence of Callback
+        Called at every stage, in this order.
+    fingerprints : sequence of str
+        Those of the datasets. A resumed run must have the same.
+    requests : callable
+        Called at every step; returns events for the plan's log (from `tiphys mixture`). Any ranks may return events.
+
+    Attributes
+    ----------
+    step : int
+        Number of steps done.
+    steps : int
+        Number of steps of the whole run.
+    resumed : Checkpoint or None
+        The checkpoint that the run continues.
+    stopped : bool
+        Whether a signal stopped the run early.
+    peak : float
+        Floating-point operations per second that all processes together could reach.
     """
 
     def __init__(
@@ -87,13 +110,28 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return self.engine.step
 
     def fit(self, resume: Checkpoint | None = None) -> bool:
-        """Train to the end; False when a signal stopped the run early (after saving).
+        """Train to the end. Collective.
 
-        Raises CheckpointError where `resume` does not continue this recipe, TrainingError where the loss is not finite.
+        Parameters
+        ----------
+        resume : Checkpoint, optional
+            The checkpoint to continue from.
+
+        Returns
+        -------
+        bool
+            False if a signal stopped the run early; the callbacks have finished their work, and a checkpoint is saved.
+
+        Raises
+        ------
+        CheckpointError
+            If `resume` belongs to another recipe or other datasets, or cannot be loaded.
+        TrainingError
+            If the loss is not finite. No checkpoint of that step is written.
         """
         self._resume(resume)
         mine = peak_rate(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
@@ -115,9 +153,9 @@ class Trainer:
     def _loop(self, signals: Signals) -> None:
         clock = Stopwatch()
         for batch, wait, loaded in self._batches():
-            question = self._ask(signals.asked, wait, loaded)
+            exchange = self._start_exchange(signals.stop, wait, loaded)
             result = self.engine.train_step(batch)
-            stop, wait, counters = self._answer(question, batch.step)
+            stop, wait, counters = self._finish_exchange(exchange, batch.step)
             if not math.isfinite(result.loss):
                 raise TrainingError(
                     f"step {result.step}: the loss is {result.loss}; no checkpoint has been written since it became non-finite"
@@ -135,20 +173,20 @@ class Trainer:
         check_recipe(state, self.recipe, str(checkpoint.path))
         if state["datasets"] != self.fingerprints:
             raise CheckpointError(
-                f"{checkpoint.path}: the datasets have changed since (fingerprints {state['datasets']} -> {self.fingerprints}); "
-                "use another run.dir, or put the old datasets back"
+                f"{checkpoint.path}: the datasets have changed since it was saved (fingerprints {state['datasets']} -> "
+                f"{self.fingerprints}); use another run.dir, or restore the old datasets"
             )
         checkpoint.load(self.engine)
         if self.loader is not None:
             self.loader.load_state_dict(state["loader"])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the engine."""
+        """What a checkpoint contains besides the engine's state."""
         loader = {"step": self.step} if self.loader is None else {**self.loader.state_dict(), "step": self.step}
-        return {"step": self.step, "loader": loader, "datasets": self.fingerprints, **describe(self.recipe)}
+        return {"step": self.step, "loader": loader, "datasets": self.fingerprints, **recipe_state(self.recipe)}
 
     def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
-        """(rows of this rank, seconds waited for them, what the loader gave), with the next step's counts under way."""
+        """(rows of this rank, seconds of waiting for them, the loader's item) of each step. The next step is announced before."""
         steps = iter(range(self.step, self.steps))
         loader = None if self.loader is None else iter(self.loader)
         following = self._next(loader, next(steps, None))
@@ -162,7 +200,7 @@ class Trainer:
     def _next(
         self, loader: Iterator[Loaded] | None, step: int | None
     ) -> tuple[TokenBatch, float, Loaded | None] | None:
-        """The rows of a step, announced. Every rank announces in the same order, with rows or without."""
+        """Get and announce the rows of a step. All ranks announce in the same order, also ranks without rows."""
         if step is None:
             return None
         watch, loaded = Stopwatch(), None
@@ -171,30 +209,30 @@ class Trainer:
         else:
             loaded = next(loader)
             if loaded.step != step:
-                raise TrainingError(f"the loader gave step {loaded.step} where step {step} was due")
+                raise TrainingError(f"the loader returned step {loaded.step}, but step {step} is next")
             batch = TokenBatch.from_arrays(loaded.arrays)
         self.engine.announce(batch)
         return batch, watch.lap(), loaded
 
-    def _ask(self, stop: int, wait: float, loaded: Loaded | None) -> _Question:
-        """Start the sum of what the ranks must agree on, while the step runs: whether to stop, and what their loaders saw."""
+    def _start_exchange(self, stop: int, wait: float, loaded: Loaded | None) -> _Exchange:
+        """Start to sum, while the step runs, what the ranks must agree on: whether to stop, and the numbers of their loaders."""
         counters = loaded.counters if loaded is not None else {}
-        if self._counters is None:  # every rank must send the same numbers: agree once on their names
+        if self._counters is None:  # all ranks must sum the same counters: agree once on their names
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
         events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
         stops = [stop == signal.SIGINT, stop == signal.SIGTERM]
-        return _Question(events, self.world.sum([*stops, loaded is not None, wait, len(events), *values]))
+        return _Exchange(events, self.world.sum([*stops, loaded is not None, wait, len(events), *values]))
 
-    def _answer(self, question: _Question, step: int) -> tuple[int, float, dict[str, float]]:
-        """The same on every rank: (signal that stops the run or 0, mean wait of the loaders, their counters: summed, rates
-        averaged). SIGINT goes before SIGTERM.
+    def _finish_exchange(self, exchange: _Exchange, step: int) -> tuple[int, float, dict[str, float]]:
+        """(signal that stops the run or 0, mean wait of the loaders, sums of their counters, or means of rates), the same on
+        every rank. SIGINT goes before SIGTERM.
 
-        Events that any rank had go into the plan's log.
+        The events of all ranks are added to the plan's log.
         """
-        interrupts, terminations, loaders, waits, changes, *totals = question.sums.result()
+        interrupts, terminations, loaders, waits, changes, *totals = exchange.sums.result()
         if changes:
-            self._change([event for some in self.world.gather(question.events) for event in some], step + 2)
+            self._change([event for some in self.world.gather(exchange.events) for event in some], step + 2)
         named = dict(zip(self._counters or (), totals, strict=True))
         means = {
             name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
@@ -204,7 +242,7 @@ class Trainer:
         return int(stop), waits / max(loaders, 1.0), means
 
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
-        """Put events into the plan's log, the same on every rank; in force from `first` on, for the step before is drawn."""
+        """Add events to the plan's log, the same on all ranks. They apply from step `first` on; earlier steps are drawn."""
         once = {(e["kind"], e.get("entry"), e.get("episode"), str(e.get("weights"))): e for e in events}
         if self.loader is not None:
             self.loader.append([{**event, "step": max(event.get("step", 0), first)} for event in once.values()])
@@ -215,14 +253,14 @@ class Trainer:
 
 
 class Signals:
-    """While it lasts, SIGINT and SIGTERM ask for a stop after the step that runs; a second Ctrl-C ends the process at once.
+    """Inside the block, SIGINT and SIGTERM request a stop after the current step; a second Ctrl-C ends the process at once.
 
-    SIGTERM may come more than once: a launcher sends its own beside the terminal's Ctrl-C.
+    Several SIGTERM are one request, because a launcher may send its own after the Ctrl-C of the terminal.
     """
 
-    def __init__(self, speaks: bool) -> None:
-        self.asked = 0  # the first signal that came
-        self._interrupts, self._speaks = 0, speaks
+    def __init__(self, prints: bool) -> None:
+        self.stop = 0  # the first signal that came
+        self._interrupts, self._prints = 0, prints
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -238,7 +276,7 @@ class Signals:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(130)
-        if self._speaks and not self.asked:
-            # os.write: print may be what was interrupted
+        if self._prints and not self.stop:
+            # os.write, because the signal may have interrupted a print
             os.write(sys.stderr.fileno(), b"\nstopping after this step, then saving; Ctrl-C again ends at once\n")
-        self.asked = self.asked or number
+        self.stop = self.stop or number

@@ -1,4 +1,4 @@
-"""Loss and open-loop action error on held-out rows: what a team can watch without a simulator."""
+"""Loss and open-loop action error on held-out rows: quality without a simulator."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ValidationResult:
 
     @property
     def loss(self) -> float:
-        """As in training: weighted, over all targets."""
+        """Weighted mean over all targets, as in training."""
         return float(self.sums[:, 0].sum() / max(self.sums[:, 2].sum(), 1.0))
 
     @property
@@ -36,8 +36,11 @@ class ValidationResult:
         return int(self.sums[:, 2].sum())
 
     def to_json(self, tasks: Sequence[str] = ()) -> dict[str, Any]:
-        """By task, each its own unweighted mean: `loss_by_task`; `wrong_by_task`, the share of tokens that were not the most
-        probable ones; `error_by_task`, the mean |error| of regressed actions in the units that they are learned in."""
+        """The values for metrics.jsonl. Those by task are unweighted means over the targets of that task.
+
+        wrong_by_task   share of the target tokens that were not the most probable token
+        error_by_task   mean |error| of regressed actions, on the scale in which they are learned
+        """
 
         def means(total: np.ndarray, count: np.ndarray) -> dict[str, float]:
             pairs = enumerate(zip(total.tolist(), count.tolist(), strict=True))
@@ -53,7 +56,7 @@ class ValidationResult:
 
 
 def validate(engine: Engine, batches: Sequence[TokenBatch]) -> ValidationResult:
-    """Held-out loss over this rank's batches and all other ranks'. Collective; no weight and no router's share moves."""
+    """Evaluate the held-out batches of all ranks, which may have different numbers of them. Collective. Changes no state."""
     most = max(engine.world.gather(len(batches)))
     tasks = max(1, len(engine.config.tasks))
     total = ValidationResult(np.zeros((tasks, 3)), np.zeros((tasks, COLUMNS)))

@@ -1,13 +1,14 @@
-"""A run over several "hosts" of one machine: network namespaces with a launcher each, which know each other by address only.
+"""A run on several "hosts" of one machine: network namespaces, each with a launcher. The hosts know only each other's address.
 
     with two_hosts() as hosts, store_on(hosts[0], folder) as url:
-        run = Cluster(hosts, recipe, ["run.dir=…"])        # the real `deepspeed` launcher, once on each host
+        run = Cluster(hosts, recipe, ["run.dir=…"])        # the real `deepspeed` launcher, one on each host
         run.until(step=10, metrics=run_dir / "metrics.jsonl")
-        run.kill(hosts[1])                                 # SIGKILL to every process of that host at once
+        run.kill(hosts[1])                                 # SIGKILL for all processes of that host
         statuses = run.wait(60)
         assert all(host_pids(host) == [] for host in hosts)
 
-The file system is shared, as on a cluster; interfaces, ports and loopback are not. Needs root (`two_hosts` skips, loudly).
+The hosts share the file system, as on a cluster, but not interfaces, ports and loopback. Needs root; without it, `two_hosts`
+skips the test with a message.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ TESTS = Path(__file__).parent
 
 
 def host_pids(host: Host) -> list[int]:
-    """The processes of a host."""
-    told = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True)
-    return [int(pid) for pid in told.stdout.split()]
+    """All processes of a host."""
+    listed = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=True)
+    return [int(pid) for pid in listed.stdout.split()]
 
 
 @contextlib.contextmanager
 def store_on(host: Host, folder: str | Path) -> Iterator[str]:
-    """The URL of a folder that is served by a process on a host, to itself and its neighbours."""
+    """Serve a folder from a process on a host. Gives its URL, which all hosts can reach."""
     command = host.command(sys.executable, str(TESTS / "folder_server.py"), str(folder), host.address)
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -50,7 +51,7 @@ def store_on(host: Host, folder: str | Path) -> Iterator[str]:
 
 
 class Cluster:
-    """`deepspeed --hostfile … launch/train.py RECIPE OVERRIDES`, with one process a host."""
+    """`deepspeed --hostfile … launch/train.py RECIPE OVERRIDES`, with one process on each host."""
 
     def __init__(
         self, hosts: Sequence[Host], recipe: Path, overrides: Sequence[str], env: Mapping[str, str] | None = None
@@ -72,7 +73,7 @@ class Cluster:
             )
 
     def until(self, step: int, metrics: Path, seconds: float = 120.0) -> None:
-        """Wait until the run has done a step."""
+        """Wait until the run has finished a step. Raises AssertionError if a launcher ends, or after `seconds`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert all(p.poll() is None for p in self.launchers), self.text()
@@ -82,18 +83,18 @@ class Cluster:
         raise AssertionError(f"no step {step} within {seconds} s\n{self.text()}")
 
     def kill(self, host: Host) -> None:
-        """The host is gone: none of its processes of this run has time for a last word."""
-        for _ in range(3):  # a process may start another one meanwhile
+        """Kill all processes of this run on a host at once, as if the host had failed."""
+        for _ in range(3):  # a process may start another one in between
             for pid in self.left(host):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def left(self, host: Host) -> list[int]:
-        """The run's processes on a host."""
+        """The processes of the run on a host."""
         return [pid for pid in host_pids(host) if pid not in self.before[host.name]]
 
     def wait(self, seconds: float = 180.0) -> list[int]:
-        """Exit statuses of the launchers; AssertionError, after killing everything, where they do not end in time."""
+        """Wait for the launchers' exit statuses. If they do not end in time, kill all processes and raise AssertionError."""
         end = time.monotonic() + seconds
         try:
             return [process.wait(max(end - time.monotonic(), 0.1)) for process in self.launchers]
@@ -115,7 +116,7 @@ class Cluster:
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    """Step -> loss, of a run's metrics; a last line that is still being written is left out."""
+    """Step -> loss, from a run's metrics. A last line that is not complete yet is ignored."""
     out = {}
     for line in metrics.read_text().splitlines():
         with contextlib.suppress(ValueError):

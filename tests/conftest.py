@@ -1,4 +1,4 @@
-"""What every test shares: one thread a process, because tests run several processes on few cores."""
+"""Settings for all tests: one thread in each process, because tests run several processes on few cores."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Ranks for tests: the same script in n processes, started directly (fast) or by the real `deepspeed` launcher."""
+"""Ranks for tests: one script in n processes, started directly (fast) or by the real `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(REPOSITORY),
-        "PYTHONSAFEPATH": "1",  # the folder of a script is not on the path
+        "PYTHONSAFEPATH": "1",  # so that the folder of a script is not on the path
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def alone() -> ParallelDims:
-    """This process as a world of one, without a launcher. It stays one: DeepSpeed does not survive a second start."""
+    """This process as the only rank, without a launcher. DeepSpeed cannot be started a second time in it."""
     from tiphys.pretrain.parallel import ParallelDims
     from tiphys.recipes.schema import Parallel
 
@@ -45,13 +45,13 @@ def alone() -> ParallelDims:
         os.environ.pop(name, None)
     try:
         return ParallelDims(Parallel())
-    finally:  # for the processes that later tests start; DeepSpeed asks for LOCAL_RANK with every engine
+    finally:  # for processes that later tests start; DeepSpeed reads LOCAL_RANK for every engine
         os.environ.clear()
         os.environ.update(before | {"LOCAL_RANK": "0"})
 
 
 class Ranks:
-    """n processes of one script, with the environment that torch.distributed expects."""
+    """n processes of one script, with the environment variables of torch.distributed."""
 
     def __init__(self, script: str | Path, arguments: Sequence[object], ranks: int) -> None:
         port = free_port()
@@ -70,7 +70,7 @@ class Ranks:
             self.processes.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
 
     def wait(self, timeout: float = 300.0) -> list[int]:
-        """Exit statuses. Where one fails, the others, which would wait for it, are ended."""
+        """Wait for the exit statuses. If a process fails, the others are killed, because they might wait for it."""
         try:
             pending = list(self.processes)
             while pending:
@@ -104,7 +104,7 @@ class Ranks:
 
 
 def run(script: str | Path, arguments: Sequence[object], ranks: int, timeout: float = 300.0) -> str:
-    """Run to the end; the ranks' output. Raises AssertionError with it where one fails."""
+    """Run a script to its end on n ranks and return their output. Raises AssertionError, with the output, if a rank fails."""
     started = Ranks(script, arguments, ranks)
     statuses = started.wait(timeout)
     text = started.text()
@@ -113,7 +113,7 @@ def run(script: str | Path, arguments: Sequence[object], ranks: int, timeout: fl
 
 
 def launch(script: str | Path, arguments: Sequence[object], ranks: int, timeout: float = 300.0) -> str:
-    """The same through the `deepspeed` launcher."""
+    """Like `run`, with the `deepspeed` launcher."""
     command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), "--no_local_rank"]
     done = subprocess.run(
         [*command, str(script), *map(str, arguments)],

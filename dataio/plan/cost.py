@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,12 +66,12 @@ class Costs:
         if self.plain:
             return steps * self.first[stratum]
         begin = start - start % self.chunk[stratum]
-        total: Ints = np.zeros(np.broadcast(stratum, start, steps).shape, np.int64)
+        total: Any = np.zeros(np.broadcast(stratum, start, steps).shape, np.int64)
         for tokens, period in zip(self.tokens, self.period):
             p = period[stratum]
-            times: Ints = (begin + steps - 1) // p - (begin - 1) // p
+            times: Any = (begin + steps - 1) // p - (begin - 1) // p
             total = total + tokens[stratum] * times
-        return total
+        return np.asarray(total, np.int64)
 
     def fit(self, stratum: Ints, room: Ints) -> Ints:
         """Most steps that fit so many tokens, wherever they start; 0 for a negative room."""

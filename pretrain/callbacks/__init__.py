@@ -1,4 +1,4 @@
-"""What happens beside the training loop, one file a callback."""
+"""Callbacks of the training loop, one file each."""
 
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.callbacks.checkpointer import Checkpointer

@@ -1,7 +1,7 @@
-"""What every callback is: `Callback` with its stages, and the clock `Every`.
+"""`Callback`, the base of all callbacks with its stages, and the clock `Every`.
 
-The trainer calls each stage on all ranks, for all callbacks in the same order. So what is collective in one callback must be
-reached by all ranks.
+The trainer calls each stage on all ranks, for all callbacks in the same order. A callback may therefore use collectives, if
+all ranks reach them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Does nothing at every stage.
+    """Does nothing at any stage.
 
-    on_start   training can begin, after a resume
+    on_start   before the first step, after a checkpoint was loaded
     on_step    after every step
     on_end     after the last step, or after a stop
-    close      at last, after an error too
+    close      at the very end, also after an error
     """
 
     def on_start(self, trainer: Trainer) -> None: ...
@@ -31,7 +31,7 @@ class Callback:
 
 @dataclass(frozen=True)
 class Every:
-    """A clock: true at every n-th step; 0 never."""
+    """A clock: true at every n-th training step; with 0 never."""
 
     steps: int
 

@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on."""
+"""Saves checkpoints during training."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ Listener: TypeAlias = "Callable[[Trainer, Path, int], None]"
 
 
 class Checkpointer(Callback):
-    """Saves every n steps and at the end, and keeps the newest few.
+    """Saves a checkpoint every `every` steps and at the end, and keeps the newest `keep`.
 
-    also    further clocks at which a checkpoint is wanted (an evaluation's, a publication's)
-
-    `listen` registers functions that are told of each whole checkpoint, on rank 0.
+    also    further clocks that need a checkpoint (those of evaluation and publication)
     """
 
     def __init__(
@@ -33,11 +31,11 @@ class Checkpointer(Callback):
         self.clocks = (Every(every), *also)
         self.protected: dict[Path, int] = {}
         self._saved = -1
-        self._committed: list[Path] = []  # written by the thread of `Writer`, read between steps
+        self._committed: list[Path] = []  # the thread of `Writer` appends, `_notify_listeners` takes
         self._listeners: list[Listener] = []
 
     def listen(self, listener: Listener) -> None:
-        """Call listener(trainer, folder, step) on rank 0 after each whole checkpoint, between two steps."""
+        """Register a function: rank 0 calls listener(trainer, folder, step) between two steps, after each whole checkpoint."""
         self._listeners.append(listener)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -50,13 +48,13 @@ class Checkpointer(Callback):
         self.writer.check()
         if any(clock(trainer.step) for clock in self.clocks):
             self.save(trainer)
-        self._tell(trainer)
+        self._notify_listeners(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         if self._saved != trainer.step:
             self.save(trainer)
         self.writer.wait()
-        self._tell(trainer)
+        self._notify_listeners(trainer)
         if trainer.stopped:
             if trainer.world.rank == 0:
                 print(
@@ -70,7 +68,7 @@ class Checkpointer(Callback):
         self._saved = trainer.step
 
     def protect(self, folder: Path) -> Callable[[], None]:
-        """Keep a checkpoint from being removed until the returned function is called."""
+        """Do not remove a checkpoint until the returned function is called."""
         self.protected[folder] = self.protected.get(folder, 0) + 1
 
         def release() -> None:
@@ -80,7 +78,7 @@ class Checkpointer(Callback):
 
         return release
 
-    def _tell(self, trainer: Trainer) -> None:
+    def _notify_listeners(self, trainer: Trainer) -> None:
         while self._committed:
             folder = self._committed.pop(0)
             if trainer.world.rank == 0:

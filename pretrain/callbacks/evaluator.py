@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints while training goes on."""
+"""Evaluates checkpoints during training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Running(Protocol):
-    """Work outside this process: `poll()` is None while it runs, then its exit status."""
+    """Another process: `poll()` is None while it runs, then its exit status."""
 
     def poll(self) -> int | None: ...
 
 
 class Evaluator(Callback):
-    """Starts an evaluation of a checkpoint in its own process; one at a time, training does not wait.
+    """Starts evaluations of checkpoints, each in its own process, one at a time. Training does not wait for them.
 
     start    start(checkpoint folder, step) -> a handle with `poll()`
     """
@@ -33,12 +33,13 @@ class Evaluator(Callback):
         self._running: tuple[Running, Callable[[], None], int] | None = None
 
     def _checkpointed(self, trainer: Trainer, folder: Path, step: int) -> None:
-        if not self.clock(step) or step == trainer.steps:  # the last one is evaluated after training
+        if not self.clock(step) or step == trainer.steps:  # the last checkpoint is evaluated after training
             return
         self._collect()
         if self._running is not None:
             print(
-                f"step {step}: the evaluation of step {self._running[2]} still runs; this one is left out", flush=True
+                f"step {step}: not evaluated, because the evaluation of step {self._running[2]} is still running",
+                flush=True,
             )
             return
         release = self.checkpointer.protect(folder)
@@ -61,4 +62,4 @@ class Evaluator(Callback):
             release()
             self._running = None
             if status:
-                print(f"the evaluation of step {step} failed with status {status}; training goes on", flush=True)
+                print(f"the evaluation of step {step} failed with exit status {status}; training continues", flush=True)

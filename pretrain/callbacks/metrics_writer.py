@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and TensorBoard."""
+"""Writes `metrics.jsonl` and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class MetricsWriter(Callback):
-    """`metrics.jsonl` and TensorBoard under the run's folder, by rank 0.
+    """Rank 0 writes `metrics.jsonl` and TensorBoard files in the run's folder.
 
-    A training line has `step` and `loss` (of the global batch); other lines say what they are under `kind`. After a resume,
-    lines of steps that are done again are dropped.
+    A line of a training step has `step` and `loss` (of the global batch), and no `kind`; all other lines have a `kind`. When
+    a run resumes, the lines of the steps that it repeats are removed.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class MetricsWriter(Callback):
             self.write({"kind": "experts", "step": step, "tokens_by_task": by_task})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line, and its numbers to TensorBoard. Nothing on other ranks than 0."""
+        """Append a line, and send its numbers to TensorBoard. Does nothing on ranks other than 0."""
         if self._file is None:
             return
         self._file.write(json.dumps(line) + "\n")
         if self._board is not None and "step" in line:
             prefix = f"{line['kind']}/" if "kind" in line else "train/"
             for name, value in _numbers(line):
-                if name not in ("step",):
+                if name != "step":
                     self._board.add_scalar(prefix + name, value, line["step"])
 
     def close(self, trainer: Trainer) -> None:
@@ -72,7 +72,7 @@ class MetricsWriter(Callback):
 
 
 def _drop_later(path: Path, step: int) -> None:
-    """Keep the lines up to `step`, and none that a crash cut short."""
+    """Remove the lines after `step`, and a line that a crash cut off."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""Publication of checkpoints while training goes on."""
+"""Publishes checkpoints during training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Publisher(Callback):
-    """Calls publish(checkpoint folder, step) in a thread, every n steps; an error there is told and does not stop training."""
+    """Calls publish(checkpoint folder, step) in a thread, every `every` steps. Errors are printed and do not stop training."""
 
     def __init__(self, every: int, publish: Callable[[Path, int], None], checkpointer: Checkpointer) -> None:
         self.clock, self.publish, self.checkpointer = Every(every), publish, checkpointer
@@ -26,10 +26,10 @@ class Publisher(Callback):
     def _checkpointed(self, trainer: Trainer, folder: Path, step: int) -> None:
         if (
             not self.clock(step) or step == trainer.steps
-        ):  # the last one is published after training, with its evaluation
+        ):  # the last one is published with its evaluation, after training
             return
         if self._thread is not None and self._thread.is_alive():
-            print(f"step {step}: the publication before still runs; this one is left out", flush=True)
+            print(f"step {step}: not published, because the previous publication is still running", flush=True)
             return
         release = self.checkpointer.protect(folder)
         self._thread = threading.Thread(target=self._run, args=(folder, step, release), name="publish")

@@ -1,4 +1,4 @@
-"""Loss on held-out episodes."""
+"""Measures the loss on held-out episodes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Validator(Callback):
-    """Loss on held-out rows, every n steps and at the end, on all ranks together.
+    """Computes the loss on held-out rows, every `every` steps and at the end, on all ranks together.
 
-    batches    gives this rank's held-out batches; called once, when first needed; every rank must have as many
+    batches    returns this rank's held-out batches; called once, when they are needed for the first time
     """
 
     def __init__(self, every: int, batches: Callable[[], Iterable[TokenBatch]], write: MetricsWriter | None) -> None:
@@ -26,7 +26,12 @@ class Validator(Callback):
         self._done = -1
 
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        if self.clock(trainer.step) or (trainer.step == trainer.steps and self._done != trainer.step):
+        if self.clock(trainer.step) and trainer.step < trainer.steps:
+            self.run(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """At the end of training; the last checkpoint is written before, because its callback stands before this one."""
+        if trainer.step == trainer.steps and self._done != trainer.step:
             self.run(trainer)
 
     def run(self, trainer: Trainer) -> None:

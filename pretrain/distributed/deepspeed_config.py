@@ -81,14 +81,18 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
     if "gradient_clipping" not in changes.config:
         changes.set("gradient_clipping", 1.0, "DeepSpeed's default; 0 turns clipping off")
     if accelerator != "cpu" and stage in (1, 2) and recipe.model.moe.experts and _aligns_parameters():
-        changes.set("zero_optimization.parameter_alignment", True, "grouped products would copy other weights first")
+        changes.set(
+            "zero_optimization.parameter_alignment",
+            True,
+            "grouped products would copy weights that are not aligned",
+        )
     if accelerator == "cpu" and not changes.config["optimizer"].get("params", {}).get("torch_adam"):
-        changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would be compiled first")
+        changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would have to be compiled first")
     return Derived(changes.config, changes.values, rows, rows_per_rank, micro, accumulation, stage, bf16)
 
 
 def _aligns_parameters() -> bool:
-    """Whether this DeepSpeed can begin every parameter at a multiple of 16 bytes."""
+    """Whether this DeepSpeed can align parameters to 16 bytes."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return "parameter_alignment" in DeepSpeedZeroConfig.model_fields
@@ -103,7 +107,7 @@ def _precision(changes: _Changes, accelerator: str) -> None:
 
 
 def cpu_has_bf16(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    """Whether every processor listed has bf16 matrix or dot products (x86: AVX512-BF16 or AMX; Arm: bf16)."""
+    """Whether all listed processors have bf16 matrix or dot products (x86: AVX512-BF16 or AMX; Arm: bf16)."""
     try:
         with open(cpuinfo, encoding="utf-8", errors="replace") as lines:
             flags = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]

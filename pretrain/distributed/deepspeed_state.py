@@ -1,10 +1,8 @@
-"""Where a DeepSpeed engine keeps masters, moments and weights. Every attribute of DeepSpeed that is not its public API is here.
+"""Where a DeepSpeed engine keeps masters, moments and weights. All uses of DeepSpeed's private attributes are in this file.
 
-DeepSpeed flattens parameters into groups and gives each data-parallel rank a stretch of them; which stretch, and in which
-attribute, differs by ZeRO stage and optimizer wrapper. `fragments` turns all of them into one form: flat ranges of named
+DeepSpeed flattens parameters into groups and gives each data-parallel rank a range of each group. Which range, and in which
+attribute, depends on the ZeRO stage and the optimizer wrapper. `fragments` gives all of them one form: flat ranges of named
 parameters, as live views. Tested with DeepSpeed 0.19.4 … 0.19.8 (pyproject.toml pins the range).
-
-`named` gives a parameter's canonical address, whatever layout it lives in: see `Address`.
 """
 
 from __future__ import annotations
@@ -16,17 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, beside `step`
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, besides `step`
 WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
 
 
 class UnknownState(TypeError):
-    """An engine whose optimizer state this module does not know how to find."""
+    """This file does not know where the engine keeps its optimizer state."""
 
 
 class Address(NamedTuple):
-    """Where a local parameter lies in the model: its canonical name, the flat offset of its first element there, and the
-    canonical shape (an expert rank's stack is a slice of dimension 0 of the whole stack)."""
+    """Where a local parameter is in the whole model, on any layout.
+
+    name    canonical name
+    start   flat offset of its first element in the canonical parameter (an expert rank holds a slice of a stack)
+    shape   canonical shape
+    """
 
     name: str
     start: int
@@ -38,12 +40,12 @@ Named = Callable[[str, torch.nn.Parameter, tuple[int, ...]], Address]
 
 @dataclass
 class Fragment:
-    """The flat range [start, start + numel) of a canonical parameter, as this rank holds it.
+    """The flat range [start, start + numel) of a canonical parameter that this rank holds.
 
     views    key (master, exp_avg, exp_avg_sq, or frozen) -> live flat tensor of `numel` elements
-    weight   the same range of the weight that the model computes with; None where it is the master itself or elsewhere
+    weight   the same range of the weight that the model computes with; None if a view is that weight itself
     slot     the optimizer's entry that holds `step`
-    owner    False: a copy that another rank saves
+    owner    False: another rank saves this range
     """
 
     name: str
@@ -57,11 +59,11 @@ class Fragment:
 
 
 def check(engine: Any) -> None:
-    """Raises UnknownState for an optimizer whose masters or moments would be missed."""
+    """Raises UnknownState if masters or moments of the engine's optimizer cannot be found."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if name not in WRAPPERS and not isinstance(optimizer, torch.optim.Optimizer):
-        raise UnknownState(f"{name}: unknown optimizer wrapper; a checkpoint of it would lack masters or moments")
+        raise UnknownState(f"{name}: unknown optimizer wrapper; a checkpoint would not contain its masters or moments")
     base = _base(optimizer)
     if not any(cls.__name__ in ("Adam", "FusedAdam", "DeepSpeedCPUAdam") for cls in type(base).__mro__):
         raise UnknownState(f"{type(base).__name__}: only Adam and AdamW state can be saved")
@@ -70,12 +72,12 @@ def check(engine: Any) -> None:
 
 
 def inside_accumulation(engine: Any) -> bool:
-    """True between the micro-batches of a step, when gradients exist that no state shows."""
+    """True between the micro-batches of a step: there are gradients that the optimizer state does not contain."""
     return engine.micro_steps % engine.gradient_accumulation_steps() != 0
 
 
 def materialise(engine: Any) -> None:
-    """Create Adam's state, which the first step would create, with zeros. Raises UnknownState where it should exist."""
+    """Before the first step, create Adam's state with zeros, as that step would. Raises UnknownState if it is lost later."""
     check(engine)
     base = _base(engine.optimizer)
     for flat in _flats(engine.optimizer):
@@ -83,20 +85,21 @@ def materialise(engine: Any) -> None:
         if state:
             continue
         if engine.global_steps > engine.skipped_steps:
-            raise UnknownState(
-                f"after {engine.global_steps} steps the optimizer has no moments where they were expected"
-            )
+            raise UnknownState(f"after {engine.global_steps} steps the optimizer has no moments in the expected place")
         state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
         for key in MOMENTS:
             state[key] = torch.zeros_like(flat.data)
 
 
 def fragments(engine: Any, named: Named) -> Iterator[Fragment]:
-    """Every part of every parameter that this rank holds, in the model's order. No collective."""
+    """All ranges of all parameters that this rank holds, in the model's order. Not collective.
+
+    named   (local name, parameter, local shape) -> its address in the whole model
+    """
     check(engine)
     finder = _finder(engine)
     for local, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "placeholder"):  # not the model's: model/expert_parallel.py
+        if hasattr(parameter, "placeholder"):  # `NoExperts` of model/expert_parallel.py, not part of the model
             continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         address = named(local, parameter, shape)
@@ -106,7 +109,7 @@ def fragments(engine: Any, named: Named) -> Iterator[Fragment]:
 
 
 def set_step(engine: Any, step: float) -> None:
-    """Adam's step counter of every flat tensor, also of those with nothing but padding here."""
+    """Set Adam's step counter of every flat tensor, also of those that hold only padding on this rank."""
     base = _base(engine.optimizer)
     for flat in _flats(engine.optimizer):
         state = base.state[flat]
@@ -115,19 +118,19 @@ def set_step(engine: Any, step: float) -> None:
         else:
             state["step"] = int(step)
     for group in base.param_groups:
-        if "step" in group:  # FusedAdam counts a second time, by group
+        if "step" in group:  # FusedAdam also counts in each group
             group["step"] = int(step)
 
 
 @torch.no_grad()
 def refresh(engine: Any) -> None:
-    """The weights that the model computes with, from the masters. Collective."""
+    """Copy the masters into the weights that the model computes with. Collective."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        optimizer._partition_all_parameters()  # small parameters stay gathered between steps: let go of them first
+        optimizer._partition_all_parameters()  # small parameters stay gathered between steps: release them first
         for i in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if optimizer.persistent_parameters:
@@ -150,9 +153,12 @@ def progress(engine: Any) -> dict[str, Any]:
 
 
 def set_progress(engine: Any, state: dict[str, Any]) -> None:
+    """Restore what `progress` returned."""
     for key in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, key, int(state[key]))
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()  # this layout's, not the saver's
+    engine.micro_steps = (
+        engine.global_steps * engine.gradient_accumulation_steps()
+    )  # of this layout, not of the one that saved
     if engine.lr_scheduler is not None and state["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["scheduler"])
     for group in _base(engine.optimizer).param_groups:  # DeepSpeed's schedules do not restore these
@@ -161,7 +167,7 @@ def set_progress(engine: Any, state: dict[str, Any]) -> None:
 
 
 def gradient_norm(engine: Any) -> float | torch.Tensor:
-    """Norm of the last step's gradient before clipping; without ZeRO it must be asked for before the step."""
+    """Norm of the last step's gradient before clipping. Without ZeRO, call it before the step."""
     norm = getattr(engine.optimizer, "_global_grad_norm", None)
     if norm is None:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -174,7 +180,7 @@ def learning_rate(engine: Any) -> float:
 
 
 def time_passes(engine: Any, span: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run every forward and backward pass of a pipeline stage inside a `span()`."""
+    """Run each forward pass and each backward pass of a pipeline stage inside a `span()`."""
 
     def timed(instruction: Callable[..., None]) -> Callable[..., None]:
         def run(self: Any, **arguments: Any) -> None:
@@ -190,7 +196,7 @@ def time_passes(engine: Any, span: Callable[[], AbstractContextManager[None]]) -
 
 
 def forget_groups() -> None:
-    """Drop DeepSpeed's global view of pipeline and expert groups, so that another layout can follow in this process."""
+    """Drop DeepSpeed's global record of pipeline and expert groups, so that this process can use another layout next."""
     from deepspeed.utils import groups
 
     groups.mpu = None
@@ -203,12 +209,12 @@ def forget_groups() -> None:
 
 
 def _base(optimizer: Any) -> Any:
-    """The optimizer that steps: the wrapped one, where there is a wrapper."""
+    """The optimizer that does the step: the wrapped one if there is a wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def _flats(optimizer: Any) -> list[torch.Tensor]:
-    """The fp32 tensors that the base optimizer steps."""
+    """The fp32 tensors that the base optimizer updates."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))
@@ -232,8 +238,8 @@ class _Finder:
         self.state = _base(engine.optimizer).state
 
     def saves(self, parameter: Any) -> bool:
-        """Of the ranks that hold this parameter whole: am I the one that saves it?"""
-        if getattr(parameter, "ds_pipe_replicated", False):  # tied over stages: the first stage saves it
+        """Whether this rank saves a parameter that several ranks hold whole."""
+        if getattr(parameter, "ds_pipe_replicated", False):  # tied between stages: the first stage saves it
             return False
         group = self.engine.data_parallel_group
         if getattr(parameter, "allreduce", True) is False:
@@ -242,9 +248,9 @@ class _Finder:
 
     def views(self, flat: torch.Tensor, start: int, numel: int) -> dict[str, torch.Tensor]:
         state = self.state[flat]
-        stretch = slice(start, start + numel)
-        moments = {key: state[key].view(-1)[stretch] for key in MOMENTS if key in state}
-        return {"master": flat.data.view(-1)[stretch], **moments}
+        span = slice(start, start + numel)
+        moments = {key: state[key].view(-1)[span] for key in MOMENTS if key in state}
+        return {"master": flat.data.view(-1)[span], **moments}
 
     def frozen(self, parameter: Any, address: Address) -> Fragment:
         data = parameter.data.view(-1)
@@ -268,13 +274,13 @@ class _Whole(_Finder):
 
 class _Place(NamedTuple):
     flat: int  # which flat tensor
-    at: int  # where in it
-    start: int  # first element of the parameter that lies there
+    at: int  # offset in it
+    start: int  # the parameter's element at this offset
     numel: int
 
 
 def _round_robin_places(optimizer: Any) -> dict[int, _Place]:
-    """ZeRO-1/2. Not from `_hp_mapping`, which is wrong under round_robin_gradients, but from the real order."""
+    """ZeRO-1/2. Uses the real order, because `_hp_mapping` is wrong with round_robin_gradients."""
     places: dict[int, _Place] = {}
     for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
         size = optimizer.single_partition_of_fp32_groups[group].numel()
@@ -287,7 +293,7 @@ def _round_robin_places(optimizer: Any) -> dict[int, _Place]:
 
 
 def _mapped_places(optimizer: Any) -> dict[int, _Place]:
-    """BF16_Optimizer, which keeps the parameters' own order."""
+    """BF16_Optimizer: it keeps the order of the parameters."""
     places: dict[int, _Place] = {}
     for group, parameters in enumerate(optimizer.bf16_groups):
         for parameter in parameters:
@@ -299,7 +305,7 @@ def _mapped_places(optimizer: Any) -> dict[int, _Place]:
 
 
 class _Flattened(_Finder):
-    """ZeRO-1/2 and BF16_Optimizer: a rank has a stretch of each flat group; weights are whole everywhere."""
+    """ZeRO-1/2 and BF16_Optimizer: each rank has a range of each flat group; every rank has the whole weights."""
 
     def __init__(self, engine: Any, places: dict[int, _Place], flats: list[torch.Tensor]) -> None:
         super().__init__(engine)
@@ -325,14 +331,14 @@ class _Flattened(_Finder):
 
 
 class _Partitioned(_Finder):
-    """ZeRO-3: the weights are divided too."""
+    """ZeRO-3: the weights are divided among the ranks too."""
 
     def __call__(self, parameter: Any, address: Address) -> Fragment | None:
         group = getattr(parameter, "ds_process_group", None) or self.engine.data_parallel_group
         part = parameter.partition_numel()
         start = torch.distributed.get_rank(group) * part
         numel = max(0, min(part, parameter.ds_numel - start))
-        if numel == 0:  # nothing but padding here
+        if numel == 0:  # only padding on this rank
             return None
         where = (address.name, address.shape, address.start + start, numel)
         weight = parameter.ds_tensor.data.view(-1)[:numel]
@@ -345,7 +351,7 @@ class _Partitioned(_Finder):
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, strings, lists and dicts out of what schedulers keep. Raises UnknownState for anything else."""
+    """A scheduler's state as numbers, strings, lists and dicts. Raises UnknownState for anything else."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if torch.is_tensor(value) and value.numel() == 1:
@@ -354,4 +360,6 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
-    raise UnknownState(f"a schedule keeps a {type(value).__name__}, which a checkpoint cannot hold")
+    raise UnknownState(
+        f"the scheduler's state contains a {type(value).__name__}, which cannot be saved in a checkpoint"
+    )

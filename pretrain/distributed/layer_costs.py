@@ -1,4 +1,4 @@
-"""What each layer of a model costs on this device: the time of its forward and backward pass, by which stages are cut."""
+"""The measured cost of each layer on this device: seconds of a forward and backward pass. Pipeline stages are chosen by it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from torch.utils.checkpoint import checkpoint
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.heads import Head
 from tiphys.pretrain.model.inputs import Inputs, scalars, to_tensors
-from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers
 from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-WINDOW = 256  # tokens of a window at most
+WINDOW = 256  # tokens in a window, at most
 TARGETS = 0.3  # share of the positions that are predicted
-ROUNDS = 3  # of which the fastest counts, after one to warm up
+ROUNDS = 3  # the fastest one counts; one more round goes before to warm up
 
 
 def layer_seconds(
     config: DecisionConfig, rows: int, length: int, device: torch.device, dtype: torch.dtype, *, expert: int = 1
 ) -> list[float]:
-    """Seconds of every layer, in `build_layers`' order, for `rows` × `length` positions; equal layers are timed once.
+    """Seconds of every layer, in the order of `build_layers`, for `rows` × `length` positions. Equal layers are timed once.
 
-    What a run's tokens are is not known before its data is read: text and every embedder of the model have equal shares.
-    With experts divided among `expert` ranks a layer is timed with a rank's own; that tokens travel is not.
+    The tokens of a run are not known before its data is read, so text and every embedder of the model get equal shares. If
+    experts are divided among `expert` ranks, a layer is timed with one rank's experts, without the exchange of tokens.
     """
     own = copy.deepcopy(config)
     own.num_experts = max(config.num_experts // expert, config.num_experts_per_tok) if config.num_experts else 0
     inputs = to_tensors(typical_batch(config, rows, length), device)
-    layout = Layout(inputs["windows"], inputs["attributes"], scalars(1.0, 1.0, 1.0, device))
+    layout = TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, 1.0, 1.0, device))
     known: dict[Any, float] = {}
     seconds = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -59,7 +59,7 @@ def layer_seconds(
 
 
 def typical_batch(config: DecisionConfig, rows: int, length: int) -> TokenBatch:
-    """Full rows of causal windows, of every kind of token that the model takes and every target that it predicts."""
+    """Full rows of causal windows, with every kind of token that the model accepts and every kind of target that it predicts."""
     shape, cells = (rows, length), np.arange(rows * length)
     place = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     random = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def typical_batch(config: DecisionConfig, rows: int, length: int) -> TokenBatch:
     )
 
 
-def _pass(layer: Any, x: Tensor, inputs: Inputs, layout: Layout, config: DecisionConfig) -> Callable[[], None]:
+def _pass(layer: Any, x: Tensor, inputs: Inputs, layout: TokenLayout, config: DecisionConfig) -> Callable[[], None]:
     """A forward and a backward pass of one layer."""
 
     def forward() -> Tensor:

@@ -1,6 +1,7 @@
-"""The engine over pipeline stages: the same steps, of which this rank computes the layers of its stage.
+"""The engine with pipeline stages: the same steps, but this rank computes only the layers of its stage.
 
-Only the first stage gets rows. Targets and the loss's divisors travel with the activations; the last stage has the loss.
+Only the first stage gets rows. Targets and the divisors of the loss are sent on with the activations; the last stage computes
+the loss.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MicroBatch = tuple[Any, None]
 
 
 class PipelineEngine(Engine):
-    """`train_step` and `evaluate` of stages after the first take a batch without rows."""
+    """As `Engine`. On every stage except the first, `train_step` and `evaluate` take a batch without rows."""
 
     module: DecisionPipeline
 
@@ -49,12 +50,12 @@ class PipelineEngine(Engine):
         for name, part in [*self._stage.named_parameters(), *self._stage.named_buffers()]:
             source = whole[self._stage.canonical_name(name)]
             part.requires_grad_(source.requires_grad)
-            if not source.is_meta:  # else drawn by name, as the whole model would have been
+            if not source.is_meta:  # otherwise the stage has drawn it by name, as the whole model would
                 part.data.copy_(source.data)
         return self._stage
 
     def _bounds(self) -> list[int]:
-        """Where the stages begin. The first rank measures, so that all cut alike; checkpoints do not depend on it."""
+        """First layer of each stage. Only rank 0 measures, so that all ranks agree. Checkpoints do not depend on the stages."""
         try:
             bounds = partition(self.config, self.world.pipeline)
         except ValueError as error:
@@ -75,9 +76,9 @@ class PipelineEngine(Engine):
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
         self._began = self._clock.mark()
-        micros = self._cut(batch, self.accumulation) if self.world.is_first_stage else ()
+        micros = self.micro_batches(batch, self.accumulation) if self.world.is_first_stage else ()
         loss = self.deepspeed.train_batch(self._feed(micros, training=True, **self._divisors(counts)))
-        if self.world.rank == 0:  # DeepSpeed has told every rank
+        if self.world.rank == 0:  # every rank has the loss, but it must count once
             totals.add("loss", loss.detach())
         self._take(totals)
         return gradient_norm(self.deepspeed)
@@ -93,9 +94,9 @@ class PipelineEngine(Engine):
             self._take(totals)
 
     def _feed(self, micros: Any, *, training: bool, **divisors: float) -> Iterator[MicroBatch]:
-        """What DeepSpeed asks of the first stage (the inputs) and, in vain, of the last (labels, which it has already)."""
+        """Micro-batches for the first stage. DeepSpeed also asks the last stage, for labels; it gets None, the cargo has them."""
         for micro in micros:
-            yield pipeline_inputs(self._inputs(micro, training=training), self.config, **divisors), None
+            yield pipeline_inputs(self.inputs(micro, training=training), self.config, **divisors), None
         while not self.world.is_first_stage:
             yield None, None
 

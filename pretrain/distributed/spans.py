@@ -1,4 +1,4 @@
-"""What a device is busy with and how full it gets: seconds in marked stretches of its work, and peak memory."""
+"""Measures of a device: seconds spent inside marked spans of its work, and peak memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-Mark = Any  # a moment: seconds on a CPU, an event in the queue of a CUDA stream
+Mark = Any  # a point in time: seconds on a CPU, an event of the stream on CUDA
 
 
 class Spans:
-    """Seconds inside `with spans:` blocks since the last `take`. On CUDA the queue's own clock counts, and nothing waits."""
+    """Seconds inside `with spans.span():` blocks since the last `take`. On CUDA the stream's events are timed, without a wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -35,7 +35,7 @@ class Spans:
         self._spans.append((start, self.mark()))
 
     def take(self, since: Mark = None) -> tuple[float, float]:
-        """(seconds inside, seconds from `since` to the end of the last one), and begin anew. Waits for the last one."""
+        """(seconds inside spans, seconds from `since` to the end of the last span); then start again. Waits for the last span."""
         spans, self._spans = self._spans, []
         if not spans:
             return 0.0, 0.0
@@ -49,11 +49,11 @@ class Spans:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process' tensors took on the device, or that was resident of it on a CPU."""
+    """Peak memory of this process in bytes: of its tensors on the device, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        with open("/proc/self/status", encoding="ascii") as lines:  # ru_maxrss begins with the parent's
+        with open("/proc/self/status", encoding="ascii") as lines:  # ru_maxrss would start with the parent's value
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Attention within packed windows: no L × L mask, no token of padding except inside a length class."""
+"""Attention within packed windows: no L × L mask, and padding only inside a length class."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.layers import STD, Linear, Module, cuda_capability
-from tiphys.pretrain.model.layout import Group, Layout
+from tiphys.pretrain.model.token_layout import Group, TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-# Windows up to this length are faster by plain products than by the fused kernel, forward and backward on a CPU thread
-# with heads of 64; at 1024 the fused one is 2.5 (bfloat16) to 3.7 times (float32) faster.
+# Up to this window length, plain matrix products are faster than the fused kernel (forward and backward, one CPU thread,
+# head size 64). At length 1024 the fused kernel is 2.5 times (bfloat16) to 3.7 times (float32) faster.
 SHORT = {torch.float32: 12, torch.bfloat16: 128}
 
-# The kernel's arguments differ by release: 2.10 takes `is_causal`, 2.11 `window_size`, 2.12 `enable_gqa` too.
+# The kernel's arguments depend on the PyTorch release: 2.10 has `is_causal`, 2.11 `window_size`, 2.12 also `enable_gqa`.
 try:
     from torch.nn.attention.varlen import varlen_attn
 
     VARLEN = frozenset(inspect.signature(varlen_attn).parameters)
-except ImportError:  # a published policy acts with an older PyTorch too
+except ImportError:  # a published policy also runs with an older PyTorch
     VARLEN = frozenset()
 
 
 class Attention(Module):
-    """Grouped-query attention (Ainslie et al. 2023) with rotary positions, over the windows of a layout."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions (Su et al. 2021), within the windows of a layout."""
 
     def __init__(self, config: DecisionConfig, number: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(Module):
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size)
         self.out = Linear(self.heads * self.size, config.hidden_size, std=STD / (2 * config.num_hidden_layers) ** 0.5)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: KeyValueCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.size)
         rotated, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
@@ -53,9 +53,9 @@ class Attention(Module):
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary positions on neighbouring pairs of each head: x [T, H, d], turn float32 [T, 1, d / 2, 2]; in float32.
+    """Rotate neighbouring pairs of each head: x [T, H, d], turn float32 [T, 1, d / 2, 2] -> [T, H, d]. Computed in float32.
 
-    One complex product: a third of the time of the same in halves, sines and cosines on a CPU. The compiler has none.
+    On a CPU one complex product takes a third of the time of real products. The compiler does not know complex products.
     """
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
@@ -66,8 +66,8 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
 
 
 @torch.compiler.disable  # length classes differ from batch to batch
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """q [T, H, d], k and v [T, K, d] -> [T, H, d], one length class after another."""
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+    """q [T, H, d], k and v [T, K, d] -> [T, H, d]. Length classes are computed one after another."""
     parts = []
     for group in layout.groups:
         tokens = slice(group.start, group.stop)
@@ -86,7 +86,7 @@ def _pad(x: Tensor, group: Group) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """x[slots]. No gradient comes out of a padding slot, so the backward is a gather too, in place of an atomic sum."""
+    """x[slots]. Padding slots have no gradient, so the backward pass is a gather too, instead of an atomic sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, places: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class _Spread(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None) -> Tensor:
     """Softmax(q kᵀ / √d) v over windows of equal length: q [n, S, H, d], k, v [n, Z, K, d] -> [n, S, H, d].
 
-    Causal queries are the last S of the Z positions. `lengths` [n] hides keys past a window's end; a causal mask hides them
-    from every real query anyway.
+    With `causal`, the queries are the last S of the Z positions. `lengths` [n] hides the keys after a window's end; a causal
+    mask already hides them from every real query.
     """
     n, s, heads, size = q.shape
     z, kv_heads = k.shape[1:3]
@@ -120,7 +120,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | N
             q, k, v, attn_mask=None if plain_causal else mask, is_causal=plain_causal, **share
         )
         return out.transpose(1, 2)
-    # Query heads that share keys stand together as further queries, so that keys are never copied.
+    # Query heads that share keys become additional queries, so that keys are never copied.
     q = q.reshape(n, kv_heads, heads // kv_heads, s, size)
     scores = (q * size**-0.5) @ k.unsqueeze(2).transpose(-1, -2)  # [n, K, H / K, S, Z]
     if mask is not None:
@@ -141,8 +141,8 @@ def _has_varlen(q: Tensor) -> bool:
     )
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """The same by the variable-length flash kernel: one call for all causal windows, one for all others."""
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+    """Like `grouped_attention`, with the variable-length flash kernel: one call for causal windows, one for the others."""
     options: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in VARLEN:
@@ -157,44 +157,43 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         else:
             options["is_causal"] = causal
         mixed = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
-        assert isinstance(mixed, Tensor)  # a tuple only where more was asked for
+        assert isinstance(mixed, Tensor)  # it would be a tuple only if more outputs were requested
         parts.append(mixed)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class KeyValueCache:
-    """Keys and values of the steps so far, for acting: n windows that grow together, one a row, causal.
+    """Keys and values of earlier tokens, for acting: one causal window in each row; all windows have the same length.
 
-    A batch that is passed with a cache holds only the new tokens, equally many a row, with `position` counted from the
-    window's beginning. `length` is the number of tokens a row already holds.
+    A batch that is passed with a cache holds only the new tokens, the same number in each row; `position` counts from the
+    beginning of the window. `length` is the number of tokens that each row already has in the cache.
     """
 
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
+        self._layers = layers or {}  # layer -> keys and values, [rows, length, K, d] each
 
     @property
     def length(self) -> int:
         return next(iter(self._layers.values()))[0].shape[1] if self._layers else 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        """The new tokens' attention to themselves and to all before them."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """Attention of the new tokens to themselves and to all earlier tokens; the cache grows by the new ones."""
         if len(layout.groups) != 1 or layout.groups[0].slots is not None or not layout.groups[0].causal:
-            raise ValueError("a key-value cache takes causal rows of one window each, all of one length")
+            raise ValueError("a key-value cache needs causal rows of one window each, all of the same length")
         rows = layout.groups[0].windows
         q, k, v = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
         if layer in self._layers:
             past_k, past_v = self._layers[layer]
             if past_k.shape[0] != rows:
-                raise ValueError(f"the cache holds {past_k.shape[0]} rows, the batch has {rows}")
+                raise ValueError(f"the cache holds {past_k.shape[0]} rows, but the batch has {rows}")
             k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
         self._layers[layer] = (k, v)
         return attend(q, k, v, causal=True).flatten(0, 1)
 
     def select(self, rows: Tensor) -> KeyValueCache:
-        """A cache of these rows (int64 [m], repeats allowed): what a beam search keeps."""
-        out = KeyValueCache()
-        out._layers = {n: (k.index_select(0, rows), v.index_select(0, rows)) for n, (k, v) in self._layers.items()}
-        return out
+        """A new cache of the given rows (int64 [m], repeats allowed), as a beam search needs it."""
+        layers = {n: (k.index_select(0, rows), v.index_select(0, rows)) for n, (k, v) in self._layers.items()}
+        return KeyValueCache(layers)
 
     def crop(self, length: int) -> None:
         """Forget every token from `length` on."""

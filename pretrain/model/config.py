@@ -1,4 +1,4 @@
-"""`DecisionConfig`: everything that fixes the model's parameters and arithmetic, as a `transformers` config (JSON)."""
+"""DecisionConfig: everything that determines the model's parameters and arithmetic, as a `transformers` config (JSON)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,62 @@ if TYPE_CHECKING:
 
 
 class DecisionConfig(PretrainedConfig):
-    """Sizes of a decision model. Raises ValueError, with all reasons, if they are impossible.
+    """Shape and arithmetic of a decision model.
 
-    vocab_size            ids of the vocabulary
-    ranges                [name, low, high] of each range of ids, disjoint; softmax i normalises over ranges[i − 1]
-    embedders             name -> {"kind": patch | vector | grid, "shape": […], "values": n}
-    regressions           regression head -> its number of dimensions
-    tasks                 names of the tasks; `TokenBatch.task` is an index into them
-    moe_every             every n-th layer, the last one of each n, is a mixture of experts
-    num_experts           0: every layer is dense
-    balance, z_loss       coefficients of the two auxiliary losses; `bias_rate` > 0: a bias instead of the balance loss
-    router_modality       whether the router sees the modality of a token
-    router_task           whether the router sees the task of a token
-    task_dropout          share of rows whose task is hidden from the router in training, so that unseen tasks have a route
-    timesteps             size of the embedding of a step's number in its episode; 0: none
-    locals                size of the embedding of the position within a timestep (Reed et al. 2022, app. C.3)
+    Parameters
+    ----------
+    vocab_size : int
+        Number of token ids.
+    ranges : sequence of (name, low, high)
+        Disjoint ranges of ids, `high` excluded. Softmax 0 normalises over the whole vocabulary, softmax i over ranges[i − 1].
+    embedders : mapping
+        Name -> {"kind": "patch" | "vector" | "grid", "shape": [...], "values": n}: values that become a vector without an id.
+        `shape` is that of one value; `values` is the number of symbols in a channel of a grid.
+    regressions : mapping
+        Regression head -> number of dimensions.
+    tasks : sequence of str
+        Names of the tasks. `TokenBatch.task` is an index into them.
+    hidden_size, num_hidden_layers, num_attention_heads : int
+        Width of the hidden states, number of blocks, number of query heads.
+    num_key_value_heads : int
+        Key and value heads (Ainslie et al. 2023); 0: as many as query heads.
+    intermediate_size : int
+        Width inside a dense MLP; 0: 8/3 · hidden_size, rounded up to a multiple of 64.
+    num_experts, num_experts_per_tok : int
+        Experts of a sparse layer, and how many of them a token uses. 0 experts: every layer is dense.
+    moe_every : int
+        Of each `moe_every` layers, the last one is a mixture of experts.
+    moe_intermediate_size : int
+        Width inside an expert; 0: `intermediate_size`.
+    shared_expert : bool
+        Add one expert that every token uses.
+    balance, z_loss : float
+        Coefficients of the auxiliary losses of the router (Fedus et al. 2022; Zoph et al. 2022).
+    bias_rate : float
+        If > 0, a bias on the choice of experts replaces the balance loss; it moves by this much in each step (Wang et al. 2024).
+    router_modality, router_task : bool
+        Whether the router sees a token's modality, and its task.
+    task_dropout : float
+        Share of the rows in which training hides the task from the router, so that unseen tasks have a route.
+    timesteps : int
+        Size of the embedding of an episode's step number; 0: none.
+    locals : int
+        Size of the embedding of the position within a timestep (Reed et al. 2022, app. C.3).
+    theta : float
+        Base of the rotary frequencies (Su et al. 2021).
+    norm_epsilon : float
+        Added to the mean square in RMSNorm.
+    dropout : float
+        Share of the elements that training drops after attention and MLP.
+    checkpointing : bool
+        Recompute the activations of a block in the backward pass instead of keeping them.
+    tie_word_embeddings : bool
+        Input table and output matrix are one parameter.
+
+    Raises
+    ------
+    ValueError
+        If head sizes, key-value heads, experts per token or the kind of an embedder are impossible.
     """
 
     model_type = "tiphys"

@@ -1,4 +1,4 @@
-"""From tokens and values to vectors: the token table, one embedder for each kind of value, local and timestep positions."""
+"""From tokens and values to vectors: the token table, an embedder for each kind of value, and position embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiphys.pretrain.model.layers import STD, Linear, Module, Table
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-BINS = 128  # of a patch's row and column (Reed et al. 2022, app. C.3)
+BINS = 128  # for a patch's row, and for its column (Reed et al. 2022, app. C.3)
 
 
 class Convolution(Module):
@@ -50,9 +50,9 @@ class GroupNorm(Module):
 
 
 class PatchEmbedder(Module):
-    """Gato's: one pre-activation ResNet block (GroupNorm, GELU, twice) on a patch, plus its row and column of 128 bins.
+    """Gato's (Reed et al. 2022): a pre-activation ResNet block on a patch, plus embeddings of the patch's row and column.
 
-    Values [n, H, W, C]: floats as the tokenizer scaled them, or uint8 pixels, which become [−1, 1] / √16 here.
+    Values [n, H, W, C]: floats as the codec scaled them, or uint8 pixels, which are scaled to [−1, 1] / √16 here.
     """
 
     def __init__(self, shape: tuple[int, ...], size: int) -> None:
@@ -74,7 +74,7 @@ class PatchEmbedder(Module):
 
 
 class VectorEmbedder(Module):
-    """A whole vector as one token: two layers and GELU on values [n, *shape], as the tokenizer scaled them."""
+    """A whole vector as one token: two layers and GELU on values [n, *shape], as the codec scaled them."""
 
     def __init__(self, shape: tuple[int, ...], size: int) -> None:
         super().__init__()
@@ -87,9 +87,9 @@ class VectorEmbedder(Module):
 
 
 class GridEmbedder(Module):
-    """A small grid of symbols as one token: a table for each channel, summed over a cell, two convolutions, one product.
+    """A small grid of symbols as one token: a table for each channel, summed in each cell, then two convolutions and a matrix.
 
-    Values int [n, H, W, C] in [0, values); what lies beyond takes the last row of its table.
+    Values int [n, H, W, C] in [0, values); values outside are clamped.
     """
 
     def __init__(self, shape: tuple[int, ...], values: int, size: int) -> None:
@@ -97,7 +97,7 @@ class GridEmbedder(Module):
         height, width, self.channels = (*shape, 1)[:3]
         self.values = values
         self.cell = Table(values * self.channels, CHANNELS, std=self.channels**-0.5)
-        stride = max(1, -(-max(height, width) // 9))  # a grid up to 9 × 9 keeps its cells
+        stride = max(1, -(-max(height, width) // 9))  # a grid of up to 9 × 9 keeps its resolution
         self.conv1, self.conv2 = Convolution(CHANNELS, CHANNELS), Convolution(CHANNELS, CHANNELS, stride)
         inputs = CHANNELS * -(-height // stride) * -(-width // stride)
         self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
@@ -132,21 +132,21 @@ class TokenTable(Module):
 
 
 class Embedding(Module):
-    """Replaces the table's rows by embedded values where there are any, and adds local and timestep positions."""
+    """Puts embedded values in place of the table's rows, and adds the embeddings of local position and timestep."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.names = {name: module_name(name) for name in sorted(config.embedders)}
         if len(set(self.names.values())) < len(self.names):
-            raise ValueError(f"embedders whose names differ only in punctuation: {', '.join(self.names)}")
+            raise ValueError(f"embedder names must differ in more than punctuation: {', '.join(self.names)}")
         self.shapes = {name: tuple(e["shape"]) for name, e in config.embedders.items()}
         self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size) for n in self.names})
         self.local = Table(config.locals, size)
         self.timestep = Table(config.timesteps, size) if config.timesteps else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """x [T, D], the table's rows -> [T, D]."""
+        """x [T, D] from the token table -> [T, D]."""
         positions = self.local(inputs["local"])
         if self.timestep is not None:
             positions = positions + self.timestep(inputs["timestep"])
@@ -154,7 +154,7 @@ class Embedding(Module):
             embedder = self.values[self.names[name]]
             index = inputs.get(f"embedded/{name}/index")
             if index is None or len(index) == 0:
-                # ZeRO and expert groups need every parameter in every backward pass, on every rank: a zero, times zero.
+                # ZeRO and expert groups need a gradient of every parameter in every backward pass on every rank: add zero.
                 value = torch.zeros(1, *self.shapes[name], device=x.device)
                 nothing = embedder(value, torch.zeros(1, 2, dtype=torch.int32, device=x.device))
                 positions = positions + 0.0 * nothing
@@ -165,5 +165,5 @@ class Embedding(Module):
 
 
 def module_name(name: str) -> str:
-    """An embedder's or head's name as a part of a parameter's name: no dot, no colon."""
+    """An embedder's or head's name as part of a parameter's name: letters, digits and underscores only."""
     return re.sub(r"[^0-9A-Za-z_]", "_", name)

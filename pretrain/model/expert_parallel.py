@@ -1,8 +1,8 @@
-"""Experts divided among ranks under DeepSpeed: every rank keeps its slice of each expert layer, tokens travel to them.
+"""Experts divided among ranks under DeepSpeed: each rank keeps a slice of every expert layer, and tokens are sent to it.
 
-DeepSpeed knows an expert layer by `isinstance(module, MoE)` and its parameters by `allreduce` and `group_name`; with these it
-averages their gradients over the ranks that hold the same slice, and dense ones over all. The parameters keep the plain
-model's names, `….experts.up` and `….experts.down`, with fewer rows from number `first` on.
+DeepSpeed recognises an expert layer by `isinstance(module, MoE)`, and its parameters by `allreduce` and `group_name`. It then
+averages their gradients over the ranks that hold the same slice, and other gradients over all ranks. The parameters keep the
+names of the whole model, `….experts.up` and `….experts.down`; they hold the experts from number `first` on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ShardedExperts(MoE, Experts):
-    """Experts [first, first + count) of a layer, of `size` ranks that hold all of them between them.
+    """Experts [first, first + count) of a layer. The `size` ranks of a group together hold all experts.
 
     `MoE.__init__` is not called: it would build DeepSpeed's own gate and experts.
     """
@@ -39,7 +39,7 @@ class ShardedExperts(MoE, Experts):
         self.num_experts, self.num_local_experts = config.num_experts, count
         self.first, self.ep_size = rank * count, size
         self.group: Any = None
-        self.spans: Spans | None = None  # where the engine measures how long tokens travel
+        self.spans: Spans | None = None  # if set, all-to-all exchanges are timed
         _mark(self)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -48,12 +48,12 @@ class ShardedExperts(MoE, Experts):
         rank = dist.get_rank(self.group)
         if rank * self.num_local_experts != self.first:
             raise RuntimeError(
-                f"rank {dist.get_rank()} holds experts from {self.first} on, but is number {rank} of its group"
+                f"rank {dist.get_rank()} holds the experts from number {self.first} on, but is number {rank} of its expert group"
             )
 
     @torch.compiler.disable
     def prepare(self, counts: Tensor) -> Sizes:
-        """Tell each rank of the group how many rows of counts int64 [E] are for its experts. A collective over the group."""
+        """Exchange the numbers of rows for each expert, counts int64 [E], within the group. Collective over the group."""
         sent = counts.view(self.ep_size, self.num_local_experts)
         received = torch.empty_like(sent)
         with nullcontext() if self.spans is None else self.spans.span():
@@ -62,26 +62,26 @@ class ShardedExperts(MoE, Experts):
 
     @torch.compiler.disable
     def forward(self, x: Tensor, sizes: Sizes) -> Tensor:
-        """x [N, D], sorted by expert of the whole layer; what `prepare` gave -> [N, D]. A collective over the group."""
-        go, come = sizes.wait()
+        """x [N, D] sorted by expert of the whole layer, and the result of `prepare` -> [N, D]. Collective over the group."""
+        outgoing, incoming = sizes.wait()
         received = sizes.received
-        rows = _AllToAll.apply(x, come, go, self.group, self.spans)
-        # They come by sender, then expert; grouped products want them by expert.
+        rows = _AllToAll.apply(x, incoming, outgoing, self.group, self.spans)
+        # Received rows are sorted by sender, then by expert. Grouped products need them sorted by expert.
         kind = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
-        order = kind.repeat_interleave(received.view(-1), output_size=sum(come)).argsort(stable=True)
+        order = kind.repeat_interleave(received.view(-1), output_size=sum(incoming)).argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         made = Experts.forward(self, rows.index_select(0, order), received.sum(0))
-        return _AllToAll.apply(made.index_select(0, inverse), go, come, self.group, self.spans)
+        return _AllToAll.apply(made.index_select(0, inverse), outgoing, incoming, self.group, self.spans)
 
 
 class Sizes:
-    """Numbers of rows on their way to the host, where uneven sizes must be known: the one wait of an expert layer.
+    """Numbers of rows, on their way to the host, which needs them to exchange rows. `wait` is an expert layer's only wait.
 
-    received  int64 [ranks, experts of this rank]: rows that come from each rank for each expert, on the device
+    received  int64 [ranks, experts of this rank], on the device: rows that arrive from each rank for each expert
     """
 
     def __init__(self, received: Tensor, both: Tensor) -> None:
-        """both: int64 [2, ranks], rows that go to and come from each rank."""
+        """both: int64 [2, ranks], numbers of rows sent to each rank, and received from each rank."""
         self.received, self._copied = received, None
         if both.is_cuda:
             self._host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
@@ -92,19 +92,19 @@ class Sizes:
             self._host = both
 
     def wait(self) -> tuple[list[int], list[int]]:
-        """(go, come). On CUDA the queue goes on with what was begun since."""
+        """Rows to each rank, and rows from each rank. On CUDA the device keeps working on what was queued meanwhile."""
         if self._copied is not None:
             self._copied.synchronize()
-        go, come = self._host.tolist()
-        return go, come
+        outgoing, incoming = self._host.tolist()
+        return outgoing, incoming
 
 
 class NoExperts(MoE):
-    """Stands where a rank has no expert to train, as on a pipeline stage of dense layers; takes part in nothing.
+    """A placeholder for a rank without experts to train, for example a pipeline stage of dense layers.
 
-    DeepSpeed creates expert groups on all ranks together, and sums the gradient's norm over the stages once for each of its
-    groups of parameters: a stage without an expert parameter would leave the others waiting. This one is never used, stays
-    zero and is not saved.
+    All ranks must create DeepSpeed's expert groups together, and the gradient norm is summed over the stages once for each
+    group of parameters. A stage without an expert parameter would make the others wait forever. This parameter is never used,
+    stays zero and is not saved.
     """
 
     def __init__(self, size: int) -> None:
@@ -126,7 +126,7 @@ def _mark(layer: ShardedExperts | NoExperts) -> None:
 
 
 def _group(size: int, data_first: bool) -> Any:
-    """This rank's expert group of this size, found, or created on every rank alike."""
+    """This rank's expert group of this size; created, on all ranks, if it does not exist yet."""
     name = f"ep_size_{size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(size, use_data_before_expert_parallel_=data_first)
@@ -134,35 +134,38 @@ def _group(size: int, data_first: bool) -> Any:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows of x to the ranks of a group, `go` to each, `come` from each; the gradient takes the way back."""
+    """Exchange rows of x within a group: `outgoing` rows to each rank, `incoming` from each. Gradients go the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, come: list[int], go: list[int], group: Any, spans: Spans | None) -> Tensor:
-        ctx.come, ctx.go, ctx.group, ctx.spans = come, go, group, spans
-        return _exchange(x, come, go, group, spans)
+    def forward(
+        ctx: Any, x: Tensor, incoming: list[int], outgoing: list[int], group: Any, spans: Spans | None
+    ) -> Tensor:
+        ctx.incoming, ctx.outgoing, ctx.group, ctx.spans = incoming, outgoing, group, spans
+        return _exchange(x, incoming, outgoing, group, spans)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _exchange(gradient, ctx.go, ctx.come, ctx.group, ctx.spans), None, None, None, None
+        return _exchange(gradient, ctx.outgoing, ctx.incoming, ctx.group, ctx.spans), None, None, None, None
 
 
-def _exchange(x: Tensor, come: list[int], go: list[int], group: Any, spans: Spans | None) -> Tensor:
-    out = x.new_empty(sum(come), x.shape[1])
+def _exchange(x: Tensor, incoming: list[int], outgoing: list[int], group: Any, spans: Spans | None) -> Tensor:
+    out = x.new_empty(sum(incoming), x.shape[1])
     with nullcontext() if spans is None else spans.span():
-        dist.all_to_all_single(out, x.contiguous(), come, go, group=group)
+        dist.all_to_all_single(out, x.contiguous(), incoming, outgoing, group=group)
     return out
 
 
 @torch.no_grad()
 def shard_experts(module: nn.Module, config: DecisionConfig, rank: int, size: int) -> None:
-    """Replace every expert layer of a model or a stage by this rank's slice of it, before `deepspeed.initialize`.
+    """Replace every expert layer of a model or a stage by this rank's slice of it. Call it before `deepspeed.initialize`.
 
-    rank  this rank's number in its expert group (`ParallelDims.expert_rank`);  size  of the group (`parallel.expert`)
+    rank  number of this rank in its expert group (`ParallelDims.expert_rank`)
+    size  number of ranks in the group (`parallel.expert`)
     """
     for mixture in mixtures(module):
         whole = mixture.experts
         if isinstance(whole, ShardedExperts):
-            raise RuntimeError(f"the experts of layer {mixture.number} are sharded already")
+            raise RuntimeError(f"layer {mixture.number}: its experts are divided already; call shard_experts once")
         part = ShardedExperts(config, rank, size)
         for name in ("up", "down"):
             full, own = getattr(whole, name), getattr(part, name)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step: active parameters, attention inside the windows, logits at targets; no padding."""
+"""Floating-point operations of a step: active parameters, attention inside windows, logits at targets. Padding is not counted."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-CHANNELS = 64  # of the convolutions over patches and grids (embedding.py); here, where nothing imports torch
+CHANNELS = 64  # of the convolutions in embedding.py; defined here because this file imports no torch
 
 
 def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
-    """Operations of a forward and a backward pass over this batch; a multiply and an add are two.
+    """Operations of a forward and a backward pass over this batch; a multiplication and an addition are two operations.
 
-    The backward pass counts twice the forward one. Norms, softmaxes, rotations and table look-ups are left out, and so is
-    what is recomputed.
+    The backward pass counts as two forward passes. Not counted: norms, softmaxes, rotations, table look-ups, recomputation.
     """
     lengths, causal = window_lengths(batch)
-    # A causal query sees half of its window on average; both products of attention count.
+    # A causal query sees half of its window on average. Attention has two products.
     pairs = float((lengths * np.where(causal, (lengths + 1) / 2, lengths)).sum())
     forward = lengths.sum() * sum(layer_flops(config, i) for i in range(config.num_hidden_layers))
     forward += config.num_hidden_layers * 4 * pairs * config.num_attention_heads * config.head_size
@@ -36,7 +35,7 @@ def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
 
 
 def window_lengths(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Length and causal flag of every window of a batch."""
+    """Lengths and causal flags of all windows of a batch."""
     segment = batch.segment.reshape(-1)
     real = np.flatnonzero(segment > 0)
     key = real // max(1, batch.length) << 32 | segment[real]
@@ -45,7 +44,7 @@ def window_lengths(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def layer_flops(config: DecisionConfig, layer: int) -> float:
-    """Operations of one layer's matrices for one token, forward."""
+    """Operations of a layer's matrices for one token, forward pass."""
     size = config.hidden_size
     attention = 2 * size * config.head_size * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     if not config.has_experts(layer):
@@ -55,7 +54,7 @@ def layer_flops(config: DecisionConfig, layer: int) -> float:
 
 
 def embedder_flops(spec: dict[str, Any], size: int) -> float:
-    """Operations of one embedded value, forward."""
+    """Operations of one embedded value, forward pass."""
     shape = spec["shape"]
     if spec["kind"] == "vector":
         return 2 * size * (int(np.prod(shape)) + size)
@@ -69,7 +68,7 @@ def embedder_flops(spec: dict[str, Any], size: int) -> float:
 
 
 def parameters(config: DecisionConfig) -> tuple[int, int]:
-    """(all, active a token) parameters of the layers and the two matrices of the vocabulary."""
+    """(number of parameters, number that each token uses): matrices of the layers and of the vocabulary, without embedders."""
     table = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     everything = active = float(table)
     for layer in range(config.num_hidden_layers):

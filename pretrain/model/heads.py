@@ -1,4 +1,4 @@
-"""The end of the model: logits where there are targets and only there, regressions, and the loss as one global sum."""
+"""The end of the model: logits at the targets only, regressions, and the loss as one global sum."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn import functional as F
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.model.inputs import from_bits
 from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
-from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
 
 class Head(Module):
-    """The last norm, and the regressed targets: a linear map for each head, its error squared and averaged over dimensions.
+    """The last norm and the regressed targets: a linear map for each head.
 
-    (Chen et al. 2021 average over the action's dimensions too.)
+    The error is squared and averaged over the dimensions, as in Chen et al. 2021.
     """
 
     def __init__(self, config: DecisionConfig) -> None:
@@ -30,7 +30,7 @@ class Head(Module):
         self.norm = Norm(config.hidden_size, config.norm_epsilon)
         self.names = {name: module_name(name) for name in sorted(config.regressions)}
         if len(set(self.names.values())) < len(self.names):
-            raise ValueError(f"regression heads whose names differ only in punctuation: {', '.join(self.names)}")
+            raise ValueError(f"names of regression heads must differ in more than punctuation: {', '.join(self.names)}")
         self.regressions = nn.ModuleDict(
             {
                 self.names[name]: Linear(config.hidden_size, config.regressions[name], std=STD, bias=True)
@@ -38,16 +38,18 @@ class Head(Module):
             }
         )
 
-    def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `by_task`)."""
+    def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `add_by_task`)."""
         hidden = self.norm(x)
-        # Between stages every float must have a gradient, so the sum begins with a zero that depends on x.
+        # Every float that leaves a layer must have a gradient, so the sum begins with a zero that depends on x.
         loss = 0.0 * hidden[:1].float().sum(-1)
         sums = torch.zeros(self.tasks, 3, device=x.device)
         for name in self.names:
             target = inputs.get(f"regression/{name}")
             if target is None or len(target) == 0:
-                loss = loss + 0.0 * self.predict(hidden[:1], name).sum()  # every parameter in every backward pass
+                loss = (
+                    loss + 0.0 * self.predict(hidden[:1], name).sum()
+                )  # a gradient of every parameter in every backward pass
                 continue
             values = from_bits(target[:, 2:])
             error = (self.predict(hidden[target[:, 0]], name) - values[:, 1:]).square().mean(-1)
@@ -61,7 +63,7 @@ class Head(Module):
 
 
 class Output(Module):
-    """The output matrix [vocab, D]; softmax 0 is over all of it, softmax i over the rows of range i."""
+    """The output matrix [vocab, D]. Softmax 0 is over all rows, softmax i over the rows of ranges[i − 1]."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
@@ -70,14 +72,14 @@ class Output(Module):
         self.bounds = output_bounds(config)
 
     def forward(
-        self, hidden: Tensor, loss: Tensor, sums: Tensor, inputs: Mapping[str, Tensor], layout: Layout
+        self, hidden: Tensor, loss: Tensor, sums: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout
     ) -> tuple[Tensor, Tensor]:
         """The whole loss (a scalar) and the sums by task, [tasks, 3]."""
         return output_loss(self.weight, self.bounds, hidden, loss, sums, inputs, layout)
 
 
 def output_bounds(config: DecisionConfig) -> list[tuple[int, int]]:
-    """First and last-but-one id of each softmax: the whole vocabulary, then every range."""
+    """[low, high) ids of each softmax: the whole vocabulary, then every range."""
     return [(0, config.vocab_size), *((int(low), int(high)) for _, low, high in config.ranges)]
 
 
@@ -88,9 +90,9 @@ def output_loss(
     loss: Tensor,
     sums: Tensor,
     inputs: Mapping[str, Tensor],
-    layout: Layout,
+    layout: TokenLayout,
 ) -> tuple[Tensor, Tensor]:
-    """Adds Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]; returns the scalar and the sums by task."""
+    """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task."""
     total, any_target = loss.sum(), False
     for i, (low, high) in enumerate(bounds):
         target = inputs.get(f"target/{i}")
@@ -109,7 +111,7 @@ def output_loss(
 
 @torch.no_grad()
 def add_by_task(sums: Tensor, task: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
-    """Adds to sums [tasks, 3], by task: Σ weight · loss, Σ loss, number of targets."""
+    """Add to sums [tasks, 3], for each task: Σ weight · loss, Σ loss, number of targets."""
     losses = losses.detach()
     columns = torch.stack([losses * weights, losses, torch.ones_like(losses)], -1)
     return sums.index_add_(0, task, columns)

@@ -1,8 +1,8 @@
 """TokenBatch -> tensors: real tokens only, window by window, and targets by softmax range.
 
-The model never sees padding. A batch becomes T tokens in *compact order*: windows sorted by (causal first, length, place in
-the batch), each window's tokens consecutive. Attention then works on ranges of tokens, everything else on a matrix [T, D].
-All of it is computed in NumPy, where shapes are known, so that no kernel has to wait for a size.
+The model never sees padding. A batch becomes T tokens in *compact order*: windows are sorted by (causal first, length, place
+in the batch), and the tokens of each window are consecutive. Attention works on ranges of tokens, everything else on a matrix
+[T, D]. This is computed in NumPy, where shapes are known, so that the device never waits for a size.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Inputs = dict[str, Tensor]
 def to_tensors(
     batch: TokenBatch, device: torch.device | str = "cpu", *, task_dropout: float = 0.0, seed: int = 0
 ) -> Inputs:
-    """The model's inputs, flat names -> tensors.
+    """The model's inputs, as name -> tensor.
 
     tokens, local, timestep   int32 [T]
     attributes                int32 [T, 4]: position in the window, modality, task, task + 1 as the router sees it (0: hidden)
     windows                   int32 [W, 2], on the CPU: length of each window, and whether it is causal
-    index                     int64 [T]: row · L + position, where each token came from (`unpack`)
-    embedded/NAME/index       int64 [n]: compact places;  …/value, …/place as in `Embedded`
+    index                     int64 [T]: row · L + position of each token in the batch (`unpack` reads it)
+    embedded/NAME/index       int64 [n]: compact places;  …/value and …/place are those of `Embedded`
     target/I                  int32 [n, 4]: compact place, id, task, weight (the bits of a float32), for softmax range I
     regression/NAME           int32 [n, 3 + d]: compact place, task, then weight and the d values as bits of float32
 
-    `task_dropout` hides the task from the router in that share of rows, by Philox(seed, step, row); 0 outside training.
-    A batch of filler rows alone becomes one token of modality 0 without target: it is computed, but never counted.
-    Raises ValueError for a segment that is not consecutive or mixes causal with bidirectional positions.
+    `task_dropout` is the share of rows whose task is hidden from the router, drawn by Philox(seed, step, row); 0 outside
+    training. A batch of only filler rows becomes one token of modality 0 without a target: it is computed but not counted.
+    Raises ValueError if the positions of a segment are not consecutive, or only some of them are causal.
     """
     index, windows = _compact(batch)
     place = np.zeros(batch.tokens.size, np.int64)  # flat position -> compact place
@@ -82,14 +82,14 @@ def to_tensors(
 
 
 def to_device(host: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on `device`. CUDA copies behind the process' back only out of pinned memory."""
+    """Copy a CPU tensor to `device`. CUDA copies asynchronously only from pinned memory."""
     if torch.device(device).type == "cuda" and host.device.type == "cpu":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 
 def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the real tokens in compact order, and [W, 2] lengths and causal flags of the windows."""
+    """Flat positions of the real tokens in compact order, and the windows [W, 2]: length and causal flag."""
     rows, length = batch.tokens.shape
     segment = batch.segment.reshape(-1)
     real = np.flatnonzero(segment > 0)
@@ -102,12 +102,12 @@ def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
     if len(names) < len(first):
         torn = int(names[times > 1][0])
         raise ValueError(
-            f"step {batch.step}, row {torn >> 32}: the positions of segment {torn & 0xFFFFFFFF} do not follow each other"
+            f"step {batch.step}, row {torn >> 32}: the positions of segment {torn & 0xFFFFFFFF} are not consecutive"
         )
     flags = batch.causal.reshape(-1)[real]
     causal = flags[first]
     if (flags != np.repeat(causal, size)).any():
-        raise ValueError(f"step {batch.step}: a segment must be causal or bidirectional throughout")
+        raise ValueError(f"step {batch.step}: the positions of a segment must all be causal, or all be bidirectional")
     order = np.lexsort((first, size, ~causal))
     start = np.repeat(real[first[order]], size[order])
     offset = np.arange(len(real)) - np.repeat(np.cumsum(size[order]) - size[order], size[order])
@@ -115,7 +115,7 @@ def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
-    """float32 values as int32 with the same bits: only floats that carry gradients may travel between pipeline stages."""
+    """float32 values as int32 with the same bits: between pipeline stages every float tensor must carry a gradient."""
     return np.ascontiguousarray(values, np.float32).view(np.int32)
 
 
@@ -125,9 +125,9 @@ def from_bits(values: Tensor) -> Tensor:
 
 
 def scalars(normaliser: Any, tokens: Any, auxiliary_scale: Any, device: torch.device | str) -> Tensor:
-    """float32 [3] as bits, int32: what the loss and the auxiliary losses are divided by, and the latter's scale.
+    """int32 [3], the bits of float32: divisor of the loss, divisor of the auxiliary losses, scale of the auxiliary gradient.
 
-    Numbers are filled in by the device: a copy of them would wait for all that it has still to do.
+    The device fills the numbers in; a copy from the host would wait for all work queued on it.
     """
     parts = [
         v.to(device, torch.float32).reshape(1)
@@ -139,33 +139,26 @@ def scalars(normaliser: Any, tokens: Any, auxiliary_scale: Any, device: torch.de
 
 
 def unpack(hidden: Tensor, inputs: Mapping[str, Tensor], rows: int, length: int) -> Tensor:
-    """[T, D] in compact order -> [rows, length, D]; zeros at padding."""
+    """[T, D] in compact order -> [rows, length, D], with zeros at padding."""
     out = hidden.new_zeros(rows * length, hidden.shape[-1])
     return out.index_copy(0, inputs["index"], hidden).view(rows, length, -1)
 
 
-def input_names(config: DecisionConfig) -> list[str]:
-    """Every name that `to_tensors` may give, in the fixed order of a pipeline's first tuple."""
-    names = ["tokens", "local", "timestep", "attributes", "windows"]
-    for name in sorted(config.embedders):
-        names += [f"embedded/{name}/{key}" for key in ("index", "value", "place")]
-    return names + target_names(config)
-
-
 def target_names(config: DecisionConfig) -> list[str]:
+    """The names of targets that `to_tensors` may return, in a fixed order."""
     names = [f"target/{i}" for i in range(len(config.ranges) + 1)]
     return names + [f"regression/{name}" for name in sorted(config.regressions)]
 
 
 def missing(name: str, config: DecisionConfig, device: torch.device) -> Tensor:
-    """What stands for a name that this batch lacks: no rows, in the shape and type of the others."""
+    """An empty tensor for a name that this batch does not have, with the type and the other dimensions of the name."""
     kind, _, rest = name.partition("/")
     if kind == "target":
         return torch.zeros(0, 4, dtype=torch.int32, device=device)
     if kind == "regression":
         return torch.zeros(0, 3 + config.regressions[rest], dtype=torch.int32, device=device)
     if kind != "embedded":
-        raise KeyError(f"the batch has no {name!r}: it did not come from to_tensors")
+        raise KeyError(f"the batch has no {name!r}; make it with to_tensors")
     embedder, key = rest.rsplit("/", 1)
     if key == "index":
         return torch.zeros(0, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""The small parts: parameters that know how they begin, RMSNorm, the gated MLP."""
+"""The small parts: parameters with a declared initial distribution, RMSNorm, linear map, table, gated MLP."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STD = 0.02  # of weights (Radford et al. 2019); what writes to the residual stream is divided by √(2 · layers)
+STD = 0.02  # of weights (Radford et al. 2019); matrices that write to the residual stream divide it by √(2 · layers)
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a parameter begins: `fill` + `std` · normal. With `first`, each part [i] is drawn as number first + i of a stack."""
+    """Initial values of a parameter: `fill` + `std` · normal.
+
+    With `first`, the parameter is part of a stack: its slice [i] is drawn as number first + i.
+    """
 
     std: float = 0.0
     fill: float = 0.0
@@ -25,23 +28,23 @@ class Start:
 
 
 class Module(nn.Module):
-    """A module whose own parameters are declared with their start, so that `initialise` can draw any of them alone."""
+    """A module that declares the initial value of its own parameters, so that `initialise` can draw any of them alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.starts: dict[str, Start] = {}
 
     def declare(self, name: str, *shape: int, std: float = 0.0, fill: float = 0.0, first: int | None = None) -> None:
-        """Register a parameter without drawing it."""
+        """Register a parameter; `initialise` draws its values."""
         self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
         self.starts[name] = Start(std, fill, first)
 
 
 def initialise(module: nn.Module, seed: int, canonical: Callable[[str], str] = lambda name: name) -> None:
-    """Fill every parameter from (seed, its canonical name) alone.
+    """Draw every parameter from the seed and its canonical name alone.
 
-    A pipeline stage or an expert rank therefore begins with exactly the weights that the whole model has there.
-    `canonical` maps this module's parameter names to the plain model's (`pipeline.canonical_name`).
+    A pipeline stage or an expert rank therefore starts with exactly the weights that the whole model has there.
+    `canonical` maps the names of this module's parameters to those of the whole model (`pipeline.canonical_name`).
     """
     done = set()
     for prefix, part in module.named_modules():
@@ -73,12 +76,12 @@ def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
 
 @torch.compiler.assume_constant_result
 def cuda_capability(index: int) -> tuple[int, int]:
-    """Compute capability of a CUDA device: (8, 0) Ampere, (9, 0) Hopper."""
+    """Compute capability of a CUDA device: (8, 0) is Ampere, (9, 0) Hopper."""
     return torch.cuda.get_device_capability(index)
 
 
 class Norm(Module):
-    """RMSNorm (Zhang and Sennrich 2019), the mean square in float32."""
+    """RMSNorm (Zhang and Sennrich 2019) with the mean square in float32."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class Norm(Module):
 
 
 class Linear(Module):
-    """x Wᵀ + b with W [out, in]."""
+    """x Wᵀ + b with W [outputs, inputs]."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float = STD, bias: bool = False) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class Linear(Module):
 
 
 class Table(Module):
-    """A learned embedding [count, size]; indices beyond the end take the last row."""
+    """A learned embedding [count, size]; indices outside [0, count) are clamped."""
 
     def __init__(self, count: int, size: int, *, std: float = STD) -> None:
         super().__init__()
@@ -122,11 +125,13 @@ class Table(Module):
 
     @property
     def weight_rows(self) -> int:
-        return int(getattr(self.weight, "ds_shape", self.weight.shape)[0])  # ZeRO-3 leaves an empty shape between uses
+        return int(
+            getattr(self.weight, "ds_shape", self.weight.shape)[0]
+        )  # under ZeRO-3 the shape is empty between uses
 
 
 class Mlp(Module):
-    """SwiGLU (Shazeer 2020): (silu(x G) · x U) D, gate and up in one matrix."""
+    """SwiGLU (Shazeer 2020): (silu(x G) · x U) D, with G and U in one matrix."""
 
     def __init__(self, size: int, inner: int, depth: int) -> None:
         super().__init__()
@@ -138,7 +143,7 @@ class Mlp(Module):
 
 
 def gated(x: Tensor) -> Tensor:
-    """silu(gate) · up of x [N, 2F], which holds both -> [N, F]."""
+    """x [N, 2F] = gate and up, side by side -> silu(gate) · up [N, F]."""
     if torch.compiler.is_compiling():  # the compiler fuses this by itself
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
@@ -146,7 +151,7 @@ def gated(x: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """Keeps x alone for the backward pass, and writes both halves of the gradient where they belong, without joining them."""
+    """Keeps only x for the backward pass, and writes both halves of the gradient in place instead of concatenating them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

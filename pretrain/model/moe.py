@@ -1,4 +1,4 @@
-"""The mixture of experts: dropless top-k routing whose losses do not depend on which rank computed which row."""
+"""Mixture of experts: top-k routing that drops no token; its losses do not depend on which rank computes which row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated
-from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.tokens.batch import MODALITIES
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Router(Module):
-    """Logits over the experts in float32: x Rᵀ, plus a learned bias of the token's modality and, optionally, of its task."""
+    """Logits over the experts in float32: x Rᵀ, plus learned biases of the token's modality and task if the config has them."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Router(Module):
         if self.sees_task:
             self.declare("task", len(config.tasks) + 1, config.num_experts)  # 0: the task is hidden
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         logits = F.linear(x.float(), self.weight.float())
         if self.sees_modality:
             logits = logits + F.embedding(layout.modality, self.modality.float())
@@ -41,10 +41,10 @@ class Router(Module):
 
 
 class Experts(Module):
-    """E gated MLPs (SwiGLU) as two stacked matrices: up [E, D, 2F] holds gate and up, down [E, F, D]."""
+    """E gated MLPs (SwiGLU) as two stacks of matrices: up [E, D, 2F] (gate and up) and down [E, F, D]."""
 
     def __init__(self, config: DecisionConfig, count: int = 0, first: int = 0) -> None:
-        """`count` experts from number `first` on; 0: all of them."""
+        """Hold `count` experts, beginning with number `first`. count = 0: all experts."""
         super().__init__()
         size, inner = config.hidden_size, config.moe_intermediate_size
         count = count or config.num_experts
@@ -54,35 +54,35 @@ class Experts(Module):
         self.declare("down", count, inner, size, std=STD / (2 * config.num_hidden_layers) ** 0.5, first=first)
 
     def prepare(self, counts: Tensor) -> Any:
-        """What `forward` will need of counts int64 [E], the rows that each expert gets, begun before they are sorted."""
+        """Start what `forward` needs to know of counts int64 [E], the rows of each expert, before the rows are sorted."""
         return counts
 
     def forward(self, x: Tensor, counts: Any) -> Tensor:
-        """x [N, D], sorted by expert; what `prepare` gave -> [N, D]."""
+        """x [N, D] sorted by expert, and the result of `prepare` -> [N, D]."""
         ends = counts.cumsum(0).to(torch.int32)
         return products(gated(products(x, self.up, counts, ends)), self.down, counts, ends)
 
 
 def products(x: Tensor, weights: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x [N, A], sorted by expert, each times its expert's matrix of weights [E, A, B] -> [N, B]."""
+    """x [N, A] sorted by expert, weights [E, A, B] -> [N, B]: each row times the matrix of its expert."""
     if not has_grouped_mm(x, weights):
         return looped_products(x, weights, counts)
-    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16:  # the only type that the compiler knows it for
+    if torch.compiler.is_compiling() and x.dtype == torch.bfloat16:  # the only type that the compiler supports
         return F.grouped_mm(x, weights, offs=ends)
     return _aligned_grouped_mm(x, weights, ends)
 
 
 @torch.compiler.disable
 def _aligned_grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    if weights.data_ptr() % 16:  # ZeRO lays parameters one after another
+    if weights.data_ptr() % 16:  # ZeRO packs parameters without alignment
         weights = weights.clone()
     return F.grouped_mm(x, weights, offs=ends)
 
 
 def has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
-    """PyTorch's grouped product (2.10): rows must be multiples of 16 bytes; on CUDA it takes bfloat16 on Hopper and later."""
+    """Whether PyTorch's grouped product (2.10) works here: rows of n · 16 bytes; on CUDA only bfloat16 on Hopper and later."""
     aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])
-    if not aligned or x.shape[0] == 0 or not hasattr(F, "grouped_mm"):  # no row: a rank without tokens
+    if not aligned or x.shape[0] == 0 or not hasattr(F, "grouped_mm"):  # no rows: a rank without tokens
         return False
     if x.is_cuda:
         return x.dtype == torch.bfloat16 and cuda_capability(x.device.index) >= (9, 0)
@@ -90,13 +90,13 @@ def has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
 
 
 def looped_products(x: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
-    """The same, an expert after another: the oracle, and what runs where there is no grouped product. Waits for `counts`."""
+    """`products` expert by expert: the test oracle, and the fallback without a grouped product. Waits for `counts`."""
     parts = zip(x.split(counts.tolist()), weights.unbind(), strict=True)
     return torch.cat([rows @ weight for rows, weight in parts])
 
 
 class _Gather(torch.autograd.Function):
-    """x[index] where each row of x is taken `times` times, at the places `inverse` [len(x) · times]: the backward gathers."""
+    """x[index], with each row of x taken `times` times; `inverse` [len(x) · times] says where. The backward pass gathers too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, times: int) -> Tensor:
@@ -114,10 +114,10 @@ class _Gather(torch.autograd.Function):
 
 
 class AuxiliaryGradient(torch.autograd.Function):
-    """Identity on `x`; in the backward pass `loss` receives the gradient 1, as if it had been added to the real loss.
+    """Identity on `x`. In the backward pass `loss` gets the gradient 1, as if it had been added to the real loss.
 
-    So an auxiliary loss trains the router without travelling through the stages of a pipeline, and the real loss stays
-    without auxiliary terms.
+    The auxiliary loss then trains the router without being passed through the pipeline stages, and the reported loss has no
+    auxiliary terms.
     """
 
     @staticmethod
@@ -130,17 +130,17 @@ class AuxiliaryGradient(torch.autograd.Function):
 
 
 class MixtureOfExperts(Module):
-    """Top-k experts a token, softmax gates renormalised over the k (for k = 1 the probability itself, Fedus et al. 2022).
+    """Top-k experts for each token. Gates are softmax probabilities renormalised over the k; for k = 1 the probability itself.
 
-    The balance loss is Σ_e f_e · P_e · E (Shazeer et al. 2017; Fedus et al. 2022) with f_e from `previous`, the *global*
-    counts of the step before, and P_e a sum over tokens divided by the global number of tokens; the z-loss (Zoph et al. 2022)
-    likewise. Neither depends on who computes which row. With `bias_rate` > 0 there is no balance loss: a bias on the
-    selection, never on the gates, moves by that much a step (Wang et al. 2024).
+    The balance loss is E · Σ_e f_e · P_e (Shazeer et al. 2017; Fedus et al. 2022). f_e comes from `previous`, the *global*
+    counts of the previous step; P_e is a sum over tokens divided by the global number of tokens. The z-loss (Zoph et al. 2022)
+    is divided by the same number. So neither depends on which rank computes which row. With `bias_rate` > 0 there is no balance
+    loss: a bias on the choice of experts (not on the gates) moves by that much in each step (Wang et al. 2024).
 
-    previous    int64 [E], saved: tokens routed to each expert in the step before, over all ranks
-    bias_steps  int64 [E], saved: the bias in units of `bias_rate` (integers survive a cast of the model to bfloat16)
+    previous    int64 [E], saved: tokens routed to each expert in the previous step, over all ranks
+    bias_steps  int64 [E], saved: the bias in multiples of `bias_rate` (integers survive a cast of the model to bfloat16)
     counts      int64 [tasks, E]: tokens of this step so far on this rank; the engine sums it and calls `finish_step`
-    losses      float32 [2]: balance and z-loss of this step so far on this rank, times their coefficients
+    losses      float32 [2]: balance loss and z-loss of this step so far on this rank, times their coefficients
     """
 
     previous: Tensor
@@ -164,7 +164,7 @@ class MixtureOfExperts(Module):
         self.counts: Tensor | None = None
         self.losses: Tensor | None = None
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """x [T, D] -> [T, D]."""
         logits = self.router(x, layout)
         probabilities = logits.softmax(-1)
@@ -179,20 +179,20 @@ class MixtureOfExperts(Module):
         layout.auxiliary[self.number] = losses.detach()
         if torch.is_grad_enabled():
             gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors[2])
-        if self.training and layout.once(self.number):
+        if self.training and layout.first_pass(self.number):
             self._observe(chosen, losses, layout)
-        # Where experts are divided among ranks, the shared one works while the numbers of tokens travel.
+        # If experts are divided among ranks, the shared expert works while the ranks exchange their numbers of tokens.
         shared = None if self.shared is None else self.shared(x)
         out = self.mix(x, chosen, gates.to(x.dtype), prepared)
         return out if shared is None else out + shared
 
     def _count(self, chosen: Tensor) -> Tensor:
-        """int64 [E]: how many rows each expert gets."""
+        """int64 [E]: number of rows of each expert."""
         expert = chosen.reshape(-1)
         return torch.zeros_like(self.previous).scatter_add_(0, expert, torch.ones_like(expert))
 
     def mix(self, x: Tensor, chosen: Tensor, gates: Tensor, prepared: Any) -> Tensor:
-        """Σ_k gate · expert(x): tokens are sorted by expert, multiplied in groups, and gathered back; x [T, D]."""
+        """Σ_k gate · expert(x), x [T, D] -> [T, D]. Tokens are sorted by expert, multiplied in groups, and gathered back."""
         tokens, k = chosen.shape
         expert = chosen.reshape(-1)
         order = expert.argsort(stable=True)
@@ -201,8 +201,8 @@ class MixtureOfExperts(Module):
         y = _Gather.apply(y, inverse, order, 1).view(tokens, k, -1)
         return (y * gates[..., None]).sum(1)
 
-    def _losses(self, logits: Tensor, probabilities: Tensor, layout: Layout) -> Tensor:
-        """float32 [2]: balance and z-loss of these tokens, times their coefficients."""
+    def _losses(self, logits: Tensor, probabilities: Tensor, layout: TokenLayout) -> Tensor:
+        """float32 [2]: balance loss and z-loss of these tokens, times their coefficients."""
         real, tokens = layout.real.to(logits.dtype), layout.divisors[1]
         share = self.previous.float() / self.previous.sum().clamp(min=1)
         balance = ((real @ probabilities) @ share) * (self.num_experts * self.balance) / tokens
@@ -210,7 +210,7 @@ class MixtureOfExperts(Module):
         return torch.stack([balance, z])
 
     @torch.no_grad()
-    def _observe(self, chosen: Tensor, losses: Tensor, layout: Layout) -> None:
+    def _observe(self, chosen: Tensor, losses: Tensor, layout: TokenLayout) -> None:
         if self.counts is None or self.losses is None:
             self.counts = torch.zeros(self.tasks, self.num_experts, dtype=torch.int64, device=chosen.device)
             self.losses = torch.zeros(2, device=chosen.device)
@@ -221,7 +221,7 @@ class MixtureOfExperts(Module):
 
     @torch.no_grad()
     def finish_step(self, counts: Tensor) -> None:
-        """Take over the global counts [tasks, E] or [E] of the step that ends, move the bias, and begin to count anew."""
+        """End a step: keep its global counts ([tasks, E] or [E]), move the bias, and reset this rank's counts."""
         total = counts.reshape(-1, self.num_experts).sum(0)
         if self.bias_rate:
             self.bias_steps += (total.sum() - total * self.num_experts).sign()
@@ -231,14 +231,14 @@ class MixtureOfExperts(Module):
 
 
 def mixtures(module: nn.Module) -> list[MixtureOfExperts]:
-    """The mixtures of experts of a model or a pipeline stage, by layer."""
+    """The mixtures of experts of a model or a pipeline stage, in the order of their layers."""
     return sorted((m for m in module.modules() if isinstance(m, MixtureOfExperts)), key=lambda m: m.number)
 
 
 def step_counts(module: nn.Module, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """What one rank's mixtures counted in this step: counts int64 [layers, tasks, E] and losses float32 [layers, 2].
+    """What this rank counted in this step: counts int64 [layers, tasks, E] and losses float32 [layers, 2].
 
-    The engine sums the counts over the ranks that share a pipeline stage and hands each layer its part by `finish_step`.
+    The engine sums the counts over all ranks and passes each layer its part through `finish_step`.
     """
     found = mixtures(module)
     if not found:

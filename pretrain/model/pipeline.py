@@ -1,8 +1,9 @@
-"""The model's layers as stages of a pipeline: the same classes, whose forward takes and gives a tuple of tensors.
+"""The model's layers as pipeline stages: the same classes, but `forward` takes and returns a tuple of tensors.
 
-Between stages travel exactly two tensors: the hidden states [T, D], which carry the gradient, and one int32 *cargo* with
-everything else: windows, attributes, targets, the loss's divisors. One float, and first, because each float costs a backward
-pass of its own (which would inject the auxiliary gradients twice) and because DeepSpeed reuses its receive buffers by place.
+Exactly two tensors are sent between stages: the hidden states [T, D], which have a gradient, and an int32 *cargo* with
+everything else (windows, attributes, targets, divisors of the loss). Only one of them is float, because every float tensor
+gets a backward pass of its own, which would add the auxiliary gradients twice. It comes first, because DeepSpeed reuses its
+receive buffers by position.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tiphys.pretrain.model.flops import layer_flops
 from tiphys.pretrain.model.heads import Head, Output
 from tiphys.pretrain.model.inputs import Inputs, missing, scalars, target_names, to_device
 from tiphys.pretrain.model.layers import Module
-from tiphys.pretrain.model.layout import Layout
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ ENDS = 2  # layers before the first block (token, embedding), and after the last
 
 
 def cargo_names(config: DecisionConfig) -> list[str]:
+    """Names of the tensors in a cargo, in their order."""
     return ["windows", "attributes", "scalars", *target_names(config)]
 
 
 def own_names(config: DecisionConfig) -> list[str]:
-    """What only the first stage needs."""
+    """Names of the inputs that only the first stage needs, in their order."""
     names = ["tokens", "local", "timestep"]
     return names + [
         f"embedded/{name}/{key}" for name in sorted(config.embedders) for key in ("index", "value", "place")
@@ -48,7 +50,7 @@ def pipeline_inputs(
     tokens_global: Tensor | float = 1.0,
     auxiliary_scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """What the first stage takes for one micro-batch: `to_tensors`' dictionary and the arguments of the model's forward."""
+    """The first stage's input for one micro-batch, from `to_tensors`' dictionary and the arguments of `DecisionModel.forward`."""
     device = inputs["attributes"].device
     numbers = scalars(normaliser, tokens_global, auxiliary_scale, device).view(1, -1)
     parts = []
@@ -61,10 +63,10 @@ def pipeline_inputs(
     return cargo, *(missing(n, config, device) if t is None else t for n, t in zip(own_names(config), own, strict=True))
 
 
-def unload(cargo: Tensor, config: DecisionConfig) -> tuple[Inputs, Layout]:
-    """The named parts of a cargo, and its layout. Layers of one stage share the result.
+def unload(cargo: Tensor, config: DecisionConfig) -> tuple[Inputs, TokenLayout]:
+    """The named tensors of a cargo, and its layout. The layers of a stage share the result.
 
-    Shapes and windows must be known on the host: a CUDA stage waits for its queue once a micro-batch.
+    The host needs to know shapes and windows, so a CUDA stage waits for its queue once in each micro-batch.
     """
     known = getattr(cargo, "_unloaded", None)
     if known is None:
@@ -72,7 +74,7 @@ def unload(cargo: Tensor, config: DecisionConfig) -> tuple[Inputs, Layout]:
         shapes = cargo[: 2 * len(names)].view(-1, 2).tolist()
         flat = cargo[2 * len(names) :].split([rows * columns for rows, columns in shapes])
         parts = {name: t.view(shape) for name, t, shape in zip(names, flat, shapes, strict=True)}
-        layout = Layout(parts.pop("windows").cpu(), parts.pop("attributes"), parts.pop("scalars").view(-1))
+        layout = TokenLayout(parts.pop("windows").cpu(), parts.pop("attributes"), parts.pop("scalars").view(-1))
         known = parts, layout
         cargo._unloaded = known  # type: ignore[attr-defined]
     return known
@@ -112,7 +114,7 @@ class BlockStage(Block):
 
 
 class HeadStage(Head):
-    """Gives more than one float: it must stand on the same stage as the output, as `partition` makes it."""
+    """Returns more than one float tensor, so it must be on the same stage as the output; `partition` keeps them together."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__(config)
@@ -124,7 +126,7 @@ class HeadStage(Head):
 
 
 class OutputStage(Output):
-    """The loss, a scalar. `loss_by_task` [tasks, 3] sums over micro-batches until `take_loss_by_task`."""
+    """Returns the loss, a scalar. `loss_by_task` [tasks, 3] is a sum over micro-batches until `take_loss_by_task` is called."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__(config)
@@ -138,7 +140,7 @@ class OutputStage(Output):
         return total
 
     def take_loss_by_task(self) -> Tensor | None:
-        """What has been summed since the last call; None before the first micro-batch."""
+        """The sum over the micro-batches since the last call; None if there was none."""
         taken, self.loss_by_task = self.loss_by_task, None
         return taken
 
@@ -153,32 +155,32 @@ _STAGES: dict[type[Module], type[Module]] = {
 
 
 def pipeline_layers(config: DecisionConfig) -> list[tuple[type[Module], tuple[Any, ...]]]:
-    """(class, arguments) of every layer in order: what `deepspeed.pipe.LayerSpec` takes."""
+    """(class, arguments) of every layer, in order, for `deepspeed.pipe.LayerSpec`."""
     return [(_STAGES[kind], arguments) for _, kind, arguments in build_layers(config)]
 
 
 def canonical_name(name: str, config: DecisionConfig) -> str:
-    """The plain model's name of a parameter or buffer of a `PipelineModule`: `5.attention…` -> `layers.3.attention…`."""
+    """Name in the plain model of a parameter or buffer of a `PipelineModule`: `5.attention…` -> `layers.3.attention…`."""
     if name.startswith("tied_modules."):
         return name.removeprefix("tied_modules.")
     number, _, rest = name.partition(".")
     return f"{build_layers(config)[int(number)][0]}.{rest}"
 
 
-def layer_costs(config: DecisionConfig, window: int = 256, targets: float = 0.3) -> list[float]:
-    """Operations a token of every layer, for windows of that many tokens of which that share is predicted."""
+def layer_operations(config: DecisionConfig, window: int = 256, targets: float = 0.3) -> list[float]:
+    """Operations per token of every layer, forward. `window`: tokens in a window; `targets`: share of tokens with a target."""
     attention = 2 * window * config.num_attention_heads * config.head_size
     blocks = [layer_flops(config, i) + attention for i in range(config.num_hidden_layers)]
     return [0.0, 0.0, *blocks, 0.0, targets * 2 * config.hidden_size * config.vocab_size]
 
 
 def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None) -> list[int]:
-    """Bounds [0, …, number of layers] of the stages, so that the most expensive stage is as cheap as possible.
+    """Bounds [0, …, number of layers] of the stages that make the most expensive stage as cheap as possible.
 
-    Every stage has a block. `costs`: of every layer, in any unit; None: their operations. Raises ValueError where there are
-    more stages than blocks.
+    Every stage has at least one block. `costs` has a number for every layer, in any unit; None: `layer_operations`. Raises
+    ValueError if there are more stages than blocks.
     """
-    costs = list(layer_costs(config) if costs is None else costs)
+    costs = list(layer_operations(config) if costs is None else costs)
     blocks = config.num_hidden_layers
     cost = [0.0, *costs[ENDS : ENDS + blocks]]
     cost[1] += sum(costs[:ENDS])
@@ -187,7 +189,7 @@ def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | N
     for _, reason in stage_errors(stages, blocks):
         raise ValueError(reason)
 
-    # best[j]: cheapest maximum over the stages so far that end before block j, and where the last of them begins
+    # best[j]: the smallest possible maximum if the stages so far hold the blocks before j, and the bounds of these stages
     best: list[tuple[float, list[int]]] = [(0.0, [0])] + [(float("inf"), [])] * blocks
     for _ in range(stages):
         best = [

@@ -1,4 +1,4 @@
-"""The stages under DeepSpeed: a PipelineModule that is cut where `pipeline.partition` says."""
+"""The pipeline under DeepSpeed: a PipelineModule with the stages of `pipeline.partition`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class DecisionPipeline(PipelineModule):
     """One rank's stage of a decision model.
 
-    bounds    first layer of each stage and the number of layers, from `pipeline.partition`
-    topology  DeepSpeed's topology of the launch (axes pipe, data)
+    bounds    first layer of each stage, then the number of layers (from `pipeline.partition`)
+    topology  DeepSpeed's topology of the launch (axes pipe, data); None: DeepSpeed makes it
     """
 
     def __init__(self, config: DecisionConfig, bounds: Sequence[int], *, topology: Any = None, seed: int = 0) -> None:
@@ -32,7 +32,7 @@ class DecisionPipeline(PipelineModule):
         initialise(self, seed, self.canonical_name)
 
     def canonical_name(self, name: str) -> str:
-        """The plain model's name of a parameter or buffer of this stage."""
+        """Name in the plain model of a parameter or buffer of this stage."""
         return canonical_name(name, self.config)
 
     def _partition_layers(self, method: str = "uniform") -> None:
@@ -42,7 +42,7 @@ class DecisionPipeline(PipelineModule):
 
 
 def layer_specs(config: DecisionConfig) -> list[LayerSpec]:
-    """The layers for DeepSpeed. With tied embeddings the first and the last share their `weight` under the key `token`."""
+    """The layers for DeepSpeed. With tied embeddings, the first and the last layer share their `weight` under the key `token`."""
     specs = [LayerSpec(kind, *arguments) for kind, arguments in pipeline_layers(config)]
     if config.tie_word_embeddings:
         for place in (0, -1):

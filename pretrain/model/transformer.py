@@ -1,4 +1,4 @@
-"""DecisionModel: one list of layers, as a `transformers` model. `pipeline.py` cuts the same list into stages."""
+"""DecisionModel: one list of layers as a `transformers` model. `pipeline.py` divides the same list into stages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.heads import Head, Output
 from tiphys.pretrain.model.inputs import scalars
 from tiphys.pretrain.model.layers import Mlp, Module, Norm, initialise
-from tiphys.pretrain.model.layout import Layout
 from tiphys.pretrain.model.moe import MixtureOfExperts
+from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
 
 
 class Block(Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), the mlp dense or a mixture of experts."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The mlp is dense or a mixture of experts."""
 
     def __init__(self, config: DecisionConfig, number: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Block(Module):
             else Mlp(config.hidden_size, config.intermediate_size, config.num_hidden_layers)
         )
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: KeyValueCache | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         x = x + self._drop(self.attention(self.norm1(x), layout, cache))
         y = self.norm2(x)
@@ -51,7 +51,7 @@ class Block(Module):
 
 
 def build_layers(config: DecisionConfig) -> list[tuple[str, type[Module], tuple[Any, ...]]]:
-    """The model as (name, class, arguments), in order: what the plain model and every pipeline stage are built from."""
+    """The layers in order, as (name, class, arguments). The plain model and the pipeline stages are built from this list."""
     layers: list[tuple[str, type[Module], tuple[Any, ...]]] = [
         ("token", TokenTable, (config,)),
         ("embedding", Embedding, (config,)),
@@ -61,10 +61,10 @@ def build_layers(config: DecisionConfig) -> list[tuple[str, type[Module], tuple[
 
 
 class DecisionOutput(NamedTuple):
-    """What a forward pass gives: a tuple, so that ZeRO-3's hooks see the tensors in it.
+    """Result of a forward pass. It is a tuple so that ZeRO-3's hooks find the tensors in it.
 
     loss          scalar: Σ weight · loss over the targets ÷ normaliser, without auxiliary terms
-    auxiliary     float32 [2]: balance and z-loss, already injected into the gradient; not part of `loss`
+    auxiliary     float32 [2]: balance loss and z-loss; they are already part of the gradient, but not of `loss`
     loss_by_task  float32 [tasks, 3]: Σ weight · loss, Σ loss, number of targets
     hidden        [T, D] after the last norm, in compact order (`inputs.unpack` restores rows and positions)
     """
@@ -76,7 +76,15 @@ class DecisionOutput(NamedTuple):
 
 
 class DecisionModel(PreTrainedModel):
-    """A decision Transformer over packed windows of many tasks and modalities."""
+    """A decision Transformer over packed windows of many tasks and modalities (Chen et al. 2021; Reed et al. 2022).
+
+    Parameters
+    ----------
+    config : DecisionConfig
+        Shape and arithmetic.
+    seed : int
+        Each parameter is drawn from this seed and its own name (`layers.initialise`).
+    """
 
     config_class = DecisionConfig
     base_model_prefix = ""
@@ -98,7 +106,7 @@ class DecisionModel(PreTrainedModel):
         initialise(self, seed)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `initialise` draws every parameter by its name."""
+        """Do nothing: `initialise` draws all parameters."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.token
@@ -114,16 +122,33 @@ class DecisionModel(PreTrainedModel):
         auxiliary_scale: Tensor | float = 1.0,
         cache: KeyValueCache | None = None,
     ) -> DecisionOutput:
-        """`batch` from `inputs.to_tensors`.
+        """Forward pass over T tokens, and their loss.
 
-        normaliser       number of targets of the *global* batch
-        tokens_global    number of real tokens of the global batch: divides the auxiliary losses
-        auxiliary_scale  what the loss is multiplied by before its backward pass (DeepSpeed's averaging, loss scaling), so
-                         that the injected auxiliary gradient is multiplied by the same
-        cache            keys and values of earlier steps, for acting; it grows by this batch
+        Parameters
+        ----------
+        batch : mapping of str to Tensor
+            From `inputs.to_tensors`.
+        normaliser : float
+            Divisor of the loss: the number of targets of the *global* batch.
+        tokens_global : float
+            Divisor of the auxiliary losses: the number of real tokens of the global batch.
+        auxiliary_scale : float
+            Factor by which the loss is multiplied before its backward pass. The auxiliary gradients, which do not pass
+            through the loss, are multiplied by the same factor.
+        cache : KeyValueCache, optional
+            Keys and values of earlier tokens, for acting; the cache grows by this batch.
+
+        Returns
+        -------
+        DecisionOutput
+
+        Raises
+        ------
+        ValueError
+            If there is a cache and the batch is not one causal window of equal length in each row.
         """
         numbers = scalars(normaliser, tokens_global, auxiliary_scale, batch["attributes"].device)
-        layout = Layout(batch["windows"], batch["attributes"], numbers)
+        layout = TokenLayout(batch["windows"], batch["attributes"], numbers)
         x = self.embedding(self.token(batch["tokens"]), batch)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
@@ -134,18 +159,30 @@ class DecisionModel(PreTrainedModel):
         return DecisionOutput(loss, auxiliary, sums, hidden)
 
     def logits(self, hidden: Tensor, softmax: int = 0) -> Tensor:
-        """Normed hidden states [n, D] -> float32 [n, ids of that softmax]; id = column + the range's low."""
+        """Normed hidden states [n, D] -> float32 [n, ids of that softmax]. Column c is the id c + low of the softmax's range."""
         low, high = self.output.bounds[softmax]
         return F.linear(hidden, self.output.weight[low:high]).float()
 
     def regress(self, hidden: Tensor, name: str) -> Tensor:
-        """Normed hidden states [n, D] -> float32 [n, d] of one regression head."""
+        """Normed hidden states [n, D] -> float32 [n, d], the prediction of one regression head."""
         return self.head.predict(hidden, name)
 
     def policy(self, task: str, environments: int = 1, **options: Any) -> Policy:
-        """A policy at the beginning of this task's episodes; the model must have been loaded from a policy's folder or hub.
+        """A policy that acts in a task.
 
-        Options are those of `Policy.of`.
+        Parameters
+        ----------
+        task : str
+            Name of the task.
+        environments : int
+            Number of environments that are played at the same time.
+        **options
+            Those of `Policy.of`.
+
+        Returns
+        -------
+        Policy
+            At the beginning of an episode. The model must come from `from_pretrained`, out of a policy's folder or a hub.
         """
         from tiphys.pretrain.acting.policy import Policy
 

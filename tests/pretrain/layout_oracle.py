@@ -1,4 +1,4 @@
-"""The layout of a row, token by token: slow, obvious, and written without looking at `tiphys.pretrain.tokens.sequence`."""
+"""Oracle of the tokens of a row: slow, one token at a time, and independent of `tiphys.pretrain.tokens.sequence`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What every rank of a layout proof does: train, save, load, and write down what it saw. Also run as a script, by ranks.
+"""The work of each rank in tests of layouts: load, train, save, and report the results. Each rank also runs it as a script.
 
-layouts.py OUT JOBS     JOBS: a JSON list of jobs, done one after another in one process group; results go to OUT
+layouts.py OUT JOBS     JOBS: file with a JSON list of jobs, done one after another in one process group. OUT: results
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def config_of(job: dict[str, Any]) -> DecisionConfig:
 
 
 def model_of(job: dict[str, Any]) -> DecisionModel:
-    """The model before training; `favourite`: an expert that every router prefers, whatever the token."""
+    """The model before training. `favourite` of a job: an expert that every router prefers for every token."""
     model = DecisionModel(config_of(job), seed=3)
     if "favourite" in job:
         with torch.no_grad():
@@ -52,7 +52,7 @@ def model_of(job: dict[str, Any]) -> DecisionModel:
 
 
 def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH) -> TokenBatch:
-    """This rank's rows of a step; `order`: other rows than the plain division gives, the same global batch."""
+    """This rank's rows of a step. `order` distributes the same global batch in another way."""
     if not world.is_first_stage:
         return TokenBatch.empty(step, 0)
     everything = list(range(batch))
@@ -64,7 +64,7 @@ def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH
 
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
-    """Load, train from the loaded step on, save, as the job says."""
+    """Load, train from the loaded step on, and save, as the job says."""
     started = time.time()
     world = ParallelDims(Parallel(job.get("pipeline", 1), job.get("expert", 1)))
     recipe = recipe_of(job)
@@ -73,7 +73,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         Checkpoint.open(job["load"]).load(engine)
     if job.get("resave"):
         save(engine, job["resave"])
-    steps, result = [], None  # none where the checkpoint is of the last step
+    steps, result = [], None  # None if the checkpoint is of the last step
     for step in range(engine.step, job.get("steps", STEPS)):
         result = engine.train_step(rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"]))
         steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
@@ -86,20 +86,20 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(engine: Engine, run: str) -> None:
-    word = str(engine.world.gather(str(time.time_ns()))[0])
-    Writer(run, word, timeout=60).save(engine, {"step": engine.step}, wait=True)
+    launch = str(engine.world.gather(str(time.time_ns()))[0])
+    Writer(run, launch, timeout=60).save(engine, {"step": engine.step}, wait=True)
     engine.world.barrier()
 
 
 class Plain(NamedTuple):
-    """What the oracle saw: (loss, gradient norm) of each step, and the weights and buffers after the last."""
+    """Results of the oracle: (loss, gradient norm) of each step, and weights and buffers after the last step."""
 
     steps: np.ndarray
     weights: dict[str, torch.Tensor]
 
 
 def plain(job: dict[str, Any]) -> Plain:
-    """The obvious oracle: one process, whole batches, torch's AdamW, torch's clipping."""
+    """The oracle: one process, whole batches, torch's AdamW and gradient clipping."""
     model, recipe = model_of(job), recipe_of(job)
     options = recipe.deepspeed["optimizer"]["params"]
     optimizer = torch.optim.AdamW(

@@ -1,4 +1,4 @@
-"""Small random batches, recipes and loaders for tests: each row is a function of (seed, step, row), whoever computes it."""
+"""Small random batches, recipes and loaders for tests. A row depends only on (seed, step, row), on every rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(**changes: Any) -> DecisionConfig:
 
 
 def recipe(run_dir: str = "", **sections: Any) -> Recipe:
-    """A recipe with AdamW, clipping and 13 rows a step; sections are merged one level deep."""
+    """A recipe with AdamW, gradient clipping and 13 rows in each step. `sections` are merged one level deep."""
     values: dict[str, Any] = {
         "name": "test",
         "data": {"mixture": [{"dataset": "file:///nowhere"}]},
@@ -58,7 +58,7 @@ def recipe(run_dir: str = "", **sections: Any) -> Recipe:
 
 
 def row(seed: int, step: int, number: int, length: int = LENGTH) -> TokenBatch:
-    """One row of the global batch: windows of one task each, with text, an embedded vector and actions of two kinds."""
+    """One row of the global batch: each window has one task, text, an embedded vector, and actions of two kinds."""
     random = generator(seed, step, number, WINDOW)
     dense: dict[str, Any] = {name: np.zeros((1, length), dtype) for name, dtype in _DTYPES.items()}
     dense["target"] -= 1
@@ -117,7 +117,7 @@ def rows_of(step: int, rows: list[int], seed: int = 7, length: int = LENGTH) -> 
 
 
 def mine(batch: int, replica: int, replicas: int) -> list[int]:
-    """⌊B/N⌋ or ⌈B/N⌉ consecutive rows."""
+    """The rows of one replica: ⌊B/N⌋ or ⌈B/N⌉ consecutive ones."""
     return list(range(batch * replica // replicas, batch * (replica + 1) // replicas))
 
 
@@ -131,13 +131,18 @@ class Item:
 
     def release(self) -> None:
         self.released = True
-        for array in self.arrays.values():  # what reads it later reads nonsense
+        for array in self.arrays.values():  # so that later reads are noticed
             if array.ndim:
                 array.view(np.uint8)[...] = 0xFF
 
 
 class SyntheticLoader:
-    """A loader whose every row is a function of its step and number."""
+    """A loader without data: each row depends only on its step and number.
+
+    events   step -> events for the plan's log
+    heard    events that the trainer has appended
+    given    items that the trainer has received
+    """
 
     def __init__(self, batch: int, replica: int = 0, replicas: int = 1, *, events: dict[int, list[Any]] | None = None):
         self.rows, self.step, self.events = mine(batch, replica, replicas), 0, events or {}

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it does not count; what is loaded on another layout is what was saved, bit for bit."""
+"""A checkpoint is whole or does not count; another layout loads exactly what was saved, bit for bit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tiphys.pretrain.parallel import ParallelDims
 
 
 def part(step: int, rank: int = 0, world: int = 1, save: str = "", value: float | None = None) -> Snapshot:
-    """One rank's part of a parameter of 8 elements, dealt out over the ranks."""
+    """One rank's part of a checkpoint of one parameter, whose 8 elements are divided among the ranks."""
     size = 8 // world
     tensors = {f"w@{rank * size}|master": torch.full((size,), float(step if value is None else value))}
     index = [{"name": "w", "shape": [8], "start": rank * size, "numel": size, "keys": ["master"], "step": float(step)}]
@@ -35,6 +35,7 @@ def part(step: int, rank: int = 0, world: int = 1, save: str = "", value: float 
 
 
 def newest(run: Path) -> int | None:
+    """Step of the newest whole checkpoint, whose contents are checked."""
     found = Checkpoint.newest_whole(run)
     if found is None:
         return None
@@ -45,7 +46,7 @@ def newest(run: Path) -> int | None:
 
 
 def die_at(call: int, work: Callable[[], Any]) -> bool:
-    """Run `work` in a forked process that kills itself (-9) at its call number `call` that changes the disk; True if it did."""
+    """Run `work` in a forked process that kills itself at call number `call` of those that change the disk. True if it did."""
     pid = os.fork()
     if pid == 0:
         calls = 0
@@ -74,17 +75,17 @@ def die_at(call: int, work: Callable[[], Any]) -> bool:
 
 
 def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
-    """The newest whole checkpoint is the one before, until it is the new one: never a broken one."""
+    """The newest whole checkpoint is the previous one, then the new one, never a damaged one."""
     ck.write(part(1), tmp_path)
     seen: list[int] = []
     call = 1
     while die_at(call, lambda: ck.write(part(2), tmp_path)):
         seen.append(newest(tmp_path) or 0)
         call += 1
-    assert call > 10  # the protocol has that many steps
+    assert call > 10  # a save has so many steps
     assert newest(tmp_path) == 2
     assert seen == sorted(seen)
-    assert set(seen) == {1, 2}  # killed after the commit counts too
+    assert set(seen) == {1, 2}  # some kills come after the commit
 
 
 def test_killed_at_every_step_of_pruning(tmp_path: Path) -> None:
@@ -100,13 +101,13 @@ def test_killed_at_every_step_of_pruning(tmp_path: Path) -> None:
     assert [c.step for c in Checkpoint.all(tmp_path)] == [4, 3]
 
 
-def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever it fills up: a clear error, the checkpoint before stays the newest, nothing temporary remains."""
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever file does not fit: a clear error, the previous checkpoint stays the newest, no temporary file remains."""
     import resource
 
     ck.write(part(1), tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (0, 50, 300, 420, 700):  # less than the tensors, the index, the state, the manifest
+    for limit in (0, 50, 300, 420, 700):  # smaller than the tensors, the index, the state, the manifest
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
@@ -125,8 +126,8 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert newest(tmp_path) == 2
 
 
-def test_rank_0_takes_no_part_of_another_save(tmp_path: Path) -> None:
-    """What a crashed save of the same step left behind is waited over, not committed."""
+def test_rank_0_ignores_parts_of_another_save(tmp_path: Path) -> None:
+    """Rank 0 does not commit files that a crashed save of the same step left; it waits for those of this save."""
     ck.write(part(5, 1, 2, save="crashed", value=-1.0), tmp_path)
     writer = threading.Thread(target=ck.write, args=(part(5, 0, 2, save="now"), tmp_path))
     writer.start()
@@ -138,9 +139,9 @@ def test_rank_0_takes_no_part_of_another_save(tmp_path: Path) -> None:
     assert newest(tmp_path) == 5
 
 
-def test_a_rank_that_fails_or_never_comes(tmp_path: Path) -> None:
+def test_a_rank_that_fails_or_never_writes(tmp_path: Path) -> None:
     files.folder_of(tmp_path, 3).mkdir(parents=True)
-    ck._tell(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
+    ck.report_failure(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
     with pytest.raises(CheckpointError, match="rank 1 could not write its part: No space left"):
         ck.write(part(3, 0, 2, save="s"), tmp_path)
     with pytest.raises(CheckpointError, match=r"no part from rank 1 .* file system that all hosts share"):
@@ -160,11 +161,11 @@ def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     newest_verified = Checkpoint.newest_whole(tmp_path, verify=True)
     assert newest_verified is not None
     assert newest_verified.step == 2
-    assert re.search(r"passed over.*rank00000.safetensors: differs", caplog.text)
+    assert re.search(r"skipped a damaged.*rank00000.safetensors: differs", caplog.text)
     tensors.write_bytes(data[:-1])
     caplog.clear()
     assert newest(tmp_path) == 2
-    assert re.search(r"passed over.*rank00000.safetensors", caplog.text)
+    assert re.search(r"skipped a damaged.*rank00000.safetensors", caplog.text)
     (files.folder_of(tmp_path, 2) / "state.json").unlink()
     assert newest(tmp_path) == 1
     (files.folder_of(tmp_path, 1) / "manifest.json").write_text("[")
@@ -173,7 +174,7 @@ def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         Checkpoint.open(files.folder_of(tmp_path, 2))
 
 
-def test_a_manifest_names_only_files_of_its_folder(tmp_path: Path) -> None:
+def test_a_manifest_may_list_only_files_of_its_folder(tmp_path: Path) -> None:
     ck.write(part(1), tmp_path)
     path = files.folder_of(tmp_path, 1) / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -187,19 +188,19 @@ def test_a_manifest_names_only_files_of_its_folder(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         ck.write(part(step), tmp_path)
-    (files.folder_of(tmp_path, 2) / "manifest.json").unlink()  # broken, older than the newest
+    (files.folder_of(tmp_path, 2) / "manifest.json").unlink()  # damaged, and older than the newest
     protected = files.folder_of(tmp_path, 1)
     gone = files.prune(tmp_path, 2, frozenset({protected}))
     assert [files.step_of(p) for p in gone] == [2, 3]
     assert [files.step_of(p) for _, p in files.folders(tmp_path)] == [1, 4, 5]
 
 
-def test_ranges_are_put_together_across_files(tmp_path: Path) -> None:
-    """A range that overlaps several ranks' fragments, element by element; only what overlaps is read."""
+def test_ranges_are_read_across_files(tmp_path: Path) -> None:
+    """A range that overlaps fragments of several ranks is correct in every element; only the overlap is read."""
     for rank in (3, 2, 1):
         ck.write(part(9, rank, 4, save="s", value=float(rank)), tmp_path)
     ck.write(part(9, 0, 4, save="s", value=0.0), tmp_path)
-    with ck._Reader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
+    with ck.RangeReader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
         for start in range(8):
             for stop in range(start + 1, 9):
                 into, before = torch.full((stop - start,), -1.0), reader.bytes
@@ -217,9 +218,9 @@ def test_ranges_are_put_together_across_files(tmp_path: Path) -> None:
 # --- the recipe -------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_that_differs_where_it_matters_is_refused() -> None:
+def test_a_recipe_with_other_results_is_refused() -> None:
     saved = synthetic.recipe("a")
-    state = ck.describe(saved)
+    state = ck.recipe_state(saved)
     fine = synthetic.recipe(
         "b",
         train={"steps": 99, "seed": 7},
@@ -252,12 +253,12 @@ def engine_of(world: ParallelDims, **job: Any) -> Any:
     return build_engine(recipe, DecisionModel(layouts.config_of(job), seed=3), world)
 
 
-def test_what_is_not_fit_to_be_saved(world: ParallelDims, tmp_path: Path) -> None:
+def test_states_that_cannot_be_saved_are_refused(world: ParallelDims, tmp_path: Path) -> None:
     engine = engine_of(world, stage=1)
-    ck.snapshot(engine, "s", {})  # before the first step: Adam's state is zeros
+    ck.snapshot(engine, "s", {})  # possible before the first step: Adam's state is zero
     batch = layouts.rows_for(world, 0)
-    micro = next(engine._cut(batch, engine.accumulation))
-    output = engine.deepspeed(engine._inputs(micro, training=True))
+    micro = next(engine.micro_batches(batch, engine.accumulation))
+    output = engine.deepspeed(engine.inputs(micro, training=True))
     engine.deepspeed.backward(output.loss)
     engine.deepspeed.step()
     with pytest.raises(CheckpointError, match="between the micro-batches"):
@@ -276,7 +277,7 @@ def test_what_is_not_fit_to_be_saved(world: ParallelDims, tmp_path: Path) -> Non
 
 
 def equal(a: Path, b: Path) -> None:
-    """Masters, moments, buffers and steps of two checkpoints, bit for bit."""
+    """Assert that masters, moments, buffers and steps of two checkpoints are equal, bit for bit."""
     one, two = Checkpoint.open(a), Checkpoint.open(b)
     states = [ck.optimizer_state(c) for c in (one, two)]
     assert states[0].keys() == states[1].keys()
@@ -286,7 +287,7 @@ def equal(a: Path, b: Path) -> None:
             torch.testing.assert_close(states[0][name][key], states[1][name][key], rtol=0, atol=0, msg=f"{name}|{key}")
     for c in (one, two):
         c.verify()
-    steps = [ck._Reader(c).steps for c in (one, two)]
+    steps = [ck.RangeReader(c).steps for c in (one, two)]
     assert steps[0] == steps[1]
     engines = [c.state()["engine"] for c in (one, two)]
     assert engines[0] == engines[1]
@@ -297,15 +298,15 @@ def folder(run: Path, step: int) -> Path:
 
 
 SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8, "warmup_max_lr": 3e-3}}}
-# A bias on the routes lives in buffers alone: what is lost of it, or counted twice, shows in the steps after.
+# The bias of the router is in buffers only: if it were lost or counted twice, the next steps would differ.
 EVERY = {"steps": 6, "save_at": 3, "deepspeed": SCHEDULE, "config": {"bias_rate": 0.05, "router_task": True}}
 
 
-Leg = tuple[str, str, dict[str, Any]]  # checkpoint that is loaded, name of the one that is saved again, layout
+Leg = tuple[str, str, dict[str, Any]]  # name of the checkpoint to load, name under which to save it again, layout
 
 
 def jobs_of(legs: list[Leg], root: Path) -> list[dict[str, Any]]:
-    """Load, save again at once, train on."""
+    """Jobs that load a checkpoint, save it again at once, and train on."""
     return [
         {"name": name, **EVERY, **layout, "load": str(folder(root / source, 3)), "resave": str(root / name)}
         for source, name, layout in legs
@@ -324,13 +325,13 @@ def here(legs: list[Leg], root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def first(world: ParallelDims, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Six steps of one process, saved after the third as `one` in the folder."""
+    """(folder, results) of six steps of one process, saved after the third step as `one`."""
     root = tmp_path_factory.mktemp("checkpoints")
     return root, layouts.do({"name": "one", **EVERY, "stage": 1, "run": str(root / "one")})
 
 
 def same(root: Path, results: dict[str, Any], one: dict[str, Any]) -> None:
-    """Bit-equal state in every checkpoint, and the losses, norms and counts of the steps after it."""
+    """Assert that every checkpoint has bit-equal state, and that losses, norms and counts of later steps are the same."""
     for name, result in results.items():
         equal(folder(root / "one", 3), folder(root / name, 3))
         assert len(result["steps"]) == 3
@@ -338,7 +339,7 @@ def same(root: Path, results: dict[str, Any], one: dict[str, Any]) -> None:
             assert after == pytest.approx(before, abs=2e-6), name
 
 
-def test_between_stages_and_ranks(first: tuple[Path, dict[str, Any]]) -> None:
+def test_between_zero_stages_pipelines_and_expert_ranks(first: tuple[Path, dict[str, Any]]) -> None:
     """1 ↔ 2 ranks, ZeRO-1 → 2 → 3 → two stages → two expert ranks → one rank with ZeRO-3, 0, 1."""
     root, one = first
     legs: list[Leg] = [
@@ -357,7 +358,7 @@ def test_between_stages_and_ranks(first: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_pipeline_with_experts_and_one_process(first: tuple[Path, dict[str, Any]]) -> None:
-    """Two stages × two replicas that are two expert ranks, from one process and from ZeRO-3, and back to it."""
+    """Two stages × two replicas with expert parallelism 2: from one process, from ZeRO-3, and back to it."""
     root, one = first
     hybrid = {"pipeline": 2, "expert": 2}
     legs: list[Leg] = [

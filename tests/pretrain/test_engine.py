@@ -1,4 +1,4 @@
-"""The same loss on every layout, and what the engine refuses."""
+"""The same loss on every layout, and the recipes that the engine refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tiphys.pretrain.parallel import Grid, LayoutError, ParallelDims
 from tiphys.recipes.schema import Recipe
 
 SCRIPT = Path(layouts.__file__)
-# Of a weight, after steps of 3e-3: Adam's quotient m / √v turns the rounding of a small gradient into a part of a step.
+# Tolerance of weights after steps of 3e-3: Adam divides by √v, so the rounding of a small gradient is a visible part of a step.
 WEIGHTS = 1e-5
 
 
@@ -43,7 +43,7 @@ def _oracle(job: str) -> Plain:
 
 
 def oracle_of(job: dict[str, Any]) -> Plain:
-    """Plain PyTorch, 30 steps, on what of a job is not its layout."""
+    """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite")}))
 
 
@@ -54,7 +54,7 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
         steps, sums = np.array(results[name]["steps"]), results[name]["held_out"]
         worst = np.abs(steps[:, :2] - oracle.steps[: len(steps)]).max(0)
         assert (worst < tolerance).all(), f"{name}: loss differs by {worst[0]:.1e}, gradient norm by {worst[1]:.1e}"
-        first = held_out.setdefault((id(oracle), len(steps)), sums)  # of the same model after as many steps
+        first = held_out.setdefault((id(oracle), len(steps)), sums)  # of the same model after the same number of steps
         np.testing.assert_allclose(sums["by_task"], first["by_task"], rtol=1e-4, err_msg=name)
         if job.get("pipeline", 1) == 1 and np.sum(first["errors"]) > 0:
             np.testing.assert_allclose(sums["errors"], first["errors"], rtol=1e-4, err_msg=name)
@@ -68,7 +68,7 @@ def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
 
 
 ONE = {"num_experts_per_tok": 1}
-EVERYTHING = {  # that a recipe can ask of a model
+EVERYTHING = {  # all that a recipe can choose in a model
     "bias_rate": 0.05,
     "router_task": True,
     "task_dropout": 0.3,
@@ -79,14 +79,14 @@ EVERYTHING = {  # that a recipe can ask of a model
     "tie_word_embeddings": True,
 }
 STRONG = {"balance": 1.0, "z_loss": 0.1}  # auxiliary losses as large as the loss itself
-DENSE_HALF = {"moe_every": 4}  # of four layers only the last one has experts: the first of two stages has none
+DENSE_HALF = {"moe_every": 4}  # only the last of four layers has experts, so the first of two stages has none
 
 
 def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
-    """Other rows on each rank, in other micro-batches; and what could leave a rank waiting or dividing by nothing.
+    """Ranks with different rows and micro-batches, and cases in which a rank might wait forever or divide by zero.
 
-    Fewer rows than ranks, so that one computes filler alone; every token to one expert, so that the others, and with them
-    a whole rank of an expert group, get none; a pipeline stage without experts, or a model without any.
+    These are: fewer rows than ranks, so that a rank has only filler rows; all tokens routed to one expert, so that a rank of
+    an expert group gets no token; a pipeline stage without experts; a model without experts.
     """
     jobs: list[dict[str, Any]] = [
         {"name": "zero-1", "stage": 1},
@@ -117,7 +117,7 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         assert 2**27 < measured["memory"] < 2**34
         assert (measured["all_to_all"] is None) == (job.get("expert", 1) == 1)
         assert measured["bubble_bound"] == (1 / (micro_batches + 1) if "pipeline" in job else None)
-    # Two stages and one micro-batch: only one of them works at a time, however fast the machine.
+    # With two stages and one micro-batch, only one stage works at a time on any machine.
     assert 0.5 <= results["one-row-pipeline"]["measured"]["bubble"] < 1
     assert results["expert"]["measured"]["all_to_all"] > 0
 
@@ -144,7 +144,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 
 
 def jobs_of(ranks: int, tmp_path: Path, config: dict[str, Any], **common: Any) -> list[dict[str, Any]]:
-    """30 steps of every layout of so many ranks, in micro-batches of which a step has four where the rows suffice."""
+    """Jobs of 30 steps for every layout of `ranks` ranks, with four micro-batches in a step if there are enough rows."""
     return [
         {**common, **job, "config": {**config, **job.get("config", {})}}
         | {"run": str(tmp_path / str(i)), "steps": 30, "save_at": 30}
@@ -163,9 +163,9 @@ def jobs_of(ranks: int, tmp_path: Path, config: dict[str, Any], **common: Any) -
     ],
 )
 def test_every_layout_equals_plain_pytorch(tmp_path: Path, ranks: int, tied: bool, chosen: int) -> None:
-    """30 steps, clipping on; embeddings tied or not, one expert a token or two.
+    """30 steps with gradient clipping; embeddings tied or not; one or two experts for each token.
 
-    With TIPHYS_LAYOUT_TABLE=docs/layouts.md the run adds its rows to that table.
+    With TIPHYS_LAYOUT_TABLE=docs/layouts.md the test adds its rows to that table.
     """
     jobs = jobs_of(ranks, tmp_path, {"tie_word_embeddings": tied, "num_experts_per_tok": chosen})
     results = run(tmp_path, ranks, jobs, timeout=550)
@@ -177,8 +177,8 @@ def test_every_layout_equals_plain_pytorch(tmp_path: Path, ranks: int, tied: boo
 
 @pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_bf16_stays_close_to_fp32(tmp_path: Path, ranks: int) -> None:
-    """Every layout in bf16 with fp32 masters against plain PyTorch in fp32."""
+def test_bf16_is_close_to_fp32(tmp_path: Path, ranks: int) -> None:
+    """Every layout in bf16 with fp32 masters, against plain PyTorch in fp32."""
     jobs = jobs_of(ranks, tmp_path, {}, deepspeed={"bf16": {"enabled": True}})
     results = run(tmp_path, ranks, jobs, timeout=550)
     for job in jobs:
@@ -188,7 +188,7 @@ def test_bf16_stays_close_to_fp32(tmp_path: Path, ranks: int) -> None:
 
 
 def farthest(run_dir: Path, oracle: Plain) -> float:
-    """The largest difference of a trained weight from the oracle's; counts of routed tokens must be equal."""
+    """The largest difference between a trained weight and the oracle's. Counts of routed tokens must be equal."""
     checkpoint = Checkpoint.newest_whole(run_dir, verify=True)
     assert checkpoint is not None
     weights, token = export_weights(checkpoint), oracle.weights["token.weight"]
@@ -208,7 +208,7 @@ def farthest(run_dir: Path, oracle: Plain) -> float:
 
 
 def record(jobs: list[dict[str, Any]], results: dict[str, Any], model: str) -> None:
-    """Add a row a layout: the worst difference from plain PyTorch in loss, gradient norm and final weights."""
+    """Add a row for each layout: the largest difference from plain PyTorch in loss, gradient norm and final weights."""
     table = os.environ.get("TIPHYS_LAYOUT_TABLE")
     if not table:
         return
@@ -238,16 +238,16 @@ def sizes(ranks: int, **deepspeed: Any) -> tuple[int, int, int]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("rows", [7, 12, 13, 64])
 @pytest.mark.parametrize("micro", [0, 1, 4, 5])
-def test_rows_are_filled_up_never_dropped(ranks: int, rows: int, micro: int) -> None:
+def test_rows_are_filled_up_and_never_dropped(ranks: int, rows: int, micro: int) -> None:
     real, size, accumulation = sizes(
         ranks, train_batch_size=rows, **({"train_micro_batch_size_per_gpu": micro} if micro else {})
     )
-    most = -(-rows // ranks)  # no rank has more
+    most = -(-rows // ranks)  # of a rank
     assert real == rows
     assert most <= size * accumulation < most + size
 
 
-def test_no_whole_micro_batch_of_filler() -> None:
+def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(LayoutError, match="whole micro-batch would be empty"):
         sizes(2, train_batch_size=8, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=3)
     with pytest.raises(LayoutError, match="hold only 2"):
@@ -274,7 +274,9 @@ def test_no_whole_micro_batch_of_filler() -> None:
         ({}, 2, 3, "2 data-parallel processes .* cannot be divided into expert groups of 3"),
     ],
 )
-def test_what_cannot_run_is_refused(changes: dict[str, Any], pipeline: int, expert: int, message: str) -> None:
+def test_sections_that_cannot_run_are_refused(
+    changes: dict[str, Any], pipeline: int, expert: int, message: str
+) -> None:
     with pytest.raises(LayoutError, match=message):
         derive(changed(**changes), Grid(0, 4, pipeline, expert))
 
@@ -288,7 +290,7 @@ def test_weights_are_aligned_for_a_gpu() -> None:
     assert key not in dense.config["zero_optimization"]
 
 
-def test_auto_values_are_filled_in_and_told() -> None:
+def test_auto_values_are_filled_in_and_reported() -> None:
     scheduler = {
         "type": "WarmupDecayLR",
         "params": {"total_num_steps": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 5},

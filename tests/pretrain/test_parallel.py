@@ -1,4 +1,4 @@
-"""The grid of a launch against DeepSpeed's own topology, and a world of one process without a launcher."""
+"""The grid of a launch against DeepSpeed's topology, and a single process without a launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiphys.pretrain.parallel import Grid
 @pytest.mark.parametrize(
     "world, pipeline, expert", [(1, 1, 1), (4, 1, 2), (4, 2, 1), (4, 2, 2), (8, 2, 2), (8, 4, 1), (6, 3, 2)]
 )
-def test_grid_is_deepspeeds(world: int, pipeline: int, expert: int) -> None:
+def test_the_grid_equals_deepspeeds_topology(world: int, pipeline: int, expert: int) -> None:
     from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
     topology = PipeDataParallelTopology(num_pp=pipeline, num_dp=world // pipeline)
@@ -21,7 +21,7 @@ def test_grid_is_deepspeeds(world: int, pipeline: int, expert: int) -> None:
         assert (grid.stage, grid.replica) == (place.pipe, place.data)
         assert grid.is_first_stage == (place.pipe == 0)
         assert grid.is_last_stage == (place.pipe == pipeline - 1)
-        # neighbours of an expert group are consecutive ranks of one stage
+        # an expert group has consecutive ranks of one stage
         assert grid.expert_rank == rank % expert
 
 

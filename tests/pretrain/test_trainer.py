@@ -1,7 +1,8 @@
-"""The loop: exact resumes after kill -9, agreed stops, quarantine, and the callbacks beside it."""
+"""The training loop: exact resume after SIGKILL, stops that all ranks agree on, quarantine, and the callbacks."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests import processes
 from tests.pretrain import synthetic, training
 from tiphys.pretrain import callbacks as cb
+from tiphys.pretrain.callbacks.progress import ProgressLine
 from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError
 from tiphys.pretrain.engine import StepResult
 from tiphys.pretrain.metrics import StepMetrics
@@ -35,14 +38,14 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> loss; every step must stand there once."""
+    """Step -> loss. Every step must be there exactly once."""
     found = [line for line in lines(run) if "loss" in line]
     assert len({line["step"] for line in found}) == len(found)
     return {line["step"]: line["loss"] for line in found}
 
 
-def test_killed_and_resumed_is_never_killed(world: ParallelDims, tmp_path: Path) -> None:
-    """kill -9 at a random step; the remaining losses are equal bit for bit, and so is what is saved at the end."""
+def test_a_killed_and_resumed_run_equals_one_without_a_kill(world: ParallelDims, tmp_path: Path) -> None:
+    """SIGKILL at a random step. All losses and the last checkpoint are equal, bit for bit."""
     steps, kill_at = 12, random.Random(os.environ.get("TIPHYS_SEED", "1")).randint(4, 11)
     assert training.train(tmp_path / "whole", steps)[0]
     killed = processes.Ranks(training.__file__, [tmp_path / "killed", steps, "--kill-at", kill_at], 1)
@@ -63,7 +66,7 @@ def test_killed_and_resumed_is_never_killed(world: ParallelDims, tmp_path: Path)
 
 
 def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path: Path) -> None:
-    """Here to a pipeline's last stage, which has no loader."""
+    """The signal goes to the last stage of a pipeline, which has no loader."""
     ranks = processes.Ranks(training.__file__, [tmp_path, 1000, "--pause", 0.02, "--pipeline", 2], 2)
     deadline = time.monotonic() + 200
     while not (tmp_path / "metrics.jsonl").exists() or len((tmp_path / "metrics.jsonl").read_text()) < 10:
@@ -71,7 +74,7 @@ def test_a_signal_to_one_rank_stops_and_saves_all(tmp_path: Path) -> None:
         assert all(p.poll() is None for p in ranks.processes), ranks.text()
         time.sleep(0.1)
     ranks.processes[1].send_signal(signal.SIGTERM)
-    ranks.processes[1].send_signal(signal.SIGTERM)  # launchers repeat themselves
+    ranks.processes[1].send_signal(signal.SIGTERM)  # a launcher may send it twice
     statuses = [p.wait(120) for p in ranks.processes]
     assert statuses == [143, 143], ranks.text()  # both know which signal it was
     saved = Checkpoint.newest_whole(tmp_path, verify=True)
@@ -85,7 +88,7 @@ def test_quarantined_episodes_enter_the_log_and_the_checkpoint(world: ParallelDi
     event = {"kind": "quarantine", "entry": "0:x", "episode": 5, "id": "e5"}
     loader = synthetic.SyntheticLoader(13, events={2: [event, event]})
     training.train(tmp_path, 6, loader=loader)
-    assert loader.heard == [{**event, "step": 4}]  # steps 2 and 3 were drawn already
+    assert loader.heard == [{**event, "step": 4}]  # steps 2 and 3 were already drawn
     assert all(item.released for item in loader.given)
     last = Checkpoint.newest_whole(tmp_path)
     assert last is not None
@@ -93,7 +96,7 @@ def test_quarantined_episodes_enter_the_log_and_the_checkpoint(world: ParallelDi
     assert lines(tmp_path)[0]["loader"] == {"cache_hit_rate": 0.75, "store_bytes": 4.0}
 
 
-def test_a_loss_that_is_not_finite_ends_training_unsaved(world: ParallelDims, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_training_without_a_checkpoint(world: ParallelDims, tmp_path: Path) -> None:
     class Poisoned(synthetic.SyntheticLoader):
         def __next__(self) -> synthetic.Item:
             item = super().__next__()
@@ -132,7 +135,7 @@ class FakeWorld:
 
 
 class FakeEngine:
-    """Counts steps and remembers which rows it was given."""
+    """Counts steps, and records which rows it gets."""
 
     bf16 = False
 
@@ -191,18 +194,41 @@ def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     fake_trainer(3, cb.Progress(terminal=False, seconds=0.0)).fit()
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 3
-    assert out[-1].startswith("step 3/3  loss 0.3333")
-    for word in ("tokens/s", "MFU", "data wait", "cache 75%", "ETA 0:00"):
+    assert out[-1].startswith("step 3/3  ETA 0:00  loss 0.3333  ")
+    for word in ("tokens/s", "MFU", "data wait", "cache 75%"):
         assert word in out[-1]
 
 
 def test_progress_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     fake_trainer(3, cb.Progress(terminal=True)).fit()
-    assert "3/3" in capsys.readouterr().out
+    assert "step 3/3  ETA 0:00  loss 0.3333" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 50, 40, 30, 20])
+def test_a_narrow_terminal_shows_the_most_important_items(width: int) -> None:
+    items = [
+        "step 12345/100000",
+        "ETA 12:34:56",
+        "loss 0.3333",
+        "123.4k tokens/s",
+        "data wait 0.1%",
+        "MFU 12.3%",
+        "cache 7%",
+    ]
+    console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    with console.capture() as captured:
+        console.print(ProgressLine(items, 12345, 100000))
+    (line,) = captured.get().splitlines()
+    assert len(line) <= width
+    shown = [item for item in items if item in line]
+    assert shown == items[: len(shown)]
+    assert "  ".join(shown) in line
+    assert len(shown) == {200: 7, 100: 6, 80: 4, 60: 3, 50: 3, 40: 2, 30: 1, 20: 1}[width]
+    assert ("━" in line) == (width in (200, 100, 80, 60, 30))
 
 
 class FakeCheckpointer(cb.Checkpointer):
-    """Commits a folder at once, without an engine's state."""
+    """Commits a folder at once, without state of an engine."""
 
     def __init__(self, run: Path, every: int) -> None:
         super().__init__(run, every, keep=1)
@@ -221,7 +247,7 @@ class Handle:
         self.status: int | None = None
 
     def poll(self) -> int | None:
-        assert (self.folder / "manifest.json").exists()  # kept while it is needed, though keep=1
+        assert (self.folder / "manifest.json").exists()  # protected from removal, although keep=1
         return self.status
 
 
@@ -241,10 +267,10 @@ def test_evaluations_run_one_at_a_time_beside_training(tmp_path: Path, capsys: p
 
     keeper = FakeCheckpointer(tmp_path, 1)
     fake_trainer(8, keeper, Finish(), cb.Evaluator(2, start, keeper)).fit()
-    assert sorted(handles) == [2, 6]  # 4 was left out, 8 is for after training
+    assert sorted(handles) == [2, 6]  # step 4 was skipped; step 8 is evaluated after training
     out = capsys.readouterr().out
-    assert "step 4: the evaluation of step 2 still runs; this one is left out" in out
-    assert "the evaluation of step 2 failed with status 1; training goes on" in out
+    assert "step 4: not evaluated, because the evaluation of step 2 is still running" in out
+    assert "the evaluation of step 2 failed with exit status 1; training continues" in out
     assert [c.step for c in Checkpoint.all(tmp_path)] == [8]
 
 
@@ -269,7 +295,7 @@ def test_a_publication_that_fails_does_not_stop_training(tmp_path: Path, capsys:
     assert "step 2 was not published: ConnectionError: the hub is away" in capsys.readouterr().err
 
 
-def test_a_resume_of_other_data_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_datasets_is_refused(tmp_path: Path) -> None:
     trainer = fake_trainer(3)
     checkpoint = type("Saved", (), {"path": tmp_path, "state": lambda self: trainer.state() | {"datasets": ["old"]}})()
     with pytest.raises(CheckpointError, match="the datasets have changed"):
@@ -284,12 +310,12 @@ def test_every() -> None:
 @pytest.mark.parametrize(
     "signals, status", [([signal.SIGINT], 0), ([signal.SIGINT] * 2, 130), ([signal.SIGTERM] * 3, 0)]
 )
-def test_a_second_interrupt_ends_at_once(signals: list[int], status: int) -> None:
+def test_a_second_interrupt_ends_the_process_at_once(signals: list[int], status: int) -> None:
     pid = os.fork()
     if pid == 0:
-        with Signals(False) as asked:
+        with Signals(False) as handling:
             for number in signals:
                 os.kill(os.getpid(), number)
             time.sleep(0.01)
-            os._exit(0 if asked.asked else 1)
+            os._exit(0 if handling.stop else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status

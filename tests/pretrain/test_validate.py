@@ -1,4 +1,4 @@
-"""Open-loop errors against the obvious loop, and how held-out sums become numbers."""
+"""Open-loop action errors against a loop, and means from sums over held-out rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.validate import ValidationResult
 
 
-def test_action_errors_against_a_loop_over_targets() -> None:
+def test_action_errors_equal_a_loop_over_targets() -> None:
     config = synthetic.config()
     model = DecisionModel(config, seed=3).eval()
     batch = synthetic.rows_of(4, list(range(6)))
@@ -37,7 +37,7 @@ def test_action_errors_against_a_loop_over_targets() -> None:
     assert (expected[:, 0] > 0).all()
 
 
-def test_sums_become_means_of_their_own_task() -> None:
+def test_means_are_by_task() -> None:
     result = ValidationResult(
         np.array([[4.0, 2.0, 2], [0, 0, 0], [1.0, 3.0, 1]]), np.array([[4.0, 1, 0, 0], [0] * 4, [0, 0, 2, 3.0]])
     )

@@ -1,4 +1,4 @@
-"""A whole training run for tests, in this process or as a script by ranks.
+"""A whole training run for tests, in this process or as a script that each rank runs.
 
 training.py RUN STEPS [--kill-at STEP] [--pause SECONDS] [--pipeline STAGES]
 """
@@ -24,7 +24,7 @@ from tiphys.recipes.schema import Parallel
 
 
 class KillAt(Callback):
-    """kill -9 in the middle of training, with a checkpoint perhaps on its way to the disk."""
+    """Kills its own process with SIGKILL after a step, possibly while a checkpoint is being written."""
 
     def __init__(self, step: int, pause: float) -> None:
         self.step, self.pause = step, pause

@@ -1,4 +1,4 @@
-"""Every kind of layer is timed with all that it may be given."""
+"""Every kind of layer is timed with every kind of input."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ GRIDS = {"grid:cells:3x3x2": {"kind": "grid", "shape": [3, 3, 2], "values": 5}}
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layer_has_a_time(changes: dict[str, object], dtype: torch.dtype) -> None:
+def test_every_layer_is_timed(changes: dict[str, object], dtype: torch.dtype) -> None:
     config = synthetic.config(**changes)
     state = torch.get_rng_state()
     seconds = layer_seconds(config, 2, 24, torch.device("cpu"), dtype, expert=4)
     assert len(seconds) == len(build_layers(config))
     assert all(0 < s < 10 for s in seconds)
-    assert seconds[2] == seconds[4]  # one kind
+    assert seconds[2] == seconds[4]  # layers of the same kind
     assert (seconds[2] == seconds[3]) == (config.num_experts == 0)
     assert torch.equal(torch.get_rng_state(), state)
     assert config.num_experts in (0, 4)
 
 
-def test_the_batch_holds_whatever_the_model_takes() -> None:
+def test_the_typical_batch_has_every_kind_of_input() -> None:
     config = synthetic.config(embedders=PATCHES | GRIDS)
     batch = typical_batch(config, 3, 600)
     assert batch.real_tokens == 1800

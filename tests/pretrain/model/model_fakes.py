@@ -1,4 +1,4 @@
-"""Small random batches of every kind of element, and a configuration that takes them."""
+"""Small random batches with every kind of element, and a config of a model that accepts them."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def make_config(**changes: Any) -> DecisionConfig:
 def make_batch(
     rows: int = 4, length: int = 40, seed: int = 0, *, windows: tuple[int, int] = (3, 17), bidirectional: bool = True
 ) -> TokenBatch:
-    """Rows packed with windows of random lengths; some of every embedder, softmax range and regression."""
+    """Rows packed with windows of random lengths, with values for every embedder, softmax range and regression head."""
     g = np.random.default_rng(seed)
     shape = (rows, length)
     segment, position = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

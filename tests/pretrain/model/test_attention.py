@@ -1,4 +1,4 @@
-"""Attention over windows against the full mask; the layout of windows."""
+"""Attention within windows against a full mask, and groups of windows."""
 
 import inspect
 
@@ -11,11 +11,11 @@ from tiphys.pretrain.model import attention as module
 from tiphys.pretrain.model.attention import Attention, grouped_attention
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout, group_windows, length_class
+from tiphys.pretrain.model.token_layout import TokenLayout, group_windows, length_class
 
 
 def masked_attention(q, k, v, windows):
-    """One T × T mask."""
+    """The oracle: one T × T mask."""
     lengths, causal = torch.as_tensor(windows).unbind(1)
     window = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     order = torch.arange(len(window))
@@ -32,12 +32,12 @@ def make_windows(lengths, causal):
 
 @pytest.mark.parametrize("short", [0, 1000], ids=["fused", "plain"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
+def test_attention_within_windows_equals_a_full_mask(monkeypatch, short, kv_heads):
     monkeypatch.setattr(module, "SHORT", {torch.float32: short})
     g = np.random.default_rng(kv_heads)
     windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6)
     tokens = int(windows[:, 0].sum())
-    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     assert any(group.slots is not None for group in layout.groups)
     q, k, v = (torch.randn(tokens, h, 8, requires_grad=True) for h in (4, kv_heads, kv_heads))
     y = torch.randn(tokens, 4, 8)
@@ -52,7 +52,7 @@ def test_windows_equal_the_full_mask(monkeypatch, short, kv_heads):
 
 
 def kernel(q, k, v, cu_q, cu_k, longest, longest_k, causal):
-    """What the variable-length kernel computes, from its own arguments."""
+    """What the variable-length kernel computes from its arguments."""
     assert cu_q.dtype == torch.int32
     assert cu_q is cu_k
     assert longest == longest_k == int(cu_q.diff().max())
@@ -78,8 +78,8 @@ def varlen_2_12(q, k, v, cu_q, cu_k, longest, longest_k, *, scale=None, window_s
 
 @pytest.mark.parametrize("release", [varlen_2_10, varlen_2_11, varlen_2_12])
 @pytest.mark.parametrize("causal", [0.0, 0.6, 1.0])
-def test_the_kernel_gets_every_window(monkeypatch, release, causal):
-    """Every release of PyTorch that is allowed takes other arguments; windows are causal, bidirectional or both."""
+def test_every_release_of_the_kernel_gets_every_window(monkeypatch, release, causal):
+    """The kernel's arguments differ between the supported releases of PyTorch. Windows are causal, bidirectional, or mixed."""
     known = inspect.signature(module.varlen_attn).parameters
     assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= set(known)
     monkeypatch.setattr(module, "VARLEN", frozenset(inspect.signature(release).parameters))
@@ -87,12 +87,12 @@ def test_the_kernel_gets_every_window(monkeypatch, release, causal):
     g = np.random.default_rng(3)
     windows = make_windows(g.integers(1, 20, 12), g.random(12) < causal)
     tokens = int(windows[:, 0].sum())
-    layout = Layout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
+    layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     q, k, v = (torch.randn(tokens, h, 8) for h in (4, 2, 2))
     torch.testing.assert_close(module.varlen_attention(q, k, v, layout), masked_attention(q, k, v, windows))
 
 
-def test_groups_hold_every_token_once_with_little_padding():
+def test_groups_contain_every_token_once_with_little_padding():
     g = np.random.default_rng(0)
     windows = make_windows(g.integers(1, 1025, 300), g.random(300) < 0.5)
     groups = group_windows(windows, torch.device("cpu"))
@@ -107,7 +107,7 @@ def test_groups_hold_every_token_once_with_little_padding():
 
 
 def test_positions_are_relative():
-    """Rotary attention of a window does not change when all of its positions move."""
+    """Rotary attention does not change if all positions of a window are shifted."""
     config = make_config()
     layer = Attention(config, 0)
     initialise(layer, 1)
@@ -115,11 +115,11 @@ def test_positions_are_relative():
     inputs = to_tensors(make_batch(rows=1))
     x = torch.randn(len(inputs["index"]), 32)
     attributes = inputs["attributes"].clone()
-    before = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    before = layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
     attributes[:, 0] += 7
-    after = layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
+    after = layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu")))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-6)
     attributes[:, 0] *= 2
     assert not torch.allclose(
-        before, layer(x, Layout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu"))), atol=1e-4
+        before, layer(x, TokenLayout(inputs["windows"], attributes, scalars(1, 1, 1, "cpu"))), atol=1e-4
     )

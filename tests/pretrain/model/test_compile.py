@@ -1,4 +1,4 @@
-"""`torch.compile`: a layer is one graph where attention has its kernel, and computes the same as without."""
+"""`torch.compile`: with the attention kernel a layer is one graph, and it computes the same as without compilation."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from tests.pretrain.model.model_fakes import make_batch, make_config
 from tiphys.pretrain.model import attention
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout
 from tiphys.pretrain.model.moe import mixtures, step_counts
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block
 
 
 def varlen(q, k, v, ends, ends_again, longest, longest_again, *, window_size, enable_gqa):
-    """Stands for the kernel of a GPU: one operation to the compiler, whose result depends on all that it is given."""
+    """A fake of the GPU kernel: its result depends on all of its arguments."""
     return q * 0.5 + (k.mean(1, keepdim=True) - v.mean(1, keepdim=True)) * (1 + window_size[1])
 
 
@@ -26,7 +26,7 @@ def make_layer(number=1, dtype=torch.bfloat16):
 
 def make_layout(batch):
     inputs = to_tensors(batch)
-    return Layout(inputs["windows"], inputs["attributes"], scalars(1.0, batch.real_tokens, 1.0, "cpu"))
+    return TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, batch.real_tokens, 1.0, "cpu"))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["dense", "experts"])
@@ -35,15 +35,15 @@ def test_a_layer_is_one_graph(monkeypatch, number):
     monkeypatch.setattr(attention, "varlen_attn", varlen)
     batch = make_batch(seed=1)
     layout = make_layout(batch)
-    assert len(layout.cumulative) == 2  # NumPy works them out once a batch
+    assert len(layout.cumulative) == 2  # NumPy computes this once for the batch, outside the graph
     torch._dynamo.reset()
-    told = torch._dynamo.explain(make_layer(number))(torch.randn(batch.real_tokens, 32).bfloat16(), layout)
-    assert told.graph_break_count == 0, [reason.reason for reason in told.break_reasons]
+    found = torch._dynamo.explain(make_layer(number))(torch.randn(batch.real_tokens, 32).bfloat16(), layout)
+    assert found.graph_break_count == 0, [reason.reason for reason in found.break_reasons]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_layer_computes_the_same(dtype):
+def test_a_compiled_layer_gives_the_same_result(dtype):
     batches = [make_batch(seed=s) for s in (1, 2, 3)]
     results = []
     for compiled in (False, True):

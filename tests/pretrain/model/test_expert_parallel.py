@@ -1,4 +1,4 @@
-"""Experts divided among processes against all of them in one."""
+"""Experts divided among processes against all experts in one process."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ from tests.processes import REPOSITORY
 
 
 def one_rank() -> None:
-    """Both ranks hold half of the experts and different rows; sums over ranks equal the whole layer's."""
+    """Each of two ranks has half of the experts and other rows. Sums over the ranks equal those of the whole model."""
     import deepspeed.ops
     import torch
     import torch.distributed as dist
@@ -65,7 +65,7 @@ def one_rank() -> None:
 
 
 @pytest.mark.long
-def test_sharded_experts_equal_whole_ones():
+def test_experts_divided_among_ranks_equal_the_whole_model():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -86,8 +86,8 @@ def test_sharded_experts_equal_whole_ones():
         )
         for r in range(2)
     ]
-    told = [p.communicate(timeout=500)[0] for p in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], "\n".join(t[-3000:] for t in told)
+    outputs = [p.communicate(timeout=500)[0] for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(t[-3000:] for t in outputs)
 
 
 if __name__ == "__main__":

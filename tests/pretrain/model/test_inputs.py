@@ -1,4 +1,4 @@
-"""From TokenBatch to compact tensors: nothing lost, nothing of padding kept."""
+"""From TokenBatch to compact tensors: no token is lost, no padding is kept."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 
-def test_every_real_token_stands_once_and_windows_are_consecutive():
+def test_every_real_token_appears_once_and_windows_are_consecutive():
     batch = make_batch(rows=5)
     inputs = to_tensors(batch)
     index = inputs["index"].numpy()
@@ -30,7 +30,7 @@ def test_every_real_token_stands_once_and_windows_are_consecutive():
     assert at == batch.real_tokens
 
 
-def test_targets_keep_their_place_weight_and_task():
+def test_targets_keep_position_weight_and_task():
     batch = make_batch(rows=5)
     inputs = to_tensors(batch)
     index, found = inputs["index"].numpy(), 0
@@ -55,7 +55,7 @@ def test_unpack_restores_rows():
     assert (rows.numpy() == batch.tokens * (batch.segment > 0)).all()
 
 
-def test_refuses_a_torn_segment_and_mixed_causality():
+def test_split_segments_and_mixed_causality_are_refused():
     batch = make_batch(rows=2)
     segment = batch.segment.copy()
     segment[1, 1] = 9
@@ -67,7 +67,7 @@ def test_refuses_a_torn_segment_and_mixed_causality():
         to_tensors(replace(batch, causal=causal))
 
 
-def test_fillers_add_nothing():
+def test_filler_rows_add_no_tokens():
     batch = make_batch(rows=2)
     a, b = to_tensors(batch), to_tensors(batch.fill(5))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -79,14 +79,14 @@ def test_flops_follow_parameters_and_windows():
     batch = make_batch(rows=4, bidirectional=False)
     batch = replace(batch, embedded={}, regression={}, target=np.full_like(batch.target, -1))
     lengths = to_tensors(batch)["windows"][:, 0].double()
-    attention = 3 * 4 * 4 * 32 * float((lengths * (lengths + 1) / 2).sum())  # 4 layers, both products, causal half
+    attention = 3 * 4 * 4 * 32 * float((lengths * (lengths + 1) / 2).sum())  # 4 layers, two products, half of the pairs
     model = DecisionModel(config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("layers") and p.dim() > 1)
     assert flops_per_batch(config, batch) == pytest.approx(6 * matrices * batch.real_tokens + attention)
     assert flops_per_batch(config, batch.fill(9)) == flops_per_batch(config, batch)
 
 
-def test_active_parameters():
+def test_number_of_active_parameters():
     dense, sparse = make_config(num_experts=0), make_config(num_experts_per_tok=1, shared_expert=False)
     assert parameters(sparse)[0] > parameters(dense)[0]
     assert parameters(sparse)[1] == parameters(dense)[1] + 2 * 4 * 32  # the routers
@@ -104,6 +104,6 @@ def test_config_round_trip(tmp_path):
     ("changes", "message"),
     [({"hidden_size": 30}, "heads"), ({"num_key_value_heads": 3}, "kv_heads"), ({"num_experts_per_tok": 9}, "experts")],
 )
-def test_config_refuses(changes, message):
+def test_invalid_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(**changes)

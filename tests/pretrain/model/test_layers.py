@@ -1,4 +1,4 @@
-"""The small parts against their obvious forms."""
+"""The small parts against their formulas."""
 
 import pytest
 import torch

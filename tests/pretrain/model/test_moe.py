@@ -1,4 +1,4 @@
-"""The mixture of experts against loops and explicit losses."""
+"""The mixture of experts against loops and explicit auxiliary losses."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from tests.pretrain.model.model_fakes import make_batch, make_config
 from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.layers import initialise
-from tiphys.pretrain.model.layout import Layout
 from tiphys.pretrain.model.moe import MixtureOfExperts, has_grouped_mm, looped_products, products
+from tiphys.pretrain.model.token_layout import TokenLayout
 
 
 def make_moe(**changes):
@@ -21,11 +21,11 @@ def make_moe(**changes):
 
 def make_layout(batch, tokens=None, scale=1.0):
     inputs = to_tensors(batch)
-    return Layout(inputs["windows"], inputs["attributes"], scalars(1.0, tokens or batch.real_tokens, scale, "cpu"))
+    return TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, tokens or batch.real_tokens, scale, "cpu"))
 
 
 def slow_mixture(moe, x, layout):
-    """A token after another, an expert after another."""
+    """The oracle: one token and one expert at a time."""
     probabilities = moe.router(x, layout).softmax(-1)
     out = torch.zeros_like(x)
     for t in range(x.shape[0]):
@@ -77,8 +77,8 @@ def test_grouped_products_equal_the_loop(dtype, counts):
     assert (results[0][2][[n == 0 for n in counts]] == 0).all()
 
 
-def test_weights_that_begin_anywhere_are_taken():
-    """ZeRO lays a parameter wherever the one before it ends; the grouped product wants multiples of 16 bytes."""
+def test_weights_without_alignment_work():
+    """ZeRO packs parameters without alignment, but the grouped product needs addresses that are multiples of 16."""
     memory = torch.randn(4 * 24 * 40 + 3)
     x, w, counts = torch.randn(16, 24), memory[3:].view(4, 24, 40).requires_grad_(), torch.tensor([5, 0, 9, 2])
     assert w.data_ptr() % 16
@@ -89,7 +89,7 @@ def test_weights_that_begin_anywhere_are_taken():
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_unaligned_sizes_take_the_loop():
+def test_sizes_without_alignment_use_the_loop():
     x, w = torch.randn(8, 6), torch.randn(2, 6, 10)
     assert not has_grouped_mm(x, w)
     counts = torch.tensor([3, 5])
@@ -98,7 +98,7 @@ def test_unaligned_sizes_take_the_loop():
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_injected_gradient_equals_the_explicit_loss(scale):
-    """Gradient of the layer's output alone, with injection, against output + auxiliary losses without."""
+    """The gradient of the output with injected auxiliary losses, against that of output + auxiliary losses."""
     batch = make_batch(rows=3)
     tokens = 2 * batch.real_tokens
     moe = make_moe(balance=0.3, z_loss=0.2)
@@ -138,7 +138,7 @@ def test_all_tokens_to_one_expert(favourite):
     assert (moe.experts.up.grad[idle] == 0).all()
 
 
-def test_counts_are_by_task_and_finish_step_takes_them_over():
+def test_counts_are_by_task_and_finish_step_stores_them():
     moe = make_moe()
     batch = make_batch(rows=3)
     x = torch.randn(batch.real_tokens, 32)
@@ -150,19 +150,19 @@ def test_counts_are_by_task_and_finish_step_takes_them_over():
     moe.finish_step(counts)
     assert torch.equal(moe.previous, counts.sum(0))
     assert moe.counts is None
-    moe.finish_step(torch.zeros(4, dtype=torch.int64))  # a step without a token keeps the shares
+    moe.finish_step(torch.zeros(4, dtype=torch.int64))  # a step without tokens keeps the counts
     assert torch.equal(moe.previous, counts.sum(0))
 
 
-def test_evaluation_counts_nothing():
+def test_evaluation_does_not_count_tokens():
     moe = make_moe().eval()
     batch = make_batch(rows=1)
     moe(torch.randn(batch.real_tokens, 32), make_layout(batch))
     assert moe.counts is None
 
 
-def test_bias_alone_balances():
-    """Tokens that all like one expert spread over all of them, while gates stay the router's own."""
+def test_the_bias_balances_without_a_loss():
+    """The router prefers one expert for all tokens; the bias spreads them over all experts."""
     moe = make_moe(num_experts_per_tok=1, bias_rate=0.02, balance=0.5)
     assert moe.balance == 0
     batch = make_batch(rows=6)
@@ -180,7 +180,7 @@ def test_bias_alone_balances():
     assert moe.to(torch.bfloat16).bias_steps.dtype == torch.int64
 
 
-def test_hidden_task_leaves_the_route_but_not_the_counts():
+def test_a_hidden_task_is_hidden_from_the_router_only():
     batch = make_batch(rows=40, length=20)
     inputs = to_tensors(batch, task_dropout=0.5, seed=3)
     route, task = inputs["attributes"][:, 3], inputs["attributes"][:, 2]
@@ -189,8 +189,7 @@ def test_hidden_task_leaves_the_route_but_not_the_counts():
     for r, gone in hidden.items():
         assert torch.equal(route[row == r], torch.zeros_like(route[row == r]) if gone else task[row == r] + 1)
     assert 8 < sum(hidden.values()) < 32
-    again = to_tensors(
-        batch.select(slice(10, 20)), task_dropout=0.5, seed=3
-    )  # a row's draw does not depend on its batch
+    # The draw of a row does not depend on its batch.
+    again = to_tensors(batch.select(slice(10, 20)), task_dropout=0.5, seed=3)
     expected = [hidden[int(r) + 10] for r in (again["index"] // 20)]
     assert [(t == 0) for t in again["attributes"][:, 3].tolist()] == expected

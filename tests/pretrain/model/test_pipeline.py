@@ -1,4 +1,4 @@
-"""Stages chained by hand, as DeepSpeed chains them, against the plain model."""
+"""Stages connected by hand, in DeepSpeed's way, against the plain model."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from tiphys.pretrain.model.transformer import DecisionModel
 
 
 def make_stages(config, bounds, seed):
-    """The stages as module lists whose parameter names are DeepSpeed's."""
+    """The stages as modules with DeepSpeed's parameter names."""
     stages = []
     for start, stop in itertools.pairwise(bounds):
         stage = torch.nn.Module()
@@ -27,7 +27,7 @@ def make_stages(config, bounds, seed):
 
 
 def run_stages(stages, tensors):
-    """Forward through all stages with tensors cut off between them, then backward stage by stage, one float at a time."""
+    """Forward through all stages with tensors detached between them, then backward stage by stage through the one float."""
     inputs, outputs = [], []
     for stage in stages:
         tensors = tuple(t.clone().detach().requires_grad_(t.is_floating_point()) for t in tensors)
@@ -77,7 +77,7 @@ def test_stages_equal_the_plain_model(stages, checkpointing):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_partition_covers_and_balances(stages):
+def test_partition_covers_all_layers_and_balances_costs(stages):
     config = make_config(num_hidden_layers=8)
     bounds = partition(config, stages)
     assert bounds[0] == 0
@@ -90,6 +90,6 @@ def test_partition_covers_and_balances(stages):
     assert uneven == [0, 8, 12]  # 6 | 2 + 4
 
 
-def test_partition_refuses_what_cannot_be():
+def test_more_stages_than_layers_are_refused():
     with pytest.raises(ValueError, match=r"model\.layers"):
         partition(make_config(), 5)

@@ -1,4 +1,4 @@
-"""The whole model: what must not change when rows are packed, permuted, regrouped, recomputed or cached."""
+"""The whole model: packing, order and grouping of rows, recomputation and the cache must not change its results."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def model():
     ],
     ids=["permuted", "row by row", "regrouped with fillers"],
 )
-def test_grouping_of_rows_changes_nothing(model, grouping):
+def test_order_and_grouping_of_rows_do_not_change_the_step(model, grouping):
     batch = make_batch(rows=6, seed=1)
     assert_same(run(model, [batch]), run(model, grouping(batch)))
 
@@ -79,7 +79,7 @@ def test_windows_packed_in_a_row_do_not_see_each_other(model):
     assert compared > 6
 
 
-def test_every_parameter_gets_a_gradient_even_from_nothing(model):
+def test_every_parameter_gets_a_gradient_even_without_tokens(model):
     loss, auxiliary, gradients = run(model, [TokenBatch.empty(1, 40, 2)])
     assert loss == 0
     assert not auxiliary.any()
@@ -87,7 +87,7 @@ def test_every_parameter_gets_a_gradient_even_from_nothing(model):
     assert all((g == 0).all() for g in gradients.values())
 
 
-def test_scale_reaches_the_injected_gradient(model):
+def test_the_scale_applies_to_auxiliary_gradients(model):
     batch = make_batch(seed=5)
     _, _, one = run(model, [batch])
     _, _, eight = run(model, [batch], scale=8.0)
@@ -95,7 +95,7 @@ def test_scale_reaches_the_injected_gradient(model):
         torch.testing.assert_close(eight[name], 8 * one[name], rtol=1e-4, atol=1e-5)
 
 
-def test_recomputation_changes_nothing_and_counts_once():
+def test_recomputation_gives_the_same_results_and_counts_once():
     batch = make_batch(seed=6)
     results, counts = [], []
     for checkpointing in (False, True):
@@ -104,7 +104,7 @@ def test_recomputation_changes_nothing_and_counts_once():
         counts.append(step_counts(made)[0])
     assert_same(*results)
     assert torch.equal(*counts)
-    assert counts[0].sum() == batch.real_tokens * 2 * 2  # two experts a token in two layers
+    assert counts[0].sum() == batch.real_tokens * 2 * 2  # two experts for each token, in two layers
 
 
 def test_tied_matrix_is_one_parameter(tmp_path):
@@ -117,7 +117,7 @@ def test_tied_matrix_is_one_parameter(tmp_path):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_saved_model_loads_and_gives_the_same(tmp_path, tie):
+def test_a_saved_model_gives_the_same_loss(tmp_path, tie):
     made = DecisionModel(make_config(tie_word_embeddings=tie), seed=4).eval()
     for moe in mixtures(made):
         moe.finish_step(torch.tensor([5, 1, 9, 2]))
@@ -128,7 +128,7 @@ def test_saved_model_loads_and_gives_the_same(tmp_path, tie):
     assert torch.equal(mixtures(again)[0].previous, torch.tensor([5, 1, 9, 2]))
 
 
-def test_cache_equals_the_full_forward():
+def test_a_key_value_cache_equals_the_full_forward_pass():
     model = DecisionModel(make_config(), seed=2).eval()
     rows, length = 3, 30
     batch = make_batch(rows, length, seed=3, windows=(length, length + 1), bidirectional=False)
@@ -184,7 +184,7 @@ def test_loss_by_task_adds_up():
     assert out.loss_by_task[:, 2].tolist() == counts.tolist()
 
 
-def test_weights_follow_from_seed_and_name_alone():
+def test_weights_depend_only_on_seed_and_name():
     small, large = make_config(), make_config(num_hidden_layers=6)
     a, b = DecisionModel(small, seed=5), DecisionModel(large, seed=5)
     other = dict(b.named_parameters())
@@ -196,7 +196,7 @@ def test_weights_follow_from_seed_and_name_alone():
     assert all(not torch.equal(up[0], up[i]) for i in range(1, 4))
 
 
-def test_bfloat16_stays_close():
+def test_bfloat16_is_close_to_float32():
     batch = make_batch(seed=4)
     model = DecisionModel(make_config(), seed=2).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Layout: which ranges of the compact tokens attend to each other, worked out once a batch and shared by all layers."""
+"""TokenLayout: which ranges of a batch's tokens attend to each other. Computed once for each batch, shared by all layers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor
 
 from tiphys.pretrain.model.inputs import from_bits, to_device
 
-_PARTS = 8  # length classes an octave: a window is padded by less than 1/8
+_PARTS = 8  # length classes in each octave: a window is padded by less than 1/8 of its length
 
 
 @dataclass(frozen=True)
 class Group:
-    """Windows of one length class: tokens [start, stop), n windows, each padded to `length`.
+    """Windows of one length class: n windows in the tokens [start, stop), each padded to `length` slots.
 
-    slots   int64 [n · length]: the token (from `start`) in each slot, any token in a padding slot; None: no padding
-    places  int64 [stop − start]: the slot of each token; None: no padding
-    lengths int64 [n] on the device; None: no padding
+    slots    int64 [n · length]: the token in each slot, counted from `start`; a padding slot holds any token of its window
+    places   int64 [stop − start]: the slot of each token
+    lengths  int64 [n]: the length of each window, on the device
+
+    All three are None if no window needs padding.
     """
 
     start: int
@@ -35,14 +37,14 @@ class Group:
 
 
 def length_class(lengths: np.ndarray) -> np.ndarray:
-    """Lengths up to 8 stand alone; above, eight classes an octave."""
+    """Round lengths up to their class. Each length up to 16 is its own class; above, every octave has eight classes."""
     octave = np.floor(np.log2(np.maximum(lengths, 1)))
     width = np.maximum(2.0**octave / _PARTS, 1)
     return np.ceil(lengths / width) * width
 
 
 def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
-    """Groups of `windows` [W, 2] (length, causal), which are sorted by causal, then length."""
+    """Groups of `windows` [W, 2] (length, causal), which must be sorted by causal, then by length."""
     length, causal = windows[:, 0].astype(np.int64), windows[:, 1].astype(bool)
     first = np.cumsum(length) - length
     kind = length_class(length) * 2 + causal
@@ -63,16 +65,17 @@ def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
 
 
 @dataclass
-class Layout:
-    """What every layer asks of a batch beside the hidden states.
+class TokenLayout:
+    """What every layer needs to know of a batch, besides the hidden states.
 
-    windows      int32 [W, 2] on the CPU (lengths, causal)
-    attributes   int32 [T, 4]: position, modality, task, the router's task + 1
-    scalars      int32 [3], bits of float32: normaliser, global number of real tokens, scale of the auxiliary gradient
-    auxiliary    layer -> float32 [2], its balance and z-loss, detached
-    seen         layers whose statistics have counted this batch: a recomputed forward must not count it twice
+    windows      int32 [W, 2] on the CPU: length of each window, and whether it is causal
+    attributes   int32 [T, 4]: position, modality, task, and the task + 1 as the router sees it (0: hidden)
+    scalars      int32 [3], the bits of float32: normaliser, real tokens of the global batch, scale of the auxiliary gradient
+    auxiliary    layer -> float32 [2], its balance loss and z-loss, detached
+    seen         layers that have counted this batch; a forward pass that is recomputed must not count it again
 
-    What follows from these is worked out once. `torch.compile` traces all of it but the arithmetic on windows, in NumPy.
+    Everything that follows from these is computed once. `torch.compile` traces all of it except the NumPy arithmetic on
+    windows.
     """
 
     windows: Tensor
@@ -82,7 +85,7 @@ class Layout:
     seen: set[int] = field(default_factory=set)
     _known: dict[Any, Any] = field(default_factory=dict)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -105,11 +108,11 @@ class Layout:
 
     @property
     def divisors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Normaliser, global number of tokens, auxiliary scale: float32 scalars on the device.
+        """Normaliser, real tokens of the global batch, auxiliary scale: float32 scalars on the device.
 
-        A global batch without any target or token has sums of zero; they stay zero instead of 0 / 0.
+        Zeros become ones: in a global batch without targets or tokens the sums are zero, and 0 / 0 would be NaN.
         """
-        return self._once("divisors", self._divisors)
+        return self._cached("divisors", self._divisors)
 
     def _divisors(self) -> tuple[Tensor, ...]:
         numbers = from_bits(self.scalars)
@@ -117,17 +120,17 @@ class Layout:
 
     @property
     def groups(self) -> list[Group]:
-        return self._once("groups", lambda: group_windows(self.windows.numpy(), self.device))
+        return self._cached("groups", lambda: group_windows(self.windows.numpy(), self.device))
 
     @property
     def real(self) -> Tensor:
-        """bool [T]: False only for the stand-in of a batch without tokens."""
-        return self._once("real", lambda: self.modality > 0)
+        """bool [T]: False only for the placeholder token of a batch without tokens."""
+        return self._cached("real", lambda: self.modality > 0)
 
     @property
     def cumulative(self) -> list[tuple[int, int, int, bool, Tensor]]:
-        """For variable-length kernels: (start, stop, longest, causal, cumulative lengths int32 [n + 1]) by causality."""
-        return self._once("cumulative", self._cumulative)
+        """For the variable-length kernel: (start, stop, longest, causal, cumulative lengths int32 [n + 1]), causal first."""
+        return self._cached("cumulative", self._cumulative)
 
     @torch.compiler.disable
     def _cumulative(self) -> list[tuple[int, int, int, bool, Tensor]]:
@@ -143,16 +146,16 @@ class Layout:
         return out
 
     def rotary(self, size: int, theta: float) -> Tensor:
-        """Cosine and sine of position · frequency, float32 [T, 1, size / 2, 2] (Su et al. 2021)."""
-        return self._once(("rotary", size, theta), lambda: self._rotary(size, theta))
+        """Rotary angles (Su et al. 2021): cosine and sine of position · frequency, float32 [T, 1, size / 2, 2]."""
+        return self._cached(("rotary", size, theta), lambda: self._rotary(size, theta))
 
     def _rotary(self, size: int, theta: float) -> Tensor:
         frequency = theta ** (-torch.arange(0, size, 2, device=self.device, dtype=torch.float32) / size)
         angle = self.attributes[:, :1].float() * frequency
         return torch.stack([angle.cos(), angle.sin()], -1)[:, None]
 
-    def once(self, layer: int) -> bool:
-        """True the first time that `layer` asks."""
+    def first_pass(self, layer: int) -> bool:
+        """True at the first call for `layer`, False at later ones (when its forward pass is recomputed)."""
         if layer in self.seen:
             return False
         self.seen.add(layer)
