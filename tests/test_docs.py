@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,8 @@ from tests.processes import REPOSITORY
 from tiphys.launch.cli import _parse, _parser
 from tiphys.launch.statuses import Status
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TOP = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, *sorted((REPOSITORY / "docs").glob("*.md"))]
 SOURCES = ("dataio", "pretrain", "recipes", "launch")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
@@ -135,6 +137,13 @@ def test_exit_statuses_are_those_of_the_program():
     text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, re.M)
     assert [(int(number), meaning) for number, meaning in rows] == [(s.value, s.meaning) for s in Status]
+
+
+def test_the_readme_explains_every_extra():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    explained = [name for line in text.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(explained) == sorted(project["optional-dependencies"])
 
 
 def test_yaml_recipe_of_the_readme_is_valid(tmp_path):
