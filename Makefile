@@ -1,8 +1,8 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# On a fresh machine, `make quickstart` and `make test` install what they need and run it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What a user needs, and what the tests need beside it.
+# Extras for users, and those that the tests need as well.
 USER_EXTRAS := envs,agents,convert,s3fs
 TEST_EXTRAS := $(USER_EXTRAS),atari,ray,dev
 READY := $(VENV)/.ready
@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 
 setup: $(READY)
 
-# Nothing is compiled here or later: DeepSpeed's CPU operators, which it would build at the first step, are not used.
+# DeepSpeed's CPU operators, which it would compile at the first step, are not used. So nothing of it is compiled, here or later.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tiphys needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,7 +50,7 @@ format: $(TEST_READY)
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# Other data loaders, to measure against: never part of the project's own environment.
+# Other data loaders, for comparison. They are never installed into the project's own environment.
 benchmark-environment: setup
 	test -x .venv-benchmarks/bin/python || $(BIN)/uv venv -q .venv-benchmarks
 	$(BIN)/uv pip install -q --python .venv-benchmarks/bin/python -r benchmarks/others/requirements.txt

@@ -1,4 +1,4 @@
-"""What `pip install` puts on a machine: one import name, all that a run needs, no clash with packages of other projects."""
+"""An installed package: one import name, everything that a run needs, no conflict with packages of other projects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source") / "tiphys"
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
-    for name in names:  # a copy, because building leaves files behind
+    for name in names:  # build in a copy, because building leaves files behind
         origin, copy = REPOSITORY / name, source / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if origin.is_symlink():
@@ -73,14 +73,14 @@ def test_the_wheel_and_the_sdist_are_complete(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"tiphys/{p}" for p in wanted} | {"LICENSE", "README.md", "pyproject.toml"} <= packed
-    told = subprocess.run(
+    checked = subprocess.run(
         [sys.executable, "-m", "twine", "check", "--strict", wheel, sdist], capture_output=True, text=True
     )
-    assert told.returncode == 0, told.stdout + told.stderr
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.envs
-def test_a_wheel_works_beside_packages_with_the_names_of_its_folders(built: Path, tmp_path: Path) -> None:
+def test_a_wheel_works_beside_packages_named_like_our_source_folders(built: Path, tmp_path: Path) -> None:
     """ROS 2, for example, has a package `launch`."""
     pytest.importorskip("gymnasium")
     added = _fresh_environment(tmp_path / "venv", next(built.glob("*.whl")))
@@ -115,10 +115,10 @@ def test_a_wheel_works_beside_packages_with_the_names_of_its_folders(built: Path
 
 
 def _fresh_environment(folder: Path, wheel: Path) -> set[str]:
-    """A virtual environment with the wheel; its libraries are borrowed from ours. Returns what the wheel put into it."""
+    """Make a virtual environment with the wheel and the libraries of ours. Returns what the wheel added to site-packages."""
     venv.create(folder, with_pip=True)
     site = next((folder / "lib").glob("python*")) / "site-packages"
-    # Folders named in a .pth file are searched, but .pth files in them are not read: the editable install stays out.
+    # Python searches the folders that a .pth file names, but reads no .pth files in them. So our editable install is not seen.
     (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     before = {p.name for p in site.iterdir()}
     python = folder / "bin" / "python"

@@ -1,10 +1,10 @@
-"""What must not change by accident: the tokens of given windows, the draws of a plan, and the losses of twenty steps.
+"""Golden values: tokens of given windows, draws of a plan, and losses of twenty steps. They must not change by accident.
 
-`data/` holds 20 episodes that `tiphys collect` wrote. `golden.json` holds what they become. A change that should not alter
-numerics leaves the file as it is. A change that should alter them says why, and writes it again:
+`data/` holds 20 episodes that `tiphys collect` wrote. `golden.json` holds the values that follow from them. A change that should
+not alter numerics leaves that file as it is. A change that should alter them says why, and writes the file again:
 
-    OMP_NUM_THREADS=1 python -m tests.golden.golden            # compare, and say what differs
-    python -m tests.golden.golden --write    # write golden.json again
+    OMP_NUM_THREADS=1 python -m tests.golden.golden            # compare, and print what differs
+    OMP_NUM_THREADS=1 python -m tests.golden.golden --write    # write golden.json again
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def digest(arrays: Mapping[str, Any]) -> str:
 
 
 def window(index: EpisodeIndex, entry: int, task: int, episode: int, start: int, steps: int, prompt: bool) -> Window:
-    """Rows of an episode, read without a plan."""
+    """The window of some rows of an episode, read without a plan."""
     fields = [f.name for f in index.tasks[0].fields]
     ranges = index.ranges(episode, start, steps, fields)
     buffers = index.store.read_ranges(
@@ -97,7 +97,7 @@ def window(index: EpisodeIndex, entry: int, task: int, episode: int, start: int,
 
 
 def tokens(objective: str) -> list[str]:
-    """Digest of each of 12 rows of fixed windows, with a prompt in every second one."""
+    """Digest of each of 12 rows of fixed windows. Every second row has a prompt."""
     indexes, objectives = opened(recipe(objective))
     found = []
     for number in range(12):
@@ -155,6 +155,7 @@ def train(objective: str, folder: str) -> tuple[list[float], str]:
 
 
 def measure() -> dict[str, Any]:
+    """The values of all objectives, as in golden.json."""
     found: dict[str, Any] = {}
     for objective in OBJECTIVES:
         with tempfile.TemporaryDirectory() as folder:

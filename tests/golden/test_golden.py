@@ -1,4 +1,4 @@
-"""Numerics are what they were: see golden.py for how to write them anew, with the reason."""
+"""Numerics have not changed. golden.py says how to write the golden values again."""
 
 import json
 
@@ -11,17 +11,17 @@ KNOWN = json.loads(golden.FILE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("objective", golden.OBJECTIVES)
-def test_the_tokens_of_given_windows_are_as_before(objective):
+def test_tokens_of_given_windows_are_unchanged(objective):
     assert golden.tokens(objective) == KNOWN[objective]["tokens"]
 
 
 @pytest.mark.parametrize("objective", golden.OBJECTIVES)
-def test_the_plan_draws_as_before(objective):
+def test_draws_of_the_plan_are_unchanged(objective):
     assert golden.draws(objective) == KNOWN[objective]["draws"]
 
 
 @pytest.mark.parametrize("objective", golden.OBJECTIVES)
-def test_twenty_steps_of_training_have_the_losses_of_before(objective, tmp_path):
-    # Another processor or BLAS adds in another order: equal to the bit only on the machine that wrote the file.
+def test_losses_of_twenty_steps_are_unchanged(objective, tmp_path):
+    # Another processor or BLAS adds numbers in another order, so losses are equal to the bit only on similar machines.
     losses, _ = golden.train(objective, str(tmp_path))
     np.testing.assert_allclose(losses, KNOWN[objective]["losses"], rtol=1e-4)
