@@ -147,7 +147,11 @@ def _run_commands(commands: Any) -> None:
     _recipe_arguments(p)
     p.add_argument("--step", type=int, default=0, help="training step of the batch, from 0 (default: %(default)s)")
     p.add_argument("--row", type=int, default=0, help="row of the batch, from 0 (default: %(default)s)")
-    p.add_argument("--html", default="", help="also write the table to this file, as a page with the row's pictures")
+    p.add_argument(
+        "--html",
+        default="",
+        help="also write the table to this file, as a page with the row's pictures (default: no file)",
+    )
     p.set_defaults(command="tokens")
 
 

@@ -49,7 +49,7 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
         wanted[_entry(key, known)] = _weight(value, item)
     if not wanted:
         raise ValueError("no weight was given; write for example: tiphys mixture RUN set 0=0.5 1=0.5")
-    PlanLog(_requests(run_dir)).append({"step": at, "kind": "weights", "weights": wanted})
+    _log(run_dir).append({"step": at, "kind": "weights", "weights": wanted})
     return f"asked {run_dir} for {', '.join(f'{n} = {w:g}' for n, w in wanted.items())}{_from(at)}"
 
 
@@ -65,7 +65,7 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
     from tiphys.dataio.index import EpisodeIndex
 
     known = names(_recipe(run_dir))
-    log = PlanLog(_requests(run_dir))
+    log = _log(run_dir)
     number = len(known) + sum(event["kind"] == "dataset" for event in log.events)
     for item in datasets:
         dataset, sign, value = item.rpartition("=")
@@ -86,7 +86,7 @@ def show(run_dir: str) -> str:
     """The weights of the recipe and every change that was asked for, a line each."""
     recipe = _recipe(run_dir)
     lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
-    lines += [f"asked: {json.dumps(event)}" for event in PlanLog(_requests(run_dir)).events]
+    lines += [f"asked: {json.dumps(event)}" for event in _log(run_dir).events]
     return "\n".join(lines)
 
 
@@ -95,9 +95,7 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
 
     An event that does not fit the plan is named on the terminal and passed over: a request never ends a run.
     """
-    log = PlanLog()
-    log.path = _requests(run_dir)
-    log.follow()
+    log = _log(run_dir)
 
     def fresh() -> list[dict[str, Any]]:
         out = []
@@ -113,8 +111,11 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
     return fresh
 
 
-def _requests(run_dir: str) -> str:
-    return str(Path(run_dir) / REQUESTS)
+def _log(run_dir: str) -> PlanLog:
+    """The requests made so far; lines that are no event are passed over with a warning."""
+    log = PlanLog.following(str(Path(run_dir) / REQUESTS))
+    log.follow()
+    return log
 
 
 def _entry(key: str, known: Sequence[str]) -> str:

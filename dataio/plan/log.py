@@ -73,6 +73,13 @@ class PlanLog:
         for event in events:
             self.append(event)
 
+    @classmethod
+    def following(cls, path: str) -> PlanLog:
+        """The log of a file of which nothing is read yet: see `follow`."""
+        log = cls()
+        log.path = path
+        return log
+
     @property
     def events(self) -> tuple[Event, ...]:
         return tuple(self._events)

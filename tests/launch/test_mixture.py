@@ -1,10 +1,12 @@
-"""Every request for new weights reaches a run once, complete, and only if the run has the entry."""
+"""Every request reaches a run once, complete, and only if it fits the run's mixture."""
 
 import json
 
 import pytest
 
-from tiphys.launch.mixture import REQUESTS, follow, request, show
+from tests.dataio.loading_fixtures import CONTROL, dataset
+from tests.dataio.plan.plans import entry, plan
+from tiphys.launch.mixture import REQUESTS, add, follow, request, show
 
 RECIPE = """
 name: small
@@ -20,9 +22,14 @@ def run(tmp_path):
     return tmp_path
 
 
+def running(**options):
+    """The plan of a run of that recipe."""
+    return plan([entry("0:a", 200, 1), entry("1:s3://b/c", 200, 1, seed=1)], **options)
+
+
 def test_a_request_is_seen_once_and_complete(run):
     request(run, ["a=0.5"])
-    fresh = follow(run)
+    fresh = follow(run, running())
     assert fresh() == []  # older than this call of follow
     request(run, ["1=3", "0=1"], at=70)
     with open(run / REQUESTS, "a") as file:
@@ -34,9 +41,34 @@ def test_a_request_is_seen_once_and_complete(run):
     assert fresh() == []
 
 
+def test_what_does_not_fit_the_run_is_named_and_passed_over(run, capsys, caplog):
+    fresh = follow(run, running())
+    lines = ["3", '{"step": 1, "kind": "colour"}', '{"step": 1, "kind": "weights", "weights": {"nobody": 1}}']
+    (run / REQUESTS).write_text("".join(line + "\n" for line in lines))
+    request(run, ["0=2"])
+    assert [event["weights"] for event in fresh()] == [{"0:a": 2.0}]
+    assert "nobody" in capsys.readouterr().err
+    assert len(caplog.records) == 4  # by the run, and by the request
+
+
+def test_a_dataset_is_added_by_its_fingerprint(run, tmp_path):
+    more = dataset(str(tmp_path / "more"), 20, (CONTROL,))
+    joined = entry("2:more", 20, 1, seed=2)
+    joined.index.fingerprint = more.fingerprint
+    fresh = follow(run, running(open_entry=lambda event: joined))
+    add(run, [f"{more.url}=0.5"], like="0", at=9)
+    (event,) = fresh()
+    assert event == {
+        "step": 9, "kind": "dataset", "entry": f"2:{more.url}", "dataset": more.url, "digest": more.fingerprint,
+        "like": "0:a", "weight": 0.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="not one of the entries"):
+        add(run, [f"{more.url}=0.5"], like="7")
+
+
 @pytest.mark.parametrize("wrong", ["b=1", "0", "0=-1", "0=nan", "0=inf", "2=1", "0=x"])
 def test_an_invalid_request_is_refused_and_nothing_is_written(run, wrong):
-    with pytest.raises(ValueError, match="weight"):
+    with pytest.raises(ValueError, match=r"weight|entries"):
         request(run, ["1=1", wrong])
     assert not (run / REQUESTS).exists()
 
