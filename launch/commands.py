@@ -46,6 +46,12 @@ def check(args: Namespace) -> int:
 
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is valid")
+    if not args.no_data:
+        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines
+        from tiphys.pretrain.objectives import Objectives
+
+        indexes = open_datasets(recipe)
+        print("\n".join(step_rate_lines(make_plan(recipe, indexes, Objectives(recipe, indexes)))))
     return Status.DONE
 
 

@@ -122,6 +122,19 @@ def make_plan(
     )
 
 
+def step_rate_lines(plan: SamplingPlan) -> list[str]:
+    """For people: how unequally the steps of each task are drawn. One line says so if all are equally likely."""
+    lines = []
+    for entry, tasks in zip(plan.entries, plan.describe()["step_rates"].values(), strict=True):
+        for task, (low, high) in tasks.items():
+            if high - low > 0.01:
+                name = entry.index.tasks[task].name
+                lines.append(
+                    f"{name} (entry {entry.name}): a step is drawn {low:.2f} to {high:.2f} times as often as on average"
+                )
+    return lines or ["every step of a task is equally likely"]
+
+
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
     """The settings of this recipe's loaders. `cache`: what one loader may cache; None: the default."""
     from tiphys.dataio.loader import CacheBudget, LoaderSettings

@@ -42,7 +42,7 @@ class StepResult:
     loss             weighted sum over targets ÷ number of targets, without auxiliary terms
     auxiliary        balance loss plus z-loss of the routers
     gradient_norm    norm of the whole gradient, before clipping
-    loss_by_task     number of a task -> (weighted loss sum, number of targets)
+    loss_by_task     number of a task -> (sum of the losses, without their weights; number of targets)
     task_counts      [MoE layers, tasks, experts]: tokens routed to each expert
     memory           peak memory so far on the rank that needed most, in bytes (of its device, or resident on a CPU)
     all_to_all       seconds for sending tokens to experts and back, including waits; mean over the ranks; None without
@@ -387,7 +387,7 @@ class Engine:
             tokens=int(counts.tokens),
             targets=int(counts.targets),
             flops=counts.flops,
-            loss_by_task={t: (float(s), int(n)) for t, (s, _, n) in enumerate(totals["by_task"]) if n},
+            loss_by_task={t: (float(s), int(n)) for t, (_, s, n) in enumerate(totals["by_task"]) if n},
             task_counts=totals["experts"],
             memory=int(memory.max()),
             **more,

@@ -43,7 +43,7 @@ class StepMetrics:
         return self.result.flops / (self.seconds * self.peak)
 
     def to_json(self, tasks: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
-        """The line of metrics.jsonl. `loss_by_task` is the mean over the targets of each task."""
+        """The line of metrics.jsonl. `loss_by_task` is the unweighted mean over the targets of each task, as in validation."""
         r = self.result
         by_task = {tasks[t] if t < len(tasks) else str(t): s / n for t, (s, n) in r.loss_by_task.items() if n}
         return {

@@ -126,8 +126,9 @@ def dataset_document(index: Path, statistics: Statistics) -> dict[str, Any]:
 def publish(store: Store, index: Path, statistics: Statistics, **more: Any) -> None:
     """Upload the statistics, then the index, and last `dataset.json`, which makes the folder a dataset.
 
-    `more` are further keys of `dataset.json`.
+    `more` are further keys of `dataset.json`. Raises DataError if two episodes have one id; nothing is uploaded then.
     """
+    table.check_ids(index, store.url)
     sketches = index.with_name(STATISTICS)
     statistics.write(sketches)
     document = dataset_document(index, statistics) | more

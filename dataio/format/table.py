@@ -186,6 +186,22 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
         writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
 
 
+def check_ids(file: Path, where: str) -> None:
+    """Raises DataError if two episodes of an index file have one id: held-out episodes and quarantine go by ids."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    ids = pq.read_table(file, columns=["id"], memory_map=True)["id"]
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    raise DataError(
+        f"{where}: {len(repeated)} episode ids stand more than once, for example {repeated[0].as_py()!r}; give each episode its "
+        "own id. If the same episodes are in two sources, leave one of them out"
+    )
+
+
 def _groups(parts: Iterable[Part], schema: pa.Schema) -> Iterator[pa.Table]:
     """The rows of all parts in groups of PART rows, so that the file does not depend on where the parts end."""
     import pyarrow as pa

@@ -164,10 +164,18 @@ class Bins(Codec):
         """The middle of each id's bin."""
         y = (np.asarray(tokens, np.float64) - self.first + 0.5) * (2 / self.bins) - 1
         x = inverse_mu_law(y) if self.companded else from_unit(y, *self._bounds)
-        return x.reshape(len(x), *self.shape).astype(self.dtype)
+        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return ((self.first, self.first + self.bins),) * self.tokens
+
+
+def _as_type(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as the field's type: integers are rounded, and stay within the type."""
+    if np.dtype(dtype).kind not in "iu":
+        return x.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(x), limits.min, limits.max).astype(dtype)
 
 
 def to_unit(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -205,7 +213,7 @@ class Quantiles(Codec):
         bins = np.asarray(tokens, np.int64) - self.first
         entry = np.arange(self.tokens)
         x = (self._edges[entry, bins] + self._edges[entry, bins + 1]) / 2
-        return x.reshape(len(x), *self.shape).astype(self.dtype)
+        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return ((self.first, self.first + self._edges.shape[1] - 1),) * self.tokens

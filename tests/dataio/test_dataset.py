@@ -226,7 +226,9 @@ def test_merge_points_to_the_existing_shards(tmp_path, rich):
     whole = index.statistics["rich"] | index.statistics["small"]
     assert all(np.array_equal(whole[n].quantiles, parts[n].quantiles) for n in whole)
     assert verify(str(tmp_path / "both")).ok
-    merged_again = merge([str(tmp_path / "both"), small], str(tmp_path / "three"))
+    other = str(tmp_path / "other")
+    small_dataset(other, seed=1)
+    merged_again = merge([str(tmp_path / "both"), other], str(tmp_path / "three"))
     assert merged_again.episodes == 12 + 30 + 30
     with pytest.raises(FileExistsError):
         merge([url], str(tmp_path / "both"))
@@ -239,6 +241,13 @@ def test_merge_refuses_two_different_tasks_of_the_same_name(tmp_path, rich):
     write(str(tmp_path / "other"), [type(e)(**{**vars(e), "task": "rich"})], [other])
     with pytest.raises(DataError, match="'rich' has other fields"):
         merge([rich[0], str(tmp_path / "other")], str(tmp_path / "both"))
+
+
+def test_two_episodes_of_one_id_are_refused(tmp_path, rich):
+    """Held-out episodes and quarantine go by ids."""
+    with pytest.raises(DataError, match=r"ids stand more than once, for example"):
+        merge([rich[0], rich[0]], str(tmp_path / "twice"))
+    assert not (tmp_path / "twice" / "dataset.json").exists()
 
 
 def test_append_keeps_the_old_episodes_and_their_order(tmp_path):

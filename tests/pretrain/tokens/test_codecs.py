@@ -239,3 +239,10 @@ def test_places_are_random_in_training_and_in_the_middle_otherwise():
     assert (
         places(spans, 7, 3, row, position, False) == np.tile([[31, 31], [31, 95], [95, 31], [95, 95]], (500, 1))
     ).all()
+
+
+@pytest.mark.parametrize("codec", [Bins("", (), FIRST, 1024, (0.0,), (10.0,), dtype="int64")])
+def test_integers_come_back_as_they_were(codec):
+    """Truncation would give 0, 1, 1, 3, 3, 5, …"""
+    values = np.arange(11)
+    assert codec.decode(codec.encode(values)).tolist() == values.tolist()
