@@ -160,15 +160,12 @@ def _model(seen: Examined) -> Iterator[str]:
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
-    from tiphys.pretrain.tokens.paradigms import PARADIGMS
+    from tiphys.pretrain.tokens.paradigms import PARADIGMS, paradigm_errors
 
     named, where = _section(seen.raw, "objectives"), seen.where
     for name, options in named.items():
-        paradigm = (options.get("paradigm") if isinstance(options, dict) else None) or name
-        if paradigm not in PARADIGMS:
-            near = difflib.get_close_matches(str(paradigm), PARADIGMS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(PARADIGMS)}."
-            yield f"{where(f'objectives.{name}')}: no paradigm is called {paradigm!r}. {hint}"
+        paradigm = options.get("paradigm") if isinstance(options, dict) else None
+        yield from _located(paradigm_errors(name, paradigm or ""), where)
     mixture = _section(seen.raw, "data").get("mixture")
     if not mixture:
         yield f"{where('data.mixture')} is empty; write at least one entry {{dataset: …}}"
@@ -176,7 +173,9 @@ def _objectives(seen: Examined) -> Iterator[str]:
         wanted = entry.get("objective", "gato") if isinstance(entry, dict) else "gato"
         if wanted not in named and wanted not in PARADIGMS:
             near = difflib.get_close_matches(str(wanted), [*named, *PARADIGMS], n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join([*named, *PARADIGMS])}."
+            hint = (
+                f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(dict.fromkeys([*named, *PARADIGMS]))}."
+            )
             yield f"{where(f'data.mixture[{i}].objective')}: no objective is called {wanted!r}. {hint}"
 
 

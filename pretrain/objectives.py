@@ -14,7 +14,7 @@ from tiphys.dataio.episode import DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, table
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -352,11 +352,9 @@ def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Mixtur
 
     name = entry.objective
     objective = recipe.objectives[name] if name in recipe.objectives else Objective()
-    paradigm = PARADIGMS.get(objective.paradigm or name)
-    if paradigm is None:
-        raise DataError(
-            f"objectives.{name}.paradigm: no paradigm {objective.paradigm or name!r}; the paradigms are {', '.join(PARADIGMS)}"
-        )
+    for key, reason in paradigm_errors(name, objective.paradigm):
+        raise DataError(f"{key}: {reason}")
+    paradigm = PARADIGMS[objective.paradigm or name]
     wanted = list(entry.tasks) or ["*"]
     tasks = tuple(i for i, t in enumerate(index.tasks) if any(fnmatchcase(t.name, pattern) for pattern in wanted))
     if not tasks:

@@ -8,6 +8,8 @@ episode stand once, before the first timestep of the window.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, ACTION = "text", "observation", "separator", "return", "action"
@@ -86,6 +88,15 @@ PARADIGMS: dict[str, Paradigm] = {
         ),
     )
 }
+
+
+def paradigm_errors(name: str, paradigm: str = "") -> Iterator[tuple[str, str]]:
+    """(key path, reason) if an objective `name` of a recipe names no paradigm; without `paradigm`, its own name is meant."""
+    wanted = paradigm or name
+    if wanted not in PARADIGMS:
+        near = difflib.get_close_matches(str(wanted), PARADIGMS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(PARADIGMS)}."
+        yield f"objectives.{name}", f"no paradigm is called {wanted!r}. {hint}"
 
 
 def table() -> list[dict[str, str]]:
