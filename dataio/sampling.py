@@ -125,7 +125,8 @@ class SamplingPlan:
     Raises
     ------
     DataError
-        If an entry with a weight above 0 has no drawable episode, or a row cannot hold one unit of a task.
+        If nothing can be drawn from an entry with a weight above 0 (if `held_out`: from all of them), a row cannot hold one unit
+        of a task, there are no entries, or an event of the log does not fit.
     ValueError
         If an argument has no valid value.
     """
