@@ -1,6 +1,6 @@
 """Philox4x32-10: random words as a pure function of (seed, step, row, slot, attempt, purpose).
 
-Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Any process can compute any word at any time, in any
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". Any process can compute any word, at any time and in any
 order.
 
 The counter's four 32-bit words:
@@ -22,9 +22,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Purposes: streams that never meet, whatever else is equal.
+# Purposes keep streams apart: two different purposes never share a counter.
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, MASK, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
-SAMPLE = 32  # draws of actions by a policy
+SAMPLE = 32  # actions that a policy draws
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -34,7 +34,7 @@ Words = NDArray[np.uint64]
 
 
 def philox(counter: tuple[Words, Words, Words, Words], seed: int) -> tuple[Words, Words, Words, Words]:
-    """Ten rounds over uint64 arrays that hold 32-bit words; the four results hold 32-bit words too."""
+    """Ten rounds. All arrays, given and returned, are uint64 and hold 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     for _ in range(10):
@@ -59,7 +59,7 @@ def words(
 
 
 def uniform32(word: Words) -> NDArray[np.float64]:
-    """A word as a float in (0, 1), the middle of its cell."""
+    """A word as a float in (0, 1): the middle of its interval of width 2⁻³²."""
     return (word.astype(np.float64) + 0.5) * 2.0**-32
 
 
@@ -69,6 +69,6 @@ def uniform53(high: Words, low: Words) -> NDArray[np.float64]:
 
 
 def generator(seed: int, step: int, row: int, purpose: int, slot: int = 0) -> np.random.Generator:
-    """NumPy's generator for one row, where a purpose needs more than a few words: a function of its arguments alone."""
+    """NumPy's generator for one row, for purposes that need more than a few words. It depends on the arguments alone."""
     key = [seed & (2**64 - 1), (step & (2**48 - 1)) | purpose << 48]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, row, slot]))

@@ -1,9 +1,9 @@
-"""Placement: which rows of each global batch a process computes, so that every process keeps the same data near all the time.
+"""Placement: which rows of each global batch a process computes, so that it needs the same part of the data all the time.
 
-Process p of N is home to the range [p/N, (p + 1)/N) of the plan's line of mass, cut through buckets where it falls. Rows stand
-at even distances on that line, so that each process gets ⌊B/N⌋ or ⌈B/N⌉ of them and finds its own without asking anyone. The
-placement depends on the plan and the launch's world only, never on what is alive or cached: a restarted process has the same
-home.
+With equal weights, process p of N has the range [p/N, (p + 1)/N) of the plan's line. The bounds of a range may lie within a
+bucket. Rows stand at even distances on the line, so each process has ⌊B/N⌋ or ⌈B/N⌉ of the B rows, and finds them without asking
+anyone. The placement depends only on the plan, the number of processes and their weights, never on what is cached or alive. So a
+restarted process has the same home.
 """
 
 from __future__ import annotations
@@ -19,9 +19,21 @@ from tiphys.dataio.sampling import SamplingPlan
 
 @dataclass(frozen=True)
 class Home:
-    """Process `process` of `processes`, which are numbered by hosts in a kept order, then within each host.
+    """One of the processes that share the rows: the process that should hold these rows' bytes.
 
-    weights   relative sizes of all processes' shares (of their caches, say); None: equal
+    Attributes
+    ----------
+    process : int
+        Number of the process, from 0. Processes are numbered host by host, always in the same order of hosts.
+    processes : int
+        Number of processes.
+    weights : tuple of float [processes], optional
+        Relative sizes of the processes' shares, for example of their caches; None: equal shares.
+
+    Raises
+    ------
+    ValueError
+        If `process` is out of range, or the weights are not one number of at least 0 for each process, or all are 0.
     """
 
     process: int
@@ -30,7 +42,9 @@ class Home:
 
     def __post_init__(self) -> None:
         if not 0 <= self.process < self.processes:
-            raise ValueError(f"home: process {self.process} of {self.processes}: processes count from 0")
+            raise ValueError(
+                f"home: process {self.process} of {self.processes}: processes count from 0 to {self.processes - 1}"
+            )
         if self.weights is not None:
             if len(self.weights) != self.processes:
                 raise ValueError(f"home: {len(self.weights)} weights for {self.processes} processes")
@@ -39,7 +53,22 @@ class Home:
 
 
 class Placement:
-    """The rows and the data of one home."""
+    """The rows and the data of one home.
+
+    Parameters
+    ----------
+    plan : SamplingPlan
+        The plan that draws the rows.
+    home : Home
+        The process.
+
+    Attributes
+    ----------
+    plan, home
+        As given.
+    low, high : int
+        The home's range [low, high) of the line of rows · UNIT positions.
+    """
 
     def __init__(self, plan: SamplingPlan, home: Home) -> None:
         self.plan, self.home = plan, home
@@ -50,13 +79,35 @@ class Placement:
         self.low, self.high = int(cuts[home.process]), int(cuts[home.process + 1])
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """Rows of the step's global batch whose home is here, ascending: neighbours, but for the line's own beginning."""
+        """Rows of a step's global batch that this process computes.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        int64 [n]
+            Consecutive row numbers, ascending.
+        """
         offset = self.plan.offset(step)
         return np.arange(-((offset - self.low) // UNIT), -((offset - self.high) // UNIT), dtype=np.int64)
 
     def share(self, step: int = 0) -> list[tuple[int, float, float]]:
-        """(bucket, lo, hi) for each bucket with data here, by the weights in force at a step: this process serves the
-        part [lo, hi) of the bucket's rows."""
+        """The parts of buckets whose rows this process computes, by the weights in force at a step.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        list of (int, float, float)
+            (bucket, lo, hi): the part [lo, hi) of a segment of the line, relative to its length. With replacement each bucket is
+            one segment. Without replacement each entry has a segment in each bucket, so a bucket may come more than once.
+        """
         bucket, low, high = self.plan.segments(step)
         span = np.maximum(high - low, 1)
         lo, hi = np.clip((self.low - low) / span, 0, 1), np.clip((self.high - low) / span, 0, 1)
@@ -64,7 +115,7 @@ class Placement:
 
 
 def data_share(plan: SamplingPlan, home: Home, step: int = 0) -> dict[int, float]:
-    """Bucket -> the part of its rows that the home serves."""
+    """Bucket -> the part of its rows that the home computes."""
     out: dict[int, float] = {}
     for bucket, lo, hi in Placement(plan, home).share(step):
         out[bucket] = out.get(bucket, 0.0) + hi - lo

@@ -1,10 +1,11 @@
 """SamplingPlan: which windows make each row of each step's global batch, as a pure function of seed, step, row and log.
 
-All windows of a row, its prompt too, come from one bucket of episodes, so that a row can be served where its bytes are (see
-`placement`). Each global batch takes its rows at even distances along the line of all buckets' mass, from an offset that moves
-by the golden ratio from step to step: in any span of steps every bucket gets its share of the rows up to one or two.
+All windows of a row, its prompt included, come from one bucket of episodes, so a row can be computed where its data is cached
+(see `placement`). Each bucket has a part of a line, in proportion to its share of the rows. The rows of a step stand on this
+line at even distances, from an offset that moves by the golden ratio from step to step. So in any span of steps each bucket gets
+its share of the rows, up to one or two.
 
-Slot 0 of a row is its prompt, where it has one; windows count from 1.
+Slot 0 of a row is its prompt, if it has one. The slots of its windows count from 1.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from tiphys.dataio.plan.report import report
 
 __all__ = ["EntryLengths", "PlanEntry", "PlannedWindows", "SamplingPlan", "choose_buckets"]
 
-VERSION = 2  # of the draws: another version draws other windows from the same seed
-_GOLDEN = 10368889  # the odd number nearest UNIT / golden ratio: offsets of any span of steps are spread evenly
+VERSION = 2  # another version draws other windows from the same seed
+_GOLDEN = 10368889  # the odd number nearest to UNIT / golden ratio: the offsets of any span of steps are spread evenly
 
 
 def _part(planned: PlannedWindows, part: slice) -> PlannedWindows:
@@ -41,17 +42,22 @@ def _part(planned: PlannedWindows, part: slice) -> PlannedWindows:
 
 
 def choose_buckets(episodes: int, rows: int, prompted: int | None = None) -> int:
-    """Number of buckets: the largest power of two that is at most `rows`, and that leaves 400 episodes of each task in a bucket
-    (1,000 of a task with prompts). With fewer, gradients would vary more than with independent draws.
+    """Number of buckets: the largest power of two that is at most `rows` and leaves 400 episodes of each task in a bucket (1,000
+    of a task with prompts). With fewer episodes in a bucket, gradients would vary more than with independent draws.
 
     Parameters
     ----------
     episodes : int
-        Drawable episodes of the smallest task of an entry with a weight above 0.
+        Drawable episodes of the smallest task. Only entries with a weight above 0 count.
     rows : int
         Rows of the global batch.
     prompted : int, optional
-        The same of the smallest task with prompts.
+        Drawable episodes of the smallest task with prompts; None: no task has prompts.
+
+    Returns
+    -------
+    int
+        At least 1.
     """
     most = min(rows, episodes // 400, rows if prompted is None else prompted // 1000)
     return 1 << (max(most, 1).bit_length() - 1)
@@ -59,7 +65,7 @@ def choose_buckets(episodes: int, rows: int, prompted: int | None = None) -> int
 
 @dataclass(frozen=True)
 class _Ready:
-    """A phase with all that drawing from it needs."""
+    """What is needed to draw the steps of one phase."""
 
     index: PlanIndex
     mix: Mix
@@ -74,21 +80,55 @@ class _Ready:
 
 
 class SamplingPlan:
-    """See the module.
+    """Which windows make each row of each training step, as a pure function of seed, step, row and log.
 
-    Args:
-        rows: rows of the global batch.
-        budget: tokens of a row.
-        weight_unit: `windows` or `tokens`: what an entry's weight counts. Prompts do not count.
-        starts: `steps` or `windows`: what is equally likely, each step of a task or each full window (`plan.draws`).
-        replacement: False: epochs over disjoint tiles of the episodes.
-        buckets: number of buckets; 0: `choose_buckets`.
-        validation, held_out: share of episodes held out; whether to draw only from those, or never.
-        log: events that change the plan.
-        cache_dir: folder for the sorted index, which is then mapped into memory; empty: in memory.
-        open_entry: opens the dataset of a `dataset` event.
+    A plan reads only the indexes of the datasets. It can be pickled and sent to other processes.
 
-    DataError where nothing can be drawn, or a window cannot fit a row.
+    Parameters
+    ----------
+    entries : sequence of PlanEntry
+        The entries of the mixture.
+    rows : int
+        Rows of the global batch.
+    budget : int
+        Tokens of a row.
+    seed : int
+        Key of the random numbers.
+    weight_unit : "windows" or "tokens"
+        What an entry's weight counts. Prompts do not count.
+    replacement : bool
+        False: epochs over disjoint tiles of the episodes (`plan.epochs`).
+    buckets : int
+        Number of buckets; 0: as `choose_buckets` says.
+    validation : float
+        Share of the episodes that are held out.
+    held_out : bool
+        True: draw only held-out episodes. False: never draw them.
+    log : PlanLog, optional
+        Events that change the plan. The plan follows events that are added later.
+    cache_dir : str
+        Folder for the sorted index, which is then mapped into memory; empty: the index is built in memory.
+    starts : "steps" or "windows"
+        What is equally likely: each step of a task, or each full window (`plan.draws`).
+    open_entry : callable, optional
+        Opens the dataset of a `dataset` event: event -> PlanEntry.
+
+    Attributes
+    ----------
+    rows, budget, seed, weight_unit, replacement, validation, held_out, log, cache_dir, starts
+        As given.
+    buckets : int
+        Number of buckets.
+    step : int
+        The step that comes next. The consumer of the plan updates it, and `state_dict` saves it.
+
+    Raises
+    ------
+    DataError
+        If nothing can be drawn from an entry with a weight above 0 (if `held_out`: from all of them), a row cannot hold one unit
+        of a task, there are no entries, or an event of the log does not fit.
+    ValueError
+        If an argument has no valid value.
     """
 
     def __init__(
@@ -109,13 +149,13 @@ class SamplingPlan:
         open_entry: Callable[[Event], PlanEntry] | None = None,
     ) -> None:
         if weight_unit not in ("windows", "tokens"):
-            raise ValueError(f"weight_unit {weight_unit!r} is neither 'windows' nor 'tokens'")
+            raise ValueError(f"weight_unit must be 'windows' or 'tokens', not {weight_unit!r}")
         if starts not in STARTS:
-            raise ValueError(f"starts {starts!r} is neither 'steps' nor 'windows'")
+            raise ValueError(f"starts must be 'steps' or 'windows', not {starts!r}")
         if rows < 1 or budget < 1:
-            raise ValueError(f"a plan needs at least one row and one token a row, not {rows} rows of {budget}")
+            raise ValueError(f"a plan needs at least one row of at least one token, not {rows} rows of {budget} tokens")
         if not entries:
-            raise DataError("mixture: no entries")
+            raise DataError("mixture: no entries; give the plan at least one")
         self.rows, self.budget, self.seed = rows, budget, seed
         self.weight_unit, self.replacement = weight_unit, replacement
         self.validation, self.held_out = validation, held_out
@@ -128,11 +168,11 @@ class SamplingPlan:
         self._fingerprint = ""
         self._indexes: dict[tuple[int, ...], PlanIndex] = {}
         self._history = PlanHistory(self._first_entries, open_entry)
-        self._forget()
-        self._ready(0)  # errors of the data now, not at the first step
+        self._replay()
+        self._ready(0)  # so that data errors are raised now, not at the first step
 
     def _choose_buckets(self) -> int:
-        """By the smallest task of an entry with a weight above 0, and the smallest one with prompts."""
+        """`choose_buckets` for the smallest tasks of the entries with a weight above 0."""
         smallest, prompted = 2**62, None
         for entry in self._first_entries:
             counts = drawable_episodes(entry, self.validation, self.held_out)
@@ -145,19 +185,43 @@ class SamplingPlan:
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
-        """All entries, those that `dataset` events of the log add last. Windows count their entries in this order."""
+        """All entries; those that `dataset` events add come last. `PlannedWindows.entry` is a position in this tuple."""
         if len(self.log) != self._applied:
-            self._forget()
+            self._replay()
         return self._phases[-1].entries
 
     def check(self, event: Event) -> None:
-        """Raises DataError if an event does not fit this plan; changes nothing."""
+        """Check that an event fits this plan, without adding it to the log.
+
+        Parameters
+        ----------
+        event : dict
+            An event as `PlanLog.append` takes it.
+
+        Raises
+        ------
+        DataError
+            If it does not fit: for example, it names an unknown entry.
+        """
         self._history.phases([*self.log.events, event])
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def row_buckets(self, step: int) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Of each row of the step's global batch: its position on the mass line, in [0, 1), ascending, and its bucket."""
+        """Where each row of a step's global batch stands on the line, and its bucket.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        float64 [rows]
+            Positions on the line, in [0, 1), ascending.
+        int32 [rows]
+            Buckets.
+        """
         _, phase = self._phase(step)
         counter = np.full(self.rows, step + phase.skipped, np.int64)
         position = self.positions(counter, np.arange(self.rows))
@@ -165,26 +229,81 @@ class SamplingPlan:
         return position / (self.rows * UNIT), phase.bucket(segment).astype(np.int32)
 
     def offset(self, step: int) -> int:
-        """Where the step's first row stands on the line of rows · UNIT positions; the others follow at distances of UNIT."""
+        """Where row 0 of a step stands on the line of rows · UNIT positions. Row r stands r · UNIT after it.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        int
+            At least 0, below UNIT.
+        """
         counter = np.array([step + self._phase(step)[1].skipped], np.int64)
         return int(self.positions(counter, np.zeros(1, np.int64))[0])
 
     def segments(self, step: int) -> tuple[Ints, Ints, Ints]:
-        """The line's parts: bucket, first position, and end of each, by the weights in force at the step."""
+        """The parts of the line of rows · UNIT positions, by the weights in force at a step.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        tuple of int64 [segments]
+            Bucket, first position and end of each part. Without replacement each entry has a part in each bucket.
+        """
         phase = self._phase(step)[1]
         return phase.bucket(np.arange(len(phase.mix.cut) - 1)), phase.mix.cut[:-1], phase.mix.cut[1:]
 
     def positions(self, counter: Ints, row: Ints) -> Ints:
-        """Where rows stand on the line of rows · UNIT positions, by the plan's own count of steps."""
+        """Where rows stand on the line of rows · UNIT positions.
+
+        Parameters
+        ----------
+        counter : int64 [n]
+            The step plus the steps skipped before it.
+        row : int64 [n]
+            Row of the global batch.
+
+        Returns
+        -------
+        int64 [n]
+            The positions.
+        """
         return row * UNIT + (self._offset + _GOLDEN * (counter % UNIT)) % UNIT
 
     def windows(
         self, step: int, rows: ArrayLike | None = None, attempts: Mapping[tuple[int, int], int] | None = None
     ) -> PlannedWindows:
-        """The windows of some rows (all: None) of a step.
+        """The windows of some rows of a step.
 
-        attempts: (row, slot) -> least attempt that is acceptable, for windows that could not be read: the next of the same task
-        and bucket, within the same tokens; all other windows stay as they are. The window delivered says its `attempt`.
+        Parameters
+        ----------
+        step : int
+            The training step, from 0.
+        rows : int [n], optional
+            Rows of the global batch; None: all.
+        attempts : mapping, optional
+            (row, slot) -> least attempt that is acceptable, for windows that could not be read. Another window of the same task
+            and bucket is drawn, within the same tokens (after 16 attempts, of any task of the bucket). Other windows stay as
+            they are, except the prompt of a first window that changed. A window for which 64 attempts find nothing is left out.
+
+        Returns
+        -------
+        PlannedWindows
+            By row, in the order of `rows`, then by slot. Its `attempt` says which attempt gave each window.
+
+        Raises
+        ------
+        ValueError
+            If the step or a row is out of range.
+        DataError
+            If an event of the log does not fit the plan, or nothing is left to draw.
         """
         rows = np.arange(self.rows) if rows is None else np.asarray(rows, np.int64)
         return self.many([step], [rows], attempts)[0]
@@ -195,7 +314,27 @@ class SamplingPlan:
         rows: Sequence[NDArray[np.int64]],
         attempts: Mapping[tuple[int, int], int] | None = None,
     ) -> list[PlannedWindows]:
-        """`windows` of several steps at once, which costs much less for each: `rows[i]` of `steps[i]`."""
+        """The windows of several steps at once, which takes much less time than a call of `windows` for each.
+
+        Parameters
+        ----------
+        steps : sequence of int
+            Training steps.
+        rows : sequence of int64 [n]
+            The rows of each step.
+        attempts : mapping, optional
+            As in `windows`; it holds for all the steps.
+
+        Returns
+        -------
+        list of PlannedWindows
+            One for each step.
+
+        Raises
+        ------
+        ValueError, DataError
+            As `windows` does.
+        """
         out: list[PlannedWindows] = []
         for number, group in itertools.groupby(range(len(steps)), lambda i: self._phase(steps[i])[0]):
             phase, chosen = self._ready(number), list(group)
@@ -203,7 +342,7 @@ class SamplingPlan:
             step = np.repeat(np.array([steps[i] for i in chosen], np.int64), sizes)
             row = np.concatenate([np.asarray(rows[i], np.int64) for i in chosen])
             if len(row) and not (row.min() >= 0 and row.max() < self.rows):
-                raise ValueError(f"rows are numbered from 0 to {self.rows - 1}, not {row.min()} to {row.max()}")
+                raise ValueError(f"rows must be from 0 to {self.rows - 1}, not from {row.min()} to {row.max()}")
             at, planned = self._planned(phase, step, row, attempts or {})
             ends = np.searchsorted(at, np.cumsum(sizes))
             starts = [0, *ends[:-1]]
@@ -213,7 +352,7 @@ class SamplingPlan:
     def _planned(
         self, phase: _Ready, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
     ) -> tuple[Ints, PlannedWindows]:
-        # Rows of a bucket are drawn together, whatever their step: the searches then stay within a small part of the index.
+        # Draw the rows of a bucket together, whatever their step: each search then stays in a small part of the index.
         order = np.argsort(row, kind="stable")
         step, row = step[order], row[order]
         counter = step + phase.skipped
@@ -251,10 +390,10 @@ class SamplingPlan:
         segment: Ints,
         attempts: Mapping[tuple[int, int], int],
     ) -> tuple[Columns, Columns]:
-        """Windows and prompts with others in the place of those that are quarantined or were reported as unreadable.
+        """Replaces the windows and prompts that are quarantined or were reported as unreadable.
 
-        A prompt is drawn for the window that is delivered: if that was drawn anew, the prompt is too. A window without a
-        substitute is dropped, and so is a prompt.
+        A prompt belongs to the first window of its row: if that window is drawn again, the prompt is too. Windows and prompts
+        for which no substitute is found are left out.
         """
         needed = self._needed(phase, windows, step, row, attempts)
         changed = np.flatnonzero(needed)
@@ -280,7 +419,7 @@ class SamplingPlan:
     def _needed(
         self, phase: _Ready, columns: Columns, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
     ) -> Ints:
-        """The least attempt that is acceptable for each window: 0 for those that stay."""
+        """The least attempt that is acceptable for each window; 0: the window stays."""
         at = columns["at"]
         needed = self._refused(phase, columns["cell"], columns["place"], step[at]).astype(np.int64)
         if attempts:
@@ -299,7 +438,7 @@ class SamplingPlan:
         row: Ints,
         segment: Ints,
     ) -> Columns:
-        """The columns with those in `again` drawn anew; `heads`: they are prompts, of these windows."""
+        """The columns, with the elements `again` drawn anew. If `heads` is given, they are the prompts of these windows."""
         if not len(again):
             return columns
         part = {k: v[again] for k, v in columns.items()}
@@ -319,10 +458,10 @@ class SamplingPlan:
             columns[k][again] = new[k]
         return columns
 
-    # -- what changes ------------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """Replays the log. What did not change is not built again."""
+    def _replay(self) -> None:
+        """Replays the log. Indexes of entries that did not change are kept."""
         self._applied = len(self.log)
         self._phases = self._history.phases(self.log.events)
         self._firsts = [p.first for p in self._phases]
@@ -332,7 +471,7 @@ class SamplingPlan:
         self._check_left()
 
     def _check_left(self) -> None:
-        """DataError if quarantine leaves nothing of an entry with a weight above 0, before a step wants it."""
+        """Raises DataError if quarantine leaves nothing of an entry with a weight above 0, before a step needs it."""
         for number, entry in enumerate(self._phases[-1].entries):
             gone = self._quarantine.episodes(number)
             if not len(gone) or self._phases[-1].weights[number] <= 0:
@@ -340,13 +479,13 @@ class SamplingPlan:
             counts = drawable_episodes(entry, self.validation, self.held_out, without=gone)
             if not counts.sum():
                 raise DataError(
-                    f"mixture: entry {entry.name!r} has no episode left: all that could be drawn are quarantined as unreadable; "
-                    "run `tiphys verify` on its dataset, or set its weight to 0"
+                    f"mixture: entry {entry.name!r} has no episode left: all its drawable episodes are quarantined as "
+                    "unreadable; run `tiphys verify` on its dataset, or set its weight to 0"
                 )
 
     def _phase(self, step: int) -> tuple[int, _Ready]:
         if len(self.log) != self._applied:
-            self._forget()
+            self._replay()
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0")
         number = bisect_right(self._firsts, step) - 1
@@ -368,7 +507,7 @@ class SamplingPlan:
         return self._built[number]
 
     def _epochs(self, number: int, index: PlanIndex, mix: Mix) -> EpochDrawer:
-        """Streams go on where the phase before left them, but for entries whose episodes changed."""
+        """Streams continue where the previous phase ended, except those of entries whose episodes changed."""
         phase = self._phases[number]
         begun, entries = phase.first + phase.skipped, len(phase.entries)
         before, generation = np.zeros((self.buckets, entries), np.int64), np.zeros(entries, np.int64)
@@ -405,18 +544,29 @@ class SamplingPlan:
         return self._indexes[key]
 
     def describe(self, step: int = 0) -> dict[str, Any]:
-        """What the plan delivers under the weights in force at a step (see `plan_report.report`); JSON."""
+        """What the plan delivers, on average, under the weights in force at a step.
+
+        Parameters
+        ----------
+        step : int
+            The training step.
+
+        Returns
+        -------
+        dict
+            JSON values: buckets, rows, budget, replacement, weight_unit, held_out, and what `plan.report.report` returns.
+        """
         number, phase = self._phase(step)
         names = [e.name for e in self._phases[number].entries]
         kind = {"replacement": self.replacement, "weight_unit": self.weight_unit, "held_out": self.held_out}
-        told = report(phase.index, phase.mix, names, self.rows, self.budget)
-        return {"buckets": self.buckets, "rows": self.rows, "budget": self.budget, **kind, **told}
+        expected = report(phase.index, phase.mix, names, self.rows, self.budget)
+        return {"buckets": self.buckets, "rows": self.rows, "budget": self.budget, **kind, **expected}
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> str:
-        """Names everything but the log that the plan's draws depend on."""
+        """SHA-256, in hexadecimal, of everything that the draws depend on, except the log."""
         if not self._fingerprint:
             numbers = [
                 VERSION,
@@ -434,7 +584,13 @@ class SamplingPlan:
         return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: the step that comes next (`step`, kept by whoever consumes the plan), the log, and what must be the same."""
+        """What a checkpoint must hold to continue from `step`.
+
+        Returns
+        -------
+        dict
+            JSON values: `step`, the events of the log, and `version`, `buckets` and `fingerprint`, which a resume compares.
+        """
         return {
             "step": self.step,
             "version": VERSION,
@@ -444,22 +600,33 @@ class SamplingPlan:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state. The log's events that this plan lacks are added; ValueError where the plan is another one."""
+        """Continue from a state: take its step, and add those of its events that this plan's log lacks.
+
+        Parameters
+        ----------
+        state : mapping
+            What `state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            If the state belongs to another plan: version, number of buckets or fingerprint differ.
+        """
         if state.get("version", 1) != VERSION:
             raise ValueError(
-                f"plan: the checkpoint was drawn by version {state.get('version', 1)} of the sampling plan; this Tiphys draws by "
-                f"version {VERSION}, so the same steps would show other windows. Finish the run with the Tiphys that began it, "
-                "or start a new run"
+                f"plan: the checkpoint was written by version {state.get('version', 1)} of the sampling plan; this Tiphys has "
+                f"version {VERSION}, which would draw other windows for the same steps. Finish the run with the release of "
+                "Tiphys that started it, or start a new run"
             )
         if state["buckets"] != self.buckets:
             raise ValueError(
-                f"plan: the checkpoint was drawn from {state['buckets']} buckets, this plan has {self.buckets}; set "
+                f"plan: the checkpoint's plan has {state['buckets']} buckets, but this plan has {self.buckets}; set "
                 f"data.buckets={state['buckets']}"
             )
         if state["fingerprint"] != self.fingerprint:
             raise ValueError(
-                "plan: the checkpoint belongs to another plan (data, objective, batch size, seed or weights differ); start a new "
-                "run, or restore the recipe that wrote it"
+                "plan: the checkpoint belongs to another plan (data, objective, batch size, seed or weights differ); restore the "
+                "recipe and the data of its run, or start a new run"
             )
         mine = list(self.log.events)
         for event in state["log"]:
@@ -470,10 +637,10 @@ class SamplingPlan:
         self.step = int(state["step"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs; the sorted index is built there, or mapped from `cache_dir`."""
+        """All but the sorted index, which the receiving process builds, or maps from `cache_dir`."""
         return {k: v for k, v in self.__dict__.items() if k not in ("_indexes", "_built")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._indexes = {}
-        self._forget()
+        self._replay()

@@ -1,8 +1,8 @@
 """`tiphys mixture`: change the mixture of a run while it trains.
 
-A request is an event of the plan's log (`tiphys.dataio.plan.log`) that is appended to `<run.dir>/plan.jsonl`. Rank 0 of the run
-reads new lines after every step. All ranks then add the event to the plan's log, in force from the same step on. Every checkpoint
-contains that log.
+A request is an event of the plan's log (`tiphys.dataio.plan.log`), appended to `<run.dir>/plan.jsonl`. Rank 0 of the run reads
+new lines after every step. All ranks then add the event to their plan's log, with effect from the same step on. Every checkpoint
+contains this log.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def names(recipe: Recipe) -> list[str]:
 
 
 def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
-    """Ask a run for new weights. Returns a sentence that confirms it.
+    """Ask a run for new weights. Returns a sentence that confirms the request.
 
-    weights  `entry=weight` each; an entry is the number of a mixture entry, its dataset, or both (`0:datasets/a`)
-    at       first training step that uses them; 0: as soon as every rank can
+    weights  `entry=weight` each; an entry is given by its number, its dataset, or both (`0:datasets/a`)
+    at       first training step that uses the weights; 0: the first step at which all ranks can
 
-    Raises ValueError if an entry is unknown or ambiguous, or a weight is not a number of at least 0; nothing is written then.
+    Raises ValueError if an entry is unknown or ambiguous, or a weight is not a finite number of at least 0. Then nothing is
+    written.
     """
     recipe = _recipe(run_dir)
     known = names(recipe)
@@ -43,9 +44,7 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
     for item in weights:
         key, sign, value = item.rpartition("=")
         if not sign:
-            raise ValueError(
-                f"{item!r}: write entry=weight; the entries are {', '.join(known)} (the number alone is enough)"
-            )
+            raise ValueError(f"{item!r}: write entry=weight; the entries are {', '.join(known)} (the number is enough)")
         wanted[_entry(key, known)] = _weight(value, item)
     if not wanted:
         raise ValueError("no weight was given; write for example: tiphys mixture RUN set 0=0.5 1=0.5")
@@ -54,13 +53,13 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
 
 
 def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
-    """Ask a run to take further datasets into its mixture. Returns a sentence that confirms it.
+    """Ask a run to add datasets to its mixture. Returns a sentence that confirms the request.
 
     datasets  `dataset=weight` each
-    like      the mixture entry whose objective is learned on them: its number, its dataset, or both
-    at        first training step that may draw from them; 0: as soon as every rank can
+    like      the mixture entry whose objective they get: its number, its dataset, or both
+    at        first training step that may draw from them; 0: the first step at which all ranks can
 
-    Raises ValueError if `like` is unknown or a weight is no number of at least 0, and what opening a dataset raises.
+    Raises ValueError if `like` is unknown or a weight is not a finite number of at least 0, and any error of opening a dataset.
     """
     from tiphys.dataio.index import EpisodeIndex
 
@@ -70,7 +69,7 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
     for item in datasets:
         dataset, sign, value = item.rpartition("=")
         if not sign:
-            raise ValueError(f"{item!r}: write dataset=weight")
+            raise ValueError(f"{item!r}: write dataset=weight, for example: runs/more=0.5")
         event = {"step": at, "kind": "dataset", "entry": f"{number}:{dataset}", "dataset": dataset}
         event |= {
             "digest": EpisodeIndex.open(dataset).fingerprint,
@@ -79,11 +78,11 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
         }
         log.append(event)
         number += 1
-    return f"asked {run_dir} to take in {', '.join(datasets)}, learned like {like}{_from(at)}"
+    return f"asked {run_dir} to add {', '.join(datasets)} with the objective of entry {like}{_from(at)}"
 
 
 def show(run_dir: str) -> str:
-    """The weights of the recipe and every change that was asked for, a line each."""
+    """The weights of the recipe and all requests, one line each."""
     recipe = _recipe(run_dir)
     lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
     lines += [f"asked: {json.dumps(event)}" for event in _log(run_dir).events]
@@ -91,9 +90,9 @@ def show(run_dir: str) -> str:
 
 
 def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]]]:
-    """Returns a function that gives the events appended since its last call. Events older than this call are never given.
+    """Returns a function that returns the events appended since its last call, or, the first time, since this call.
 
-    An event that does not fit the plan is named on the terminal and passed over: a request never ends a run.
+    An event that does not fit the plan is ignored, with a message on stderr: a request never ends a run.
     """
     log = _log(run_dir)
 
@@ -103,7 +102,7 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
             try:
                 plan.check(event)
             except (DataError, OSError) as error:
-                print(f"tiphys: a request in {log.path} is passed over: {error}", file=sys.stderr, flush=True)
+                print(f"tiphys: a request in {log.path} is ignored: {error}", file=sys.stderr, flush=True)
             else:
                 out.append(event)
         return out
@@ -112,17 +111,17 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
 
 
 def _log(run_dir: str) -> PlanLog:
-    """The requests made so far; lines that are no event are passed over with a warning."""
+    """The requests made so far. Invalid lines are ignored, with a warning."""
     log = PlanLog.following(str(Path(run_dir) / REQUESTS))
     log.follow()
     return log
 
 
 def _entry(key: str, known: Sequence[str]) -> str:
-    """The plan's name of a mixture entry that is given by number, dataset, or both."""
+    """The plan's name of a mixture entry that is given by its number, its dataset, or both."""
     found = [n for i, n in enumerate(known) if key in (str(i), n, n.partition(":")[2])]
     if len(found) != 1:
-        raise ValueError(f"{key!r} is not one of the entries {', '.join(known)} (the number alone is enough)")
+        raise ValueError(f"{key!r} is not one of the entries {', '.join(known)}; name one entry (its number is enough)")
     return found[0]
 
 

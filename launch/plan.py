@@ -1,4 +1,4 @@
-"""A recipe's sampling plan and its loaders' arguments, for training, `tiphys tokens` and `tiphys check`."""
+"""The sampling plan and the loaders' arguments of a recipe, for training, `tiphys tokens` and `tiphys check`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tiphys.pretrain.parallel import ParallelDims
     from tiphys.pretrain.tokens.batch import TokenBatch
 
-MAPPED = 200_000  # episodes above which a plan is sorted once on each machine and mapped into memory
+MAPPED = 200_000  # plans of more episodes are sorted once on each machine and mapped into memory
 
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
-    """The index of each mixture entry. The first rank of a machine decodes new indexes; the other ranks find them decoded."""
+    """The index of each mixture entry. Local rank 0 decodes new indexes first; the other ranks find them decoded."""
     from tiphys.dataio.index import EpisodeIndex
 
     opened: dict[str, EpisodeIndex] = {}
@@ -42,16 +42,15 @@ def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[Epi
 
 
 class Joining:
-    """Opens datasets that join the mixture of a run (`dataset` events of the plan's log)."""
+    """Opens datasets that join the mixture of a run by `dataset` events of the plan's log."""
 
     def __init__(self, recipe: Recipe, objectives: Objectives) -> None:
         self.recipe, self.objectives = recipe, objectives
-        self._known: dict[
-            str, tuple[EpisodeIndex, int]
-        ] = {}  # entry -> its dataset, and the entry that it is learned like
+        # Name of each joined entry -> its dataset, and the number of the entry whose objective it gets
+        self._known: dict[str, tuple[EpisodeIndex, int]] = {}
 
     def open(self, event: Mapping[str, Any]) -> PlanEntry:
-        """The plan's entry of an event. Raises DataError if its dataset cannot be learned like the entry that it names."""
+        """The plan entry of an event. Raises DataError if the objective of the entry that it names does not fit its dataset."""
         from tiphys.dataio.index import EpisodeIndex
 
         known = names(self.recipe)
@@ -63,7 +62,7 @@ class Joining:
         return _plan_entry(objectives, number, index, event["weight"], event["entry"], None)
 
     def loader(self, entries: Sequence[PlanEntry], *, training: bool = True) -> Joined:
-        """What a loader must know of the entries that have joined."""
+        """What a loader must know of the given entries, which have joined."""
         from tiphys.dataio.loader import Joined
 
         objectives = self.objectives.joined([self._known[entry.name] for entry in entries])
@@ -95,7 +94,7 @@ def make_plan(
     rows: int = 0,
     joining: Joining | None = None,
 ) -> SamplingPlan:
-    """The plan of a recipe. With `held_out`, of the held-out episodes, with `rows` rows in a step."""
+    """The plan of a recipe; if `held_out`, over the held-out episodes. `rows`: rows of a step; 0: as the recipe says."""
     from tiphys.dataio.format.document import cache_folder
     from tiphys.dataio.plan.preferences import preference
     from tiphys.dataio.sampling import SamplingPlan
@@ -115,28 +114,28 @@ def make_plan(
         buckets=recipe.data.buckets,
         validation=recipe.data.validation,
         held_out=held_out,
-        # A large plan is sorted once on each machine and mapped into memory by every process. A small one is sorted anew, which
-        # is quicker than reading it.
+        # A large plan is sorted once on each machine, and every process maps it into memory. Every process sorts a small plan by
+        # itself, because that takes less time than reading a file.
         cache_dir=str(cache_folder() / "plans") if sum(index.episodes for index in indexes) > MAPPED else "",
         open_entry=None if joining is None else joining.open,
     )
 
 
 def step_rate_lines(plan: SamplingPlan) -> list[str]:
-    """For people: how unequally the steps of each task are drawn. One line says so if all are equally likely."""
+    """Lines of text: the tasks whose steps are not equally likely, or, if there are none, one line that says so."""
     lines = []
     for entry, tasks in zip(plan.entries, plan.describe()["step_rates"].values(), strict=True):
         for task, (low, high) in tasks.items():
             if high - low > 0.01:
                 name = entry.index.tasks[task].name
                 lines.append(
-                    f"{name} (entry {entry.name}): a step is drawn {low:.2f} to {high:.2f} times as often as on average"
+                    f"{name} (entry {entry.name}): its steps are drawn {low:.2f} to {high:.2f} times as often as its average step"
                 )
     return lines or ["every step of a task is equally likely"]
 
 
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
-    """The settings of this recipe's loaders. `cache`: what one loader may cache; None: the default."""
+    """The settings of a recipe's loaders. `cache`: what one loader may cache; None: the default."""
     from tiphys.dataio.loader import CacheBudget, LoaderSettings
 
     return LoaderSettings(
@@ -152,7 +151,7 @@ def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderS
 def loader_arguments(
     recipe: Recipe, objectives: Objectives, *, cache: CacheBudget | None = None, training: bool = True
 ) -> dict[str, Any]:
-    """The arguments of TrajectoryLoader that every loader of this recipe gets. `cache`: as in `loader_settings`."""
+    """The arguments of TrajectoryLoader that all loaders of a recipe share. `cache`: as in `loader_settings`."""
     entries = range(len(recipe.data.mixture))
     return {
         "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
@@ -165,7 +164,7 @@ def loader_arguments(
 def held_out_batches(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, world: ParallelDims
 ) -> Iterator[TokenBatch]:
-    """This rank's share of `validate.rows` held-out rows; the same rows at every validation."""
+    """This rank's share of `validate.rows` held-out rows. Every validation uses the same rows."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.pretrain.tokens.batch import TokenBatch
 

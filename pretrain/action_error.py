@@ -1,4 +1,4 @@
-"""Open-loop error: how far the predicted actions are from the recorded ones, given the recorded past, on held-out rows."""
+"""Open-loop error: how far predicted actions are from the recorded ones, given the recorded past; on held-out rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tiphys.pretrain.model.inputs import from_bits
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
 
-COLUMNS = 4  # number of predicted tokens, of wrong ones, of regressed vectors, and the sum of their mean |error|
+COLUMNS = 4  # predicted tokens, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
 
 
 def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[str, Tensor]) -> Tensor:
-    """float64 [tasks, 4]: see COLUMNS. A token is wrong if another id of its softmax is more probable."""
+    """float64 [tasks, 4], see COLUMNS. A token is wrong if another id of its softmax has a higher probability."""
     sums = torch.zeros(max(1, len(model.config.tasks)), COLUMNS, dtype=torch.float64, device=output.hidden.device)
     for name, target in inputs.items():
         kind, _, rest = name.partition("/")
@@ -27,7 +27,7 @@ def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[
             guess = model.logits(output.hidden[target[:, 0]], int(rest)).argmax(-1) + low
             _add(sums, target[:, 2], 0, (guess != target[:, 1]).double())
         elif kind == "regression":
-            # Do not call the module: under ZeRO-3 that is a collective, and another rank may have no target of this head.
+            # Do not call the module: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
             layer = model.head.regressions[model.head.names[rest]]
             guess = F.linear(output.hidden[target[:, 0]], layer.weight, layer.bias).float()  # type: ignore[arg-type]
             _add(sums, target[:, 1], 2, (guess - from_bits(target[:, 3:])).abs().mean(-1).double())

@@ -1,4 +1,4 @@
-"""What steps of an episode cost in tokens, by stratum: exactly, also if some elements are shown at few steps only."""
+"""How many tokens the steps of an episode take, by stratum: exactly, even if some elements are not shown at every step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ Ints = NDArray[np.int64]
 class StepCost:
     """Tokens of the steps of one task.
 
-    An element of `tokens` tokens with `period` p is shown at the steps t of a window that starts at step s for which
-    (t − s mod chunk) is a multiple of p. Elements with period 1 are shown at every step.
+    In a window that starts at step s, an element with period p is shown at those steps t for which t − (s mod chunk) is a
+    multiple of p. Elements with period 1 are shown at every step.
 
-    elements  (tokens, period) of each element
-    chunk     steps of an action chunk; periods of elements that stand once a chunk are multiples of it
+    Attributes
+    ----------
+    elements : tuple of (int, int)
+        (tokens, period) of each element.
+    chunk : int
+        Steps of an action chunk. The periods of elements that are shown once in a chunk are multiples of it.
     """
 
     elements: tuple[tuple[int, int], ...]
@@ -28,19 +32,24 @@ class StepCost:
 
     @classmethod
     def plain(cls, tokens: int) -> StepCost:
-        """Every step costs the same."""
+        """Every step takes the same number of tokens."""
         return cls(((tokens, 1),))
 
     def most(self, steps: NDArray) -> Ints:
-        """Tokens of so many steps, wherever they start, at most."""
+        """Most tokens that so many consecutive steps can take, wherever they start."""
         total = sum((tokens * -(-np.asarray(steps, np.int64) // period) for tokens, period in self.elements))
         return np.asarray(total, np.int64)
 
 
 class Costs:
-    """The step costs of all strata, for arrays of strata at once.
+    """The step costs of all strata, computed for whole arrays.
 
-    budget  tokens of a row: `fit` is asked for no more
+    Parameters
+    ----------
+    costs : sequence of StepCost
+        One for each stratum.
+    budget : int
+        Tokens of a row. `fit` takes no room above this.
     """
 
     def __init__(self, costs: Sequence[StepCost], budget: int) -> None:
@@ -52,7 +61,7 @@ class Costs:
             for j, (tokens, period) in enumerate(cost.elements):
                 self.tokens[j, i], self.period[j, i] = tokens, period
         self.first = np.array([int(c.most(np.ones(1))[0]) for c in costs], np.int64)  # most tokens of a single step
-        # A window of n steps takes at most n · each + once tokens: exact for n if every step costs the same
+        # A window of n steps takes at most n · each + once tokens, and exactly so many if all steps cost the same.
         self.each = np.asarray(-(-self.tokens // self.period)).sum(0)
         self.once = np.asarray(-(-self.tokens * (self.period - 1) // self.period)).sum(0)
         self.plain = bool((self.period == 1).all())
@@ -74,7 +83,7 @@ class Costs:
         return np.asarray(total, np.int64)
 
     def fit(self, stratum: Ints, room: Ints) -> Ints:
-        """Most steps that fit so many tokens, wherever they start; 0 for a negative room."""
+        """Most steps that always fit into so many tokens, wherever they start; 0 if `room` is negative."""
         room = np.maximum(room, 0)
         if self._fit is None:
             return np.asarray(room // self.first[stratum], np.int64)

@@ -1,4 +1,6 @@
-"""Draws with replacement: from Philox words to the windows and prompts of rows, for any rows of any steps at once.
+"""Sampling with replacement: from Philox words to the windows and prompts of rows, for any rows of any steps at once.
+
+The room of a draw is the number of tokens that the row has left.
 
 Why every step of a task is equally likely (`starts: steps`). An episode of T steps whose longest window is K steps has mass
 (T − 1) / K + 1. Its window starts anywhere from −(K − 1) to T − 1, all equally likely, and is cut at the episode's ends. So each
@@ -21,27 +23,28 @@ from tiphys.dataio.philox import PROMPT, WINDOW, Words, uniform32, uniform53, wo
 from tiphys.dataio.plan.index import PlanIndex, tile_count
 from tiphys.dataio.plan.mixture import Mix
 
-# Redraws: up to 16 stay with task and bucket, up to 64 with the bucket; the first 32 avoid the episode that was drawn first.
+# Redraws: attempts up to 16 keep the task and the bucket, attempts up to 64 keep the bucket. Attempts up to 32 avoid the episode
+# that was drawn first.
 SAME_TASK, OTHER_EPISODE, ATTEMPTS = 16, 32, 64
-_TRIES = 64  # slots in a row that may be refused near the end of a row (see `Drawer.take`), before the row ends
+_TRIES = 64  # a row ends after so many refused draws one after the other (see `Drawer.take`)
 Ints = NDArray[np.int64]
 Refused = Callable[[Ints, Ints, Ints], NDArray[np.bool_]]
-Columns = dict[
-    str, NDArray
-]  # `at` (which of the rows asked for), `slot`, `place` (in the PlanIndex), `start`, `units`, …
+# `at` (position in the rows asked for), `slot`, `cell`, `place` (position in the PlanIndex), `start`, `units`, `tokens`
+Columns = dict[str, NDArray]
 
 
 class Quarantine:
-    """Episodes that are drawn no more, each from a step on: the same for every entry over the same data."""
+    """Episodes that are no longer drawn, each from a step on. An event holds for all entries over the same data."""
 
     def __init__(self, events: Iterable[Mapping[str, Any]], entries: Sequence[tuple[str, str]]) -> None:
-        """`entries`: name and fingerprint of the data of each entry."""
+        """`entries`: name of each entry, and fingerprint of its data."""
         prints = dict(entries)
         from_step: dict[tuple[int, int], int] = {}
         for event in events:
             if event["entry"] not in prints:
                 raise DataError(
-                    f"plan log: step {event['step']} quarantines an episode of {event['entry']!r}, no entry of the mixture"
+                    f"plan log: the event of step {event['step']} quarantines an episode of entry {event['entry']!r}; the "
+                    f"mixture has {', '.join(prints)}"
                 )
             for i, (_, data) in enumerate(entries):
                 if data == prints[event["entry"]]:
@@ -56,7 +59,7 @@ class Quarantine:
         return len(self._keys)
 
     def episodes(self, entry: int) -> Ints:
-        """Numbers of an entry's episodes that are quarantined from some step on."""
+        """Numbers of an entry's episodes that are quarantined at any step."""
         mine = self._keys >> 40 == entry
         return self._keys[mine] & ((1 << 40) - 1)
 
@@ -70,20 +73,24 @@ class Quarantine:
 
 
 class Drawer:
-    """Draws rows from an index under a mix. `counter` is the plan's own count of steps: the step plus the skipped ones."""
+    """Draws rows from an index under a mix. `counter` is the step plus the steps skipped before it."""
 
     def __init__(self, index: PlanIndex, mix: Mix, budget: int, seed: int, tiles: bool = False) -> None:
         self.index, self.mix, self.budget, self.seed, self.tiles = index, mix, budget, seed, tiles
-        self._before = np.asarray(index.mass[index.first])  # running mass before each cell: small enough for the caches
+        self._before = np.asarray(
+            index.mass[index.first]
+        )  # running mass before each cell: small enough for the processor's caches
         self.prompt_room = np.maximum(budget - index.least, 0)  # most tokens of a prompt, by stratum
-        # What a row sets aside for its prompt until its first window is known
+        # What a row reserves for its prompt until its first window is known
         strata = index.strata
         wanted = index.costs.fit(np.arange(len(strata)), self.prompt_room)
         self.reserve = np.minimum(_most_tokens(index, np.minimum(strata.prompt_units, wanted)), self.prompt_room)
         mass = index.cell_mass.sum(0)
         size = np.divide(index.content.reshape(index.buckets, -1).sum(0), mass, where=mass > 0, out=np.ones(len(mass)))
-        self.rooms: list[Ints] | None = None  # if it is a list: the room before each draw from slot 2 on is added to it
-        self._slots = int(np.clip(budget // max(size.max(initial=1.0), 1.0), 1, 64))  # slots drawn at once for each row
+        self.rooms: list[Ints] | None = None  # if this is a list, the room of each draw from slot 2 on is added to it
+        self._slots = int(
+            np.clip(budget // max(size.max(initial=1.0), 1.0), 1, 64)
+        )  # slots of a row that are drawn together
 
     def rows(self, counter: Ints, row: Ints, bucket: Ints) -> tuple[Columns, Columns]:
         """Windows and prompts of rows, before any redraw. Windows are ordered by row, then slot."""
@@ -106,9 +113,9 @@ class Drawer:
     def _roomy(
         self, alive: Ints, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints
     ) -> tuple[Columns, NDArray[np.bool_]]:
-        """The next slots of rows, as long as each row's room holds any window of the stratum drawn.
+        """The next slots of rows, as long as the room holds the largest window of the stratum that is drawn.
 
-        Moves `left` and `slot` on. Returns the windows, and whether all slots of a row were such.
+        Updates `left` and `slot`. Returns the windows, and for each row whether all slots were of this kind and room is left.
         """
         slots = slot[alive][:, None] + np.arange(self._slots)
         a, b, c, _ = words(self.seed, counter[alive][:, None], row[alive][:, None], slots, purpose=WINDOW)
@@ -129,7 +136,7 @@ class Drawer:
         return columns, (taken == self._slots) & (left[alive] > 0)
 
     def _short(self, alive: Ints, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints) -> list[Columns]:
-        """The last slots of rows, one after the other, until a stratum is drawn of which no unit fits for sure."""
+        """The last slots of rows, one after the other. A row ends if its room is below `index.least` of the stratum drawn."""
         found, refused = [], np.zeros(len(row), np.int64)
         while len(alive):
             a, b, c, d = words(self.seed, counter[alive], row[alive], slot[alive], purpose=WINDOW)
@@ -150,11 +157,11 @@ class Drawer:
         return found
 
     def cell(self, bucket: Ints, word: Words) -> Ints:
-        """A cell of each bucket, by the mix."""
+        """Draws a cell of each bucket, by the mix."""
         return np.searchsorted(self.mix.choice, bucket + uniform32(word), side="right")
 
     def _whole(self, cell: Ints, high: Words, low: Words) -> tuple[Ints, Ints, Ints, Ints]:
-        """Place, start, units and tokens of a window of each cell that has all the room it wants."""
+        """Place, start, units and tokens of a window of each cell, if the room is not short."""
         place, part = self.episode(cell, uniform53(high, low))
         stratum = cell % len(self.index.strata)
         fixed = self.index.fixed[place].astype(np.int64)
@@ -164,7 +171,7 @@ class Drawer:
     def take(
         self, cell: Ints, high: Words, low: Words, chance: Words, room: Ints
     ) -> tuple[Ints, Ints, Ints, Ints, NDArray[np.bool_]]:
-        """Place, start, units and tokens of a window of each cell within some room, and whether the draw is accepted."""
+        """Place, start, units and tokens of a window of each cell within the room, and whether the draw is accepted."""
         index, stratum = self.index, cell % len(self.index.strata)
         place, part = self.episode(cell, uniform53(high, low))
         fixed = index.fixed[place].astype(np.int64)
@@ -181,7 +188,7 @@ class Drawer:
         return place, start, units, fixed + index.costs.cost(stratum, start, units), accepted
 
     def _ratio(self, place: Ints, window: Ints, fit: Ints) -> NDArray[np.float64]:
-        """((T − 1) / K' + 1) / ((T − 1) / K + 1) of each episode."""
+        """((T − 1) / K' + 1) / ((T − 1) / K + 1) of each episode (see the module)."""
         rest = self.index.units[place].astype(np.float64) - 1
         return (rest / np.maximum(fit, 1) + 1) / (rest / window + 1)
 
@@ -197,7 +204,7 @@ class Drawer:
         return np.where(same, (rest / fit_high + 1) / (rest / window_high + 1), bound)
 
     def _span(self, place: Ints, part: NDArray[np.float64], window: Ints) -> tuple[Ints, Ints]:
-        """Start and units of a window of each episode, by where in its mass the draw fell."""
+        """Start and units of a window of each episode. `part`, in [0, 1), is where in the episode's mass the draw fell."""
         units = self.index.units[place].astype(np.int64)
         if self.tiles:
             count = tile_count(units, window)
@@ -212,7 +219,7 @@ class Drawer:
         return start, np.minimum(first + window, units) - start
 
     def episode(self, cell: Ints, uniform: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float64]]:
-        """Place of an episode of each cell, by mass, and where within its mass the draw fell, in [0, 1)."""
+        """Draws an episode of each cell, by mass. Returns its place, and where in its mass the draw fell, in [0, 1)."""
         index = self.index
         first, end = index.first[cell], index.first[cell + 1]
         low = self._before[cell]
@@ -227,8 +234,8 @@ class Drawer:
     def _heads(self, counter: Ints, row: Ints, bucket: Ints, left: Ints, slot: Ints) -> tuple[Columns, Columns]:
         """The first windows and the prompts of those rows that have a prompt.
 
-        Moves `left` and `slot` on; `left` is −1 for a row that ends here. The first window is drawn within the room that the
-        longest prompt leaves, so that it does not depend on the prompt. The prompt is drawn for the window that was found.
+        Updates `left` and `slot`. The first window is drawn within the room that the longest prompt leaves, so it does not
+        depend on the prompt. The prompt is drawn for the window that was found.
         """
         strata = self.index.strata
         word = words(self.seed, counter, row, 1, purpose=WINDOW)[0]
@@ -260,10 +267,10 @@ class Drawer:
         return heads, prompts
 
     def prompt(self, windows: Columns, counter: Ints, row: Ints, attempt: int, room: Ints | None = None) -> Columns:
-        """A prompt for each window that shows none of the window's own steps: of another episode of its cell, else of the same
-        episode before or after the window. Windows for which there is neither get none.
+        """A prompt for each window. It shows no step of the window: it is taken from another episode of the cell, or, if there is
+        none, from the same episode before or after the window. If nothing is left there, the window has no prompt.
 
-        Half of the prompts are their episode's end, the others uniform (Reed et al. 2022, section 2.2).
+        Half of the prompts are the end of their episode, the others lie anywhere in it (Reed et al. 2022, section 2.2).
         """
         index, strata = self.index, self.index.strata
         cell, place = windows["cell"], windows["place"]
@@ -275,7 +282,7 @@ class Drawer:
         # The part of the episode that the prompt may be taken from
         begin, end = np.zeros(len(cell), np.int64), index.units[other].astype(np.int64)
         before, after = windows["start"], windows["start"] + windows["units"]
-        late = end - after >= before  # after the window is more than before it
+        late = end - after >= before  # as many units after the window as before it, or more
         begin = np.where(alone & late, after, begin)
         end = np.where(alone & ~late, before, end)
         units = np.minimum(most, end - begin)
@@ -293,7 +300,7 @@ class Drawer:
     def _another(
         self, cell: Ints, place: Ints, uniform: NDArray[np.float64]
     ) -> tuple[Ints, NDArray[np.float64], NDArray[np.bool_]]:
-        """Another episode of the cell, by mass: its place, where in its mass the draw fell, and whether there is none."""
+        """Draws another episode of the cell, by mass: its place, where in its mass the draw fell, and whether there is none."""
         index = self.index
         first, end = index.first[cell], index.first[cell + 1]
         low, high, mine, mine_end = self._before[cell], self._before[cell + 1], index.mass[place], index.mass[place + 1]
@@ -301,7 +308,7 @@ class Drawer:
         point = low + uniform * (high - low - (mine_end - mine))
         point = np.where(point >= mine, point + (mine_end - mine), point)
         other = np.minimum(np.maximum(index.find(point), first), end - 1)
-        # Rounding may put a draw at the very edge of `place` into it.
+        # Rounding may put a draw at the edge of `place` into `place`.
         other = np.where((other == place) & ~alone, np.where(place > first, place - 1, place + 1), other)
         other = np.where(alone, place, other)
         below = index.mass[other]
@@ -320,13 +327,21 @@ class Drawer:
         refused: Refused,
         first: Columns | None,
     ) -> Columns:
-        """Draw each of these windows anew, or, with `first`, the first windows of their rows, each of these prompts.
+        """Draws windows anew, or, if `first` is given, prompts.
 
-        needed   least attempt of each that is acceptable, at least 1
-        refused  (cell, place, which of the windows) -> bool: whether an episode may not be used
+        Parameters
+        ----------
+        columns
+            The windows, or prompts, to be replaced.
+        needed : int64 [n]
+            Least acceptable attempt of each, at least 1.
+        refused : callable
+            (cell, place, position in `columns`) -> bool [n]: whether an episode must not be used.
+        first
+            For prompts: the first windows of their rows.
 
-        Task, bucket and tokens stay. If sixteen attempts find nothing, another task of the bucket is taken. Windows for which
-        64 attempts find nothing have 0 units in the result: they are dropped.
+        A substitute has the same bucket and at most the same tokens. It has the same task too, but windows may have another task
+        of the bucket from attempt 17 on. Elements for which 64 attempts find nothing have 0 units in the result.
         """
         out = {k: v.copy() for k, v in columns.items()} | {"attempt": np.zeros(len(row), np.int64)}
         out["units"][:] = 0
@@ -338,7 +353,7 @@ class Drawer:
             else:
                 chosen = {k: v[of] for k, v in first.items()} | {"at": of}
                 new = self.prompt(chosen, counter[of], row[of], attempt, columns["tokens"][of])
-                of = new["at"]  # those for which there is another prompt
+                of = new["at"]  # those that have another prompt
             good = (new["units"] > 0) & (attempt >= needed[of]) & ~refused(new["cell"], new["place"], of)
             if attempt <= OTHER_EPISODE:
                 good &= new["place"] != columns["place"][of]

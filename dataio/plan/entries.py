@@ -1,4 +1,4 @@
-"""What a plan is made of, and what it gives: mixture entries, and windows."""
+"""What a sampling plan takes and returns: mixture entries, and windows."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EntryLengths:
-    """What an objective says of one mixture entry, which has E episodes. Arrays of [tasks] count the tasks of its index.
+    """How long the episodes of one mixture entry are, and what windows of them take, as its objective says.
+
+    The entry has E episodes. Arrays of [tasks] have one element for each task of its index.
 
     Attributes
     ----------
     units : int64 [E]
-        What a window counts: steps of control data, 1 for an image with its caption, tokens of a text. 0: never drawn.
+        Length of each episode in the units that windows count: steps of control data, 1 for an image with its caption, tokens of
+        a text. 0: never drawn.
     window : int32 [tasks]
         Most units of a window.
     context : int32 [tasks]
-        Most tokens of a window. An episode's longest window is min(window, what fits context − fixed), at least 1.
-    costs : one StepCost a task
+        Most tokens of a window. An episode's longest window has min(window, the units that fit into context − fixed) units, but
+        at least 1.
+    costs : sequence of StepCost [tasks]
         Tokens of a window's units.
     fixed : int32 [E]
-        Tokens of a window beside its units (its instruction).
+        Tokens of a window in addition to those of its units (its instruction).
     prompt : float32 [tasks]
-        Share of the rows whose first window is of this task that begin with a prompt.
+        Chance that a row whose first window is of this task begins with a prompt.
     prompt_units : int32 [tasks]
         Most units of a prompt. A prompt has no fixed tokens.
     """
@@ -60,7 +64,32 @@ class EntryLengths:
         prompt: float | Sequence[float] = 0.0,
         prompt_units: int | Sequence[int] = 1,
     ) -> EntryLengths:
-        """Lengths of an entry whose units all cost the same; a number stands for all tasks."""
+        """Lengths of an entry in which all units of a task take the same number of tokens.
+
+        Parameters
+        ----------
+        units : int [E]
+            Units of each episode.
+        window : int or sequence of int
+            Most units of a window. Here and below, one number holds for all tasks, and a sequence has one for each task.
+        tokens : int or sequence of int
+            Tokens of a unit.
+        tasks : int
+            Number of tasks.
+        fixed : int [E], optional
+            Tokens of a window in addition to those of its units; None: 0.
+        context : int or sequence of int
+            Most tokens of a window.
+        prompt : float or sequence of float
+            Chance of a prompt.
+        prompt_units : int or sequence of int
+            Most units of a prompt.
+
+        Returns
+        -------
+        EntryLengths
+            The lengths.
+        """
         each = np.broadcast_to(np.asarray(tokens, np.int64), tasks)
         return cls(
             units=np.asarray(units, np.int64),
@@ -79,10 +108,16 @@ class PlanEntry:
 
     Attributes
     ----------
+    index : EpisodeIndex
+        The dataset's index.
+    lengths : EntryLengths
+        Lengths of its episodes.
     weight : float
-        Relative share, in the plan's `weight_unit`.
+        Relative share of what is delivered, in the plan's `weight_unit`.
+    name : str
+        Name of the entry, by which events of the log refer to it.
     tasks : sequence of int
-        Numbers of the tasks of the index that take part.
+        Numbers of those tasks of the index that are drawn from.
     priority : float32 [E] or None
         Relative sampling weight of the episode's steps (1 = default, 0 = never). None: all 1.
     """
@@ -96,10 +131,28 @@ class PlanEntry:
 
 
 class PlannedWindows(NamedTuple):
-    """Windows of some rows of one step, an element each, sorted by (row, slot); all int64 but `prompt` (bool).
+    """Windows of some rows of one step: one element a window, row by row in the order asked for, then by slot.
 
-    `task` is the number in the index of the entry. `tokens` is what the window takes: its fixed tokens and those of its units;
-    a prompt has no fixed tokens. Slot 0 is a prompt. The slots of windows ascend from 1; some numbers may be missing.
+    Attributes
+    ----------
+    row : int64 [n]
+        Row of the global batch.
+    slot : int64 [n]
+        Number of the window in its row. Slot 0 is the prompt. Others count from 1; numbers may be missing.
+    entry : int64 [n]
+        Position in `SamplingPlan.entries`.
+    task : int64 [n]
+        Task, as a number in the entry's index.
+    episode : int64 [n]
+        Episode, as a number in the entry's index.
+    start, units : int64 [n]
+        The window shows the units [start, start + units) of its episode.
+    tokens : int64 [n]
+        Tokens of the window: its fixed tokens and those of its units. A prompt has no fixed tokens.
+    prompt : bool [n]
+        Whether this is a prompt.
+    attempt : int64 [n]
+        0, or the attempt that gave this window in place of one that could not be read.
     """
 
     row: Ints

@@ -1,16 +1,18 @@
-"""Sampling without replacement: epochs over disjoint tiles of the episodes, still a pure function of (step, row).
+"""Sampling without replacement: epochs over disjoint tiles of the episodes. It is a pure function of (step, row) too.
 
-An episode of T units is cut into ⌈T/K⌉ tiles of at most K units. The tiles of one entry in one bucket form a *stream* of
-tokens, epoch after epoch, each epoch in another order; every row of the stream takes the next stretch of it. A tile that a
-row's end cuts goes on in the stream's next row, so that each epoch delivers every unit exactly once.
+An episode of T units is cut into ⌈T/K⌉ tiles of at most K units. The tiles of one entry in one bucket form a *stream* of tokens,
+epoch after epoch, each epoch in another order. Each row of the stream takes the next stretch of it. A tile that is cut at the end
+of a row continues in the stream's next row, so each epoch delivers every unit exactly once.
 
-Which stretch is a row's? Rows stand on the line of mass at distances of `UNIT` from an offset that moves by a constant (modulo
-`UNIT`) from step to step; so the number of a stream's rows before a step is a sum of floors, which Euclid's algorithm gives in
-some twenty rounds. The order of an epoch: the stream's tiles are dealt out to blocks of about a thousand, differently each
-epoch; the blocks are put into a random order, and so are the tiles within each. Only blocks in use are ever written down.
+Which stretch a row takes: rows stand on the line at distances of `UNIT`, from an offset that moves by a constant (modulo `UNIT`)
+from step to step. So the number of a stream's rows before a step is a sum of floors, which Euclid's algorithm computes in about
+twenty rounds.
 
-What weights mean here: an entry's weight is its share of the delivered tiles or tokens as ever, hence how fast its epochs go by.
-Its rows hold windows of this entry only. Priorities only leave episodes out (0); every other tile comes once an epoch.
+The order of an epoch: the tiles of the stream are dealt into blocks of about a thousand, in another way each epoch. The blocks
+are put into a random order, and so are the tiles of each block. Only blocks in use are computed.
+
+What weights mean: an entry's weight is its share of the delivered tiles or tokens, so it decides how fast the epochs of the entry
+go by. A row holds windows of one entry only. A priority of 0 leaves an episode out; all other priorities mean the same.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from tiphys.dataio.plan.draws import Columns, Drawer, Ints
 from tiphys.dataio.plan.index import PlanIndex, tile_count
 from tiphys.dataio.plan.mixture import UNIT, Mix, cuts, running_share
 
-_BLOCK = 1024  # tiles of a block: enough that a row's tiles are as good as drawn from the whole stream
-_MOST = 2048  # blocks that are kept written down: 80 MiB
+_BLOCK = 1024  # tiles of a block: enough to make the tiles of a row as random as tiles of the whole stream
+_MOST = 2048  # most blocks whose tiles are kept in memory: 80 MiB
 _SHARE = 2**20  # resolution of the share of rows with a prompt
 _T = TypeVar("_T")
 
@@ -50,7 +52,7 @@ def floor_sum(n: Ints, modulus: int, slope: int, intercept: Ints) -> Ints:
 
 
 def rows_below(cut: Ints, steps: Ints, slope: int, offset: int) -> Ints:
-    """Rows that stand below `cut` on the line in `steps` steps; the i-th has the offset (offset + slope · i) mod UNIT."""
+    """Rows below `cut` on the line in the first `steps` steps. Step i has the offset (offset + slope · i) mod UNIT."""
     cut, steps = np.asarray(cut, np.int64), np.asarray(steps, np.int64)
     last = slope * np.maximum(steps - 1, 0)
     return (
@@ -62,11 +64,17 @@ def rows_below(cut: Ints, steps: Ints, slope: int, offset: int) -> Ints:
 
 @dataclass(frozen=True)
 class Rows:
-    """How an entry's rows cut its streams; one element an entry.
+    """How the rows of each entry cut its streams.
 
-    length    tokens of the stream that a row takes; what a row has beyond lets a cut tile repeat its fixed tokens and a unit end
-    prompt    tokens less that a row with a prompt takes
-    prompted  share of rows with a prompt, in 1/_SHARE
+    Attributes
+    ----------
+    length : int64 [entries]
+        Tokens of the stream that a row takes. This is less than a row has: a tile that is cut repeats its fixed tokens in the
+        next row, and a row completes its last unit.
+    prompt : int64 [entries]
+        How many tokens fewer a row with a prompt takes.
+    prompted : int64 [entries]
+        Share of rows with a prompt, times _SHARE.
     """
 
     length: Ints
@@ -91,11 +99,11 @@ class Rows:
 
     @property
     def payload(self) -> NDArray[np.float64]:
-        """Mean tokens of the stream a row."""
+        """Mean tokens of the stream that a row takes [entries]."""
         return self.length - self.prompt * self.prompted / _SHARE
 
     def start(self, entry: Ints, number: Ints) -> Ints:
-        """Where in its stream each row begins, by its number in the stream."""
+        """Token of its stream at which each row begins. `number` is the number of the row in its stream."""
         return number * self.length[entry] - (number * self.prompted[entry] // _SHARE) * self.prompt[entry]
 
     def has_prompt(self, entry: Ints, number: Ints) -> NDArray[np.bool_]:
@@ -103,7 +111,7 @@ class Rows:
 
 
 def epoch_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: int, unit: str) -> Mix:
-    """How the weights divide the rows among the streams (segment = bucket · entries + entry)."""
+    """How the weights divide the rows among the streams. The segment of a stream is bucket · entries + entry."""
     strata, entries = index.strata, len(shares)
     to_entry = np.zeros((len(strata), entries))
     to_entry[np.arange(len(strata)), strata.entry] = 1
@@ -115,7 +123,7 @@ def epoch_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: 
     per_entry = np.divide(per_entry, payload, where=payload > 0, out=np.zeros(entries))
     segments = tokens * (per_entry / all_tokens)
     segments /= segments.sum()
-    delivered = segments * rows * payload / np.maximum(tokens, 1)  # epochs of each stream a step
+    delivered = segments * rows * payload / np.maximum(tokens, 1)  # epochs of each stream in one step
     per_cell = delivered[:, strata.entry]
     return Mix(
         cut=cuts(segments.reshape(-1), rows),
@@ -126,7 +134,7 @@ def epoch_mix(index: PlanIndex, shares: NDArray[np.float64], rows: int, budget: 
 
 
 class _Kept(Generic[_T]):
-    """The results of a pure function that were used last."""
+    """Keeps the most recently used results of a pure function."""
 
     def __init__(self, make: Callable[..., _T], most: int) -> None:
         self._make, self._most = make, most
@@ -146,9 +154,16 @@ class _Kept(Generic[_T]):
 class EpochDrawer(Drawer):
     """Draws rows from the streams.
 
-    slope, offset  of the offsets of steps (see `rows_below`), at the plan's own count 0
-    begun          the plan's own count at which the weights came into force, and each stream's number of rows before
-    generation     int [entries]: how often an entry's episodes have changed, which begins its epochs anew
+    Parameters
+    ----------
+    slope, offset : int
+        Step i has the offset (offset + slope · i) mod UNIT. Steps are counted with the skipped ones.
+    begun : int
+        First step of the phase, counted with the skipped ones.
+    before : int64 [streams]
+        Rows that each stream had before the phase.
+    generation : int64 [entries]
+        How often the episodes of each entry have changed. Each change starts the epochs of the entry again.
     """
 
     def __init__(
@@ -176,16 +191,16 @@ class EpochDrawer(Drawer):
         self._orders, self._blocks = _Kept(self._order, 3 * streams), _Kept(self._tiles, min(2 * streams, _MOST))
 
     def numbers(self, segment: Ints, counter: Ints) -> Ints:
-        """How many rows of each stream stand in steps before `counter`."""
+        """How many rows each stream has in the steps before `counter`."""
         steps = counter - self.begun
         low, high = self.mix.cut[segment], self.mix.cut[segment + 1]
         below = rows_below(np.concatenate([low, high]), np.tile(steps, 2), self.slope, self.offset)
         return self.before[segment] + below[len(segment) :] - below[: len(segment)]
 
     def rows(self, counter: Ints, row: Ints, segment: Ints) -> tuple[Columns, Columns]:
-        """As in `Drawer`; `segment` numbers streams."""
+        """As in `Drawer`; `segment` is the number of the stream."""
         offset = (self.offset + self.slope * ((counter - self.begun) % UNIT)) % UNIT
-        first_row = -((offset - self.mix.cut[segment]) // UNIT)  # of the segment in this step
+        first_row = -((offset - self.mix.cut[segment]) // UNIT)  # first row of the segment in this step
         number = self.numbers(segment, counter) + row - first_row
         entry = segment % self.entries
         begin, end = self.shape.start(entry, number), self.shape.start(entry, number + 1)
@@ -198,8 +213,8 @@ class EpochDrawer(Drawer):
         return windows, self.prompt(heads, counter[at], row[at], 0)
 
     def _stretches(self, segments: list[int], begins: list[int], ends: list[int]) -> tuple[Ints, Ints, Ints, Ints]:
-        """The tiles (see `_tiles`) that each stretch [begin, end) of a stream touches, one stretch after the other [5, n]; for
-        each tile the number of its stretch and the stretch's bounds in the block's tokens."""
+        """The tiles [5, n] (see `_tiles`) that overlap each stretch [begin, end) of a stream, one stretch after the other. For
+        each tile also the number of its stretch, and the bounds of the stretch, counted in tokens of the tile's block."""
         parts, owner, low, high = [], [], [], []
         for number, (segment, begin, end) in enumerate(zip(segments, begins, ends)):
             total = self._totals(segment)
@@ -221,7 +236,7 @@ class EpochDrawer(Drawer):
         return tiles, np.repeat(owner, sizes), np.repeat(low, sizes), np.repeat(high, sizes)
 
     def _cut(self, tiles: Ints, owner: Ints, low: Ints, high: Ints) -> Columns:
-        """What each stretch takes of its tiles: the units whose first token lies in it."""
+        """What each stretch takes of its tiles: the units whose first token lies in the stretch."""
         at, cell, place, start, units = tiles
         stratum, costs = cell % len(self.index.strata), self.index.costs
         fixed, per_unit = self.index.fixed[place] + costs.once[stratum], costs.each[stratum]
@@ -270,11 +285,11 @@ class EpochDrawer(Drawer):
         return np.take_along_axis(padded.reshape(deals, blocks), turned, axis=1).sum(0)
 
     def _turns(self, segment: int, epoch: int, deals: int, blocks: int) -> Ints:
-        """Tiles are dealt out one a block, each deal from another block on: each epoch, others share a block."""
+        """Each deal gives one tile to each block, and starts at a random block. So in each epoch other tiles share a block."""
         return (self._words(segment, epoch, np.arange(deals), 2)[0] % np.uint64(blocks)).astype(np.int64)
 
     def _keys(self, segment: int, epoch: int, item: Ints, kind: int) -> Ints:
-        """The order of some items in an epoch."""
+        """A random order of some items in an epoch."""
         a, b, *_ = self._words(segment, epoch, item, kind)
         return np.argsort(a << np.uint64(32) | b, kind="stable")
 
@@ -284,13 +299,13 @@ class EpochDrawer(Drawer):
         return words(self.seed, count, item, segment & 0xFFFF, segment >> 16, EPOCH)
 
     def _order(self, segment: int, epoch: int) -> tuple[Ints, Ints]:
-        """Blocks in an epoch's order, and where each begins in the epoch's tokens [blocks + 1]."""
+        """Blocks in the order of an epoch, and the token of the epoch at which each begins [blocks + 1]."""
         costs = self._costs(segment, epoch)
         order = self._keys(segment, epoch, np.arange(len(costs)), 0)
         return order, np.concatenate([[0], np.cumsum(costs[order])])
 
     def _tiles(self, segment: int, epoch: int, block: int) -> Ints:
-        """A block's tiles in an epoch's order [5, tiles]: where each begins in the block's tokens, cell, place, start, units."""
+        """Tiles of a block in the order of an epoch [5, tiles]: first token in the block, cell, place, start, units."""
         low, high = self._places(segment)
         index, number = self.index, len(self.index.strata)
         first = index.mass[low]

@@ -1,8 +1,8 @@
-"""PlanIndex: the drawable episodes of a mixture, sorted by bucket and kind, with running sums that make a draw one bisection.
+"""PlanIndex: the drawable episodes of a mixture, sorted by bucket and stratum, with running sums: a draw is one bisection.
 
-A *stratum* is one task of one mixture entry. A *bucket* is a residue of the episodes' hashes; processes have no influence on it.
-A *cell* is a stratum within a bucket. The index is built once from all episodes, or opened memory-mapped; a change of the
-mixture's weights does not need a new one.
+A *stratum* is one task of one mixture entry. A *bucket* holds the episodes whose hash has the same remainder; it does not depend
+on the number of processes. A *cell* is a stratum within a bucket. The index is built once from all episodes, or mapped into
+memory from a folder. A change of the mixture's weights needs no new index.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
 
 _GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
-_FORMAT = 3  # of the saved arrays
+_FORMAT = 3  # format of the saved arrays
 _CHUNK = 1 << 22  # episodes worked on at once
 STARTS = ("steps", "windows")
 
 
 @dataclass(frozen=True)
 class Strata:
-    """One element a stratum.
+    """The strata, one element each.
 
     Attributes
     ----------
     entry, task : int64
-        The mixture entry, and the task of its index.
+        Mixture entry, and task as a number in its index.
     window, context : int64
         Most units and most tokens of a window.
     prompt : float64
-        Share of rows with a prompt.
+        Share of the rows that begin with a prompt, of those whose first window is of the stratum.
     prompt_units : int64
         Most units of a prompt.
     fixed_low, fixed_high : int64
         Smallest and largest fixed tokens of its drawable episodes.
     longest : int64
-        Most units of its drawable episodes.
+        Units of its longest drawable episode.
     full : int64
         Tokens of its largest window.
     """
@@ -71,28 +71,28 @@ class Strata:
 
 @dataclass(frozen=True)
 class PlanIndex:
-    """Arrays over the drawable episodes, sorted by (cell, number in their index); cell = bucket · strata + stratum.
+    """Arrays over the n drawable episodes, sorted by (cell, number in the entry's index). cell = bucket · strata + stratum.
 
     Attributes
     ----------
     episode, units, fixed : int32 [n]
-        Number in the entry's index; units; tokens of a window beside its units.
+        Number in the entry's index; units; tokens of a window in addition to those of its units.
     mass : float64 [n + 1]
         Running sum of the mass by which full windows are drawn. It is priority × ((units − 1) / K + 1) for `starts: steps`,
         priority × max(units − K + 1, 1) for `starts: windows`, and the number of tiles without replacement. K is the
         episode's longest window.
     tokens : float64 [n + 1]
-        Running sum of the tokens of all tiles; only without replacement, else empty.
+        Running sum of the tokens of all tiles. Empty with replacement.
     guide : int32
-        What `find` gives for 0, 1, 2, … times `_spacing`, up to the whole mass and once beyond.
+        Results of `find` for 0, 1, 2, … times `_spacing`, up to the first point above the whole mass.
     first : int64 [cells + 1]
-        First episode of each cell.
+        Position of the first episode of each cell.
     square : float64 [cells]
-        Sum of squared masses.
+        Sum of the squared masses of the episodes.
     content : float64 [cells]
-        Tokens that full windows deliver, in proportion: Σ mass × mean tokens of a window.
+        Σ mass × mean tokens of a full window: in proportion to the tokens that full windows deliver.
     too_long : int64 [entries]
-        Episodes that are left out because one unit and their fixed tokens exceed a row.
+        Episodes that are left out because their fixed tokens and one unit exceed a row.
     """
 
     buckets: int
@@ -113,11 +113,11 @@ class PlanIndex:
 
     @cached_property
     def least(self) -> NDArray[np.int64]:
-        """[strata]: tokens that must be left in a row for a window of the stratum: one unit beside the largest fixed part."""
+        """int64 [strata]: room that always holds a window of the stratum: one unit and the most fixed tokens."""
         return self.costs.first + self.strata.fixed_high
 
     def window(self, stratum: NDArray[np.int64], fixed: NDArray) -> NDArray[np.int64]:
-        """Units of an episode's longest window, from its stratum and its fixed tokens."""
+        """Units of the longest window of an episode with this stratum and these fixed tokens."""
         return longest_window(self.strata.window, self.strata.context, self.costs, stratum, fixed)
 
     @property
@@ -126,14 +126,15 @@ class PlanIndex:
 
     @property
     def cell_mass(self) -> NDArray[np.float64]:
-        """[buckets, strata]"""
+        """float64 [buckets, strata]: mass of each cell."""
         return np.diff(self.mass[self.first]).reshape(self.buckets, -1)
 
     def find(self, point: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The episode in whose part of the running mass each point lies: the last place where `mass` is at most the point.
+        """Place of the episode in whose part of the running mass each point lies: the last place at which `mass` is at most the
+        point.
 
-        Many points in a large index are looked up all at once: `guide` (Chen and Asau 1974) leaves few places for each, which
-        are halved; the processor fetches for many points what a bisection of one after the other would wait for.
+        For many points in a large index, `guide` (Chen and Asau 1974) narrows each search to a few places, and all searches are
+        then bisected together: the processor reads memory for many points at the same time.
         """
         if len(point) < _MANY or len(self.mass) < _LARGE:
             return np.searchsorted(self.mass, point, side="right") - 1
@@ -150,7 +151,7 @@ class PlanIndex:
 
     @classmethod
     def open(cls, entries: Sequence[PlanEntry], how: Drawing, cache_dir: str = "") -> PlanIndex:
-        """Build the index. With a folder, build it there once, and map it into memory."""
+        """Builds the index in memory, or, if a folder is given, builds it there once and maps it into memory."""
         costs = Costs([c for _, c in _strata_costs(entries)], how.budget)
         if not cache_dir:
             return _build(entries, how, costs)
@@ -161,7 +162,7 @@ class PlanIndex:
         return cls.load(folder, costs)
 
     def save(self, folder: str) -> None:
-        """Write the arrays. If another process did the same a moment earlier, its files stay."""
+        """Writes the arrays. If another process wrote the same folder meanwhile, its files stay."""
         os.makedirs(os.path.dirname(folder), exist_ok=True)
         temporary = tempfile.mkdtemp(prefix=".plan-", dir=os.path.dirname(folder))
         try:
@@ -197,7 +198,7 @@ _NOT_ARRAYS = ("buckets", "budget", "starts", "strata", "costs")
 
 @dataclass(frozen=True)
 class Drawing:
-    """What, beside the entries, decides which episodes can be drawn and with which mass.
+    """What decides, together with the entries, which episodes can be drawn and with which mass.
 
     Attributes
     ----------
@@ -206,11 +207,11 @@ class Drawing:
     validation : float
         Share of episodes that are held out.
     held_out : bool
-        Draw only those, or never.
+        True: draw only held-out episodes. False: never draw them.
     starts : "steps" or "windows"
         What is equally likely: each step of a task, or each full window.
     tiles : bool
-        Without replacement, over disjoint tiles.
+        True: without replacement, over disjoint tiles.
     """
 
     buckets: int
@@ -229,7 +230,7 @@ def longest_window(
 
 
 def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
-    """Names everything that draws depend on beside seed and weights: the data, lengths, priorities and these numbers."""
+    """SHA-256, in hexadecimal, of the entries' data, tasks, lengths and priorities (not weights), and of `numbers`."""
     out = hashlib.sha256(json.dumps(numbers).encode())
     for entry in entries:
         lengths = entry.lengths
@@ -247,12 +248,12 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
 
 
 def sums(where: NDArray[np.int64], values: NDArray[np.float64], number: int) -> NDArray[np.float64]:
-    """Sum of the values at each of the places 0 … number − 1."""
+    """[number]: the sum of those values whose `where` is 0, 1, …, number − 1."""
     return np.bincount(where, values, number).astype(np.float64, copy=False)
 
 
 def _spacing(mass: NDArray[np.float64]) -> float:
-    """A power of two of which there are about as many in the whole mass as groups of _GUIDED places."""
+    """A power of two that divides the whole mass into about one part for every _GUIDED places."""
     places = max(len(mass) // _GUIDED, 1)
     return float(2.0 ** np.ceil(np.log2(mass[-1] / places))) if mass[-1] > 0 else 1.0
 
@@ -264,7 +265,7 @@ def _guide(mass: NDArray[np.float64]) -> NDArray[np.int32]:
 
 
 def tile_count(units: NDArray, window: NDArray) -> NDArray[np.int64]:
-    """Disjoint tiles of at most `window` units that cover each episode."""
+    """Number of disjoint tiles of at most `window` units that cover each episode."""
     count: NDArray[np.int64] = -(-units.astype(np.int64) // window)
     return count
 
@@ -292,14 +293,14 @@ def _strata(entries: Sequence[PlanEntry], budget: int, costs: Costs) -> dict[str
     for (i, t), window, tokens in zip(rows, out["window"], costs.first):
         if window < 1 or tokens < 1 or tokens > budget:
             raise DataError(
-                f"entry {entries[i].name!r}, task {t}: windows of at most {window} units of {tokens} tokens do not fit rows of "
-                f"{budget} tokens; use a longer context, or fewer tokens a step"
+                f"entry {entries[i].name!r}, task {t}: windows of at most {window} units, each of up to {tokens} tokens, do not "
+                f"fit rows of {budget} tokens; use a longer context, or fewer tokens for a step"
             )
     return out
 
 
 class _Columns:
-    """The drawable episodes of all entries: entry by entry, then sorted by cell."""
+    """Collects the drawable episodes, entry by entry, and sorts them by cell."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[NDArray[Any]]] = {k: [] for k in ("episode", "cell", "units", "fixed", "priority")}
@@ -321,7 +322,7 @@ class _Columns:
             self.parts[name].append(array)
 
     def sort(self, plain: bool) -> None:
-        """Stable, by cell: two passes of NumPy's radix sort, which exists for 16 bits only. `plain`: no priorities."""
+        """Sorts by cell; stable. NumPy has a radix sort for 16 bits only, hence two passes. `plain`: drop the priorities."""
         cell = np.concatenate(self.parts["cell"] or [self.cell])
         order = np.argsort(cell.astype(np.uint16), kind="stable")
         high = (cell >> 16).astype(np.uint16)
@@ -353,7 +354,7 @@ def _build(entries: Sequence[PlanEntry], how: Drawing, costs: Costs) -> PlanInde
             chosen = np.flatnonzero(drawable)
             bucket = (entry.index.hash[part][chosen] % np.uint64(how.buckets)).astype(np.int64)
             columns.add(entry, chosen + part.start, bucket * number + stratum[chosen])
-    # Without replacement every tile comes once an epoch: of priorities, 0 alone has a meaning.
+    # Without replacement every tile comes once in an epoch. Only the priority 0 has a meaning then.
     plain = how.tiles or all(e.priority is None for e in entries)
     columns.sort(plain)
     return _sums(columns, strata, how, costs, plain, too_long)
@@ -366,12 +367,12 @@ def _parts(episodes: int) -> list[slice]:
 def _drawable(
     entry: PlanEntry, part: slice, keep: NDArray[np.bool_], long: NDArray[np.bool_]
 ) -> tuple[NDArray[np.bool_], int]:
-    """Which of some episodes can be drawn at all, and how many are left out as too long for a row."""
+    """Which of the episodes of a part can be drawn, and how many are left out because they are too long for a row."""
     keep = keep & (entry.lengths.units[part] > 0)
     if entry.priority is not None:
         priority = entry.priority[part]
         if not (np.isfinite(priority) & (priority >= 0)).all():
-            raise DataError(f"entry {entry.name!r}: priorities must be finite and at least 0")
+            raise DataError(f"entry {entry.name!r}: the priorities of its episodes must be finite and at least 0")
         keep &= priority > 0
     return keep & ~long, int((keep & long).sum())
 
@@ -379,7 +380,7 @@ def _drawable(
 def drawable_episodes(
     entry: PlanEntry, validation: float, held_out: bool, without: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
-    """int64 [tasks of the entry]: episodes that can be drawn, whatever their bucket; `without`: numbers of some that cannot."""
+    """int64 [tasks of the entry]: number of drawable episodes of all buckets, not counting the episodes `without`."""
     number = max(int(np.max(entry.index.task, initial=0)), max(entry.tasks, default=0)) + 1
     held, out = entry.index.held_out(validation), np.zeros(number, np.int64)
     for part in _parts(entry.index.episodes):
@@ -399,7 +400,7 @@ def _sums(
     plain: bool,
     too_long: NDArray[np.int64],
 ) -> PlanIndex:
-    """Running sums over the sorted episodes, in parts, so that 10⁸ episodes need little memory beside the arrays."""
+    """Running sums over the sorted episodes. It works part by part: 10⁸ episodes need little more memory than the arrays."""
     number, episodes = len(strata["entry"]), len(columns.cell)
     cells = how.buckets * number
     low, high, longest, full = (np.zeros(number, np.int64) for _ in range(4))
@@ -460,7 +461,7 @@ def _sums(
 
 
 def _most(costs: Costs, stratum: NDArray[np.int64], steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Most tokens of so many units, wherever they start."""
+    """Most tokens that so many consecutive units can take, wherever they start."""
     if costs.plain:
         return steps * costs.first[stratum]
     most = sum(t[stratum] * -(-steps // p[stratum]) for t, p in zip(costs.tokens, costs.period))

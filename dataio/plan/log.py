@@ -1,16 +1,16 @@
-"""PlanLog: everything that ever changed a run's sampling plan, as an append-only file of JSON lines.
+"""PlanLog: all events that change a run's sampling plan, as JSON lines that are only ever appended.
 
-| kind | keys beside `step` | in force from `step` on |
+| kind | keys in addition to `step` | effect from `step` on |
 |---|---|---|
 | `weights` | `weights` {entry: number} | these mixture entries have these weights |
 | `priority` | `entry`, `prefer`, `top` | the entry's episodes are preferred by a rule (`tiphys.dataio.plan.preferences`) |
-| `priority` | `entry`, `file`, `digest` | … by a `.npy` of float32 [episodes] with this SHA-256 |
+| `priority` | `entry`, `file`, `digest` | the same, by a `.npy` file of floats [episodes] with this SHA-256 |
 | `quarantine` | `entry`, `episode` (number), `id`, `reason` | the episode is not drawn any more |
-| `skip` | `steps` | the plan jumps this many steps ahead: their rows are never seen |
+| `skip` | `steps` | the plan jumps ahead by this many steps: their rows are never drawn |
 | `dataset` | `entry`, `dataset`, `digest`, `like`, `weight` | a dataset with this fingerprint joins, learned like `like` |
 
-A plan replays the log, so a resume needs only a step and these lines. The same lines are the channel to a running plan: another
-process appends an event to the file in the run's folder, and the run adopts it (`follow`).
+A plan replays its log, so a resume needs only a step and these lines. Another process can change a running plan: it appends an
+event to the file in the run's folder, and the run reads it (`follow`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def checked(event: Mapping[str, Any], where: str) -> Event:
-    """The event as a dict, or a DataError that says what is wrong with it."""
+    """The event as a dict. Raises DataError if the event is invalid; `where` begins the message."""
     kind = event.get("kind")
     if kind not in KINDS:
         raise DataError(f"{where}: event kind {kind!r} is none of {', '.join(KINDS)}")
     step = event.get("step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise DataError(f"{where}: a {kind} event needs `step`, a number of at least 0, not {step!r}")
+        raise DataError(f"{where}: a {kind} event needs `step`, a whole number of at least 0, not {step!r}")
     missing = [k for k in KINDS[kind] if k not in event]
     if missing:
         raise DataError(f"{where}: a {kind} event needs {', '.join(missing)}")
@@ -51,18 +51,32 @@ def checked(event: Mapping[str, Any], where: str) -> Event:
         if not isinstance(weights, Mapping) or not all(
             isinstance(w, (int, float)) and w >= 0 for w in weights.values()
         ):
-            raise DataError(f"{where}: `weights` must map entries to numbers of at least 0, not {weights!r}")
+            raise DataError(f"{where}: `weights` must map names of entries to numbers of at least 0, not {weights!r}")
     if kind == "dataset" and not (isinstance(event["weight"], (int, float)) and 0 <= event["weight"] < float("inf")):
-        raise DataError(f"{where}: `weight` must be a number of at least 0, not {event['weight']!r}")
+        raise DataError(f"{where}: `weight` must be a finite number of at least 0, not {event['weight']!r}")
     if kind == "priority" and not ("prefer" in event or {"file", "digest"} <= event.keys()):
         raise DataError(f"{where}: a priority event needs `prefer`, or `file` and `digest`")
     if kind == "skip" and (not isinstance(event["steps"], int) or event["steps"] < 1):
-        raise DataError(f"{where}: a skip event needs `steps`, at least 1, not {event['steps']!r}")
+        raise DataError(f"{where}: a skip event needs `steps`, a whole number of at least 1, not {event['steps']!r}")
     return dict(event)
 
 
 class PlanLog:
-    """The events, in the order in which they were written; with a path, also a file that other processes may append to."""
+    """The events of a plan, in the order in which they were added. With a path, they are also in a file, to which other
+    processes may append.
+
+    Parameters
+    ----------
+    path : str
+        The file, which need not exist yet; empty: the log is in memory only.
+    events : iterable of mapping
+        Events to append.
+
+    Raises
+    ------
+    DataError
+        If an event, or a line of the file, is invalid.
+    """
 
     def __init__(self, path: str = "", events: Iterable[Mapping[str, Any]] = ()) -> None:
         self.path = path
@@ -75,20 +89,43 @@ class PlanLog:
 
     @classmethod
     def following(cls, path: str) -> PlanLog:
-        """The log of a file of which nothing is read yet: see `follow`."""
+        """The log of a file, of which no line has been read yet. Read it with the method `follow`.
+
+        Parameters
+        ----------
+        path : str
+            The file, which need not exist yet.
+
+        Returns
+        -------
+        PlanLog
+            An empty log.
+        """
         log = cls()
         log.path = path
         return log
 
     @property
     def events(self) -> tuple[Event, ...]:
+        """The events that were added or read so far."""
         return tuple(self._events)
 
     def __len__(self) -> int:
         return len(self._events)
 
     def append(self, event: Mapping[str, Any]) -> None:
-        """Adds an event; with a path it is on disk when this returns."""
+        """Add an event. If the log has a file, the event is on disk when this returns.
+
+        Parameters
+        ----------
+        event : mapping
+            `kind`, `step`, and the keys of the kind (see the table above).
+
+        Raises
+        ------
+        DataError
+            If the event, or a line that another process appended, is invalid.
+        """
         event = checked(event, self.path or "plan log")
         if not self.path:
             self._events.append(event)
@@ -97,7 +134,7 @@ class PlanLog:
         line = json.dumps(event, sort_keys=True, allow_nan=False).encode() + b"\n"
         os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         with open(self.path, "ab") as file:
-            if file.tell() > self._read:  # a writer died within its line: end it, so that ours is one
+            if file.tell() > self._read:  # a writer died within its line: end that line first
                 line = b"\n" + line
             file.write(line)
             file.flush()
@@ -105,20 +142,30 @@ class PlanLog:
         self.refresh()
 
     def refresh(self) -> list[Event]:
-        """Events that the file gained since it was last read. DataError for a line that is no event.
+        """Read the events that were appended to the file since it was last read.
 
-        A last line without its end is left for the next time; the torn line of a writer that died is passed over.
+        An incomplete last line is left for the next call. The incomplete line of a writer that died is ignored.
+
+        Returns
+        -------
+        list of dict
+            The new events.
+
+        Raises
+        ------
+        DataError
+            If a line is no valid event.
         """
         fresh: list[Event] = []
         for where, value in self._lines():
             if not isinstance(value, dict):
-                raise DataError(f"{where}: an event is a JSON object, not {type(value).__name__}")
+                raise DataError(f"{where}: an event must be a JSON object, not {type(value).__name__}")
             fresh.append(checked(value, where))
         self._events += fresh
         return fresh
 
     def _lines(self) -> Iterator[tuple[str, Any]]:
-        """(place, JSON value) of each whole line that the file gained."""
+        """(file and byte, JSON value) of each complete line that was appended since the last call."""
         if not self.path or not os.path.exists(self.path):
             return
         with open(self.path, "rb") as file:
@@ -132,16 +179,22 @@ class PlanLog:
             try:
                 value = json.loads(line)
             except ValueError:
-                continue  # it was never acknowledged
+                continue  # its writer died: `append` never returned
             yield where, value
 
     def follow(self) -> list[Event]:
-        """As `refresh`, for a run that must go on: a line that is no event is named in a warning and passed over."""
+        """Like `refresh`, for a run that must not stop: invalid lines are ignored, with a warning.
+
+        Returns
+        -------
+        list of dict
+            The new events.
+        """
         fresh: list[Event] = []
         for where, value in self._lines():
             try:
                 fresh.append(checked(value if isinstance(value, dict) else {}, where))
             except DataError as error:
-                log.warning("passed over: %s", error)
+                log.warning("ignored: %s", error)
         self._events += fresh
         return fresh

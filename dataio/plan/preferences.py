@@ -1,4 +1,4 @@
-"""Per-episode priorities: what `prefer` in a recipe, or a `priority` event of the plan's log, means for each episode."""
+"""Priorities of episodes, from `prefer` in a recipe or from a `priority` event of the plan's log."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ RULES = ("uniform", "return", "top", "success")
 
 
 def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np.float32] | None:
-    """Priorities float32 [E] by a rule, or None where every window is as good as any other.
+    """Priorities by a rule: float32 [E], or None if all are 1.
 
-    uniform   None
-    return    the rank of the episode's return among those of its task, divided by their number: the best 1, the worst near 0;
-              equal returns share their mean rank
-    top       1 for the share `top` of each task's episodes with the highest returns (at least one), 0 for the others; of equal
-              returns at the edge, the first in the index
-    success   1 for episodes known to have succeeded, 0 for the others
+    Parameters
+    ----------
+    index : EpisodeIndex
+        The E episodes.
+    prefer : str
+        `uniform`: None. `return`: rank of the episode's return among the returns of its task, divided by their number, so the
+        best has 1 and the worst is near 0; equal returns share their mean rank. `top`: 1 for those episodes of each task that
+        have the highest returns, 0 for the others. `success`: 1 for episodes that are known to have succeeded, 0 for the others.
+    top : float
+        For `prefer="top"`: share of the episodes of each task (at least one episode). Of equal returns, the first in the index
+        are taken.
+
+    Raises DataError if the rule is unknown, `top` is out of range, or a return that the rule needs is not finite.
     """
     if prefer == "uniform":
         return None
@@ -35,12 +42,12 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
     if prefer not in RULES:
         raise DataError(f"prefer: {prefer!r} is none of {', '.join(RULES)}")
     if not 0 < top <= 1:
-        raise DataError(f"top: {top} is not a share above 0 and up to 1")
+        raise DataError(f"top: must be above 0 and at most 1, not {top}")
     returns, task = np.asarray(index.total_return, np.float64), np.asarray(index.task)
     if not np.isfinite(returns).all():
         bad = int(np.flatnonzero(~np.isfinite(returns))[0])
         raise DataError(
-            f"{index.url}: episode {index.id(bad)!r} has the return {returns[bad]}; prefer: {prefer} needs numbers"
+            f"{index.url}: episode {index.id(bad)!r} has the return {returns[bad]}; `prefer: {prefer}` needs finite returns"
         )
     out = np.zeros(len(returns), np.float32)
     for t in np.unique(task):
@@ -57,14 +64,14 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
 
 
 def priority_of(event: Mapping[str, Any], index: EpisodeIndex) -> NDArray[np.float32] | None:
-    """Priorities that a `priority` event states: by a rule, or from a `.npy` file whose SHA-256 it names."""
+    """Priorities of a `priority` event: by a rule, or from a `.npy` file with the SHA-256 that the event names."""
     if "prefer" in event:
         return preference(index, event["prefer"], float(event.get("top", 1.0)))
     with open(event["file"], "rb") as file:
         data = file.read(index.episodes * 8 + 4096)
     if hashlib.sha256(data).hexdigest() != event["digest"]:
         raise DataError(
-            f"{event['file']}: its SHA-256 is not {event['digest']}, which the plan's log names; restore the file"
+            f"{event['file']}: its SHA-256 is not {event['digest']}, as the plan's log says; restore the file"
         )
     priority = np.load(io.BytesIO(data), allow_pickle=False)
     if priority.shape != (index.episodes,) or priority.dtype.kind != "f":

@@ -1,4 +1,4 @@
-"""What a plan will deliver, for people: shares, fill of rows, repeats, and where prompts cannot be of another episode."""
+"""What a plan will deliver: shares, fill of rows, repeats, and prompts that cannot come from another episode."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ _CHUNK = 1 << 22  # episodes worked on at once
 
 
 def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: int) -> dict[str, Any]:
-    """Expectations under the weights in force; JSON.
+    """Expected values under the weights in force, as JSON values.
 
-    windows_per_row, tokens_per_row  prompts not counted
-    pairs_in_row           pairs of windows of a row that show the same episode, for each window
-    same_episode_prompts   cells (task and bucket) with prompts but a single episode, whose prompts are another part of it, and
-                           the share of all prompts that this concerns
-    too_long               entry -> episodes that are left out, because one step with its instruction exceeds a row
-    entries                name -> share of windows and of tokens, episodes, and steps until as much was delivered as there is
-    step_rates             entry -> task -> smallest and largest rate of a step over the task's mean, calculated
+    windows_per_row, tokens_per_row  per row; prompts do not count
+    fill                   tokens_per_row as a share of the budget
+    pairs_in_row           pairs of windows of one row that show the same episode, divided by the number of windows
+    same_episode_prompts   number of cells (task and bucket) that have prompts but only one episode, so that the prompt is another
+                           part of this episode; and their share of all prompts
+    too_long               entry -> episodes that are left out because their instruction and one unit exceed a row
+    entries                entry -> share of windows, share of tokens, episodes, and training steps until as many tokens were
+                           delivered as its episodes have
+    step_rates             entry -> task -> smallest and largest rate of a step, divided by the mean rate of the task's steps;
+                           calculated for full windows
     """
     strata, number = index.strata, len(index.strata)
     episodes = np.diff(index.first).reshape(index.buckets, number)
@@ -68,7 +71,7 @@ def _rates_by_task(index: PlanIndex, names: Sequence[str]) -> dict[str, dict[int
 
 
 def _pairs(index: PlanIndex, mix: Mix, rows: int) -> float:
-    """Two windows of a row show the same episode with the chance Σ p² over its bucket's episodes."""
+    """Pairs for each window. Two windows of a row show the same episode with the chance Σ p² over the episodes of its bucket."""
     of_bucket = mix.windows.sum(1)
     drawn = np.divide(mix.windows, of_bucket[:, None], where=of_bucket[:, None] > 0, out=np.zeros_like(mix.windows))
     share = np.diff(mix.cut).reshape(index.buckets, -1).sum(1) / mix.cut[-1]
@@ -80,10 +83,10 @@ def _pairs(index: PlanIndex, mix: Mix, rows: int) -> float:
 
 
 def step_rates(index: PlanIndex) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Smallest and largest rate [strata] at which a step is drawn in full windows, over the mean of the stratum's steps.
+    """Smallest and largest rate [strata] at which full windows show a step, divided by the mean rate of the stratum's steps.
 
-    An episode's mass over its number of starts is the same for all its windows, so a step's rate is that times the number of
-    windows that show it.
+    All starts of an episode are equally likely. So the rate of a step is the episode's mass, divided by the number of starts,
+    times the number of windows that show the step.
     """
     number = len(index.strata)
     low, high = np.full(number, np.inf), np.zeros(number)

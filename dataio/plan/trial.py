@@ -1,7 +1,7 @@
 """Trial rows: what one draw of each stratum delivers, on average, under given chances.
 
-The rooms that draws meet are measured on trial rows. What a draw of a stratum delivers in such rooms is calculated from a sample
-of its episodes, so that rare strata are known as well as common ones.
+The rooms of draws are measured on trial rows. What a draw of a stratum delivers in these rooms is calculated from a sample of its
+episodes. So the result is as exact for rare strata as for common ones.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.mixture import Mix
 
 _ROWS = 16384  # trial rows of one round
-_DRAWS = 1 << 18  # sampled draws of all strata together; of each at least and at most:
-_LEAST, _MOST = 1024, 16384
-_SEED = 0x7469706879  # of trial rows: they do not depend on the run's seed
+_DRAWS = 1 << 18  # sampled draws of all strata together
+_LEAST, _MOST = 1024, 16384  # fewest and most sampled draws of one stratum
+_SEED = 0x7469706879  # trial rows do not depend on the run's seed
 Floats = NDArray[np.float64]
 
 
 class Trial:
-    """Trial rows over an index."""
+    """Draws trial rows from an index."""
 
     def __init__(self, index: PlanIndex) -> None:
         self.index = index
@@ -33,15 +33,15 @@ class Trial:
         mass, content = index.cell_mass, index.content.reshape(index.buckets, -1)
         total = mass.sum(0)
         self.present = np.flatnonzero(total > 0).tolist()
-        # Tokens of a window that has all the room it wants
+        # Mean tokens of a window if the room is not short
         self._whole = np.divide(content.sum(0), total, where=total > 0, out=np.zeros(number))
         self._draws = int(np.clip(_DRAWS // max(number, 1), _LEAST, _MOST))
         self._points = (np.arange(self._draws) + 0.5) / self._draws
 
     def run(self, mix: Mix, number: int) -> tuple[Floats, Floats]:
-        """Windows and tokens [strata] that a row delivers of each stratum, for one draw's chance of it.
+        """Windows and tokens [strata] that a row delivers of each stratum, divided by the chance that a draw is of the stratum.
 
-        number  of the round: other rounds draw other rows
+        number  number of the round; each round draws other rows
         """
         index, strata = self.index, self.index.strata
         drawer = Drawer(index, mix, index.budget, _SEED)
@@ -54,20 +54,20 @@ class Trial:
         for s in self.present:
             least, full = np.searchsorted(rooms, [index.least[s], strata.full[s]])
             prompted = float(strata.prompt[s]) if drawer.reserve[s] > 0 else 0.0
-            whole = 1.0 - prompted + (len(rooms) - full) / _ROWS  # slot 1 of a row without a prompt has all the room
+            whole = 1.0 - prompted + (len(rooms) - full) / _ROWS  # slot 1 of a row without a prompt has the whole row
             windows[s], tokens[s] = whole, whole * self._whole[s]
             if least < full:
                 accepted, mean = self._delivered(drawer, s, rooms[least:full])
                 windows[s] += accepted * (full - least) / _ROWS
                 tokens[s] += mean * (full - least) / _ROWS
-            if prompted:  # the window behind a prompt: drawn until one is accepted
+            if prompted:  # the window after a prompt is drawn until one is accepted
                 accepted, mean = self._delivered(drawer, s, np.array([index.budget - drawer.reserve[s]]))
                 windows[s] += prompted
                 tokens[s] += prompted * mean / max(accepted, 1e-12)
         return windows, tokens
 
     def _delivered(self, drawer: Drawer, s: int, rooms: Ints) -> tuple[float, float]:
-        """Chance that a draw of a stratum is accepted in one of the rooms, and its mean tokens (0 if it is not)."""
+        """Chance that a draw of a stratum is accepted in one of the rooms, and its mean tokens (refused draws count as 0)."""
         index, number = self.index, len(self.index.strata)
         generator = np.random.Generator(np.random.Philox(key=_SEED, counter=s))
         mass = index.cell_mass[:, s]

@@ -1,4 +1,4 @@
-"""Philox against the published test vectors, NumPy's own implementation, and what the plan relies on."""
+"""Philox: the published test vectors, and the properties that the plan relies on."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ from tiphys.dataio.philox import generator, uniform32, uniform53, words
         ),
     ],
 )
-def test_published_vectors(counter, key, expected):
+def test_published_test_vectors(counter, key, expected):
     got = philox.philox(tuple(np.array([c], np.uint64) for c in counter), key)
     assert tuple(int(w[0]) for w in got) == expected
 
 
-def test_words_are_a_function_of_their_coordinates():
+def test_words_are_the_same_alone_and_in_arrays():
     step, row, slot = (x.ravel() for x in np.meshgrid(np.arange(5), np.arange(7), np.arange(3)))
     together = words(9, step, row, slot)
     for i in range(len(step)):
@@ -32,7 +32,7 @@ def test_words_are_a_function_of_their_coordinates():
         assert [int(w) for w in alone] == [int(w[i]) for w in together]
 
 
-def test_every_coordinate_counts():
+def test_every_argument_changes_the_words():
     base = {"seed": 1, "step": 2, "row": 3, "slot": 4, "attempt": 5, "purpose": 6}
     changes = [
         base,
@@ -44,7 +44,7 @@ def test_every_coordinate_counts():
     assert len(drawn) == len(changes)
 
 
-def test_uniforms_stay_in_their_interval():
+def test_uniform_numbers_stay_in_their_interval():
     edge = np.array([0, 2**32 - 1], np.uint64)
     assert (uniform32(edge) > 0).all()
     assert (uniform32(edge) < 1).all()
@@ -54,7 +54,7 @@ def test_uniforms_stay_in_their_interval():
     assert abs(many.mean() - 0.5) < 4 * np.sqrt(1 / 12 / len(many))
 
 
-def test_generators_of_different_purposes_do_not_meet():
+def test_generators_of_different_purposes_and_slots_differ():
     drawn = [generator(7, 1, 2, purpose, slot).random(4) for purpose in (philox.MASK, philox.DEPTH) for slot in (0, 1)]
     assert len({tuple(d) for d in drawn}) == 4
     assert (generator(7, 1, 2, philox.MASK).random(4) == drawn[0]).all()

@@ -1,4 +1,4 @@
-"""Placement: every process finds its rows alone, and keeps the same data."""
+"""Placement: every process finds its rows by itself, and needs the same part of the data all the time."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tiphys.dataio.placement import Home, Placement, data_share
 
 @pytest.mark.parametrize("replacement", [True, False])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
-def test_any_number_of_processes_sees_the_same_global_batches(processes, replacement):
+def test_global_batches_are_the_same_for_any_number_of_processes(processes, replacement):
     p = plan(replacement=replacement)
     places = [Placement(p, Home(i, processes)) for i in range(processes)]
     for step in range(12):
@@ -29,8 +29,8 @@ def test_weights_divide_the_rows():
     assert np.abs(counts.mean(0) - np.array([12.5, 37.5, 0, 50])).max() < 0.1
 
 
-def test_a_home_keeps_to_its_data():
-    """Rows of a process come from its buckets alone, cut buckets belong to two, and all parts make the whole."""
+def test_rows_of_a_home_come_only_from_its_part_of_the_data():
+    """The parts of all homes add up to every bucket, and only buckets at the bounds of homes are shared."""
     p = plan([entry("a", 20000, 3)], buckets=32)
     shares = [data_share(p, Home(i, 5)) for i in range(5)]
     total = np.zeros(32)
@@ -42,7 +42,7 @@ def test_a_home_keeps_to_its_data():
     assert sum(len(s) for s in shares) <= 32 + 4
 
 
-def test_rows_do_not_depend_on_history():
+def test_rows_do_not_depend_on_earlier_calls():
     p = plan()
     late = Placement(p, Home(1, 3)).rows(1000)
     assert (Placement(plan(), Home(1, 3)).rows(1000) == late).all()
@@ -59,7 +59,7 @@ def test_buckets_get_their_share_of_rows_in_any_span():
         assert np.abs(rows - share * 32 * steps).max() < 4
 
 
-def test_homes_that_cannot_be():
+def test_an_invalid_home_is_an_error():
     with pytest.raises(ValueError, match="count from 0"):
         Home(3, 3)
     with pytest.raises(ValueError, match="2 weights for 3"):

@@ -21,7 +21,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_any_row_alone_equals_the_one_in_sequence(replacement):
+def test_a_row_is_the_same_alone_and_with_all_others(replacement):
     whole = plan(replacement=replacement).many(range(40), [np.arange(32)] * 40)
     fresh = plan(replacement=replacement)
     for step, row in [(39, 5), (0, 31), (17, 0), (3, 3), (39, 6)]:
@@ -32,7 +32,7 @@ def test_any_row_alone_equals_the_one_in_sequence(replacement):
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_windows_lie_in_their_episodes_and_rows_in_their_budget(replacement):
+def test_windows_fit_their_episodes_and_rows_fit_their_budget(replacement):
     entries = mixture()
     all_ = columns(plan(entries, replacement=replacement), range(60))
     units = np.where(all_["entry"] == 0, *(e.lengths.units[all_["episode"] % e.index.episodes] for e in entries))
@@ -68,7 +68,7 @@ def test_all_windows_of_a_row_come_from_its_bucket():
 
 
 @pytest.mark.parametrize("unit", ["windows", "tokens"])
-def test_entries_are_delivered_by_their_weights(unit):
+def test_delivered_shares_of_entries_equal_their_weights(unit):
     all_ = columns(plan(mixture(), weight_unit=unit), range(1500))
     drawn = ~all_["prompt"]
     for i, share in enumerate((0.6, 0.4)):
@@ -78,8 +78,8 @@ def test_entries_are_delivered_by_their_weights(unit):
 
 
 @pytest.mark.parametrize("buckets", [1, 32])
-def test_episodes_and_starts_are_drawn_like_free_draws(buckets):
-    """With `starts: windows`, every window of an entry is as likely as any other. Rows, buckets and prompts do not matter."""
+def test_every_full_window_is_equally_likely(buckets):
+    """With `starts: windows`. Rows, buckets and prompts make no difference."""
     entries = mixture(fixed=0)
     all_ = columns(plan(entries, buckets=buckets, starts="windows"), range(1200))
     for i, e in enumerate(entries):
@@ -115,7 +115,7 @@ def test_prompts(replacement):
     last = entries[0].lengths.units[all_["episode"]] - all_["units"]
     long = where[last[where] > 20]
     ends = (all_["start"] == last)[long].mean()
-    assert 0.5 < ends < 0.56  # half of them by intention, and some of the uniform ones
+    assert 0.5 < ends < 0.56  # half of them on purpose, and a few of the others by chance
     uniform = long[all_["start"][long] != last[long]]
     assert chisquare(np.bincount((all_["start"][uniform] * 8 // last[uniform]).astype(int), minlength=8)).pvalue > WORST
 
@@ -131,7 +131,7 @@ def test_a_prompt_of_a_task_with_one_episode_is_another_part_of_it():
     assert p.describe()["same_episode_prompts"] == {"cells": 1, "share": 1.0}
 
 
-def test_an_episode_that_its_window_shows_whole_has_no_prompt():
+def test_a_window_that_shows_the_only_episode_completely_has_no_prompt():
     lonely = entry("a", 1, 1, window=50, per_unit=(2,), prompt=1.0, length=[3])
     drawn = columns(plan([lonely], budget=100), range(5))
     whole = (drawn["slot"] > 0) & (drawn["units"] == 3)
@@ -143,7 +143,7 @@ def test_an_episode_that_its_window_shows_whole_has_no_prompt():
 
 
 def test_prompts_never_show_the_window_before_or_after_a_redraw():
-    """Few episodes, many tasks, and quarantine: the cases in which a prompt held its window's own steps."""
+    """Few episodes, many tasks, and quarantine."""
     few = entry("a", 200, 100, per_unit=(10,), prompt=0.5, steps=15)
     log = PlanLog(events=[{"step": 0, "kind": "quarantine", "entry": "a", "episode": e} for e in range(0, 200, 5)])
     for p in (plan([few]), plan([few], log=log)):
@@ -173,7 +173,7 @@ def test_weights_change_at_their_step():
         plan(log=PlanLog(events=[{"step": 1, "kind": "weights", "weights": {"nobody": 1}}])).windows(2)
 
 
-def test_skipped_steps_are_never_seen():
+def test_skipped_steps_are_never_drawn():
     p, before = plan(), plan()
     p.log.append({"step": 10, "kind": "skip", "steps": 5})
     assert equal(p.windows(9), before.windows(9))
@@ -211,7 +211,7 @@ def test_priorities_by_rule_and_by_file(tmp_path):
         plan(entries, log=PlanLog(events=[event | {"digest": "0"}])).windows(2)
 
 
-def test_return_and_success_preferences():
+def test_preferences_by_return_and_by_success():
     index = entry("a", 500, 2).index
     rank = preference(index, "return")
     for t in range(2):
@@ -226,7 +226,7 @@ def test_return_and_success_preferences():
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_quarantined_episode_is_replaced_as_if_it_had_been_found_unreadable(replacement):
+def test_quarantine_gives_the_same_windows_as_a_failed_attempt(replacement):
     p, before = plan(replacement=replacement), plan(replacement=replacement)
     w = before.windows(30)
     i = len(w.row) // 2
@@ -249,7 +249,7 @@ def test_a_quarantined_episode_is_replaced_as_if_it_had_been_found_unreadable(re
     assert not ((drawn["entry"] == w.entry[i]) & (drawn["episode"] == w.episode[i])).any()
 
 
-def test_redraws_in_a_row_give_another_window_each():
+def test_each_further_attempt_gives_another_window():
     p = plan()
     w = p.windows(3)
     key = (int(w.row[4]), int(w.slot[4]))
@@ -263,7 +263,7 @@ def test_redraws_in_a_row_give_another_window_each():
     assert len(seen) == 6
 
 
-def test_quarantine_of_everything_is_an_error_that_says_so():
+def test_quarantine_of_all_episodes_of_an_entry_is_an_error():
     p = plan([entry("a", 3, 1)])
     for episode in range(3):
         p.log.append({"step": 0, "kind": "quarantine", "entry": "a", "episode": episode})
@@ -271,8 +271,8 @@ def test_quarantine_of_everything_is_an_error_that_says_so():
         p.windows(0)
 
 
-def test_a_cell_whose_episodes_are_all_unreadable_gives_up_its_windows_and_prompts():
-    """A task of two episodes, one of them corrupt, with prompts; and a task of one episode."""
+def test_if_all_episodes_of_a_cell_are_quarantined_other_tasks_replace_it():
+    """One of three tasks has two episodes, and both are quarantined. Every row has a prompt."""
     random = np.random.default_rng(0)
     e = entry("a", 2000, 3, per_unit=(10,), prompt=1.0)
     task = random.integers(0, 2, 2000)
@@ -313,7 +313,7 @@ def test_a_dataset_joins():
 # -- held out, state, errors ---------------------------------------------------------------------------------------------
 
 
-def test_held_out_episodes_are_drawn_by_validation_alone():
+def test_held_out_episodes_are_drawn_only_for_validation():
     entries = mixture()
     train, held = plan(entries, validation=0.1), plan(entries, validation=0.1, held_out=True)
     for p, expected in ((train, False), (held, True)):
@@ -323,7 +323,7 @@ def test_held_out_episodes_are_drawn_by_validation_alone():
             assert (out[drawn["episode"][drawn["entry"] == i]] == expected).all()
 
 
-def test_state_and_spawned_copies():
+def test_resumed_and_pickled_plans_draw_the_same():
     p = plan()
     p.log.append({"step": 3, "kind": "weights", "weights": {"b": 5}})
     p.step = 7
@@ -342,7 +342,7 @@ def test_state_and_spawned_copies():
         plan().load_state_dict(old)
 
 
-def test_memory_mapped_index_draws_the_same(tmp_path):
+def test_a_memory_mapped_index_draws_the_same(tmp_path):
     built = plan(cache_dir=str(tmp_path))
     mapped = plan(cache_dir=str(tmp_path))
     assert isinstance(mapped._ready(0).index.mass, np.memmap)
@@ -352,9 +352,11 @@ def test_memory_mapped_index_draws_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 12.0])
-def test_the_search_of_a_large_index_finds_the_same(monkeypatch, spread):
+def test_the_search_of_large_indexes_equals_bisection(monkeypatch, spread):
     random = np.random.default_rng(0)
-    priority = np.exp(spread * random.standard_normal(2000)).astype(np.float32)  # the last: most of the mass in a few
+    priority = np.exp(spread * random.standard_normal(2000)).astype(
+        np.float32
+    )  # spread 12: a few episodes have most of the mass
     index = plan([entry("a", priority=priority)])._ready(0).index
     near = np.maximum(index.mass - 0.5, 0.0)
     points = np.concatenate([random.random(5000) * index.mass[-1], index.mass, near])
@@ -364,7 +366,7 @@ def test_the_search_of_a_large_index_finds_the_same(monkeypatch, spread):
     assert (index.find(points) == expected).all()
 
 
-def test_what_cannot_be_drawn_is_named():
+def test_errors_name_what_cannot_be_drawn():
     with pytest.raises(DataError, match="'b'"):
         plan([entry("a"), entry("b", priority=np.zeros(2000, np.float32))])
     with pytest.raises(DataError, match="do not fit rows of 16 tokens"):
@@ -388,13 +390,13 @@ def test_episodes_too_long_for_a_row_are_left_out_and_counted():
 def test_number_of_buckets():
     assert choose_buckets(10**6, 512) == 512
     assert choose_buckets(10**6, 500) == 256  # at most as many as rows
-    assert choose_buckets(10**5, 512) == 128  # 400 episodes a bucket
+    assert choose_buckets(10**5, 512) == 128  # 400 episodes in a bucket
     assert choose_buckets(10**5, 512, prompted=20000) == 16  # 1,000 of a task with prompts
     assert choose_buckets(100, 512) == 1
 
 
-def test_buckets_count_what_can_be_drawn():
-    """The smallest task decides; episodes of priority 0 and held-out ones do not count, nor do entries of weight 0."""
+def test_only_drawable_episodes_decide_the_number_of_buckets():
+    """The smallest task decides. Episodes of priority 0, held-out episodes and entries of weight 0 do not count."""
     top = np.zeros(51200, np.float32)
     top[:512] = 1
     assert plan([entry("a", 51200, 1)]).buckets == 32
@@ -404,7 +406,7 @@ def test_buckets_count_what_can_be_drawn():
     assert plan([entry("a", 6400, 1)], validation=0.6).buckets == 4
 
 
-def test_describe_says_what_is_delivered():
+def test_describe_equals_what_is_delivered():
     p = plan(buckets=4)
     told, drawn = p.describe(), columns(p, range(600))
     windows = ~drawn["prompt"]
@@ -424,14 +426,14 @@ def test_describe_says_what_is_delivered():
 
 
 @pytest.mark.parametrize("replacement", [True, False])
-def test_a_stream_of_windows_is_as_random_as_free_draws(replacement):
-    """Distinct episodes in 256 windows in a row, over what free draws by mass give, in many such spans."""
+def test_consecutive_windows_show_as_many_episodes_as_independent_draws(replacement):
+    """Distinct episodes in 256 consecutive windows, divided by the number that independent draws by mass give."""
     e = entry("a", 20000, 3)
     p = plan([e], rows=64, replacement=replacement)
     assert p.buckets == 16
     drawn = columns(p, range(1500 if replacement else 450))
     episode = drawn["episode"][~drawn["prompt"]]
-    if not replacement:  # what a row's end cuts into two windows is one draw
+    if not replacement:  # a tile that is cut at the end of a row counts once
         tile = episode * 100 + drawn["start"][~drawn["prompt"]] // 20
         episode = episode[np.append(True, np.diff(tile) != 0)]
     spans = episode[: len(episode) // 256 * 256].reshape(-1, 256)

@@ -8,7 +8,7 @@ from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 
 
 class SimulatedIndex:
-    """What a plan asks of an EpisodeIndex, over random episodes."""
+    """The part of an EpisodeIndex that a plan uses, with random episodes."""
 
     def __init__(self, steps, task, seed=0, name="simulated"):
         random = np.random.default_rng([seed, 1])
@@ -42,7 +42,7 @@ def entry(
     context=1 << 30,
     length=None,
 ):
-    """An entry over simulated episodes of lognormal lengths; `fixed` > 0: instructions of up to so many tokens."""
+    """An entry over simulated episodes; `length`: their lengths, None: lognormal. `fixed`: most tokens of an instruction."""
     random = np.random.default_rng([seed, 2])
     drawn = np.clip(np.exp(random.normal(np.log(steps), 0.8, episodes)), 1, 400).astype(np.int64)
     length = drawn if length is None else np.asarray(length, np.int64)
@@ -62,7 +62,7 @@ def entry(
 
 
 def mixture(prompt=0.25, fixed=12):
-    """Two unlike data sets: costs of windows from 48 to 704 tokens, instructions and prompts in one of them."""
+    """Two different datasets: full windows of 48 to 704 tokens, and instructions and prompts in the first."""
     first = entry("a", 3000, 3, 0.6, per_unit=(10, 20, 30), fixed=fixed, prompt=prompt)
     second = entry("b", 800, 2, 0.4, window=16, per_unit=(3, 44), seed=1)
     return [first, second]
@@ -74,7 +74,7 @@ def plan(entries=None, **options):
 
 
 def columns(sampling_plan, steps):
-    """All planned windows of some steps as arrays, and the step of each."""
+    """All planned windows of some steps, as arrays; `step`: the step of each window."""
     parts = sampling_plan.many(list(steps), [np.arange(sampling_plan.rows)] * len(steps))
     out = {name: np.concatenate([getattr(p, name) for p in parts]) for name in parts[0]._fields}
     out["step"] = np.repeat(np.array(list(steps)), [len(p.row) for p in parts])

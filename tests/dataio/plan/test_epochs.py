@@ -1,4 +1,4 @@
-"""Sampling without replacement: every tile exactly once an epoch, in another order each time."""
+"""Sampling without replacement: every tile comes exactly once in an epoch, in another order each time."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_floor_sum(n, modulus, slope, intercept):
     assert floor_sum(np.array([n]), modulus, slope, np.array([intercept]))[0] == expected
 
 
-def test_rows_below_against_counting():
+def test_rows_below_equals_counting():
     rows, slope, offset = 8, 10368889, 5_000_000
     cuts = np.array([0, 1, UNIT - 1, UNIT, 3 * UNIT + 12345, rows * UNIT])
     for steps in (0, 1, 2, 77):
@@ -27,7 +27,7 @@ def test_rows_below_against_counting():
 
 
 def times_seen(drawn, i, e):
-    """How often each unit of an entry was delivered, and where each episode begins."""
+    """How often each unit of an entry was delivered, and the first unit of each episode."""
     mine = (drawn["entry"] == i) & ~drawn["prompt"]
     base = np.concatenate([[0], np.cumsum(e.lengths.units)])
     first = base[drawn["episode"][mine]] + drawn["start"][mine]
@@ -38,8 +38,8 @@ def times_seen(drawn, i, e):
 
 
 @pytest.mark.parametrize("buckets", [1, 8])
-def test_every_unit_comes_once_an_epoch(buckets):
-    """At any moment, each bucket of each entry is within one epoch, and entries go as fast as their weights say."""
+def test_every_unit_comes_once_in_an_epoch(buckets):
+    """The units of a bucket of an entry have come equally often, or once more. Epochs are as fast as the weights say."""
     entries = mixture(fixed=12)
     p = plan(entries, replacement=False, buckets=buckets)
     drawn = columns(p, range(600))
@@ -61,7 +61,7 @@ def test_windows_are_tiles_or_parts_of_tiles():
     size = np.where(drawn["entry"] == 0, 20, 16)
     first, last = drawn["start"] // size, (drawn["start"] + drawn["units"] - 1) // size
     assert (first == last)[windows].all()
-    # Only at the ends of a row is a tile cut: what stands between is whole.
+    # Tiles are cut only at the ends of a row. All others are whole.
     length = np.where(drawn["entry"] == 0, *(e.lengths.units[drawn["episode"] % e.index.episodes] for e in entries))
     whole = (drawn["start"] % size == 0) & (drawn["units"] == np.minimum(size, length - drawn["start"]))
     row = (drawn["step"] * 32 + drawn["row"])[windows]
@@ -70,14 +70,14 @@ def test_windows_are_tiles_or_parts_of_tiles():
     assert whole[windows][inner].all()
 
 
-def test_epochs_differ_and_mix():
-    """The order of two epochs is unrelated, and neighbours in a row are unrelated in the data."""
+def test_epochs_have_independent_random_orders():
+    """The orders of two epochs are independent, and so are neighbours in a row."""
     e = entry("a", 4000, 1, per_unit=(10,))
     p = plan([e], replacement=False, buckets=1)
     steps = int(p.describe()["entries"]["a"]["steps_per_epoch"])
     drawn = columns(p, range(2 * steps))
     tile = drawn["episode"] * 100 + drawn["start"] // 20
-    tile = tile[np.append(True, np.diff(tile) != 0)]  # a tile cut by a row's end stands there twice
+    tile = tile[np.append(True, np.diff(tile) != 0)]  # a tile that is cut at the end of a row comes twice
     half = len(tile) // 2
     pairs_of = [set(zip(t[:-1].tolist(), t[1:].tolist())) for t in (tile[:half], tile[half:])]
     assert len(pairs_of[0] & pairs_of[1]) < 1e-3 * half
@@ -88,8 +88,8 @@ def test_epochs_differ_and_mix():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_came_early_in_one_epoch_comes_anywhere_in_the_next(seed):
-    """Also where an epoch has few blocks: a cache that pins what came first then serves every stretch of later epochs alike."""
+def test_tiles_that_come_early_in_one_epoch_come_anywhere_in_the_next(seed):
+    """Even if an epoch has few blocks. So a cache that keeps what came first is equally useful all through later epochs."""
     e = entry("a", 700, 1, per_unit=(10,))
     p = plan([e], replacement=False, buckets=1, seed=seed)
     steps = int(p.describe()["entries"]["a"]["steps_per_epoch"])
@@ -102,7 +102,7 @@ def test_what_came_early_in_one_epoch_comes_anywhere_in_the_next(seed):
         assert all(0.5 < part.mean() / 0.2 < 1.6 for part in parts)
 
 
-def test_a_change_of_weights_goes_on_where_the_epoch_was():
+def test_a_change_of_weights_continues_the_epoch():
     entries = mixture(prompt=0.0)
     p = plan(entries, replacement=False, buckets=8)
     p.log.append({"step": 150, "kind": "weights", "weights": {"a": 1, "b": 5}})
@@ -115,7 +115,7 @@ def test_a_change_of_weights_goes_on_where_the_epoch_was():
     assert (drawn["entry"][late] == 1).mean() == pytest.approx(5 / 6, abs=0.02)
 
 
-def test_skipped_steps_are_lost_to_their_epoch():
+def test_units_of_skipped_steps_are_missing_from_their_epoch():
     entries = [entry("a", 3000, 1, per_unit=(10,))]
     p = plan(entries, replacement=False, buckets=1)
     p.log.append({"step": 20, "kind": "skip", "steps": 10})
@@ -126,14 +126,14 @@ def test_skipped_steps_are_lost_to_their_epoch():
     assert lost == pytest.approx(10 / steps, rel=0.2)
 
 
-def test_episodes_of_weight_zero_stay_out():
+def test_episodes_of_priority_zero_are_never_drawn():
     priority = np.ones(2000, np.float32)
     priority[::3] = 0
     drawn = columns(plan([entry("a", 2000, 2, priority=priority)], replacement=False), range(50))
     assert (drawn["episode"] % 3 != 0).all()
 
 
-def test_an_entry_smaller_than_a_row():
+def test_an_entry_that_is_smaller_than_a_row():
     tiny = entry("a", 2, 1, per_unit=(1,), steps=30)
     drawn = columns(plan([tiny], replacement=False, rows=4), range(10))
     seen, _ = times_seen(drawn, 0, tiny)

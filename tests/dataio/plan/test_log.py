@@ -1,4 +1,4 @@
-"""PlanLog: append-only, shared by processes, replayable, and unharmed by a writer that dies."""
+"""PlanLog: append-only, shared by processes, and intact if a writer dies."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_two_processes_append_and_refresh(tmp_path):
     assert one.refresh() == []
 
 
-def test_a_torn_line_is_left_alone(tmp_path):
+def test_the_incomplete_line_of_a_writer_that_died_is_ignored(tmp_path):
     path = tmp_path / "plan.jsonl"
     log = PlanLog(str(path))
     log.append(WEIGHTS)
@@ -31,10 +31,8 @@ def test_a_torn_line_is_left_alone(tmp_path):
         late = PlanLog(str(path))
         assert late.events == (WEIGHTS,)
         late.append({**WEIGHTS, "step": 9})
-        assert [e["step"] for e in PlanLog(str(path)).events] in (
-            [3, 9],
-            [3, 3, 9],
-        )  # a line that lacked its end only is whole
+        # A line that lacked only its newline is complete.
+        assert [e["step"] for e in PlanLog(str(path)).events] in ([3, 9], [3, 3, 9])
 
 
 @pytest.mark.parametrize(
@@ -55,22 +53,22 @@ def test_a_torn_line_is_left_alone(tmp_path):
         ),
     ],
 )
-def test_events_are_checked(event, message):
+def test_an_invalid_event_is_an_error(event, message):
     with pytest.raises(DataError, match=message):
         PlanLog(events=[event])
 
 
-def test_a_bad_event_in_a_file_is_named(tmp_path):
+def test_the_error_of_an_invalid_line_names_file_and_byte(tmp_path):
     path = tmp_path / "plan.jsonl"
     path.write_text(json.dumps(WEIGHTS) + "\n" + json.dumps({"step": 1, "kind": "colour"}) + "\n")
     with pytest.raises(DataError, match=r"plan\.jsonl at byte \d+"):
         PlanLog(str(path))
 
 
-def test_a_run_that_follows_a_file_passes_over_what_is_no_event(tmp_path, caplog):
+def test_follow_ignores_invalid_lines_with_a_warning(tmp_path, caplog):
     path = tmp_path / "plan.jsonl"
     log = PlanLog(str(path))
     path.write_text("3\n" + json.dumps({"step": 1, "kind": "colour"}) + "\n" + json.dumps(WEIGHTS) + "\n")
     assert log.follow() == [WEIGHTS]
     assert log.follow() == []
-    assert [record.getMessage().count("passed over") for record in caplog.records] == [1, 1]
+    assert [record.getMessage().count("ignored") for record in caplog.records] == [1, 1]

@@ -1,7 +1,7 @@
-"""Every step of a task is equally likely: χ² over steps, episodes and preambles, with a stated error rate.
+"""Every step of a task is equally likely: χ² tests over steps, episodes and instructions, with a stated error rate.
 
-Each test is one χ² at a fixed seed; it fails for p < 1e-4. Windows hold several steps that come together, so steps are counted by
-windows that *begin to show* them in blocks, and the statistic is divided by the measured variance of blocks (Rao and Scott 1981).
+Each test has a fixed seed and fails if p < 1e-4. The steps of a window come together, so counts of steps are not independent.
+Therefore counts are taken in blocks of planning steps, and χ² uses the measured variance between blocks (Rao and Scott 1981).
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ CASES = {
     "lognormal": {"window": 20, "per_unit": (10,)},
     "short context": {"window": 1000, "per_unit": (10,), "context": 200},
     "very unequal": {"window": 50, "per_unit": (4,), "length": np.concatenate([np.full(1500, 4), np.full(60, 400)])},
-    "preambles": {"window": 1000, "per_unit": (5,), "context": 128, "fixed": 24, "length": RANDOM.integers(3, 60, 1500)},
+    "instructions": {"window": 1000, "per_unit": (5,), "context": 128, "fixed": 24, "length": RANDOM.integers(3, 60, 1500)},
     "windows longer than episodes": {
         "window": 1000, "per_unit": (3,), "context": 128, "fixed": 24, "length": RANDOM.integers(2, 12, 3000)
     },
@@ -29,7 +29,7 @@ CASES = {
 
 
 def rates(e, **options):
-    """How often each step of an entry was delivered, by blocks of planning steps [blocks, steps]."""
+    """[blocks, steps]: how often each step of an entry was delivered in each block of planning steps."""
     p = plan([e], rows=64, **options)
     base = np.concatenate([[0], np.cumsum(e.lengths.units)])
     out = []
@@ -45,7 +45,7 @@ def rates(e, **options):
 
 
 def p_value(counts, groups, weights):
-    """Of χ² over groups of steps, with each group's variance from the blocks."""
+    """p-value of χ² over groups of steps; the variance of each group is measured between blocks."""
     number = groups.max() + 1
     by_group = np.array([np.bincount(groups, c, number) for c in counts])
     share = np.bincount(groups, weights, number)
@@ -54,7 +54,7 @@ def p_value(counts, groups, weights):
     variance = (by_group - expected).var(0, ddof=1) * len(counts)
     degrees = number - 1
     statistic = (difference**2 / variance).sum() * (degrees / number)
-    # Each term is F(1, 19): its mean is 19/17, so that the test stays on the safe side of its error rate.
+    # Each term is F(1, 19) with the mean 19/17. This correction keeps the error rate of the test low.
     return chi2.sf(statistic * 17 / 19, degrees)
 
 
@@ -76,20 +76,20 @@ def test_every_step_is_equally_likely(case, buckets):
     near_end = np.where(place < 3, place, np.where(length - place <= 3, 2 + length - place, 6))
     assert p_value(counts, near_end, weights) > WORST, "first and last steps"
     assert p_value(counts, ranks(length, 8), weights) > WORST, "short and long episodes"
-    assert p_value(counts, ranks(fixed, 8), weights) > WORST, "short and long preambles"
+    assert p_value(counts, ranks(fixed, 8), weights) > WORST, "short and long instructions"
     assert p_value(counts, ranks(np.arange(len(length)), 16), weights) > WORST, "anything else"
     assert (counts.sum(0)[weights > 0] > 0).mean() > 0.999, "coverage"
 
 
 def test_the_test_has_power():
-    """The old rule fails at once: with it, first and last steps are rare."""
+    """`starts: windows` fails: there the first and last steps are rare."""
     e = entry("a", 2000, 1, **CASES["lognormal"])
     counts = rates(e, starts="windows")
     place = np.concatenate([np.arange(t) for t in e.lengths.units])
     assert p_value(counts, np.minimum(place, 6), np.ones(len(place))) < 1e-12
 
 
-def test_rates_are_calculated_for_the_old_rule():
+def test_calculated_rates_with_equally_likely_windows():
     e = entry("a", 400, 1, window=20, per_unit=(10,))
     counts = rates(e, starts="windows", buckets=1, budget=200).sum(0)
     low, high = plan([e], starts="windows", buckets=1, budget=200).describe()["step_rates"]["a"][0]
@@ -102,7 +102,7 @@ def test_rates_are_calculated_for_the_old_rule():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_shares_and_fill_of_random_mixtures(seed):
-    """Delivered shares of tokens within 1 %, and the fill that is told is the real one."""
+    """Delivered shares of tokens are within 2 % of the weights, and the calculated fill is within 1 % of the measured one."""
     random = np.random.default_rng(seed)
     entries = [
         entry(
@@ -123,8 +123,8 @@ def test_shares_and_fill_of_random_mixtures(seed):
 
 
 @pytest.mark.parametrize("window", [20, 200])
-def test_a_batch_varies_as_independent_draws_do(window):
-    """Variance of the batch mean of a value of each episode, over that of free draws of steps."""
+def test_batches_vary_no_more_than_with_one_bucket(window):
+    """Variance of the batch mean of a random value of each episode, divided by that of a plan with one bucket."""
     random = np.random.default_rng(1)
     top = (random.random(30000) < 0.5).astype(np.float32)
     entries = [
@@ -140,12 +140,12 @@ def test_a_batch_varies_as_independent_draws_do(window):
         drawn = columns(some, range(1500))
         each = value[drawn["episode"] + 30000 * drawn["entry"]] * drawn["tokens"]
         found.append((np.bincount(drawn["step"], each) / np.bincount(drawn["step"], drawn["tokens"])).var())
-    # The quotient of two variances of 1,500 batches has a standard deviation of .052
+    # The quotient of two variances of 1,500 batches has a standard deviation of 0.052.
     assert found[0] / found[1] < 1.02 + 4 * 0.052
 
 
-def test_no_row_wanted_is_no_error():
-    """More processes than rows: some have none."""
+def test_no_rows_give_no_windows():
+    """If there are more processes than rows, some have no rows."""
     for replacement in (True, False):
         p = plan(mixture(), replacement=replacement)
         assert len(p.windows(3, []).row) == 0
