@@ -98,7 +98,6 @@ class Drawer:
         alive = np.arange(len(row))
         heads, prompts = self._heads(counter, row, bucket, left, slot)
         found = [heads]
-        alive = alive[left >= 0]
         while len(alive):
             columns, roomy = self._roomy(alive, counter, row, bucket, left, slot)
             found.append(columns)

@@ -48,17 +48,21 @@ def checked(event: Mapping[str, Any], where: str) -> Event:
         raise DataError(f"{where}: a {kind} event needs {', '.join(missing)}")
     if kind == "weights":
         weights = event["weights"]
-        if not isinstance(weights, Mapping) or not all(
-            isinstance(w, (int, float)) and w >= 0 for w in weights.values()
-        ):
-            raise DataError(f"{where}: `weights` must map names of entries to numbers of at least 0, not {weights!r}")
-    if kind == "dataset" and not (isinstance(event["weight"], (int, float)) and 0 <= event["weight"] < float("inf")):
+        if not isinstance(weights, Mapping) or not all(_is_weight(w) for w in weights.values()):
+            raise DataError(
+                f"{where}: `weights` must map names of entries to finite numbers of at least 0, not {weights!r}"
+            )
+    if kind == "dataset" and not _is_weight(event["weight"]):
         raise DataError(f"{where}: `weight` must be a finite number of at least 0, not {event['weight']!r}")
     if kind == "priority" and not ("prefer" in event or {"file", "digest"} <= event.keys()):
         raise DataError(f"{where}: a priority event needs `prefer`, or `file` and `digest`")
-    if kind == "skip" and (not isinstance(event["steps"], int) or event["steps"] < 1):
+    if kind == "skip" and (type(event["steps"]) is not int or event["steps"] < 1):
         raise DataError(f"{where}: a skip event needs `steps`, a whole number of at least 1, not {event['steps']!r}")
     return dict(event)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 class PlanLog:
