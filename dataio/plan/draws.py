@@ -98,13 +98,13 @@ class Drawer:
         alive = np.arange(len(row))
         heads, prompts = self._heads(counter, row, bucket, left, slot)
         found = [heads]
+        ending = [np.zeros(0, np.int64)]
         while len(alive):
             columns, roomy = self._roomy(alive, counter, row, bucket, left, slot)
             found.append(columns)
-            short = alive[~roomy]
+            ending.append(alive[~roomy])
             alive = alive[roomy]
-            if len(short):
-                found += self._short(short, counter, row, bucket, left, slot)
+        found += self._short(np.concatenate(ending), counter, row, bucket, left, slot)
         out = {k: np.concatenate([f[k] for f in found]) for k in heads}
         order = np.argsort(out["at"] << 16 | out["slot"], kind="stable")
         return {k: v[order] for k, v in out.items()}, prompts
