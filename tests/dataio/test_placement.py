@@ -66,3 +66,16 @@ def test_an_invalid_home_is_an_error():
         Home(0, 3, (1.0, 1.0))
     with pytest.raises(ValueError, match="not all 0"):
         Home(0, 2, (0.0, 0.0))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_more_processes_than_rows(replacement):
+    """Up to two processes a row: each row is somewhere, and a process without rows gets empty columns."""
+    p = plan(rows=6, replacement=replacement)
+    whole = p.windows(4)
+    for processes in range(1, 13):
+        rows = [Placement(p, Home(i, processes)).rows(4) for i in range(processes)]
+        parts = [p.windows(4, r) for r in rows]
+        assert np.concatenate(rows).tolist() == list(range(6))
+        for name in whole._fields:
+            assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
