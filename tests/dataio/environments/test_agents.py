@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.processes import REPOSITORY
 from tiphys.dataio import environments
 from tiphys.dataio.collect import play
 from tiphys.dataio.environments import Stateless
@@ -19,7 +20,7 @@ from tiphys.dataio.episode import DataError
 
 gymnasium = pytest.importorskip("gymnasium")
 pytestmark = pytest.mark.envs
-TRAINED = Path(__file__).parents[3] / "shared" / "data" / "rl-trained-agents"
+TRAINED = REPOSITORY.parent / "shared" / "data" / "rl-trained-agents"
 
 
 def test_a_zip_is_not_opened_before_it_is_trusted(tmp_path):
@@ -124,7 +125,7 @@ def test_a_saved_agent_acts_like_the_original(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not TRAINED.is_dir(), reason="no trained agents here")
+@pytest.mark.skipif(not TRAINED.is_dir(), reason=f"needs the trained agents in {TRAINED}: this test did NOT run")
 @pytest.mark.parametrize(
     ("task", "path", "least"),
     [
