@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiphys.dataio.caching.slabs import ALIGN, size_classes, slab_size
-from tiphys.dataio.caching.tiers import DiskTier, MemoryTier
+from tiphys.dataio.caching.tiers import DiskTier, MemoryTier, room_for_items
 
 Units = NDArray[np.int64]
 NOWHERE, STAGED = -1, -2  # place of a unit that is not here; place of a unit whose bytes an open block holds
@@ -318,5 +318,6 @@ def _tiers(
 
     if disk and not directory:
         raise ValueError("cache: a disk tier needs a folder: set data.cache.dir, or data.cache.disk to 0")
-    on_disk = DiskTier(disk, *shape(disk, DiskTier.HEADER), directory, fingerprint) if disk else None
+    room = room_for_items(disk, float(np.mean(sample)) + DiskTier.HEADER) if len(sample) else disk
+    on_disk = DiskTier(room, *shape(room, DiskTier.HEADER), directory, fingerprint) if disk else None
     return MemoryTier(memory, *shape(memory, MemoryTier.HEADER)), on_disk

@@ -30,6 +30,14 @@ log = logging.getLogger(__name__)
 _VERSION = 1
 _LEAVING = 2.0  # seconds to wait for the process that used a folder before to end
 _JOURNAL = 1 << 20  # bytes that the journal may hold beside what is needed, before it is rewritten
+_RECORD = 24  # bytes of an item's record in the journal
+_RECORDS = 2  # records an item, on average, before the journal is rewritten
+
+
+def room_for_items(disk: int, item: float) -> int:
+    """Bytes that a disk tier has for items of this mean size, if all its files together take at most `disk` bytes: the rest is
+    for the journal, and for the new one while it is rewritten."""
+    return int((disk - min(_JOURNAL, disk // 64)) / (1 + (_RECORDS + 1) * _RECORD / max(item, 1.0)))
 
 
 class MemoryTier:
@@ -102,6 +110,7 @@ class DiskTier:
         self._backed: set[int] = set()  # slabs whose room on disk is allocated
         self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
         self._pending: list[tuple[int, int, int]] = []
+        self._slack = min(_JOURNAL, capacity // 64)
         self._patience = 1  # factor of the length that the journal may reach; doubled if rewriting it failed
         self._compact()
         geometry = {"version": _VERSION, "fingerprint": fingerprint, "capacity": capacity, "slab": slab}
@@ -206,7 +215,7 @@ class DiskTier:
     def _compact(self) -> None:
         """Rewrite the journal if it has become much longer than necessary."""
         address, item, kind = self.slabs.contents()
-        if self._journal.tell() < _JOURNAL * self._patience + 4 * 24 * len(address):
+        if self._journal.tell() < self._slack * self._patience + _RECORDS * _RECORD * len(address):
             return
         try:
             file = open(self._path("journal.new"), "w+b", buffering=0)  # noqa: SIM115

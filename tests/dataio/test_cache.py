@@ -330,11 +330,34 @@ def test_the_journal_does_not_grow_without_end(tmp_path, monkeypatch):
     for _ in range(300):
         stream.step(cache)
     live = int(cache.kept.disk.slabs.live.sum())
-    assert os.path.getsize(tmp_path / "journal") < 1000 + 4 * 24 * live + 24 * 40
+    assert os.path.getsize(tmp_path / "journal") < 1000 + 2 * 24 * live + 24 * 40
     cache.close()
     late = stream.cache(0.2, 0.3, tmp_path, start=300)
     assert late.holds(np.arange(stream.units)).sum() == live
     stream.step(late)
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_all_files_of_the_disk_tier_stay_within_its_budget(size, tmp_path):
+    """Also while the journal is rewritten: the old and the new one are there together."""
+    stream = Stream(units=2000, per_block=40, sizes=np.full(2000, size))
+    cache, most = stream.cache(0.1, 0.4, tmp_path), 0
+    disk = cache.kept.disk
+    replace = os.replace
+
+    def measure():
+        return sum(f.stat().st_blocks * 512 if f.name == "items" else f.stat().st_size for f in tmp_path.iterdir())
+
+    rewritten = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiphys.dataio.caching.tiers.os.replace", lambda *a: (rewritten.append(measure()), replace(*a)))
+        for _ in range(400):
+            stream.step(cache)
+            most = max(most, measure())
+    budget = int(0.4 * stream.total)
+    assert rewritten or size > 100  # few large items need no rewriting
+    assert max(most, *rewritten) <= budget + (8 << 10)  # the lock and geometry.json
+    assert disk.slabs.count * disk.slabs.slab > 0.5 * budget
 
 
 # -- slabs ---------------------------------------------------------------------------------------------------------------
