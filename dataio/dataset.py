@@ -65,6 +65,14 @@ def read_episode(index: EpisodeIndex, episode: int) -> Episode:
     )
 
 
+def read_field(index: EpisodeIndex, episode: int, field: str) -> Any:
+    """Read all rows of one field of an episode from its shard."""
+    rows, shard = int(index.rows[episode]), int(index.shard[episode])
+    ranges = index.ranges(episode, 0, rows, [field])
+    buffers = index.store.read_ranges(index.shard_name(shard), [r.offset for r in ranges], [r.size for r in ranges])
+    return index.decode(episode, 0, rows, [field], buffers)["fields"][field]
+
+
 def _info(index: EpisodeIndex, episode: int, data: memoryview) -> dict[str, Any]:
     """`info` of the sample's .json member, after checking that the member belongs to this episode."""
     try:

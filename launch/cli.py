@@ -273,6 +273,14 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
     )
     p.set_defaults(command="split")
     p = actions.add_parser(
+        "lengths", help="count the tokens of texts that change from step to step, so that plans know them"
+    )
+    p.add_argument(
+        "recipe", help="recipe whose datasets and tokenizer are meant; the counts are written beside the datasets"
+    )
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values to use instead of the recipe's")
+    p.set_defaults(command="lengths")
+    p = actions.add_parser(
         "filter", help="a dataset of the episodes that meet every given condition; no shard is copied"
     )
     p.add_argument("dataset", help="dataset to choose from; it must stay where it is")

@@ -47,11 +47,12 @@ def check(args: Namespace) -> int:
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
-        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines
+        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
 
         indexes = open_datasets(recipe)
-        print("\n".join(step_rate_lines(make_plan(recipe, indexes, Objectives(recipe, indexes)))))
+        objectives = Objectives(recipe, indexes)
+        print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
     return Status.DONE
 
 
@@ -208,6 +209,21 @@ def split(args: Namespace) -> int:
 
     for url, made in zip((args.first, args.second), split(args.dataset, args.first, args.second, args.share)):
         _made(url, made)
+    return Status.DONE
+
+
+def lengths(args: Namespace) -> int:
+    from tiphys.dataio import step_counts
+    from tiphys.launch.plan import open_datasets, uncounted_texts
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.recipes.load import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    objectives = Objectives(recipe, open_datasets(recipe))
+    text = objectives.text
+    for field, index in uncounted_texts(objectives):
+        path = step_counts.write(index, field, text.definition, lambda texts: [len(ids) for ids in text.encode(texts)])
+        print(f"{index.url}/{path}: tokens of the field {field!r}")
     return Status.DONE
 
 

@@ -134,6 +134,28 @@ def step_rate_lines(plan: SamplingPlan) -> list[str]:
     return lines or ["every step of a task is equally likely"]
 
 
+def uncounted_texts(objectives: Objectives) -> list[tuple[str, EpisodeIndex]]:
+    """(field, dataset) of each text that changes from step to step and whose tokens nobody has counted."""
+    from tiphys.dataio import step_counts
+
+    found: dict[tuple[str, str], EpisodeIndex] = {}
+    for entry in range(len(objectives.layouts)):
+        index = objectives.index(entry)
+        for field in objectives.step_texts(entry):
+            if step_counts.read(index, field, objectives.text.definition) is None:
+                found[field, index.url] = index
+    return [(field, index) for (field, _), index in found.items()]
+
+
+def text_lines(objectives: Objectives) -> list[str]:
+    """Lines of text: the texts of steps that the plan counts with their most tokens, because their real number is not known."""
+    return [
+        f"{index.url}: every text of the field {field!r} is planned with its most tokens, so rows are less full than they "
+        "could be; `tiphys dataset lengths RECIPE` counts the tokens once"
+        for field, index in uncounted_texts(objectives)
+    ]
+
+
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
     """The settings of a recipe's loaders. `cache`: what one loader may cache; None: the default."""
     from tiphys.dataio.loader import CacheBudget, LoaderSettings

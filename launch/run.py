@@ -14,7 +14,15 @@ from tiphys.dataio.episode import DataError
 from tiphys.launch import rank_reports
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
-from tiphys.launch.plan import Joining, held_out_batches, loader_arguments, make_plan, open_datasets, step_rate_lines
+from tiphys.launch.plan import (
+    Joining,
+    held_out_batches,
+    loader_arguments,
+    make_plan,
+    open_datasets,
+    step_rate_lines,
+    text_lines,
+)
 from tiphys.launch.rank_reports import RankReport
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
@@ -186,6 +194,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
     ]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
+    lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     print("\n".join(lines), flush=True)
 

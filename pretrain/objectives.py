@@ -17,11 +17,12 @@ from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import TimestepLayout
+from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.plan.cost import Savings
     from tiphys.dataio.sampling import EntryLengths
     from tiphys.dataio.statistics import FieldStatistics
     from tiphys.recipes.schema import Entry, Objective, Recipe
@@ -148,6 +149,10 @@ class Objectives:
             )
         return self._entries[entry]
 
+    def index(self, entry: int) -> EpisodeIndex:
+        """The dataset of a mixture entry."""
+        return self._entry(entry).index
+
     def task_numbers(self, entry: int) -> np.ndarray:
         """Numbers of the tasks of a mixture entry.
 
@@ -210,7 +215,32 @@ class Objectives:
             fixed=fixed.astype(np.int32),
             prompt=prompt,
             prompt_units=prompt_units,
+            savings=self._savings(entry),
         )
+
+    def step_texts(self, entry: int) -> dict[str, list[tuple[int, Element]]]:
+        """The texts of a mixture entry that change from step to step: field -> (task, element) of each task that shows it.
+
+        Tasks are numbers in the entry's dataset.
+        """
+        line, numbers = self._entry(entry), self._numbers[entry]
+        found: dict[str, list[tuple[int, Element]]] = {}
+        for i in line.tasks:
+            for element in self.layouts[entry][int(numbers[i])].step_texts:
+                found.setdefault(element.field, []).append((i, element))
+        return found
+
+    def _savings(self, entry: int) -> Savings | None:
+        """What the steps of an entry take less than planned, by the token counts beside its dataset; None without counts."""
+        from tiphys.dataio import step_counts
+
+        index = self._entry(entry).index
+        task_of, parts = np.asarray(index.task), []
+        for field, shown in self.step_texts(entry).items():
+            counts = step_counts.read(index, field, self.text.definition)
+            if counts is not None:
+                parts += [(task_of == task, counts, element.size, element.stride) for task, element in shown]
+        return step_counts.savings(index, parts) if parts else None
 
     def joined(self, added: Sequence[tuple[EpisodeIndex, int]]) -> Objectives:
         """These objectives with further datasets, learned as mixture entries that exist. The vocabulary stays as it is.

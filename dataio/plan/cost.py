@@ -41,6 +41,22 @@ class StepCost:
         return np.asarray(total, np.int64)
 
 
+@dataclass(frozen=True)
+class Savings:
+    """How many tokens fewer than their `StepCost` says the steps of E episodes take, because some texts are short.
+
+    Attributes
+    ----------
+    first : int64 [E]
+        Where each episode begins in `running`.
+    running : int32 [steps of all episodes + E]
+        running[first[e] + t]: tokens that the steps [0, t) of episode e save together.
+    """
+
+    first: Ints
+    running: NDArray[np.int32]
+
+
 class Costs:
     """The step costs of all strata, computed for whole arrays.
 

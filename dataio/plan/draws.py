@@ -165,7 +165,7 @@ class Drawer:
         stratum = cell % len(self.index.strata)
         fixed = self.index.fixed[place].astype(np.int64)
         start, units = self._span(place, part, self.index.window(stratum, fixed))
-        return place, start, units, fixed + self.index.costs.cost(stratum, start, units)
+        return place, start, units, fixed + self.index.cost(stratum, place, start, units)
 
     def take(
         self, cell: Ints, high: Words, low: Words, chance: Words, room: Ints
@@ -184,7 +184,7 @@ class Drawer:
         else:
             accepted = ~short | (uniform32(chance) * self._bound(stratum, room) < self._ratio(place, window, fit))
             start, units = self._span(place, part, np.maximum(fit, 1))
-        return place, start, units, fixed + index.costs.cost(stratum, start, units), accepted
+        return place, start, units, fixed + index.cost(stratum, place, start, units), accepted
 
     def _ratio(self, place: Ints, window: Ints, fit: Ints) -> NDArray[np.float64]:
         """((T − 1) / K' + 1) / ((T − 1) / K + 1) of each episode (see the module)."""
@@ -293,7 +293,7 @@ class Drawer:
             windows["at"], np.zeros(len(cell), np.int64), cell, other, start, units, np.zeros(len(cell), np.int64)
         )
         columns = {k: v[keep] for k, v in columns.items()}
-        columns["tokens"] = index.costs.cost(stratum[keep], columns["start"], columns["units"])
+        columns["tokens"] = index.cost(stratum[keep], other[keep], columns["start"], columns["units"])
         return columns
 
     def _another(
@@ -376,7 +376,7 @@ class Drawer:
             place, part, window if self.tiles or index.starts == "windows" else np.maximum(fit, 1)
         )
         units = np.where(fit > 0, np.minimum(units, fit), 0)
-        tokens = fixed + index.costs.cost(stratum, start, units)
+        tokens = fixed + index.cost(stratum, place, start, units)
         return {"cell": cell, "place": place, "start": start, "units": units, "tokens": tokens}
 
 

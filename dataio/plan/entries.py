@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tiphys.dataio.plan.cost import StepCost
+from tiphys.dataio.plan.cost import Savings, StepCost
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -41,6 +41,8 @@ class EntryLengths:
         Chance that a row whose first window is of this task begins with a prompt.
     prompt_units : int32 [tasks]
         Most units of a prompt. A prompt has no fixed tokens.
+    savings : Savings or None
+        What steps take less than `costs` says. None: nothing.
     """
 
     units: NDArray[np.int64]
@@ -50,6 +52,7 @@ class EntryLengths:
     fixed: NDArray[np.int32]
     prompt: NDArray[np.float32]
     prompt_units: NDArray[np.int32]
+    savings: Savings | None = None
 
     @classmethod
     def plain(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
 
 _GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
-_FORMAT = 3  # format of the saved arrays
+_FORMAT = 4  # format of the saved arrays
 _CHUNK = 1 << 22  # episodes worked on at once
 STARTS = ("steps", "windows")
 
@@ -87,6 +87,10 @@ class PlanIndex:
         Results of `find` for 0, 1, 2, … times `_spacing`, up to the first point above the whole mass.
     first : int64 [cells + 1]
         Position of the first episode of each cell.
+    saved_first : int64 [n]
+        Where each episode begins in `saved`; -1: it saves nothing. Empty if no episode saves any tokens.
+    saved : int32
+        Running sums of the tokens that steps take less than `costs` says (see `Savings`).
     square : float64 [cells]
         Sum of the squared masses of the episodes.
     content : float64 [cells]
@@ -107,6 +111,8 @@ class PlanIndex:
     guide: NDArray[np.int32]
     tokens: NDArray[np.float64]
     first: NDArray[np.int64]
+    saved_first: NDArray[np.int64]
+    saved: NDArray[np.int32]
     square: NDArray[np.float64]
     content: NDArray[np.float64]
     too_long: NDArray[np.int64]
@@ -119,6 +125,27 @@ class PlanIndex:
     def window(self, stratum: NDArray[np.int64], fixed: NDArray) -> NDArray[np.int64]:
         """Units of the longest window of an episode with this stratum and these fixed tokens."""
         return longest_window(self.strata.window, self.strata.context, self.costs, stratum, fixed)
+
+    def cost(
+        self,
+        stratum: NDArray[np.int64],
+        place: NDArray[np.int64],
+        start: NDArray[np.int64],
+        units: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Tokens of the units [start, start + units) of each episode, without its fixed tokens."""
+        cost = self.costs.cost(stratum, start, units)
+        return cost - self.savings(place, start, units) if len(self.saved_first) else cost
+
+    def savings(self, place: NDArray[np.int64], start: NDArray[Any], units: NDArray[Any]) -> NDArray[np.int64]:
+        """How many tokens fewer than `costs` says the units [start, start + units) of each episode take."""
+        if not len(self.saved_first):
+            return np.zeros(len(place), np.int64)
+        first = self.saved_first[place]
+        begin = np.where(first < 0, 0, first + start)
+        begin = np.where(first < 0, 0, first + start)
+        end = np.where(first < 0, 0, first + start + units)
+        return self.saved[end].astype(np.int64) - self.saved[begin]
 
     @property
     def cells(self) -> int:
@@ -237,7 +264,8 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
         costs = [[list(c.elements), c.chunk] for c in lengths.costs]
         out.update(json.dumps([entry.index.fingerprint, [int(t) for t in entry.tasks], costs]).encode())
         arrays = (lengths.units, lengths.window, lengths.context, lengths.fixed, lengths.prompt, lengths.prompt_units)
-        for given in (*arrays, entry.priority):
+        savings = (lengths.savings.first, lengths.savings.running) if lengths.savings else ()
+        for given in (*arrays, entry.priority, *savings):
             if given is None:
                 out.update(b"none")
             else:
@@ -303,17 +331,24 @@ class _Columns:
     """Collects the drawable episodes, entry by entry, and sorts them by cell."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[NDArray[Any]]] = {k: [] for k in ("episode", "cell", "units", "fixed", "priority")}
+        names = ("episode", "cell", "units", "fixed", "priority", "saved_first")
+        self.parts: dict[str, list[NDArray[Any]]] = {k: [] for k in names}
         self.episode = self.units = self.fixed = np.zeros(0, np.int32)
         self.cell, self.priority = np.zeros(0, np.uint32), np.zeros(0, np.float32)
+        self.saved_first = np.zeros(0, np.int64)
 
-    def add(self, entry: PlanEntry, chosen: NDArray[np.int64], cell: NDArray[np.int64]) -> None:
-        some = {
+    def add(self, entry: PlanEntry, chosen: NDArray[np.int64], cell: NDArray[np.int64], saved: int) -> None:
+        """Add some episodes of an entry. `saved`: where its savings begin among those of all entries."""
+        some: dict[str, NDArray[Any]] = {
             "episode": chosen.astype(np.int32),
             "cell": cell.astype(np.uint32),
             "units": np.asarray(entry.lengths.units[chosen], np.int32),
             "fixed": np.asarray(entry.lengths.fixed[chosen], np.int32),
         }
+        if entry.lengths.savings is not None:
+            some["saved_first"] = entry.lengths.savings.first[chosen] + saved
+        else:
+            some["saved_first"] = np.broadcast_to(np.int64(-1), len(chosen))
         if entry.priority is None:
             some["priority"] = np.broadcast_to(np.float32(1), len(chosen))
         else:
@@ -321,8 +356,12 @@ class _Columns:
         for name, array in some.items():
             self.parts[name].append(array)
 
-    def sort(self, plain: bool) -> None:
-        """Sorts by cell; stable. NumPy has a radix sort for 16 bits only, hence two passes. `plain`: drop the priorities."""
+    def sort(self, plain: bool, savings: bool) -> None:
+        """Sorts by cell; stable. NumPy has a radix sort for 16 bits only, hence two passes.
+
+        plain    drop the priorities
+        savings  keep `saved_first`
+        """
         cell = np.concatenate(self.parts["cell"] or [self.cell])
         order = np.argsort(cell.astype(np.uint16), kind="stable")
         high = (cell >> 16).astype(np.uint16)
@@ -330,7 +369,8 @@ class _Columns:
             order = order[np.argsort(high[order], kind="stable")]
         del high
         self.cell = cell[order]
-        for name in ("episode", "units", "fixed") if plain else ("episode", "units", "fixed", "priority"):
+        kept = ["episode", "units", "fixed"] + ["priority"] * (not plain) + ["saved_first"] * savings
+        for name in kept:
             setattr(self, name, np.concatenate(self.parts.pop(name) or [getattr(self, name)])[order])
         self.parts.clear()
 
@@ -339,6 +379,8 @@ def _build(entries: Sequence[PlanEntry], how: Drawing, costs: Costs) -> PlanInde
     strata = _strata(entries, how.budget, costs)
     number = len(strata["entry"])
     columns, too_long = _Columns(), np.zeros(len(entries), np.int64)
+    saved = [entry.lengths.savings.running for entry in entries if entry.lengths.savings is not None]
+    before = 0
     least = costs.each + costs.once if how.tiles else costs.first
     for i, entry in enumerate(entries):
         held = entry.index.held_out(how.validation)
@@ -353,11 +395,12 @@ def _build(entries: Sequence[PlanEntry], how: Drawing, costs: Costs) -> PlanInde
             too_long[i] += long
             chosen = np.flatnonzero(drawable)
             bucket = (entry.index.hash[part][chosen] % np.uint64(how.buckets)).astype(np.int64)
-            columns.add(entry, chosen + part.start, bucket * number + stratum[chosen])
+            columns.add(entry, chosen + part.start, bucket * number + stratum[chosen], before)
+        before += 0 if entry.lengths.savings is None else len(entry.lengths.savings.running)
     # Without replacement every tile comes once in an epoch. Only the priority 0 has a meaning then.
     plain = how.tiles or all(e.priority is None for e in entries)
-    columns.sort(plain)
-    return _sums(columns, strata, how, costs, plain, too_long)
+    columns.sort(plain, bool(saved))
+    return _sums(columns, strata, how, costs, plain, too_long, np.concatenate([np.zeros(0, np.int32), *saved]))
 
 
 def _parts(episodes: int) -> list[slice]:
@@ -399,6 +442,7 @@ def _sums(
     costs: Costs,
     plain: bool,
     too_long: NDArray[np.int64],
+    saved: NDArray[np.int32],
 ) -> PlanIndex:
     """Running sums over the sorted episodes. It works part by part: 10⁸ episodes need little more memory than the arrays."""
     number, episodes = len(strata["entry"]), len(columns.cell)
@@ -434,7 +478,13 @@ def _sums(
         mass[after] += mass[part.start]
         square += sums(cell, weighted.astype(np.float64) ** 2, cells)
         mean = units / each if how.tiles or how.starts == "steps" else np.minimum(units, window)
-        content += sums(cell, weighted * (fixed + mean * (costs.tokens / costs.period).sum(0)[s]), cells)
+        each_takes = mean * (costs.tokens / costs.period).sum(0)[s]
+        if len(columns.saved_first):
+            at = columns.saved_first[part]
+            begin, end = np.maximum(at, 0), np.where(at < 0, 0, at + units)  # both 0 if nothing is saved
+            all_saved = saved[end] - saved[begin]
+            each_takes = each_takes - all_saved * mean / units
+        content += sums(cell, weighted * (fixed + each_takes), cells)
     return PlanIndex(
         buckets=how.buckets,
         budget=how.budget,
@@ -454,6 +504,8 @@ def _sums(
         guide=_guide(mass),
         tokens=tokens,
         first=np.cumsum(first),
+        saved_first=columns.saved_first,
+        saved=saved,
         square=square,
         content=content,
         too_long=too_long,

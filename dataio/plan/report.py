@@ -36,6 +36,11 @@ def report(index: PlanIndex, mix: Mix, names: Sequence[str], rows: int, budget: 
         np.diff(index.first) > 0
     )
     tokens = per_stratum.reshape(index.buckets, number).sum(0) * index.costs.each
+    if len(index.saved_first):
+        places = np.arange(len(index.units))
+        saved = np.append(index.savings(places, np.zeros(len(places), np.int64), index.units), 0)
+        per_cell = np.add.reduceat(saved, index.first[:-1]) * (np.diff(index.first) > 0)
+        tokens = tokens - per_cell.reshape(index.buckets, number).sum(0)
     entries = {}
     for i, name in enumerate(names):
         mine = strata.entry == i

@@ -113,6 +113,11 @@ class TimestepLayout:
         return sum(e.size for e in self.elements if e.role == "text")
 
     @cached_property
+    def step_texts(self) -> tuple[Element, ...]:
+        """The texts that change from step to step, if the steps that show them do not depend on the window."""
+        return tuple(e for e in self.elements if e.role == "text") if self.chunk == 1 else ()
+
+    @cached_property
     def has_actions(self) -> bool:
         return any(e.role == "action" for e in self.elements)
 
