@@ -11,7 +11,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.tokens.codecs import Affine, Bins, Codec, Discrete, Grid, Patches, Quantiles, Vector
-from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, SEPARATOR, TEXT, Paradigm
+from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, REWARD, SEPARATOR, TEXT, Paradigm, Part
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES
 
@@ -59,10 +59,10 @@ class Encoding:
     def softmax(self) -> str:
         return self.paradigm.softmax if self.objective.softmax == "auto" else self.objective.softmax
 
-    @property
-    def discretised(self) -> bool:
+    def linear(self, part: Part) -> bool:
+        """Whether the continuous actions of a part are regressed vectors instead of ids."""
         choice = self.objective.discretise
-        return self.paradigm.discretised if choice == "auto" else choice == "yes"
+        return part.code == "linear" if choice == "auto" else choice == "no"
 
     def option(self, name: str, default: Any) -> Any:
         return self.objective.options.get(name, default)
@@ -77,29 +77,33 @@ class Encoding:
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
         preamble = tuple(f.name for f in texts if f.per == "episode")
         has_actions = bool(self.shown("action"))
-        if not has_actions and not (TEXT in self.paradigm.targets and preamble):
+        if not has_actions and not (self.paradigm.predicts_text and preamble):
             raise DataError(
                 f"task {self.task.name!r} has neither actions nor a text that paradigm {self.paradigm.name!r} predicts, so there "
                 "is nothing to learn; leave the task out with `tasks` of the mixture entry, or use another paradigm"
             )
         elements: list[Element] = []
         for part in self.paradigm.timestep:
-            if part == OBSERVATION:
-                elements += self.observations()
-            elif part == ACTION:
-                elements += self.actions()
-            elif part == TEXT:
-                elements += [self.step_text(f) for f in texts if f.per == "step"]
-            elif part == RETURN and has_actions:
-                elements.append(Element("return", codec=self.return_codec()))
-            elif part == SEPARATOR and has_actions:
-                elements.append(Element("separator"))
+            if part.kind == OBSERVATION:
+                made = self.observations(part)
+            elif part.kind == ACTION:
+                made = self.actions(part)
+            elif part.kind == TEXT:
+                made = [self.step_text(f) for f in texts if f.per == "step"]
+            elif part.kind == REWARD:
+                made = self.rewards(part)
+            elif part.kind == RETURN:
+                made = [Element("return", codec=self.return_codec(part))] if has_actions else []
+            else:
+                assert part.kind == SEPARATOR
+                made = [Element("separator")] if has_actions else []
+            elements += [self.learnt(element, part) for element in made]
         layout = TimestepLayout(
             task=self.task.name,
             number=number,
             elements=tuple(elements),
             preamble=preamble,
-            predict_text=TEXT in self.paradigm.targets,
+            predict_text=self.paradigm.predicts_text,
             text_last=not has_actions,
             chunk=self.chunk(),
             softmax=self.softmax,
@@ -151,36 +155,63 @@ class Encoding:
 
     def step_text(self, field: FieldSpec) -> Element:
         """The element of a text that changes from step to step."""
-        size = int(self.option("text_tokens", 32))
-        predicted = TEXT in self.paradigm.targets
-        return Element("text", field.name, size=size, predicted=predicted, stride=max(1, self.tokens(field).stride))
+        return Element(
+            "text", field.name, size=int(self.option("text_tokens", 32)), stride=max(1, self.tokens(field).stride)
+        )
 
-    def observations(self) -> list[Element]:
+    def learnt(self, element: Element, part: Part) -> Element:
+        """The element with what the part says of its targets, and of whether it is shown."""
+        if not part.weight:
+            return element if part.shown else replace(element, shown=False)
+        codec = element.codec
+        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine) else ""
+        if codec is not None and codec.embedder and not head:
+            raise DataError(
+                f"task {self.task.name!r}: paradigm {self.paradigm.name!r} predicts the {element.role} {element.field!r}, "
+                "which is encoded as one embedded vector; give it `encoding: uniform` or `encoding: quantile`, or skip it"
+            )
+        return replace(element, predicted=True, head=head, weight=part.weight, shown=part.shown)
+
+    def rewards(self, part: Part) -> list[Element]:
+        """The reward of each step."""
+        fields = self.shown("reward")
+        if not fields:
+            raise DataError(
+                f"task {self.task.name!r}: it has no rewards, which paradigm {self.paradigm.name!r} needs; leave the task out "
+                "with `tasks` of the mixture entry, or use another paradigm"
+            )
+        kind = {"auto": "uniform", "linear": "uniform"}.get(part.code, part.code)
+        found = []
+        for field in fields:
+            given = self.tokens(field).encoding
+            codec = self.binned(field, kind if given == "auto" else given)
+            found.append(Element("reward", field.name, codec, codec.tokens))
+        return found
+
+    def observations(self, part: Part) -> list[Element]:
         """Images, then discrete and continuous fields together; both groups are sorted by name."""
         fields = [f for f in self.shown("observation") if f.modality != "text"]
         fields.sort(key=lambda f: (_IMAGES if f.modality == "image" else _REST, f.name))
         elements = []
         for field in fields:
-            codec = self.observation(field)
+            codec = self.observation(field, part)
             stride = max(1, self.tokens(field).stride)
             elements.append(
                 Element("observation", field.name, codec, codec.tokens, stride=stride, constant=field.per == "episode")
             )
         return elements
 
-    def actions(self) -> list[Element]:
-        elements = []
-        for field in self.shown("action"):
-            codec = self.action(field)
-            head = "" if not codec.embedder else codec.embedder.removeprefix("vector:")
-            elements.append(Element("action", field.name, codec, codec.tokens, predicted=True, head=head))
-        return elements
+    def actions(self, part: Part) -> list[Element]:
+        codecs = [(field, self.action(field, part)) for field in self.shown("action")]
+        return [Element("action", field.name, codec, codec.tokens) for field, codec in codecs]
 
     # the codec of one field
 
-    def observation(self, field: FieldSpec) -> Codec:
+    def observation(self, field: FieldSpec, part: Part) -> Codec:
         kind = self.tokens(field).encoding
-        if kind == "auto":
+        if kind == "auto" and part.code in ("uniform", "quantile") and field.modality == "continuous":
+            kind = part.code
+        elif kind == "auto":
             kind = self.scheme if self.scheme == "gato" else self.compact(field)
         if kind == "grid":
             return self.grid(field)
@@ -203,8 +234,10 @@ class Encoding:
             return "vector"
         return "gato"
 
-    def action(self, field: FieldSpec) -> Codec:
+    def action(self, field: FieldSpec, part: Part) -> Codec:
         kind = self.tokens(field).encoding
+        if kind == "auto" and part.code in ("uniform", "quantile") and field.modality == "continuous":
+            kind = part.code
         if kind in ("vector", "grid"):
             raise DataError(
                 f"{self.where(field)}: an action cannot have encoding {kind!r}; `discretise: no` regresses it as a vector"
@@ -219,7 +252,7 @@ class Encoding:
         if kind == "quantile":
             return self.binned(field, kind)
         low, high = self.action_range(field)
-        if not self.discretised and kind == "auto":
+        if kind == "auto" and self.linear(part):
             numbers = int(np.prod(field.shape, dtype=np.int64))
             return Affine(f"vector:{field.name}:{numbers}", field.shape, low, high, 1.0, field.dtype)
         bins = self.tokens(field).bins if kind == "uniform" else CONTINUOUS_BINS
@@ -347,8 +380,10 @@ class Encoding:
         std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, np.maximum(1.0, np.abs(mean)))
         return Vector(f"vector:{field.name}:{numbers}", field.shape, _numbers(mean), _numbers(std), field.dtype)
 
-    def return_codec(self) -> Codec:
+    def return_codec(self, part: Part) -> Codec:
         scale = self.largest_return or 1.0
+        if part.code == "uniform":
+            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
         return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
 
 

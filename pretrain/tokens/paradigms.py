@@ -1,9 +1,8 @@
 """The table of paradigms: Decision Transformer, Gato and behaviour cloning differ in data, not in code.
 
-A row of the table says which elements a timestep has and in what order, which of them are predicted, whether actions are ids or
-regressed vectors, the attention mask, the conditioning, and how the policy acts. `OBSERVATION` means all observation fields:
-first images, then discrete and continuous fields together; both groups are sorted by name. Texts that stay the same for a whole
-episode stand once, before the first timestep of the window.
+A row of the table says which parts a timestep has and in what order, which of them are predicted, how they are encoded, the
+prompt, what data it needs, and how its policy acts. `observation` means all observation fields: first images, then discrete and
+continuous fields together; both groups are sorted by name.
 """
 
 from __future__ import annotations
@@ -12,79 +11,128 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-TEXT, OBSERVATION, SEPARATOR, RETURN, ACTION = "text", "observation", "separator", "return", "action"
+TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = (
+    "text",
+    "observation",
+    "separator",
+    "return",
+    "reward",
+    "action",
+)
+KINDS = (TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION)
+CODES = ("auto", "linear", "uniform", "quantile")
+ACTING = {
+    "next": "the action's tokens one after another",
+    "ask": "a target return (a multiple of the best in the data), lowered by each reward",
+}
+REQUIREMENTS = ("reward",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of element, in a timestep or once before the first.
+
+    Attributes
+    ----------
+    kind : str
+        One of `KINDS`. `observation`, `action` and `text` stand for all fields of that role.
+    code : str
+        How its values are encoded, unless the recipe says otherwise for a field: one of `CODES`. `auto`: by the scheme;
+        `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins.
+    weight : float
+        Loss weight of its targets, relative to the weight of the mixture entry. 0: it is not predicted.
+    shown : bool
+        False: the token `mask` stands in its place in the input. Its targets stay.
+    """
+
+    kind: str
+    code: str = "auto"
+    weight: float = 0.0
+    shown: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.code not in CODES:
+            raise ValueError(f"a part of kind {self.kind!r} with code {self.code!r}: unknown")
+        if not self.weight >= 0 or (self.weight and self.kind == SEPARATOR):
+            raise ValueError(f"a part of kind {self.kind!r} cannot have the weight {self.weight}")
+
+    def __str__(self) -> str:
+        weight = "" if not self.weight else "*" if self.weight == 1 else f"*{self.weight:g}"
+        return f"{self.kind}{weight}" if self.shown else f"[{self.kind}{weight}]"
 
 
 @dataclass(frozen=True)
 class Paradigm:
     """One row of the table.
 
-    timestep      elements in order
-    targets       elements that are predicted: `action`, `text`
-    discretised   True: actions are ids. False: continuous actions are regressed vectors
-    scheme        gato | compact: how fields become tokens, unless the recipe says otherwise
-    softmax       vocabulary | range: what a predicted id is normalised over
-    mask          causal
-    prompt        share of rows that begin with a prompt of the same task
-    conditioning  what the policy is told besides observations
-    acting        how it acts
-    source        where it is described
+    Attributes
+    ----------
+    name, source : str
+        Its name, and where it is described.
+    timestep : tuple of Part
+        The parts of a timestep, in order. `text`: texts that change from step to step.
+    head : tuple of Part
+        What stands once, before the first timestep of a window: texts that stay the same for a whole episode.
+    scheme : str
+        How fields become tokens, unless the recipe says otherwise: gato | compact.
+    softmax : str
+        What a predicted id is normalised over: vocabulary | range.
+    mask : str
+        Who may attend to whom: causal.
+    prompt : float
+        Share of rows that begin with a prompt, a demonstration of the same task.
+    acting : str
+        How its policy acts: a name in `ACTING`.
+    requires : tuple of str
+        What the data must have: names in `REQUIREMENTS`.
     """
 
     name: str
-    timestep: tuple[str, ...]
-    targets: tuple[str, ...]
-    discretised: bool
-    scheme: str
-    softmax: str
-    mask: str
-    prompt: float
-    conditioning: str
-    acting: str
     source: str
+    timestep: tuple[Part, ...]
+    head: tuple[Part, ...] = (Part(TEXT),)
+    scheme: str = "compact"
+    softmax: str = "range"
+    mask: str = "causal"
+    prompt: float = 0.0
+    acting: str = "next"
+    requires: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.acting not in ACTING or self.mask != "causal" or set(self.requires) - set(REQUIREMENTS):
+            raise ValueError(f"paradigm {self.name!r}: unknown acting, mask or requirement")
+        if any(part.kind != TEXT or not part.shown for part in self.head):
+            raise ValueError(f"paradigm {self.name!r}: only texts that are shown can stand before the first timestep")
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether it learns from texts alone."""
+        return any(part.weight > 0 for part in self.head)
 
 
 PARADIGMS: dict[str, Paradigm] = {
     p.name: p
     for p in (
         Paradigm(
-            name="bc",
-            timestep=(TEXT, OBSERVATION, ACTION),
-            targets=(ACTION,),
-            discretised=True,
-            scheme="compact",
-            softmax="range",
-            mask="causal",
-            prompt=0.0,
-            conditioning="text, if the task has one; %BC by `prefer: top`",
-            acting="the action's tokens one after another",
-            source="behaviour cloning; %BC: Chen et al. 2021, sec. 5.1",
+            "bc",
+            "behaviour cloning; %BC: Chen et al. 2021, sec. 5.1",
+            (Part(TEXT), Part(OBSERVATION), Part(ACTION, weight=1.0)),
         ),
         Paradigm(
-            name="dt",
-            timestep=(TEXT, RETURN, OBSERVATION, ACTION),
-            targets=(ACTION,),
-            discretised=False,
-            scheme="compact",
-            softmax="range",
-            mask="causal",
-            prompt=0.0,
-            conditioning="return-to-go, divided by the task's largest absolute return",
-            acting="a target return (a multiple of the best in the data), lowered by each reward",
-            source="Chen et al. 2021, algorithm 1",
+            "dt",
+            "Chen et al. 2021, algorithm 1",
+            (Part(TEXT), Part(RETURN, "linear"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            acting="ask",
+            requires=(REWARD,),
         ),
         Paradigm(
-            name="gato",
-            timestep=(TEXT, OBSERVATION, SEPARATOR, ACTION),
-            targets=(TEXT, ACTION),
-            discretised=True,
+            "gato",
+            "Reed et al. 2022, sec. 2 and app. B, C",
+            (Part(TEXT, weight=1.0), Part(OBSERVATION), Part(SEPARATOR), Part(ACTION, weight=1.0)),
+            head=(Part(TEXT, weight=1.0),),
             scheme="gato",
             softmax="vocabulary",
-            mask="causal",
             prompt=0.25,
-            conditioning="text; prompt: a demonstration of the same task, in half of the cases its end",
-            acting="the action's tokens one after another, after a demonstration if one is given",
-            source="Reed et al. 2022, sec. 2 and app. B, C",
         ),
     )
 }
@@ -100,19 +148,18 @@ def paradigm_errors(name: str, paradigm: str = "") -> Iterator[tuple[str, str]]:
 
 
 def table() -> list[dict[str, str]]:
-    """The rows as text, for people to read."""
+    """The rows as text, for people to read. A part with a star is predicted; one in brackets is hidden in the input."""
     return [
         {
             "name": p.name,
-            "timestep": " ".join(p.timestep),
-            "predicted": ", ".join(p.targets),
-            "discretised": "yes" if p.discretised else "no",
+            "once": " ".join(map(str, p.head)),
+            "each step": " ".join(map(str, p.timestep)),
             "scheme": p.scheme,
             "softmax": p.softmax,
             "mask": p.mask,
             "prompt": f"{p.prompt:g}",
-            "conditioning": p.conditioning,
-            "acts by": p.acting,
+            "needs": ", ".join(p.requires) or "–",
+            "acts by": ACTING[p.acting],
             "source": p.source,
         }
         for p in PARADIGMS.values()

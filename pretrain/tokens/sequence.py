@@ -315,7 +315,9 @@ class _Draft:
             else:
                 self._lay_values(group, element, at)
             if element.predicted and not element.head:
-                self._predict(at.ravel(), layout)
+                self._predict(at.ravel(), layout, element.weight)
+            if not element.shown:
+                self.dense["tokens"][at] = self.vocabulary.mask
 
     def _lay_frame(self, group: _Group, cell: np.ndarray) -> None:
         """Modality, local position and step number of the timesteps."""
@@ -339,7 +341,7 @@ class _Draft:
         dense["local"][cell] = np.minimum(within + before, ACTION_LOCAL - 1)
         dense["timestep"][cell] = np.repeat([int(w.step[0]) if len(w.step) else 0 for w in group.windows], size)
         if layout.predict_text:
-            self._predict(cell, layout)
+            self._predict(cell, layout, 1.0)
 
     def _lay_values(self, group: _Group, element: Element, at: np.ndarray) -> None:
         codec = element.codec
@@ -363,26 +365,27 @@ class _Draft:
         self.dense["tokens"][at] = self.vocabulary.embedded
         there = at.ravel() < self.cells
         cell, value = at.ravel()[there], encoded.reshape(-1, *encoded.shape[2:])[there]
-        self.values.setdefault(codec.embedder, []).append((cell, value))
-        if isinstance(codec, Patches):
+        if element.shown:
+            self.values.setdefault(codec.embedder, []).append((cell, value))
+        if element.shown and isinstance(codec, Patches):
             spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[there]
             self.patches.setdefault(codec.embedder, []).append(spans)
         if element.predicted:
             kept = self._can_be_target(cell)
-            weight = np.full(len(cell), group.layout.weight, np.float32)
+            weight = np.full(len(cell), group.layout.weight * element.weight, np.float32)
             self.vectors.setdefault(element.head, []).append((cell[kept] - 1, value[kept], weight[kept]))
 
     def _can_be_target(self, cell: np.ndarray) -> np.ndarray:
         """Mask of the cells that are not the spare one, not in a prompt, and not the first of their segment."""
         return (cell < self.cells) & ~self.prompt[cell] & (self.dense["position"][cell] > 0)
 
-    def _predict(self, cell: np.ndarray, layout: TimestepLayout) -> None:
-        """Makes the ids in `cell` targets, each at the cell before."""
+    def _predict(self, cell: np.ndarray, layout: TimestepLayout, weight: float) -> None:
+        """Makes the ids in `cell` targets, each at the cell before. `weight`: times that of the layout."""
         dense, vocabulary = self.dense, self.vocabulary
         cell = cell[self._can_be_target(cell)]
         ids = dense["tokens"][cell]
         dense["target"][cell - 1] = ids
-        dense["weight"][cell - 1] = layout.weight
+        dense["weight"][cell - 1] = layout.weight * weight
         if layout.softmax == "range":
             highs = np.array([high for _, _, high in vocabulary.ranges])
             dense["softmax"][cell - 1] = np.searchsorted(highs, ids, side="right") + 1

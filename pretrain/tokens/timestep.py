@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.pretrain.tokens.batch import ACTION, RETURN, SEPARATOR, TEXT
+from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, codec_from_dict
 
 LOCAL_POSITIONS = 512
@@ -23,18 +23,21 @@ _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names
     "predict_text": "said",
     "text_last": "ends",
 }
-_ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETURN}
+_ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETURN, "reward": REWARD}
+_OPTIONAL = {"weight": 1.0, "shown": True}  # keys of an element that processor.json may lack
 
 
 @dataclass(frozen=True)
 class Element:
     """One element of a timestep.
 
-    role       text (a text that changes from step to step) | observation | separator | return | action
+    role       text (a text that changes from step to step) | observation | separator | return | reward | action
     field      the field that it shows; empty for a separator and a return
     codec      its encoding; None for text and the separator
     size       positions that it takes; for text: at most
     predicted  its ids are targets; with `head`: its vector is the target
+    weight     loss weight of its targets, times that of the layout
+    shown      False: the token `mask` stands in its place in the input; its targets stay
     head       regression head; empty: its ids are predicted
     stride     it is shown at the steps whose number in the episode is a multiple of this
     constant   the field has one array for the whole episode, which is shown at every step
@@ -48,6 +51,8 @@ class Element:
     head: str = ""
     stride: int = 1
     constant: bool = False
+    weight: float = 1.0
+    shown: bool = True
 
     @property
     def modality(self) -> int:
@@ -57,7 +62,9 @@ class Element:
         return self.codec.modality
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "codec": self.codec.to_dict() if self.codec else None}
+        """JSON. `weight` and `shown` are left out if they have their defaults, so that policies without them stay as they are."""
+        values = {k: v for k, v in self.__dict__.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
+        return {**values, "codec": self.codec.to_dict() if self.codec else None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Element:
@@ -79,7 +86,7 @@ class TimestepLayout:
                   (no actions)
     chunk         steps 0, chunk, 2·chunk … of a window show every element, the steps between them only the actions
     softmax       vocabulary | range: what a predicted id is normalised over
-    weight        loss weight of each target
+    weight        loss weight of each target, times that of its element
     context       most positions of a window
     window        most steps of a window; 0: as many as the context holds
     """
