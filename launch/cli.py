@@ -141,6 +141,10 @@ def _run_commands(commands: Any) -> None:
     p.set_defaults(command="report")
 
     p = commands.add_parser("objectives", help="show the table of paradigms")
+    p.add_argument(
+        "name", nargs="?", default="", help="show everything about this paradigm (default: a summary of all)"
+    )
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.set_defaults(command="objectives")
 
     p = commands.add_parser("tokens", help="show one row of a training batch, decoded")

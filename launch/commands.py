@@ -76,16 +76,14 @@ def report(args: Namespace) -> int:
 
 
 def objectives(args: Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
+    from tiphys.dataio.episode import DataError
+    from tiphys.launch.display import paradigm_lines
+    from tiphys.pretrain.tokens.paradigms import paradigm_errors, table
 
-    from tiphys.pretrain.tokens.paradigms import table
-
-    rows = table()
-    view = Table(*rows[0], title="Paradigms", header_style="bold")
-    for row in rows:
-        view.add_row(*row.values())
-    Console(width=None if sys.stdout.isatty() else 240).print(view)
+    for _, reason in paradigm_errors(args.name) if args.name else ():
+        raise DataError(reason)
+    rows = [row for row in table() if args.name in ("", row["name"])]
+    print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else paradigm_lines(rows, whole=bool(args.name)))
     return Status.DONE
 
 

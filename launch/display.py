@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def _cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def paradigm_lines(rows: Sequence[Mapping[str, str]], whole: bool, width: int = 80) -> str:
+    """The rows of `paradigms.table()` in at most `width` columns. `whole`: with everything that is known of each."""
+    out = [] if whole else ["A part with * is predicted; one in [brackets] is hidden in the input.", ""]
+    shown = tuple(rows[0])[1:] if whole else ("each step", "acts by", "needs")
+    for row in rows:
+        out.append(row["name"])
+        for name in shown:
+            out += textwrap.wrap(row[name], width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+    return "\n".join(out)
 
 
 def histogram(counts: Sequence[float]) -> str:

@@ -23,9 +23,9 @@ KINDS = (TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION)
 CODES = ("auto", "linear", "uniform", "quantile")
 ACTING = {
     "next": "the action's tokens one after another",
-    "ask": "a target return (a multiple of the best in the data), lowered by each reward",
+    "ask": "a target return, lowered by each reward; then the action",
 }
-REQUIREMENTS = ("reward",)
+REQUIREMENTS = {"reward": "rewards"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Paradigm:
     ----------
     name, source : str
         Its name, and where it is described.
+    differs : str
+        What is done differently from the source.
     timestep : tuple of Part
         The parts of a timestep, in order. `text`: texts that change from step to step.
     head : tuple of Part
@@ -97,6 +99,7 @@ class Paradigm:
     prompt: float = 0.0
     acting: str = "next"
     requires: tuple[str, ...] = ()
+    differs: str = ""
 
     def __post_init__(self) -> None:
         if self.acting not in ACTING or self.mask != "causal" or set(self.requires) - set(REQUIREMENTS):
@@ -124,6 +127,8 @@ PARADIGMS: dict[str, Paradigm] = {
             (Part(TEXT), Part(RETURN, "linear"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
             acting="ask",
             requires=(REWARD,),
+            differs="returns are divided by the task's largest absolute return; the target is a multiple of the best return in "
+            "the data; positions count tokens of the window and steps of the episode",
         ),
         Paradigm(
             "gato",
@@ -133,6 +138,7 @@ PARADIGMS: dict[str, Paradigm] = {
             scheme="gato",
             softmax="vocabulary",
             prompt=0.25,
+            differs="discrete values have ids of their own; a prompt stands before the first window of a row only",
         ),
     )
 }
@@ -157,10 +163,11 @@ def table() -> list[dict[str, str]]:
             "scheme": p.scheme,
             "softmax": p.softmax,
             "mask": p.mask,
-            "prompt": f"{p.prompt:g}",
-            "needs": ", ".join(p.requires) or "–",
+            "prompt": f"{p.prompt:g} of the rows" if p.prompt else "none",
+            "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",
             "acts by": ACTING[p.acting],
             "source": p.source,
+            "differs": p.differs or "nothing that we know of",
         }
         for p in PARADIGMS.values()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +90,17 @@ def test_the_launchers_status_is_translated(capsys: pytest.CaptureFixture[str]) 
     assert submit.explain(-signal.SIGKILL, asked=signal.SIGINT) == stopped_by(signal.SIGINT) == Status.INTERRUPTED
     assert submit.explain(Status.TRY_AGAIN, asked=signal.SIGTERM) == Status.TERMINATED
     assert submit.explain(Status.REFUSED, asked=signal.SIGTERM) == Status.REFUSED
+
+
+def test_the_table_of_paradigms_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["objectives"]) == 0
+    summary = capsys.readouterr().out
+    assert cli.main(["objectives", "dt"]) == 0
+    whole = capsys.readouterr().out
+    assert max(map(len, (summary + whole).splitlines())) <= 80
+    assert cli.main(["objectives", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert all(row["name"] in summary for row in rows)
+    assert all(" ".join(text.split()) in " ".join(whole.split()) for row in rows[1:2] for text in row.values())
+    assert cli.main(["objectives", "dr"]) == Status.REFUSED
+    assert "Allowed: bc, dt, gato" in capsys.readouterr().err
