@@ -101,7 +101,7 @@ def make_plan(
 
     entries = []
     for i, (entry, index, name) in enumerate(zip(recipe.data.mixture, indexes, names(recipe), strict=True)):
-        priority = None if held_out else preference(index, entry.prefer, entry.top)
+        priority = None if held_out else preference(index, entry.prefer, entry.top, entry.top_of)
         entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority))
     return SamplingPlan(
         entries,

@@ -36,7 +36,10 @@ class Entry:
         "Which episodes are drawn: all alike, more often the higher their return, only the best (`top`), only successful ones",
         choices=("uniform", "return", "top", "success"),
     )
-    top: float = key(1.0, "With `prefer: top`, the share of each task's episodes that count as best", above=0, high=1)
+    top: float = key(1.0, "With `prefer: top`, the share of each task's data that counts as best", above=0, high=1)
+    top_of: str = key(
+        "episodes", "What `top` is a share of; %BC counts steps (Chen et al. 2021)", choices=("episodes", "steps")
+    )
     loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0)
 
 

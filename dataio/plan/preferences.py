@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
 
 RULES = ("uniform", "return", "top", "success")
+TOP_OF = ("episodes", "steps")
 
 
-def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np.float32] | None:
+def preference(
+    index: EpisodeIndex, prefer: str, top: float = 1.0, top_of: str = "episodes"
+) -> NDArray[np.float32] | None:
     """Priorities by a rule: float32 [E], or None if all are 1.
 
     Parameters
@@ -30,8 +33,11 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
         best has 1 and the worst is near 0; equal returns share their mean rank. `top`: 1 for those episodes of each task that
         have the highest returns, 0 for the others. `success`: 1 for episodes that are known to have succeeded, 0 for the others.
     top : float
-        For `prefer="top"`: share of the episodes of each task (at least one episode). Of equal returns, the first in the index
+        For `prefer="top"`: share of the best of each task (at least one episode). Of equal returns, the first in the index
         are taken.
+    top_of : str
+        What `top` is a share of. `episodes`: their number. `steps`: as many of the best episodes as have together at most this
+        share of the task's steps, as %BC counts (Chen et al. 2021, section 5.1).
 
     Raises DataError if the rule is unknown, `top` is out of range, or a return that the rule needs is not finite.
     """
@@ -43,6 +49,8 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
         raise DataError(f"prefer: {prefer!r} is none of {', '.join(RULES)}")
     if not 0 < top <= 1:
         raise DataError(f"top: must be above 0 and at most 1, not {top}")
+    if top_of not in TOP_OF:
+        raise DataError(f"top_of: {top_of!r} is none of {', '.join(TOP_OF)}")
     returns, task = np.asarray(index.total_return, np.float64), np.asarray(index.task)
     if not np.isfinite(returns).all():
         bad = int(np.flatnonzero(~np.isfinite(returns))[0])
@@ -54,8 +62,10 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
         of_task = np.flatnonzero(task == t)
         n = len(of_task)
         if prefer == "top":
-            best = of_task[np.argsort(-returns[of_task], kind="stable")[: max(1, round(top * n))]]
-            out[best] = 1.0
+            best = of_task[np.argsort(-returns[of_task], kind="stable")]
+            steps = np.cumsum(np.asarray(index.steps, np.int64)[best])
+            many = int((steps <= top * steps[-1]).sum()) if top_of == "steps" else round(top * n)
+            out[best[: max(1, many)]] = 1.0
         else:
             _, inverse, counts = np.unique(returns[of_task], return_inverse=True, return_counts=True)
             mean_rank = np.cumsum(counts) - (counts - 1) / 2
@@ -66,7 +76,7 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
 def priority_of(event: Mapping[str, Any], index: EpisodeIndex) -> NDArray[np.float32] | None:
     """Priorities of a `priority` event: by a rule, or from a `.npy` file with the SHA-256 that the event names."""
     if "prefer" in event:
-        return preference(index, event["prefer"], float(event.get("top", 1.0)))
+        return preference(index, event["prefer"], float(event.get("top", 1.0)), event.get("top_of", "episodes"))
     with open(event["file"], "rb") as file:
         data = file.read(index.episodes * 8 + 4096)
     if hashlib.sha256(data).hexdigest() != event["digest"]:

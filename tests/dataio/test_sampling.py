@@ -211,8 +211,24 @@ def test_priorities_by_rule_and_by_file(tmp_path):
         plan(entries, log=PlanLog(events=[event | {"digest": "0"}])).windows(2)
 
 
+def assert_like_percent_bc(index, best, share):
+    """The rule of %BC, episode by episode: from the best return down, as long as the steps are within the share."""
+    for t in np.unique(index.task):
+        mine = np.flatnonzero(index.task == t)
+        left, chosen = share * index.steps[mine].sum(), set()
+        for e in sorted(mine.tolist(), key=lambda e: -index.total_return[e]):
+            if chosen and index.steps[e] > left:
+                break
+            left -= index.steps[e]
+            chosen.add(e)
+        assert set(mine[best[mine] == 1].tolist()) == chosen
+
+
 def test_preferences_by_return_and_by_success():
     index = entry("a", 500, 2).index
+    for share in (0.001, 0.3, 1.0):
+        best = preference(index, "top", share, "steps")
+        assert_like_percent_bc(index, best, share)
     rank = preference(index, "return")
     for t in range(2):
         mine = index.task == t
