@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.episode import DataError
 
 EPISODE_BYTES = 4 << 30  # arrays of one episode, decoded
@@ -78,7 +79,7 @@ def decode_image(data: bytes, where: str) -> np.ndarray:
         if width * height > PIXELS:
             raise DataError(f"{where}: the image has {width} × {height} pixels; at most {PIXELS:,} are read")
         if image.mode.startswith("I"):
-            array = np.asarray(image).astype(np.uint16)
+            array = checked_cast(np.asarray(image), np.uint16, where)
         else:
             if image.mode not in ("L", "RGB", "RGBA"):
                 image = image.convert("RGBA" if "A" in image.mode else "L" if image.mode == "1" else "RGB")  # type: ignore[assignment]
