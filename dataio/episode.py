@@ -82,7 +82,8 @@ class FieldSpec:
 
         None if they are not known: nothing tells whether floats are fractions, metres or millimetres.
         """
-        if self.low and self.high and min(self.low) < max(self.high):
+        bounds = (*(self.low or ()), *(self.high or ()))
+        if self.low and self.high and np.isfinite(bounds).all() and min(self.low) < max(self.high):
             return float(min(self.low)), float(max(self.high))
         full = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}.get(self.dtype)
         return None if full is None else (0.0, full)

@@ -204,7 +204,7 @@ class LeRobot(Converter):
             kind = np.dtype("V")
         if kind.kind not in "biuf":
             raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has dtype {dtype!r}, which is not supported")
-        return field_spec(name, kind, [] if name in _SCALARS and shape == [1] else shape)
+        return field_spec(name, kind, [] if _is_scalar(name, kind, shape) else shape)
 
     @cached_property
     def _cameras(self) -> dict[str, Camera]:
@@ -266,6 +266,16 @@ class LeRobot(Converter):
 
     def notes(self) -> list[str]:
         notes = [c.note for c in self._cameras.values() if c.note] if self._exported is None else []
+        for key, feature in self._features.items() if self._exported is None else ():
+            name, dtype = canonical(key), str(feature.get("dtype"))
+            if (
+                list(feature["shape"]) == [1]
+                and name not in _SCALARS
+                and key not in self._cameras
+                and dtype != "string"
+            ):
+                if self._field(key, feature).shape == ():
+                    notes.append(f"{key}: has shape [1] and whole numbers; it is stored as one number per step")
         total = self.info.get("total_episodes")
         if isinstance(total, int) and total != len(self._records):
             notes.append(f"info.json states {total} episodes, but the table of episodes lists {len(self._records)}")
@@ -331,7 +341,7 @@ class LeRobot(Converter):
         if dtype == "string":
             return array
         array = checked_cast(array, dtype, f"{where}, {key}")
-        return array.reshape(len(array)) if name in _SCALARS and shape == (1,) else array
+        return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
 
     def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
         """An episode that `tiphys.dataio.export.lerobot` wrote."""
@@ -437,6 +447,14 @@ def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndar
     if key not in table.schema.names:
         raise DataError(f"{where}: lacks the column {key!r}")
     return to_rows(table.column(key), f"{where}, {key}", shape)
+
+
+def _is_scalar(name: str, dtype: np.dtype, shape: list[int]) -> bool:
+    """Whether a feature of shape [1] is a number. LeRobot has no other way to say so.
+
+    A float stays an array of one number, because spaces of floats have shapes; a discrete space of one entry is a number.
+    """
+    return shape == [1] and (name in _SCALARS or dtype.kind in "biu")
 
 
 def _is_positive(value: Any) -> bool:

@@ -45,11 +45,11 @@ class Job:
     tasks: tuple[dict[str, Any], ...]
     mapping: dict[str, Any]
     encodings: dict[str, dict[str, Any]]
+    dropped: tuple[str, ...]  # names of fields in the source
     shard_bytes: int
     skip_bad: bool
     memory: int
     timeout: float
-    dropped: tuple[str, ...] = ()
     piece: Piece = field(default_factory=lambda: Piece(""))
 
 
@@ -104,11 +104,11 @@ def convert(
         tasks=tuple(t.to_dict() for t in tasks),
         mapping=rules.to_dict(),
         encodings={k: asdict(e) for k, e in encodings.items()},
+        dropped=rules.dropped(found),
         shard_bytes=shard_bytes,
         skip_bad=skip_bad,
         memory=memory,
         timeout=timeout,
-        dropped=tuple(sorted({f.name for t in found for f in t.fields if rules.field_settings(f.name).get("drop")})),
     )
     store = Store(destination)
     done = _finished_pieces(store, destination, _plan(job, pieces, versions))
@@ -187,7 +187,9 @@ def _reader(job: Job) -> Reader:
     key = json.dumps([job.source, job.target, options, job.dropped, job.memory, job.timeout], sort_keys=True)
     if key not in _readers:
         _close_readers()
-        _readers[key] = Reader(job.source, job.target, options, job.dropped, memory=job.memory, timeout=job.timeout)
+        _readers[key] = Reader(
+            job.source, job.target, options, dropped=job.dropped, memory=job.memory, timeout=job.timeout
+        )
     return _readers[key]
 
 

@@ -59,8 +59,8 @@ class Reader:
         source: str,
         target: str,
         options: Mapping[str, Any] | None = None,
-        dropped: Sequence[str] = (),
         *,
+        dropped: Sequence[str] = (),
         memory: int = MEMORY,
         timeout: float = TIMEOUT,
     ):
