@@ -55,6 +55,11 @@ def checked_cast(values: Any, dtype: Any, where: str, advice: str = _ADVICE) -> 
     return out
 
 
+def checked_flags(values: Any, where: str) -> np.ndarray:
+    """The values as bool. Raises DataError, as `checked_cast` does, if one is neither 0 nor 1."""
+    return checked_cast(values, np.bool_, where, "a flag must be 0 or 1; correct the source")
+
+
 def _holds_all(source: np.dtype, target: np.dtype) -> bool:
     """Whether the target has every value of the source. NumPy's rule for it lets 64-bit integers become float64."""
     inexact = target.kind == "f" and source.kind in "iu" and source.itemsize > 4

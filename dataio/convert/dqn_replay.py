@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from tiphys.dataio.casting import checked_cast
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.converter import Converter, Item, Piece
 from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import (
@@ -170,7 +170,7 @@ class DqnReplay(Converter):
             "observation.image": frames if frames.ndim == 4 else frames[..., None],
             "action": rows["action"],
             "reward": checked_cast(rows["reward"], np.float32, f"{where}, reward"),
-            "terminated": checked_cast(rows["terminal"], bool, f"{where}, terminal"),
+            "terminated": checked_flags(rows["terminal"], f"{where}, terminal"),
         }
         return Episode(
             id=f"{task}/{run}-{checkpoint:03d}/{number:06d}",

@@ -265,20 +265,19 @@ class LeRobot(Converter):
         return [self.source.version(n) for n in names if self.source.exists(n)]
 
     def notes(self) -> list[str]:
-        notes = [c.note for c in self._cameras.values() if c.note] if self._exported is None else []
-        for key, feature in self._features.items() if self._exported is None else ():
-            name, dtype = canonical(key), str(feature.get("dtype"))
-            if (
-                list(feature["shape"]) == [1]
-                and name not in _SCALARS
-                and key not in self._cameras
-                and dtype != "string"
-            ):
-                if self._field(key, feature).shape == ():
-                    notes.append(f"{key}: has shape [1] and whole numbers; it is stored as one number per step")
+        notes = [] if self._exported is not None else self._field_notes()
         total = self.info.get("total_episodes")
         if isinstance(total, int) and total != len(self._records):
             notes.append(f"info.json states {total} episodes, but the table of episodes lists {len(self._records)}")
+        return notes
+
+    def _field_notes(self) -> list[str]:
+        notes = [c.note for c in self._cameras.values() if c.note]
+        usual = {*_SCALARS, *(canonical(k) for k in self._cameras)}
+        for key, feature in self._features.items():
+            field = self._field(key, feature)
+            if field.dtype != "str" and field.shape == () and field.name not in usual:
+                notes.append(f"{key}: has shape [1] and whole numbers; it is stored as one number per step")
         return notes
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:

@@ -16,7 +16,7 @@ _EXAMPLES = 2  # of each
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did. `str(report)` is a summary for people; `conversion.json` in the dataset lists every malformed one."""
+    """What a conversion did. `str(report)` is for people; `conversion.json` in the dataset lists every malformed episode."""
 
     destination: str
     format: str

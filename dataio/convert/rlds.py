@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.casting import checked_cast
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
 from tiphys.dataio.convert.infer import field_spec, texts
 from tiphys.dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
@@ -219,7 +219,7 @@ class Rlds(Converter):
             value = _decode(example, feature, rows, here)
             name = feature.path.removeprefix("steps/")
             if feature.in_steps and name in _FLAGS:
-                flags[name] = checked_cast(value, bool, here)
+                flags[name] = checked_flags(value, here)
             elif _is_field(feature):
                 fields[feature.field] = value if feature.in_steps else value[0]
             else:

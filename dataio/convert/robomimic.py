@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.casting import checked_cast
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert import hdf5
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import canonical, channels_last
@@ -110,7 +110,7 @@ class Robomimic(Converter):
                 name = f"info.{key}"  # the state of the simulator, other forms of the actions
             if name in ("reward", "terminated"):
                 value = value.reshape(steps)
-            fields[name] = checked_cast(value, bool, f"{where}, {key}") if name == "terminated" else value
+            fields[name] = checked_flags(value, f"{where}, {key}") if name == "terminated" else value
         for key, dataset in found.items():
             name = "observation." + key.removeprefix("next_obs.")
             if key.startswith("next_obs.") and name in fields:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.casting import checked_cast
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.archive import open_member, open_zip
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import canonical, channels_last, is_image_shape
@@ -164,7 +164,7 @@ class Zarr(Converter):
             if name in ("reward", "terminated", "truncated"):
                 value = value.reshape(end - begin)
             if name in ("terminated", "truncated"):
-                value = checked_cast(value, bool, f"{where}, data/{key}")
+                value = checked_flags(value, f"{where}, data/{key}")
             fields[name] = channels_last(_as_image(value, key, f"{where}, data/{key}"))
         return Episode(f"{self.source.name}/{number:06d}", self.source.name, fields, end - begin)
 

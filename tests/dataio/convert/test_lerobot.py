@@ -321,3 +321,13 @@ def test_values_outside_their_bounds_are_counted(tmp_path: Path) -> None:
     assert any(f"s, action: {beyond} of {total} values" in n and "low -1, high 1 2" in n for n in report.notes)
     bright = sum(int((fields[TOP] > 180).sum()) for _, fields in expected.values())
     assert any(f"s, {TOP}: {bright:,} of " in n for n in report.notes)
+
+
+def test_inspect_prints_bounds_and_unit(tmp_path: Path) -> None:
+    from tiphys.launch.display import summary
+
+    lerobot_v2(tmp_path / "s")
+    mapping = {"fields": {"action": {"low": -1, "high": [1, 2], "unit": "rad"}, TOP: "drop"}}
+    converted(tmp_path / "s", tmp_path / "out", mapping=mapping)
+    (line,) = [x for x in summary(inspect(str(tmp_path / "out"))).splitlines() if " action " in x]
+    assert [part.strip() for part in line.split("│")][-4:-1] == ["-1", "1, 2", "rad"]
