@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast
+from tiphys.dataio.convert.limits import EPISODE_STEPS
 from tiphys.dataio.convert.parquet import batches, to_rows
 from tiphys.dataio.episode import DataError
 
@@ -31,8 +32,8 @@ class EpisodeRows:
             raise DataError(f"{where}: lacks the column {_NUMBER}")
         self._file, self._where = file, where
         self._columns = [n for n in names if n in wanted or n in (_NUMBER, _FRAME)]
-        numbers = [to_rows(b.column(0), f"{where}, {_NUMBER}", ()) for b in batches(file, [_NUMBER], where)]
-        self._numbers = np.concatenate([np.zeros(0, np.int64), *numbers])
+        numbers = (to_rows(b.column(0), f"{where}, {_NUMBER}", ()) for b in batches(file, [_NUMBER], where))
+        self._runs = _runs(numbers, where)
         sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])  # first row of each row group
         self._reader: Iterator[Any] = iter(())
@@ -46,13 +47,11 @@ class EpisodeRows:
         """
         import pyarrow as pa
 
-        at = np.flatnonzero(self._numbers == number)
-        if len(at) != length:
-            raise DataError(f"{where}: has {len(at)} rows with this {_NUMBER}, but the metadata lists {length}")
-        ends = [0, *(np.flatnonzero(np.diff(at) > 1) + 1).tolist(), len(at)]
-        table = pa.Table.from_batches(
-            [b for i, j in pairwise(ends) for b in self._read(int(at[i]), int(at[j - 1]) + 1)]
-        )
+        runs = self._runs[self._runs[:, 0] == number, 1:]
+        count = int((runs[:, 1] - runs[:, 0]).sum())
+        if count != length:
+            raise DataError(f"{where}: has {count:,} rows with this {_NUMBER}, but the metadata lists {length:,}")
+        table = pa.Table.from_batches([b for first, end in runs.tolist() for b in self._read(first, end)])
         return _in_order(table, where)
 
     def _read(self, first: int, end: int) -> Iterator[Any]:
@@ -71,6 +70,19 @@ class EpisodeRows:
                 yield batch.slice(max(first - begin, 0), min(end, stop) - max(first, begin))
             self._batch = batch.slice(end - begin) if end < stop else None
             self._position = min(end, stop)
+
+
+def _runs(parts: Iterable[np.ndarray], where: str) -> np.ndarray:
+    """int64 [runs, 3]: number of an episode, first row and end of consecutive rows with it. Few even in a large file."""
+    found, row, count = [np.zeros((0, 3), np.int64)], 0, 0
+    for numbers in parts:
+        first = np.concatenate([[0], np.flatnonzero(np.diff(numbers)) + 1]) if len(numbers) else np.zeros(0, np.int64)
+        end = np.append(first[1:], len(numbers))[: len(first)]
+        found.append(np.stack([checked_cast(numbers[first], np.int64, where), first + row, end + row], axis=1))
+        row, count = row + len(numbers), count + len(first)
+        if count > EPISODE_STEPS:
+            raise DataError(f"{where}: its rows change more than {EPISODE_STEPS:,} times from episode to episode")
+    return np.concatenate(found)
 
 
 def _in_order(table: Any, where: str) -> Any:

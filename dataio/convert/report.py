@@ -54,10 +54,10 @@ class ConversionReport:
 
 
 def _kind(bad: BadEpisode) -> str:
-    """The reason without what differs from episode to episode: names of files, and numbers."""
+    """The reason without what differs from episode to episode: folders and names of files, and numbers."""
     text = bad.reason.removeprefix(bad.where).lstrip(": ")
-    text = re.sub(r"\S*[/\\]\S*?(?=[:,;]?(?:\s|$))", "…", text)
-    return re.sub(r"-?\d[\d,._]*\d|\d", "N", text).removeprefix("…: ")
+    text = re.sub(r"\S*[/\\][^\s/\\]*?(\.\w+)?(?=[:,;]?(?:\s|$))", r"*\1", text)
+    return re.sub(r"(?<![A-Za-z*.])(?<![A-Za-z]\d)-?\d+(?:[.,]\d+)*(?:e[+-]?\d+)?", "N", text)
 
 
 def outside(episode: Episode, task: TaskSpec) -> dict[str, tuple[int, int]]:

@@ -307,7 +307,7 @@ def test_the_report_counts_malformed_episodes_by_reason(tmp_path: Path) -> None:
     _, _, report = converted(tmp_path / "s", tmp_path / "out", skip_bad=True)
     lines = str(report).splitlines()
     at = next(i for i, line in enumerate(lines) if "2 malformed episodes were left out" in line)
-    assert lines[at + 1] == "  2 × is missing, though the metadata lists episode N"
+    assert lines[at + 1] == "  2 × *.mp4: is missing, though the metadata lists episode N"
     assert "episode_000000.mp4: is missing" in lines[at + 2]
 
 
