@@ -225,16 +225,18 @@ class LeRobot(Converter):
             r.videos[key][0] if video else r.data for r in self._records if key in r.videos or not video
         )
         for path in islice(filter(self.source.exists, paths), _TRIES):
-            try:
-                if video:
-                    with self.source.open(path) as stream, VideoFrames(stream, self.source.where(path)) as frames:
-                        return Found.in_video(frames, stated_shape(feature, where)[2], is_depth(feature))
-                with open_parquet(self.source, path) as file:
-                    batch = next(batches(file, [key], self.source.where(path), 1))
-                return Found.in_image(self._image(values(batch.column(0), where)[0], where))
-            except (DataError, FileNotFoundError, StopIteration):
-                continue
+            found = attempt(partial(self._look, key, feature, path, where), where)
+            if isinstance(found, Found):
+                return found
         return None
+
+    def _look(self, key: str, feature: Mapping[str, Any], path: str, where: str) -> Found:
+        if feature.get("dtype") == "video":
+            with self.source.open(path) as stream, VideoFrames(stream, self.source.where(path)) as frames:
+                return Found.in_video(frames, stated_shape(feature, where)[2], is_depth(feature))
+        with open_parquet(self.source, path) as file:
+            batch = next(batches(file, [key], self.source.where(path), 1))
+        return Found.in_image(self._image(values(batch.column(0), where)[0], where))
 
     def tasks(self) -> list[TaskSpec]:
         if self._exported is not None:
@@ -339,7 +341,6 @@ class LeRobot(Converter):
         array = _column(table, key, where, shape)
         if dtype == "string":
             return array
-        array = checked_cast(array, dtype, f"{where}, {key}")
         return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
 
     def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
@@ -383,10 +384,7 @@ class LeRobot(Converter):
         frames: list[np.ndarray] = []
         for row, value in enumerate(values(table.column(key), f"{where}, {key}")):
             place = f"{where}, {key}, row {row}"
-            image = self._image(value, place)
-            frames.append(
-                image if shown is None else checked_cast(resized(image, shown.size), shown.field.dtype, place)
-            )
+            frames.append(resized(self._image(value, place), None if shown is None else shown.size))
             check_shape((len(table), *frames[0].shape), frames[0].itemsize, place)
             if frames[-1].shape != frames[0].shape:
                 raise DataError(f"{place}: the image has shape {frames[-1].shape}, but row 0 has {frames[0].shape}")

@@ -128,7 +128,7 @@ def test_a_picture_wider_than_the_first_is_refused(tmp_path: Path) -> None:
     images[0] = [picture((d // 32).astype(np.uint8)) for d in depth[0]]
     lerobot_v2(tmp_path / "s")
     add_images(tmp_path / "s", images, [24, 32, 1])
-    with pytest.raises(DataError, match=rf"episode_000001\.parquet.*{DEPTH}, row 0: the uint16 value \d+ at .*uint8"):
+    with pytest.raises(DataError, match=rf"episode s/000001: field '{DEPTH}': the uint16 value \d+ at .*uint8"):
         converted(tmp_path / "s", tmp_path / "out")
 
 
@@ -230,8 +230,13 @@ def test_integers_that_do_not_fit_the_declared_dtype_are_refused(tmp_path: Path)
     lerobot_v2(tmp_path / "s")
     columns = [pa.array(np.arange(n) + (2**31 if number == 1 else 0)) for number, n in enumerate(LENGTHS)]
     add_feature(tmp_path / "s", "count", {"dtype": "int32", "shape": [1], "names": None}, columns)
-    with pytest.raises(DataError, match=r"episode_000001\.parquet.*count: the int64 value 2147483648 at \[0, 0\]"):
+    with pytest.raises(DataError, match=r"episode s/000001: field 'count': the int64 value 2147483648 at \[0\]"):
         converted(tmp_path / "s", tmp_path / "out")
+
+    mapping = {"fields": {"count": {"dtype": "int64"}}}
+    index, episodes, _ = converted(tmp_path / "s", tmp_path / "wide", mapping=mapping)
+    assert index.tasks[0].field("count").shape == ()
+    assert episodes["s/000001"].fields["count"].tolist() == [2**31, 2**31 + 1, 2**31 + 2]
 
 
 def test_the_order_of_rows_and_tables_does_not_matter(tmp_path: Path) -> None:
@@ -266,7 +271,7 @@ def test_rows_between_two_frames_are_refused(tmp_path: Path) -> None:
             converted(folder, tmp_path / "out")
         else:
             with pytest.raises(
-                DataError, match=r"episode_000001\.mp4: no frame at 0\.230 s, the time of row 2; .*25\.0 ms"
+                DataError, match=r"episode_000001\.mp4: no frame at 0\.230 s; .* Row 2 needs one within 25\.0 ms"
             ):
                 converted(folder, tmp_path / "bad")
 
