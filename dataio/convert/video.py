@@ -140,8 +140,8 @@ class VideoFrames:
         if best is None or abs(best[0] - time) > tolerance:
             found = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
             raise DataError(
-                f"{self._where}: no frame at {time:.3f} s; {found}. Row {row} needs one within {tolerance * 1000:.1f} ms: the video "
-                "does not fit its rows"
+                f"{self._where}: no frame at {time:.3f} s; {found}. Row {row} needs one within {tolerance * 1000:.1f} ms: the "
+                "video does not fit its rows"
             )
         if self._pending is None:
             self._pending = best  # two rows may share a frame
