@@ -277,6 +277,10 @@ class Patches(Codec):
         """float32 [N, patches, 16, 16, C] -> uint8 [N, height, width, C]. Crop and resize are not undone."""
         return from_patches(tokens, *self.size[:2])
 
+    def to_dict(self) -> dict[str, Any]:
+        """A black of 0 is left out, as in policies of earlier versions."""
+        return {k: v for k, v in super().to_dict().items() if k != "black" or v}
+
     @cached_property
     def spans(self) -> np.ndarray:
         return intervals(*self.size[:2])
