@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tiphys.dataio import environments
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.environments import Environment, Expert, ExpertLost
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
@@ -271,18 +272,19 @@ def as_episode(
     values.update(_columns([observation_fields(o) for o in steps.observations]))
     values.update(_columns([observation_fields(a, "action") for a in steps.actions]))
     fields: dict[str, Any] = {}
+    advice = f"the fields of task {spec.name!r} must declare what its environment gives"
     for f in spec.fields:
         if f.name not in values:
             raise DataError(
                 f"episode {id}: task {spec.name!r} declares the field {f.name!r}, but its environment did not give it"
             )
-        column = values[f.name]
+        column, where = values[f.name], f"episode {id}: field {f.name!r}"
         if f.per == "episode":
-            fields[f.name] = column[0] if f.modality == "text" else np.asarray(column[0], f.dtype)
+            fields[f.name] = column[0] if f.modality == "text" else checked_cast(column[0], f.dtype, where, advice)
         elif f.modality == "text":
             fields[f.name] = np.array(column, np.dtypes.StringDType())
         else:
-            fields[f.name] = np.asarray(column, f.dtype)
+            fields[f.name] = checked_cast(column, f.dtype, where, advice)
             if fields[f.name].shape[1:] != f.shape:
                 raise DataError(
                     f"episode {id}: {f.name!r} has shape {fields[f.name].shape[1:]}, but the task declares {f.shape}"

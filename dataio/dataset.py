@@ -112,8 +112,16 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
                 "modality": field.modality,
                 "dtype": field.dtype,
                 "shape": list(field.shape),
+                "per": field.per,
+                "low": None if field.low is None else list(field.low),
+                "high": None if field.high is None else list(field.high),
+                "unit": field.unit,
             }
-            fields.setdefault(field.name, {**summary, "per": field.per, "tasks": 0})["tasks"] += 1
+            known = fields.setdefault(field.name, {**summary, "tasks": 0})
+            known["tasks"] += 1
+            for key in ("low", "high", "unit"):
+                if known[key] != summary[key]:
+                    known[key] = "differs by task"
     return {
         "url": url,
         "episodes": index.episodes,

@@ -33,11 +33,14 @@ class FieldSpec:
     shape : tuple[int, ...]
         Shape of one step, without time; () for a scalar or a text. An image whose size varies has 0 for that extent.
     low, high : tuple[float, ...] or None
-        Bounds of the space, which broadcast over `shape`; None if it has none.
+        Bounds of the space, which broadcast over `shape`; None if it has none. Those of an image are the values of black and
+        white (`image_range`).
     values : int
         Number of values of a discrete field, the largest over its elements; 0: unknown.
     per : str
         `step`: one value for each step. `episode`: one value for the whole episode, such as an instruction.
+    unit : str
+        Unit of the values, such as `mm` for a depth image; empty: unknown, or none.
 
     Raises
     ------
@@ -54,6 +57,7 @@ class FieldSpec:
     high: tuple[float, ...] | None = None
     values: int = 0
     per: str = "step"
+    unit: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -71,6 +75,30 @@ class FieldSpec:
     def bytes_per_step(self) -> int:
         """Bytes of one step, uncompressed; 0 for text, whose length varies, and for an image whose size varies."""
         return 0 if self.dtype == "str" else int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def image_range(self) -> tuple[float, float] | None:
+        """The values of black and white of an image: its bounds, else all values of bool, uint8 or uint16.
+
+        None if they are not known: nothing tells whether floats are fractions, metres or millimetres.
+        """
+        bounds = (*(self.low or ()), *(self.high or ()))
+        if self.low and self.high and np.isfinite(bounds).all() and min(self.low) < max(self.high):
+            return float(min(self.low)), float(max(self.high))
+        full = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}.get(self.dtype)
+        return None if full is None else (0.0, full)
+
+    def outside(self, values: np.ndarray) -> int:
+        """How many elements of [n, *shape] values lie outside the bounds."""
+        if self.dtype == "str" or not np.size(values):
+            return 0
+        count = 0
+        for bound, beyond in ((self.low, np.less), (self.high, np.greater)):
+            if bound is not None:
+                limit = np.asarray(bound, np.float64)
+                every = limit.size == np.prod(self.shape, dtype=np.int64)
+                count += int(beyond(values, limit.reshape(self.shape) if every else limit).sum())
+        return count
 
 
 @dataclass(frozen=True)
@@ -120,8 +148,10 @@ class TaskSpec:
         return tuple(sorted((f for f in self.fields if f.role in roles), key=lambda f: f.name))
 
     def to_dict(self) -> dict[str, Any]:
-        """As nested dicts. `TaskSpec(**task.to_dict())` equals `task`."""
-        return asdict(self)
+        """As nested dicts. `TaskSpec(**task.to_dict())` equals `task`. Fields without a unit have no key `unit`."""
+        out = asdict(self)
+        out["fields"] = tuple({k: v for k, v in f.items() if k != "unit" or v} for f in out["fields"])
+        return out
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,9 @@ def _data_commands(commands: Any) -> None:
         help="mapping file (YAML) that renames fields and sets roles, tasks and bounds (default: none)",
     )
     p.add_argument(
-        "--skip-bad", action="store_true", help="leave out malformed episodes and list them, instead of stopping"
+        "--skip-bad",
+        action="store_true",
+        help="leave out malformed episodes and count them by reason, instead of stopping",
     )
     p.add_argument("--processes", type=int, default=0, help="parts converted at the same time (default: one per core)")
     p.add_argument(

@@ -149,10 +149,30 @@ def summary(found: Mapping[str, Any]) -> str:
     ]
     lines.append(table(("task", "episodes", "steps", "length", "return", "success", "returns"), rows))
     fields = [
-        (n, f["role"], f["modality"], f["dtype"], str(tuple(f["shape"])), f["per"]) for n, f in found["fields"].items()
+        (
+            n,
+            f["role"],
+            f["modality"],
+            f["dtype"],
+            str(tuple(f["shape"])),
+            f["per"],
+            _bound(f["low"]),
+            _bound(f["high"]),
+            f["unit"] or None,
+        )
+        for n, f in found["fields"].items()
     ]
-    lines.append(table(("field", "role", "modality", "dtype", "shape", "per"), fields))
+    lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "unit"), fields))
     return "\n".join(lines)
+
+
+def _bound(values: Any) -> str | None:
+    """The bounds of a field's elements; only the smallest and the largest if there are more than three."""
+    if values is None or isinstance(values, str):
+        return values
+    if len(values) > 3:
+        return f"{min(values):g} … {max(values):g}"
+    return ", ".join(f"{v:g}" for v in values)
 
 
 def _range(spread: Mapping[str, Any]) -> str | None:

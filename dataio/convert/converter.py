@@ -68,6 +68,7 @@ class Converter(ABC):
 
     name: ClassVar[str]
     options_known: ClassVar[frozenset[str]] = frozenset()
+    dropped: frozenset[str] = frozenset()  # fields that the mapping file drops; `episodes` may leave them out, unread
 
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert import hdf5
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import channels_last
@@ -88,7 +89,7 @@ class D4rl(Converter):
                     raise DataError(
                         f"{where}: `{name}` does not have one value for each of the {rows:,} rows of `actions`"
                     )
-                flags |= values.reshape(-1).astype(bool)
+                flags |= checked_flags(values.reshape(-1), f"{where}, {name}")
             if compare_next:
                 next_observations = hdf5.read(hdf5.member(file, "next_observations", where), where, start, stop)
                 observations = hdf5.read(hdf5.member(file, "observations", where), where, start + 1, stop + 1)
@@ -137,7 +138,8 @@ class D4rl(Converter):
                 if value.size != steps:
                     raise DataError(f"{where}: `{key}` has shape {value.shape}, one number per step is expected")
                 value = value.reshape(steps)
-            fields[name] = value.astype(bool) if name in ("terminated", "truncated") else channels_last(value)
+            flag = name in ("terminated", "truncated")
+            fields[name] = checked_flags(value, f"{where}, {key}") if flag else channels_last(value)
         for key, dataset in columns.items():  # the observation after the last action
             head, _, rest = key.partition(".")
             name = "observation" + ("." + rest if rest else "")
@@ -147,5 +149,5 @@ class D4rl(Converter):
                     raise DataError(
                         f"{where}: `{key}` has fewer rows than `actions`, or rows of another shape than `observations`"
                     )
-                fields[name] = np.concatenate([fields[name], last.astype(fields[name].dtype)])
+                fields[name] = np.concatenate([fields[name], checked_cast(last, fields[name].dtype, f"{where}, {key}")])
         return Episode(id=f"{task}/{number:08d}", task=task, fields=fields, steps=steps)

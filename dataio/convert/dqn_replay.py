@@ -19,6 +19,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.converter import Converter, Item, Piece
 from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import (
@@ -160,6 +161,7 @@ class DqnReplay(Converter):
         self, folder: str, checkpoint: int, number: int, frames: np.ndarray, rows: dict[str, np.ndarray]
     ) -> Episode:
         task, run = self._task_name(folder), self._run_number(folder)
+        where = f"{self.source.where(folder)}, checkpoint {checkpoint}, episode {number}"
         stack = int(self.options.get("stack") or 1)
         if stack > 1:  # as the agent saw them: oldest first, black before the start of the episode
             padded = np.concatenate([np.zeros((stack - 1, *frames.shape[1:]), np.uint8), frames])
@@ -167,8 +169,8 @@ class DqnReplay(Converter):
         fields = {
             "observation.image": frames if frames.ndim == 4 else frames[..., None],
             "action": rows["action"],
-            "reward": rows["reward"].astype(np.float32),
-            "terminated": rows["terminal"].astype(bool),
+            "reward": checked_cast(rows["reward"], np.float32, f"{where}, reward"),
+            "terminated": checked_flags(rows["terminal"], f"{where}, terminal"),
         }
         return Episode(
             id=f"{task}/{run}-{checkpoint:03d}/{number:06d}",

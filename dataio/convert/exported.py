@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
@@ -61,7 +62,9 @@ def restore(metadata: Any, arrays: Mapping[str, Any], task: TaskSpec, where: str
                 fields[spec.name] = str(metadata["texts"][spec.name])
             elif spec.name in metadata["values"]:
                 check_shape(spec.shape, np.dtype(spec.dtype).itemsize, where)
-                fields[spec.name] = np.array(metadata["values"][spec.name], spec.dtype).reshape(spec.shape)
+                fields[spec.name] = checked_cast(
+                    metadata["values"][spec.name], spec.dtype, f"{where}, {spec.name}"
+                ).reshape(spec.shape)
         success = metadata["success"]
         return Episode(
             id=str(metadata["id"]),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.dtypes import StringDType
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.convert.limits import FIELDS, TEXT_BYTES
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
@@ -196,7 +197,7 @@ def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
         array = np.asarray(value)
         if array.dtype.kind in "USTO":
             raise DataError(f"{where}: field {spec.name!r} holds {array.dtype}, not {spec.dtype}")
-        array = _cast(array, np.dtype(spec.dtype), spec.name, where)
+        array = checked_cast(array, spec.dtype, f"{where}: field {spec.name!r}")
     shape = array.shape if spec.per == "episode" else array.shape[1:]
     same = len(shape) == len(spec.shape) and all(
         want in (0, have) for want, have in zip(spec.shape, shape, strict=True)
@@ -208,21 +209,3 @@ def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
         if not max(steps, 1) <= len(array) <= max(max_rows, 1):
             raise DataError(f"{where}: field {spec.name!r} has {len(array)} rows for {steps} actions")
     return array
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, name: str, where: str) -> np.ndarray:
-    """The array in the task's dtype.
-
-    A cast within one kind (float64 to float32) may round. Any other cast must keep every value: 0/1 float flags fit a
-    bool field, 0.5 does not.
-    """
-    if array.dtype == dtype:
-        return array
-    with np.errstate(all="ignore"):
-        out = array.astype(dtype)
-        same = np.can_cast(array.dtype, dtype, "same_kind") or bool(np.all(out.astype(array.dtype) == array))
-    if not same:
-        raise DataError(
-            f"{where}: field {name!r} holds {array.dtype} values that do not fit {dtype}; set its dtype in a mapping file"
-        )
-    return out

@@ -2,23 +2,28 @@
 
 https://github.com/huggingface/lerobot, `lerobot/datasets`. v2 has one Parquet file per episode and one video per episode
 and camera. v3 packs many episodes into each file and lists their places in `meta/episodes`. Frames are found by time,
-as in LeRobot. The option `resize: [height, width]` resizes video frames while they are read.
+as in LeRobot, and must be within a quarter of the time between two frames. The option `resize: [height, width]` resizes
+pictures while they are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
 from tiphys.dataio.convert.exported import restore, tasks_of
 from tiphys.dataio.convert.infer import canonical, field_spec, texts
+from tiphys.dataio.convert.lerobot_cameras import Camera, Found, camera, is_depth, resized, stated_shape
+from tiphys.dataio.convert.lerobot_rows import EpisodeRows
 from tiphys.dataio.convert.limits import EPISODE_STEPS, RECORD_BYTES, check_shape, decode_image, parse_json
 from tiphys.dataio.convert.parquet import batches, open_parquet, read_columns, to_rows, values
 from tiphys.dataio.convert.source import Source, expand
@@ -37,6 +42,8 @@ _INFO = "meta/info.json"
 _PIECE_ROWS = 20_000  # of one piece of a v2 source, about
 _INSTRUCTION = "instruction"
 EXPORTED = "tiphys"  # what our export adds to info.json and to the table of episodes
+_TOLERANCE = 0.25  # of the time between two frames: how far a frame may be from the time of its row
+_TRIES = 3  # files that are opened to see what a camera's pictures are
 VALID = "valid"  # the feature that our export adds to the rows
 
 
@@ -45,7 +52,7 @@ class Record:
     """An episode as the metadata lists it.
 
     data      the Parquet file of its rows
-    videos    camera -> (video file, seconds into it at which the episode begins)
+    videos    camera -> (video file, seconds into it at which the episode begins); without cameras of which no file is named
     exported  JSON that our export stored (see `tiphys.dataio.convert.exported`)
     """
 
@@ -127,7 +134,7 @@ class LeRobot(Converter):
         records = list(self._records_v3() if self._v3 else self._records_v2())
         if len({r.number for r in records}) != len(records):
             raise DataError(f"{self.source.url}: the metadata lists an episode twice")
-        return records
+        return sorted(records, key=lambda r: r.number)
 
     def _records_v2(self) -> Iterator[Record]:
         where = self.source.where(_INFO)
@@ -167,19 +174,19 @@ class LeRobot(Converter):
                 raise DataError(f"{self.source.where(path)}: lacks the columns {', '.join(missing)}")
             for cells in zip(*(table[c] for c in columns), strict=True):
                 row = dict(zip(columns, cells, strict=True))
-                if not all(_is_index(row[c]) for c in columns if c.endswith("_index") or c == "length"):
+                if not all(
+                    _is_index(row[c]) for c in ("episode_index", "length", "data/chunk_index", "data/file_index")
+                ):
                     raise DataError(f"{self.source.where(path)}: an episode lacks a valid index, length or place")
 
                 def place(prefix: str, row: dict[str, Any] = row) -> dict[str, Any]:
                     return {"chunk_index": row[f"{prefix}/chunk_index"], "file_index": row[f"{prefix}/file_index"]}
 
-                videos = {
-                    k: (
-                        expand(video_path, where, video_key=k, **place(f"videos/{k}")),
-                        float(row[f"videos/{k}/from_timestamp"] or 0.0),
-                    )
-                    for k in self._videos
-                }
+                videos = {}
+                for key in self._videos:
+                    at, start = place(f"videos/{key}"), row[f"videos/{key}/from_timestamp"]
+                    if all(map(_is_index, at.values())) and isinstance(start, int | float) and start >= 0:
+                        videos[key] = (expand(video_path, where, video_key=key, **at), float(start))
                 data = expand(data_path, where, **place("data"))
                 tasks = tuple(str(t) for t in row["tasks"] or ())
                 exported = str(row.get(EXPORTED) or "")
@@ -187,11 +194,8 @@ class LeRobot(Converter):
 
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
         name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
-        if dtype in ("video", "image"):
-            shape = list(_image_shape(feature, f"{self.source.where(_INFO)}, feature {key!r}"))
-            if dtype == "video":
-                shape[:2] = frame_size(self.options) or shape[:2]
-            return field_spec(name, np.uint8, shape, modality="image")
+        if key in self._cameras:
+            return self._cameras[key].field
         if dtype == "string":
             return field_spec(name, "str", ())
         try:
@@ -200,7 +204,39 @@ class LeRobot(Converter):
             kind = np.dtype("V")
         if kind.kind not in "biuf":
             raise DataError(f"{self.source.where(_INFO)}: feature {key!r} has dtype {dtype!r}, which is not supported")
-        return field_spec(name, kind, [] if name in _SCALARS and shape == [1] else shape)
+        return field_spec(name, kind, [] if _is_scalar(name, kind, shape) else shape)
+
+    @cached_property
+    def _cameras(self) -> dict[str, Camera]:
+        """The cameras, by feature. The first picture that can be read decides over the metadata."""
+        out = {}
+        for key, feature in self._features.items():
+            if feature.get("dtype") in ("video", "image"):
+                where, size = f"{self.source.where(_INFO)}, feature {key!r}", frame_size(self.options)
+                out[key] = camera(canonical(key), feature, self._first_picture(key, feature, where), size, where)
+        return out
+
+    def _first_picture(self, key: str, feature: Mapping[str, Any], where: str) -> Found | None:
+        """None if the first files of the camera cannot be read; the episodes in them are then reported as malformed."""
+        video = feature.get("dtype") == "video"
+        if canonical(key) in self.dropped:
+            return None
+        paths = dict.fromkeys(
+            r.videos[key][0] if video else r.data for r in self._records if key in r.videos or not video
+        )
+        for path in islice(filter(self.source.exists, paths), _TRIES):
+            found = attempt(partial(self._look, key, feature, path, where), where)
+            if isinstance(found, Found):
+                return found
+        return None
+
+    def _look(self, key: str, feature: Mapping[str, Any], path: str, where: str) -> Found:
+        if feature.get("dtype") == "video":
+            with self.source.open(path) as stream, VideoFrames(stream, self.source.where(path)) as frames:
+                return Found.in_video(frames, stated_shape(feature, where)[2], is_depth(feature))
+        with open_parquet(self.source, path) as file:
+            batch = next(batches(file, [key], self.source.where(path), 1))
+        return Found.in_image(self._image(values(batch.column(0), where)[0], where))
 
     def tasks(self) -> list[TaskSpec]:
         if self._exported is not None:
@@ -231,14 +267,25 @@ class LeRobot(Converter):
         return [self.source.version(n) for n in names if self.source.exists(n)]
 
     def notes(self) -> list[str]:
+        notes = [] if self._exported is not None else self._field_notes()
         total = self.info.get("total_episodes")
         if isinstance(total, int) and total != len(self._records):
-            return [f"info.json states {total} episodes, but the table of episodes lists {len(self._records)}"]
-        return []
+            notes.append(f"info.json states {total} episodes, but the table of episodes lists {len(self._records)}")
+        return notes
+
+    def _field_notes(self) -> list[str]:
+        notes = [c.note for c in self._cameras.values() if c.note]
+        usual = {*_SCALARS, *(canonical(k) for k in self._cameras)}
+        for key, feature in self._features.items():
+            field = self._field(key, feature)
+            if field.dtype != "str" and field.shape == () and field.name not in usual:
+                notes.append(f"{key}: has shape [1] and whole numbers; it is stored as one number per step")
+        return notes
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         records = self._records[piece.data["first"] :][: piece.data["count"]]
-        with _OpenFiles(self.source, frame_size(self.options)) as files:
+        dropped = {k for k in self._features if canonical(k) in self.dropped}
+        with _OpenFiles(self.source, [*_BOOKKEEPING, *(self._features.keys() - dropped)]) as files:
             for number, record in enumerate(records):
                 if number >= start:
                     item = attempt(partial(self._read, record, files), f"{self.source.url}, episode {record.number}")
@@ -252,7 +299,13 @@ class LeRobot(Converter):
                 f"{self.source.url}, episode {record.number}: has {record.length:,} rows; "
                 f"1 to {EPISODE_STEPS:,} are read"
             )
-        for path in [record.data, *(v for v, _ in record.videos.values())]:
+        wanted = {k: f for k, f in self._features.items() if canonical(k) not in self.dropped}
+        for key in wanted:
+            if key in self._videos and key not in record.videos:
+                raise DataError(
+                    f"{self.source.url}, episode {record.number}: the metadata name no valid video of {key!r}"
+                )
+        for path in [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]:
             if not self.source.exists(path):
                 raise DataError(
                     f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}"
@@ -261,20 +314,7 @@ class LeRobot(Converter):
         table = files.rows(record, where)
         if self._exported is not None:
             return self._restore(record, table, *self._exported, where)
-        fields: dict[str, Any] = {}
-        for key, feature in self._features.items():
-            name = canonical(key)
-            if key in record.videos:
-                path, offset = record.videos[key]
-                times = _column(table, "timestamp", where, ()).astype(np.float64) + offset
-                grey = _image_shape(feature, f"{self.source.where(_INFO)}, feature {key!r}")[2] == 1
-                fields[name] = files.video(path, grey).at(times.tolist(), 0.25 / float(self.info["fps"]))
-            elif feature.get("dtype") == "image":
-                fields[name] = self._images(table, key, where)
-            else:
-                shape = () if feature.get("dtype") == "string" else tuple(feature["shape"])
-                array = _column(table, key, where, shape)
-                fields[name] = array.reshape(len(array)) if name in _SCALARS and shape == (1,) else array
+        fields = {canonical(k): self._values(k, f, record, table, files, where) for k, f in wanted.items()}
         fields.setdefault(_INSTRUCTION, self._instruction(table, record, where))
         success = fields.get("success")
         return Episode(
@@ -284,6 +324,24 @@ class LeRobot(Converter):
             steps=record.length,
             success=None if success is None or isinstance(success, str) else bool(np.any(success)),
         )
+
+    def _values(
+        self, key: str, feature: Mapping[str, Any], record: Record, table: Any, files: _OpenFiles, where: str
+    ) -> np.ndarray:
+        """[T, *shape]: the values of one feature."""
+        if key in record.videos:
+            path, offset = record.videos[key]
+            times = checked_cast(_column(table, "timestamp", where, ()), np.float64, f"{where}, timestamp") + offset
+            frames = files.video(path, self._cameras[key])
+            return frames.at(times.tolist(), _TOLERANCE / float(self.info["fps"]))
+        if key in self._cameras:
+            return self._images(table, key, where, self._cameras[key])
+        name, dtype = canonical(key), str(feature.get("dtype"))
+        shape = () if dtype == "string" else tuple(feature["shape"])
+        array = _column(table, key, where, shape)
+        if dtype == "string":
+            return array
+        return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
 
     def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
         """An episode that `tiphys.dataio.export.lerobot` wrote."""
@@ -311,16 +369,22 @@ class LeRobot(Converter):
         rows = texts((self._instructions[int(i)] for i in indices), where)
         return str(rows[0]) if bool(np.all(rows == rows[0])) else rows
 
-    def _images(self, table: Any, key: str, where: str) -> np.ndarray:
-        frames = []
+    def _image(self, value: Any, where: str) -> np.ndarray:
+        """[H, W, C]: the image in a cell, which holds it or names its file."""
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if data is None and isinstance(value, dict) and value.get("path"):
+            data = self.source.read(str(value["path"]), RECORD_BYTES)
+        if not isinstance(data, bytes):
+            raise DataError(f"{where}: has no image")
+        return decode_image(data, where, tiff=True)
+
+    def _images(self, table: Any, key: str, where: str, shown: Camera | None = None) -> np.ndarray:
+        if key not in table.schema.names:
+            raise DataError(f"{where}: lacks the column {key!r}")
+        frames: list[np.ndarray] = []
         for row, value in enumerate(values(table.column(key), f"{where}, {key}")):
             place = f"{where}, {key}, row {row}"
-            data = value.get("bytes") if isinstance(value, dict) else value
-            if data is None and isinstance(value, dict) and value.get("path"):
-                data = self.source.read(str(value["path"]), RECORD_BYTES)
-            if not isinstance(data, bytes):
-                raise DataError(f"{place}: has no image")
-            frames.append(decode_image(data, place))
+            frames.append(resized(self._image(value, place), None if shown is None else shown.size))
             check_shape((len(table), *frames[0].shape), frames[0].itemsize, place)
             if frames[-1].shape != frames[0].shape:
                 raise DataError(f"{place}: the image has shape {frames[-1].shape}, but row 0 has {frames[0].shape}")
@@ -330,10 +394,9 @@ class LeRobot(Converter):
 class _OpenFiles:
     """The Parquet and video files of a piece. They stay open while consecutive episodes use them."""
 
-    def __init__(self, source: Source, size: tuple[int, int] | None):
-        self._source, self._size = source, size
+    def __init__(self, source: Source, columns: Collection[str]):
+        self._source, self._columns = source, columns
         self._open: dict[str, tuple[str, ExitStack, Any]] = {}
-        self._leftover: Any = None  # rows read beyond the end of the last episode
 
     def __enter__(self) -> _OpenFiles:
         return self
@@ -346,15 +409,16 @@ class _OpenFiles:
         for _, stack, _ in self._open.values():
             stack.close()
         self._open.clear()
-        self._leftover = None
 
-    def video(self, path: str, grey: bool) -> VideoFrames:
+    def video(self, path: str, shown: Camera) -> VideoFrames:
         def make(stack: ExitStack) -> VideoFrames:
             stream = stack.enter_context(self._source.open(path))
-            return stack.enter_context(VideoFrames(stream, self._source.where(path), grey=grey, size=self._size))
+            frames = VideoFrames(
+                stream, self._source.where(path), grey=shown.grey, size=shown.size, lookup=shown.lookup
+            )
+            return stack.enter_context(frames)
 
-        camera = path.rpartition("/")[0] + str(grey)
-        return self._opened(camera, path, make)
+        return self._opened(f"video {shown.field.name}", path, make)
 
     def _opened(self, slot: str, path: str, make: Any) -> Any:
         """What `make` opens for the path. Each slot holds one open file; another path replaces it."""
@@ -367,46 +431,13 @@ class _OpenFiles:
         return self._open[slot][2]
 
     def rows(self, record: Record, where: str) -> Any:
-        """The episode's rows as an Arrow table. The file is read forward; rows of earlier episodes are skipped."""
-        import pyarrow as pa
+        """The episode's rows as an Arrow table."""
 
-        if "rows" in self._open and self._open["rows"][0] != record.data:
-            self._open.pop("rows")[1].close()
-            self._leftover = None
-
-        def make(stack: ExitStack) -> Any:
+        def make(stack: ExitStack) -> EpisodeRows:
             file = stack.enter_context(open_parquet(self._source, record.data))
-            missing = {"episode_index", "timestamp"} - set(file.schema_arrow.names)
-            if missing:
-                raise DataError(f"{where}: lacks the columns {', '.join(sorted(missing))}")
-            return batches(file, file.schema_arrow.names, self._source.where(record.data), 256)
+            return EpisodeRows(file, self._columns, self._source.where(record.data))
 
-        reader = self._opened("rows", record.data, make)
-        found, count = [], 0
-        while True:
-            batch = self._leftover if self._leftover is not None else next(reader, None)
-            self._leftover = None
-            if batch is None:
-                break
-            numbers = _column(pa.Table.from_batches([batch]), "episode_index", where, ())
-            matches = np.flatnonzero(numbers == record.number)
-            if len(matches):
-                first, end = int(matches[0]), int(matches[-1]) + 1
-                if end - first != len(matches) or count + end - first > record.length:
-                    raise DataError(
-                        f"{where}: its rows are not consecutive, or are more than the {record.length} listed"
-                    )
-                found.append(batch.slice(first, end - first))
-                count += end - first
-                if end < len(numbers):
-                    self._leftover = batch.slice(end)
-                    break
-            elif found or bool(np.any(numbers > record.number)):
-                self._leftover = batch
-                break
-        if count != record.length:
-            raise DataError(f"{where}: has {count} rows, but the metadata lists {record.length}")
-        return pa.Table.from_batches(found)
+        return self._opened("rows", record.data, make).of(record.number, record.length, where)
 
 
 def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -415,15 +446,12 @@ def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndar
     return to_rows(table.column(key), f"{where}, {key}", shape)
 
 
-def _image_shape(feature: Mapping[str, Any], where: str) -> tuple[int, int, int]:
-    """[H, W, C], from metadata in either order ([H, W, C] or [C, H, W])."""
-    shape, names = [int(s) for s in feature["shape"]], feature.get("names") or []
-    if len(shape) != 3:
-        raise DataError(f"{where}: an image of shape {shape}; three dimensions are needed")
-    first = str(names[0]) if isinstance(names, list) and names else ""
-    if first.startswith("channel") or (not first and shape[0] in (1, 3) and shape[2] not in (1, 3)):
-        shape = [shape[1], shape[2], shape[0]]
-    return shape[0], shape[1], shape[2]
+def _is_scalar(name: str, dtype: np.dtype, shape: list[int]) -> bool:
+    """Whether a feature of shape [1] is a number. LeRobot has no other way to say so.
+
+    A float stays an array of one number, because spaces of floats have shapes; a discrete space of one entry is a number.
+    """
+    return shape == [1] and (name in _SCALARS or dtype.kind in "biu")
 
 
 def _is_positive(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.episode import DataError
 
 EPISODE_BYTES = 4 << 30  # arrays of one episode, decoded
@@ -65,20 +66,25 @@ def parse_json(data: bytes | str, where: str) -> Any:
         raise DataError(f"{where}: is not valid JSON ({error})") from None
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
+def decode_image(data: bytes, where: str, *, tiff: bool = False) -> np.ndarray:
     """A JPEG, PNG or WebP as uint8 [H, W, C] (C = 1, 3 or 4) or, for 16-bit greyscale, uint16 [H, W, 1].
 
-    The size in the header is checked before any pixel is decoded.
+    With `tiff`, also TIFF, of which greyscale may be float32 [H, W, 1]. Colours of 16 bits are refused, because Pillow would drop
+    8 of them. The size in the header is checked before any pixel is decoded.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=(*_IMAGE_FORMATS, "TIFF") if tiff else _IMAGE_FORMATS)
         width, height = image.size
         if width * height > PIXELS:
             raise DataError(f"{where}: the image has {width} × {height} pixels; at most {PIXELS:,} are read")
-        if image.mode.startswith("I"):
-            array = np.asarray(image).astype(np.uint16)
+        if data[:4] == b"\x89PNG" and data[24:25] == b"\x10" and data[25:26] != b"\0":
+            raise DataError(f"{where}: the PNG has colours of 16 bits; save it with 8 bits, or as 16-bit grey")
+        if image.mode == "F":
+            array = np.asarray(image)
+        elif image.mode.startswith("I"):
+            array = checked_cast(np.asarray(image), np.uint16, where)
         else:
             if image.mode not in ("L", "RGB", "RGBA"):
                 image = image.convert("RGBA" if "A" in image.mode else "L" if image.mode == "1" else "RGB")  # type: ignore[assignment]

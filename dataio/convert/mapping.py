@@ -26,7 +26,21 @@ from tiphys.dataio.format.encodings import Encoding
 _TASK_KEYS = ("environment", "normalise", "random", "expert", "max_steps")  # attributes of TaskSpec
 _KEYS = frozenset({"task", *_TASK_KEYS, "fields", "text", "options"})
 _FIELD_KEYS = frozenset(
-    {"name", "role", "modality", "dtype", "low", "high", "values", "per", "encoding", "frames", "quality", "drop"}
+    {
+        "name",
+        "role",
+        "modality",
+        "dtype",
+        "low",
+        "high",
+        "unit",
+        "values",
+        "per",
+        "encoding",
+        "frames",
+        "quality",
+        "drop",
+    }
 )
 _MAX_BYTES = 1 << 20  # of the file
 
@@ -152,6 +166,11 @@ class Mapping:
         except (TypeError, ValueError) as error:
             raise DataError(f"mapping: {error}") from None
 
+    def dropped(self, found: list[TaskSpec]) -> tuple[str, ...]:
+        """The names in the source of the fields that the file drops."""
+        names = {f.name for t in found for f in t.fields}
+        return tuple(sorted(n for n in names if self.field_settings(n).get("drop")))
+
     def episode(self, episode: Episode) -> Episode:
         """The episode as it will be stored."""
         fields: dict[str, Any] = {}
@@ -176,7 +195,11 @@ class Mapping:
 
 
 def _with_settings(spec: FieldSpec, settings: Dict[str, Any]) -> FieldSpec:
-    given: dict[str, Any] = {k: settings[k] for k in ("name", "role", "modality", "values", "per") if k in settings}
+    given: dict[str, Any] = {
+        k: settings[k] for k in ("name", "role", "modality", "values", "per", "unit") if k in settings
+    }
+    if not isinstance(given.get("unit", ""), str):
+        raise DataError(f"mapping: fields.{spec.name}.unit: expected a text such as mm, not {given['unit']!r}")
     for key in ("low", "high"):
         if settings.get(key) is not None:
             value = settings[key] if isinstance(settings[key], list) else [settings[key]]

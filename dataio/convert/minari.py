@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_flags
 from tiphys.dataio.convert import hdf5, spaces
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.exported import restore, tasks_of
@@ -308,7 +309,7 @@ class Minari(Converter):
                 f"{where}: the rewards have shape {reward.shape}; [T] with 1 to {EPISODE_STEPS:,} steps is expected"
             )
         for name in ("terminated", "truncated"):
-            fields[name] = fields[name].astype(bool)
+            fields[name] = checked_flags(fields[name], f"{where}, {name}")
         for name in [n for n in fields if n.startswith("info.")]:
             if len(fields[name]) not in (steps, steps + 1):
                 del fields[name]

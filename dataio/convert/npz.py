@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.archive import open_member, open_zip
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
 from tiphys.dataio.convert.exported import restore, tasks_of
@@ -35,6 +36,7 @@ _PIECE_BYTES = 256 << 20  # approximate size of a piece
 TASKS = "tasks.json"  # written by the export: the tasks of all files
 EPISODE_JSON = "_tiphys.json"  # written by the export into each file
 _ENDS, _LENGTHS = "episode_ends", ("episode_lengths", "lengths")
+_WHOLE = "numbers of rows must be whole numbers; correct the source"
 _FLAGS = ("terminated", "truncated")
 
 
@@ -126,7 +128,7 @@ class Npz(Converter):
             else:
                 is_column = name in ("reward", *_FLAGS) and value.ndim == 2 and value.shape[1] == 1
                 value = channels_last(value.reshape(len(value)) if is_column else value)
-                out[name] = value.astype(bool) if name in _FLAGS else value
+                out[name] = checked_flags(value, f"{where}, {name}") if name in _FLAGS else value
         return Episode(identity, self.source.name, out, steps, info=info)
 
 
@@ -149,9 +151,9 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
     lengths = next((fields.pop(n) for n in _LENGTHS if n in fields), None)
     ends = fields.pop(_ENDS, None)
     if ends is None and lengths is not None:
-        ends = np.cumsum(lengths.reshape(-1).astype(np.int64))
+        ends = np.cumsum(checked_cast(lengths.reshape(-1), np.int64, f"{where}, the lengths of the episodes", _WHOLE))
     if ends is None:
-        flags = [fields[n].reshape(-1).astype(bool) for n in _FLAGS if n in fields]
+        flags = [checked_flags(fields[n].reshape(-1), f"{where}, {n}") for n in _FLAGS if n in fields]
         if not flags or len({len(f) for f in flags}) != 1:
             return None
         done = np.flatnonzero(np.logical_or.reduce(flags)) + 1
@@ -161,7 +163,7 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
         ends = np.unique(np.append(done, rows))
     if ends.dtype.kind not in "iu" or ends.ndim != 1 or not len(ends):
         raise DataError(f"{where}: `{_ENDS}` must be a one-dimensional list of row numbers")
-    bounds = [0, *ends.astype(np.int64).tolist()]
+    bounds = [0, *checked_cast(ends, np.int64, f"{where}, {_ENDS}", _WHOLE).tolist()]
     if any(b <= a for a, b in pairwise(bounds)):
         raise DataError(f"{where}: `{_ENDS}` must ascend, and no episode may have length 0")
     steps = _steps(fields, where)

@@ -46,12 +46,14 @@ def _check_sizes(metadata: Any, where: str) -> None:
                 )
 
 
-def batches(file: Any, columns: Sequence[str], where: str, rows: int = _BATCH_ROWS) -> Iterator[Any]:
-    """Record batches of these columns, at most `rows` rows each, in the order of the file."""
+def batches(
+    file: Any, columns: Sequence[str], where: str, rows: int = _BATCH_ROWS, groups: Sequence[int] | None = None
+) -> Iterator[Any]:
+    """Record batches of these columns, at most `rows` rows each, in the order of the file. `groups`: only these row groups."""
     import pyarrow as pa
 
     try:
-        yield from file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False)
+        yield from file.iter_batches(batch_size=rows, row_groups=groups, columns=list(columns), use_threads=False)
     except SourceUnavailable:
         raise
     except (pa.ArrowException, OSError) as error:

@@ -23,41 +23,16 @@ from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
 from tiphys.dataio.convert.infer import conform
 from tiphys.dataio.convert.mapping import Mapping
 from tiphys.dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
+from tiphys.dataio.convert.report import REPORT, ConversionReport, check_ranges, outside, outside_notes
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
 from tiphys.dataio.shards import ShardWriter, merge_pieces
 from tiphys.dataio.storage import Store
 
-PLAN, REPORT = "pieces/plan.json", "conversion.json"
-_MAX_LISTED = 1000  # malformed episodes that a printed report lists
+PLAN = "pieces/plan.json"
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did. `str(report)` is text for people; `conversion.json` in the dataset holds the same facts."""
-
-    destination: str
-    format: str
-    tasks: tuple[str, ...]
-    episodes: int
-    steps: int
-    bad: tuple[BadEpisode, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.destination}: {self.episodes:,} episodes, {self.steps:,} steps from {self.format} ({', '.join(self.tasks)})"
-        ]
-        lines += [f"note: {note}" for note in self.notes]
-        if self.bad:
-            lines.append(f"{len(self.bad):,} malformed episodes were left out:")
-            lines += [f"  {b}" for b in self.bad[:_MAX_LISTED]]
-            if len(self.bad) > _MAX_LISTED:
-                lines.append(f"  … and {len(self.bad) - _MAX_LISTED:,} more in {REPORT}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -70,6 +45,7 @@ class Job:
     tasks: tuple[dict[str, Any], ...]
     mapping: dict[str, Any]
     encodings: dict[str, dict[str, Any]]
+    dropped: tuple[str, ...]  # names of fields in the source
     shard_bytes: int
     skip_bad: bool
     memory: int
@@ -119,6 +95,7 @@ def convert(
         format = format or reader.recognise(known)
         pieces, found, notes, versions = reader.plan()
     tasks = rules.tasks(found)
+    notes += check_ranges(tasks)
     encodings = rules.encodings(found)
     job = Job(
         source=source,
@@ -127,6 +104,7 @@ def convert(
         tasks=tuple(t.to_dict() for t in tasks),
         mapping=rules.to_dict(),
         encodings={k: asdict(e) for k, e in encodings.items()},
+        dropped=rules.dropped(found),
         shard_bytes=shard_bytes,
         skip_bad=skip_bad,
         memory=memory,
@@ -154,6 +132,7 @@ def convert_piece(job: Job) -> str:
     tasks = {t["name"]: TaskSpec(**t) for t in job.tasks}
     encodings = {k: Encoding(**e) for k, e in job.encodings.items()}
     bad: list[BadEpisode] = []
+    beyond: dict[tuple[str, str], tuple[int, int]] = {}
     episodes = steps = 0
 
     def reject(item: BadEpisode) -> None:
@@ -177,18 +156,27 @@ def convert_piece(job: Job) -> str:
                         raise DataError(
                             f"belongs to the task {item.task!r}, which the converter did not list in tasks()"
                         )
-                    writer.write(conform(item, tasks[item.task], where))
+                    item = conform(item, tasks[item.task], where)
+                    writer.write(item)
                 except DataError as error:
                     reject(BadEpisode(where, str(error).removeprefix(where + ": ")))
                     continue
                 episodes, steps = episodes + 1, steps + item.steps
+                for name, counts in outside(item, tasks[item.task]).items():
+                    _add(beyond, (item.task, name), counts)
         except DataError as error:  # the rest of the piece cannot be read
             if not job.skip_bad:
                 raise
             bad.append(BadEpisode(f"{job.source}, piece {job.piece.name} after {episodes} episodes", str(error)))
         report = {"episodes": episodes, "steps": steps, "bad": [asdict(b) for b in bad]}
+        report["outside"] = [[*key, *counts] for key, counts in beyond.items()]
         Store(job.destination).write(f"pieces/{job.piece.name}.json", json.dumps(report).encode())
     return job.piece.name
+
+
+def _add(counts: dict[tuple[str, str], tuple[int, int]], key: tuple[str, str], more: tuple[int, int]) -> None:
+    known = counts.get(key, (0, 0))
+    counts[key] = known[0] + more[0], known[1] + more[1]
 
 
 _readers: dict[str, Reader] = {}  # the reader of this process, used again for the next piece
@@ -196,10 +184,12 @@ _readers: dict[str, Reader] = {}  # the reader of this process, used again for t
 
 def _reader(job: Job) -> Reader:
     options = job.mapping.get("options") or {}
-    key = json.dumps([job.source, job.target, options, job.memory, job.timeout], sort_keys=True)
+    key = json.dumps([job.source, job.target, options, job.dropped, job.memory, job.timeout], sort_keys=True)
     if key not in _readers:
         _close_readers()
-        _readers[key] = Reader(job.source, job.target, options, memory=job.memory, timeout=job.timeout)
+        _readers[key] = Reader(
+            job.source, job.target, options, dropped=job.dropped, memory=job.memory, timeout=job.timeout
+        )
     return _readers[key]
 
 
@@ -273,10 +263,14 @@ def _finish(
 ) -> ConversionReport:
     episodes = steps = 0
     bad: list[BadEpisode] = []
+    beyond: dict[tuple[str, str], tuple[int, int]] = {}
     for piece in pieces:
         part = json.loads(store.read(f"pieces/{piece.name}.json"))
         episodes, steps = episodes + part["episodes"], steps + part["steps"]
         bad += [BadEpisode(**b) for b in part["bad"]]
+        for task, name, *counts in part.get("outside", ()):
+            _add(beyond, (task, name), (counts[0], counts[1]))
+    notes = [*notes, *outside_notes(beyond, tasks)]
     if not episodes:
         listed = "; ".join(str(b) for b in bad[:3]) or "the source has no episodes"
         raise DataError(f"{destination}: no episode could be converted ({listed})")

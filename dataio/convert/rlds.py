@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
 from tiphys.dataio.convert.infer import field_spec, texts
 from tiphys.dataio.convert.limits import EPISODE_BYTES, EPISODE_STEPS, check_shape, decode_image, inflate
@@ -218,7 +219,7 @@ class Rlds(Converter):
             value = _decode(example, feature, rows, here)
             name = feature.path.removeprefix("steps/")
             if feature.in_steps and name in _FLAGS:
-                flags[name] = value.astype(bool)
+                flags[name] = checked_flags(value, here)
             elif _is_field(feature):
                 fields[feature.field] = value if feature.in_steps else value[0]
             else:
@@ -324,11 +325,8 @@ def _decode(example: Mapping[str, Value], feature: Feature, rows: int, where: st
 
 
 def _cast(value: np.ndarray, dtype: str, where: str) -> np.ndarray:
-    """As `dtype`. Raises DataError if an integer does not fit."""
-    out = value.astype(dtype)
-    if value.dtype.kind == "i" and not bool(np.all(out.astype(np.int64) == value)) and dtype != "uint64":
-        raise DataError(f"{where}: a value is out of the range of {dtype}")
-    return out
+    """As `dtype`. TFDS stores the bits of a uint64 as int64. Raises DataError if a value does not fit."""
+    return value.view(np.uint64) if dtype == "uint64" and value.dtype == np.int64 else checked_cast(value, dtype, where)
 
 
 def _byte_rows(value: Value, rows: int, where: str) -> list[bytes]:
@@ -353,7 +351,7 @@ def _images(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
                 array = np.ascontiguousarray(array).view("<f4")  # TFDS stores the bytes of a float32 (depth) as RGBA
             if array.shape != size:
                 raise DataError(f"{where}, step {row}: the image has shape {array.shape}, not {size}")
-            out[row] = array
+            out[row] = checked_cast(array, out.dtype, f"{where}, step {row}")
     return out
 
 
@@ -368,7 +366,7 @@ def _tensors(data: list[bytes], feature: Feature, where: str) -> np.ndarray:
     rows = [inflate(d, where, wbits=15, limit=size) if feature.encoding == "zlib" else d for d in data]
     if any(len(r) != size for r in rows):
         raise DataError(f"{where}: a tensor does not have the expected {size} bytes")
-    return np.frombuffer(b"".join(rows), dtype).reshape(len(data), *feature.shape).astype(feature.dtype)
+    return checked_cast(np.frombuffer(b"".join(rows), dtype).reshape(len(data), *feature.shape), feature.dtype, where)
 
 
 def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert import hdf5
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import canonical, channels_last
@@ -109,14 +110,14 @@ class Robomimic(Converter):
                 name = f"info.{key}"  # the state of the simulator, other forms of the actions
             if name in ("reward", "terminated"):
                 value = value.reshape(steps)
-            fields[name] = value.astype(bool) if name == "terminated" else value
+            fields[name] = checked_flags(value, f"{where}, {key}") if name == "terminated" else value
         for key, dataset in found.items():
             name = "observation." + key.removeprefix("next_obs.")
             if key.startswith("next_obs.") and name in fields:
                 last = channels_last(hdf5.read(dataset, f"{where}, {key}", steps - 1, steps))
                 if last.shape != (1, *fields[name].shape[1:]):
                     raise DataError(f"{where}: the rows of {key} and of the same key under obs have different shapes")
-                fields[name] = np.concatenate([fields[name], last.astype(fields[name].dtype)])
+                fields[name] = np.concatenate([fields[name], checked_cast(last, fields[name].dtype, f"{where}, {key}")])
         episode_metadata = hdf5.attribute(group, "ep_meta")
         meta = parse_json(episode_metadata, f"{where}, ep_meta") if isinstance(episode_metadata, str) else {}
         if isinstance(meta, dict) and isinstance(meta.get("lang"), str):

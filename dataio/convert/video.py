@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -10,18 +11,35 @@ import numpy as np
 from tiphys.dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
 from tiphys.dataio.episode import DataError
 
+_DEEP = re.compile(r"(?:gray|yuv4\d\dp)(?:9|1[0246])[lb]e")  # formats whose first plane holds uint16
 _SEEK_SECONDS = (
     10.0  # seconds; for a larger distance, seeking to a key frame is cheaper than decoding all frames between
 )
 
 
 class VideoFrames:
-    """A video that is read forward. Context manager. Use it in a reader process, because FFmpeg may crash on bad files."""
+    """A video that is read forward. Context manager. Use it in a reader process, because FFmpeg may crash on bad files.
 
-    def __init__(self, stream: BinaryIO, where: str, *, grey: bool = False, size: tuple[int, int] | None = None):
+    grey    frames have one channel instead of three
+    size    height and width of the returned frames; None: as in the video
+    lookup  for videos with more than 8 bits per pixel: the value of each level of grey, of any dtype
+
+    Raises DataError if the file is not a readable video. Levels of grey are never merged: reading a grey video of more
+    than 8 bits without `lookup` raises it too.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        where: str,
+        *,
+        grey: bool = False,
+        size: tuple[int, int] | None = None,
+        lookup: np.ndarray | None = None,
+    ):
         import av
 
-        self._size = size  # height and width of the returned frames; None: as in the video
+        self._size, self._lookup = size, lookup
         self._av, self._where, self._format = av, where, "gray" if grey else "rgb24"
         stream.seek(0)
         container_format = _container_format(stream.read(12), where)
@@ -47,6 +65,7 @@ class VideoFrames:
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > PIXELS:
             raise DataError(f"{where}: frames of {width} × {height} pixels; the limit is {PIXELS:,} pixels")
+        self.height, self.width = int(height), int(width)
 
     def __enter__(self) -> VideoFrames:
         return self
@@ -59,13 +78,24 @@ class VideoFrames:
         """Frames per second, on average; 0 if unknown."""
         return float(self._stream.average_rate or 0)
 
+    @property
+    def pixel_format(self) -> str:
+        """FFmpeg's name, such as yuv420p or gray12le; empty if unknown."""
+        return str(self._stream.codec_context.pix_fmt or "")
+
+    @property
+    def levels(self) -> int:
+        """Levels of brightness, if a pixel has more than 8 bits; else 0."""
+        layout = self._stream.codec_context.format
+        return _levels(layout) if layout is not None else 0
+
     def __iter__(self) -> Iterator[np.ndarray]:
         """All remaining frames, uint8 [H, W, C]."""
         for _, frame in self._decoder:
             yield self._array(frame)
 
     def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
-        """The frame nearest to each time (in seconds, ascending), as uint8 [len(times), H, W, C].
+        """The frame nearest to each time (in seconds, ascending), [len(times), H, W, C]: uint8, or the dtype of `lookup`.
 
         Raises DataError if no frame is within `tolerance` of a time: a video that does not fit its rows is never shifted.
         """
@@ -74,9 +104,10 @@ class VideoFrames:
         self._seek_near(float(times[0]) - tolerance)
         out: np.ndarray | None = None
         for row, time in enumerate(times):
-            frame = self._nearest(float(time), tolerance)
+            frame = self._nearest(float(time), tolerance, row)
             if out is None:
-                out = np.empty(check_shape((len(times), *frame.shape), 1, self._where, EPISODE_BYTES), np.uint8)
+                shape = check_shape((len(times), *frame.shape), frame.itemsize, self._where, EPISODE_BYTES)
+                out = np.empty(shape, frame.dtype)
             if frame.shape != out.shape[1:]:
                 raise DataError(
                     f"{self._where}: frames of different sizes, {out.shape[1:]} and {frame.shape} at {time:.3f} s"
@@ -95,7 +126,7 @@ class VideoFrames:
                 raise DataError(f"{self._where}: cannot seek to {time:.3f} s ({error})") from None
             self._decoder, self._pending, self._position = self._decode(), None, -1.0
 
-    def _nearest(self, time: float, tolerance: float) -> np.ndarray:
+    def _nearest(self, time: float, tolerance: float, row: int) -> np.ndarray:
         """The frame nearest to `time`. Earlier frames are skipped; the last frame is kept, as the next row may need it."""
         best: tuple[float, Any] | None = None
         while True:
@@ -108,7 +139,10 @@ class VideoFrames:
                 break
         if best is None or abs(best[0] - time) > tolerance:
             found = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
-            raise DataError(f"{self._where}: no frame at {time:.3f} s; {found}. The video does not fit its rows")
+            raise DataError(
+                f"{self._where}: no frame at {time:.3f} s; {found}. Row {row} needs one within {tolerance * 1000:.1f} ms: the "
+                "video does not fit its rows"
+            )
         if self._pending is None:
             self._pending = best  # two rows may share a frame
         return self._array(best[1])
@@ -134,11 +168,35 @@ class VideoFrames:
             ) from None
 
     def _array(self, frame: Any) -> np.ndarray:
-        """uint8 [H, W, C]."""
+        """[H, W, C]: uint8, or the dtype of `lookup`."""
+        levels = _levels(frame.format)
+        if self._lookup is None and levels and frame.format.name.startswith("gray"):
+            raise DataError(f"{self._where}: its frames have {levels:,} levels of grey, but 256 are expected")
+        if self._lookup is not None:
+            if len(self._lookup) != levels:
+                raise DataError(
+                    f"{self._where}: its frames are {frame.format.name}, but {len(self._lookup):,} levels of grey are expected"
+                )
+            plane = np.frombuffer(frame.planes[0], ">u2" if frame.format.is_big_endian else "<u2")
+            grey = plane.reshape(-1, frame.planes[0].line_size // 2)[: frame.height, : frame.width]
+            return self._lookup[np.minimum(nearest(grey, self._size), levels - 1)][..., None]
         if self._size is not None:
             frame = frame.reformat(width=self._size[1], height=self._size[0], format=self._format, interpolation="AREA")
         array = frame.to_ndarray(format=self._format)
         return array[..., None] if array.ndim == 2 else array
+
+
+def _levels(layout: Any) -> int:
+    """Levels of brightness of a pixel format, if its first plane holds them as uint16; else 0."""
+    return 1 << layout.components[0].bits if _DEEP.fullmatch(layout.name) else 0
+
+
+def nearest(array: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """[H, W, …] resized by taking the nearest pixel, so that no value appears that is not in the picture. None: no change."""
+    if size is None:
+        return array
+    rows, columns = ((np.arange(n) * 2 + 1) * have // (2 * n) for n, have in zip(size, array.shape[:2], strict=True))
+    return array[rows][:, columns]
 
 
 def frame_size(options: Mapping[str, Any]) -> tuple[int, int] | None:

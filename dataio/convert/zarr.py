@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.archive import open_member, open_zip
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import canonical, channels_last, is_image_shape
@@ -97,7 +98,7 @@ class Zarr(Converter):
         where = f"{self.source.url}, meta/episode_ends"
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise DataError(f"{where}: must be a one-dimensional array of integers")
-        ends = self._read(array, 0, int(array.shape[0]), where).astype(np.int64)
+        ends = checked_cast(self._read(array, 0, int(array.shape[0]), where), np.int64, where)
         if not len(ends) or bool(np.any(np.diff(ends, prepend=0) <= 0)):
             raise DataError(f"{where}: the row numbers must be positive and ascend")
         return ends
@@ -163,7 +164,7 @@ class Zarr(Converter):
             if name in ("reward", "terminated", "truncated"):
                 value = value.reshape(end - begin)
             if name in ("terminated", "truncated"):
-                value = value.astype(bool)
+                value = checked_flags(value, f"{where}, data/{key}")
             fields[name] = channels_last(_as_image(value, key, f"{where}, data/{key}"))
         return Episode(f"{self.source.name}/{number:06d}", self.source.name, fields, end - begin)
 
@@ -175,11 +176,7 @@ def _as_image(value: np.ndarray, key: str, where: str) -> np.ndarray:
     """
     if value.dtype.kind != "f" or value.ndim != 4 or not is_image_shape(value.shape[1:]) or not _IMAGE_NAME.search(key):
         return value
-    with np.errstate(invalid="ignore"):
-        out = value.astype(np.uint8)
-    if not bool(np.all(out == value)):
-        raise DataError(f"{where}: images of {value.dtype} must hold whole numbers from 0 to 255")
-    return out
+    return checked_cast(value, np.uint8, where, "images of floats must hold whole numbers from 0 to 255")
 
 
 def _check_metadata(files: _Files, path: str, where: str) -> None:

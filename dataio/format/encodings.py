@@ -262,6 +262,8 @@ def _decode_picture(
             raise DataError(f"the picture is {height}×{width}, not {rows} × {expected[0]}×{expected[1]}")
     elif height % rows:
         raise DataError(f"a picture of height {height} does not hold {rows} frames")
+    if image.mode[0] in "IF":  # Pillow would clip its values to 255
+        raise DataError(f"the picture has more than 8 bits per pixel (mode {image.mode}); only 8 are decoded")
     pixels = np.asarray(image.convert("RGB" if layout.channels == 3 else "L"))
     return pixels.reshape(rows, height // rows, width, layout.channels)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 FIELD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-]*(\.[A-Za-z0-9_\-]+)*")
@@ -128,7 +129,7 @@ def column(field: FieldSpec, episode: Episode, rows: int) -> np.ndarray:
         raise DataError(f"{where}: a step has shape {array.shape[1:]}, but the task declares {field.shape}")
     if not np.can_cast(array.dtype, np.dtype(field.dtype), "safe"):
         raise DataError(f"{where}: {array.dtype} values do not fit the declared {field.dtype} without loss; cast them")
-    return np.ascontiguousarray(array, np.dtype(field.dtype).newbyteorder("<"))
+    return np.ascontiguousarray(checked_cast(array, np.dtype(field.dtype).newbyteorder("<"), where))
 
 
 def returns_to_go(episode: Episode, rows: int) -> np.ndarray:
@@ -149,7 +150,8 @@ def pack_rows(layout: RowLayout, episode: Episode) -> np.ndarray:
     for field in layout.small:
         values = column(field, episode, count)
         rows[field.name][: len(values)] = values
-    rows["_return_to_go"] = returns_to_go(episode, count)
+    where = f"episode {episode.id!r} of task {episode.task!r}: the sum of its rewards"
+    rows["_return_to_go"] = checked_cast(returns_to_go(episode, count), np.float32, where, "scale the rewards down")
     raw = rows.view(np.uint8).reshape(count, layout.dtype.itemsize)
     rows["_crc"] = np.fromiter(map(crc32c, raw[:, :-4]), np.uint32, count)
     return rows

@@ -221,14 +221,18 @@ class Quantiles(Codec):
 
 @dataclass(frozen=True)
 class Patches(Codec):
-    """An image as 16×16 patches in raster order, after a centre crop and a resize."""
+    """An image as 16×16 patches in raster order, after a centre crop and a resize.
+
+    The field's range, black to white, becomes [-1, 1]. Values beyond it are clamped.
+    """
 
     kind: ClassVar[str] = "patches"
     modality: ClassVar[int] = IMAGE
     crop: int = 0
     resize: int = 0
     channels_first: bool = False
-    white: float = 255.0  # the value of a full channel: 255 for bytes, 1 for most floats
+    white: float = 255.0  # the value of a full channel
+    black: float = 0.0  # the value of an empty channel
 
     @property
     def varies(self) -> bool:
@@ -250,7 +254,10 @@ class Patches(Codec):
         return rows * columns
 
     def pixels(self, x: np.ndarray) -> np.ndarray:
-        """[N, *shape] -> uint8 [N, height, width, channels], the pictures as the patches show them."""
+        """[N, *shape] -> [N, height, width, channels], the pictures as the patches show them.
+
+        uint8 whose range is 0 … 255 stays as it is. All other pictures become uint16, with black 0 and white 65535.
+        """
         x = np.asarray(x)
         if x.dtype.kind == "f" and np.isnan(x).any():
             raise BadValue(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), _NAN)
@@ -258,8 +265,9 @@ class Patches(Codec):
             x = x[..., None]
         if self.channels_first:
             x = np.moveaxis(x, 1, -1)
-        if x.dtype != np.uint8:
-            x = np.clip(np.rint(x.astype(np.float64) * (255.0 / self.white)), 0, 255).astype(np.uint8)
+        if x.dtype != np.uint8 or (self.black, self.white) != (0.0, 255.0):
+            share = (x.astype(np.float64) - self.black) / (self.white - self.black)
+            x = np.rint(np.clip(share, 0, 1) * 65535).astype(np.uint16)
         return resized(centre_crop(x, self.crop), self.resize)
 
     def encode(self, x: np.ndarray) -> np.ndarray:
@@ -268,6 +276,10 @@ class Patches(Codec):
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [N, patches, 16, 16, C] -> uint8 [N, height, width, C]. Crop and resize are not undone."""
         return from_patches(tokens, *self.size[:2])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A black of 0 is left out, as in policies of earlier versions."""
+        return {k: v for k, v in super().to_dict().items() if k != "black" or v}
 
     @cached_property
     def spans(self) -> np.ndarray:

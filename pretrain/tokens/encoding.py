@@ -353,9 +353,15 @@ class Encoding:
             raise DataError(
                 f"{self.where(field)}: its images differ in size; give `resize`, so that all become the same size"
             )
-        white = 255.0 if field.dtype == "uint8" else float(max(field.high)) if field.high else 1.0
+        known = field.image_range
+        if known is None:
+            raise DataError(
+                f"{self.where(field)}: its images are {field.dtype} without bounds, so the values of black and white are "
+                "unknown; give `low` and `high` in the mapping file and convert again, or set `encoding: skip` for it"
+            )
+        black, white = known
         channels = (shape[0] if first else shape[2]) if len(shape) == 3 else 1
-        return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white)
+        return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white, black)
 
     def grid(self, field: FieldSpec) -> Codec:
         if len(field.shape) not in (2, 3) or field.modality == "continuous":

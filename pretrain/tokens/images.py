@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from tiphys.dataio.philox import PLACE, uniform32, words
@@ -21,20 +23,22 @@ def centre_crop(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, H, W, C] -> [N, size, size, C] by a triangle filter, which is wider if the image shrinks (antialiasing).
+    """uint8 or uint16 [N, H, W, C] -> [N, size, size, C] by a triangle filter, which is wider if the image shrinks.
 
-    0: no change. The weights are whole numbers, so that float32 products are exact: an image gives the same bytes whatever
-    images are resized with it.
+    0: no change. The wider filter prevents aliasing. The weights are whole numbers, so that the products of floats are exact: an
+    image gives the same bytes whatever images are resized with it.
     """
     count, height, width, channels = images.shape
+    dtype = images.dtype
+    exact: Any = np.float32 if dtype == np.uint8 else np.float64
     if not size or (height, width) == (size, size):
         return images
     if height != size:
-        columns = images.reshape(count, height, width * channels).astype(np.float32)
-        images = _rounded(_triangle(height, size) @ columns).reshape(count, size, width, channels)
+        columns = images.reshape(count, height, width * channels).astype(exact)
+        images = _rounded(_triangle(height, size).astype(exact) @ columns, dtype).reshape(count, size, width, channels)
     if width != size:
-        lines = np.moveaxis(images, 2, 3).astype(np.float32, order="C").reshape(-1, width)
-        across = _rounded(lines @ _triangle(width, size).T).reshape(count, size, channels, size)
+        lines = np.moveaxis(images, 2, 3).astype(exact, order="C").reshape(-1, width)
+        across = _rounded(lines @ _triangle(width, size).T.astype(exact), dtype).reshape(count, size, channels, size)
         images = np.ascontiguousarray(np.moveaxis(across, 3, 2))
     return images
 
@@ -42,11 +46,11 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
 _WEIGHT = 1 << 12  # sum of the weights of one target pixel; times 255 it is below 2^24, so float32 is exact
 
 
-def _rounded(weighted: np.ndarray) -> np.ndarray:
-    """Weighted sums -> bytes; overwrites its argument. Dividing by a power of two is exact."""
-    weighted += np.float32(_WEIGHT // 2)
-    weighted *= np.float32(1 / _WEIGHT)
-    return weighted.astype(np.uint8)
+def _rounded(weighted: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Weighted sums -> integers of the dtype; overwrites its argument. Dividing by a power of two is exact."""
+    weighted += _WEIGHT // 2
+    weighted *= 1 / _WEIGHT
+    return weighted.astype(dtype)
 
 
 def _triangle(source: int, target: int) -> np.ndarray:
@@ -65,9 +69,9 @@ def patch_grid(height: int, width: int) -> tuple[int, int]:
 
 
 def to_patches(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, C] -> float32 [N, patches, 16, 16, C]: raster order, pixels in [-1, 1] divided by √16.
+    """uint8 or uint16 [N, H, W, C] -> float32 [N, patches, 16, 16, C]: raster order, pixels in [-1, 1] divided by √16.
 
-    If a side is not a multiple of 16, its last row or column is repeated.
+    Black is 0 and white the largest value of the dtype. If a side is not a multiple of 16, its last row or column is repeated.
     """
     count, height, width, channels = images.shape
     rows, columns = patch_grid(height, width)
@@ -76,6 +80,8 @@ def to_patches(images: np.ndarray) -> np.ndarray:
         images = np.pad(images, ((0, 0), (0, more[0]), (0, more[1]), (0, 0)), mode="edge")
     patches = images.reshape(count, rows, PATCH, columns, PATCH, channels).swapaxes(2, 3)
     values = patches.reshape(count, rows * columns, PATCH, PATCH, channels).astype(np.float32)
+    if images.dtype == np.uint16:
+        values /= np.float32(257)  # 65535 / 255, so that both dtypes give the same numbers for the same picture
     values *= np.float32(2 / 255)
     values -= 1
     values /= _SCALE

@@ -111,7 +111,7 @@ class _Group:
         return np.concatenate(parts)
 
     def pictures(self, field: str, codec: Patches, constant: bool) -> np.ndarray:
-        """uint8 [N, height, width, C]: pictures whose original sizes differ between windows."""
+        """uint8 or uint16 [N, height, width, C]: pictures whose original sizes differ between windows."""
         parts = []
         for window, n in zip(self.windows, self.steps.tolist(), strict=True):
             rows = _field(window, field)

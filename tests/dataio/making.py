@@ -18,7 +18,7 @@ RICH = TaskSpec(
         FieldSpec("observation.state", "observation", "continuous", "float32", (5,)),
         FieldSpec("observation.grid", "observation", "discrete", "uint8", (3, 3), values=7),
         FieldSpec("observation.image", "observation", "image", "uint8", (8, 6, 3)),
-        FieldSpec("observation.depth", "observation", "image", "float32", (4, 4)),
+        FieldSpec("observation.depth", "observation", "image", "float32", (4, 4), (-5.0,), (5.0,)),
         FieldSpec("observation.wide", "observation", "continuous", "float64", (600,)),
         FieldSpec("speech", "text", "text", "str"),
         FieldSpec("mission", "text", "text", "str", per="episode"),

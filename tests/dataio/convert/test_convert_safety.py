@@ -253,7 +253,7 @@ def test_parquet_with_far_too_many_rows(tmp_path: Path) -> None:
         big = pa.concat_tables([one] * 1).take(pa.array(np.zeros(2_000_000, np.int64)))
         writer.write_table(big)
     assert path.stat().st_size < 2 << 20
-    assert "more than the 5 listed" in problem(tmp_path / "s", "lerobot")
+    assert "has 2,000,000 rows" in problem(tmp_path / "s", "lerobot")
 
 
 # ---- paths, links and other files

@@ -135,3 +135,11 @@ def test_videos_are_the_same_bytes_each_time():
     rows = smooth(4, (32, 32, 3))
     for kind in ("h264", "av1"):
         assert encode(rows, Encoding(kind, 4)) == encode(rows, Encoding(kind, 4))
+
+
+def test_pictures_of_16_bits_are_refused():
+    """Pillow would clip their values to 255."""
+    out = io.BytesIO()
+    Image.fromarray(np.full((8, 6), 300, np.uint16)).save(out, "PNG")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        decode(out.getvalue(), "png", 1, (8, 6, 3))

@@ -112,3 +112,12 @@ def test_numpy_can_load_the_member():
     again = np.load(io.BytesIO(npy(rows)), allow_pickle=False)
     assert again.dtype == rows.dtype
     assert again.tobytes() == rows.tobytes()
+
+
+def test_values_that_the_declared_dtype_cannot_hold_are_refused():
+    """NumPy calls int64 -> float64 safe, and adds up rewards beyond the largest float32."""
+    exact = TaskSpec("t", (FieldSpec("reward", "reward", "continuous", "float64"),))
+    with pytest.raises(DataError, match=r"9007199254740993 at .* does not fit float64"):
+        pack_rows(RowLayout(exact), Episode("a", "t", {"reward": np.array([0, 2**53 + 1])}, 2))
+    with pytest.raises(DataError, match=r"sum of its rewards.*scale the rewards down"):
+        pack_rows(RowLayout(exact), Episode("a", "t", {"reward": np.array([3e38, 3e38])}, 2))

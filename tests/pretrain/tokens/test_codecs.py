@@ -246,3 +246,29 @@ def test_integers_come_back_as_they_were(codec):
     """Truncation would give 0, 1, 1, 3, 3, 5, …"""
     values = np.arange(11)
     assert codec.decode(codec.encode(values)).tolist() == values.tolist()
+
+
+def test_pictures_are_normalised_by_the_range_of_their_field():
+    """Depth in millimetres: black is the nearest, white the farthest, and steps of far less than 1/256 of the range remain."""
+    codec = Patches("patch:1", (16, 16, 1), black=300.0, white=5300.0)
+    depth = np.linspace(300, 5300, 256).reshape(1, 16, 16, 1)
+    for dtype in ("uint16", "float32"):
+        pixels = codec.encode(depth.astype(dtype))[0, 0, :, :, 0] * 4
+        assert np.allclose(pixels, (depth.astype(dtype)[0, :, :, 0] - 300) / 2500 - 1, atol=1e-4)
+    beyond = codec.encode(np.array([0, 65535], np.uint16)[:, None, None, None] + np.zeros((1, 16, 16, 1), np.uint16))
+    assert [beyond[0].min(), beyond[1].max()] == [-0.25, 0.25]
+
+
+def test_resizing_16_bits_is_exact():
+    full = np.full((1, 37, 21, 1), 65535, np.uint16)
+    assert (resized(full, 16) == 65535).all()
+    ramp = np.tile(np.arange(64, dtype=np.uint16) * 1000, (64, 1))[None, :, :, None]
+    alone = resized(ramp, 16)
+    assert (resized(np.concatenate([full[:, :1, :1] + np.zeros_like(ramp), ramp]), 16)[1:] == alone).all()
+
+
+def test_policies_of_earlier_versions_have_no_black():
+    old = Patches("patch:3", (16, 16, 3))
+    assert "black" not in old.to_dict()
+    for codec in (old, Patches("patch:1", (16, 16, 1), black=300.0, white=5300.0)):
+        assert codec_from_dict(codec.to_dict()) == codec
