@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.private import read_regular
 from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.limit import RequestLimit
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 
 T = TypeVar("T")
+WHOLE = 256 << 20  # bytes of an object that is read as a whole, if the caller gives no other limit
 _BULK, _BULK_FLYING = 25, 10  # ranges in one bulk call, and how many of them obstore requests at once
 
 
@@ -121,19 +123,21 @@ class Store:
 
     # Reading
 
-    def read(self, path: str) -> bytes:
-        """Read a whole object, in its present version."""
-        return _wait(self._read(path))
+    def read(self, path: str, limit: int = WHOLE) -> bytes:
+        """Read a whole object, in its present version. Raises DataError if it has more than `limit` bytes."""
+        return _wait(self._read(path, limit))
 
-    async def _read(self, path: str) -> bytes:
+    async def _read(self, path: str, limit: int) -> bytes:
         place, key = self._locate(path)
         place._etags.pop(key, None)  # an earlier version does not matter
         if isinstance(place._backend, LocalBackend):
             try:
-                return await asyncio.to_thread(place._backend.path(key).read_bytes)
+                return await asyncio.to_thread(read_regular, place._backend.path(key), limit)
             except FileNotFoundError:
                 raise FileNotFoundError(place._name(key)) from None
         info = await place._patiently(key, "", lambda: place._backend.head(key))
+        if not 0 <= info.size <= limit:
+            raise DataError(f"{place._name(key)}: has {info.size:,} bytes; at most {limit:,} are read of such an object")
         starts = range(0, info.size, PART)
         parts = await asyncio.gather(*(place._fetch(key, s, min(PART, info.size - s)) for s in starts))
         return b"".join(parts)

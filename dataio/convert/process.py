@@ -110,6 +110,10 @@ class Reader:
                         f"{self._source}, piece {piece.name}: {error}; this happened three times in a row"
                     ) from None
 
+    def decode_table(self, operation: str, file: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Run an operation of `format.limited` on a Parquet file of a dataset."""
+        return dict(self._request_one("table", table=operation, file=file, arguments=dict(arguments)))
+
     def close(self) -> None:
         if self._child is not None:
             self._child.kill()
@@ -213,6 +217,11 @@ class Reader:
 
 
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
+    if request["operation"] == "table":
+        from tiphys.dataio.format import limited
+
+        _send(out, _RESULT, limited.execute(request["table"], request["file"], request["arguments"]))
+        return
     source = Source(request["source"])
     try:
         _execute(request, source, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiphys.dataio.episode import DataError, TaskSpec
-from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format.rows import check_task
+from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
+log = logging.getLogger(__name__)
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
-_DECODED = 1  # version of the decoded arrays; part of the key of the cache
+_DECODED = 2  # version of the decoded arrays; part of the key of the cache
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
@@ -67,9 +70,15 @@ def cache_folder(cache_dir: str = "") -> Path:
 
 
 def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
-    """Copy an object to a local file, `part` bytes at a time. Returns its SHA-256."""
+    """Copy an object to a local file, `part` bytes at a time. Returns its SHA-256.
+
+    Raises DataError if the object is larger than the free space of the file's disk.
+    """
     digest = hashlib.sha256()
     size = store.head(path).size
+    free = shutil.disk_usage(file.parent).free
+    if not 0 <= size <= free:
+        raise DataError(f"{store.url}/{path} has {size:,} bytes, but {file.parent} has room for {free:,}")
     with open(file, "wb") as out:
         for start in range(0, size, part):
             (data,) = store.read_ranges(path, [start], [min(part, size - start)])
@@ -81,14 +90,19 @@ def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
 def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
     """The folder in `cache` with the dataset's decoded index. If it is missing, the index is downloaded and decoded first.
 
-    Raises DataError if the index does not have the digest that `dataset.json` names, is damaged, or points outside its shards.
+    Raises DataError if the index does not have the digest that `dataset.json` names, is damaged, or points outside its shards,
+    or if the cache may hold the files of another user.
     """
     names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
     key = hashlib.sha256(json.dumps([_DECODED, document["digests"][INDEX], *names]).encode()).hexdigest()
-    folder = cache / key
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
+    folder = private_folder(cache) / key
+    if os.path.lexists(folder):
+        try:
+            _check_decoded(folder)
+            return folder
+        except DataError as error:
+            log.warning("%s: the cached index is made again: %s", store.url, error)
+            _discard(folder)
     scratch = Path(tempfile.mkdtemp(prefix=".decoding-", dir=cache))
     try:
         file = scratch / INDEX
@@ -97,9 +111,10 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
                 f"{store.url}/{INDEX} does not have the SHA-256 that {DATASET} names: it is damaged, or a rewrite was "
                 "interrupted; run `tiphys verify --repair`"
             )
-        loaded = arrays.decode(file, scratch, *names)
+        loaded = limited.decode(file, scratch, *names, f"{store.url}/{INDEX}")
         arrays.check(loaded, document["tasks"], document["shards"], f"{store.url}/{INDEX}")
         file.unlink()
+        arrays.seal(scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -108,6 +123,20 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _check_decoded(folder: Path) -> None:
+    """Raises DataError if a decoded index in the cache is not what was once checked and written there."""
+    if not is_private(folder):
+        raise DataError(f"{folder} is not a folder of this user's own")
+    arrays.check_seal(folder)
+
+
+def _discard(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def dataset_document(index: Path, statistics: Statistics) -> dict[str, Any]:

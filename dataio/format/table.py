@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +36,14 @@ import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format.rows import FIELD_NAME
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes in a row group
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
+_FIELD_COLUMN = re.compile(r"(text|value|chunks)\.(" + FIELD_NAME.pattern + ")")
 
 
 class Chunks(NamedTuple):
@@ -157,6 +160,24 @@ def chunk_type() -> pa.DataType:
 
     lists = {"offset": pa.list_(pa.int64()), "size": pa.list_(pa.int64()), "crc": pa.list_(pa.uint32())}
     return pa.struct({"kind": pa.string(), "rows": pa.int32(), **lists})
+
+
+def check_schema(schema: pa.Schema) -> None:
+    """Raises DataError if a column is missing, stands twice, or has a name or a type that an index does not have."""
+    import pyarrow as pa
+
+    fixed = _table([]).schema
+    by_kind = {"text": pa.string(), "value": pa.binary(), "chunks": chunk_type()}
+    for column in schema:
+        match = _FIELD_COLUMN.fullmatch(column.name)  # names become file names
+        if not match and column.name not in fixed.names:
+            raise DataError(f"index column {column.name!r}: an index may not have a column of this name")
+        wanted = by_kind[match[1]] if match else fixed.field(column.name).type
+        if column.type != wanted or schema.names.count(column.name) > 1:
+            raise DataError(f"index column {column.name!r}: it must be there once, with type {wanted}, not {column.type}")
+    missing = [name for name in fixed.names if name not in schema.names]
+    if missing:
+        raise DataError(f"index column {missing[0]!r} is missing")
 
 
 @dataclass(frozen=True)

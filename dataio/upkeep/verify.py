@@ -15,7 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.format import arrays, table, tar
+from tiphys.dataio.format import arrays, limited, table, tar
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
@@ -142,7 +142,7 @@ def _accept(
         names = [t.name for t in own["tasks"]], [s.name for s in own["shards"]]
         out = scratch / "arrays"
         out.mkdir()
-        loaded = arrays.decode(file, out, *names)
+        loaded = limited.decode(file, out, *names, f"{store.url}/{INDEX}")
         arrays.check(loaded, own["tasks"], own["shards"], f"{store.url}/{INDEX}")
     except DataError as error:
         report.add("index", INDEX, str(error))
