@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
-from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, fetch, parse, publish
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, check_shard, fetch, parse, publish
 from tiphys.dataio.format.limited import check_table, read_statistics
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine
@@ -255,6 +255,8 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
             statistics.merge(read_statistics(scratch / "statistics.parquet", f"{source.url}/{STATISTICS}"))
             partial = partial or source.keep is not None or bool(document.get("statistics_of_superset"))
         used = _used(parts)
+        for name in used & shards.keys():
+            check_shard(shards[name], f"{destination}/{DATASET}")
         combine(parts, scratch / INDEX, list(tasks.values()), [s for n, s in shards.items() if n in used])
         more: dict[str, Any] = {"quarantine": quarantine} if quarantine else {}
         if partial:
@@ -273,7 +275,9 @@ def _fetch_whole(url: str, file: Path, sketches: Path) -> dict[str, Any]:
     document = parse(store.read(DATASET), f"{url}/{DATASET}")
     for name, target in ((INDEX, file), (STATISTICS, sketches)):
         if fetch(store, name, target) != document["digests"].get(name):
-            raise DataError(f"{url}/{name} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`")
+            raise DataError(
+                f"{url}/{name} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`"
+            )
     check_table(file, f"{url}/{INDEX}")
     return document
 

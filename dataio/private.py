@@ -6,10 +6,11 @@ that we would overwrite a file elsewhere or take their data for ours.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from tiphys.dataio.episode import DataError
 
@@ -27,10 +28,8 @@ def private_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
     reason = _not_ours(folder)
     if reason:
         raise DataError(f"{folder} is not used as a cache, because {reason}")
@@ -76,7 +75,7 @@ def open_private(path: str | Path, flags: int) -> int:
     return handle
 
 
-def read_private(path: str | Path) -> IO[bytes]:
+def read_private(path: str | Path) -> BinaryIO:
     """A file of a private folder, open for reading. Raises OSError as `open_private`."""
     return open(open_private(path, os.O_RDONLY), "rb")
 

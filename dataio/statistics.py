@@ -122,7 +122,9 @@ class Sketch:
         dimensions = math.prod(self.shape)
         if min(self.shape, default=1) < 1 or dimensions > MOST_DIMENSIONS:
             raise DataError(f"a sketch has shape {self.shape[:8]}; at most {MOST_DIMENSIONS} elements are kept apart")
-        if not 0 <= self.count < 1 << 62 or any(len(a) != dimensions for a in (self.mean, self.square, self.min, self.max)):
+        if not 0 <= self.count < 1 << 62 or any(
+            len(a) != dimensions for a in (self.mean, self.square, self.min, self.max)
+        ):
             raise DataError("the count, the moments and the shape of a sketch do not agree")
         keys, counts = self.keys, self.counts
         known = len(keys) == len(counts) and bool((keys[1:] > keys[:-1]).all() and (counts > 0).all())

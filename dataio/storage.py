@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import redacted
 from tiphys.dataio.private import read_regular
-from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.limit import RequestLimit
 from tiphys.dataio.stores.objects import ObjectBackend
 from tiphys.dataio.stores.ranges import GAP, PART, Joined, join_ranges
-from tiphys.dataio.stores.schemes import backend
+from tiphys.dataio.stores.schemes import backend, check_url
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -137,7 +138,9 @@ class Store:
                 raise FileNotFoundError(place._name(key)) from None
         info = await place._patiently(key, "", lambda: place._backend.head(key))
         if not 0 <= info.size <= limit:
-            raise DataError(f"{place._name(key)}: has {info.size:,} bytes; at most {limit:,} are read of such an object")
+            raise DataError(
+                f"{place._name(key)}: has {info.size:,} bytes; at most {limit:,} are read of such an object"
+            )
         starts = range(0, info.size, PART)
         parts = await asyncio.gather(*(place._fetch(key, s, min(PART, info.size - s)) for s in starts))
         return b"".join(parts)
@@ -419,6 +422,7 @@ class Store:
     def _locate(self, path: str) -> tuple[Store, str]:
         """The store that a path refers to, and the key within it."""
         if "://" in path:
+            check_url(path)
             folder, _, name = path.rpartition("/")
             if folder.startswith("file:") and not self.local:
                 raise DataError(f"{redacted(self.url)}: a dataset in a store may not point to the local disk: {path}")

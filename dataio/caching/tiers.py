@@ -21,8 +21,8 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
-from tiphys.dataio.caching.slabs import Ints, Slabs
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.caching.slabs import Ints, Slabs
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.private import is_private, open_private, private_folder, read_private
 

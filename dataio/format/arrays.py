@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ import numpy as np
 from tiphys.dataio.atomic import write_json
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.encodings import KINDS
-from tiphys.dataio.format.rows import FIELD_NAME, row_dtype
+from tiphys.dataio.format.rows import row_dtype
 from tiphys.dataio.format.table import PART, Shard, check_schema
 from tiphys.dataio.private import read_private
 
@@ -266,7 +265,7 @@ def _version(path: Path) -> list[int]:
 
 def _sha256(path: Path) -> str:
     with read_private(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class Strings(Sequence[str]):

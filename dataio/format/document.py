@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format.rows import check_task
 from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
+from tiphys.dataio.stored import task_specs
+from tiphys.dataio.stores.schemes import HOST_SCHEMES, check_url
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
+_HOSTS = "TIPHYS_SHARD_HOSTS"  # hosts, separated by commas, that a dataset may name beside its own
 log = logging.getLogger(__name__)
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
@@ -38,23 +41,33 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         digest = document["digests"][INDEX]
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             raise DataError(f"{where}: digests: {INDEX}: {digest!r} is not a SHA-256")
-        document["tasks"] = [TaskSpec(**t) for t in document["tasks"]]
+        document["tasks"] = task_specs(document["tasks"], f"{where}: tasks")
         document["shards"] = [table.Shard(str(n), int(size), int(crc)) for n, size, crc in document["shards"]]
         for task in document["tasks"]:
             check_task(task)
         for shard in document["shards"]:
-            _check_shard(shard, where)
+            check_shard(shard, where)
         dict(document["statistics"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where} does not describe a Tiphys dataset: {type(error).__name__} {error}") from None
     return document
 
 
-def _check_shard(shard: table.Shard, where: str) -> None:
-    """A shard is named by a path within the dataset's folder or by a URL. Only a local dataset may name local files."""
+def check_shard(shard: table.Shard, where: str) -> None:
+    """A shard is named by a path within the dataset's folder or by a URL. Only a local dataset may name local files.
+
+    Whoever wrote the dataset chose the URL, which must not make this machine ask others in its network. So a host must be that of
+    the dataset, or one that the user allows.
+    """
+    check_url(shard.name)
     scheme = urlsplit(shard.name).scheme
+    host = urlsplit(shard.name).hostname or ""
+    if scheme in HOST_SCHEMES and host not in (urlsplit(where).hostname, *os.environ.get(_HOSTS, "").split(",")):
+        raise DataError(
+            f"{where}: shard {shard.name!r} lies on another host; if you trust this dataset, allow it: {_HOSTS}={host}"
+        )
     inside = not scheme and not shard.name.startswith("/") and ".." not in shard.name.split("/")
     elsewhere = scheme and (scheme != "file" or urlsplit(where).scheme in ("", "file"))
     if not (inside or elsewhere) or shard.size < 0:

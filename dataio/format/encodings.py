@@ -286,7 +286,9 @@ def _decode_video(chunk: bytes | memoryview, kind: str, rows: int) -> np.ndarray
         stream.thread_count = 1
         for frame in container.decode(stream):
             if (frame.width, frame.height) != size:
-                raise DataError(f"the video has a frame of {frame.width}×{frame.height}, but claims {size[0]}×{size[1]}")
+                raise DataError(
+                    f"the video has a frame of {frame.width}×{frame.height}, but claims {size[0]}×{size[1]}"
+                )
             frames.append(frame.to_ndarray(format="rgb24"))
             if len(frames) > rows:
                 break

@@ -18,7 +18,11 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, table
 from tiphys.dataio.statistics import Statistics
 
-_MEMORY, _FOR_EACH_BYTE, _MOST = 1 << 30, 64, 8 << 30  # bytes that may be used: always, for each byte of the file, at most
+_MEMORY, _FOR_EACH_BYTE, _MOST = (
+    1 << 30,
+    64,
+    8 << 30,
+)  # bytes that may be used: always, for each byte of the file, at most
 _TIMEOUT = 600.0  # seconds
 _IDLE = 20.0  # seconds after which the reader process is stopped
 

@@ -37,6 +37,7 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.rows import FIELD_NAME
+from tiphys.dataio.stored import stored, task_specs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,7 +175,9 @@ def check_schema(schema: pa.Schema) -> None:
             raise DataError(f"index column {column.name!r}: an index may not have a column of this name")
         wanted = by_kind[match[1]] if match else fixed.field(column.name).type
         if column.type != wanted or schema.names.count(column.name) > 1:
-            raise DataError(f"index column {column.name!r}: it must be there once, with type {wanted}, not {column.type}")
+            raise DataError(
+                f"index column {column.name!r}: it must be there once, with type {wanted}, not {column.type}"
+            )
     missing = [name for name in fixed.names if name not in schema.names]
     if missing:
         raise DataError(f"index column {missing[0]!r} is missing")
@@ -274,6 +277,10 @@ def batches(part: Part) -> Iterator[pa.RecordBatch]:
                 yield batch
 
 
+def _shard(values: Sequence[Any]) -> Shard:
+    return stored(Shard, dict(zip(("name", "size", "crc"), values, strict=False)), "a shard")
+
+
 def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
     """The tasks and shards in the metadata of an index file. Raises DataError if the file is not an index or is damaged."""
     import pyarrow as pa
@@ -287,8 +294,8 @@ def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
         own = json.loads(text)
         if own["version"] != 1:
             raise DataError(f"{file.name} has version {own['version']}; this Tiphys reads version 1")
-        return [TaskSpec(**t) for t in own["tasks"]], [Shard(*s) for s in own["shards"]]
+        return task_specs(own["tasks"], f"{file.name}: tasks"), [_shard(s) for s in own["shards"]]
     except DataError:
         raise
-    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError, OverflowError) as error:
         raise DataError(f"{file.name} is not an index of a Tiphys dataset: {type(error).__name__}: {error}") from None

@@ -90,7 +90,9 @@ def _check_extension(body: bytes, kind: bytes, where: str) -> None:
         if not equals or not key or not value.endswith(b"\n") or at + int(length) > len(body):
             raise DataError(f"{where}: the extended header is damaged")
         if key.startswith(b"GNU.sparse") or (key == b"size" and not (value[:-1].isdigit() and len(value) < 20)):
-            raise DataError(f"{where}: the extended header has {key.decode(errors='replace')} = {value[:40]!r}, which is not read")
+            raise DataError(
+                f"{where}: the extended header has {key.decode(errors='replace')} = {value[:40]!r}, which is not read"
+            )
         at += int(length)
 
 
