@@ -171,7 +171,7 @@ def _printable(text: str) -> str:
 
 def as_html(row: Row) -> str:
     """The row as a page of its own, with its pictures in it."""
-    from tiphys.launch.report.page import STYLE
+    from tiphys.launch.report.page import CONTENT_POLICY, STYLE
 
     parts = [f"<h1>tokens</h1><p class='sub'>{html.escape(row.title)}</p>"]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADER)
@@ -186,7 +186,7 @@ def as_html(row: Row) -> str:
         )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>tokens</title><style>{STYLE}{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+        f"{CONTENT_POLICY}<title>tokens</title><style>{STYLE}{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
 
 

@@ -294,7 +294,9 @@ class _Replacing:
             raise FileExistsError(f"{target} contains something other than a policy; choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        self._new.chmod(0o755)
+        mask = os.umask(0o077)
+        os.umask(mask)
+        self._new.chmod(0o777 & ~mask)  # mkdtemp gives 0700, whatever the umask allows
         return self._new
 
     def __exit__(self, kind: Any, *_: Any) -> None:

@@ -19,6 +19,7 @@ from tiphys.dataio.format import arrays, limited, table, tar
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.messages import printable, redacted
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep import rebuild
 
@@ -68,7 +69,8 @@ class Report:
         head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
         found = f"{len(self.findings)} findings" if self.findings else "no findings, the dataset is intact"
         lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
-        return "\n".join(lines + [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs])
+        lines += [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs]
+        return redacted(printable("\n".join(lines)))
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self), "repaired": sorted(self.repaired)}

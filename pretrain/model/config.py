@@ -216,11 +216,11 @@ class DecisionConfig(PretrainedConfig):
                 raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is not allowed; allowed: patch, vector, grid")
 
     def _check_numbers(self) -> None:
-        for name, (least, most) in _WHOLE.items():
+        bounds: dict[str, tuple[float, float]] = {**_WHOLE, **_REAL}
+        for name in _WHOLE:
             if not isinstance(getattr(self, name), int):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, not a whole number")
-            number(getattr(self, name), f"config: {name}", least, most)
-        for name, (least, most) in _REAL.items():
+        for name, (least, most) in bounds.items():
             number(getattr(self, name), f"config: {name}", least, most)
         for name in ("shared_expert", "router_modality", "router_task", "checkpointing", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
