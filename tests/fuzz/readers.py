@@ -1,4 +1,4 @@
-"""The readers of foreign bytes: for each, inputs that are valid, how one is damaged, how it is read, and which errors are ours."""
+"""The readers of foreign bytes: for each, valid inputs, how one is damaged, how it is read, and which errors are ours."""
 
 from __future__ import annotations
 
