@@ -126,6 +126,8 @@ class Sketch:
             len(a) != dimensions for a in (self.mean, self.square, self.min, self.max)
         ):
             raise DataError("the count, the moments and the shape of a sketch do not agree")
+        if self.count and not (self.min <= self.max).all():
+            raise DataError("a sketch has a count, but no extremes")
         keys, counts = self.keys, self.counts
         known = len(keys) == len(counts) and bool((keys[1:] > keys[:-1]).all() and (counts > 0).all())
         if not known or (len(keys) and int(keys[-1]) >= dimensions * _CELLS):

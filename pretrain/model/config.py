@@ -188,8 +188,6 @@ class DecisionConfig(PretrainedConfig):
         """As `transformers` does it. Raises DataError if the values, which come from a file, are not valid."""
         try:
             return super().from_dict(config_dict, **kwargs)
-        except DataError:
-            raise
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(f"config.json is not valid: {error}") from None
 

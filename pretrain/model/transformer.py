@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +116,9 @@ class DecisionModel(PreTrainedModel):
         options = {**kwargs, "use_safetensors": True, "output_loading_info": True}
         try:
             loaded: Any = super().from_pretrained(*args, **options)
-        except (TypeError, AttributeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ImportError, DataError):
+            raise
+        except Exception as error:  # the libraries below raise errors of many classes
             raise DataError(f"{args[0] if args else 'model'}: the policy cannot be loaded: {error}") from error
         model, found = loaded
         lost = sorted(map(str, found["missing_keys"])) + sorted(map(str, found["mismatched_keys"]))

@@ -261,6 +261,7 @@ def test_acting_needs_no_dataset_code():
     mine = {
         "tiphys.dataio.episode",
         "tiphys.dataio.philox",
+        "tiphys.dataio.stored",
         "tiphys.pretrain.acting.processor",
         "tiphys.pretrain.acting.history",
     }
