@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import struct
@@ -111,7 +112,7 @@ class Reader:
                     ) from None
 
     def decode_table(self, operation: str, file: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Run an operation of `format.limited` on a Parquet file of a dataset."""
+        """Run an operation of the target, `format.limited:execute`, on a Parquet file of a dataset."""
         return dict(self._request_one("table", table=operation, file=file, arguments=dict(arguments)))
 
     def close(self) -> None:
@@ -218,9 +219,8 @@ class Reader:
 
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
     if request["operation"] == "table":
-        from tiphys.dataio.format import limited
-
-        _send(out, _RESULT, limited.execute(request["table"], request["file"], request["arguments"]))
+        execute: Any = pkgutil.resolve_name(request["target"])
+        _send(out, _RESULT, execute(request["table"], request["file"], request["arguments"]))
         return
     source = Source(request["source"])
     try:

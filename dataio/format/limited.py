@@ -105,7 +105,7 @@ def _call(operation: str, where: str, file: Path, **arguments: Any) -> None:
         if _timer is not None:
             _timer.cancel()
         if _reader is None:
-            _reader = Reader("", "", memory=_MOST, timeout=_TIMEOUT)
+            _reader = Reader("", f"{__name__}:execute", memory=_MOST, timeout=_TIMEOUT)
         try:
             answer = _reader.decode_table(operation, str(file), arguments)
         except DataError as error:
