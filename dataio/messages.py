@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 # Parameters of signed URLs and connection strings whose values are secret, wherever they stand
 _SECRETS = re.compile(
@@ -20,15 +19,13 @@ def redacted(text: str) -> str:
     return _SECRETS.sub(r"\1=***", text)
 
 
-def printable(text: str) -> str:
+def printable(text: str, kept: str = "\n\t") -> str:
     """The text with control characters written as escapes, so that names in data cannot move the cursor or hide what follows.
 
-    Line breaks and tabs stay.
+    The characters in `kept` stay: line breaks and tabs, or none for text that must be one line.
     """
-    return "".join(
-        c if c in "\n\t" or not _controls(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    return "".join(c if c in kept or c.isprintable() else _escape(c) for c in text)
 
 
-def _controls(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs")
+def _escape(character: str) -> str:
+    return ascii(character)[1:-1]

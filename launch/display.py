@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "")
     for i, name in enumerate(header):
         view.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:  # as Text, because names may contain what looks like markup
-        view.add_row(*(Text(printable(_cell(value)).replace("\n", " ")) for value in row))
+        view.add_row(*(Text(printable(_cell(value), "")) for value in row))
     out = io.StringIO()
     Console(file=out, width=200).print(view)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())

@@ -95,7 +95,7 @@ def _literal(text: str) -> str:
 
 def _code(text: str) -> str:
     """A name from data as code in Markdown."""
-    return "`" + printable(text).replace("`", "'").replace("\n", " ") + "`"
+    return "`" + printable(text, "").replace("`", "'") + "`"
 
 
 def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from tiphys.dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_pare
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.messages import printable
 from tiphys.dataio.shards import ShardWriter, merge_pieces
 from tiphys.dataio.storage import Store
 
@@ -57,7 +58,7 @@ class ConversionReport:
             lines += [f"  {b}" for b in self.bad[:_MAX_LISTED]]
             if len(self.bad) > _MAX_LISTED:
                 lines.append(f"  … and {len(self.bad) - _MAX_LISTED:,} more in {REPORT}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 @dataclass(frozen=True)

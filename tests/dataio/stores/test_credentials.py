@@ -12,7 +12,6 @@ import pytest
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.dataio.messages import printable, redacted
 from tiphys.dataio.storage import AccessError, Store
 from tiphys.dataio.stores.schemes import check_url
 
@@ -126,10 +125,3 @@ def test_a_user_or_a_container_may_stand_in_a_url() -> None:
         "file:///a?b",
     ):
         check_url(url)
-
-
-def test_messages_hide_secrets_and_controls() -> None:
-    text = "GET https://user:pw@host/x?sig=abc failed; X-Amz-Signature=abc, AccountKey=abc;"
-    assert "abc" not in redacted(text)
-    assert "pw" not in redacted(text)
-    assert printable("a\x1b[2Jb\u202ec\nd\te") == "a\\x1b[2Jb\\u202ec\nd\te"
