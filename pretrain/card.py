@@ -47,7 +47,7 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
     tasks = list(processor["tasks"])
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_code(name).strip('`')}",
+        f"# {_plain(name)}",
         _what(config, processor),
         "## Acting",
         _example(tasks),
@@ -93,6 +93,11 @@ def _literal(text: str) -> str:
     return json.dumps(text).replace("`", "\\u0060")
 
 
+def _plain(text: str) -> str:
+    """A name from data as text in Markdown, also in a table."""
+    return printable(text, "").replace("<", "&lt;").replace("`", "'").replace("|", "\\|")
+
+
 def _code(text: str) -> str:
     """A name from data as code in Markdown."""
     return "`" + printable(text, "").replace("`", "'") + "`"
@@ -122,9 +127,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if low is not None and high is not None:
             normalized += f" ({_number(low)} … {_number(high)})"
         cells = [_number(r[k]) for k in ("mean_return", "success_rate", "random", "expert")]
-        lines.append(
-            f"| {_code(task).replace('|', chr(92) + '|')} | {r['episodes']} | {' | '.join(cells)} | {normalized} |"
-        )
+        lines.append(f"| {_plain(task)} | {r['episodes']} | {' | '.join(cells)} | {normalized} |")
     note = (
         "Random and expert: scores measured when the training data was collected (success rate if the task has one, "
         "otherwise return). In brackets: 95 % confidence intervals over the episodes."
