@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
-from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, fetch, parse, publish
+from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, check_shard, fetch, parse, publish
+from tiphys.dataio.format.limited import check_table, read_statistics
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine
 from tiphys.dataio.index import EpisodeIndex
@@ -267,9 +268,11 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
             parts.append(Part(file, source.keep, rename))
             broken = document.get("quarantine", [])
             quarantine += [q | {"shard": rename.get(q["shard"], q["shard"])} for q in broken]
-            statistics.merge(Statistics.read(scratch / "statistics.parquet"))
+            statistics.merge(read_statistics(scratch / "statistics.parquet", f"{source.url}/{STATISTICS}"))
             partial = partial or source.keep is not None or bool(document.get("statistics_of_superset"))
         used = _used(parts)
+        for name in used & shards.keys():
+            check_shard(shards[name], f"{destination}/{DATASET}")
         combine(parts, scratch / INDEX, list(tasks.values()), [s for n, s in shards.items() if n in used])
         more: dict[str, Any] = {"quarantine": quarantine} if quarantine else {}
         if partial:
@@ -281,14 +284,17 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
 
 
 def _fetch_whole(url: str, file: Path, sketches: Path) -> dict[str, Any]:
-    """Download index and statistics of a dataset; returns its dataset.json. Raises DataError if the index has another digest."""
+    """Download index and statistics of a dataset; returns its dataset.json. Raises DataError if one has another digest."""
     from tiphys.dataio.storage import Store
 
     store = Store(url)
     document = parse(store.read(DATASET), f"{url}/{DATASET}")
-    if fetch(store, INDEX, file) != document["digests"][INDEX]:
-        raise DataError(f"{url}/{INDEX} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`")
-    fetch(store, STATISTICS, sketches)
+    for name, target in ((INDEX, file), (STATISTICS, sketches)):
+        if fetch(store, name, target) != document["digests"].get(name):
+            raise DataError(
+                f"{url}/{name} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`"
+            )
+    check_table(file, f"{url}/{INDEX}")
     return document
 
 

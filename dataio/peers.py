@@ -27,6 +27,7 @@ _MOST_HEAD = 1 << 14  # bytes of a request or answer before its body
 _MOST_CONNECTIONS = 256
 _SHARE = 0.25  # of the server process's time that peers may take
 _AT_ONCE = 2  # requests of one loader to one peer
+_GREETING = 10.0  # seconds within which a connection must show the secret
 _PATIENCE = 3  # failures in a row after which a peer is not asked for `_REST` seconds
 _REST = 30.0
 _ENOUGH, _LEAST = 4096, 0.02  # a peer that had less than this share of so many units is not asked again
@@ -71,9 +72,17 @@ class PeerServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._connections += 1
+        known = False  # whether the other side has shown the secret
         try:
             while self._connections <= _MOST_CONNECTIONS:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                async with asyncio.timeout(
+                    None if known else _GREETING
+                ):  # silent strangers must not take all connections
+                    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                if not (known or self._allowed(head)):
+                    writer.write(_response("401 Unauthorized", b""))
+                    return
+                known = True
                 async with self._turn:
                     began = time.perf_counter()
                     writer.write(self._answer(head))
@@ -86,12 +95,16 @@ class PeerServer:
             self._connections -= 1
             writer.close()
 
-    def _answer(self, head: str) -> bytes:
-        request, *lines = head.split("\r\n")
+    def _allowed(self, head: str) -> bool:
+        lines = head.split("\r\n")[1:]
         headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
         given = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, f"Bearer {self._settings.secret}".encode()):
+        return hmac.compare_digest(given, f"Bearer {self._settings.secret}".encode())
+
+    def _answer(self, head: str) -> bytes:
+        if not self._allowed(head):
             return _response("401 Unauthorized", b"")
+        request = head.split("\r\n")[0]
         method, _, rest = request.partition(" ")
         path = rest.partition(" ")[0]
         if method != "GET" or not path.startswith(self._path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
-from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish
 from tiphys.dataio.format.encodings import Encoding
@@ -241,10 +241,11 @@ def merge_pieces(url: str, pieces: Sequence[str] = ()) -> EpisodeIndex:
         shards: list[table.Shard] = []
         statistics = Statistics()
         for name, (file, sketches) in zip(names, files):
+            limited.check_table(file, f"{url}/pieces/{name}.parquet")
             own_tasks, own_shards = table.read_tasks_and_shards(file)
             merge_tasks(tasks, own_tasks, f"piece {name}")
             shards += own_shards
-            statistics.merge(Statistics.read(sketches))
+            statistics.merge(limited.read_statistics(sketches, f"{url}/pieces/{name}.statistics.parquet"))
         parts = [table.Part(file) for file, _ in files]
         index = scratch / INDEX
         table.combine(parts, index, list(tasks.values()), shards)

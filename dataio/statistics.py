@@ -8,6 +8,7 @@ moments depend on it only by rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.episode import FieldSpec
+from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
@@ -115,6 +116,24 @@ class Sketch:
         self.counts = np.zeros(len(self.keys), np.int64)
         np.add.at(self.counts, inverse, both)
         self.count = total
+
+    def check(self) -> None:
+        """Raises DataError if the values, which come from a file, do not belong together."""
+        dimensions = math.prod(self.shape)
+        if min(self.shape, default=1) < 1 or dimensions > MOST_DIMENSIONS:
+            raise DataError(f"a sketch has shape {self.shape[:8]}; at most {MOST_DIMENSIONS} elements are kept apart")
+        if not 0 <= self.count < 1 << 62 or any(
+            len(a) != dimensions for a in (self.mean, self.square, self.min, self.max)
+        ):
+            raise DataError("the count, the moments and the shape of a sketch do not agree")
+        if self.count and not (self.min <= self.max).all():
+            raise DataError("a sketch has a count, but no extremes")
+        keys, counts = self.keys, self.counts
+        known = len(keys) == len(counts) and bool((keys[1:] > keys[:-1]).all() and (counts > 0).all())
+        if not known or (len(keys) and int(keys[-1]) >= dimensions * _CELLS):
+            raise DataError("the histogram of a sketch is not valid")
+        if (np.bincount(keys // np.uint32(_CELLS), counts, dimensions) != self.count).any():
+            raise DataError("the histogram and the count of a sketch do not agree")
 
     def result(self) -> FieldStatistics:
         """The statistics in the field's shape; zeros if nothing was counted."""

@@ -44,7 +44,7 @@ def read(index: EpisodeIndex, field: str, tokenizer: str) -> NDArray[np.uint16] 
     if not store.exists(path):
         return None
     try:
-        counts = np.lib.format.read_array(io.BytesIO(store.read(path)), allow_pickle=False)
+        counts = np.lib.format.read_array(io.BytesIO(store.read(path, 2 * steps + 4096)), allow_pickle=False)
     except ValueError as error:
         raise DataError(
             f"{index.url}/{path}: not an array of token counts ({error}); delete it and count again"

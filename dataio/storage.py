@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
+from tiphys.dataio.messages import redacted
+from tiphys.dataio.private import read_regular
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.limit import RequestLimit
 from tiphys.dataio.stores.objects import ObjectBackend
 from tiphys.dataio.stores.ranges import GAP, PART, Joined, join_ranges
-from tiphys.dataio.stores.schemes import backend
+from tiphys.dataio.stores.schemes import backend, check_url
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["AccessError", "ObjectChanged", "ObjectInfo", "Store", "StoreError"]
 
 T = TypeVar("T")
+WHOLE = 256 << 20  # bytes of an object that is read as a whole, if the caller gives no other limit
 _BULK, _BULK_FLYING = 25, 10  # ranges in one bulk call, and how many of them obstore requests at once
 
 
@@ -121,19 +124,23 @@ class Store:
 
     # Reading
 
-    def read(self, path: str) -> bytes:
-        """Read a whole object, in its present version."""
-        return _wait(self._read(path))
+    def read(self, path: str, limit: int = WHOLE) -> bytes:
+        """Read a whole object, in its present version. Raises DataError if it has more than `limit` bytes."""
+        return _wait(self._read(path, limit))
 
-    async def _read(self, path: str) -> bytes:
+    async def _read(self, path: str, limit: int) -> bytes:
         place, key = self._locate(path)
         place._etags.pop(key, None)  # an earlier version does not matter
         if isinstance(place._backend, LocalBackend):
             try:
-                return await asyncio.to_thread(place._backend.path(key).read_bytes)
+                return await asyncio.to_thread(read_regular, place._backend.path(key), limit)
             except FileNotFoundError:
                 raise FileNotFoundError(place._name(key)) from None
         info = await place._patiently(key, "", lambda: place._backend.head(key))
+        if not 0 <= info.size <= limit:
+            raise DataError(
+                f"{place._name(key)}: has {info.size:,} bytes; at most {limit:,} are read of such an object"
+            )
         starts = range(0, info.size, PART)
         parts = await asyncio.gather(*(place._fetch(key, s, min(PART, info.size - s)) for s in starts))
         return b"".join(parts)
@@ -415,6 +422,7 @@ class Store:
     def _locate(self, path: str) -> tuple[Store, str]:
         """The store that a path refers to, and the key within it."""
         if "://" in path:
+            check_url(path)
             folder, _, name = path.rpartition("/")
             if folder.startswith("file:") and not self.local:
                 raise DataError(f"{redacted(self.url)}: a dataset in a store may not point to the local disk: {path}")

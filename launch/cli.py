@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What the user's input causes. Any other error is a defect of Tiphys and keeps its traceback.
         if args.traceback:
             raise
-        print(f"tiphys: {error}", file=sys.stderr)
+        print(f"tiphys: {redacted(printable(str(error)))}", file=sys.stderr)
         return Status.REFUSED
 
 

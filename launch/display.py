@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.messages import printable
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -17,12 +19,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "")
     """A plain table of up to 200 columns of text, whatever the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    view = Table(title=title or None, header_style="bold", title_justify="left")
+    view = Table(title=Text(title) if title else None, header_style="bold", title_justify="left")
     for i, name in enumerate(header):
-        view.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        view.add_row(*(_cell(value) for value in row))
+        view.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:  # as Text, because names may contain what looks like markup
+        view.add_row(*(Text(printable(_cell(value), "")) for value in row))
     out = io.StringIO()
     Console(file=out, width=200).print(view)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
@@ -98,7 +101,7 @@ def episode(url: str, number: int, picture: str = "") -> str:
             lines.append(f"  {name}: {array.dtype}{list(array.shape)} {_values(array)}")
     if picture:
         lines.append(f"written: {_picture(found.fields, picture)}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _values(array: np.ndarray) -> str:
@@ -163,7 +166,7 @@ def summary(found: Mapping[str, Any]) -> str:
         for n, f in found["fields"].items()
     ]
     lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "unit"), fields))
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _bound(values: Any) -> str | None:

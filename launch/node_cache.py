@@ -27,6 +27,7 @@ from tiphys.dataio.atomic import write_json
 from tiphys.dataio.loader import CacheBudget
 from tiphys.dataio.peers import PeerSettings
 from tiphys.dataio.placement import Home
+from tiphys.dataio.private import is_private, open_private, private_folder, read_private
 from tiphys.pretrain.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class NodeCache(Callback):
             others = [s for s in self.served if s.inherited or s.rank != self.world.rank]
             loader.connect_peers([addresses[s.rank] for s in others], [s.home for s in others])
         if self.folder is not None and self.world.is_first_stage:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            private_folder(self.folder)
             home = self.world.home
             _write(self.folder, {"process": home.process, "processes": home.processes, "datasets": self.datasets})
 
@@ -118,11 +119,13 @@ def survey(directory: Path, loaders: int, disk: int, datasets: Sequence[str]) ->
     """The folders of earlier launches on this node that are of use: those of these datasets.
 
     A left-over folder (its number is not below `loaders`) is of use only if it was not served before and fits the budget.
-    Left-over folders that are of no use are removed.
+    Left-over folders that are of no use are removed. Folders that are not this user's own are left alone.
     """
     out: list[OldFolder] = []
     inherited = 0
     for number, folder in sorted((int(m[1]), p) for p in directory.glob("loader-*") if (m := _FOLDER.match(p.name))):
+        if not is_private(folder):  # DiskTier says why, if a loader would use it
+            continue
         record = _read(folder)
         usable = record is not None and record["datasets"] == list(datasets)
         held = _bytes(folder)
@@ -151,7 +154,8 @@ def own_address() -> str:
 def _read(folder: Path) -> dict[str, Any] | None:
     """A folder's record; None if it has no valid one."""
     try:
-        found = json.loads((folder / _RECORD).read_text())
+        with read_private(folder / _RECORD) as file:
+            found = json.load(file)
         Home(found["process"], found["processes"])
         return {**found, "datasets": list(found["datasets"])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -168,14 +172,14 @@ def _bytes(folder: Path) -> int:
     total = 0
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
-            total += path.stat().st_blocks * 512
+            total += path.lstat().st_blocks * 512
     return total
 
 
 def _remove(folder: Path) -> None:
     """Remove a cache folder, unless a loader of another run is using it."""
     with suppress(OSError):
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = open_private(folder / "lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import rank_reports
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
@@ -77,11 +78,11 @@ def run(recipe: Recipe) -> Status:
         if lost_peer(error):
             return _lost(recipe.run.dir, error, last.step)
         status = Status.REFUSED if isinstance(error, REFUSALS) else Status.CRASHED
-        cause = f"{type(error).__name__}: {error}"
+        cause = redacted(printable(f"{type(error).__name__}: {error}"))
         rank_reports.write(recipe.run.dir, RankReport(world.rank, last.step, cause, status))
         if status == Status.CRASHED:
             raise
-        print(f"tiphys: {error}", file=sys.stderr, flush=True)
+        print(f"tiphys: {redacted(printable(str(error)))}", file=sys.stderr, flush=True)
         return status
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiphys.dataio.messages import printable
+
 if TYPE_CHECKING:
     from tiphys.dataio.episode import Window
     from tiphys.pretrain.tokens.describe import ElementView, WindowView
@@ -102,7 +104,7 @@ def window_title(number: int, window: WindowView) -> str:
     """The header line of a window."""
     kind = "prompt" if window.prompt else "window"
     return (
-        f"{kind} {number}: task {_printable(window.task)}, episode {_printable(window.episode)}, "
+        f"{kind} {number}: task {printable(window.task, '')}, episode {printable(window.episode, '')}, "
         f"from step {window.start}, {window.steps} {'step' if window.steps == 1 else 'steps'}; softmax: {window.softmax}"
     )
 
@@ -148,7 +150,7 @@ def as_text(row: Row, width: int = 80) -> str:
 def _widths(rows: Sequence[Sequence[str]], width: int) -> dict[str, int]:
     """The width of each column: that of its longest cell, or less, so that the table fits into `width` characters."""
     columns = zip(_HEADER, *rows, strict=True)
-    widths = {column[0]: max(len(_printable(cell)) for cell in column) for column in columns}
+    widths = {column[0]: max(len(printable(cell, "")) for cell in column) for column in columns}
     for name, least in _FLEXIBLE.items():
         excess = sum(widths.values()) + len(widths) - width  # a space follows each column
         if excess > 0:
@@ -158,20 +160,15 @@ def _widths(rows: Sequence[Sequence[str]], width: int) -> dict[str, int]:
 
 def _cut(cell: str, most: int, left: bool) -> str:
     """A cell of at most `most` characters. Of a name, whose end says more than its beginning, the left part is cut."""
-    cell = _printable(cell)
+    cell = printable(cell, "")
     if len(cell) <= most:
         return cell
     return "…" + cell[1 - most :] if left else cell[: most - 1] + "…"
 
 
-def _printable(text: str) -> str:
-    """A text without control characters, which could change the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def as_html(row: Row) -> str:
     """The row as a page of its own, with its pictures in it."""
-    from tiphys.launch.report.page import STYLE
+    from tiphys.launch.report.page import CONTENT_POLICY, STYLE
 
     parts = [f"<h1>tokens</h1><p class='sub'>{html.escape(row.title)}</p>"]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _HEADER)
@@ -186,7 +183,7 @@ def as_html(row: Row) -> str:
         )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>tokens</title><style>{STYLE}{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+        f"{CONTENT_POLICY}<title>tokens</title><style>{STYLE}{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from tiphys.dataio.messages import printable
 
 _ACTING = """```python
 {imports}
 from transformers import AutoModel
 
-policy = AutoModel.from_pretrained("{place}", trust_remote_code=True).policy("{task}")
-env = {make}("{environment}")
+policy = AutoModel.from_pretrained("{place}", trust_remote_code=True).policy({task})
+env = {make}({environment})
 observation, _ = env.reset(seed=0)
 done = False
 while not done:
@@ -42,10 +45,16 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
         eval_results=[EvalResult(**r) for task, found in results.items() for r in _metrics(task, found)] or None,
     )
     tasks = list(processor["tasks"])
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", _what(config, processor), "## Acting", _example(tasks)]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_plain(name)}",
+        _what(config, processor),
+        "## Acting",
+        _example(tasks),
+    ]
     if results:
         parts += ["## Results", *_table(results)]
-    known = ", ".join(f"`{t['name']}`" for t in tasks[:50]) + (
+    known = ", ".join(_code(t["name"]) for t in tasks[:50]) + (
         f" and {len(tasks) - 50} more" if len(tasks) > 50 else ""
     )
     parts += ["## Tasks", known]
@@ -74,7 +83,24 @@ def _example(tasks: list[Mapping[str, Any]]) -> str:
     imports, make = f"import gymnasium{registers}", "gymnasium.make"
     if environment.startswith("metaworld/"):
         imports, make = "from tiphys.dataio import environments", "environments.make"
-    return _ACTING.format(imports=imports, make=make, place=_PLACE, task=task["name"], environment=environment)
+    return _ACTING.format(
+        imports=imports, make=make, place=_PLACE, task=_literal(task["name"]), environment=_literal(environment)
+    )
+
+
+def _literal(text: str) -> str:
+    """A name from data as a Python literal, on one line. It cannot end the block of code that it stands in."""
+    return json.dumps(text).replace("`", "\\u0060")
+
+
+def _plain(text: str) -> str:
+    """A name from data as text in Markdown, also in a table."""
+    return printable(text, "").replace("<", "&lt;").replace("`", "'").replace("|", "\\|")
+
+
+def _code(text: str) -> str:
+    """A name from data as code in Markdown."""
+    return "`" + printable(text, "").replace("`", "'") + "`"
 
 
 def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -101,7 +127,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if low is not None and high is not None:
             normalized += f" ({_number(low)} … {_number(high)})"
         cells = [_number(r[k]) for k in ("mean_return", "success_rate", "random", "expert")]
-        lines.append(f"| {task.replace('|', chr(92) + '|')} | {r['episodes']} | {' | '.join(cells)} | {normalized} |")
+        lines.append(f"| {_plain(task)} | {r['episodes']} | {' | '.join(cells)} | {normalized} |")
     note = (
         "Random and expert: scores measured when the training data was collected (success rate if the task has one, "
         "otherwise return). In brackets: 95 % confidence intervals over the episodes."

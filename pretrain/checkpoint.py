@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -363,17 +364,24 @@ class RangeReader:
         self.bytes = 0  # number of bytes read so far
         self._files: dict[int, Any] = {}
         for rank in range(checkpoint.world):
-            index = files.read_json(self.path / files.rank_files(rank)[1])
-            self.rng.append(index["rng"])
-            for entry in index["fragments"]:
-                self._index(rank, entry)
+            file = self.path / files.rank_files(rank)[1]
+            index = files.read_json(file)
+            try:
+                self.rng.append(dict(index["rng"]))
+                for entry in index["fragments"]:
+                    self._index(rank, entry)
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise CheckpointError(f"{file}: not the index of a rank: {error!r}") from error
 
     def _index(self, rank: int, entry: Mapping[str, Any]) -> None:
-        name, start, step = entry["name"], int(entry["start"]), entry["step"]
+        name, start, numel, step = str(entry["name"]), entry["start"], entry["numel"], entry["step"]
         self.shapes[name] = tuple(entry["shape"])
+        if any(type(n) is not int or not 0 <= n < 1 << 60 for n in (start, numel, *self.shapes[name])):
+            raise ValueError(f"a size of {name} is not possible")
         if step is not None:
+            step = float(step)
             self.steps.add(step)
-        piece = _Piece(start, start + int(entry["numel"]), rank, step)
+        piece = _Piece(start, start + numel, rank, step)
         for key in entry["keys"]:
             self.pieces.setdefault(name, {}).setdefault(key, []).append(piece)
 
@@ -409,16 +417,25 @@ class RangeReader:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A whole parameter, moment or buffer, in its canonical shape."""
         shape = self.shapes[name]
-        first = self.pieces[name][key][0]
+        first, saved = self.pieces[name][key][0], max(piece.stop for piece in self.pieces[name][key])
+        if math.prod(shape) != saved:
+            raise CheckpointError(f"{self.path}: {name}|{key} has shape {shape}, but {saved} elements were saved")
         dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
         out = torch.empty(int(torch.Size(shape).numel()), dtype=dtype)
         self.copy(name, key, shape, 0, out)
         return out.view(shape)
 
     def _slice(self, rank: int, key: str, low: int, high: int) -> torch.Tensor:
-        if rank not in self._files:
-            self._files[rank] = safe_open(self.path / files.rank_files(rank)[0], "pt").__enter__()
-        return self._files[rank].get_slice(key)[low:high]
+        file = self.path / files.rank_files(rank)[0]
+        try:
+            if rank not in self._files:
+                self._files[rank] = safe_open(file, "pt").__enter__()
+            found = self._files[rank].get_slice(key)[low:high]
+        except (SafetensorError, OSError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
+        if found.dim() != 1 or len(found) != high - low:
+            raise CheckpointError(f"{file}: {key} has not the elements {low} to {high} that its index names")
+        return found
 
     def __enter__(self) -> RangeReader:
         return self
@@ -438,7 +455,9 @@ def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterato
     """Like `export_weights`, one tensor at a time."""
     with RangeReader(checkpoint) as reader:
         for name, keys in reader.pieces.items():
-            key = next(k for k in ("master", "frozen", "buffer") if k in keys)
+            key = next((k for k in ("master", "frozen", "buffer") if k in keys), "")
+            if not key:
+                raise CheckpointError(f"{checkpoint.path}: {name} was saved without its weights")
             tensor = reader.whole(name, key)
             yield name, tensor.to(dtype) if dtype is not None and key == "master" else tensor
 

@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.private import read_regular
 
 VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
+_MOST_RANKS = 1 << 20
+_MOST_JSON = 1 << 30  # bytes of an index or of state.json
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -62,8 +65,11 @@ def folders(run_dir: str | Path) -> list[tuple[int, Path]]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(read_regular(path, _MOST_JSON))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: it is not an object with keys")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
@@ -127,13 +133,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         if manifest["version"] != VERSION:
             raise CheckpointError(f"{path}: version {manifest['version']}; this program reads version {VERSION}")
         sizes = {name: entry["size"] for name, entry in manifest["files"].items()}
+        counts = [*sizes.values(), manifest["step"], manifest["world"]]
+        if any(type(n) is not int or n < 0 for n in counts) or not 1 <= manifest["world"] <= _MOST_RANKS:
+            raise CheckpointError(f"{path}: a size, step or world in it is not possible")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r})") from error
     for name, size in sizes.items():
         file = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{path}: lists {name!r}, which is not a file name in its own folder")
-        have = file.stat().st_size if file.is_file() else None
+        have = file.stat().st_size if "\0" not in name and file.is_file() else None
         if have != size:
             lost = "is missing" if have is None else f"has {have} bytes"
             raise CheckpointError(f"{file}: {lost}, but {MANIFEST} says {size} bytes: this is not a whole checkpoint")

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,12 @@ CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
     "recipe.yaml",
     "evaluation.json",
     "README.md",
+)
+
+
+# The files that `save_policy` writes: names that mean nothing in a glob
+_POLICY_FILE = re.compile(
+    r"(config|processor|evaluation|model\.safetensors\.index)\.json|recipe\.yaml|README\.md|LICENSE|\w+\.py|model[\w-]*\.safetensors"
 )
 
 
@@ -141,7 +148,7 @@ def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
     Raises
     ------
     DataError
-        If `folder` is not a policy, or `to` is not a valid address of a repository.
+        If `folder` is not a policy or contains links, or `to` is not a valid address of a repository.
     PublishError
         If the hub refuses, cannot be reached, or the repository is public but `private` is true.
     FileExistsError
@@ -159,8 +166,23 @@ def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
     target = Path(to.removeprefix("file://"))
     if target.resolve() != source.resolve():
         with _Replacing(target) as new:
-            shutil.copytree(source, new, dirs_exist_ok=True)
+            for name in policy_files(source):
+                shutil.copyfile(source / name, new / name, follow_symlinks=False)
     return str(target)
+
+
+def policy_files(folder: Path) -> list[str]:
+    """Sorted names of a folder's files that belong to a policy. Other files are never published.
+
+    Raises DataError if one of these names is a link or no regular file: what it points at may be anything.
+    """
+    names = sorted(name for name in os.listdir(folder) if _POLICY_FILE.fullmatch(name))
+    for name in names:
+        if not stat.S_ISREG((folder / name).lstat().st_mode):
+            raise DataError(
+                f"{folder / name} is a link or no regular file, so it is not published; replace it by the file that is meant"
+            )
+    return names
 
 
 def is_policy(folder: Path) -> bool:
@@ -175,7 +197,7 @@ def _to_bucket(source: Path, to: str) -> str:
     """`config.json` is deleted first and uploaded last. Without it there is no policy, so no reader sees a mix of two."""
     from tiphys.dataio.storage import Store
 
-    store, files = Store(to), sorted(p.name for p in source.iterdir() if p.is_file())
+    store, files = Store(to), policy_files(source)
     there = set(store.list())
     if there and CONFIG not in there and not there <= set(files):
         raise FileExistsError(f"{to} contains something other than a policy; choose an empty path")
@@ -201,7 +223,7 @@ def _to_hub(source: Path, name: str, private: bool) -> str:
         "1",
         "true",
     )
-    api = HfApi()
+    api, files = HfApi(), policy_files(source)
     try:
         try:
             public = not api.model_info(name).private
@@ -214,6 +236,7 @@ def _to_hub(source: Path, name: str, private: bool) -> str:
         commit = api.upload_folder(
             repo_id=name,
             folder_path=source,
+            allow_patterns=files,
             commit_message=f"Policy at step {step}",
             delete_patterns=["*.py", "*.json", "*.safetensors"],  # left by an earlier version
         )
@@ -271,7 +294,9 @@ class _Replacing:
             raise FileExistsError(f"{target} contains something other than a policy; choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         self._new = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        self._new.chmod(0o755)
+        mask = os.umask(0o077)
+        os.umask(mask)
+        self._new.chmod(0o777 & ~mask)  # mkdtemp gives 0700, whatever the umask allows
         return self._new
 
     def __exit__(self, kind: Any, *_: Any) -> None:

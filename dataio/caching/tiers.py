@@ -12,6 +12,7 @@ import json
 import logging
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ import numpy as np
 from crc32c import crc32c
 from numpy.typing import NDArray
 
+from tiphys.dataio.atomic import write_json
 from tiphys.dataio.caching.slabs import Ints, Slabs
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.private import is_private, open_private, private_folder, read_private
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -74,7 +77,7 @@ class DiskTier:
     the capacity is different (the node has more or fewer loaders than before), the slabs within the new capacity stay as they
     are. A freed slot keeps its bytes until the next item is written there, so the journal records only what is written.
 
-    Raises DataError if another process uses the folder, or if it cannot be written.
+    Raises DataError if another process uses the folder, if it cannot be written, or if another user may have written to it.
     """
 
     HEADER = 4  # bytes before each item
@@ -82,7 +85,7 @@ class DiskTier:
     def __init__(self, capacity: int, slab: int, classes: Ints, directory: str, fingerprint: str) -> None:
         self.directory, self.shrunk = directory, False
         try:
-            os.makedirs(directory, exist_ok=True)
+            private_folder(directory)
             self._lock = _locked(directory)
             self._open(capacity, slab, classes, fingerprint)
         except OSError as error:
@@ -100,15 +103,16 @@ class DiskTier:
         else:
             known = None
             for name in ("geometry.json", "items", "journal"):
-                if os.path.exists(self._path(name)):
+                with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._path(name))
         self.slabs = Slabs(capacity, slab, classes)
         self.slabs.adopt(*self._replay())
-        self._file = os.open(self._path("items"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = open_private(self._path("items"), os.O_RDWR | os.O_CREAT)
         if os.fstat(self._file).st_size > self.slabs.count * slab:
             os.ftruncate(self._file, self.slabs.count * slab)
         self._backed: set[int] = set()  # slabs whose room on disk is allocated
-        self._journal = open(self._path("journal"), "ab", buffering=0)  # noqa: SIM115
+        journal = open_private(self._path("journal"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._journal = open(journal, "ab", buffering=0)  # noqa: SIM115
         self._pending: list[tuple[int, int, int]] = []
         self._slack = min(_JOURNAL, capacity // 64)
         self._patience = 1  # factor of the length that the journal may reach; doubled if rewriting it failed
@@ -116,8 +120,7 @@ class DiskTier:
         geometry = {"version": _VERSION, "fingerprint": fingerprint, "capacity": capacity, "slab": slab}
         if known is None or known["capacity"] != capacity:
             try:
-                with open(self._path("geometry.json"), "w") as file:
-                    json.dump({**geometry, "classes": classes.tolist()}, file)
+                write_json(self._path("geometry.json"), {**geometry, "classes": classes.tolist()})
             except OSError as error:  # a full disk
                 log.warning(
                     "cache: %s: geometry.json cannot be written (%s); what is cached there will not be found after a restart",
@@ -186,10 +189,11 @@ class DiskTier:
     def _replay(self) -> tuple[Ints, Ints, Ints]:
         """Address, item and class of what the folder holds: the last record of each address that has its slab's last class."""
         none = (np.zeros(0, np.int64),) * 3
-        if not os.path.exists(self._path("journal")):
-            return none
         try:
-            raw = np.fromfile(self._path("journal"), np.int64)
+            with read_private(self._path("journal")) as file:
+                raw = np.fromfile(file, np.int64)
+        except FileNotFoundError:
+            return none
         except OSError as error:
             log.warning("cache: %s: its contents are not used: the journal cannot be read (%s)", self.directory, error)
             return none
@@ -217,8 +221,9 @@ class DiskTier:
         address, item, kind = self.slabs.contents()
         if self._journal.tell() < self._slack * self._patience + _RECORDS * _RECORD * len(address):
             return
+        new = self._path(f"journal.{secrets.token_hex(8)}.new")
         try:
-            file = open(self._path("journal.new"), "w+b", buffering=0)  # noqa: SIM115
+            file = open(open_private(new, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b", buffering=0)  # noqa: SIM115
         except OSError:  # for example, the folder was deleted
             self._patience *= 2
             return
@@ -226,11 +231,11 @@ class DiskTier:
             data = np.stack([address, item, kind], axis=1).tobytes()
             if file.write(data) != len(data):
                 raise OSError("short write")
-            os.replace(self._path("journal.new"), self._path("journal"))
+            os.replace(new, self._path("journal"))
         except OSError:  # a full disk: keep the old journal, which is longer but says the same
             file.close()
             with contextlib.suppress(OSError):
-                os.unlink(self._path("journal.new"))
+                os.unlink(new)
             self._patience *= 2
             return
         self._journal.close()
@@ -246,7 +251,7 @@ class DiskTier:
 def _locked(directory: str) -> int:
     """Lock the folder; returns the file descriptor that holds the lock. A process that was just killed may hold it for a
     moment, so this waits for it. Raises DataError if it is still held after that."""
-    lock, until = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), None
+    lock, until = open_private(os.path.join(directory, "lock"), os.O_RDWR | os.O_CREAT), None
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,7 +270,7 @@ def _locked(directory: str) -> int:
 def known_geometry(directory: str, fingerprint: str) -> dict[str, Any] | None:
     """How items lie in a folder (`capacity`, `slab`, `classes`); None if it has none with this fingerprint."""
     try:
-        with open(os.path.join(directory, "geometry.json")) as file:
+        with read_private(os.path.join(directory, "geometry.json")) as file:
             found = json.load(file)
         if (found["version"], found["fingerprint"]) != (_VERSION, fingerprint):
             return None
@@ -287,7 +292,7 @@ class InheritedTier:
     @classmethod
     def open(cls, directory: str, fingerprint: str) -> InheritedTier | None:
         """Open a folder; None if it holds nothing with this fingerprint, or if another process uses it."""
-        found = known_geometry(directory, fingerprint)
+        found = known_geometry(directory, fingerprint) if is_private(directory) else None
         if found is None:
             return None
         try:

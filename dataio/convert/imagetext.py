@@ -21,6 +21,7 @@ from tiphys.dataio.convert.infer import field_spec, texts
 from tiphys.dataio.convert.limits import RECORD_BYTES, TEXT_BYTES, BoundedInflate, check_size, decode_image, parse_json
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.format.tar import CheckedHeader
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -113,7 +114,7 @@ def _members(stream: BinaryIO, path: str, where: str) -> Iterator[tuple[str, byt
     if not path.endswith(".tar"):
         stream = cast(BinaryIO, io.BufferedReader(BoundedInflate(stream, where)))
     try:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18, errorlevel=2) as tar:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 18, errorlevel=2, tarinfo=CheckedHeader) as tar:
             for member in tar:
                 cast(Any, tar).members = []  # otherwise tarfile keeps every header
                 if member.isdir():
@@ -130,7 +131,7 @@ def _members(stream: BinaryIO, path: str, where: str) -> Iterator[tuple[str, byt
                         f"{where}, {member.name}: {len(data):,} of {member.size:,} bytes; the tar is truncated"
                     )
                 yield member.name, data
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: the tar is damaged ({error})") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import struct
@@ -111,6 +112,10 @@ class Reader:
                     raise DataError(
                         f"{self._source}, piece {piece.name}: {error}; this happened three times in a row"
                     ) from None
+
+    def decode_table(self, operation: str, file: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Run an operation of the target, `format.limited:execute`, on a Parquet file of a dataset."""
+        return dict(self._request_one("table", table=operation, file=file, arguments=dict(arguments)))
 
     def close(self) -> None:
         if self._child is not None:
@@ -215,6 +220,10 @@ class Reader:
 
 
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
+    if request["operation"] == "table":
+        execute: Any = pkgutil.resolve_name(request["target"])
+        _send(out, _RESULT, execute(request["table"], request["file"], request["arguments"]))
+        return
     source = Source(request["source"])
     try:
         _execute(request, source, out)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tiphys.dataio.convert.converter import BadEpisode
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.messages import printable
 
 REPORT = "conversion.json"
 _MAX_REASONS = 20  # kinds of reasons that a printed report lists
@@ -31,7 +32,7 @@ class ConversionReport:
             f"{self.destination}: {self.episodes:,} episodes, {self.steps:,} steps from {self.format} ({', '.join(self.tasks)})"
         ]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines + self._left_out())
+        return printable("\n".join(lines + self._left_out()))
 
     def _left_out(self) -> list[str]:
         """The malformed episodes by reason, the most frequent first."""

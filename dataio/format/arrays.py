@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tiphys.dataio.atomic import write_json
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.encodings import KINDS
-from tiphys.dataio.format.rows import FIELD_NAME, row_dtype
-from tiphys.dataio.format.table import PART, Shard
+from tiphys.dataio.format.rows import row_dtype
+from tiphys.dataio.format.table import PART, Shard, check_schema
+from tiphys.dataio.private import read_private
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_COLUMN = re.compile(r"[a-z_]+|(text|value|chunks)\." + FIELD_NAME.pattern)
+_SEAL = "seal.json"
+_RATIO, _RATIO_FREE = 200, 256 << 20  # decoded bytes for each byte of the file; decoded bytes that are always allowed
 
 
 def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[str]) -> dict[str, np.ndarray]:
@@ -28,12 +33,13 @@ def decode(file: Path, out: Path | None, tasks: Sequence[str], shards: Sequence[
     where each begins. `id` and `value.F` become `.bytes` and `.first`, with one item for each episode. `chunks.F` becomes the
     arrays of a `ChunkTable`.
 
-    Raises DataError if the file is damaged or has a task, a shard or a column that is not allowed.
+    Raises DataError if the file is damaged, has a task, a shard or a column that is not allowed, or becomes much more than a real
+    index of its size. `format.limited.decode` does the same for a file that is not trusted.
     """
     import pyarrow as pa
 
     try:
-        return _decode(file, Sink(out), tasks, shards)
+        return _decode(file, Sink(out, _RATIO_FREE + _RATIO * file.stat().st_size), tasks, shards)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
             raise  # an error number means a disk error, not a damaged file
@@ -44,10 +50,8 @@ def _decode(file: Path, sink: Sink, tasks: Sequence[str], shards: Sequence[str])
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as source:
+        check_schema(source.schema_arrow)
         names = source.schema_arrow.names
-        for name in names:  # column names become file names
-            if not _COLUMN.fullmatch(name):
-                raise DataError(f"index column {name!r}: an index may not have a column of this name")
         strings = [n for n in names if n in ("agent", "short") or n.startswith("text.")]
         for batch in source.iter_batches(batch_size=PART, columns=[n for n in names if n not in strings]):
             for name in batch.schema.names:
@@ -85,6 +89,8 @@ def _decode_column(sink: Sink, name: str, column: pa.Array, lists: Mapping[str, 
     elif name == "success":
         sink.append(name, pc.fill_null(column.cast("int8"), -1).to_numpy(), np.int8)
     elif name in _NUMBERS:
+        if column.null_count:
+            raise DataError(f"index column {name!r}: an episode has no value")
         sink.append(name, column.to_numpy(zero_copy_only=False), _NUMBERS[name])
     elif name == "id" or name.startswith("value."):
         lengths, data = _string_bytes(column)
@@ -151,10 +157,13 @@ def _expected(columns: Iterable[str]) -> dict[str, Any]:
 
 
 class Sink:
-    """Arrays to which values are appended: `.npy` files in `folder`, or in memory if it is None."""
+    """Arrays to which values are appended: `.npy` files in `folder`, or in memory if it is None. Together at most `limit` bytes.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    Raises DataError if they become more.
+    """
+
+    def __init__(self, folder: Path | None, limit: int = 1 << 62) -> None:
+        self.folder, self.left = folder, limit
         self._parts: dict[str, list[np.ndarray]] = {}
         self._files: dict[str, Any] = {}
         self._lengths: dict[str, int] = {}
@@ -164,6 +173,9 @@ class Sink:
     def append(self, name: str, values: np.ndarray, dtype: Any) -> None:
         with np.errstate(over="ignore"):  # a return beyond the range of float32 becomes infinite
             values = np.ascontiguousarray(values, dtype)
+        self.left -= values.nbytes
+        if self.left < 0:
+            raise DataError("a small file becomes a huge index; refused as a decompression bomb")
         self._dtypes[name] = values.dtype
         self._lengths[name] = self._lengths.get(name, 0) + len(values)
         if self.folder is None:
@@ -209,12 +221,51 @@ def _npy_header(file: Any, dtype: np.dtype, length: int) -> None:
 
 def load(folder: Path) -> dict[str, np.ndarray]:
     """The arrays of a folder that `decode` wrote. They are memory-mapped, but of type ndarray: its element access is faster."""
-    out = {}
-    for file in sorted(folder.glob("*.npy")):
-        empty = file.stat().st_size <= 128
-        array = np.load(file, mmap_mode=None if empty else "r", allow_pickle=False)
-        out[file.name[: -len(".npy")]] = np.asarray(array)
-    return out
+    return {path.name[: -len(".npy")]: _mapped(path) for path in sorted(folder.glob("*.npy"))}
+
+
+def _mapped(path: Path) -> np.ndarray:
+    with read_private(path) as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if version != (1, 0) or dtype.hasobject or len(shape) != 1:
+            raise DataError(f"{path} was not written by Tiphys")
+        if not shape[0]:
+            return np.zeros(0, dtype)
+        return np.asarray(np.memmap(file, dtype, "r", file.tell(), shape))
+
+
+def seal(folder: Path) -> None:
+    """Record size, digest and version of each array of a folder, which `check_seal` compares."""
+    names = sorted(path.name for path in folder.glob("*.npy"))
+    write_json(folder / _SEAL, {name: [*_version(folder / name), _sha256(folder / name)] for name in names})
+
+
+def check_seal(folder: Path) -> None:
+    """Raises DataError if a folder does not hold the arrays that `seal` recorded. Files touched since then are read in full."""
+    try:
+        with read_private(folder / _SEAL) as file:
+            sealed = json.load(file)
+        if sorted(sealed) != sorted(path.name for path in folder.glob("*.npy")):
+            raise DataError(f"{folder} does not hold the arrays that were written there")
+        for name, (*version, digest) in sealed.items():
+            if _version(folder / name) != version and _sha256(folder / name) != digest:
+                raise DataError(f"{folder / name} is not what was written there")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder} cannot be read: {error}") from None
+
+
+def _version(path: Path) -> list[int]:
+    """What changes whenever a file's content does: no user but root can set a file's ctime."""
+    found = os.stat(path, follow_symlinks=False)
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    with read_private(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class Strings(Sequence[str]):
@@ -271,6 +322,7 @@ def chunk_table(loaded: Mapping[str, np.ndarray], field: str) -> ChunkTable | No
 
 def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: Sequence[Shard], where: str) -> None:
     """Raises DataError if an index points outside its shards or contains impossible counts."""
+    _check_lengths(loaded, where)
     steps, rows, shard, offset = (loaded[n] for n in ("steps", "rows", "shard", "offset"))
     size = np.array([s.size for s in shards] or [0], np.int64)
     one = np.array([row_dtype(t).itemsize for t in tasks] or [0], np.int64)
@@ -286,6 +338,35 @@ def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: S
         owner = np.repeat(shard, np.diff(loaded[f"{name}.first"]))
         inside = _inside(loaded[f"{name}.offset"], loaded[f"{name}.size"], size[owner])
         _require(inside, f"{where}, {name}, chunk", "it lies outside its shard")
+        _check_chunks(chunk_table(loaded, name.removeprefix("chunks.")), loaded, tasks, where, name)
+
+
+def _check_lengths(loaded: Mapping[str, np.ndarray], where: str) -> None:
+    """Each column must have one value for each episode."""
+    episodes = len(loaded["task"])
+    parts = [".bytes", ".offset", ".size", ".crc"]
+    for name, array in loaded.items():
+        codes = name.endswith(".first") and name.removesuffix(".first") in loaded  # distinct texts, not episodes
+        column = name in ("offset", "size") or not name.endswith(tuple(parts))
+        if column and not codes and len(array) != episodes + name.endswith(".first"):
+            raise DataError(f"{where}: column {name!r} does not have one value for each of {episodes} episodes")
+
+
+def _check_chunks(
+    table: ChunkTable | None, loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], where: str, name: str
+) -> None:
+    """An episode's chunks must follow each other in the shard, and be as many as its rows need."""
+    assert table is not None
+    follows = np.ones(len(table.offset), bool)
+    follows[1:] = table.offset[1:] >= table.offset[:-1] + table.size[:-1]
+    follows[table.first[:-1][np.diff(table.first) > 0]] = True  # the first chunk of an episode follows none
+    _require(follows, f"{where}, {name}, chunk", "it does not follow the chunk before it")
+    count, frames = np.diff(table.first), np.maximum(table.rows, 1)
+    fits = (table.kind < 0) | (count == -(-loaded["rows"] // frames)) | (count == -(-loaded["steps"] // frames))
+    field = name.removeprefix("chunks.")
+    whole = [any(f.name == field and f.per == "episode" for f in task.fields) for task in tasks] or [False]
+    fits |= np.array(whole)[loaded["task"]] & (count == 1)
+    _require(fits, f"{where}, {name}, episode", "the number of chunks does not fit its rows")
 
 
 def _inside(begin: np.ndarray, length: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,17 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tiphys.dataio.episode import DataError, TaskSpec
-from tiphys.dataio.format import arrays, table
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format.rows import check_task
+from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
+from tiphys.dataio.stored import task_specs
+from tiphys.dataio.stores.schemes import HOST_SCHEMES, check_url
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
+_HOSTS = "TIPHYS_SHARD_HOSTS"  # hosts, separated by commas, that a dataset may name beside its own
+log = logging.getLogger(__name__)
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
-_DECODED = 1  # version of the decoded arrays; part of the key of the cache
+_DECODED = 2  # version of the decoded arrays; part of the key of the cache
 
 
 def parse(raw: bytes, where: str) -> dict[str, Any]:
@@ -35,23 +41,33 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         digest = document["digests"][INDEX]
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             raise DataError(f"{where}: digests: {INDEX}: {digest!r} is not a SHA-256")
-        document["tasks"] = [TaskSpec(**t) for t in document["tasks"]]
+        document["tasks"] = task_specs(document["tasks"], f"{where}: tasks")
         document["shards"] = [table.Shard(str(n), int(size), int(crc)) for n, size, crc in document["shards"]]
         for task in document["tasks"]:
             check_task(task)
         for shard in document["shards"]:
-            _check_shard(shard, where)
+            check_shard(shard, where)
         dict(document["statistics"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where} does not describe a Tiphys dataset: {type(error).__name__} {error}") from None
     return document
 
 
-def _check_shard(shard: table.Shard, where: str) -> None:
-    """A shard is named by a path within the dataset's folder or by a URL. Only a local dataset may name local files."""
+def check_shard(shard: table.Shard, where: str) -> None:
+    """A shard is named by a path within the dataset's folder or by a URL. Only a local dataset may name local files.
+
+    Whoever wrote the dataset chose the URL, which must not make this machine ask others in its network. So a host must be that of
+    the dataset, or one that the user allows.
+    """
+    check_url(shard.name)
     scheme = urlsplit(shard.name).scheme
+    host = urlsplit(shard.name).hostname or ""
+    if scheme in HOST_SCHEMES and host not in (urlsplit(where).hostname, *os.environ.get(_HOSTS, "").split(",")):
+        raise DataError(
+            f"{where}: shard {shard.name!r} lies on another host; if you trust this dataset, allow it: {_HOSTS}={host}"
+        )
     inside = not scheme and not shard.name.startswith("/") and ".." not in shard.name.split("/")
     elsewhere = scheme and (scheme != "file" or urlsplit(where).scheme in ("", "file"))
     if not (inside or elsewhere) or shard.size < 0:
@@ -67,9 +83,15 @@ def cache_folder(cache_dir: str = "") -> Path:
 
 
 def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
-    """Copy an object to a local file, `part` bytes at a time. Returns its SHA-256."""
+    """Copy an object to a local file, `part` bytes at a time. Returns its SHA-256.
+
+    Raises DataError if the object is larger than the free space of the file's disk.
+    """
     digest = hashlib.sha256()
     size = store.head(path).size
+    free = shutil.disk_usage(file.parent).free
+    if not 0 <= size <= free:
+        raise DataError(f"{store.url}/{path} has {size:,} bytes, but {file.parent} has room for {free:,}")
     with open(file, "wb") as out:
         for start in range(0, size, part):
             (data,) = store.read_ranges(path, [start], [min(part, size - start)])
@@ -81,14 +103,19 @@ def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
 def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
     """The folder in `cache` with the dataset's decoded index. If it is missing, the index is downloaded and decoded first.
 
-    Raises DataError if the index does not have the digest that `dataset.json` names, is damaged, or points outside its shards.
+    Raises DataError if the index does not have the digest that `dataset.json` names, is damaged, or points outside its shards,
+    or if the cache may hold the files of another user.
     """
     names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
     key = hashlib.sha256(json.dumps([_DECODED, document["digests"][INDEX], *names]).encode()).hexdigest()
-    folder = cache / key
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
+    folder = private_folder(cache) / key
+    if os.path.lexists(folder):
+        try:
+            _check_decoded(folder)
+            return folder
+        except DataError as error:
+            log.warning("%s: the cached index is made again: %s", store.url, error)
+            _discard(folder)
     scratch = Path(tempfile.mkdtemp(prefix=".decoding-", dir=cache))
     try:
         file = scratch / INDEX
@@ -97,9 +124,10 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
                 f"{store.url}/{INDEX} does not have the SHA-256 that {DATASET} names: it is damaged, or a rewrite was "
                 "interrupted; run `tiphys verify --repair`"
             )
-        loaded = arrays.decode(file, scratch, *names)
+        loaded = limited.decode(file, scratch, *names, f"{store.url}/{INDEX}")
         arrays.check(loaded, document["tasks"], document["shards"], f"{store.url}/{INDEX}")
         file.unlink()
+        arrays.seal(scratch)
         try:
             scratch.rename(folder)
         except OSError:
@@ -108,6 +136,20 @@ def decoded(store: Store, document: Mapping[str, Any], cache: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _check_decoded(folder: Path) -> None:
+    """Raises DataError if a decoded index in the cache is not what was once checked and written there."""
+    if not is_private(folder):
+        raise DataError(f"{folder} is not a folder of this user's own")
+    arrays.check_seal(folder)
+
+
+def _discard(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def dataset_document(index: Path, statistics: Statistics) -> dict[str, Any]:

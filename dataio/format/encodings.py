@@ -272,7 +272,9 @@ def _decode_video(chunk: bytes | memoryview, kind: str, rows: int) -> np.ndarray
     import av
 
     frames: list[np.ndarray] = []
-    with av.open(io.BytesIO(chunk), "r", format="mp4") as container:
+    # FFmpeg gets the bytes and no protocols, so that a chunk cannot make it open a file or a URL
+    options = {"protocol_whitelist": ""}
+    with av.open(io.BytesIO(chunk), "r", format="mp4", options=options) as container:
         stream = container.streams.video[0]
         if stream.codec_context.name not in (kind, f"lib{kind}", "libdav1d"):
             raise DataError(f"the video is {stream.codec_context.name}, not {kind}")
@@ -280,8 +282,15 @@ def _decode_video(chunk: bytes | memoryview, kind: str, rows: int) -> np.ndarray
             raise DataError(
                 f"the video claims {rows} frames of {stream.width}×{stream.height}; at most {MAX_PIXELS} pixels are decoded"
             )
+        size = stream.width, stream.height
+        # FFmpeg refuses larger frames before it allocates them; it pads the sides to multiples of its blocks
+        stream.codec_context.options = {"max_pixels": str((size[0] + 128) * (size[1] + 128))}
         stream.thread_count = 1
         for frame in container.decode(stream):
+            if (frame.width, frame.height) != size:
+                raise DataError(
+                    f"the video has a frame of {frame.width}×{frame.height}, but claims {size[0]}×{size[1]}"
+                )
             frames.append(frame.to_ndarray(format="rgb24"))
             if len(frames) > rows:
                 break

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +36,15 @@ import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format.rows import FIELD_NAME
+from tiphys.dataio.stored import stored, task_specs
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes in a row group
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
+_FIELD_COLUMN = re.compile(r"(text|value|chunks)\.(" + FIELD_NAME.pattern + ")")
 
 
 class Chunks(NamedTuple):
@@ -159,6 +163,26 @@ def chunk_type() -> pa.DataType:
     return pa.struct({"kind": pa.string(), "rows": pa.int32(), **lists})
 
 
+def check_schema(schema: pa.Schema) -> None:
+    """Raises DataError if a column is missing, stands twice, or has a name or a type that an index does not have."""
+    import pyarrow as pa
+
+    fixed = _table([]).schema
+    by_kind = {"text": pa.string(), "value": pa.binary(), "chunks": chunk_type()}
+    for column in schema:
+        match = _FIELD_COLUMN.fullmatch(column.name)  # names become file names
+        if not match and column.name not in fixed.names:
+            raise DataError(f"index column {column.name!r}: an index may not have a column of this name")
+        wanted = by_kind[match[1]] if match else fixed.field(column.name).type
+        if column.type != wanted or schema.names.count(column.name) > 1:
+            raise DataError(
+                f"index column {column.name!r}: it must be there once, with type {wanted}, not {column.type}"
+            )
+    missing = [name for name in fixed.names if name not in schema.names]
+    if missing:
+        raise DataError(f"index column {missing[0]!r} is missing")
+
+
 @dataclass(frozen=True)
 class Part:
     """An index file that is copied into another: all rows, or those of `keep` (bool [E]), with shards renamed by `rename`."""
@@ -253,6 +277,10 @@ def batches(part: Part) -> Iterator[pa.RecordBatch]:
                 yield batch
 
 
+def _shard(values: Sequence[Any]) -> Shard:
+    return stored(Shard, dict(zip(("name", "size", "crc"), values, strict=False)), "a shard")
+
+
 def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
     """The tasks and shards in the metadata of an index file. Raises DataError if the file is not an index or is damaged."""
     import pyarrow as pa
@@ -266,8 +294,8 @@ def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
         own = json.loads(text)
         if own["version"] != 1:
             raise DataError(f"{file.name} has version {own['version']}; this Tiphys reads version 1")
-        return [TaskSpec(**t) for t in own["tasks"]], [Shard(*s) for s in own["shards"]]
+        return task_specs(own["tasks"], f"{file.name}: tasks"), [_shard(s) for s in own["shards"]]
     except DataError:
         raise
-    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError, OverflowError) as error:
         raise DataError(f"{file.name} is not an index of a Tiphys dataset: {type(error).__name__}: {error}") from None

@@ -8,7 +8,7 @@ import tarfile
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,12 +37,75 @@ class Sample(NamedTuple):
     end: int  # byte after the padding of the last member
 
 
+class CheckedHeader(tarfile.TarInfo):
+    """A header whose extensions are short. Those of sparse files are not parsed, because sparse files are refused."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        where = f"byte {self.offset}"
+        if self.size < 0:
+            raise DataError(f"{where}: a member claims {self.size} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise DataError(f"{where}: {self.name!r} is a sparse file; only regular files are allowed")
+        if self.type in _EXTENSIONS:
+            if self.size > MAX_HEADER:
+                raise DataError(f"{where}: an extended header has {self.size} bytes; at most {MAX_HEADER} are read")
+            file: Any = tar.fileobj
+            body = file.read(self._block(self.size))  # type: ignore[attr-defined]
+            _check_extension(body[: self.size], self.type, where)
+            tar.fileobj = _Unread(body, file)
+            try:
+                return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+            finally:
+                tar.fileobj = file
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+
+
+class _Unread(io.RawIOBase):
+    """A stream of which some bytes were read already. It cannot seek, as the stream may be a pipe."""
+
+    def __init__(self, data: bytes, file: Any) -> None:
+        self._data, self._file = data, file
+
+    def read(self, size: int = -1) -> bytes:
+        head, self._data = self._data[:size], self._data[size:]
+        return head if len(head) == size else head + self._file.read(size - len(head))
+
+    def tell(self) -> int:
+        return int(self._file.tell()) - len(self._data)
+
+
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENSIONS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+def _check_extension(body: bytes, kind: bytes, where: str) -> None:
+    """Raises DataError if the records `LENGTH KEY=VALUE` of a PAX header are damaged, or describe a sparse file or a size that is
+    none. (tarfile searches for a length with an expression that takes very long for a body of digits.)"""
+    at = 0
+    while kind in _PAX and at < len(body) and body[at]:
+        space = body.find(b" ", at, at + 8)
+        length = body[at:space] if space > at else b""
+        record = body[space + 1 : at + int(length)] if length.isdigit() else b""
+        key, equals, value = record.partition(b"=")
+        if not equals or not key or not value.endswith(b"\n") or at + int(length) > len(body):
+            raise DataError(f"{where}: the extended header is damaged")
+        if key.startswith(b"GNU.sparse") or (key == b"size" and not (value[:-1].isdigit() and len(value) < 20)):
+            raise DataError(
+                f"{where}: the extended header has {key.decode(errors='replace')} = {value[:40]!r}, which is not read"
+            )
+        at += int(length)
+
+
 def members(file: Path) -> Iterator[Member]:
     """The files of an uncompressed tar, in order. Raises DataError if the tar is damaged, or has something else than files."""
     size = file.stat().st_size
     try:
-        with tarfile.open(file, "r:") as tar:
+        with tarfile.open(file, "r:", tarinfo=CheckedHeader) as tar:
+            behind = -1
             while (info := tar.next()) is not None:
+                if info.size < 0 or tar.offset <= behind:
+                    raise DataError(f"byte {info.offset}: {info.name!r} claims {info.size} bytes")
+                behind = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all members in memory
                 if info.isdir():
                     continue
@@ -57,7 +120,7 @@ def members(file: Path) -> Iterator[Member]:
                     )
                 yield Member(info.name, info.offset, info.offset_data, info.size)
             end = tar.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"the tar is cut off or damaged: {error}") from None

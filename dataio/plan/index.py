@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.plan.cost import Costs, StepCost
+from tiphys.dataio.private import private_folder
 
 if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
@@ -183,7 +184,7 @@ class PlanIndex:
         if not cache_dir:
             return _build(entries, how, costs)
         key = digest(entries, [_FORMAT, *astuple(how)])
-        folder = os.path.join(cache_dir, f"plan-{key[:24]}")
+        folder = os.path.join(private_folder(cache_dir), f"plan-{key[:24]}")
         if not os.path.exists(os.path.join(folder, "plan.json")):
             _build(entries, how, costs).save(folder)
         return cls.load(folder, costs)

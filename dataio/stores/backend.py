@@ -6,7 +6,6 @@ or `Transient`. `storage.Store` retries, joins requests and checks the results.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -58,8 +57,3 @@ class Backend(Protocol):
 
     async def delete(self, key: str) -> None:
         """Remove an object."""
-
-
-def redacted(text: str) -> str:
-    """The text without the secrets that URLs may contain: user info and query strings (SAS secrets, signatures)."""
-    return re.sub(r"://[^/@\s]*@", "://", re.sub(r"(://[^\s\"'?]*)\?[^\s\"']*", r"\1", text))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.atomic import TEMPORARY, atomic_file
-from tiphys.dataio.stores.backend import Changed, ObjectInfo
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, Refused
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,8 +31,10 @@ class LocalBackend:
         self, key: str, starts: Sequence[int], sizes: Sequence[int], etag: str
     ) -> tuple[list[bytes], ObjectInfo]:
         """Several ranges at once. Raises `Changed` if `etag` is given and differs."""
-        with open(self.path(key), "rb", buffering=0) as file:
-            info = _local_info(os.fstat(file.fileno()))
+        # without O_NONBLOCK, opening a pipe would wait for its writer
+        handle = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(handle, "rb", buffering=0) as file:
+            info = _local_info(os.fstat(handle))
             if etag and info.etag != etag:
                 raise Changed
             return [_pread(file.fileno(), size, start) for start, size in zip(starts, sizes, strict=True)], info
@@ -65,8 +68,15 @@ class LocalBackend:
         self.path(key).unlink()
 
 
-def _local_info(stat: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}")
+def _local_info(found: os.stat_result) -> ObjectInfo:
+    """Raises Refused if it is neither a file nor, for `head`, a folder."""
+    if not stat.S_ISREG(found.st_mode):
+        raise (
+            IsADirectoryError(21, "it is a folder")
+            if stat.S_ISDIR(found.st_mode)
+            else Refused("it is not a regular file")
+        )
+    return ObjectInfo(found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}")
 
 
 def _pread(file: int, size: int, start: int) -> bytes:

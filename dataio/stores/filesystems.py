@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.stores.backend import ObjectInfo, Transient, redacted
+from tiphys.dataio.messages import redacted
+from tiphys.dataio.stores.backend import ObjectInfo, Transient
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

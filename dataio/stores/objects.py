@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import redacted
 from tiphys.dataio.stores import threads
-from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, redacted
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -15,10 +15,11 @@ import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.format import arrays, table, tar
+from tiphys.dataio.format import arrays, limited, table, tar
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.messages import printable, redacted
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep import rebuild
 
@@ -68,7 +69,8 @@ class Report:
         head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
         found = f"{len(self.findings)} findings" if self.findings else "no findings, the dataset is intact"
         lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
-        return "\n".join(lines + [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs])
+        lines += [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs]
+        return redacted(printable("\n".join(lines)))
 
     def to_dict(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self), "repaired": sorted(self.repaired)}
@@ -142,7 +144,7 @@ def _accept(
         names = [t.name for t in own["tasks"]], [s.name for s in own["shards"]]
         out = scratch / "arrays"
         out.mkdir()
-        loaded = arrays.decode(file, out, *names)
+        loaded = limited.decode(file, out, *names, f"{store.url}/{INDEX}")
         arrays.check(loaded, own["tasks"], own["shards"], f"{store.url}/{INDEX}")
     except DataError as error:
         report.add("index", INDEX, str(error))

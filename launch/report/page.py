@@ -18,6 +18,11 @@ from tiphys.dataio.atomic import write_text
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
 
+# Even if a name in the data became markup, the page would run no script and load nothing
+CONTENT_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+)
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
@@ -49,7 +54,7 @@ def render(
     train = [line for line in lines if "kind" not in line]
     name = (yaml.safe_load(recipe) or {}).get("name", "run") if recipe else "run"
     parts = [
-        f"<h1>{html.escape(str(name))}</h1><p class='sub'>{_when(train)}</p>",
+        f"<h1>{html.escape(str(name))}</h1><p class='sub'>{html.escape(_when(train))}</p>",
         _facts(train, evaluation),
         _evaluation(evaluation),
         "<h2>Training</h2>",
@@ -60,7 +65,8 @@ def render(
         f"<pre>{html.escape(recipe)}</pre></details></div>",
     ]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'{CONTENT_POLICY}<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(str(name))}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
 
@@ -135,7 +141,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
             _cell(task["success_rate"]),
             _cell(task["random"]),
             _cell(task["expert"]),
-            str(task["episodes"]),
+            html.escape(str(task["episodes"])),
             _cell(task.get("seen_states")),
         ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tiphys.dataio.episode import FieldSpec, Window
+from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import native, observation_fields
 from tiphys.dataio.philox import SAMPLE, uniform32, words
+from tiphys.dataio.private import read_regular
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.attention import KeyValueCache
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
 
 PROCESSOR = "processor.json"
+_PROCESSOR_BYTES = 256 << 20  # most bytes of processor.json
 
 
 class Policy:
@@ -96,14 +98,23 @@ class Policy:
         OSError
             If there is no processor.json beside the weights.
         DataError
-            If the policy was made by a newer version of Tiphys.
+            If processor.json is not valid, does not fit the model, or was made by a newer version of Tiphys.
         """
         from transformers.utils import cached_file
 
         revision = getattr(model.config, "_commit_hash", None)
         file = cached_file(str(model.name_or_path), PROCESSOR, revision=revision)
         assert file is not None  # it raises if there is none
-        return cls(model, Processor.from_dict(json.loads(Path(file).read_text())), sample=sample, seed=seed)
+        try:
+            values = json.loads(read_regular(file, _PROCESSOR_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}: is not valid JSON: {error}") from None
+        processor = Processor.from_dict(values)
+        if processor.vocabulary.size != model.config.vocab_size:
+            raise DataError(
+                f"{file}: its vocabulary has {processor.vocabulary.size} ids, that of the model another number"
+            )
+        return cls(model, processor, sample=sample, seed=seed)
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -6,17 +6,44 @@ The same code (`tiphys.pretrain.tokens.sequence`) lays out a history and a train
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tiphys.dataio.episode import DataError, TaskSpec, Window
+from tiphys.dataio.stored import number, stored, task_specs
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of processor.json. `stored` is given those that have a form of their own."""
+
+    version: int
+    length: int
+    vocabulary: Any
+    tasks: Any
+    best_return: Mapping[str, float]
+    objectives: Mapping[str, Any]
+
+
+def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
+    """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
+    if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
+        raise DataError(f"{where}: it has no timesteps")
+    number(objective.get("target_return"), f"{where}, target_return", -1e300, 1e300)
+    number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    out = {}
+    for task, values in objective["timesteps"].items():
+        out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
+        out[task].check(vocabulary, length, f"{where}, task {task!r}")
+    return out
 
 
 class Processor:
@@ -65,24 +92,25 @@ class Processor:
         Raises
         ------
         DataError
-            If it has another version than 1, or a codec that this version does not have.
+            If it has another version than 1, or a codec that this version does not have, or is not valid: the message names
+            the key.
         """
-        if values.get("version") != 1:
-            raise DataError(
-                f"processor.json has version {values.get('version')!r}, but this Tiphys reads version 1; update Tiphys"
-            )
+        if not isinstance(values, Mapping) or values.get("version") != 1:
+            version = values.get("version") if isinstance(values, Mapping) else None
+            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads version 1; update Tiphys")
+        parts = stored(_File, values, "processor.json", tasks=values.get("tasks"), vocabulary=values.get("vocabulary"))
+        tasks = task_specs(parts.tasks, "processor.json, tasks")
+        vocabulary = Vocabulary.from_dict(parts.vocabulary)
+        length = int(number(parts.length, "processor.json, length", 1, 1 << 24))
         layouts = {
-            name: {task: TimestepLayout.from_dict(t) for task, t in objective["timesteps"].items()}
-            for name, objective in values["objectives"].items()
+            name: _layouts(objective, f"processor.json, objective {name!r}", vocabulary, length)
+            for name, objective in parts.objectives.items()
         }
-        return cls(
-            Vocabulary.from_dict(values["vocabulary"]),
-            {task["name"]: TaskSpec(**task) for task in values["tasks"]},
-            layouts,
-            values["objectives"],
-            values["best_return"],
-            int(values["length"]),
+        processor = cls(
+            vocabulary, {task.name: task for task in tasks}, layouts, parts.objectives, parts.best_return, length
         )
+        processor.text.check(vocabulary)
+        return processor
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""

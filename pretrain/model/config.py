@@ -6,10 +6,53 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.stored import number
 from tiphys.pretrain.model.size_errors import size_errors
 
 if TYPE_CHECKING:
     from tiphys.pretrain.tokens.vocabulary import Vocabulary
+
+
+_WHOLE = {  # the smallest and the largest value of each size
+    "vocab_size": (0, 1 << 26),
+    "hidden_size": (1, 1 << 17),
+    "num_hidden_layers": (1, 1 << 12),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "intermediate_size": (1, 1 << 20),
+    "num_experts": (0, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "moe_every": (1, 1 << 12),
+    "moe_intermediate_size": (1, 1 << 20),
+    "timesteps": (0, 1 << 26),
+    "locals": (1, 1 << 20),
+}
+_REAL: dict[str, tuple[float, float]] = {
+    "balance": (0.0, 1e6),
+    "z_loss": (0, 1e6),
+    "bias_rate": (0, 1e6),
+    "task_dropout": (0, 1),
+    "theta": (1e-6, 1e12),
+    "norm_epsilon": (0, 1),
+    "dropout": (0, 1),
+}
+# Keys of `transformers` that a config may have beside ours. Others could choose code: kernels, quantisation, other classes
+_OTHERS = frozenset(
+    """architectures auto_map chunk_size_feed_forward dtype id2label is_encoder_decoder label2id model_type name_or_path
+    _name_or_path _commit_hash output_attentions output_hidden_states problem_type return_dict tiphys torch_dtype
+    transformers_version""".split()
+)
+
+
+def _check_more(values: dict[str, Any]) -> None:
+    """Raises DataError if a config has a key that is neither ours nor harmless."""
+    for key, value in values.items():
+        chosen = key.removeprefix("_") in ("attn_implementation", "experts_implementation")
+        if not (key in _OTHERS or (chosen and value in (None, "eager", "sdpa"))):
+            raise DataError(
+                f"config.json: the key {key!r} with {str(value)[:60]!r} is not one of a tiphys policy; remove it"
+            )
 
 
 class DecisionConfig(PretrainedConfig):
@@ -68,7 +111,8 @@ class DecisionConfig(PretrainedConfig):
     Raises
     ------
     ValueError
-        If head sizes, key-value heads, experts per token or the kind of an embedder are impossible.
+        If head sizes, key-value heads, experts per token or the kind of an embedder are impossible. DataError, which is a
+        ValueError, if a value has another type or is out of range, or if there is an unknown key.
     """
 
     model_type = "tiphys"
@@ -132,12 +176,23 @@ class DecisionConfig(PretrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.dropout = dropout
         self.checkpointing = checkpointing
-        kwargs.setdefault("auto_map", {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"})
+        _check_more(kwargs)
+        # Never from a file: it names the code that is loaded
+        kwargs["auto_map"] = {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"}
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `transformers` does it. Raises DataError if the values, which come from a file, are not valid."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise DataError(f"config.json is not valid: {error}") from None
+
     def _check(self) -> None:
+        self._check_numbers()
         errors = size_errors(
             layers=self.num_hidden_layers,
             hidden=self.hidden_size,
@@ -151,8 +206,33 @@ class DecisionConfig(PretrainedConfig):
         if lines:
             raise ValueError("\n".join(lines))
         for name, e in self.embedders.items():
+            if e.keys() != {"kind", "shape", "values"}:
+                raise DataError(f"embedder {name!r} has the keys {', '.join(e)}, not kind, shape and values")
+            for n in (*e["shape"], e["values"] + 1):
+                number(n, f"embedder {name!r}", 1, 1 << 24)
             if e["kind"] not in ("patch", "vector", "grid"):
                 raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is not allowed; allowed: patch, vector, grid")
+
+    def _check_numbers(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {**_WHOLE, **_REAL}
+        for name in _WHOLE:
+            if not isinstance(getattr(self, name), int):
+                raise DataError(f"config: {name} is {getattr(self, name)!r}, not a whole number")
+        for name, (least, most) in bounds.items():
+            number(getattr(self, name), f"config: {name}", least, most)
+        for name in ("shared_expert", "router_modality", "router_task", "checkpointing", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise DataError(f"config: {name} is {getattr(self, name)!r}, neither true nor false")
+        if not all(isinstance(task, str) for task in self.tasks):
+            raise DataError("config: tasks is not a list of names")
+        for name, n in self.regressions.items():
+            number(n, f"config: regression {name!r}", 1, 1 << 24)
+        for one in self.ranges:
+            if len(one) != 3:
+                raise DataError(f"config: range {one!r} is not a name, a lowest and a highest id")
+            number(
+                one[2], f"config: range {one[0]!r}", number(one[1], f"config: range {one[0]!r}", 0, 1 << 26), 1 << 26
+            )
 
     @property
     def head_size(self) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.attention import Attention, KeyValueCache
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
@@ -104,6 +105,28 @@ class DecisionModel(PreTrainedModel):
         if config.tie_word_embeddings:
             self.output.weight = self.token.weight
         initialise(self, seed)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model from a folder or a hub. Weights are only read from safetensors: other formats can run code.
+
+        Raises DataError if the config is not valid, or if the weights are not those of its model.
+        """
+        report = kwargs.pop("output_loading_info", False)
+        options = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+        try:
+            loaded: Any = super().from_pretrained(*args, **options)
+        except (OSError, ImportError, DataError):
+            raise
+        except Exception as error:  # the libraries below raise errors of many classes
+            raise DataError(f"{args[0] if args else 'model'}: the policy cannot be loaded: {error}") from error
+        model, found = loaded
+        lost = sorted(map(str, found["missing_keys"])) + sorted(map(str, found["mismatched_keys"]))
+        if lost:
+            raise DataError(
+                f"{args[0]}: the weights do not fit config.json: {', '.join(lost[:5])} missing or of another shape"
+            )
+        return loaded if report else model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: `initialise` draws all parameters."""

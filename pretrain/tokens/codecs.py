@@ -8,6 +8,7 @@ of the N steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -16,12 +17,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.stored import stored
 from tiphys.pretrain.tokens.batch import CONTINUOUS, DISCRETE, IMAGE
 from tiphys.pretrain.tokens.images import PATCH, centre_crop, from_patches, intervals, patch_grid, resized, to_patches
-from tiphys.pretrain.tokens.vocabulary import EmbedderSpec
+from tiphys.pretrain.tokens.vocabulary import EmbedderSpec, Vocabulary
 
 MU, M = 100.0, 256.0  # mu-law: F(±M) = ±1
 _NAN = "NaN has no encoding; correct or remove the episode"
+_MOST_NUMBERS = 1 << 24  # of a value at one step
 _FAR = 10.0  # standard deviations; values are clamped to it, so that no outlier dominates an embedder
 
 
@@ -390,12 +393,46 @@ class Grid(Codec):
 CODECS: dict[str, type[Codec]] = {c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Grid)}
 
 
-def codec_from_dict(values: Mapping[str, Any]) -> Codec:
-    """The inverse of `Codec.to_dict`."""
+def codec_from_dict(values: Mapping[str, Any], where: str = "codec") -> Codec:
+    """The inverse of `Codec.to_dict`. Raises DataError if it is not valid."""
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where}: it is not an object with keys")
     rest = dict(values)
-    kind = rest.pop("kind")
-    if kind not in CODECS:
+    kind = rest.pop("kind", None)
+    if not isinstance(kind, str) or kind not in CODECS:
         raise DataError(
             f"codec {kind!r} is unknown; this version has {', '.join(CODECS)}. Update Tiphys to load this policy"
         )
-    return CODECS[kind](**rest)
+    return stored(CODECS[kind], rest, where)
+
+
+def check_codec(codec: Codec, size: int, vocabulary: Vocabulary, where: str) -> None:
+    """Try a codec that comes from a file on one value.
+
+    Raises DataError if it does not work, does not take `size` positions, or gives ids or needs an embedder that the vocabulary
+    does not have.
+    """
+    sides = (codec.crop, codec.resize) if isinstance(codec, Patches) else ()
+    shape = tuple(n or 1 for n in codec.shape) if sides else codec.shape
+    numbers = math.prod(shape)
+    if len(shape) > 8 or min(shape, default=1) < 1 or numbers > _MOST_NUMBERS or any(not 0 <= n <= 8192 for n in sides):
+        raise DataError(f"{where}: a value of shape {codec.shape} has no size that is possible")
+    try:
+        value = np.broadcast_to(np.asarray(getattr(codec, "low", 0), np.float64), (1, numbers)).reshape(1, *shape)
+        value = np.where(np.isfinite(value), value, 0).astype("uint8" if sides else "float64")
+        found = codec.encode(value)
+        codec.decode(found)
+        if codec.tokens != size or found.shape[:2] != (1, size):
+            raise DataError(f"{where}: it takes {codec.tokens} positions, not {size}")
+        if codec.embedder:
+            fits = vocabulary.embedders.get(codec.embedder)
+            if fits is None or fits.shape != codec.embedder_spec().shape:
+                raise DataError(f"{where}: the vocabulary has no embedder {codec.embedder!r} for its values")
+        else:
+            choices = codec.choices() if not isinstance(codec, Affine) else ()
+            if any(not 0 <= low < high <= vocabulary.size for low, high in choices):
+                raise DataError(f"{where}: it gives ids that the vocabulary does not have")
+    except DataError:
+        raise
+    except Exception as error:  # NumPy refuses impossible shapes, types and numbers with errors of many classes
+        raise DataError(f"{where}: the codec does not work: {error}") from None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from tiphys.dataio.episode import DataError
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 _REMEMBER = 1 << 16  # number of texts whose ids are kept
 _LONGEST = 1 << 20  # characters; a longer text is cut before the tokenizer sees it
@@ -33,7 +38,7 @@ class TextTokenizer:
         if self._tokenizer is None:
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_str(self.definition)
+            self._tokenizer = _safely(Tokenizer.from_str, self.definition)
             self._tokenizer.encode_special_tokens = True
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -52,11 +57,30 @@ class TextTokenizer:
             if len(known) + len(new) > _REMEMBER:
                 self._ids = {}
                 known = {t: known[t] for t in dict.fromkeys(wanted) if t in known}
-            found = self._native.encode_batch([t[:_LONGEST] for t in new], add_special_tokens=False)
+            found = _safely(self._native.encode_batch, [t[:_LONGEST] for t in new], add_special_tokens=False)
             known.update((t, np.asarray(e.ids, np.int32)) for t, e in zip(new, found, strict=True))
             if len(known) <= _REMEMBER:
                 self._ids = known
         return [known[t][:limit] if limit else known[t] for t in wanted]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return str(self._native.decode([int(i) for i in ids], skip_special_tokens=False))
+        return str(_safely(self._native.decode, [int(i) for i in ids], skip_special_tokens=False))
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raises DataError if the tokenizer of a file does not work, or has more ids than the vocabulary has for texts."""
+        if not self.definition:
+            return
+        low, high = vocabulary.range("text")
+        ids = self.encode(["a text"])[0]
+        if self.size > high - low or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < high - low):
+            raise DataError(f"text tokenizer: it has {self.size} ids, but the vocabulary has {high - low} for texts")
+
+
+def _safely(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call the library. A tokenizer that is not valid raises plain Exception, or panics, which is no Exception."""
+    try:
+        return function(*arguments, **options)
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"text tokenizer: {error}") from None
+        raise

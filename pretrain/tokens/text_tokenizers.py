@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.private import read_regular
 from tiphys.pretrain.tokens.text import TextTokenizer
 
 BYTES = 256
+_MOST_BYTES = 256 << 20  # of a tokenizer's file
 _LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for untrusted texts
 
 
@@ -21,9 +22,9 @@ def load(path: str, vocabulary: int) -> str:
     if path.endswith(".model"):
         from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
 
-        definition = to_tokenizer(Path(path).read_bytes(), path)
+        definition = to_tokenizer(read_regular(path, _MOST_BYTES), path)
     else:
-        definition = Path(path).read_text(encoding="utf-8")
+        definition = read_regular(path, _MOST_BYTES).decode("utf-8", "replace")
     try:
         size = TextTokenizer(definition).size
     except Exception as error:  # the library raises plain Exception

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.stored import number, stored
 from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
-from tiphys.pretrain.tokens.codecs import Codec, codec_from_dict
+from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
+from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
@@ -67,9 +70,25 @@ class Element:
         return {**values, "codec": self.codec.to_dict() if self.codec else None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Element:
-        codec = codec_from_dict(values["codec"]) if values["codec"] else None
-        return cls(**{**values, "codec": codec})
+    def from_dict(cls, values: Mapping[str, Any], where: str = "element") -> Element:
+        """The inverse of `to_dict`. Raises DataError if it is not valid."""
+        stated = values.get("codec") if isinstance(values, Mapping) else None
+        return stored(cls, values, where, codec=codec_from_dict(stated, f"{where}, codec") if stated else None)
+
+    def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
+        """Raises DataError if the element cannot be laid out, or its codec does not work or fit the vocabulary."""
+        if self.role not in ("text", "observation", "separator", "return", "reward", "action"):
+            raise DataError(f"{where}: role {self.role!r} is unknown")
+        number(self.size, f"{where}, size", 0 if self.role == "text" else 1, length)
+        number(self.stride, f"{where}, stride", 1, 1 << 24)
+        number(self.weight, f"{where}, weight", 0, 1e6)
+        if self.codec is None:
+            if self.role not in ("text", "separator"):
+                raise DataError(f"{where}: it has no codec")
+            return
+        check_codec(self.codec, self.size, vocabulary, where)
+        if self.head and self.head not in vocabulary.regressions:
+            raise DataError(f"{where}: the vocabulary has no regression head {self.head!r}")
 
 
 @dataclass(frozen=True)
@@ -179,9 +198,22 @@ class TimestepLayout:
         return flat | {"elements": [e.to_dict() for e in self.elements]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TimestepLayout:
-        """The inverse of `to_dict`."""
+    def from_dict(cls, values: Mapping[str, Any], where: str = "layout") -> TimestepLayout:
+        """The inverse of `to_dict`. Raises DataError if it is not valid."""
         names = {key: name for name, key in _JSON_KEYS.items()}
+        if not isinstance(values, Mapping) or not isinstance(values.get("elements"), list):
+            raise DataError(f"{where}: it has no list of elements")
         flat = {names.get(key, key): value for key, value in values.items()}
-        elements = tuple(Element.from_dict(e) for e in values["elements"])
-        return cls(**{**flat, "elements": elements, "preamble": tuple(values["preamble"])})
+        elements = tuple(Element.from_dict(e, f"{where}, element {i}") for i, e in enumerate(values["elements"]))
+        made = stored(cls, flat, where, elements=elements)
+        return replace(made, preamble=tuple(made.preamble))
+
+    def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
+        """Raises DataError if the layout does not fit the vocabulary and rows of `length` positions."""
+        for name, low in (("text_limit", 0), ("chunk", 1), ("context", 0), ("window", 0), ("number", 0)):
+            number(getattr(self, name), f"{where}, {name}", low, 1 << 24)
+        if self.softmax not in ("vocabulary", "range"):
+            raise DataError(f"{where}: softmax {self.softmax!r} is neither 'vocabulary' nor 'range'")
+        for i, element in enumerate(self.elements):
+            element.check(vocabulary, length, f"{where}, element {i}")
+        number(self.width, f"{where}: positions of a timestep", 0, length)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.stored import number, stored
 
 CONTINUOUS_BINS = 1024  # Reed et al. 2022, sec. 2.1
 DISCRETE_VALUES = 1024
@@ -171,5 +172,18 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:
-        embedders = {name: EmbedderSpec(**spec) for name, spec in values.get("embedders", {}).items()}
-        return cls(**{**values, "embedders": embedders})
+        """The inverse of `to_dict`. Raises DataError if it is not valid."""
+        found = values.get("embedders", {}) if isinstance(values, Mapping) else {}
+        if not isinstance(found, Mapping):
+            raise DataError("vocabulary: embedders is not an object with keys")
+        embedders = {name: stored(EmbedderSpec, spec, f"vocabulary, embedder {name!r}") for name, spec in found.items()}
+        made = stored(cls, values, "vocabulary", embedders=embedders)
+        for name in SPECIALS:
+            number(getattr(made, name), f"vocabulary, {name}", 0, made.size - 1)
+        for name, spec in embedders.items():
+            for n in (*spec.shape, spec.values + 1):
+                number(n, f"vocabulary, embedder {name!r}", 1, 1 << 24)
+        for name, n in made.regressions.items():
+            number(n, f"vocabulary, regression {name!r}", 1, 1 << 24)
+        number(made.size, "vocabulary, size", 1, 1 << 26)
+        return made

@@ -336,3 +336,71 @@ def test_ten_million_episodes_open_in_milliseconds(tmp_path):
     assert time.perf_counter() - begin < 1.0
     assert got["id.first"][-1] == len(got["id.bytes"])
     assert got["steps"].shape == (n,)
+
+
+@pytest.mark.parametrize(
+    "where", ["/data/dataset.json", "https://example.org/dataset.json", "s3://bucket/dataset.json"]
+)
+def test_a_dataset_may_name_other_hosts_only_if_the_user_allows_it(where, monkeypatch):
+    document = {"version": 1, "tasks": [], "statistics": {}, "digests": {"index.parquet": "0" * 64}}
+    raw = json.dumps(document | {"shards": [["http://169.254.169.254/latest/x.tar", 1, -1]]}).encode()
+    with pytest.raises(DataError, match=r"another host.*TIPHYS_SHARD_HOSTS=169\.254\.169\.254"):
+        parse(raw, where)
+    monkeypatch.setenv("TIPHYS_SHARD_HOSTS", "a.org,169.254.169.254")
+    parse(raw, where)
+    parse(json.dumps(document | {"shards": [["https://example.org/x.tar", 1, -1]]}).encode(), "https://example.org/d")
+
+
+@pytest.mark.parametrize(
+    ("shards", "tasks"),
+    [
+        ([["s.tar", float("inf"), -1]], []),
+        ([["s.tar", 1]], 5),
+        ([["s.tar", 1, -1]], [{"name": "a", "fields": [{"name": "x", "shape": [float("inf")]}]}]),
+        ([["s.tar", 1, -1]], [{"name": "a", "fields": [], "max_steps": float("inf")}]),
+    ],
+)
+def test_infinity_is_no_size(shards, tasks):
+    document = {"version": 1, "statistics": {}, "digests": {"index.parquet": "0" * 64}}
+    with pytest.raises(DataError):
+        parse(json.dumps(document | {"shards": shards, "tasks": tasks}).encode(), "x")
+
+
+def written(tmp_path, change, **changes):
+    """An index file whose table was changed."""
+    writer = TableWriter(tmp_path)
+    for i in range(3):
+        writer.add(record(i, **changes))
+    file = tmp_path / "index.parquet"
+    writer.finish(file, [SMALL], [Shard("s.tar", 1000)])
+    metadata, content = pq.read_metadata(file).metadata, change(pq.read_table(file))
+    with pq.ParquetWriter(file, content.schema) as out:
+        out.write_table(content)
+        out.add_key_value_metadata({k: metadata[k] for k in (b"tiphys", b"tiphys.crc32c")})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("hash", None),
+        ("rows", pa.array([2, None, 2], pa.int32())),
+        ("steps", pa.array([2.5, 2.0, 2.0])),
+        ("id", pa.array([1, 2, 3])),
+    ],
+)
+def test_columns_that_are_missing_or_have_other_types_are_refused(tmp_path, name, values):
+    def change(content):
+        place = content.schema.names.index(name)
+        return content.remove_column(place) if values is None else content.set_column(place, name, values)
+
+    with pytest.raises(DataError, match=f"index column '{name}'"):
+        arrays.decode(written(tmp_path, change), None, ["small"], ["s.tar"])
+
+
+@pytest.mark.parametrize("chunks", [Chunks("png", 1, [500, 0], [10, 10], [0, 0]), Chunks("png", 1, [0], [10], [0])])
+def test_chunks_in_another_order_or_number_are_refused(tmp_path, chunks):
+    file = written(tmp_path, lambda content: content, chunks={"image": chunks})
+    tasks, shards = table.read_tasks_and_shards(file)
+    with pytest.raises(DataError, match="chunk"):
+        arrays.check(arrays.decode(file, None, ["small"], ["s.tar"]), tasks, shards, "x")

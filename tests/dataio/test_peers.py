@@ -16,6 +16,7 @@ import pytest
 from tests.dataio.loading_fixtures import dataset, digest_batch
 from tests.dataio.test_loader import NEEDS, make_plan, rows_of
 from tests.servers import Host, two_hosts
+from tiphys.dataio import peers
 from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
 from tiphys.dataio.peers import MOST_UNITS, Peers, PeerServer, PeerSettings
 from tiphys.dataio.placement import Home
@@ -289,3 +290,18 @@ def test_fewer_processes_find_what_the_others_have_cached(tmp_path: Any) -> None
         dead = loader(Home(0, 1), start=4, stop=8)
         dead.connect_peers(["", second._peer_address])
         assert collect(dead) == (expected, 0.0)
+
+
+def test_silent_connections_do_not_shut_out_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_GREETING", 0.2)
+    monkeypatch.setattr(peers, "_MOST_CONNECTIONS", 4)
+
+    async def try_it() -> dict[int, bytes]:
+        server = PeerServer(PeerSettings("127.0.0.1", SECRET), "data", lambda unit: b"x")
+        host, port = (await server.start()).split(":")
+        silent = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
+        for reader, _ in silent:  # each is closed without an answer
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+        return await Peers([f"{host}:{port}"], SECRET, "data").read(0, [1], [1], 5.0)
+
+    assert asyncio.run(try_it()) == {1: b"x"}

@@ -88,3 +88,12 @@ def test_a_run_without_evaluation_or_steps_still_has_a_page(run):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         write_report(tmp_path)
+
+
+def test_numbers_of_another_type_cannot_become_markup(run):
+    (run / "evaluation.json").write_text(
+        (run / "evaluation.json").read_text().replace('"episodes": ', '"episodes": "<script>", "n": ')
+    )
+    text = write_report(run).read_text()
+    assert "<script>" not in text
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text

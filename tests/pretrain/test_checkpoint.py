@@ -400,3 +400,25 @@ def test_bf16_state_is_bit_equal(world: ParallelDims, tmp_path: Path) -> None:
         )
         equal(folder(tmp_path / last, 2), folder(tmp_path / name, 2))
         last = name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fragments": None},
+        {"rng": 3},
+        {"fragments": [{}]},
+        {"fragments": [{"name": "w", "shape": [-1], "start": 0, "numel": 1, "keys": ["master"], "step": None}]},
+        {"fragments": [{"name": "w", "shape": [2**61], "start": 0, "numel": 2, "keys": ["master"], "step": None}]},
+        {"fragments": [{"name": "w", "shape": [2**40], "start": 0, "numel": 2, "keys": ["master"], "step": None}]},
+        {"fragments": [{"name": "w", "shape": [9], "start": 0, "numel": 9, "keys": ["master"], "step": None}]},
+        {"fragments": [{"name": "w", "shape": [2], "start": 0, "numel": 2, "keys": ["m"], "step": None}]},
+        {"fragments": [{"name": "v", "shape": [2], "start": 0, "numel": 2, "keys": ["master"], "step": None}]},
+    ],
+)
+def test_an_invalid_index_of_a_rank_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = ck.write(part(1), tmp_path)
+    file = folder / "rank00000.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError):
+        ck.export_weights(Checkpoint(folder, {"step": 1, "world": 1}))

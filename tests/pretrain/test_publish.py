@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -18,8 +19,10 @@ pytest.importorskip("minigrid")
 
 import tests.pretrain.acting.acting_fixtures as acting
 from tests.hub import Hub
+from tiphys.dataio.episode import DataError
 from tiphys.pretrain import sources
 from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.card import model_card
 from tiphys.pretrain.evaluate import evaluate
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
@@ -305,3 +308,85 @@ def test_names_of_repositories_are_checked(folder):
         publish(folder, "hf://small")
     with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):  # tests run with the hub switched off
         publish(folder, "hf://owner/small")
+
+
+@pytest.mark.parametrize("name", ["notes.json", "model-1.safetensors", "secret.py", "README.md"])
+def test_what_a_link_points_at_is_never_published(folder, tmp_path, name):
+    copy = Path(publish(folder, str(tmp_path / "copy")))
+    (tmp_path / "id_rsa").write_text("PRIVATE KEY")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(tmp_path / "id_rsa")
+    (copy / "photos").symlink_to(tmp_path)
+    for to in (str(tmp_path / "new"), "memory://links"):
+        if name == "notes.json":
+            publish(copy, to)
+        else:
+            with pytest.raises(DataError, match=f"{name} is a link"):
+                publish(copy, to)
+    assert "PRIVATE" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "new").rglob("*") if p.is_file())
+    assert not (tmp_path / "new" / "photos").exists()
+
+
+def test_other_files_are_not_published(folder, tmp_path):
+    copy = Path(publish(folder, str(tmp_path / "copy")))
+    for name in (".env", "id_rsa", "data.csv"):
+        (copy / name).write_text("mine")
+    new = Path(publish(copy, str(tmp_path / "new")))
+    assert {p.name for p in new.iterdir()} == {p.name for p in copy.iterdir()} - {".env", "id_rsa", "data.csv"}
+
+
+def changed(folder: Path, tmp_path: Path, **values: Any) -> Path:
+    copy = Path(publish(folder, str(tmp_path / "copy")))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **values}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_attn_implementation": "evil/kernel"},
+        {"attn_implementation": "evil/kernel"},
+        {"experts_implementation": "evil/kernel"},
+        {"quantization_config": {"quant_method": "evil"}},
+        {"num_hidden_layers": 10**7},
+        {"hidden_size": "64"},
+        {"vocab_size": -1},
+        {"dropout": float("nan")},
+        {"ranges": [1]},
+        {"embedders": {"a": {"kind": "patch"}}},
+        {"num_hidden_layers": 3},
+    ],
+)
+def test_a_config_cannot_choose_code_or_impossible_sizes(folder, tmp_path, values):
+    with pytest.raises(DataError, match=r"config"):
+        Policy.load(changed(folder, tmp_path, **values), "cpu")
+
+
+def test_pickled_weights_are_not_loaded(folder, tmp_path):
+    copy = Path(publish(folder, str(tmp_path / "copy")))
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        Policy.load(copy, "cpu")
+
+
+def test_the_mode_follows_the_umask(folder, tmp_path):
+    old = os.umask(0o077)
+    try:
+        made = Path(publish(folder, str(tmp_path / "new")))
+    finally:
+        os.umask(old)
+    assert all(p.stat().st_mode & 0o077 == 0 for p in (made, *made.iterdir()))
+
+
+def test_a_tasks_name_cannot_leave_the_examples_of_the_card(folder):
+    config = json.loads((folder / "config.json").read_text())
+    processor = json.loads((folder / "processor.json").read_text())
+    name = 'x")\nimport os\n```\n<script>'
+    processor["tasks"] = [{**processor["tasks"][0], "name": name, "environment": "CartPole-v1"}]
+    text = model_card(config, processor, None)
+    code = text.split("```python\n")[1].split("```")[0]
+    assert ast.literal_eval(code.split(".policy(")[1].split("\n")[0].rstrip(")")) == name
+    assert "\nimport os" not in code

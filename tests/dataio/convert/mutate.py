@@ -39,22 +39,22 @@ def mutate(name: str, data: bytes, rng: random.Random) -> bytes:
     """A damaged copy of a file. The suffix of its name decides which damage is possible."""
     inside = rng.random() < 0.6
     if inside and name.endswith((".json", ".zarray")):
-        return json.dumps(_tree(json.loads(data), rng)).encode()
+        return json.dumps(tree(json.loads(data), rng)).encode()
     if inside and name.endswith(".jsonl"):
         lines = data.splitlines()
         at = rng.randrange(len(lines))
-        lines[at] = json.dumps(_tree(json.loads(lines[at]), rng)).encode()
+        lines[at] = json.dumps(tree(json.loads(lines[at]), rng)).encode()
         return b"\n".join(lines)
     if inside and ".tfrecord" in name:
         return _tfrecord(data, rng)
     if inside and name.endswith(".gz"):
-        return gzip.compress(_bytes(gzip.decompress(data), rng), 1)
+        return gzip.compress(flipped(gzip.decompress(data), rng), 1)
     if inside and name.endswith((".npz", ".zip")):
         return _zip(data, rng)
-    return _bytes(data, rng)
+    return flipped(data, rng)
 
 
-def _bytes(data: bytes, rng: random.Random) -> bytes:
+def flipped(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         if not out:
@@ -82,13 +82,13 @@ def _bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def _tree(value: Any, rng: random.Random, depth: int = 0) -> Any:
+def tree(value: Any, rng: random.Random, depth: int = 0) -> Any:
     """The JSON value with one of its parts replaced, removed or repeated."""
     if isinstance(value, dict) and value and (depth < 1 or rng.random() < 0.85):
         key = rng.choice(sorted(value))
         if rng.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
-        return {**value, key: _tree(value[key], rng, depth + 1)}
+        return {**value, key: tree(value[key], rng, depth + 1)}
     if isinstance(value, list) and value and rng.random() < 0.8:
         at = rng.randrange(len(value))
         kind = rng.randrange(4)
@@ -96,9 +96,9 @@ def _tree(value: Any, rng: random.Random, depth: int = 0) -> Any:
             return value[:at] + value[at + 1 :]
         if kind == 1:
             return [*value, value[at]]
-        return [*value[:at], _tree(value[at], rng, depth + 1), *value[at + 1 :]]
+        return [*value[:at], tree(value[at], rng, depth + 1), *value[at + 1 :]]
     if isinstance(value, str) and rng.random() < 0.3:
-        return _bytes(value.encode(), rng).decode("utf-8", "replace")
+        return flipped(value.encode(), rng).decode("utf-8", "replace")
     return rng.choice((*_VALUES, *_NUMBERS))
 
 
@@ -110,7 +110,7 @@ def _tfrecord(data: bytes, rng: random.Random) -> bytes:
         found.append(data[at + 12 : at + 12 + size])
         at += 16 + size
     number = rng.randrange(len(found))
-    found[number] = _bytes(found[number], rng)
+    found[number] = flipped(found[number], rng)
     return tfrecord(found)
 
 

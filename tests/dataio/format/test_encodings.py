@@ -143,3 +143,30 @@ def test_pictures_of_16_bits_are_refused():
     Image.fromarray(np.full((8, 6), 300, np.uint16)).save(out, "PNG")
     with pytest.raises(DataError, match="more than 8 bits"):
         decode(out.getvalue(), "png", 1, (8, 6, 3))
+
+
+def growing_video(small, large, frames):
+    """An AV1 whose first frame is small and whose others are large. Its header knows only the first."""
+    import av
+
+    sizes = [(1, small), (frames - 1, large)]
+    parts = [encode(np.zeros((n, side, side, 3), np.uint8), Encoding("av1", frames))[0] for n, side in sizes]
+    out, at = io.BytesIO(), 0
+    with av.open(out, "w", format="mp4") as target:
+        stream = target.add_stream("libsvtav1", rate=30, options={"preset": "8", "svtav1-params": "lp=1"})
+        stream.width = stream.height = small
+        stream.pix_fmt = "yuv420p"
+        for part in parts:
+            with av.open(io.BytesIO(part)) as source:
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.stream, packet.pts, packet.dts, at = stream, at * 1000, at * 1000, at + 1
+                        target.mux(packet)
+    return out.getvalue()
+
+
+def test_a_frame_larger_than_the_header_claims_is_refused_before_it_is_decoded():
+    with pytest.raises(DataError, match=r"result out of range|a frame of"):
+        decode(growing_video(64, 1024, 3), "av1", 3, (0, 0, 3))
+    with pytest.raises(DataError, match="a frame of 96×96, but claims 64×64"):
+        decode(growing_video(64, 96, 3), "av1", 3, (0, 0, 3))

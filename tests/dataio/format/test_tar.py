@@ -106,3 +106,52 @@ def test_npy_headers_are_read_and_bad_ones_refused():
     ):
         with pytest.raises(DataError):
             npy_header(bad)
+
+
+def with_extension(file, body, kind=tarfile.XHDTYPE, size=None):
+    """A tar whose one member has an extended header with this body."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = kind, len(body) if size is None else size
+    member = tarfile.TarInfo("a.txt")
+    padded = body + bytes(-len(body) % 512)
+    file.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + padded + member.tobuf(tarfile.USTAR_FORMAT) + bytes(1024))
+    return file
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("body", "kind", "reason"),
+    [
+        (b"14 size=-1536\n", tarfile.XHDTYPE, "not read"),
+        (b"1" * 300_000, tarfile.XHDTYPE, "300000 bytes"),
+        (b"1" * 60_000, tarfile.XHDTYPE, "damaged"),
+        (b"1" * 60_000, tarfile.XGLTYPE, "damaged"),
+        (b"99 a=b\n", tarfile.XHDTYPE, "damaged"),
+        (b"a" * 100_000, tarfile.GNUTYPE_LONGNAME, "100000 bytes"),
+        (b"22 GNU.sparse.major=1\n", tarfile.XHDTYPE, "not read"),
+        (b"", tarfile.GNUTYPE_SPARSE, "sparse"),
+    ],
+)
+def test_extended_headers_that_take_for_ever_are_refused(tmp_path, body, kind, reason):
+    with pytest.raises(DataError, match=reason):
+        list(members(with_extension(tmp_path / "t.tar", body, kind)))
+
+
+def test_sizes_below_zero_are_refused(tmp_path):
+    file = make(tmp_path / "t.tar", [("a.json", b"{}")])
+    header = bytearray(file.read_bytes())
+    header[124:136] = b"\xff" * 11 + b"\0"  # base 256: negative
+    header[148:156] = b"%06o\0 " % sum(bytes(header[:148]) + b" " * 8 + bytes(header[156:512]))
+    file.write_bytes(header)
+    with pytest.raises(DataError, match=r"claims -"):
+        list(members(file))
+
+
+@pytest.mark.timeout(60)
+def test_many_extended_headers_in_a_row_are_refused(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 7
+    block = info.tobuf(tarfile.USTAR_FORMAT) + b"7 a=bc\n".ljust(512, b"\0")
+    (tmp_path / "t.tar").write_bytes(block * 5000 + bytes(1024))
+    with pytest.raises(DataError, match="damaged"):
+        list(members(tmp_path / "t.tar"))

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.storage import AccessError, Store
+from tiphys.dataio.stores.schemes import check_url
 
 DATA = bytes(range(256)) * 400
 EXPIRED = Fault(status=400, code="ExpiredToken")
@@ -93,3 +96,32 @@ def test_renewed_keys_from_a_program_are_found(
     accepted.clear()
     with pytest.raises(AccessError, match=r"shard.*ExpiredToken"):
         read(store)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secretword@host/data",
+        "https://secretword@host/data",
+        "https://host/data?X-Amz-Signature=secretword",
+        "az://container/data?sig=secretword",
+        "sftp://user:secretword@host/data",
+        "s3://secretword@bucket/data",
+    ],
+)
+def test_urls_with_credentials_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+    for use in (Store, EpisodeIndex.open, lambda u: Store(str(tmp_path)).read(f"{u}/x")):
+        with pytest.raises(DataError, match="a URL must not") as caught:
+            use(url)
+        assert "secretword" not in str(caught.value)
+
+
+def test_a_user_or_a_container_may_stand_in_a_url() -> None:
+    for url in (
+        "sftp://user@host/data",
+        "abfs://container@account/data",
+        "s3://bucket/data",
+        "/data?x/y@z",
+        "file:///a?b",
+    ):
+        check_url(url)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.servers import Fault, FaultyFront, Request, moto_server, s3_environment
 from tiphys.dataio.atomic import atomic_file
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import redacted
 from tiphys.dataio.storage import AccessError, ObjectChanged, Store, StoreError
-from tiphys.dataio.stores.backend import redacted
 from tiphys.dataio.stores.limit import RequestLimit
 from tiphys.dataio.stores.ranges import join_ranges
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,7 +261,39 @@ def test_acting_needs_no_dataset_code():
     mine = {
         "tiphys.dataio.episode",
         "tiphys.dataio.philox",
+        "tiphys.dataio.stored",
         "tiphys.pretrain.acting.processor",
         "tiphys.pretrain.acting.history",
     }
     assert set(found) == packages | mine | {f"tiphys.pretrain.tokens.{f}" for f in files}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("tasks",), 5),
+        (("tasks", 0, "fields", 0, "shape"), [2**62]),
+        (("vocabulary", "size"), 10**30),
+        (("vocabulary", "separator"), -1),
+        (("vocabulary", "text_tokenizer"), "{}"),
+        (("vocabulary", "embedders", "patch:3", "shape"), [16, 16]),
+        (("objectives", "it"), []),
+        (("objectives", "it", "prompt_steps"), "2"),
+        (("objectives", "it", "timesteps", "camera", "elements", 1, "size"), 2**40),
+        (("objectives", "it", "timesteps", "camera", "elements", 1, "codec", "shape"), [2**31, 2**31, 3]),
+        (("objectives", "it", "timesteps", "camera", "elements", 3, "codec", "first"), -7),
+        (("objectives", "it", "timesteps", "camera", "chunk"), 0),
+        (("best_return", "camera"), "high"),
+        (("length",), 0),
+        (("more",), 1),
+    ],
+)
+def test_an_invalid_processor_is_refused_with_the_place(path: Any, value: Any) -> None:
+    values = json.loads((Path(__file__).parent / "data" / "processor.json").read_text())
+    Processor.from_dict(values)
+    inner = values
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(DataError, match=r"processor\.json|vocabulary|tokenizer|codec"):
+        Processor.from_dict(values)

@@ -76,3 +76,10 @@ def test_a_tokenizer_json_is_used_unchanged_and_must_fit(tmp_path):
         load(str(file), 300)
     with pytest.raises(DataError, match="100 ids are too few; at least 256"):
         learn([], 100)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_only_regular_files_are_tokenizers(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match="not a regular file"):
+        load(str(tmp_path / name), 300)
