@@ -58,6 +58,7 @@ class FakeIndex:
     def __init__(self, tasks: Sequence[TaskSpec], episodes: int = 40, seed: int = 0, url: str = "fake"):
         rng = np.random.default_rng(seed)
         self.url = self.fingerprint = url
+        self.document: dict[str, Any] = {}
         self.tasks = tuple(tasks)
         self.task = (np.arange(episodes) % len(tasks)).astype(np.int32)
         acts = np.array([any(f.role == "action" for f in t.fields) for t in tasks])
