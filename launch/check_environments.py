@@ -1,21 +1,17 @@
-"""Whether the policy of a recipe can act in the environments of `evaluate.tasks`. Each is made once, in a child process."""
+"""Whether the policy of a recipe can act in the environments of `evaluate.tasks`. They are made once, in a child process."""
 
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from tiphys.dataio.environments.fitting import misfits
 from tiphys.dataio.environments.modules import module_of
 from tiphys.dataio.environments.probe import declared
-from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.objectives import Objectives
 from tiphys.recipes.schema import Recipe
-
-_AT_ONCE = 4  # children
 
 
 def environment_errors(recipe: Recipe, objectives: Objectives, where: Callable[[str], str]) -> Iterator[str]:
@@ -27,31 +23,31 @@ def environment_errors(recipe: Recipe, objectives: Objectives, where: Callable[[
     if not names:
         return
     processor = Processor.from_dict(objectives.processor())
+    places: dict[str, str] = {}  # name of a task whose environment is to be made -> its place
+    for number, name in enumerate(names):
+        place = where(f"evaluate.tasks[{number}]")
+        if problem := _problem(name, processor):
+            yield f"{place}: {problem}"
+        else:
+            places.setdefault(name, place)
+    tasks = [processor.tasks[name] for name in places]
     modules = [*recipe.evaluate.modules, *filter(None, map(module_of, names))]
-
-    def problems(name: str) -> list[str]:
-        return list(_problems(name, processor, modules))
-
-    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
-        for number, found in enumerate(pool.map(problems, names)):
-            for problem in found:
-                yield f"{where(f'evaluate.tasks[{number}]')}: {problem}"
+    for task, found in zip(tasks, declared([t.environment for t in tasks], modules), strict=True):
+        if isinstance(found, DataError):
+            yield f"{places[task.name]}: {found}"
+        else:
+            for problem in misfits(task, processor.used_fields(task.name), found.fields):
+                yield f"{places[task.name]}: {problem}"
 
 
-def _problems(name: str, processor: Processor, modules: list[str]) -> Iterator[str]:
-    known: dict[str, TaskSpec] = dict(processor.tasks)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"The tasks are {', '.join(known)}."
-        yield f"no task that is trained is called {name!r}. {hint}"
-        return
-    task = known[name]
+def _problem(name: str, processor: Processor) -> str:
+    """Why no environment can be made for a task; empty if one can be tried."""
+    if name not in processor.tasks:
+        near = difflib.get_close_matches(name, processor.tasks, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"The tasks are {', '.join(processor.tasks)}."
+        return f"no task that is trained is called {name!r}. {hint}"
     if not processor.layouts[processor.objective(name)][name].has_actions:
-        yield f"task {name!r} has no actions, so no policy can act in it"
-    elif not task.environment:
-        yield f"task {name!r} has no environment; set `environment` in a mapping file and convert the data again"
-    else:
-        try:
-            yield from misfits(task, processor.used_fields(name), declared(task.environment, modules).fields)
-        except DataError as error:
-            yield str(error)
+        return f"task {name!r} has no actions, so no policy can act in it"
+    if not processor.tasks[name].environment:
+        return f"task {name!r} has no environment; set `environment` in a mapping file and convert the data again"
+    return ""

@@ -78,13 +78,11 @@ def fitted(action: Any, space: Any, where: str, name: str = "action") -> Any:
     value = value.reshape(shape)
     if kind == "Box" and np.issubdtype(space.dtype, np.floating):
         return value.astype(space.dtype, copy=False)
-    if not np.array_equal(value, np.rint(value)):
-        raise DataError(
-            f"{where}, field {name!r}: the action {value.tolist()} is not whole, but the environment takes {space}"
-        )
-    if not space.contains(value.astype(space.dtype)):
+    with np.errstate(invalid="ignore"):
+        whole = value.astype(space.dtype)
+    if not np.array_equal(whole, value) or not space.contains(whole):
         raise DataError(f"{where}, field {name!r}: the action {value.tolist()} is not in {space}")
-    return int(value) if kind == "Discrete" else value.astype(space.dtype, copy=False)
+    return int(whole) if kind == "Discrete" else whole
 
 
 def _part(action: Any, key: Any, where: str, name: str) -> Any:

@@ -42,7 +42,8 @@ def test_an_action_gets_shape_and_dtype_of_the_space():
     [
         (np.zeros(3), r"task 't', field 'action': the action has shape \(3,\).*takes \(\)"),
         (7, r"the action 7 is not in Discrete\(2\)"),
-        (0.4, "0.4 is not whole"),
+        (0.4, r"the action 0.4 is not in Discrete\(2\)"),
+        (np.array([300, 0, 0, 0]), "the action has shape"),
         ("left", "the action has shape"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import pytest
 from tests.processes import REPOSITORY
 from tiphys.dataio import environments
 from tiphys.dataio.environments.agents import agent
-from tiphys.dataio.environments.probe import declared
-from tiphys.dataio.episode import DataError
+from tiphys.dataio.environments.probe import LIMIT, declared
+from tiphys.dataio.episode import DataError, TaskSpec
 
 pytest.importorskip("gymnasium")
 pytestmark = pytest.mark.envs
@@ -47,6 +48,13 @@ pathlib.Path("imported").touch()
 """
 
 
+def made(name: str, modules: Sequence[str] = ("my_line",), limit: float = LIMIT) -> TaskSpec:
+    (found,) = declared([name], modules, limit)
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A current folder with the modules `my_line` and `helper_of_mine`."""
@@ -57,13 +65,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_module_of_the_current_folder_is_found(folder):
-    assert declared("my_line:Line-v0", ["my_line"]).max_steps == 7
+    assert made("my_line:Line-v0").max_steps == 7
 
 
 def test_a_module_that_only_data_name_is_not_imported(folder):
     for modules in ([], ["my"], ["my_line.more"]):
         with pytest.raises(DataError, match=r"'my_line'.*comes from data.*evaluate\.modules: \[my_line\]"):
-            declared("my_line:Line-v0", modules)
+            made("my_line:Line-v0", modules)
     environments.allow(tasks=["my_line"])  # the name of a task allows nothing
     with pytest.raises(DataError, match="comes from data"):
         environments.make("my_line:Line-v0")
@@ -72,17 +80,19 @@ def test_a_module_that_only_data_name_is_not_imported(folder):
     assert not (folder / "imported").exists()
 
 
-def test_an_environment_that_hangs_crashes_or_fails_harms_nobody(folder):
-    with pytest.raises(DataError, match=r"'my_line:Hang-v0' was not made within 8 seconds"):
-        declared("my_line:Hang-v0", ["my_line"], limit=8)
-    with pytest.raises(DataError, match=r"'my_line:Crash-v0': making it ended the process \(signal 6\)"):
-        declared("my_line:Crash-v0", ["my_line"])
-    with pytest.raises(DataError, match=r"'my_line:Fail-v0' cannot be made: KeyError: 'no level file'"):
-        declared("my_line:Fail-v0", ["my_line"])
-    with pytest.raises(DataError, match=r"did you mean my_line:Line-v0"):
-        declared("my_line:Lime-v0", ["my_line"])
+def test_an_environment_that_hangs_crashes_or_fails_harms_no_other(folder):
+    names = ["Fail-v0", "Crash-v0", "Line-v0", "Hang-v0", "Lime-v0"]
+    fail, crash, line, hang, lime = declared([f"my_line:{n}" for n in names], ["my_line"], limit=6)
+    assert "'my_line:Fail-v0' cannot be made: KeyError: 'no level file'" in str(fail)
+    assert "'my_line:Crash-v0': making it ended the process (signal 6)" in str(crash)
+    assert isinstance(line, TaskSpec)
+    assert "'my_line:Hang-v0': it was not made within 6 seconds" in str(hang)
+    assert "did you mean my_line:Line-v0" in str(lime)
+
+
+def test_a_module_that_does_not_exist_is_named(folder):
     with pytest.raises(DataError, match=r"'not_there' cannot be imported.*installed, on PYTHONPATH, or in the current"):
-        declared("not_there:Line-v0", ["not_there"])
+        made("not_there:Line-v0", ["not_there"])
 
 
 def test_entry_points_of_installed_packages_are_found(folder):
