@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_the_field_is_the_same_from_json(space):
     from tiphys.dataio.environments.family import space_fields
 
     ours = space_fields(space, gymnasium.spaces.Discrete(2))[0]
-    theirs = json_spaces.spec("observation", serialize(space, to_string=False), "here")
+    theirs = json_spaces.spec("observation", json.loads(serialize(space, to_string=True)), "here")
     names = ("modality", "shape", "low", "high", "values", "dtype")
     if ours.modality == "image":  # every image ranges from 0 to 255
         names = ("modality", "shape", "dtype")
