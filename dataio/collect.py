@@ -19,7 +19,9 @@ import numpy as np
 
 from tiphys.dataio import environments
 from tiphys.dataio.casting import checked_cast
-from tiphys.dataio.environments import Environment, Expert, ExpertLost
+from tiphys.dataio.environments import Environment, Expert, ExpertLost, allow
+from tiphys.dataio.environments.fitting import fitted
+from tiphys.dataio.environments.modules import allowed
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.observation import observation_fields
@@ -80,9 +82,9 @@ def collect(
 ) -> EpisodeIndex:
     """Collect `episodes` demonstrations of each task into one dataset.
 
-    tasks           name or names of tasks, or a mapping from names to numbers of episodes
+    tasks           name or names of tasks, or a mapping from names to numbers of episodes; `module:EnvId` imports the module
     seed            the first episode's seed
-    noise           largest disturbance of the executed action (see `Family.disturb`); None: the default of the family
+    noise           largest disturbance of the executed action (see `Family.disturb`), at least 0; None: the default of the family
     processes       0: one for each core; 1: only this process
     policy          makes the expert for a task and its environment; None: the family's own expert
     score_episodes  number of episodes that measure the random and the expert score of each task
@@ -95,6 +97,9 @@ def collect(
     from tiphys.dataio.shards import ShardWriter
 
     counts = _counts(tasks, episodes)
+    if noise is not None and not 0 <= noise < np.inf:
+        raise DataError(f"noise {noise} is not a number of at least 0")
+    allow(tasks=counts)
     for task, count in counts.items():
         if seed < 0 or seed + count > SCORE_SEEDS:
             raise DataError(
@@ -132,7 +137,7 @@ class Players:
     """Processes that play episodes. Each makes its environments once. Results come in the order of the jobs."""
 
     def __init__(self, processes: int, policy: ExpertFactory | None = None) -> None:
-        self._workers = Workers(processes, _start, policy)
+        self._workers = Workers(processes, _start, policy, allowed())
 
     def __enter__(self) -> Players:
         return self
@@ -252,7 +257,7 @@ def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
     def act(observation: Any, taken: Any) -> tuple[Any, Any]:
         if taken is None:
             expert.reset()
-        action = expert.act(observation, taken)
+        action = fitted(expert.act(observation, taken), env.action_space, f"task {task!r}")
         return action, (family.disturb(action, env.action_space, noise, rng) if noise else action)
 
     return act
@@ -316,9 +321,10 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
 _policy: ExpertFactory | None = None
 
 
-def _start(policy: ExpertFactory | None) -> None:
+def _start(policy: ExpertFactory | None, modules: Sequence[str] = ()) -> None:
     global _policy
     _policy = policy
+    allow(modules)
     _expert.cache_clear()
 
 

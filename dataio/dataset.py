@@ -133,6 +133,7 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
         "tasks": tasks,
         "fields": fields,
         "quarantined": len(index.document.get("quarantine", [])),
+        "skipped": int(index.document.get("skipped", 0)),
     }
 
 

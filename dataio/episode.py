@@ -33,10 +33,11 @@ class FieldSpec:
     shape : tuple[int, ...]
         Shape of one step, without time; () for a scalar or a text. An image whose size varies has 0 for that extent.
     low, high : tuple[float, ...] or None
-        Bounds of the space, which broadcast over `shape`; None if it has none. Those of an image are the values of black and
-        white (`image_range`).
+        Lowest and highest value of each entry: one number for all entries, one for each (in C order), or one for each element
+        of the last axis. None if there is no bound. They are the range of a discrete field if both are given. Those of an
+        image are the values of black and white (`image_range`).
     values : int
-        Number of values of a discrete field, the largest over its elements; 0: unknown.
+        Number of values of a discrete field, the largest over its entries; 0: unknown. Without low and high, values begin at 0.
     per : str
         `step`: one value for each step. `episode`: one value for the whole episode, such as an instruction.
     unit : str
@@ -71,10 +72,21 @@ class FieldSpec:
             if value is not None:
                 object.__setattr__(self, key, tuple(value))
 
+    def entries(self, bound: tuple[float, ...]) -> np.ndarray:
+        """`low` or `high` for each entry, float64 of the field's shape. Raises DataError if it has another number of elements."""
+        array = np.asarray(bound, np.float64)
+        try:
+            return array.reshape(self.shape) if array.size == _size(self.shape) else np.broadcast_to(array, self.shape)
+        except ValueError:
+            raise DataError(
+                f"field {self.name!r}: low and high need one number, or one for each entry of shape {self.shape}, but one of "
+                f"them has {array.size}; correct it in the mapping file and convert again"
+            ) from None
+
     @property
     def bytes_per_step(self) -> int:
         """Bytes of one step, uncompressed; 0 for text, whose length varies, and for an image whose size varies."""
-        return 0 if self.dtype == "str" else int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return 0 if self.dtype == "str" else int(np.dtype(self.dtype).itemsize * _size(self.shape))
 
     @property
     def image_range(self) -> tuple[float, float] | None:
@@ -95,9 +107,8 @@ class FieldSpec:
         count = 0
         for bound, beyond in ((self.low, np.less), (self.high, np.greater)):
             if bound is not None:
-                limit = np.asarray(bound, np.float64)
-                every = limit.size == np.prod(self.shape, dtype=np.int64)
-                count += int(beyond(values, limit.reshape(self.shape) if every else limit).sum())
+                limit = np.asarray(bound, np.float64) if 0 in self.shape else self.entries(bound)
+                count += int(beyond(values, limit).sum())
         return count
 
 
@@ -120,7 +131,12 @@ class TaskSpec:
     expert : float or None
         Mean score of the expert; None: not measured.
     max_steps : int
-        Horizon of the environment in steps; 0: unknown.
+        Horizon in steps, to which `random` and `expert` refer; 0: that of the environment. An evaluation ends episodes there.
+
+    Raises
+    ------
+    DataError
+        If `normalise` is neither word, or `max_steps` is not a whole number of at least 0.
     """
 
     name: str
@@ -135,6 +151,14 @@ class TaskSpec:
         object.__setattr__(
             self, "fields", tuple(f if isinstance(f, FieldSpec) else FieldSpec(**f) for f in self.fields)
         )
+
+        if self.normalise not in ("return", "success"):
+            raise DataError(f"task {self.name!r}: normalise {self.normalise!r} is neither 'return' nor 'success'")
+        steps = self.max_steps
+        whole = isinstance(steps, int) or (isinstance(steps, float) and steps.is_integer())  # YAML reads 1e3 as a float
+        if isinstance(steps, bool) or not whole or steps < 0:
+            raise DataError(f"task {self.name!r}: max_steps {steps!r} is not a whole number of at least 0")
+        object.__setattr__(self, "max_steps", int(steps))
 
     def field(self, name: str) -> FieldSpec:
         """The field of this name. Raises DataError if there is none."""
@@ -249,3 +273,7 @@ class Needs:
 
     fields: tuple[str, ...]  # names of the fields; other fields are never fetched
     after: int = 0  # rows after the window's last step
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

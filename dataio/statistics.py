@@ -9,7 +9,7 @@ moments depend on it only by rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -291,12 +291,6 @@ def _kept_shape(spec: FieldSpec) -> tuple[int, ...]:
 def _count_outside(sketch: Sketch, spec: FieldSpec, values: np.ndarray) -> None:
     if spec.low is None or spec.high is None or not values.size:
         return
-    low, high = (_bound(b, spec.shape) for b in (spec.low, spec.high))
+    low, high = spec.entries(spec.low), spec.entries(spec.high)
     sketch.outside += int(((values < low) | (values > high)).sum())
     sketch.elements += values.size
-
-
-def _bound(bound: Sequence[float], shape: tuple[int, ...]) -> np.ndarray:
-    """A bound as an array that broadcasts over a step. It is given for every element, or is one number for all."""
-    array = np.asarray(bound, np.float64)
-    return array.reshape(shape) if array.size == np.prod(shape, dtype=np.int64) else array

@@ -39,11 +39,14 @@ SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCos
 Where = Callable[[str], str]
 
 
-def check(path: str | Path, overrides: Iterable[str] = (), *, world: int = 0, data: bool = True) -> Recipe:
+def check(
+    path: str | Path, overrides: Iterable[str] = (), *, world: int = 0, data: bool = True, environments: bool = True
+) -> Recipe:
     """The recipe, if nothing is wrong with it. Raises RecipeError with everything that is wrong.
 
     world   number of processes it is meant for; 0: unknown, so that only what fails on every number of processes is an error
     data    also open the datasets and apply the objectives to their tasks
+    environments  with `data`: also make each environment of `evaluate.tasks` once
     """
     seen = examine(path, overrides)
     errors = list(seen.errors)
@@ -55,7 +58,7 @@ def check(path: str | Path, overrides: Iterable[str] = (), *, world: int = 0, da
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
     if data:
-        errors += _data(recipe, seen)
+        errors += _data(recipe, seen, environments)
         if errors:
             raise RecipeError(errors)
     return recipe
@@ -179,8 +182,9 @@ def _objectives(seen: Examined) -> Iterator[str]:
             yield f"{where(f'data.mixture[{i}].objective')}: no objective is called {wanted!r}. {hint}"
 
 
-def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
+def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.launch.check_environments import environment_errors
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -192,6 +196,9 @@ def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
     if len(indexes) < len(recipe.data.mixture):
         return
     try:
-        Objectives(recipe, indexes)
+        objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
+    else:
+        if environments:
+            yield from environment_errors(recipe, objectives, seen.where)

@@ -163,7 +163,9 @@ def _run_commands(commands: Any) -> None:
 def _data_commands(commands: Any) -> None:
     p = commands.add_parser("collect", help="let an expert act in environments and record its episodes as a dataset")
     p.add_argument(
-        "tasks", nargs="+", help="environments, e.g. BabyAI-GoToRedBallGrey-v0 metaworld/reach-v3 CartPole-v1"
+        "tasks",
+        nargs="+",
+        help="environments, e.g. BabyAI-GoToRedBallGrey-v0 CartPole-v1, or module:EnvId for one of your own",
     )
     p.add_argument("--to", required=True, help="folder or URL of the new dataset (required)")
     p.add_argument("--episodes", type=int, default=1000, help="number of episodes of each task (default: %(default)s)")
@@ -172,15 +174,16 @@ def _data_commands(commands: Any) -> None:
         "--noise",
         type=float,
         default=-1.0,
-        help="disturbance of the executed action: for continuous actions the standard deviation in half-ranges, for discrete "
-        "ones the probability of a random action (default: -1, the usual value of the environment family)",
+        help="largest disturbance of the executed action; each episode draws its own between 0 and this. Continuous actions: "
+        "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none "
+        "(default: -1, the usual value of the environment family)",
     )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(
         "--policy",
         default="",
-        help="expert to use: folder of a Tiphys policy, zip of a Stable-Baselines3 agent, or module:function "
-        "(default: the expert of the environment family)",
+        help="expert to use: folder of a Tiphys policy, zip of a Stable-Baselines3 agent, or module:name of a function of the "
+        "observation or of a class with act(observation) (default: the expert of the environment family)",
     )
     p.add_argument(
         "--trust-policy",
@@ -276,7 +279,11 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
     p.add_argument("first", help="folder or URL of the first new dataset")
     p.add_argument("second", help="folder or URL of the second new dataset")
     p.add_argument(
-        "--share", type=float, default=0.1, help="fraction of the episodes that go to the second (default: %(default)s)"
+        "--share",
+        type=float,
+        default=0.1,
+        help="fraction of the episodes that go to the second, about, because a hash of its id decides for each episode "
+        "(default: %(default)s)",
     )
     p.set_defaults(command="split")
     p = actions.add_parser(
@@ -337,6 +344,12 @@ def _policy_commands(commands: Any) -> None:
         nargs="*",
         default=[],
         help="datasets that the policy learned from: also report the share of states that they contain (default: none)",
+    )
+    p.add_argument(
+        "--modules",
+        nargs="*",
+        default=[],
+        help="Python modules that environments named module:EnvId may import (default: those of --tasks)",
     )
     p.add_argument(
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"

@@ -29,7 +29,13 @@ def train(args: Namespace) -> int:
     from tiphys.launch.check import check
     from tiphys.launch.submit import submit
 
-    check(args.recipe, args.overrides, world=args.processes if not args.hostfile else 0)
+    # with a hostfile, the environments are played on the first host, which may be another machine than this
+    check(
+        args.recipe,
+        args.overrides,
+        world=args.processes if not args.hostfile else 0,
+        environments=not args.hostfile,
+    )
     return submit(
         args.recipe,
         args.overrides,
@@ -272,6 +278,7 @@ def evaluate(args: Namespace) -> int:
         pictures=args.pictures,
         videos=args.videos,
         demonstrations=args.demonstrations,
+        modules=args.modules,
         device=args.device,
     )
     print(scores(found))

@@ -136,7 +136,9 @@ def summary(found: Mapping[str, Any]) -> str:
     """What `tiphys.dataio.dataset.inspect` returned, as text."""
     lines = [
         f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {human_bytes(found['bytes'])} "
-        f"in {found['shards']} shards" + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
+        f"in {found['shards']} shards"
+        + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
+        + (f", {found['skipped']} samples without a picture left out" if found.get("skipped") else "")
     ]
     rows = [
         (

@@ -81,6 +81,7 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
         "processes": e.processes,
         "sample": e.sample,
         "videos": e.videos,
+        "modules": e.modules,
         "demonstrations": sorted({entry.dataset for entry in recipe.data.mixture}),
     }
 

@@ -18,8 +18,10 @@ import numpy as np
 
 from tiphys.dataio import environments
 from tiphys.dataio.atomic import finite, write_json
-from tiphys.dataio.collect import EVALUATION_SEEDS
+from tiphys.dataio.collect import EVALUATION_SEEDS, LONGEST
 from tiphys.dataio.environments import Environment
+from tiphys.dataio.environments.fitting import misfits
+from tiphys.dataio.environments.modules import allowed
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.pretrain.acting.play import Played, play_group
@@ -43,6 +45,7 @@ def evaluate(
     pictures: str | Path = "",
     videos: int = 1,
     demonstrations: Sequence[str] = (),
+    modules: Sequence[str] = (),
     device: str = "",
 ) -> dict[str, Any]:
     """Play episodes of each task with a policy, and score them.
@@ -52,7 +55,7 @@ def evaluate(
     folder : str or Path
         The folder of a policy, as for `Policy.load`.
     tasks : sequence of str, optional
-        Names of the tasks. None: every task of the policy that has an environment.
+        Names of the tasks. None: every task of the policy that has an environment. A name ``module:EnvId`` allows its module.
     episodes : int
         Episodes of each task.
     seed : int
@@ -69,6 +72,9 @@ def evaluate(
         Film strips of each task.
     demonstrations : sequence of str
         Datasets that the policy was trained on. With them, the result says which share of the evaluation's states they contain.
+    modules : sequence of str
+        Python modules that environments named ``module:EnvId`` may import. Others are refused, because a policy or its data name
+        them.
     device : str
         As for `Policy.load`.
 
@@ -81,10 +87,12 @@ def evaluate(
     Raises
     ------
     DataError
-        If the policy has no such task, if a task has no environment, or if ``episodes`` is less than 1.
+        If the policy has no such task, if a task has no environment or one whose spaces do not fit, or if ``episodes`` is less
+        than 1.
     EnvironmentFault
         If an environment raises.
     """
+    environments.allow(modules, tasks or ())
     specs = _specs(folder, tasks)
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
@@ -92,7 +100,7 @@ def evaluate(
     jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
     count = min(processes or os.cpu_count() or 1, len(jobs))
     played: dict[str, list[Played]] = {spec.name: [] for spec in specs}
-    with Workers(count, _start, str(folder), sample, device) as workers:
+    with Workers(count, _start, str(folder), sample, device, allowed()) as workers:
         for job, group in zip(jobs, workers.in_order(jobs), strict=True):
             played[job.spec.name] += group
         found = {spec.name: summary(spec, [p.outcome for p in played[spec.name]]) for spec in specs}
@@ -141,10 +149,13 @@ class _Group:
 
     def __call__(self) -> list[Played]:
         assert _policy is not None
-        made = _environments(self.spec.environment)
-        while len(made) < len(self.seeds):
-            made.append(environments.make(self.spec.environment))
-        return play_group(_policy, self.spec, made[: len(self.seeds)], self.seeds)
+        stage = _stage(self.spec)
+        problems = list(misfits(self.spec, _policy.processor.used_fields(self.spec.name), stage.declared))
+        if problems:
+            raise DataError("; ".join(problems))
+        return play_group(
+            _policy, self.spec, stage.environments(len(self.seeds)), self.seeds, stage.limit, stage.declared
+        )
 
 
 @dataclass(frozen=True)
@@ -185,18 +196,41 @@ class _Demonstrated:
 _policy: Policy | None = None
 
 
-def _start(folder: str, sample: bool, device: str) -> None:
+def _start(folder: str, sample: bool, device: str, modules: Sequence[str] = ()) -> None:
     global _policy
     import torch
 
     from tiphys.pretrain.acting.policy import Policy
 
+    environments.allow(modules)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # the worker processes share the cores
     _policy = Policy.load(folder, device, sample=sample)
 
 
+class _Stage:
+    """The environments of a task that this process has made so far.
+
+    limit     most steps of an episode
+    declared  the fields of the environments
+    """
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self._name = spec.environment
+        owner, env = environments.family(self._name), environments.make(self._name)
+        self.declared = owner.fields(self._name, env)
+        own = owner.max_steps(self._name, env)  # 0: the environment sets no limit
+        longer = 0 < own < spec.max_steps
+        self._options = owner.horizon_options(spec.max_steps) if longer else {}
+        self.limit = spec.max_steps if spec.max_steps and not longer and spec.max_steps != own else LONGEST
+        self._made = [] if self._options else [env]
+
+    def environments(self, count: int) -> list[Environment]:
+        while len(self._made) < count:
+            self._made.append(environments.make(self._name, **self._options))
+        return self._made[:count]
+
+
 @cache
-def _environments(task: str) -> list[Environment]:
-    """The environments of a task that this process has made so far."""
-    return []
+def _stage(spec: TaskSpec) -> _Stage:
+    return _Stage(spec)

@@ -123,11 +123,12 @@ class Objectives:
         """Mixture entry -> task -> its layout."""
         found = _statistics(entries)
         layouts: list[dict[int, TimestepLayout]] = []
+        superset = any(entry.index.document.get("statistics_of_superset") for entry in entries)
         for entry in entries:
             by_task = {}
             for _, task in entry:
                 largest = self._returns[task.name].largest
-                encoding = Encoding(task, entry.objective, entry.paradigm, found[task.name], ranges, largest)
+                encoding = Encoding(task, entry.objective, entry.paradigm, found[task.name], ranges, largest, superset)
                 by_task[number[task.name]] = encoding.layout(number[task.name], entry.settings.loss_weight)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)

@@ -265,6 +265,12 @@ class Evaluation:
         resume=True,
     )
     tasks: list[str] = key(list, "Tasks to act in; empty: no evaluation", text="task names", resume=True)
+    modules: list[str] = key(
+        list,
+        "Python modules that environments named `module:EnvId` may import, beside those named in `tasks`",
+        text="module names",
+        resume=True,
+    )
     episodes: int = key(20, "Episodes of each task", unit="episodes", low=1, resume=True)
     processes: int = key(0, "Processes that play; 0: as many as cores", unit="processes", low=0, resume=True)
     seed: int = key(

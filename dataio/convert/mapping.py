@@ -109,6 +109,7 @@ class Mapping:
         if errors:
             raise DataError(f"{where}: " + "; ".join(errors))
         task_settings = {k: raw[k] for k in _TASK_KEYS if k in raw}
+        _check_task_settings(task_settings, where)
         return cls(task, task_settings, fields, texts, _section(raw, "options", errors))
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +187,9 @@ class Mapping:
         out = {}
         for spec in (f for t in found for f in t.fields):
             settings = self.field_settings(spec.name)
+            alone = [k for k in ("frames", "quality") if k in settings and "encoding" not in settings]
+            if alone:
+                raise DataError(f"mapping: fields.{spec.name}: {alone[0]} has an effect only with `encoding`; name one")
             if "encoding" in settings and not settings.get("drop"):
                 kind, frames, quality = settings["encoding"], settings.get("frames", 0), settings.get("quality", 0)
                 if not isinstance(frames, int) or not isinstance(quality, int):
@@ -206,6 +210,11 @@ def _with_settings(spec: FieldSpec, settings: Dict[str, Any]) -> FieldSpec:
             if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
                 raise DataError(f"mapping: fields.{spec.name}.{key}: expected a number or a list of numbers")
             given[key] = tuple(float(v) for v in value)
+    values = settings.get("values", 0)
+    if not isinstance(values, int) or isinstance(values, bool) or values < 0:
+        raise DataError(f"mapping: fields.{spec.name}.values: {values!r} is not a whole number of at least 0")
+    if not isinstance(settings.get("name", ""), str):
+        raise DataError(f"mapping: fields.{spec.name}.name: {settings['name']!r} is not a text")
     if "dtype" in settings:
         try:
             given["dtype"] = np.dtype(settings["dtype"]).name
@@ -215,7 +224,44 @@ def _with_settings(spec: FieldSpec, settings: Dict[str, Any]) -> FieldSpec:
             raise DataError(
                 f"mapping: fields.{spec.name}: dtype {given['dtype']} is not possible for a field of {spec.dtype}"
             )
-    return replace(spec, **given)
+    mapped = replace(spec, **given)
+    if "values" in settings and not settings.keys() & {"low", "high"}:
+        mapped = replace(mapped, low=None, high=None)  # those of the source, which would override `values`
+    _check_range(mapped, f"mapping: fields.{spec.name}", settings)
+    return mapped
+
+
+def _check_range(spec: FieldSpec, where: str, given: Dict[str, Any]) -> None:
+    """Raises DataError if low, high and values, if given, have no effect, or do not fit the field's shape or each other."""
+    if "values" in given and spec.modality in ("continuous", "text"):
+        raise DataError(
+            f"{where}: `values` has no effect on a {spec.modality} field; add `modality: discrete`, or remove it"
+        )
+    if not given.keys() & {"low", "high"}:
+        return
+    low, high = (None if b is None else spec.entries(b) for b in (spec.low, spec.high))
+    if spec.modality == "continuous" and (low is None or high is None):
+        raise DataError(f"{where}: `low` and `high` have an effect only together; give both")
+    if low is None or high is None:
+        return
+    if (low > high).any():
+        at = int((low > high).argmax())
+        raise DataError(f"{where}: low {low.flat[at]:g} is above high {high.flat[at]:g}")
+    if given.get("values") and spec.modality == "discrete" and given["values"] != (high - low + 1).max():
+        raise DataError(
+            f"{where}: `values` is {given['values']}, but low and high make {(high - low + 1).max():g}; remove it"
+        )
+
+
+def _check_task_settings(given: Dict[str, Any], where: str) -> None:
+    for key in ("random", "expert"):
+        value = given.get(key)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value)
+        ):
+            raise DataError(f"{where}: {key}: {value!r} is not a number")
+    if not isinstance(given.get("environment", ""), str):
+        raise DataError(f"{where}: environment: {given['environment']!r} is not a text")
 
 
 def _section(raw: dict[str, Any], key: str, errors: list[str]) -> dict[str, Any]:

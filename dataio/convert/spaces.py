@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.infer import field_spec
+from tiphys.dataio.bounds import integer_range
+from tiphys.dataio.convert.infer import field_spec, modality_of
 from tiphys.dataio.convert.limits import check_shape, parse_json
 from tiphys.dataio.episode import DataError, FieldSpec
 
@@ -49,17 +50,22 @@ def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
             )
             if len(shape) == 2 and is_picture(space):
                 shape = (*shape, 1)
+            _check_bounds(space, shape)
             if dtype.kind in "iu":
-                return field_spec(name, dtype, shape, values=_values(space))
-            low, high = _bounds(space, dtype, shape)
+                image = modality_of(dtype, shape) == "image" and _is_byte_range(space) and not name.startswith("action")
+                modality = "image" if image else "discrete"
+                return field_spec(name, dtype, shape, modality=modality, **integer_range(space["low"], space["high"]))
+            low, high = _bounds(space, dtype)
             return field_spec(name, dtype, shape, low=low, high=high)
         if kind == "Discrete":
-            start, count = int(space.get("start", 0)), int(space["n"])
-            low, high = ((float(start),), (float(start + count - 1),)) if start else (None, None)
-            return field_spec(name, space.get("dtype", "int64"), (), values=count, low=low, high=high)
+            start = int(space.get("start", 0))
+            found = integer_range(start, start + int(space["n"]) - 1)
+            return field_spec(name, space.get("dtype", "int64"), (), **found)
         if kind == "MultiDiscrete":
             counts = np.asarray(space["nvec"], np.int64)
-            return field_spec(name, space["dtype"], counts.shape, values=int(counts.max()), modality="discrete")
+            first = np.asarray(space.get("start", 0), np.int64)  # Minari before 0.5 writes none
+            found = integer_range(first, first + counts - 1)
+            return field_spec(name, space["dtype"], counts.shape, modality="discrete", **found)
         if kind == "MultiBinary":
             sizes = space["n"] if isinstance(space["n"], list) else [int(space["n"])]
             return field_spec(name, "int8", check_shape(sizes, 1, where), values=2, modality="discrete")
@@ -70,21 +76,20 @@ def spec(name: str, space: Mapping[str, Any], where: str) -> FieldSpec:
     raise DataError(f"{where}: the space of {name!r} has type {kind!r}, which cannot be read")
 
 
-def _values(space: Mapping[str, Any]) -> int:
-    """Number of values of an integer Box; 0 (unknown) if it does not begin at 0 or has more than 2^20."""
-    low, high = np.asarray(space["low"], np.float64), np.asarray(space["high"], np.float64)
-    largest = float(high.max(initial=0))
-    return int(largest) + 1 if low.size and not low.any() and largest < 1 << 20 else 0
-
-
 Bounds = tuple[float, ...] | None
 
 
-def _bounds(space: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -> tuple[Bounds, Bounds]:
-    """(low, high) in a form that broadcasts over the shape: a single number if all are equal.
+def _check_bounds(space: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    for key in ("low", "high"):
+        size = np.size(space[key])
+        if size not in (1, np.prod(space["shape"], dtype=np.int64)):
+            raise ValueError(f"{key} has {size} numbers for shape {shape}")
 
-    (None, None) if a bound is infinite or the largest number of the dtype, or if the bounds differ and the shape does
-    not have one dimension.
+
+def _bounds(space: Mapping[str, Any], dtype: np.dtype) -> tuple[Bounds, Bounds]:
+    """(low, high): a single number if all entries are equal, else one for each.
+
+    (None, None) if a bound is infinite or the largest number of the dtype.
     """
     low = np.asarray(space["low"], np.float64).reshape(-1)
     high = np.asarray(space["high"], np.float64).reshape(-1)
@@ -93,7 +98,11 @@ def _bounds(space: Mapping[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -
         return None, None
     if bool(np.all(low == low[0])) and bool(np.all(high == high[0])):
         return (float(low[0]),), (float(high[0]),)
-    return (tuple(low.tolist()), tuple(high.tolist())) if len(shape) == 1 else (None, None)
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def _is_byte_range(space: Mapping[str, Any]) -> bool:
+    return bool(np.all(np.asarray(space["low"]) == 0) and np.all(np.asarray(space["high"]) == 255))
 
 
 def is_picture(space: Mapping[str, Any]) -> bool:
@@ -106,6 +115,4 @@ def is_picture(space: Mapping[str, Any]) -> bool:
         or len(shape) not in (2, 3)
     ):
         return False
-    return bool(
-        min(shape[:2]) >= 32 and np.all(np.asarray(space["low"]) == 0) and np.all(np.asarray(space["high"]) == 255)
-    )
+    return min(shape[:2]) >= 32 and _is_byte_range(space)

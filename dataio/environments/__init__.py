@@ -1,7 +1,7 @@
 """Environments by task name: make an environment, get its TaskSpec, get its expert.
 
-A family of environments is a module of this package, which is imported when one of its tasks is used. Users add families by the
-entry-point group `tiphys.environments` (see `Family`).
+A family of environments is a module of this package, which is imported when one of its tasks is used. Users add environments by
+the name `module:EnvId` (see `modules`), and families by the entry-point group `tiphys.environments` (see `Family`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from tiphys.dataio.environments import modules
 from tiphys.dataio.environments.family import (
     Environment,
     Expert,
@@ -23,6 +24,7 @@ from tiphys.dataio.environments.family import (
     UnknownEnvironment,
     render_without_display,
 )
+from tiphys.dataio.environments.modules import allow
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.observation import observation_fields
 
@@ -34,6 +36,7 @@ __all__ = [
     "MissingExtra",
     "Stateless",
     "UnknownEnvironment",
+    "allow",
     "expert",
     "family",
     "make",
@@ -88,7 +91,12 @@ def names() -> list[str]:
 
 
 def family(task: str) -> Family:
-    """The family that owns this name. Raises UnknownEnvironment, which suggests similar names."""
+    """The family that owns this name.
+
+    Raises UnknownEnvironment, which suggests similar names, or DataError for a `module:EnvId` whose module was not allowed.
+    """
+    if ":" in task:
+        return modules.family(task)
     for point in _users():
         if task == point.name or task.startswith(point.name + "/"):
             return _user_family(point)
@@ -150,7 +158,7 @@ class _Installed:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ImportError):
             missing = (error.name or str(error)).split(".")[0]
+            command = f": pip install 'tiphys[{self._owner.extra}]'" if self._owner.extra else f" ({error})"
             raise MissingExtra(
-                f"environment {self._task!r} needs {missing}, which is not installed: "
-                f"pip install 'tiphys[{self._owner.extra}]'"
+                f"environment {self._task!r} needs {missing}, which is not installed{command}"
             ) from error

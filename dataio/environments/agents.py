@@ -6,6 +6,7 @@ A zip contains pickles, which can run any code when they are opened. So nothing 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pickle
 import zipfile
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.environments.family import Environment, Expert, MissingExtra, Stateless
+from tiphys.dataio.environments.modules import load
 from tiphys.dataio.episode import DataError
 
 # Tells which algorithm wrote a zip: a key of its `data`. The first key that is there decides.
@@ -37,8 +39,7 @@ def agent(name: str, trusted: bool = False) -> Callable[[str, Environment], Expe
     """A function that makes the expert for a task and its environment.
 
     name     `agent.zip`: a Stable-Baselines3 or sb3-contrib agent; its `vecnormalize.pkl`, if any, is beside it or in the
-             folder of the same name. Or `module:function`: the user's own function (task, environment) -> Expert; `Stateless(f)`
-             makes an Expert of a function f of the observation
+             folder of the same name. Or `module:name`: the user's own function or class, see `Named`
     trusted  whether a zip may be opened
 
     Raises DataError if the name is neither, the file is missing, or a zip is not trusted.
@@ -60,17 +61,67 @@ def agent(name: str, trusted: bool = False) -> Callable[[str, Environment], Expe
 
 @dataclass(frozen=True)
 class Named:
-    """A user's function (task, environment) -> Expert, given by name, so that each process can import it."""
+    """An expert of the user, given by name, so that each process can import it. The name may stand for
+
+    - a function of the observation, which returns the action;
+    - a function (task, environment), which returns an expert or such a function;
+    - a class with a method `act(observation)`, made with (task, environment) or without arguments;
+    - an object with a method `act(observation)`.
+
+    `act` may take the executed action of the step before as a second argument, and `reset()` is called if there is one.
+    """
 
     module: str
     function: str
 
     def __call__(self, task: str, env: Environment) -> Expert:
+        name = f"{self.module}:{self.function}"
         try:
-            make = getattr(importlib.import_module(self.module), self.function)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"{self.module}:{self.function} cannot be imported: {error}") from error
-        return make(task, env)
+            found = getattr(load(self.module, f"expert {name}"), self.function)
+        except AttributeError:
+            raise DataError(f"expert {name}: the module {self.module!r} has no {self.function!r}") from None
+        return _expert(found, task, env, name)
+
+
+def _expert(found: Any, task: str, env: Environment, name: str) -> Expert:
+    if isinstance(found, type):
+        found = found(task, env) if _takes(found, task, env) else found()
+    elif not hasattr(found, "act") and _takes(found, task, env) and not _takes(found, None):
+        found = found(task, env)
+    if hasattr(found, "act"):
+        return _Acting(found)
+    if callable(found):
+        return Stateless(found)
+    raise DataError(
+        f"expert {name}: a {type(found).__name__} cannot act; give a function of the observation, or a class with a method "
+        "`act(observation)`"
+    )
+
+
+def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a function can be called with these arguments; True if its signature is unknown."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a function of an extension module
+        pass
+    return True
+
+
+class _Acting:
+    """An expert of an object with a method `act`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._takes_taken = _takes(actor.act, None, None)
+
+    def reset(self) -> None:
+        if hasattr(self._actor, "reset"):
+            self._actor.reset()
+
+    def act(self, observation: Any, taken: Any = None) -> Any:
+        return self._actor.act(observation, taken) if self._takes_taken else self._actor.act(observation)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ class Classic(GymnasiumFamily):
         return task in TASKS
 
     def names(self) -> list[str]:
-        return sorted(set(TASKS) & set(super().names()))
+        import gymnasium
+
+        return sorted(set(TASKS) & gymnasium.registry.keys())
 
     def expert(self, task: str, env: Environment) -> Expert:
         core = env.unwrapped  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tiphys.dataio.bounds import compact, integer_range
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 
 
@@ -64,7 +65,7 @@ class Family:
     Users subclass this, and name the class or an instance in an entry point of the group `tiphys.environments`. The entry point's
     name is the prefix of their tasks: `mygame` serves `mygame` and `mygame/…`.
 
-    extra       the extra of this project that installs the packages of the family
+    extra       the extra of this project that installs the packages of the family; empty: none does
     normalise   what a score of these tasks is: return | success
     noise       default disturbance of demonstrations; see `disturb`
     """
@@ -92,9 +93,13 @@ class Family:
         )
 
     def max_steps(self, task: str, env: Environment) -> int:
-        """The horizon in steps; 0: unknown."""
+        """The horizon in steps; 0: the environment sets no limit, or it is unknown."""
         spec = getattr(env, "spec", None)
         return int(getattr(spec, "max_episode_steps", None) or 0)
+
+    def horizon_options(self, steps: int) -> dict[str, Any]:
+        """Options of `make` that give an environment a longer horizon; empty if there are none."""
+        return {}
 
     def fields(self, task: str, env: Environment) -> tuple[FieldSpec, ...]:
         """The task's fields; by default they follow from the environment's spaces."""
@@ -104,17 +109,28 @@ class Family:
         """The action to execute instead of the expert's action, which is recorded (Laskey et al. 2017, DART).
 
         Continuous: Gaussian noise is added, with a standard deviation of `noise` times half the range, and clipped to the space.
-        Discrete: with probability `noise`, a uniformly random value. Raises DataError for other spaces.
+        Discrete: with probability `noise`, a uniformly random value. Dict and Tuple: each part. Raises DataError for other
+        spaces, and for a Box without bounds.
         """
-        if hasattr(space, "low"):
-            span = (space.high - space.low) / 2
-            return np.clip(action + rng.normal(size=span.shape) * noise * span, space.low, space.high).astype(
-                space.dtype
-            )
-        if hasattr(space, "n"):
+        kind = space_kind(space)
+        if kind == "Dict":
+            return {key: self.disturb(action[key], part, noise, rng) for key, part in space.spaces.items()}
+        if kind == "Tuple":
+            return tuple(self.disturb(a, part, noise, rng) for a, part in zip(action, space.spaces, strict=True))
+        if kind == "Box" and np.isfinite(space.low).all() and np.isfinite(space.high).all():
+            real = np.issubdtype(space.dtype, np.floating)
+            low, high = (
+                b if real else b.astype(np.float64) for b in (space.low, space.high)
+            )  # uint8 would wrap around
+            span = (high - low) / 2
+            moved = np.clip(action + rng.normal(size=span.shape) * noise * span, low, high)
+            return (moved if real else np.rint(moved)).astype(space.dtype)
+        if kind == "Discrete":
             return int(space.start + rng.integers(space.n)) if rng.random() < noise else action
-        if hasattr(space, "nvec"):
-            return np.where(rng.random(space.nvec.shape) < noise, rng.integers(space.nvec), action)
+        if kind == "MultiDiscrete":
+            return np.where(rng.random(space.nvec.shape) < noise, space.start + rng.integers(space.nvec), action)
+        if kind == "MultiBinary":
+            return np.where(rng.random(space.shape) < noise, rng.integers(2, size=space.shape), action)
         raise DataError(f"actions of {space} cannot be disturbed: collect with noise 0")
 
     def spec(self, task: str) -> TaskSpec:
@@ -153,23 +169,33 @@ def space_fields(observation_space: Any, action_space: Any) -> tuple[FieldSpec, 
     )
 
 
+def space_kind(space: Any) -> str:
+    """Name of gymnasium's class that the space is an instance of, found without importing gymnasium; "" if it is none."""
+    known = ("Dict", "Tuple", "Box", "Discrete", "MultiDiscrete", "MultiBinary", "Text", "Sequence", "Graph", "OneOf")
+    return next((c.__name__ for c in type(space).__mro__ if c.__name__ in known), "")
+
+
 def _fields(space: Any, name: str, role: str) -> tuple[FieldSpec, ...]:
-    kind = type(space).__name__
+    kind = space_kind(space)
     if kind == "Dict":
         return tuple(f for key, part in space.spaces.items() for f in _fields(part, f"{name}.{key}", role))
     if kind == "Tuple":
         return tuple(f for i, part in enumerate(space.spaces) for f in _fields(part, f"{name}.{i}", role))
     if kind == "Discrete":
-        if int(space.start) != 0:
-            raise DataError(f"{name}: values of {space} do not start at 0; wrap the environment so that they do")
-        return (FieldSpec(name, role, "discrete", "int64", values=int(space.n)),)
-    if kind in ("MultiDiscrete", "MultiBinary"):
-        values = int(np.max(space.nvec)) if kind == "MultiDiscrete" else 2
-        return (FieldSpec(name, role, "discrete", str(space.dtype), tuple(space.shape), values=values),)
-    if kind == "Text":
+        first = int(space.start)
+        return (FieldSpec(name, role, "discrete", "int64", **integer_range(first, first + int(space.n) - 1)),)
+    if kind == "MultiDiscrete":
+        found = integer_range(space.start, space.start + space.nvec - 1)
+        return (FieldSpec(name, role, "discrete", str(space.dtype), tuple(space.shape), **found),)
+    if kind == "MultiBinary":
+        return (FieldSpec(name, role, "discrete", str(space.dtype), tuple(space.shape), values=2),)
+    if kind == "Text" and role != "action":
         return (FieldSpec(name, "text", "text", "str"),)
     if kind != "Box":
-        raise DataError(f"{name}: a space of kind {kind} has no FieldSpec; wrap the environment in one that has Boxes")
+        raise DataError(
+            f"{name}: a space of kind {kind or type(space).__name__} ({space}) cannot be stored as {role}; wrap the environment "
+            "in one that has a Box, Discrete, MultiDiscrete or MultiBinary space instead"
+        )
     return (_box(space, name, role),)
 
 
@@ -179,19 +205,15 @@ def _box(space: Any, name: str, role: str) -> FieldSpec:
         # float32 is precise enough for codecs and embeddings, and takes half the bytes of MuJoCo's float64
         low, high = _bounds(space.low), _bounds(space.high)
         return FieldSpec(name, role, "continuous", "float32", shape, low, high)
-    if space.dtype == np.uint8 and len(shape) in (2, 3):
+    picture = space.dtype == np.uint8 and len(shape) in (2, 3) and not space.low.any() and np.all(space.high == 255)
+    if picture and role == "observation":
         return FieldSpec(name, role, "image", "uint8", shape, (0.0,), (255.0,))
-    values = int(space.high.max()) + 1
-    if int(space.low.min()) < 0:
-        raise DataError(f"{name}: {space} has negative integers; wrap the environment so that they start at 0")
-    return FieldSpec(name, role, "discrete", str(space.dtype), shape, values=values if values <= 1 << 16 else 0)
+    return FieldSpec(name, role, "discrete", str(space.dtype), shape, **integer_range(space.low, space.high))
 
 
 def _bounds(bound: np.ndarray) -> tuple[float, ...] | None:
-    """One number if all are equal, else one for each element. None if any is infinite or above 1e30 (a float's largest value)."""
+    """One number if all are equal, else one for each entry. None if any is infinite or above 1e30 (a float's largest value)."""
     flat = np.asarray(bound, np.float64).ravel()
     if not np.all(np.abs(flat) < 1e30):
         return None
-    if flat.size and np.all(flat == flat[0]):
-        return (float(flat[0]),)
-    return tuple(float(x) for x in flat)
+    return compact(flat) if flat.size else ()

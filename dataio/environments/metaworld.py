@@ -29,6 +29,9 @@ class MetaWorld(Family):
         render_without_display()
         return _environment(task.removeprefix(PREFIX), horizon, options)
 
+    def horizon_options(self, steps: int) -> dict[str, Any]:
+        return {"horizon": steps}
+
     def max_steps(self, task: str, env: Environment) -> int:
         return env.horizon  # type: ignore[attr-defined]
 

@@ -88,7 +88,9 @@ def _leaf(field: FieldSpec, charset: str) -> dict[str, Any]:
     else:
         limits = np.iinfo(dtype)
         low, high = (0, field.values - 1) if field.values else (limits.min, limits.max)
-    low, high = (np.broadcast_to(np.asarray(b, np.float64), field.shape).tolist() for b in (low, high))
+        if field.low is not None and field.high is not None:
+            low, high = field.low, field.high
+    low, high = (field.entries(b if isinstance(b, tuple) else (b,)).tolist() for b in (low, high))
     return {"type": "Box", "dtype": dtype.name, "shape": shape, "low": low, "high": high}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError, Window
+from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.codecs import Discrete
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
@@ -93,6 +94,22 @@ class History:
     def reset(self, environment: int, target_return: float | None = None) -> None:
         """Forget the episode of an environment. Its next one is asked for `target_return` (None: that of the history)."""
         self._episodes[environment] = _Episode(self.target_return if target_return is None else target_return)
+
+    def limit(self, declared: Sequence[FieldSpec]) -> None:
+        """Answer only values that an environment takes.
+
+        declared  the fields of the environment; the range of its discrete action fields counts
+
+        Raises DataError if an entry of an action field has no value that both the policy and the environment know.
+        """
+        fields = {f.name: f for f in declared if f.modality == "discrete"}
+        slots: list[Slot] = []
+        for element in self.actions:
+            mine, field = _slots(element), fields.get(element.field)
+            if field is not None and isinstance(element.codec, Discrete):
+                mine = _limited(mine, element.codec, field)
+            slots += mine
+        self.slots = tuple(slots)
 
     def observe(
         self,
@@ -200,6 +217,27 @@ def _slots(element: Element) -> list[Slot]:
     if element.head:
         return [Slot(element.field, 0, 0, element.head)]
     return [Slot(element.field, low, high) for low, high in codec.choices()]
+
+
+def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[Slot]:
+    if field.low is not None and field.high is not None:
+        bounds = [np.broadcast_to(field.entries(b).reshape(-1), len(slots)) for b in (field.low, field.high)]
+    elif field.values:
+        bounds = [np.zeros(len(slots)), np.full(len(slots), field.values - 1)]
+    else:
+        return list(slots)
+    least = np.broadcast_to(codec.low, len(slots))
+    out = []
+    for i, (slot, low, high) in enumerate(zip(slots, *bounds, strict=True)):
+        first = slot.low - int(least[i])  # id of the value 0
+        found = replace(slot, low=max(slot.low, first + int(low)), high=min(slot.high, first + int(high) + 1))
+        if found.low >= found.high:
+            raise DataError(
+                f"field {slot.field!r}, entry {i}: the policy answers {least[i]} to {slot.high - first - 1}, but the environment "
+                f"takes {int(low)} to {int(high)}"
+            )
+        out.append(found)
+    return out
 
 
 def _any_action(element: Element) -> np.ndarray:

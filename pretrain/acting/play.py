@@ -11,7 +11,8 @@ import numpy as np
 
 from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome
 from tiphys.dataio.environments import Environment, Expert
-from tiphys.dataio.episode import TaskSpec
+from tiphys.dataio.environments.fitting import fitted
+from tiphys.dataio.episode import FieldSpec, TaskSpec
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
@@ -54,17 +55,24 @@ class _Playing:
 
 
 def play_group(
-    policy: Policy, spec: TaskSpec, envs: Sequence[Environment], seeds: Sequence[int], limit: int = LONGEST
+    policy: Policy,
+    spec: TaskSpec,
+    envs: Sequence[Environment],
+    seeds: Sequence[int],
+    limit: int = LONGEST,
+    declared: Sequence[FieldSpec] = (),
 ) -> list[Played]:
     """Play one episode in each environment. All step together; an environment whose episode has ended leaves the batch.
 
-    limit  most steps of an episode
+    limit     most steps of an episode
+    declared  the fields of the environments, if the policy shall answer only values that they take
 
-    Raises EnvironmentFault if an environment raises.
+    Raises EnvironmentFault if an environment raises, DataError if an action does not fit.
     """
     from tiphys.pretrain.acting.states import state_hash
 
     policy.reset(spec.name, environments=len(seeds))
+    policy.history.limit(declared)
     hashed = state_hash(spec)
     playing = []
     for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
@@ -77,6 +85,7 @@ def play_group(
             p.states.append(hashed(p.observation))  # type: ignore[misc]
         actions = policy.act([p.observation for p in now], [p.reward for p in now], active)
         for p, action in zip(now, actions, strict=True):
+            action = fitted(action, getattr(p.env, "action_space", None), f"task {spec.name!r}")
             _guarded(spec, p.seed, len(p.actions), p.step, action, limit)
         active = [i for i in active if not playing[i].done]
     return [Played(p.seed, p.outcome, p.actions, np.array(p.states, np.uint64)) for p in playing]

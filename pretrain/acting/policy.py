@@ -280,7 +280,6 @@ def _value(value: np.ndarray, field: FieldSpec) -> Any:
         return int(value) if field.shape == () else np.asarray(value, field.dtype)
     value = np.asarray(value, field.dtype)
     if field.low is not None and field.high is not None:
-        shape = field.shape
-        low, high = (np.asarray(b, field.dtype).reshape(shape if len(b) > 1 else ()) for b in (field.low, field.high))
+        low, high = (field.entries(b).astype(field.dtype) for b in (field.low, field.high))
         value = np.clip(value, low, high)
     return value

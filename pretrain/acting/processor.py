@@ -140,6 +140,17 @@ class Processor:
                 return name
         raise KeyError(f"this policy has no task {task!r}; its tasks are {', '.join(self.tasks)}")
 
+    def used_fields(self, task: str) -> frozenset[str]:
+        """Names of the fields that a policy sees and predicts when it acts in a task.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task.
+        """
+        layout = self.layouts[self.objective(task)][task]
+        return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
+
     def history(
         self,
         task: str,

@@ -11,9 +11,10 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.tokens.codecs import Affine, Bins, Codec, Discrete, Grid, Patches, Quantiles, Vector
+from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, REWARD, SEPARATOR, TEXT, Paradigm, Part
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
-from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES
+from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
     from tiphys.dataio.statistics import FieldStatistics
@@ -50,6 +51,7 @@ class Encoding:
     statistics: Mapping[str, FieldStatistics]
     ranges: Ranges
     largest_return: float  # largest absolute return in the data
+    superset: bool = False  # the statistics also count episodes that are not in the data
 
     @property
     def scheme(self) -> str:
@@ -308,14 +310,7 @@ class Encoding:
 
     def counted(self, field: FieldSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The number of values of each entry of a discrete field, and its lowest value."""
-        low = np.asarray(field.low if field.low is not None else 0, np.int64).reshape(-1)
-        if field.high is not None:
-            values = np.asarray(field.high, np.int64).reshape(-1) - low + 1
-        elif field.values:
-            values = np.array([field.values])
-        else:
-            values = np.array([DISCRETE_VALUES])
-        return tuple(values.tolist()), tuple(low.tolist())
+        return discrete_range(field, self.statistics.get(field.name), self.where(field), exact=not self.superset)
 
     def gato_bins(self, field: FieldSpec) -> Codec:
         return Bins("", field.shape, self.ranges.continuous, CONTINUOUS_BINS, companded=True, dtype=field.dtype)
@@ -398,10 +393,12 @@ def _numbers(array: np.ndarray) -> tuple[float, ...]:
 
 
 def _bounds(field: FieldSpec) -> tuple[np.ndarray, np.ndarray] | None:
-    """The bounds of the space; None if a bound is not finite or high is not above low."""
+    """The bounds of the space, one number or one for each entry; None if one is not finite or high is not above low."""
     if field.low is None or field.high is None:
         return None
-    low, high = np.asarray(field.low, np.float64), np.asarray(field.high, np.float64)
+    low, high = (
+        np.asarray(b, np.float64) if len(b) == 1 else field.entries(b).reshape(-1) for b in (field.low, field.high)
+    )
     usable = np.isfinite(low).all() and np.isfinite(high).all() and (high > low).all()
     return (low, high) if usable else None
 

@@ -166,3 +166,18 @@ def test_bad_arguments_are_named_in_the_error(tmp_path):
         collect([], str(tmp_path / "data"))
     with pytest.raises(environments.UnknownEnvironment, match="CartPole-v1"):
         collect("CartPole-v7", str(tmp_path / "data"), 1)
+
+
+def of_one_number(task: str, env: Any) -> Any:
+    return environments.Stateless(lambda observation: np.array([int(observation[2] > 0)]))
+
+
+def test_an_expert_may_give_an_array_of_one_number(tmp_path):
+    index = collect(CART, str(tmp_path / "data"), 2, processes=1, score_episodes=1, policy=of_one_number)
+    assert index.tasks[0].field("action").shape == ()
+
+
+@pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
+def test_a_noise_that_means_nothing_is_refused(noise, tmp_path):
+    with pytest.raises(DataError, match=r"noise .* is not a number of at least 0"):
+        collect(CART, str(tmp_path / "data"), 1, noise=noise)

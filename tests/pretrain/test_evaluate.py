@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ pytest.importorskip("gymnasium")
 pytest.importorskip("minigrid")
 
 import tests.pretrain.acting.acting_fixtures as acting
+import tests.pretrain.token_fixtures as fixtures
 from tiphys.dataio import environments
-from tiphys.dataio.collect import EnvironmentFault, Outcome, Players
-from tiphys.dataio.episode import DataError
+from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome, Players
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
 from tiphys.pretrain import evaluate as evaluating
 from tiphys.pretrain.acting.play import play_group
@@ -187,6 +189,68 @@ def test_the_error_of_an_environment_names_task_seed_and_step(folder):
     broken: Any = Broken()
     with pytest.raises(EnvironmentFault, match=r"CartPole-v1.*seed 5, step 0.*simulator is gone"):
         play_group(policy, policy.processor.tasks[acting.CART], [broken], [5])
+
+
+def policy_of(path: Path, spec: TaskSpec) -> Path:
+    """The folder of a policy for this task, with random weights."""
+    return acting.folder(path, fixtures.make([spec], "bc", context=60, scheme="compact"))
+
+
+@pytest.mark.parametrize(("max_steps", "most"), [(0, 500), (3, 3), (700, 500)])
+def test_episodes_end_after_the_max_steps_of_the_task(tmp_path, max_steps, most):
+    """The scores of this task refer to 3 steps: a policy that stays alive so long is as good as the expert."""
+    spec = replace(environments.spec(acting.CART), random=0.0, expert=3.0, max_steps=max_steps)
+    found = evaluate(policy_of(tmp_path, spec), episodes=2, processes=1)["tasks"][acting.CART]
+    assert found["mean_length"] <= most
+    if max_steps == 3:
+        assert (found["mean_length"], found["expert_normalized"]) == (3, 1.0)
+    else:
+        assert found["mean_length"] > 3
+
+
+def test_an_environment_is_made_with_a_longer_horizon_if_the_task_has_one():
+    stage = evaluating._Stage(replace(environments.spec(acting.CART), max_steps=700))
+    (env,) = stage.environments(1)
+    assert env.spec.max_episode_steps == 700  # type: ignore[attr-defined]
+    assert stage.limit == LONGEST
+    unchanged = evaluating._Stage(environments.spec(acting.GRID))
+    assert (
+        unchanged.limit == LONGEST
+    )  # a level's horizon depends on its mission, and the environment ends episodes itself
+
+
+def test_discrete_actions_of_shape_1_act_in_cartpole(tmp_path):
+    """Some formats store scalars as arrays of one number, without the number of values."""
+    cart = environments.spec(acting.CART)
+    action = FieldSpec("action", "action", "discrete", "int64", (1,))
+    spec = replace(cart, fields=(*(f for f in cart.fields if f.name != "action"), action), max_steps=5)
+    found = evaluate(policy_of(tmp_path, spec), episodes=3, processes=1, sample=True)
+    assert found["tasks"][acting.CART]["episodes"] == 3
+
+
+def test_an_environment_of_another_shape_is_named_in_one_sentence(tmp_path):
+    cart = environments.spec(acting.CART)
+    wide = replace(cart.field("observation"), shape=(6,), low=None, high=None)
+    spec = replace(cart, fields=(wide, *(f for f in cart.fields if f.name != "observation")))
+    with pytest.raises(DataError) as caught:
+        evaluate(policy_of(tmp_path, spec), episodes=1, processes=1)
+    assert str(caught.value) == (
+        "task 'CartPole-v1', field 'observation': its data have shape (6,), but environment 'CartPole-v1' has shape (4,)"
+    )
+
+
+def test_a_module_that_the_policy_names_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil_module.py").write_text("import pathlib; pathlib.Path('imported').touch()")
+    monkeypatch.chdir(tmp_path)
+    folder = policy_of(
+        tmp_path / "policy", replace(environments.spec(acting.CART), environment="evil_module:CartPole-v1")
+    )
+    for tasks in (None, [acting.CART]):
+        with pytest.raises(DataError, match=r"'evil_module'.*comes from data.*--modules evil_module"):
+            evaluate(folder, tasks, episodes=1, processes=1)
+    assert not (tmp_path / "imported").exists()
+    evaluate(folder, episodes=1, processes=1, modules=["evil_module"])
+    assert (tmp_path / "imported").exists()
 
 
 def test_importing_evaluate_imports_no_torch_and_no_environments():

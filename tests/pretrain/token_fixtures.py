@@ -58,6 +58,7 @@ class FakeIndex:
     def __init__(self, tasks: Sequence[TaskSpec], episodes: int = 40, seed: int = 0, url: str = "fake"):
         rng = np.random.default_rng(seed)
         self.url = self.fingerprint = url
+        self.document: dict[str, Any] = {}
         self.tasks = tuple(tasks)
         self.task = (np.arange(episodes) % len(tasks)).astype(np.int32)
         acts = np.array([any(f.role == "action" for f in t.fields) for t in tasks])
@@ -94,7 +95,8 @@ def values(field: FieldSpec, rows: int, rng: np.random.Generator) -> np.ndarray:
     if field.modality == "image":
         return rng.integers(0, 256, shape).astype(field.dtype)
     if field.modality == "discrete":
-        return rng.integers(0, field.values or 2, shape).astype(field.dtype)
+        low, high = field.low or (0,), field.high or ((field.values or 2) - 1,)
+        return rng.integers(low, np.add(high, 1), shape).astype(field.dtype)
     low = np.array(field.low) if field.low else -3.0
     high = np.array(field.high) if field.high else 3.0
     return rng.uniform(low, high, shape).astype(field.dtype)

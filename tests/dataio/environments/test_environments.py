@@ -284,8 +284,63 @@ def test_spaces_become_fields():
     assert fields["observation.joints"].dtype == "float32"
     assert (fields["observation.hand.0"].values, fields["observation.hand.1"].values) == (4, 2)
     assert fields["action"].low == (-1.0, -2.0)
-    with pytest.raises(DataError, match="start at 0"):
-        space_fields(spaces.Discrete(3, start=-1), spaces.Discrete(2))
+
+
+def test_ranges_of_integer_spaces_are_kept_by_entry():
+    spaces = gymnasium.spaces
+
+    def ranged(space):
+        field = space_fields(spaces.Discrete(2), space)[1]
+        return field.modality, field.values, field.low, field.high
+
+    assert ranged(spaces.MultiDiscrete([2, 5])) == ("discrete", 5, (0.0,), (1.0, 4.0))
+    assert ranged(spaces.MultiDiscrete([2, 5], start=[1, -1])) == ("discrete", 5, (1.0, -1.0), (2.0, 3.0))
+    assert ranged(spaces.MultiDiscrete([3, 3])) == ("discrete", 3, None, None)
+    assert ranged(spaces.Discrete(3, start=-1)) == ("discrete", 3, (-1.0,), (1.0,))
+    assert ranged(spaces.Box(np.array([-1, 2]), np.array([3, 9]), dtype=np.int64))[1:] == (8, (-1.0, 2.0), (3.0, 9.0))
+    assert ranged(spaces.Box(0, 9, (3,), np.int8)) == ("discrete", 10, None, None)
+    assert ranged(spaces.Box(-(2**63), 2**63 - 1, (2,), np.int64)) == ("discrete", 0, None, None)
+    assert ranged(spaces.Box(0, 255, (20, 20, 3), np.uint8)) == ("discrete", 256, None, None)  # no picture is an action
+    board = space_fields(spaces.Box(0, 2, (8, 8), np.uint8), spaces.Discrete(2))[0]
+    assert (board.modality, board.values, board.low) == ("discrete", 3, None)
+
+
+def test_every_other_space_works_or_is_refused_by_name():
+    spaces = gymnasium.spaces
+
+    class Own(spaces.Box):  # type: ignore[name-defined]
+        pass
+
+    scalar = space_fields(Own(-1, 1, (), np.float32), spaces.MultiBinary([2, 3]))
+    assert (scalar[0].shape, scalar[0].low, scalar[1].shape, scalar[1].values) == ((), (-1.0,), (2, 3), 2)
+    assert space_fields(spaces.Text(5), spaces.Discrete(2))[0].modality == "text"
+    open_ended = space_fields(spaces.Box(0, np.inf, (2,)), spaces.Box(-np.inf, np.inf, (1,)))
+    assert (open_ended[0].high, open_ended[1].low, open_ended[1].high) == (None, None, None)
+    for space, kind in (
+        (spaces.Sequence(spaces.Discrete(3)), "Sequence"),
+        (spaces.OneOf([spaces.Discrete(2)]), "OneOf"),
+    ):
+        with pytest.raises(DataError, match=rf"observation\.part: a space of kind {kind}.*wrap the environment"):
+            space_fields(spaces.Dict(part=space), spaces.Discrete(2))
+    with pytest.raises(DataError, match="action: a space of kind Text"):
+        space_fields(spaces.Discrete(2), spaces.Text(5))
+
+
+def test_a_disturbed_action_stays_in_its_space():
+    spaces, rng = gymnasium.spaces, np.random.default_rng(0)
+    family = environments.family("Acrobot-v1")
+    for space in (
+        spaces.Discrete(3, start=-1),
+        spaces.MultiDiscrete([2, 5], start=[1, -1]),
+        spaces.MultiBinary([2, 3]),
+        spaces.Box(np.array([0, 200]), np.array([3, 255]), dtype=np.uint8),
+        spaces.Dict(a=spaces.Box(-1, 1, (2,)), b=spaces.Tuple((spaces.Discrete(2), spaces.MultiBinary(1)))),
+    ):
+        taken = [family.disturb(space.sample(), space, 0.9, rng) for _ in range(30)]
+        assert all(space.contains(action) for action in taken)
+        assert len({str(action) for action in taken}) > 1
+    with pytest.raises(DataError, match="cannot be disturbed"):
+        family.disturb(np.zeros(1), spaces.Box(-np.inf, np.inf, (1,)), 0.5, rng)
 
 
 def test_nested_values_can_be_flattened_and_restored():

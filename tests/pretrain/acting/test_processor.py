@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
-from tiphys.dataio.episode import DataError
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.schema import FieldTokens
@@ -297,3 +297,32 @@ def test_an_invalid_processor_is_refused_with_the_place(path: Any, value: Any) -
     inner[path[-1]] = value
     with pytest.raises(DataError, match=r"processor\.json|vocabulary|tokenizer|codec"):
         Processor.from_dict(values)
+
+
+def two_wheels(**ranges):
+    action = FieldSpec("action", "action", "discrete", "int64", (2,), values=5, **ranges)
+    return TaskSpec("wheels", (FieldSpec("observation", "observation", "continuous", "float32", (3,)), action))
+
+
+def test_each_entry_answers_only_its_own_values():
+    objectives = make([two_wheels(low=(0.0, -1.0), high=(1.0, 3.0))], "bc", context=60)
+    processor = processor_of(objectives)
+    history = processor.history("wheels")
+    assert [slot.high - slot.low for slot in history.slots] == [2, 5]
+    for answers in ([s.low for s in history.slots], [s.high - 1 for s in history.slots]):
+        (action,) = history.decode([np.array([a]) for a in answers])["action"]
+        assert action.tolist() in ([0, -1], [1, 3])
+
+
+def test_a_policy_whose_ranges_are_too_wide_answers_what_its_environment_takes():
+    """A policy that was published before ranges were kept by entry."""
+    processor = processor_of(make([two_wheels()], "bc", context=60))
+    history = processor.history("wheels")
+    assert [slot.high - slot.low for slot in history.slots] == [5, 5]
+    first = history.slots[0].low
+    history.limit(two_wheels(low=(0.0, 1.0), high=(1.0, 9.0)).fields)
+    assert [(slot.low - first, slot.high - first) for slot in history.slots] == [(0, 2), (1, 5)]
+    with pytest.raises(DataError, match=r"'action', entry 1: the policy answers 0 to 4.*takes 7 to 9"):
+        history.limit(two_wheels(low=(0.0, 7.0), high=(1.0, 9.0)).fields)
+    history.limit([])
+    assert [slot.high - slot.low for slot in history.slots] == [5, 5]
