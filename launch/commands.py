@@ -27,16 +27,19 @@ def train(args: Namespace) -> int:
     import shlex
 
     from tiphys.launch.check import check
-    from tiphys.launch.submit import submit
+    from tiphys.launch.hosts import ranks, read_hosts
+    from tiphys.launch.submit import devices, submit
 
-    check(args.recipe, args.overrides, world=args.processes if not args.hostfile else 0)
+    extra = shlex.split(args.launcher)
+    hosts = read_hosts(args.hostfile) if args.hostfile else {"localhost": devices() or 2}
+    check(args.recipe, args.overrides, world=ranks(hosts, args.processes, extra))
     return submit(
         args.recipe,
         args.overrides,
         processes=args.processes,
         port=args.port,
         hostfile=args.hostfile,
-        extra=shlex.split(args.launcher),
+        extra=extra,
         verbose=args.verbose,
     )
 

@@ -22,6 +22,7 @@ from tiphys.dataio.collect import EVALUATION_SEEDS
 from tiphys.dataio.environments import Environment
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.paths import expand
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
 
@@ -85,6 +86,7 @@ def evaluate(
     EnvironmentFault
         If an environment raises.
     """
+    folder, out, pictures = expand(folder), expand(out), expand(pictures)
     specs = _specs(folder, tasks)
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")

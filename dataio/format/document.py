@@ -17,6 +17,7 @@ from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format import arrays, table
 from tiphys.dataio.format.rows import check_task
 from tiphys.dataio.statistics import Statistics
+from tiphys.paths import expand
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -63,7 +64,7 @@ def _check_shard(shard: table.Shard, where: str) -> None:
 
 def cache_folder(cache_dir: str = "") -> Path:
     """The folder of the decoded indexes: in `cache_dir`, else in $TIPHYS_CACHE, else in ~/.cache/tiphys."""
-    return Path(cache_dir or os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys") / "index"
+    return Path(cache_dir or expand(os.environ.get("TIPHYS_CACHE", "")) or Path.home() / ".cache" / "tiphys") / "index"
 
 
 def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:
