@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -17,10 +18,9 @@ from tiphys.pretrain.distributed.layout_errors import (
     stage_errors,
     zero_errors,
 )
-from tiphys.pretrain.model.size_errors import size_errors
 from tiphys.recipes.keys import key_of, section_fields
 from tiphys.recipes.load import Examined, RecipeError, examine, from_dict
-from tiphys.recipes.schema import Experts, Model, Parallel, Recipe, Train
+from tiphys.recipes.schema import Experts, Model, Objective, Parallel, Recipe, Train
 
 Where = Callable[[str], str]
 
@@ -108,11 +108,17 @@ def _layout(seen: Examined, world: int) -> Iterator[str]:
 
 
 def _model(seen: Examined) -> Iterator[str]:
-    model = _values(Model, _section(seen.raw, "model"), "layers", "hidden", "heads", "kv_heads")
-    moe = _values(Experts, _section(seen.raw, "model", "moe"), "experts", "experts_per_token", "every")
+    given = _section(seen.raw, "model")
+    model = _values(Model, given, "layers", "hidden", "heads", "kv_heads", "ffn", "text_vocabulary", "timesteps")
+    moe = _values(Experts, _section(given, "moe"), "experts", "experts_per_token", "every", "hidden")
     if model is not None:
-        without = {"experts": 0, "experts_per_token": 1, "every": 1}  # the schema check has refused the experts
-        yield from _located(size_errors(**model, **(moe or without)), seen.where)
+        yield from _located(model_errors(model, moe), seen.where)
+        yield from _located(tokenizer_errors(given.get("text_tokenizer"), model["text_vocabulary"]), seen.where)
+    objectives = _section(seen.raw, "objectives").values()
+    contexts = [o.get("context", Objective.context) for o in objectives if isinstance(o, dict)] or [Objective.context]
+    yield from _located(
+        batch_size_errors(_section(seen.raw, "deepspeed").get("train_batch_size"), contexts), seen.where
+    )
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
@@ -148,6 +154,8 @@ def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
     if len(indexes) < len(recipe.data.mixture):
         return
     try:
-        Objectives(recipe, indexes)
+        objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
+    else:
+        yield from _located(freeze_errors(recipe, objectives), seen.where)

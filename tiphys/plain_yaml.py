@@ -144,7 +144,8 @@ def dump(values: Any) -> str:
             return True
 
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if is_word(value) else '"')
+        style = None if is_word(value) and value.isprintable() else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 30)

@@ -46,7 +46,7 @@ TABLES: dict[str, dict[str, Value]] = {
         "enabled": switch(),
         "recompute_fwd_factor": number(low=0, high=100),
         "profile_step": whole(low=1, high=HUGE),
-        "module_depth": whole(low=-1, high=1000),
+        "module_depth": whole(low=-1, high=3),
         "top_modules": whole(low=1, high=1000),
         "detailed": switch(),
         "output_file": Value(str),
@@ -141,6 +141,8 @@ def _model_errors(name: str, values: dict[str, Any]) -> Iterator[Error]:
     module, model = MODELS[name]
     at = f"deepspeed.{name}"
     yield from pydantic_errors(at, getattr(importlib.import_module(module), model), values)
+    if name == "zero_optimization":
+        yield from _zero_errors(at, values)
     if name == "comet" and values.get("api_key"):
         yield (
             f"{at}.api_key",
@@ -149,6 +151,14 @@ def _model_errors(name: str, values: dict[str, Any]) -> Iterator[Error]:
     package = _PACKAGES.get(name)
     if values.get("enabled") is True and package and importlib.util.find_spec(package) is None:
         yield at, f"needs the package {package}, which is not installed; run `pip install {package}`"
+
+
+def _zero_errors(at: str, values: Mapping[str, Any]) -> Iterator[Error]:
+    bucket = values.get("allgather_bucket_size")
+    if isinstance(bucket, int) and (bucket < 2 or bucket % 2):
+        yield f"{at}.allgather_bucket_size", f"{bucket} is not allowed; allowed: an even number, at least 2"
+    if values.get("compute_grad_norm") is False:
+        yield f"{at}.compute_grad_norm", "the gradient norm is part of the metrics"
 
 
 def pydantic_errors(at: str, model: Any, values: Mapping[str, Any]) -> Iterator[Error]:

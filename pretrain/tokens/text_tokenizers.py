@@ -10,22 +10,34 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.text import TextTokenizer
 
 BYTES = 256
+_MOST_BYTES = 256 << 20  # of a tokenizer's file
 _LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for untrusted texts
 
 
 def load(path: str, vocabulary: int) -> str:
     """The tokenizer's JSON, from a tokenizer.json or a SentencePiece model (.model).
 
-    Raises DataError if the file is neither, or has more than `vocabulary` ids.
+    Raises DataError if the file cannot be read, is neither, or has more than `vocabulary` ids.
     """
-    if path.endswith(".model"):
-        from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
-
-        definition = to_tokenizer(Path(path).read_bytes(), path)
-    else:
-        definition = Path(path).read_text(encoding="utf-8")
+    file = Path(path)
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise DataError(
+                f"model.text_tokenizer: {path} is larger than {_MOST_BYTES} bytes, so it is not a tokenizer"
+            )
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"model.text_tokenizer: {path} cannot be read: {error.strerror or error}") from None
+    try:
+        if path.endswith(".model"):
+            from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
+
+            definition = to_tokenizer(data, path)
+        else:
+            definition = data.decode("utf-8")
         size = TextTokenizer(definition).size
+    except DataError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"model.text_tokenizer: {path} is not a valid tokenizer: {error}") from error
     if size > vocabulary:
