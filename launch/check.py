@@ -84,7 +84,7 @@ def _deepspeed(seen: Examined) -> Iterator[str]:
         *section_errors(config),
         *optimizer_errors(config, bool(devices())),
         *scheduler_errors(config, train["steps"] if train else 0),
-        *key_errors(config),
+        *key_errors(config, bool(devices())),
     ):
         found.setdefault(key, reason)  # one reason for each key
     yield from _located(found.items(), seen.where)

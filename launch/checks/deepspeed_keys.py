@@ -103,8 +103,8 @@ _IN_OPTIMIZER = {"learning_rate", "lr", "weight_decay", "betas", "eps"}
 _PACKAGES = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 
 
-def key_errors(config: Mapping[str, Any]) -> Iterator[Error]:
-    """What is wrong with the keys of a `deepspeed:` section."""
+def key_errors(config: Mapping[str, Any], device: bool) -> Iterator[Error]:
+    """What is wrong with the keys of a `deepspeed:` section. `device`: whether this machine has a GPU."""
     removed = removed_keys()
     known = {*SCALARS, *TABLES, *MODELS, *_BY_RULES}
     for name, value in config.items():
@@ -129,6 +129,8 @@ def key_errors(config: Mapping[str, Any]) -> Iterator[Error]:
             yield from table_errors(at, value, TABLES[name])
         else:
             yield from _model_errors(name, value)
+            if name == "zero_optimization":
+                yield from _zero_errors(at, value, device)
 
 
 def removed_keys() -> dict[str, str]:
@@ -141,8 +143,6 @@ def _model_errors(name: str, values: dict[str, Any]) -> Iterator[Error]:
     module, model = MODELS[name]
     at = f"deepspeed.{name}"
     yield from pydantic_errors(at, getattr(importlib.import_module(module), model), values)
-    if name == "zero_optimization":
-        yield from _zero_errors(at, values)
     if name == "comet" and values.get("api_key"):
         yield (
             f"{at}.api_key",
@@ -153,12 +153,24 @@ def _model_errors(name: str, values: dict[str, Any]) -> Iterator[Error]:
         yield at, f"needs the package {package}, which is not installed; run `pip install {package}`"
 
 
-def _zero_errors(at: str, values: Mapping[str, Any]) -> Iterator[Error]:
+def _zero_errors(at: str, values: Mapping[str, Any], device: bool) -> Iterator[Error]:
     bucket = values.get("allgather_bucket_size")
     if isinstance(bucket, int) and (bucket < 2 or bucket % 2):
         yield f"{at}.allgather_bucket_size", f"{bucket} is not allowed; allowed: an even number, at least 2"
     if values.get("compute_grad_norm") is False:
         yield f"{at}.compute_grad_norm", "the gradient norm is part of the metrics"
+    if values.get("legacy_stage1"):
+        yield f"{at}.legacy_stage1", "DeepSpeed has no old stage 1 any more"
+    if values.get("stage") == 3:
+        for name in ("module_granularity_threshold", "stage3_module_granularity_threshold"):
+            if values.get(name) not in (None, 0, "auto"):
+                yield f"{at}.{name}", "the parameters of single modules are gathered when they are used; remove it"
+    offload = values.get("offload_optimizer")
+    if isinstance(offload, dict):
+        if offload.get("super_offload"):
+            yield f"{at}.offload_optimizer.super_offload", "a checkpoint does not know where it keeps its state"
+        if not device and offload.get("ratio") not in (None, 1, "auto"):
+            yield f"{at}.offload_optimizer.ratio", "without a GPU there is only one place for the state; remove it"
 
 
 def pydantic_errors(at: str, model: Any, values: Mapping[str, Any]) -> Iterator[Error]:

@@ -1,4 +1,4 @@
-"""What DeepSpeed, torch or the trainer would refuse, or read as something else, is an error of `tiphys check` that names its key."""
+"""What DeepSpeed, torch or the trainer would refuse, or read as something else, is an error of `tiphys check` at its key."""
 
 import pytest
 
