@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
 from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -40,10 +42,11 @@ def check(path: str | Path, overrides: Iterable[str] = (), *, world: int = 0, da
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
+    errors += _located(config_errors(recipe, world), seen.where)
     if data:
         errors += _data(recipe, seen)
-        if errors:
-            raise RecipeError(errors)
+    if errors:
+        raise RecipeError(errors)
     return recipe
 
 
@@ -75,9 +78,6 @@ def _deepspeed(seen: Examined) -> Iterator[str]:
         return  # an error of the schema
     if not devices():  # otherwise DeepSpeed warns that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from tiphys.launch.checks.deepspeed_keys import key_errors
-    from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
-
     train = _values(Train, _section(seen.raw, "train"), "steps")
     found = dict[str, str]()
     for key, reason in (

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiphys.launch.checks.values import Error, Value, number, switch, table_errors, text, type_problem, unknown, whole
+from tiphys.pretrain.distributed.deepspeed_config import derive
+from tiphys.pretrain.parallel import Grid, LayoutError
+
+if TYPE_CHECKING:
+    from tiphys.recipes.schema import Recipe
 
 HUGE = 10**15
 
@@ -131,6 +137,30 @@ def key_errors(config: Mapping[str, Any], device: bool) -> Iterator[Error]:
             yield from _model_errors(name, value)
             if name == "zero_optimization":
                 yield from _zero_errors(at, value, device)
+
+
+def config_errors(recipe: Recipe, world: int) -> Iterator[Error]:
+    """What DeepSpeed itself says about the configuration that a run would give it: a net below the rules of this file.
+
+    world  number of processes; 0: as few as the layout needs
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.utils import logger
+
+    layout = recipe.parallel
+    grid = Grid(0, world or layout.pipeline * layout.expert, layout.pipeline, layout.expert)
+    try:
+        derived = derive(recipe, grid)
+    except LayoutError:
+        return  # another number of processes is needed; the layout rules say so if it is known
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:  # outside a run DeepSpeed believes that it has one process
+        DeepSpeedConfig({**derived.config, "train_batch_size": derived.rows_per_rank})
+    except Exception as error:
+        yield "deepspeed", f"DeepSpeed refuses the section: {' '.join(str(error).split())}"
+    finally:
+        logger.setLevel(level)
 
 
 def removed_keys() -> dict[str, str]:
