@@ -71,6 +71,8 @@ def errors(tmp_path):
         ("bf16=auto", "must be a section with keys, not 'auto'; write {enabled: auto}"),
         ("bf16.enabled='true'", "must be true or false, not the text 'true'; write it without quotes"),
         ("bf16.enable=true", "Did you mean 'enabled'?"),
+        ("bf16={enabled: true, bf16_master_weights_and_grads: true}", "a checkpoint holds fp32 master weights"),
+        ("zero_optimization.legacy_stage1=true", "no old stage 1 any more"),
         ("zero_optimization=2", "must be a section with keys, not 2"),
         ("zero_optimization.stage='2'", "'2' is not allowed"),
         ("zero_optimization.stage=true", "True is not allowed"),
