@@ -28,6 +28,7 @@ from tiphys.dataio.stores.limit import RequestLimit
 from tiphys.dataio.stores.objects import ObjectBackend
 from tiphys.dataio.stores.ranges import GAP, PART, Joined, join_ranges
 from tiphys.dataio.stores.schemes import backend, check_url
+from tiphys.paths import expand
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -103,6 +104,10 @@ class Store:
     """
 
     def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = GAP):
+        try:
+            url = expand(url)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.url = url.rstrip("/") or url
         self.requests, self.attempts, self.timeout, self.gap = requests, attempts, timeout, gap
         self.traffic = Traffic()

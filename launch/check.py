@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
+from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -17,24 +20,9 @@ from tiphys.pretrain.distributed.layout_errors import (
     stage_errors,
     zero_errors,
 )
-from tiphys.pretrain.model.size_errors import size_errors
 from tiphys.recipes.keys import key_of, section_fields
 from tiphys.recipes.load import Examined, RecipeError, examine, from_dict
-from tiphys.recipes.schema import Experts, Model, Parallel, Recipe
-
-# Top-level keys of DeepSpeed 0.19's JSON. DeepSpeed rejects unknown keys in its sections, but not at the top level.
-DEEPSPEED_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
-    compression_training csv_monitor comet curriculum_learning data_efficiency data_types dataloader_drop_last
-    disable_allgather disable_python_gc dump_state elasticity eigenvalue expert_parallel flops_profiler fp16 fp32_allreduce
-    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
-    managed_gradient_accumulation memory_breakdown monitor_config optimizer pipeline prescale_gradients
-    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
-    sparse_gradients steps_per_print tensor_parallel tensorboard torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization""".split()
-)
-SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+from tiphys.recipes.schema import Experts, Model, Objective, Parallel, Recipe, Train
 
 Where = Callable[[str], str]
 
@@ -57,10 +45,11 @@ def check(
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
+    errors += _located(config_errors(recipe, world), seen.where)
     if data:
         errors += _data(recipe, seen, environments)
-        if errors:
-            raise RecipeError(errors)
+    if errors:
+        raise RecipeError(errors)
     return recipe
 
 
@@ -87,54 +76,21 @@ def _located(found: Iterable[tuple[str, str]], where: Where) -> Iterator[str]:
 
 
 def _deepspeed(seen: Examined) -> Iterator[str]:
-    config, where = _section(seen.raw, "deepspeed"), seen.where
-    for key in config:
-        if key not in DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(str(key), DEEPSPEED_KEYS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else " See DeepSpeed's configuration page."
-            yield f"{where(f'deepspeed.{key}')}: DeepSpeed has no such key.{hint}"
-    found = [*section_errors(config), *_optimizer(config)]
-    known = {key for key, _ in found}
-    for name in ("zero_optimization", "bf16", "fp16"):
-        values = _section(config, name)
-        found += [(key, reason) for key, reason in _pydantic(name, values) if key not in known]
-    yield from _located(found, where)
-
-
-def _optimizer(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in sorted(set(_section(config, "optimizer")) - {"type", "params", "legacy_fusion"}):
-        yield f"deepspeed.optimizer.{key}", "unknown key; allowed: type, params"
-    scheduler = config.get("scheduler")
-    if isinstance(scheduler, dict) and scheduler.get("type") not in SCHEDULERS:
-        near = difflib.get_close_matches(str(scheduler.get("type")), SCHEDULERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        yield (
-            "deepspeed.scheduler.type",
-            f"DeepSpeed has no schedule {scheduler.get('type')!r}; allowed: {', '.join(SCHEDULERS)}.{hint}",
-        )
-
-
-def _pydantic(section: str, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What DeepSpeed's own model of a section finds wrong."""
-    from pydantic import ValidationError
-
+    config = seen.raw.get("deepspeed", {})
+    if not isinstance(config, dict):
+        return  # an error of the schema
     if not devices():  # otherwise DeepSpeed warns that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if section == "zero_optimization":
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as model
-    elif section == "bf16":
-        from deepspeed.runtime.precision_config import DeepSpeedBF16Config as model
-    else:
-        from deepspeed.runtime.precision_config import DeepSpeedFP16Config as model
-    try:
-        model(**{k: v for k, v in values.items() if v != "auto"})
-    except ValidationError as error:
-        for one in error.errors():
-            key = ".".join(str(x) for x in one["loc"])
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            hint = f". Did you mean {near[0]!r}?" if near and one["type"] == "extra_forbidden" else ""
-            text = "DeepSpeed has no such key" if one["type"] == "extra_forbidden" else one["msg"]
-            yield f"deepspeed.{section}.{key}", f"{text}{hint}"
+    train = _values(Train, _section(seen.raw, "train"), "steps")
+    found = dict[str, str]()
+    for key, reason in (
+        *section_errors(config),
+        *optimizer_errors(config, bool(devices())),
+        *scheduler_errors(config, train["steps"] if train else 0),
+        *key_errors(config, bool(devices())),
+    ):
+        found.setdefault(key, reason)  # one reason for each key
+    yield from _located(found.items(), seen.where)
 
 
 def _layout(seen: Examined, world: int) -> Iterator[str]:
@@ -155,11 +111,17 @@ def _layout(seen: Examined, world: int) -> Iterator[str]:
 
 
 def _model(seen: Examined) -> Iterator[str]:
-    model = _values(Model, _section(seen.raw, "model"), "layers", "hidden", "heads", "kv_heads")
-    moe = _values(Experts, _section(seen.raw, "model", "moe"), "experts", "experts_per_token", "every")
+    given = _section(seen.raw, "model")
+    model = _values(Model, given, "layers", "hidden", "heads", "kv_heads", "ffn", "text_vocabulary", "timesteps")
+    moe = _values(Experts, _section(given, "moe"), "experts", "experts_per_token", "every", "hidden")
     if model is not None:
-        without = {"experts": 0, "experts_per_token": 1, "every": 1}  # the schema check has refused the experts
-        yield from _located(size_errors(**model, **(moe or without)), seen.where)
+        yield from _located(model_errors(model, moe), seen.where)
+        yield from _located(tokenizer_errors(given.get("text_tokenizer"), model["text_vocabulary"]), seen.where)
+    objectives = _section(seen.raw, "objectives").values()
+    contexts = [o.get("context", Objective.context) for o in objectives if isinstance(o, dict)] or [Objective.context]
+    yield from _located(
+        batch_size_errors(_section(seen.raw, "deepspeed").get("train_batch_size"), contexts), seen.where
+    )
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
@@ -200,5 +162,6 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
     else:
+        yield from _located(freeze_errors(recipe, objectives), seen.where)
         if environments:
             yield from environment_errors(recipe, objectives, seen.where)

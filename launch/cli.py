@@ -10,6 +10,13 @@ from typing import Any
 from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
+from tiphys.paths import expand
+
+# Arguments that are paths or URLs. A shell leaves `~` as it is in `--to=~/data`.
+_PATHS = frozenset(
+    """recipe run dataset datasets source destination to first second more mapping policy demonstrations out pictures picture html
+    hostfile""".split()
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +52,12 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
         args.overrides = [*args.overrides, *rest]
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        for name in _PATHS & vars(args).keys():
+            value = getattr(args, name)
+            setattr(args, name, [expand(v) for v in value] if isinstance(value, list) else expand(value))
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -27,13 +27,16 @@ def train(args: Namespace) -> int:
     import shlex
 
     from tiphys.launch.check import check
-    from tiphys.launch.submit import submit
+    from tiphys.launch.hosts import ranks, read_hosts
+    from tiphys.launch.submit import devices, submit
 
+    extra = shlex.split(args.launcher)
+    hosts = read_hosts(args.hostfile) if args.hostfile else {"localhost": devices() or 2}
     # with a hostfile, the environments are played on the first host, which may be another machine than this
     check(
         args.recipe,
         args.overrides,
-        world=args.processes if not args.hostfile else 0,
+        world=ranks(hosts, args.processes, extra),
         environments=not args.hostfile,
     )
     return submit(
@@ -42,7 +45,7 @@ def train(args: Namespace) -> int:
         processes=args.processes,
         port=args.port,
         hostfile=args.hostfile,
-        extra=shlex.split(args.launcher),
+        extra=extra,
         verbose=args.verbose,
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.plan.log import PlanLog
+from tiphys.paths import expand
 from tiphys.recipes.load import load_recipe
 from tiphys.recipes.schema import Recipe
 
@@ -70,6 +71,7 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
         dataset, sign, value = item.rpartition("=")
         if not sign:
             raise ValueError(f"{item!r}: write dataset=weight, for example: runs/more=0.5")
+        dataset = expand(dataset)
         event = {"step": at, "kind": "dataset", "entry": f"{number}:{dataset}", "dataset": dataset}
         event |= {
             "digest": EpisodeIndex.open(dataset).fingerprint,
@@ -119,6 +121,7 @@ def _log(run_dir: str) -> PlanLog:
 
 def _entry(key: str, known: Sequence[str]) -> str:
     """The plan's name of a mixture entry that is given by its number, its dataset, or both."""
+    key = expand(key)
     found = [n for i, n in enumerate(known) if key in (str(i), n, n.partition(":")[2])]
     if len(found) != 1:
         raise ValueError(f"{key!r} is not one of the entries {', '.join(known)}; name one entry (its number is enough)")

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tiphys.launch.hosts import check_choice, read_hosts
 from tiphys.launch.statuses import Status, stopped_by
+from tiphys.paths import expand
 
 TRAIN = ("--module", "tiphys.launch.train")
 # By default glibc gives large arrays back to the kernel when they are freed, and every step pays for their pages again: a third
@@ -30,10 +32,10 @@ def launcher(
     verbose    show the launcher's own lines (on hosts that it reaches by pdsh they are always shown)
     """
     command = [str(Path(sys.executable).with_name("deepspeed"))]
+    hosts = read_hosts(hostfile) if hostfile else {}
+    check_choice(extra, hosts)
     if hostfile:
-        if not Path(hostfile).is_file():
-            raise FileNotFoundError(f"{hostfile}: no such hostfile; write one line per host: `name slots=8`")
-        command += ["--hostfile", hostfile]
+        command += ["--hostfile", expand(hostfile)]
         if processes:
             command += ["--num_accelerators", str(processes)]
     else:

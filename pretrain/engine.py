@@ -177,7 +177,7 @@ class Engine:
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
         self.micro_batch, self.accumulation = sizes.micro_batch, sizes.accumulation
-        _freeze(model, recipe.model.freeze)
+        freeze(model, recipe.model.freeze)
         module = self._build(model)
         if world.expert > 1:
             _shard_experts(module, self.config, world)
@@ -394,8 +394,8 @@ class Engine:
         )
 
 
-def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters that `model.freeze` names. Raises LayoutError if a pattern matches none."""
+def freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters that `model.freeze` names. Raises LayoutError if a pattern matches none, or all are frozen."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -405,6 +405,8 @@ def _freeze(model: torch.nn.Module, patterns: Sequence[str]) -> None:
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise LayoutError("model.freeze: all parameters are frozen, so there is nothing to train")
 
 
 def _shard_experts(module: torch.nn.Module, config: Any, world: ParallelDims) -> None:

@@ -24,6 +24,7 @@ from tiphys.dataio.environments.fitting import misfits
 from tiphys.dataio.environments.modules import allowed
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.paths import expand
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
 
@@ -92,6 +93,7 @@ def evaluate(
     EnvironmentFault
         If an environment raises.
     """
+    folder, out, pictures = expand(folder), expand(out), expand(pictures)
     environments.allow(modules, tasks or ())
     specs = _specs(folder, tasks)
     if episodes < 1:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import finite, write_json
 from tiphys.dataio.episode import DataError
+from tiphys.paths import expand, local
+from tiphys.plain_yaml import dump
 from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
@@ -91,7 +93,6 @@ def save_policy(
     FileExistsError
         If the folder contains something other than a policy.
     """
-    import yaml
     from huggingface_hub import save_torch_state_dict
 
     target, tensors = Path(folder), dict(weights)
@@ -109,9 +110,7 @@ def save_policy(
         for name, source in code_files().items():
             (new / name).write_text(source, encoding="utf-8")
         if recipe is not None:
-            (new / RECIPE).write_text(
-                yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
+            (new / RECIPE).write_text(dump(_plain(recipe)), encoding="utf-8")
         add_evaluation(new, evaluation)
     return target
 
@@ -156,14 +155,14 @@ def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
     OSError
         If a bucket cannot be read or written.
     """
-    source = Path(folder)
+    source, to = Path(expand(folder)), expand(to)
     if not is_policy(source):
         raise DataError(f"{source} is not a policy: it has no {CONFIG} of a tiphys model")
     if to.startswith("hf://"):
         return _to_hub(source, to.removeprefix("hf://").strip("/"), private)
     if "://" in to and not to.startswith("file://"):
         return _to_bucket(source, to)
-    target = Path(to.removeprefix("file://"))
+    target = Path(local(to))
     if target.resolve() != source.resolve():
         with _Replacing(target) as new:
             for name in policy_files(source):
@@ -313,7 +312,7 @@ class _Replacing:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings as dicts and sequences as lists, for YAML's safe dumper."""
+    """Mappings as dicts and sequences as lists, for YAML."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -26,6 +27,7 @@ class Key:
     choices   the words that are allowed
     text      what a string without choices holds: a folder, a name, …
     size      a string holds a number of bytes (`sizes.parse_size`)
+    path      a string holds a path or URL; `~` at its beginning is the home folder
     low, high     the lowest and the highest allowed number, themselves allowed
     above, below  the same, themselves not allowed
     also      further numbers that are allowed, outside the range
@@ -37,6 +39,7 @@ class Key:
     choices: tuple[str, ...] = ()
     text: str = ""
     size: bool = False
+    path: bool = False
     low: float | None = None
     high: float | None = None
     above: float | None = None
@@ -131,3 +134,16 @@ def leaves(section: type, path: str = "") -> Iterator[Leaf]:
         else:
             shape, kind = inner
             yield from leaves(kind, at + {"": "", "list": "[*]", "dict": ".*"}[shape])
+
+
+def leaf_at(section: type, path: str) -> Leaf | None:
+    """The leaf of a key path without `*`, such as `data.mixture[0].weight`; None if the schema has none there."""
+    return next((leaf for pattern, leaf in _patterns(section) if pattern.fullmatch(path)), None)
+
+
+@cache
+def _patterns(section: type) -> list[tuple[re.Pattern[str], Leaf]]:
+    """A pattern of the key paths of each leaf. A name of one's own may stand in brackets: `fields[observation.image]`."""
+    name = r"(\.[^.\[\]]+|\[[^\[\]]+\])"
+    written = (re.escape(leaf.path).replace(r"\[\*\]", r"\[\d+\]").replace(r"\.\*", name) for leaf in leaves(section))
+    return [(re.compile(pattern), leaf) for pattern, leaf in zip(written, leaves(section), strict=True)]

@@ -17,6 +17,9 @@ from omegaconf import MISSING
 from tiphys.recipes.keys import key
 
 SEEDS = 2**63 - 1  # the largest seed
+# Numbers that are far above what anybody trains. They keep a slip of the pen from being a run that hangs or fills the memory.
+STEPS = 10**12
+POSITIONS = 2**24  # tokens or steps of one window
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,14 @@ class Entry:
     """One entry of the mixture: a dataset, how often it is drawn, and what is learned from it."""
 
     dataset: str = key(
-        MISSING, "Dataset to train on", text="folder or URL that holds dataset.json, index.parquet and shards/"
+        MISSING,
+        "Dataset to train on",
+        text="folder or URL that holds dataset.json, index.parquet and shards/",
+        path=True,
     )
-    weight: float = key(1.0, "Relative share of the training data, counted in `data.weight_unit`; 0: not drawn", low=0)
+    weight: float = key(
+        1.0, "Relative share of the training data, counted in `data.weight_unit`; 0: not drawn", low=0, high=1e9
+    )
     objective: str = key("gato", "What is learned from it", text="key of `objectives`, or name of a paradigm")
     tasks: list[str] = key(
         list, "Train on these tasks only; empty: on all tasks of the dataset", text="task names or globs"
@@ -40,14 +48,14 @@ class Entry:
     top_of: str = key(
         "episodes", "What `top` is a share of; %BC counts steps (Chen et al. 2021)", choices=("episodes", "steps")
     )
-    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0)
+    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0, high=1e6)
 
 
 @dataclass(frozen=True)
 class Cache:
     """The loaders' cache on one node, divided among the node's loaders."""
 
-    dir: str = key("", "Folder of the disk cache; empty: memory only", text="folder", resume=True)
+    dir: str = key("", "Folder of the disk cache; empty: memory only", text="folder", path=True, resume=True)
     memory: str = key("1GiB", "Memory for cached data on each node", size=True, resume=True)
     disk: str = key("0GiB", "Disk space for cached data on each node", size=True, resume=True)
 
@@ -70,19 +78,30 @@ class Data:
         True, "Draw windows independently; false: epochs that cut the episodes into disjoint windows"
     )
     buckets: int = key(
-        0, "Groups into which the episodes are placed; 0: chosen from the number of episodes and of rows", low=0
+        0,
+        "Groups into which the episodes are placed; 0: chosen from the number of episodes and of rows",
+        low=0,
+        high=2**20,
     )
     cache: Cache = key(Cache, "The loaders' cache on one node, divided among the node's loaders")
-    requests: int = key(64, "Range requests in flight, for each loader", unit="requests", low=1, resume=True)
+    requests: int = key(64, "Range requests in flight, for each loader", unit="requests", low=1, high=4096, resume=True)
     timeout: float = key(
-        10.0, "Time without a byte after which a request is made again", unit="seconds", above=0, resume=True
+        10.0,
+        "Time without a byte after which a request is made again",
+        unit="seconds",
+        above=0,
+        high=86400,
+        resume=True,
     )
-    attempts: int = key(8, "How often a request is tried before it fails", unit="attempts", low=1, resume=True)
+    attempts: int = key(
+        8, "How often a request is tried before it fails", unit="attempts", low=1, high=1000, resume=True
+    )
     unit_rows: int = key(
         0,
         "Steps of an episode that are fetched and cached as one unit; 0: chosen from what bytes and requests cost",
         unit="steps",
         low=0,
+        high=POSITIONS,
         resume=True,
     )
     prefetch: str = key(
@@ -99,11 +118,13 @@ class FieldTokens:
         "How the field becomes tokens; auto: as the scheme says",
         choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
     )
-    bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2)
-    resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0)
-    crop: int = key(0, "Images: height and width of a centre crop before resizing; 0: none", unit="pixels", low=0)
-    stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1)
-    chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1)
+    bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2, high=2**16)
+    resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0, high=8192)
+    crop: int = key(
+        0, "Images: height and width of a centre crop before resizing; 0: none", unit="pixels", low=0, high=8192
+    )
+    stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1, high=POSITIONS)
+    chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1, high=2**16)
 
 
 @dataclass(frozen=True)
@@ -114,9 +135,13 @@ class Objective:
         "", "Paradigm to learn by; empty: the one that the key under `objectives` names", text="name of a paradigm"
     )
     context: int = key(
-        1024, "Most tokens of one window; rows are as long as the largest context of the recipe", unit="tokens", low=1
+        1024,
+        "Most tokens of one window; rows are as long as the largest context of the recipe",
+        unit="tokens",
+        low=1,
+        high=POSITIONS,
     )
-    window: int = key(0, "Most steps of one window; 0: as many as fit the context", unit="steps", low=0)
+    window: int = key(0, "Most steps of one window; 0: as many as fit the context", unit="steps", low=0, high=POSITIONS)
     scheme: str = key(
         "auto",
         "How fields become tokens; auto: gato for paradigm gato, else compact",
@@ -134,14 +159,16 @@ class Objective:
         high=1,
         also=(-1,),
     )
-    prompt_steps: int = key(0, "Most steps of a prompt; 0: as many as fit half of the row", unit="steps", low=0)
+    prompt_steps: int = key(
+        0, "Most steps of a prompt; 0: as many as fit half of the row", unit="steps", low=0, high=POSITIONS
+    )
     discretise: str = key(
         "auto",
         "Continuous actions become tokens (yes) or are regressed as vectors (no); auto: as the paradigm does",
         choices=("auto", "yes", "no"),
     )
     target_return: float = key(
-        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0
+        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0, high=1e6
     )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
@@ -151,17 +178,25 @@ class Objective:
 class Experts:
     """Layers that are a mixture of experts."""
 
-    experts: int = key(0, "Experts of a layer; 0: no mixture of experts", low=0)
-    experts_per_token: int = key(2, "Experts that each token passes through", low=1)
-    every: int = key(2, "Every n-th layer, the last one of each n, is a mixture of experts", unit="layers", low=1)
-    hidden: int = key(0, "Inner width of one expert; 0: that of a dense layer", low=0)
+    experts: int = key(0, "Experts of a layer; 0: no mixture of experts", low=0, high=2**14)
+    experts_per_token: int = key(2, "Experts that each token passes through", low=1, high=2**14)
+    every: int = key(
+        2, "Every n-th layer, the last one of each n, is a mixture of experts", unit="layers", low=1, high=4096
+    )
+    hidden: int = key(0, "Inner width of one expert; 0: that of a dense layer", low=0, high=2**20)
     shared: bool = key(False, "One more expert that every token passes through")
     balance: float = key(
-        0.01, "Coefficient of the balance loss (shares of the previous step × probabilities of this one)", low=0
+        0.01,
+        "Coefficient of the balance loss (shares of the previous step × probabilities of this one)",
+        low=0,
+        high=1e3,
     )
-    z_loss: float = key(0.001, "Coefficient of the z-loss of the router", low=0)
+    z_loss: float = key(0.001, "Coefficient of the z-loss of the router", low=0, high=1e3)
     bias_rate: float = key(
-        0.0, "Above 0: instead of a balance loss, a bias on the choice of experts moves by this much a step", low=0
+        0.0,
+        "Above 0: instead of a balance loss, a bias on the choice of experts moves by this much a step",
+        low=0,
+        high=1e3,
     )
     modality: bool = key(True, "The router sees the modality of the token")
     task: bool = key(False, "The router sees the task of the token")
@@ -175,25 +210,31 @@ class Model:
     """The size of the model and its text tokenizer."""
 
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
-    layers: int = key(8, "Transformer layers", low=1)
-    hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1)
-    heads: int = key(8, "Attention heads", low=1)
-    kv_heads: int = key(0, "Heads of keys and values; `heads` must be a multiple of it; 0: as many as `heads`", low=0)
-    ffn: int = key(0, "Inner width of the gated MLP; 0: 8/3 × `hidden`, rounded up to a multiple of 64", low=0)
+    layers: int = key(8, "Transformer layers", low=1, high=4096)
+    hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)
+    heads: int = key(8, "Attention heads", low=1, high=2**12)
+    kv_heads: int = key(
+        0, "Heads of keys and values; `heads` must be a multiple of it; 0: as many as `heads`", low=0, high=2**12
+    )
+    ffn: int = key(
+        0, "Inner width of the gated MLP; 0: 8/3 × `hidden`, rounded up to a multiple of 64", low=0, high=2**20
+    )
     dropout: float = key(0.0, "Dropout of single elements; above 0, the loss depends on the layout", low=0, below=1)
-    rope_theta: float = key(10000.0, "Base of the rotary positions", above=0)
+    rope_theta: float = key(10000.0, "Base of the rotary positions", low=1, high=1e12)
     timesteps: int = key(
         0,
         "Size of a learned embedding of the step's number in its episode (Decision Transformer); 0: none",
         unit="steps",
         low=0,
+        high=2**22,
     )
     tie: bool = key(False, "One matrix for token embedding and output")
-    text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1)
+    text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1, high=2**22)
     text_tokenizer: str = key(
         "",
         "Text tokenizer; empty: a byte-level BPE learned from the recipe's texts",
         text="tokenizer.json or SentencePiece .model",
+        path=True,
     )
     checkpointing: bool = key(False, "Recompute activations in the backward pass, to save memory", resume=True)
     moe: Experts = key(Experts, "Layers that are a mixture of experts")
@@ -203,12 +244,13 @@ class Model:
 class Parallel:
     """How the processes are divided. Those that `pipeline` and `expert` leave are data-parallel."""
 
-    pipeline: int = key(1, "Pipeline stages", unit="stages", low=1, resume=True)
+    pipeline: int = key(1, "Pipeline stages", unit="stages", low=1, high=4096, resume=True)
     expert: int = key(
         1,
         "Data-parallel processes among which the experts of a layer are divided",
         unit="processes",
         low=1,
+        high=2**14,
         resume=True,
     )
     measure: bool = key(
@@ -220,10 +262,15 @@ class Parallel:
 class Train:
     """How long to train."""
 
-    steps: int = key(1000, "Training steps", unit="steps", low=1, resume=True)
+    steps: int = key(1000, "Training steps", unit="steps", low=1, high=STEPS, resume=True)
     seed: int = key(0, "Seed of the weights, the sampling plan and the random draws of a batch", low=0, high=SEEDS)
     log_every: int = key(
-        1, "Training steps between two lines of metrics; 0: only at the last step", unit="steps", low=0, resume=True
+        1,
+        "Training steps between two lines of metrics; 0: only at the last step",
+        unit="steps",
+        low=0,
+        high=STEPS,
+        resume=True,
     )
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
@@ -233,9 +280,9 @@ class Checkpoints:
     """When checkpoints are saved. The last step is always saved."""
 
     every: int = key(
-        1000, "Training steps between two checkpoints; 0: only at the end", unit="steps", low=0, resume=True
+        1000, "Training steps between two checkpoints; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
     )
-    keep: int = key(3, "Newest checkpoints that are kept", unit="checkpoints", low=1, resume=True)
+    keep: int = key(3, "Newest checkpoints that are kept", unit="checkpoints", low=1, high=10**6, resume=True)
     asynchronous: bool = key(True, "Write checkpoints in the background while training goes on", resume=True)
 
 
@@ -248,9 +295,10 @@ class Validation:
         "Training steps between two validations; 0: only at the end, if episodes are held out",
         unit="steps",
         low=0,
+        high=STEPS,
         resume=True,
     )
-    rows: int = key(64, "Held-out rows of one validation", unit="rows", low=1, resume=True)
+    rows: int = key(64, "Held-out rows of one validation", unit="rows", low=1, high=2**22, resume=True)
 
 
 @dataclass(frozen=True)
@@ -262,6 +310,7 @@ class Evaluation:
         "Training steps between two evaluations; 0: only at the end, if there are tasks",
         unit="steps",
         low=0,
+        high=STEPS,
         resume=True,
     )
     tasks: list[str] = key(list, "Tasks to act in; empty: no evaluation", text="task names", resume=True)
@@ -271,13 +320,15 @@ class Evaluation:
         text="module names",
         resume=True,
     )
-    episodes: int = key(20, "Episodes of each task", unit="episodes", low=1, resume=True)
-    processes: int = key(0, "Processes that play; 0: as many as cores", unit="processes", low=0, resume=True)
+    episodes: int = key(20, "Episodes of each task", unit="episodes", low=1, high=10**7, resume=True)
+    processes: int = key(0, "Processes that play; 0: as many as cores", unit="processes", low=0, high=4096, resume=True)
     seed: int = key(
         1_000_000, "First seed of the environments; demonstrations use seeds below it", low=0, high=SEEDS, resume=True
     )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
-    videos: int = key(1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, resume=True)
+    videos: int = key(
+        1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True
+    )
 
 
 @dataclass(frozen=True)
@@ -288,9 +339,12 @@ class Publish:
         "",
         "Where to publish; empty: only the folder `policy` of the run",
         text="folder, s3://bucket/path or hf://org/name",
+        path=True,
         resume=True,
     )
-    every: int = key(0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, resume=True)
+    every: int = key(
+        0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
+    )
     keep: str = key(
         "last",
         "Publish every new policy, or only one that scores higher than the published one",
@@ -305,7 +359,7 @@ class Publish:
 class Run:
     """The run's folder."""
 
-    dir: str = key(MISSING, "Where checkpoints, metrics, policy and report go", text="folder", resume=True)
+    dir: str = key(MISSING, "Where checkpoints, metrics, policy and report go", text="folder", path=True, resume=True)
 
 
 @dataclass(frozen=True)

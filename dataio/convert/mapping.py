@@ -22,6 +22,7 @@ import numpy as np
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.plain_yaml import MOST_BYTES, YamlError, read
 
 _TASK_KEYS = ("environment", "normalise", "random", "expert", "max_steps")  # attributes of TaskSpec
 _KEYS = frozenset({"task", *_TASK_KEYS, "fields", "text", "options"})
@@ -42,7 +43,7 @@ _FIELD_KEYS = frozenset(
         "drop",
     }
 )
-_MAX_BYTES = 1 << 20  # of the file
+_TEXTS = ("name", "role", "modality", "dtype", "per", "encoding")  # settings of a field that are texts
 
 
 @dataclass(frozen=True)
@@ -67,21 +68,19 @@ class Mapping:
         """Read a YAML file (path or URL). Raises DataError that lists all unknown keys and wrong kinds of value."""
         folder, _, name = path.rpartition("/")
         source = Source(folder or ".")
-        return cls.parse(source.read(name, _MAX_BYTES).decode("utf-8", "replace"), path)
+        return cls.parse(source.read(name, MOST_BYTES), path)
 
     @classmethod
-    def parse(cls, text: str, where: str) -> Mapping:
-        import yaml
-
+    def parse(cls, text: bytes | str, where: str) -> Mapping:
         try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            raw = {} if node is None else _plain(node, where)
-        except yaml.YAMLError as error:
-            raise DataError(f"{where}: is not valid YAML ({' '.join(str(error).split())})") from None
-        return cls.from_dict(raw, where)
+            document = read(text, where)
+        except YamlError as error:
+            raise DataError(str(error)) from None
+        return cls.from_dict({} if document.values is None else document.values, where, document.written)
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str = "mapping") -> Mapping:
+    def from_dict(cls, raw: Any, where: str = "mapping", written: Dict[str, str] | None = None) -> Mapping:
+        """written: how the file writes a value that is not a text, for messages"""
         if not isinstance(raw, dict):
             raise DataError(f"{where}: keys and values are expected; known keys: {', '.join(sorted(_KEYS))}")
         errors = [f"unknown key {k!r}; known: {', '.join(sorted(_KEYS))}" for k in raw if k not in _KEYS]
@@ -98,14 +97,17 @@ class Mapping:
             ]
             if any(c in pattern for c in "*?[") and "name" in settings:
                 errors.append(f"fields.{pattern}: `name` needs a single field, not a glob")
+            errors += _not_texts(
+                {f"fields.{pattern}.{k}": settings[k] for k in _TEXTS if settings.get(k) is not None}, written
+            )
             fields[str(pattern)] = settings
         texts = _section(raw, "text", errors)
-        errors += [
-            f"text.{k}: expected a text, not {type(v).__name__}" for k, v in texts.items() if not isinstance(v, str)
-        ]
+        errors += _not_texts({f"text.{k}": v for k, v in texts.items()}, written)
         task = raw.get("task", "")
-        if not isinstance(task, str | dict):
-            errors.append("task: expected a name, or {name in the source: name here}")
+        errors += _not_texts(
+            {f"task.{k}": v for k, v in task.items()} if isinstance(task, dict) else {"task": task}, written
+        )
+        errors += _not_texts({k: raw[k] for k in ("environment", "normalise") if raw.get(k) is not None}, written)
         if errors:
             raise DataError(f"{where}: " + "; ".join(errors))
         task_settings = {k: raw[k] for k in _TASK_KEYS if k in raw}
@@ -272,27 +274,10 @@ def _section(raw: dict[str, Any], key: str, errors: list[str]) -> dict[str, Any]
     return value
 
 
-def _plain(node: Any, where: str, depth: int = 0) -> Any:
-    """A composed YAML node as plain values. A duplicate key is an error; `1e-5` is a number, unlike in YAML 1.1."""
-    import yaml
-
-    line = f"{where}, line {node.start_mark.line + 1}"
-    if depth > 8:
-        raise DataError(f"{line}: nested too deeply (does an alias contain itself?)")
-    if isinstance(node, yaml.MappingNode):
-        out: dict[str, Any] = {}
-        for key, value in node.value:
-            name = str(key.value)
-            if name in out:
-                raise DataError(f"{where}, line {key.start_mark.line + 1}: the key {name!r} appears twice")
-            out[name] = _plain(value, where, depth + 1)
-        return out
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(v, where, depth + 1) for v in node.value]
-    value = yaml.SafeLoader("").construct_object(node)
-    if isinstance(value, str) and node.style is None:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _not_texts(values: Dict[str, Any], written: Dict[str, str] | None) -> list[str]:
+    """An error for each value that must be a text and is none: YAML reads words such as `on` or `7` as something else."""
+    return [
+        f'{key}: must be a text; write it in quotes: "{(written or {}).get(key, value)}"'
+        for key, value in values.items()
+        if not isinstance(value, str)
+    ]

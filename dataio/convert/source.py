@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from tiphys.dataio.convert.limits import FILES, JSON_BYTES, check_size, parse_json
 from tiphys.dataio.episode import DataError
+from tiphys.paths import local
 
 _READ_AHEAD = 1 << 20  # bytes that a read of a remote file fetches at least
 
@@ -29,13 +30,16 @@ class Source:
 
     def __init__(self, url: str):
         self.url = os.fspath(url).rstrip("/") or "/"
-        scheme, separator, rest = self.url.partition("://")
+        scheme, separator, _ = self.url.partition("://")
         self._store: Any = None
         self.failed = ""  # why a read from the store failed, because a library may swallow the SourceUnavailable
         if separator and scheme != "file":
             self._open_remote()
         else:
-            path = os.path.realpath(rest if separator else self.url)
+            try:
+                path = os.path.realpath(local(self.url))
+            except ValueError as error:
+                raise DataError(str(error)) from None
             if not os.path.exists(path):
                 raise DataError(f"{self.url}: no such file or folder")
             self.single = "" if os.path.isdir(path) else os.path.basename(path)

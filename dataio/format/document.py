@@ -21,6 +21,7 @@ from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.stored import task_specs
 from tiphys.dataio.stores.schemes import HOST_SCHEMES, check_url
+from tiphys.paths import expand
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -79,7 +80,7 @@ def check_shard(shard: table.Shard, where: str) -> None:
 
 def cache_folder(cache_dir: str = "") -> Path:
     """The folder of the decoded indexes: in `cache_dir`, else in $TIPHYS_CACHE, else in ~/.cache/tiphys."""
-    return Path(cache_dir or os.environ.get("TIPHYS_CACHE", "") or Path.home() / ".cache" / "tiphys") / "index"
+    return Path(cache_dir or expand(os.environ.get("TIPHYS_CACHE", "")) or Path.home() / ".cache" / "tiphys") / "index"
 
 
 def fetch(store: Store, path: str, file: Path, part: int = 64 << 20) -> str:

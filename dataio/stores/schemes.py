@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import redacted
@@ -12,6 +12,7 @@ from tiphys.dataio.stores.backend import Backend
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.filesystems import FsspecBackend
 from tiphys.dataio.stores.objects import ObjectBackend
+from tiphys.paths import local
 
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
 # Some schemes of fsspec run commands (pipe), open nested archives or chain others: only plain remote file systems are allowed
@@ -50,5 +51,8 @@ def backend(url: str, timeout: float) -> Backend:
         allowed = ", ".join(("file", *OBJECT_SCHEMES, *FSSPEC_SCHEMES))
         raise DataError(f"{redacted(url)}: the scheme {scheme or url!r} may not be opened; these may: {allowed}")
     if scheme in ("", "file"):
-        return LocalBackend(Path(unquote(urlsplit(url).path) if scheme else url).absolute())
+        try:
+            return LocalBackend(Path(local(url)).absolute())
+        except ValueError as error:
+            raise DataError(str(error)) from None
     return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tiphys.dataio.atomic import write_text
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
+from tiphys.plain_yaml import read
 
 # Even if a name in the data became markup, the page would run no script and load nothing
 CONTENT_POLICY = (
@@ -52,7 +51,7 @@ def render(
     pictures    folder of the pictures that `evaluation` names
     """
     train = [line for line in lines if "kind" not in line]
-    name = (yaml.safe_load(recipe) or {}).get("name", "run") if recipe else "run"
+    name = (read(recipe, "recipe.yaml").values or {}).get("name", "run") if recipe else "run"
     parts = [
         f"<h1>{html.escape(str(name))}</h1><p class='sub'>{html.escape(_when(train))}</p>",
         _facts(train, evaluation),

@@ -14,6 +14,7 @@ from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import native, observation_fields
 from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
+from tiphys.paths import expand
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.attention import KeyValueCache
@@ -79,7 +80,7 @@ class Policy:
 
         logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = DecisionModel.from_pretrained(str(folder), device_map=device if device == "auto" else None)
+        model: Any = DecisionModel.from_pretrained(expand(folder), device_map=device if device == "auto" else None)
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 Error: TypeAlias = tuple[str, str]
 
 OPTIMIZERS = ("Adam", "AdamW")
+MOST_ROWS = 2**22  # of a global batch
 
 # Switches of DeepSpeed with which a run would silently train something else than the recipe says, or crash in the first step.
 _SWITCHES = {
@@ -133,7 +134,7 @@ def section_errors(config: Mapping[str, Any]) -> Iterator[Error]:
 
 def _zero_section_errors(config: Mapping[str, Any]) -> Iterator[Error]:
     zero, stage = _section(config, "zero_optimization"), zero_stage(config)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield "deepspeed.zero_optimization.stage", f"{stage!r} is not allowed; allowed: 0, 1, 2 or 3"
     for name, reason in _ZERO.items():
         if zero.get(name):
@@ -183,11 +184,12 @@ def batch_errors(config: Mapping[str, Any], data: int = 0) -> Iterator[Error]:
     given = {key: config[key] for key in _BATCH if config.get(key) not in (None, "auto")}
     wrong = {key: value for key, value in given.items() if not _whole(value)}
     for key, value in wrong.items():
-        yield f"deepspeed.{key}", f"{value!r} is not allowed; allowed: a whole number, at least 1"
+        yield f"deepspeed.{key}", f"{value!r} is not allowed; allowed: a whole number, at least 1, at most {MOST_ROWS}"
     if _BATCH[0] not in given:
+        missing = "cannot be auto" if config.get(_BATCH[0]) == "auto" else "is missing"
         yield (
             f"deepspeed.{_BATCH[0]}",
-            "is missing: it is the number of rows of a global batch, the same on every layout",
+            f"{missing}: it is the number of rows of a global batch, the same on every layout",
         )
     elif data and not wrong:
         rows, micro, accumulation = (given.get(key, 0) for key in _BATCH)
@@ -222,4 +224,4 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_ROWS

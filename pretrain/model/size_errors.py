@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+MOST_PARAMETERS = 10**13
+
 
 def size_errors(
     *, layers: int, hidden: int, heads: int, kv_heads: int, experts: int, experts_per_token: int, every: int
@@ -37,3 +39,23 @@ def size_errors(
         )
     if not 1 <= every <= layers:
         yield "model.moe.every", f"{every} is out of range; allowed: 1 to model.layers ({layers})"
+
+
+def parameter_errors(
+    *,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    text_vocabulary: int,
+    timesteps: int,
+    experts: int,
+    every: int,
+    expert_hidden: int,
+) -> Iterator[tuple[str, str]]:
+    """Whether the sizes, each of them allowed, together make a model that no machine holds. 0 stands for the default width."""
+    dense = ffn or 8 * hidden // 3
+    mixtures = layers // every if experts else 0
+    matrices = 3 * hidden * (dense * (layers - mixtures) + (expert_hidden or dense) * experts * mixtures)
+    count = 4 * hidden * hidden * layers + matrices + hidden * (2 * text_vocabulary + timesteps)
+    if count > MOST_PARAMETERS:
+        yield "model", f"the model would have about {count:.1e} parameters; allowed: at most {MOST_PARAMETERS:.0e}"

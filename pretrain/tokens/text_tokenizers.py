@@ -17,16 +17,24 @@ _LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for 
 def load(path: str, vocabulary: int) -> str:
     """The tokenizer's JSON, from a tokenizer.json or a SentencePiece model (.model).
 
-    Raises DataError if the file is neither, or has more than `vocabulary` ids.
+    Raises DataError if the file cannot be read, is neither, or has more than `vocabulary` ids.
     """
-    if path.endswith(".model"):
-        from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
-
-        definition = to_tokenizer(read_regular(path, _MOST_BYTES), path)
-    else:
-        definition = read_regular(path, _MOST_BYTES).decode("utf-8", "replace")
     try:
+        data = read_regular(path, _MOST_BYTES)
+    except DataError as error:
+        raise DataError(f"model.text_tokenizer: {error}") from None
+    except OSError as error:
+        raise DataError(f"model.text_tokenizer: {path} cannot be read: {error.strerror or error}") from None
+    try:
+        if path.endswith(".model"):
+            from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
+
+            definition = to_tokenizer(data, path)
+        else:
+            definition = data.decode("utf-8")
         size = TextTokenizer(definition).size
+    except DataError:
+        raise
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"model.text_tokenizer: {path} is not a valid tokenizer: {error}") from error
     if size > vocabulary:

@@ -1,8 +1,10 @@
 """A recipe file becomes a Recipe, or one error that lists everything that is wrong with it."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tiphys.recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict
+from tiphys.recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict, to_yaml
 
 GOOD = """
 name: small
@@ -98,18 +100,73 @@ def test_yes_and_no_need_no_quotes(tmp_path, text, word):
 
 
 def test_a_word_that_is_not_yes_or_no_is_not_guessed(tmp_path):
-    with pytest.raises(RecipeError, match=r"data\.weight_unit: 'False' is not allowed; allowed: windows, tokens"):
-        load_recipe(write(tmp_path, GOOD), ["data.weight_unit=no"])
-
-
-def test_a_value_from_another_key_is_checked_too(tmp_path):
-    text = GOOD + "train: {steps: '${validate.rows}'}\nvalidate: {rows: 5}\n"
-    assert load_recipe(write(tmp_path, text)).train.steps == 5
-    text = GOOD + "train: {steps: '${validate.every}'}\nvalidate: {every: 0}\n"
-    with pytest.raises(RecipeError, match=r"train\.steps: 0 is out of range; allowed: at least 1"):
-        load_recipe(write(tmp_path, text))
+    for text, shown in (("no", "False"), ("'no'", "no")):
+        with pytest.raises(
+            RecipeError, match=rf"data\.weight_unit: '{shown}' is not allowed; allowed: windows, tokens"
+        ):
+            load_recipe(write(tmp_path, GOOD.replace("validation:", f"weight_unit: {text}\n  validation:")))
 
 
 def test_a_missing_key_has_the_line_of_its_section(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe\.yaml:2: run\.dir is missing"):
         load_recipe(write(tmp_path, "name: a\nrun: {}\n"))
+
+
+@pytest.mark.parametrize("word", ["on", "1e5", "2024", "true", "0x1f", ".nan", "~"])
+def test_a_text_that_yaml_reads_as_something_else_needs_quotes(tmp_path, word):
+    reason = "a value is missing" if word == "~" else f'must be a text, .*; write it in quotes: "{word}"'
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml:2: name: {reason}"):
+        load_recipe(write(tmp_path, GOOD.replace("name: small", f"name: {word}")))
+    assert load_recipe(write(tmp_path, GOOD.replace("name: small", f'name: "{word}"'))).name == word
+
+
+def test_a_text_of_the_command_line_needs_no_quotes(tmp_path):
+    overrides = ["name=1e5", "run.dir=2024-01-01", "data.mixture[0].dataset=on", "data.cache.dir=", "train.steps=1_000"]
+    recipe = load_recipe(write(tmp_path, GOOD), [*overrides, "objectives.gato.fields[observation.image].resize=8"])
+    assert (recipe.name, recipe.run.dir, recipe.data.cache.dir, recipe.train.steps) == ("1e5", "2024-01-01", "", 1000)
+    assert recipe.data.mixture[0].dataset == "on"
+    assert recipe.objectives["gato"].fields["observation.image"].resize == 8
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("train.steps", "write key=value"),
+        ("=3", "write key=value"),
+        ("a..b=3", "write key=value"),
+        ("data.mixture[3].weight=1", "data.mixture has 1 entries, numbered from 0; there is no '3'"),
+        ("name.x=1", "name is 'small', not a section"),
+        ("deepspeed.x=[&a 1, *a]", "&a is an anchor"),
+        ("train.steps=[1", "not YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_done_is_an_error(tmp_path, item, words):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, GOOD), [item])
+    assert words in str(caught.value)
+
+
+def test_a_tilde_in_every_key_that_holds_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, GOOD)
+    keys = ("run.dir", "data.mixture[0].dataset", "data.cache.dir", "model.text_tokenizer", "publish.to")
+    values = to_dict(load_recipe("~/recipe.yaml", [f"{key}=~/x" for key in keys]))
+    assert str(values).count(f"{tmp_path}/x") == len(keys)
+    assert "~" not in str(values)
+    with pytest.raises(RecipeError, match=r"run\.dir: ~nobody-here/x: ~nobody-here has no home folder"):
+        load_recipe("~/recipe.yaml", ["run.dir=~nobody-here/x"])
+
+
+TEXTS = st.sampled_from(
+    ["1e5", "010", "2024-01-01", "Nan", "on", "no", "null", "~a", "1_000", "1:30", ".inf", "true", "x: y", "#", ""]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(TEXTS, st.lists(TEXTS, max_size=3), st.dictionaries(TEXTS, TEXTS, max_size=3))
+def test_texts_survive_being_written_as_yaml_and_read(tmp_path_factory, name, tasks, section):
+    file = tmp_path_factory.getbasetemp() / "written.yaml"
+    values = {"name": name, "evaluate": {"tasks": tasks}, "deepspeed": section, "run": {"dir": "d"}}
+    recipe = from_dict(values | {"data": {"mixture": [{"dataset": "c"}]}})
+    file.write_text(to_yaml(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe

@@ -243,13 +243,18 @@ text:
     [
         ("fields: {nothing: drop}", "no field matches 'nothing'; there are action"),
         ("feilds: {}\nfields: {a: {rol: x}}", "unknown key 'feilds'.*unknown key 'rol'"),
-        ("task: a\ntask: b", "line 2: the key 'task' appears twice"),
+        ("task: a\ntask: b", r"map\.yaml:2: task: this key appears twice, first on line 1"),
         ("fields: {action: {role: actoin}}", "role 'actoin' is none of"),
         ("fields: {action: {name: reward}}", "two fields.*reward"),
         ("options: {stack: 4}", "options: stack unknown to format 'npz'"),
         ("fields: {action: {encoding: h265}}", "encoding 'h265' is none of"),
         ("[1, 2]", "keys and values are expected"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "not YAML"),
+        ("task: Nan", 'task: Nan can be read as a number.*"Nan"'),
+        ("text: {instruction: on}", 'text.instruction: must be a text; write it in quotes: "on"'),
+        ("task: 2024-01-01", 'can be read as a date; write it in quotes, "2024-01-01"'),
+        ("fields: {action: {name: 7}}", 'fields.action.name: must be a text; write it in quotes: "7"'),
+        ("task: &a x\ntext: {b: *a}", "map.yaml:1: &a is an anchor"),
     ],
 )
 def test_errors_in_a_mapping_file(made: Any, text: str, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""The model of a recipe: its sizes, its text tokenizer, and the parameters that are frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tiphys.launch.checks.values import Error
+from tiphys.pretrain.distributed.layout_errors import MOST_ROWS
+from tiphys.pretrain.model.size_errors import parameter_errors, size_errors
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.recipes.schema import Recipe
+
+MOST_POSITIONS = 2**34  # of a global batch
+
+
+def model_errors(model: dict[str, int], moe: dict[str, int] | None) -> Iterator[Error]:
+    """What is wrong with the sizes. `moe`: None if the schema has refused them."""
+    experts = moe or {"experts": 0, "experts_per_token": 1, "every": 1, "hidden": 0}
+    found = list(
+        size_errors(
+            **{key: model[key] for key in ("layers", "hidden", "heads", "kv_heads")},
+            **{key: experts[key] for key in ("experts", "experts_per_token", "every")},
+        )
+    )
+    yield from found
+    if not found:
+        yield from parameter_errors(
+            **{key: model[key] for key in ("layers", "hidden", "ffn", "text_vocabulary", "timesteps")},
+            experts=experts["experts"],
+            every=experts["every"],
+            expert_hidden=experts["hidden"],
+        )
+
+
+def batch_size_errors(rows: Any, contexts: list[Any]) -> Iterator[Error]:
+    """Whether a global batch has more positions than any machine computes."""
+    longest = max((c for c in contexts if isinstance(c, int)), default=0)
+    if isinstance(rows, int) and rows <= MOST_ROWS and rows * longest > MOST_POSITIONS:
+        yield (
+            "deepspeed.train_batch_size",
+            f"{rows} rows of {longest} positions are {rows * longest:.1e}; allowed: at most 2^{int(math.log2(MOST_POSITIONS))}",
+        )
+
+
+def tokenizer_errors(path: Any, vocabulary: Any) -> Iterator[Error]:
+    """Whether `model.text_tokenizer` is a tokenizer that fits the vocabulary."""
+    from tiphys.pretrain.tokens.text_tokenizers import load
+
+    if isinstance(path, str) and path and "${" not in path and isinstance(vocabulary, int):
+        try:
+            load(path, vocabulary)
+        except ValueError as error:
+            yield "model.text_tokenizer", str(error).removeprefix("model.text_tokenizer: ")
+
+
+def freeze_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
+    """Whether each pattern of `model.freeze` names a parameter, and one is left to train."""
+    if not recipe.model.freeze:
+        return
+    import torch
+
+    from tiphys.pretrain.engine import freeze
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+
+    with torch.device("meta"):
+        model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary))
+    try:
+        freeze(model, recipe.model.freeze)
+    except ValueError as error:
+        yield "model.freeze", str(error).removeprefix("model.freeze: ")
