@@ -609,22 +609,22 @@ class SamplingPlan:
 
         Raises
         ------
-        ValueError
+        DataError
             If the state belongs to another plan: version, number of buckets or fingerprint differ.
         """
         if state.get("version", 1) != VERSION:
-            raise ValueError(
+            raise DataError(
                 f"plan: the checkpoint was written by version {state.get('version', 1)} of the sampling plan; this Tiphys has "
                 f"version {VERSION}, which would draw other windows for the same steps. Finish the run with the release of "
                 "Tiphys that started it, or start a new run"
             )
         if state["buckets"] != self.buckets:
-            raise ValueError(
+            raise DataError(
                 f"plan: the checkpoint's plan has {state['buckets']} buckets, but this plan has {self.buckets}; set "
                 f"data.buckets={state['buckets']}"
             )
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
+            raise DataError(
                 "plan: the checkpoint belongs to another plan (data, objective, batch size, seed or weights differ); restore the "
                 "recipe and the data of its run, or start a new run"
             )

@@ -1,14 +1,23 @@
 """The command `tiphys`: its subcommands and options. `launch/commands.py` holds what each one does and is imported last."""
 
-from __future__ import annotations
+# No `from __future__`: with an empty entry in PYTHONPATH it could come from the current folder.
+import os
+import sys
+
+from tiphys.dataio.python_path import leave_current_folder
+
+if os.path.basename(sys.argv[0]) == "tiphys":  # this is the main module of the command
+    leave_current_folder()
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
+
+
+_TRACEBACK = "show the full Python traceback of an error"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Status.INTERRUPTED
     except BrokenPipeError:
         return Status.BROKEN_PIPE
-    except (ValueError, OSError, ImportError, LookupError) as error:
-        # What the user's input causes. Any other error is a defect of Tiphys and keeps its traceback.
-        if args.traceback:
-            raise
-        print(f"tiphys: {error}", file=sys.stderr)
-        return Status.REFUSED
+    except Exception as error:
+        from tiphys.launch.refusals import show, status_of
+
+        status = status_of(error)
+        show(error, status, with_traceback=args.traceback)
+        return status
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -54,11 +63,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"exit statuses:\n{statuses.table()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traceback", action="store_true", help="show the full Python traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
     commands = parser.add_subparsers(title="commands", metavar="")
     for add in (_run_commands, _data_commands, _policy_commands):
         add(commands)
+    for command in _subparsers(parser):
+        command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=_TRACEBACK)
     return parser
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all commands and of their actions."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield below
+                yield from _subparsers(below)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

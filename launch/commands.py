@@ -20,7 +20,9 @@ from tiphys.launch.statuses import Status
 def quickstart(args: Namespace) -> int:
     from tiphys.launch.quickstart import quickstart
 
-    return quickstart(args.overrides, args.datasets, args.scale, args.processes, args.verbose)
+    return quickstart(
+        args.overrides, args.datasets, args.scale, args.processes, verbose=args.verbose, with_traceback=args.traceback
+    )
 
 
 def train(args: Namespace) -> int:
@@ -38,6 +40,7 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=shlex.split(args.launcher),
         verbose=args.verbose,
+        with_traceback=args.traceback,
     )
 
 

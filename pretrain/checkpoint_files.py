@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.errors import Explained
 
 VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Explained, RuntimeError):
     """A checkpoint cannot be written, read or continued. The message names the file and says what to do."""
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import finite, write_json
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.errors import Explained
 from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
 )
 
 
-class PublishError(RuntimeError):
+class PublishError(Explained, RuntimeError):
     """A policy could not be published. The message says where, why, and what to do; it contains no secret."""
 
 
