@@ -312,7 +312,7 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
 
 def _policy_commands(commands: Any) -> None:
     p = commands.add_parser("evaluate", help="let a policy act in its environments and score it")
-    p.add_argument("policy", help="folder of a run, folder of a policy, or hf://org/name")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
     p.add_argument(
         "--tasks",
         nargs="*",
@@ -327,7 +327,7 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
     )
-    p.add_argument("--out", default="", help="JSON file for the result (default: evaluation.json beside the policy)")
+    p.add_argument("--out", default="", help="JSON file for the result (default: evaluation.json beside the policy; none for a bucket or a hub)")
     p.add_argument(
         "--pictures", default="", help="folder for film strips of the first episodes (default: none are made)"
     )

@@ -112,10 +112,11 @@ def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
 
     policy: Any = None
-    if args.policy and (Path(args.policy) / "config.json").is_file():
+    if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
+        from tiphys.pretrain.policy_files import local_policy
 
-        policy = PolicyExpert(args.policy)
+        policy = PolicyExpert(str(local_policy(args.policy)))
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
 
@@ -248,8 +249,10 @@ def loader_bench(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from tiphys.launch.display import scores
     from tiphys.pretrain.evaluate import evaluate
+    from tiphys.pretrain.policy_files import local_policy
 
-    folder = _policy_folder(args.policy)
+    folder = local_policy(args.policy)
+    elsewhere = "://" in args.policy
     found = evaluate(
         folder,
         args.tasks or None,
@@ -257,7 +260,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
-        out=args.out or str(Path(folder).parent / "evaluation.json"),
+        out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,
         demonstrations=args.demonstrations,
@@ -268,27 +271,11 @@ def evaluate(args: Namespace) -> int:
 
 
 def publish(args: Namespace) -> int:
+    from tiphys.pretrain.policy_files import local_policy
     from tiphys.pretrain.publish import publish
 
-    print(publish(_policy_folder(args.run), args.to, private=not args.public))
+    print(publish(local_policy(args.run), args.to, private=not args.public))
     return Status.DONE
-
-
-def _policy_folder(name: str) -> str:
-    """The local folder of a policy that is named by a run's folder, its own folder, or hf://org/name (then downloaded).
-
-    Raises FileNotFoundError if there is no policy.
-    """
-    if name.startswith("hf://"):
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(name.removeprefix("hf://"))
-    folder = Path(name)
-    if (folder / "policy" / "config.json").is_file():
-        return str(folder / "policy")
-    if (folder / "config.json").is_file():
-        return str(folder)
-    raise FileNotFoundError(f"{name}: neither the folder of a run with a policy nor a policy; it has no config.json")
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
+from tiphys.pretrain.policy_files import local_policy
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
@@ -85,7 +86,9 @@ def evaluate(
     EnvironmentFault
         If an environment raises.
     """
-    specs = _specs(folder, tasks)
+    if "://" in str(folder):
+        folder = local_policy(folder)  # once, not in each worker process
+    specs = _specs(folder, tasks, device)
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
     starts = range(seed, seed + episodes, GROUP)
@@ -114,10 +117,11 @@ def evaluate(
     return result
 
 
-def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
+def _specs(folder: str | Path, tasks: Sequence[str] | None, device: str) -> list[TaskSpec]:
     """The tasks to play. They are checked before any process starts."""
-    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy, check_device
 
+    check_device(device)
     policy = Policy.load(folder, "cpu")
     known = {name: policy.processor.tasks[name] for name in policy.tasks}
     names = list(tasks or [n for n, s in known.items() if s.environment])

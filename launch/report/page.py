@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from tiphys.dataio.atomic import write_text
+from tiphys.dataio.episode import DataError
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
 
@@ -29,7 +30,7 @@ def write_report(run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     if not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder}: not the folder of a run that has trained: it has no metrics.jsonl")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _lines(folder / "metrics.jsonl")
     page = render(lines, _json(folder / "evaluation.json"), _text(folder / "recipe.yaml"), folder / "pictures")
     target = folder / "report.html"
     write_text(target, page)
@@ -229,7 +230,30 @@ def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); remove it, or write it again with `tiphys evaluate`") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. An incomplete last line, of a run that was killed, is left out."""
+    found = []
+    texts = path.read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(texts, 1):
+        try:
+            value = json.loads(text or "{}")
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+        if not isinstance(value, dict) or (text and "step" not in value):
+            raise DataError(f"{path}, line {number}: not a line of metrics: {text[:60]}; remove the line")
+        if text:
+            found.append(value)
+    return found
 
 
 def _text(path: Path) -> str:

@@ -15,7 +15,8 @@ from tests.processes import REPOSITORY
 from tiphys.dataio import python_path
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "data"
-PLANTED = "select signal numpy torch json typing argparse collections pickle socket random __future__ tiphys deepspeed"
+PLANTED = ("select", "signal", "numpy", "torch", "json", "argparse", "pickle", "socket", "random", "deepspeed")
+EARLY = ("typing", "collections", "__future__", "logging")  # what other packages in site-packages may need at Python's start
 RECIPE = """
 name: small
 data: {{mixture: [{{dataset: {data}, objective: bc}}], validation: 0, cache: {{memory: 32MiB}}}}
@@ -32,9 +33,13 @@ def folder(tmp_path: Path) -> Path:
     """A dataset with modules beside it. Each leaves a file `marker-NAME` if it is imported."""
     place = tmp_path / "data"
     shutil.copytree(GOLDEN / "cart", place)
-    for name in PLANTED.split():
-        (place / f"{name}.py").write_text(f"open({str(tmp_path / f'marker-{name}')!r}, 'w')\n")
+    plant(place, *PLANTED)
     return place
+
+
+def plant(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / f"{name}.py").write_text(f"open({str(folder.parent / f'marker-{name}')!r}, 'w')\n")
 
 
 def run(folder: Path, *words: str, path: str = str(REPOSITORY), command: tuple[str, ...] = ("-m", "tiphys")) -> str:
@@ -71,6 +76,7 @@ def test_a_conversion_imports_nothing_from_its_source(folder: Path, tmp_path: Pa
 )
 def test_no_command_on_data_imports_from_them(folder: Path, words: tuple[str, ...]) -> None:
     (folder.parent / "small.yaml").write_text(RECIPE.format(data="."))
+    plant(folder, *EARLY)
     run(folder, *words)
 
 

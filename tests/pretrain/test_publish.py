@@ -22,7 +22,8 @@ from tiphys.pretrain import sources
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.evaluate import evaluate
 from tiphys.pretrain.model.config import DecisionConfig
-from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
+from tiphys.pretrain.policy_files import without_secrets
+from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy
 
 pytestmark = pytest.mark.envs
 OBJECTIVES = acting.objectives()
