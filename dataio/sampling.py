@@ -203,7 +203,9 @@ class SamplingPlan:
         DataError
             If it does not fit: for example, it names an unknown entry.
         """
-        self._history.phases([*self.log.events, event])
+        for phase in self._history.phases([*self.log.events, event]):
+            if not phase.weights.any():
+                raise DataError(f"the event of step {event['step']} would leave no entry with a weight above 0 from step {phase.first} on")
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,10 @@ def train(args: Namespace) -> int:
     from tiphys.launch.check import check
     from tiphys.launch.submit import submit
 
+    try:
+        extra = shlex.split(args.launcher)
+    except ValueError as error:
+        raise ValueError(f"--launcher {args.launcher!r}: {error}") from None
     check(args.recipe, args.overrides, world=args.processes if not args.hostfile else 0)
     return submit(
         args.recipe,
@@ -38,7 +42,7 @@ def train(args: Namespace) -> int:
         processes=args.processes,
         port=args.port,
         hostfile=args.hostfile,
-        extra=shlex.split(args.launcher),
+        extra=extra,
         verbose=args.verbose,
         with_traceback=args.traceback,
     )

@@ -38,6 +38,8 @@ def quickstart(
     with_traceback: bool = False,
 ) -> int:
     """Returns a `Status`; DONE means that the policy, its evaluation and the report exist. Existing demonstrations are reused."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"--scale {scale:g}: the fraction of the demonstrations must be above 0")
     began = time.monotonic()
     for name, tasks in DEMONSTRATIONS.items():
         counts = {task: max(10, round(n * scale)) for task, n in tasks.items()}

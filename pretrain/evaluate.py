@@ -7,6 +7,7 @@ demonstration with them (`tiphys.dataio.collect`).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ def evaluate(
     specs = _specs(folder, tasks, device)
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
+    for place in (Path(out).parent if out else None, Path(pictures) if pictures else None):
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)  # before hours of playing, not after
+            if not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, "the result cannot be written there", str(place))
     starts = range(seed, seed + episodes, GROUP)
     jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
     count = min(processes or os.cpu_count() or 1, len(jobs))

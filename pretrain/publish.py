@@ -49,7 +49,7 @@ def save_policy(
     evaluation: Mapping[str, Any] | None = None,
     step: int = 0,
     recipe_digest: str = "",
-    license: str = "apache-2.0",
+    license: str = "",
 ) -> Path:
     """Write a policy's folder, whole or not at all. It replaces a policy that is already there.
 
@@ -72,7 +72,7 @@ def save_policy(
     recipe_digest : str
         Hash of the recipe, for the model card.
     license : str
-        SPDX identifier, for the model card.
+        SPDX identifier, for the model card; empty: none is stated.
 
     Returns
     -------

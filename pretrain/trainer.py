@@ -250,8 +250,11 @@ class Trainer:
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Add events to the plan's log, the same on all ranks. They apply from step `first` on; earlier steps are drawn."""
         once = {(e["kind"], e.get("entry"), e.get("episode"), str(e.get("weights"))): e for e in events}
+        events = [{**event, "step": max(event.get("step", 0), first)} for event in once.values()]
         if self.loader is not None:
-            self.loader.append([{**event, "step": max(event.get("step", 0), first)} for event in once.values()])
+            self.loader.append(events)
+        if changes := [event for event in events if event["kind"] != "quarantine"]:
+            self._notify("on_change", changes)
 
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -16,6 +16,7 @@ import yaml
 
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import described
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
 
@@ -54,6 +55,7 @@ def render(
         _facts(train, evaluation),
         _evaluation(evaluation),
         "<h2>Training</h2>",
+        _changes(lines),
         _curves(lines, train),
         _experts(lines),
         _pictures(evaluation, pictures),
@@ -177,6 +179,13 @@ def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any
         charts.append(("Pipeline bubble and all-to-all, shares", svg.lines({n: p for n, p in layout.items() if p})))
     cards = "".join(f"<div class='card'><h3>{title}</h3>{chart}</div>" for title, chart in charts)
     return f"<div class='cards'>{cards}</div>"
+
+
+def _changes(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Changes of the mixture while the run trained."""
+    events = [line["event"] for line in lines if line.get("kind") == "change"]
+    items = "".join(f"<li>From step {e['step']} on: {html.escape(described(e))}</li>" for e in events)
+    return f"<div class='card'><h3>Changes of the mixture</h3><ul>{items}</ul></div>" if items else ""
 
 
 def _series(train: Iterable[Mapping[str, Any]], key: str) -> Points:

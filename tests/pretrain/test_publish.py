@@ -126,7 +126,9 @@ def test_contents_of_the_folder(folder):
     assert config["auto_map"]["AutoModel"] == "transformer.DecisionModel"
     assert config["architectures"] == ["DecisionModel"]
     card = ModelCard.load(folder / "README.md")  # the real reader of model cards
-    assert card.data.license == "apache-2.0"
+    assert card.data.license is None  # nobody chose one
+    assert "decision Transformer" not in card.text
+    assert "by the paradigm" in card.text
     assert card.data.library_name == "transformers"
     evaluation = json.loads((folder / "evaluation.json").read_text())["tasks"]
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
