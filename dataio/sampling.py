@@ -205,7 +205,9 @@ class SamplingPlan:
         """
         for phase in self._history.phases([*self.log.events, event]):
             if not phase.weights.any():
-                raise DataError(f"the event of step {event['step']} would leave no entry with a weight above 0 from step {phase.first} on")
+                raise DataError(
+                    f"the event of step {event['step']} would leave no entry with a weight above 0 from step {phase.first} on"
+                )
 
     # -- rows --------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from typing import Any
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 
-
 _TRACEBACK = "show the full Python traceback of an error"
 
 
@@ -327,7 +326,11 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
     )
-    p.add_argument("--out", default="", help="JSON file for the result (default: evaluation.json beside the policy; none for a bucket or a hub)")
+    p.add_argument(
+        "--out",
+        default="",
+        help="JSON file for the result (default: evaluation.json beside the policy; none for a bucket or a hub)",
+    )
     p.add_argument(
         "--pictures", default="", help="folder for film strips of the first episodes (default: none are made)"
     )

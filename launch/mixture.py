@@ -120,8 +120,8 @@ def _unfinished(run_dir: str) -> Recipe:
     done = max((step for step, folder in folders(run_dir) if (folder / MANIFEST).is_file()), default=0)
     if done >= recipe.train.steps:
         raise ValueError(
-            f"{run_dir}: the run has finished its {recipe.train.steps} steps; its mixture cannot change. To go on training, start it "
-            "again with more train.steps, then ask"
+            f"{run_dir}: the run has finished its {recipe.train.steps} steps; its mixture cannot change. "
+            "Start it again with more train.steps, then ask"
         )
     return recipe
 

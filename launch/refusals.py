@@ -6,8 +6,8 @@ import os
 import sys
 import traceback
 
-from tiphys.dataio.errors import Explained
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.errors import Explained
 from tiphys.launch.statuses import Status
 from tiphys.recipes.load import RecipeError
 

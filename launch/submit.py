@@ -19,7 +19,13 @@ from tiphys.launch.statuses import Status, stopped_by
 TRAIN = ("--module", "tiphys.launch.train")
 PACKED = "--packed="
 EMPTY = "/"  # where the launcher starts for several hosts: a folder that they all have, without Python modules
-_EXPORTED = ("PYTHON", "NCCL", "UCX", "MV2", "MLFLOW")  # beginnings of the variables that DeepSpeed passes to other hosts
+_EXPORTED = (
+    "PYTHON",
+    "NCCL",
+    "UCX",
+    "MV2",
+    "MLFLOW",
+)  # beginnings of the variables that DeepSpeed passes to other hosts
 # By default glibc gives large arrays back to the kernel when they are freed, and every step pays for their pages again: a third
 # of the time of element-wise operations on a CPU (benchmarks/RESULTS.md). With these settings it keeps them, and resident memory
 # stays at its peak.
@@ -98,7 +104,7 @@ def _exported(env: Mapping[str, str]) -> None:
     for name, value in env.items():
         if name.startswith(_EXPORTED) and re.search(r'["$`\\\n]', value):
             raise ValueError(
-                f"environment variable {name}={value!r}: DeepSpeed passes it to the other hosts through their shells, which would "
+                f"environment variable {name}={value!r}: DeepSpeed passes it to other hosts through their shells, which would "
                 'change it; remove the characters " $ ` \\ from it'
             )
 

@@ -59,8 +59,8 @@ def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
     kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} for each token" if experts else "dense"
     return (
         f"A Transformer with {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
-        f"with Tiphys {_paradigms(processor)}on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, `transformers` and the "
-        "environments in which it acts."
+        f"with Tiphys {_paradigms(processor)}on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, "
+        "`transformers` and the environments in which it acts."
     )
 
 

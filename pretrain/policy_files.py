@@ -77,7 +77,9 @@ def _from_store(url: str) -> Path:
 def _fetch(store: Store, name: str, file: Path) -> None:
     size = store.head(name).size
     if name in TEXTS and size > LARGEST_TEXT:
-        raise DataError(f"{store.url}/{name}: {size} bytes are too many for this file of a policy; at most {LARGEST_TEXT}")
+        raise DataError(
+            f"{store.url}/{name}: {size} bytes are too many for this file of a policy; at most {LARGEST_TEXT}"
+        )
     free = shutil.disk_usage(file.parent).free
     if size > free:
         raise DataError(f"{store.url}/{name}: has {size} bytes, but only {free} are free in {file.parent}; set TMPDIR")
@@ -132,7 +134,9 @@ def hub_message(url: str, error: Exception) -> str:
     said = " ".join(str(error).split())[:300] or kind
     if not status:
         place = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return without_secrets(f"{url}: the hub {place} cannot be reached ({kind}: {said}); check the network, then try again")
+        return without_secrets(
+            f"{url}: the hub {place} cannot be reached ({kind}: {said}); check the network, then try again"
+        )
     hint = _HINTS.get(status, "the hub has a fault; try again later" if status >= 500 else "")
     return without_secrets(f"{url}: {said}" + (f"; {hint}" if hint else ""))
 

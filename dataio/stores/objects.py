@@ -186,9 +186,13 @@ def _translated(error: Exception, key: str) -> Exception:
     if "NoSuchBucket" in text:
         return Refused("there is no such bucket; create it, or check its name")
     if any(place in text for place in _METADATA):
-        text = f"no credentials: neither in the environment nor in ~/.aws, and this machine's metadata service gives none ({text})"
+        text = (
+            f"no credentials: neither the environment nor ~/.aws has any, and the metadata service gives none ({text})"
+        )
         if status in (401, 403, 404):
-            return PermissionError("no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+            return PermissionError(
+                "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
     if isinstance(error, (FileNotFoundError, Transient)):
         return FileNotFoundError(key) if isinstance(error, FileNotFoundError) else error
     if isinstance(error, (o.PermissionDeniedError, o.UnauthenticatedError)) or any(code in text for code in _EXPIRED):

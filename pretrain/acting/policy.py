@@ -89,7 +89,9 @@ class Policy:
             raise
         except Exception as error:  # transformers and safetensors raise errors of many classes
             said = " ".join(str(error).split())[:300]
-            raise DataError(f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})") from error
+            raise DataError(
+                f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
+            ) from error
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)
 
     @classmethod

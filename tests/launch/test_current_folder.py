@@ -16,7 +16,12 @@ from tiphys.dataio import python_path
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "data"
 PLANTED = ("select", "signal", "numpy", "torch", "json", "argparse", "pickle", "socket", "random", "deepspeed")
-EARLY = ("typing", "collections", "__future__", "logging")  # what other packages in site-packages may need at Python's start
+EARLY = (
+    "typing",
+    "collections",
+    "__future__",
+    "logging",
+)  # what other packages in site-packages may need at Python's start
 RECIPE = """
 name: small
 data: {{mixture: [{{dataset: {data}, objective: bc}}], validation: 0, cache: {{memory: 32MiB}}}}
@@ -113,5 +118,3 @@ def test_every_process_starts_without_the_current_folder() -> None:
     files = [p for room in ("dataio", "launch", "pretrain", "recipes") for p in (REPOSITORY / room).rglob("*.py")]
     users = {p.name for p in files if "[sys.executable" in p.read_text() or "get_context(" in p.read_text()}
     assert users == {"python_path.py", "process_pool.py"}
-
-
