@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Parse, and allow overrides both before and after options: by itself argparse refuses this for subcommands."""
+    words = list(words)
+    for i in range(len(words) - 2, -1, -1):
+        if words[i] == "--launcher":  # its value begins with a dash, so argparse would take it for an option of ours
+            words[i : i + 2] = [f"--launcher={words[i + 1]}"]
     args, rest = parser.parse_known_args(words)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]

@@ -50,7 +50,8 @@ def launcher(
         if processes:
             command += ["--num_accelerators", str(processes)]
     else:
-        command += ["--num_accelerators", str(processes or devices() or 2)]
+        # No hostfile: by default DeepSpeed would use /job/hostfile if there is one.
+        command += ["--hostfile", os.devnull, "--num_accelerators", str(processes or devices() or 2)]
     # Even at the level "error" the launcher reports a run that was stopped and saved as an error; `explain` speaks in its place.
     level = "info" if verbose else "critical"
     return [*command, "--master_port", str(port or free_port()), "--no_local_rank", "--log_level", level, *extra]
@@ -143,7 +144,7 @@ def submit(
     if port and port_in_use(port):
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
     words = [recipe, *overrides, *(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else [])]
-    hosts = os.path.abspath(hostfile) if hostfile else ""
+    hosts = os.path.abspath(os.path.expanduser(hostfile)) if hostfile else ""
     command = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
     env, folder = environment(verbose), None
     if hostfile or extra:

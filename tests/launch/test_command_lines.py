@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import REPOSITORY
+from tests.launch.small_recipe import GOLDEN, small_recipe
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch import cli, quickstart, submit
@@ -28,16 +28,6 @@ import tests.pretrain.acting.acting_fixtures as acting
 
 pytestmark = pytest.mark.envs
 
-GOLDEN = REPOSITORY / "tests" / "golden" / "data"
-RECIPE = """
-name: small
-data: {{mixture: [{{dataset: {data}, objective: bc}}], validation: 0, cache: {{memory: 32MiB}}}}
-objectives: {{bc: {{context: 32, window: 4}}}}
-model: {{layers: 1, hidden: 32, heads: 2, text_vocabulary: 300}}
-deepspeed: {{train_batch_size: 4, optimizer: {{type: AdamW, params: {{lr: 1e-2}}}}}}
-train: {{steps: 2}}
-run: {{dir: run}}
-"""
 # Run in this order in one folder; see `folder` for what is there. Words are split as by a shell.
 LINES = """
 quickstart --datasets demos --scale 0.01 --processes 1 --verbose train.steps=2
@@ -62,7 +52,7 @@ inspect pictures --episode 0 --picture frames.png
 verify cart --repair
 index tars
 dataset merge all cart grid
-dataset append all pendulum cart
+dataset append all pendulum pictures
 dataset split all most rest --share 0.5
 dataset filter all few --tasks CartPole* --min-return 0 --top 1 --min-steps 1
 dataset filter grid done --success
@@ -80,10 +70,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cart", "grid", "pendulum"):
         shutil.copytree(GOLDEN / name, place / name)
     acting.folder(place / "policy")
-    (place / "small.yaml").write_text(RECIPE.format(data="cart"))
+    (place / "small.yaml").write_text(small_recipe("cart"))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
-    (place / "run" / "recipe.yaml").write_text(RECIPE.format(data="cart"))
+    (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))
     line = {"step": 1, "rows": 4, "tokens": 9, "loss": 1.0, "seconds": 1.0, "data_wait": 0.1}
     (place / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (place / "source").mkdir()
@@ -184,7 +174,7 @@ def test_every_command_shows_a_traceback_when_it_is_asked_to(
         for line in LINES.strip().splitlines()
         if line.split()[: len(command.split())] == command.split()
     )
-    name = cli._parser().parse_args(line).command
+    name = cli._parse(cli._parser(), line).command
 
     def fail(args: Any) -> int:
         raise FileNotFoundError(2, "No such file or directory", "there.txt")

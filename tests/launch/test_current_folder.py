@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.launch.small_recipe import GOLDEN, small_recipe
 from tests.processes import REPOSITORY
 from tiphys.dataio import python_path
 
-GOLDEN = REPOSITORY / "tests" / "golden" / "data"
 PLANTED = ("select", "signal", "numpy", "torch", "json", "argparse", "pickle", "socket", "random", "deepspeed")
 EARLY = (
     "typing",
@@ -22,15 +22,6 @@ EARLY = (
     "__future__",
     "logging",
 )  # what other packages in site-packages may need at Python's start
-RECIPE = """
-name: small
-data: {{mixture: [{{dataset: {data}, objective: bc}}], validation: 0, cache: {{memory: 32MiB}}}}
-objectives: {{bc: {{context: 32, window: 4}}}}
-model: {{layers: 1, hidden: 32, heads: 2, text_vocabulary: 300}}
-deepspeed: {{train_batch_size: 4, optimizer: {{type: AdamW, params: {{lr: 1e-2}}}}}}
-train: {{steps: 2}}
-run: {{dir: run}}
-"""
 
 
 @pytest.fixture
@@ -80,14 +71,14 @@ def test_a_conversion_imports_nothing_from_its_source(folder: Path, tmp_path: Pa
     ids=lambda words: words[0],
 )
 def test_no_command_on_data_imports_from_them(folder: Path, words: tuple[str, ...]) -> None:
-    (folder.parent / "small.yaml").write_text(RECIPE.format(data="."))
+    (folder.parent / "small.yaml").write_text(small_recipe("."))
     plant(folder, *EARLY)
     run(folder, *words)
 
 
 @pytest.mark.long
 def test_training_and_evaluation_import_nothing_from_their_folder(folder: Path) -> None:
-    (folder / "small.yaml").write_text(RECIPE.format(data="."))
+    (folder / "small.yaml").write_text(small_recipe("."))
     more = ("evaluate.tasks=[CartPole-v1]", "evaluate.episodes=12", "evaluate.processes=2", "run.dir=run")
     pytest.importorskip("gymnasium", reason="needs the envs extra")
     run(folder, "train", "small.yaml", "--processes", "2", *more)
