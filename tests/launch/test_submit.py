@@ -18,7 +18,7 @@ import json, os, sys
 from tiphys.launch.submit import unpacked
 names = ("PYTHONSAFEPATH", "PYTHONPATH", "PLANTED")
 found = [sys.argv[1:], os.getcwd(), {name: os.environ.get(name) for name in names}, sys.path]
-open(os.environ["NCCL_SHOWN"] + str(os.getpid()), "w").write(json.dumps(found))
+open(os.environ["MLFLOW_SHOWN"] + str(os.getpid()), "w").write(json.dumps(found))
 """
 # As pdsh does with ssh: join the words after its options, and let a shell run them on each host.
 PDSH = """#!/bin/bash
@@ -46,7 +46,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{package}{os.pathsep}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("NCCL_SHOWN", str(package / "words-"))
+    monkeypatch.setenv("MLFLOW_SHOWN", str(package / "words-"))
     monkeypatch.delenv("DS_ENV_FILE", raising=False)
     monkeypatch.setattr(submit, "TRAIN", ("--module", "show_words"))
     return tmp_path
