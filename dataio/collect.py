@@ -142,8 +142,8 @@ class Players:
     def __enter__(self) -> Players:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._workers.__exit__()
+    def __exit__(self, *error: Any) -> None:
+        self._workers.__exit__(*error)
 
     def scored(self, spec: TaskSpec, episodes: int) -> TaskSpec:
         """The task with its random and its expert score: means over `episodes` episodes without disturbance."""

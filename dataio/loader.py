@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import Needs, Window
+from tiphys.dataio.errors import Explained
 from tiphys.dataio.loading import shared_memory
 from tiphys.dataio.peers import PeerSettings
+from tiphys.dataio.python_path import child_environment, python
 
 if TYPE_CHECKING:
     from tiphys.dataio.placement import Home
@@ -45,6 +47,10 @@ _THREADS = {"TOKIO_WORKER_THREADS": str(max(1, (os.cpu_count() or 1) // 8))}
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from tiphys.dataio.loading.process import main; main()"
 )
+
+
+class LoaderLost(Explained, RuntimeError):
+    """The loader process ended by itself, several times."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ class TrajectoryLoader:
     Exception
         `next()` raises what went wrong in the loader process, with its traceback as a note: for example `DataError` if too
         many windows cannot be read, `StoreError` if the store cannot be reached, and every error of `make_batch`.
-    RuntimeError
+    LoaderLost
         `next()` raises it if the loader process dies several times in a row without a batch in between.
     """
 
@@ -345,7 +351,7 @@ class TrajectoryLoader:
         self._failures += 1
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         if self._failures > _RESTARTS:
-            raise RuntimeError(
+            raise LoaderLost(
                 f"the loader process ended {how} {self._failures} times in a row at step {self.step}. "
                 "Signal 9 usually means that memory ran out: lower data.cache.memory or data.prefetch"
             )
@@ -455,10 +461,16 @@ class _Process:
         memory = shared_memory.create()
         with theirs:
             self.popen = subprocess.Popen(
-                [sys.executable, "-c", _START, json.dumps(sys.path), str(theirs.fileno()), str(memory)],
+                python("-c", _START, json.dumps(sys.path), str(theirs.fileno()), str(memory)),
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
-                env={**_MALLOC, **_THREADS, **os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env={
+                    **_MALLOC,
+                    **_THREADS,
+                    **child_environment(),
+                    "OMP_NUM_THREADS": "1",
+                    "TOKENIZERS_PARALLELISM": "false",
+                },
             )
         self.connection = Connection(ours.detach())
         self.reader = shared_memory.SlotReader(memory)

@@ -203,7 +203,11 @@ class SamplingPlan:
         DataError
             If it does not fit: for example, it names an unknown entry.
         """
-        self._history.phases([*self.log.events, event])
+        for phase in self._history.phases([*self.log.events, event]):
+            if not phase.weights.any():
+                raise DataError(
+                    f"the event of step {event['step']} would leave no entry with a weight above 0 from step {phase.first} on"
+                )
 
     # -- rows --------------------------------------------------------------------------------------------------------
 
@@ -609,22 +613,22 @@ class SamplingPlan:
 
         Raises
         ------
-        ValueError
+        DataError
             If the state belongs to another plan: version, number of buckets or fingerprint differ.
         """
         if state.get("version", 1) != VERSION:
-            raise ValueError(
+            raise DataError(
                 f"plan: the checkpoint was written by version {state.get('version', 1)} of the sampling plan; this Tiphys has "
                 f"version {VERSION}, which would draw other windows for the same steps. Finish the run with the release of "
                 "Tiphys that started it, or start a new run"
             )
         if state["buckets"] != self.buckets:
-            raise ValueError(
+            raise DataError(
                 f"plan: the checkpoint's plan has {state['buckets']} buckets, but this plan has {self.buckets}; set "
                 f"data.buckets={state['buckets']}"
             )
         if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
+            raise DataError(
                 "plan: the checkpoint belongs to another plan (data, objective, batch size, seed or weights differ); restore the "
                 "recipe and the data of its run, or start a new run"
             )

@@ -1,13 +1,18 @@
 """The command `tiphys`: its subcommands and options. `launch/commands.py` holds what each one does and is imported last."""
 
-from __future__ import annotations
+# No `from __future__`: with an empty entry in PYTHONPATH it could come from the current folder.
+import os
+import sys
+
+from tiphys.dataio.python_path import leave_current_folder
+
+if os.path.basename(sys.argv[0]) == "tiphys":  # this is the main module of the command
+    leave_current_folder()
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
@@ -17,6 +22,8 @@ _PATHS = frozenset(
     """recipe run dataset datasets source destination to first second more mapping policy demonstrations out pictures picture html
     hostfile""".split()
 )
+
+_TRACEBACK = "show the full Python traceback of an error"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,16 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return Status.INTERRUPTED
     except BrokenPipeError:
         return Status.BROKEN_PIPE
-    except (ValueError, OSError, ImportError, LookupError) as error:
-        # What the user's input causes. Any other error is a defect of Tiphys and keeps its traceback.
-        if args.traceback:
-            raise
-        print(f"tiphys: {redacted(printable(str(error)))}", file=sys.stderr)
-        return Status.REFUSED
+    except Exception as error:
+        from tiphys.launch.refusals import show, status_of
+
+        status = status_of(error)
+        show(error, status, with_traceback=args.traceback)
+        return status
 
 
 def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Parse, and allow overrides both before and after options: by itself argparse refuses this for subcommands."""
+    words = list(words)
+    for i in range(len(words) - 2, -1, -1):
+        if words[i] == "--launcher":  # its value begins with a dash, so argparse would take it for an option of ours
+            words[i : i + 2] = [f"--launcher={words[i + 1]}"]
     args, rest = parser.parse_known_args(words)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]
@@ -68,11 +79,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"exit statuses:\n{statuses.table()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--traceback", action="store_true", help="show the full Python traceback of an error")
+    parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
     commands = parser.add_subparsers(title="commands", metavar="")
     for add in (_run_commands, _data_commands, _policy_commands):
         add(commands)
+    for command in _subparsers(parser):
+        command.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=_TRACEBACK)
     return parser
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parsers of all commands and of their actions."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield below
+                yield from _subparsers(below)
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,7 +349,7 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
 
 def _policy_commands(commands: Any) -> None:
     p = commands.add_parser("evaluate", help="let a policy act in its environments and score it")
-    p.add_argument("policy", help="folder of a run, folder of a policy, or hf://org/name")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
     p.add_argument(
         "--tasks",
         nargs="*",
@@ -342,7 +364,11 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
     )
-    p.add_argument("--out", default="", help="JSON file for the result (default: evaluation.json beside the policy)")
+    p.add_argument(
+        "--out",
+        default="",
+        help="JSON file for the result (default: evaluation.json beside the policy; none for a bucket or a hub)",
+    )
     p.add_argument(
         "--pictures", default="", help="folder for film strips of the first episodes (default: none are made)"
     )

@@ -20,7 +20,9 @@ from tiphys.launch.statuses import Status
 def quickstart(args: Namespace) -> int:
     from tiphys.launch.quickstart import quickstart
 
-    return quickstart(args.overrides, args.datasets, args.scale, args.processes, args.verbose)
+    return quickstart(
+        args.overrides, args.datasets, args.scale, args.processes, verbose=args.verbose, with_traceback=args.traceback
+    )
 
 
 def train(args: Namespace) -> int:
@@ -30,7 +32,10 @@ def train(args: Namespace) -> int:
     from tiphys.launch.hosts import ranks, read_hosts
     from tiphys.launch.submit import devices, submit
 
-    extra = shlex.split(args.launcher)
+    try:
+        extra = shlex.split(args.launcher)
+    except ValueError as error:
+        raise ValueError(f"--launcher {args.launcher!r}: {error}") from None
     hosts = read_hosts(args.hostfile) if args.hostfile else {"localhost": devices() or 2}
     # with a hostfile, the environments are played on the first host, which may be another machine than this
     check(
@@ -47,6 +52,7 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=extra,
         verbose=args.verbose,
+        with_traceback=args.traceback,
     )
 
 
@@ -117,10 +123,11 @@ def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
 
     policy: Any = None
-    if args.policy and (Path(args.policy) / "config.json").is_file():
+    if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
+        from tiphys.pretrain.policy_files import local_policy
 
-        policy = PolicyExpert(args.policy)
+        policy = PolicyExpert(str(local_policy(args.policy)))
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
 
@@ -268,8 +275,10 @@ def loader_bench(args: Namespace) -> int:
 def evaluate(args: Namespace) -> int:
     from tiphys.launch.display import scores
     from tiphys.pretrain.evaluate import evaluate
+    from tiphys.pretrain.policy_files import local_policy
 
-    folder = _policy_folder(args.policy)
+    folder = local_policy(args.policy)
+    elsewhere = "://" in args.policy
     found = evaluate(
         folder,
         args.tasks or None,
@@ -277,7 +286,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
-        out=args.out or str(Path(folder).parent / "evaluation.json"),
+        out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,
         demonstrations=args.demonstrations,
@@ -289,27 +298,11 @@ def evaluate(args: Namespace) -> int:
 
 
 def publish(args: Namespace) -> int:
+    from tiphys.pretrain.policy_files import local_policy
     from tiphys.pretrain.publish import publish
 
-    print(publish(_policy_folder(args.run), args.to, private=not args.public))
+    print(publish(local_policy(args.run), args.to, private=not args.public))
     return Status.DONE
-
-
-def _policy_folder(name: str) -> str:
-    """The local folder of a policy that is named by a run's folder, its own folder, or hf://org/name (then downloaded).
-
-    Raises FileNotFoundError if there is no policy.
-    """
-    if name.startswith("hf://"):
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(name.removeprefix("hf://"))
-    folder = Path(name)
-    if (folder / "policy" / "config.json").is_file():
-        return str(folder / "policy")
-    if (folder / "config.json").is_file():
-        return str(folder)
-    raise FileNotFoundError(f"{name}: neither the folder of a run with a policy nor a policy; it has no config.json")
 
 
 # -- progress ---------------------------------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.errors import Explained
+from tiphys.dataio.python_path import child_environment, python
+from tiphys.launch.refusals import show, status_of
+from tiphys.launch.statuses import Status
+from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.recipes.load import digest, to_dict
 from tiphys.recipes.schema import Recipe
 
@@ -26,30 +29,66 @@ _RANK_VARIABLES = (
 )
 
 
-def finish(recipe: Recipe, objectives: Objectives) -> None:
-    """Export the newest checkpoint to `<run.dir>/policy`; then evaluate and publish it if the recipe says so; then report."""
-    from tiphys.launch.display import scores
-    from tiphys.launch.report import write_report
+def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False) -> Status:
+    """Export the newest checkpoint to `<run.dir>/policy`, evaluate it, write the report, publish the policy, as the recipe says.
+
+    A step that fails does not keep the others from being done. Returns the status of the first that failed, or DONE.
+    Raises CheckpointError if no training step was done.
+    """
     from tiphys.pretrain.checkpoint import Checkpoint
-    from tiphys.pretrain.evaluate import evaluate
-    from tiphys.pretrain.publish import add_evaluation
 
     run = Path(recipe.run.dir)
     checkpoint = Checkpoint.newest_whole(run)
-    assert checkpoint is not None, "the trainer has just saved one"
+    if checkpoint is None or checkpoint.step < 1:
+        raise CheckpointError(f"{run}: no training step was done, so there is no policy to publish")
+    (run / "evaluation.json").unlink(missing_ok=True)  # of an earlier policy
     folder = export_policy(recipe, objectives, checkpoint.path, run / "policy")
     print(f"policy       {folder}", flush=True)
-    found: dict[str, Any] | None = None
+    write_report_of(run, announce=not recipe.evaluate.tasks)
+    status, found = Status.DONE, None
     if recipe.evaluate.tasks:
-        options = evaluation_options(recipe)
-        found = evaluate(
-            folder, recipe.evaluate.tasks, **options, out=run / "evaluation.json", pictures=run / "pictures"
-        )
-        add_evaluation(folder, found)
-        print(scores(found), flush=True)
+        try:
+            found = _evaluate(recipe, run, folder)
+        except Exception as error:
+            status = Status.NOT_EVALUATED
+            _show_step("not evaluated: ", error, with_traceback)
+        write_report_of(run)
     if recipe.publish.to:
-        publish_policy(recipe, folder, found)
-    print(f"report       {write_report(run)}", flush=True)
+        try:
+            publish_policy(recipe, folder, found)
+        except Exception as error:
+            status = status or Status.NOT_PUBLISHED
+            _show_step("not published: ", error, with_traceback)
+    return status
+
+
+def _evaluate(recipe: Recipe, run: Path, folder: Path) -> dict[str, Any]:
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.evaluate import evaluate
+    from tiphys.pretrain.publish import add_evaluation
+
+    options = evaluation_options(recipe)
+    found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / "evaluation.json", pictures=run / "pictures")
+    add_evaluation(folder, found)
+    print(scores(found), flush=True)
+    return found
+
+
+def _show_step(what: str, error: Exception, with_traceback: bool) -> None:
+    show(error, status_of(error), with_traceback=with_traceback, what=what)
+
+
+def write_report_of(run: str | Path, *, announce: bool = True) -> None:
+    """Write the report of a run. If that fails, say so: it never keeps anything else from being done."""
+    from tiphys.launch.report import write_report
+
+    try:
+        file = write_report(run)
+    except Exception as error:
+        _show_step("no report: ", error, False)
+    else:
+        if announce:
+            print(f"report       {file}", flush=True)
 
 
 def export_policy(recipe: Recipe, objectives: Objectives, checkpoint: Path, folder: Path) -> Path:
@@ -106,7 +145,7 @@ def evaluate_apart(
 
     The process gets no GPU unless CUDA_VISIBLE_DEVICES is set, and does not see that it was started by a rank.
     """
-    command = [sys.executable, "-m", "tiphys", "evaluate", str(folder), "--out", str(out)]
+    command = python("-m", "tiphys", "evaluate", str(folder), "--out", str(out))
     for name, value in options.items():
         if value is True:
             command.append(f"--{name}")
@@ -116,7 +155,7 @@ def evaluate_apart(
             command += [f"--{name}", str(value)]
     if tasks:
         command += ["--tasks", *tasks]
-    environment = {k: v for k, v in os.environ.items() if k not in _RANK_VARIABLES}
+    environment = {k: v for k, v in child_environment().items() if k not in _RANK_VARIABLES}
     environment.setdefault("CUDA_VISIBLE_DEVICES", "")
     # Its table of scores would come between the lines of the training; errors go to stderr and are shown.
     return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
@@ -134,7 +173,7 @@ def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path,
             out = folder / "evaluation.json"
             options = evaluation_options(recipe) | {"videos": 0}
             if evaluate_apart(folder, recipe.evaluate.tasks, out=out, **options).wait():
-                raise RuntimeError("its evaluation failed, see above")
+                raise Explained("its evaluation failed, see above")
             found = json.loads(out.read_text(encoding="utf-8"))
             add_evaluation(folder, found)
         publish_policy(recipe, folder, found)

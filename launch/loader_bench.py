@@ -60,6 +60,8 @@ def bench(
 
     `bound`: the fetched share of the delivered bytes that is the best possible for any cache of this size.
     """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: at least one batch must be loaded")
     index = EpisodeIndex.open(dataset)
     budget = cache if isinstance(cache, int) else parse_size(cache)
     plan = window_plan(index, rows, window)

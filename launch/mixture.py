@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.episode import DataError
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.paths import expand
+from tiphys.pretrain.checkpoint_files import MANIFEST, folders
 from tiphys.recipes.load import load_recipe
 from tiphys.recipes.schema import Recipe
 
@@ -39,8 +40,7 @@ def request(run_dir: str, weights: Sequence[str], at: int = 0) -> str:
     Raises ValueError if an entry is unknown or ambiguous, or a weight is not a finite number of at least 0. Then nothing is
     written.
     """
-    recipe = _recipe(run_dir)
-    known = names(recipe)
+    known = names(_unfinished(run_dir))
     wanted: dict[str, float] = {}
     for item in weights:
         key, sign, value = item.rpartition("=")
@@ -64,7 +64,7 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
     """
     from tiphys.dataio.index import EpisodeIndex
 
-    known = names(_recipe(run_dir))
+    known = names(_unfinished(run_dir))
     log = _log(run_dir)
     number = len(known) + sum(event["kind"] == "dataset" for event in log.events)
     for item in datasets:
@@ -84,11 +84,48 @@ def add(run_dir: str, datasets: Sequence[str], like: str, at: int = 0) -> str:
 
 
 def show(run_dir: str) -> str:
-    """The weights of the recipe and all requests, one line each."""
+    """The weights of all entries as the run has adopted them, and all requests with the step from which they apply."""
     recipe = _recipe(run_dir)
-    lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
-    lines += [f"asked: {json.dumps(event)}" for event in _log(run_dir).events]
+    given = {name: entry.weight for name, entry in zip(names(recipe), recipe.data.mixture, strict=True)}
+    now, waiting = dict(given), adopted(run_dir)
+    for event in waiting:
+        now |= event["weights"] if event["kind"] == "weights" else {}
+        now |= {event["entry"]: event["weight"]} if event["kind"] == "dataset" else {}
+    lines = []
+    for name, weight in now.items():
+        was = "" if given.get(name) == weight else f"  (recipe: {given[name]:g})" if name in given else "  (added)"
+        lines.append(f"{name}  {weight:g}{was}")
+    for event in _log(run_dir).events:
+        same = next((done for done in waiting if {**done, "step": event["step"]} == event), None)
+        if same is None:
+            lines.append(f"asked: {json.dumps(event)}")
+        else:
+            waiting.remove(same)
+            lines.append(f"adopted from step {same['step']} on: {json.dumps(event)}")
     return "\n".join(lines)
+
+
+def adopted(run_dir: str) -> list[dict[str, Any]]:
+    """The events that the run has adopted, each with the first step to which it applies, from its metrics.jsonl."""
+    file, found = Path(run_dir) / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        if '"change"' in line:
+            with suppress(ValueError):  # the run is writing this line
+                value = json.loads(line)
+                found += [value["event"]] if value.get("kind") == "change" else []
+    return found
+
+
+def _unfinished(run_dir: str) -> Recipe:
+    """The recipe of a run. Raises ValueError if all its steps are done: nothing can change it."""
+    recipe = _recipe(run_dir)
+    done = max((step for step, folder in folders(run_dir) if (folder / MANIFEST).is_file()), default=0)
+    if done >= recipe.train.steps:
+        raise ValueError(
+            f"{run_dir}: the run has finished its {recipe.train.steps} steps; its mixture cannot change. "
+            "Start it again with more train.steps, then ask"
+        )
+    return recipe
 
 
 def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]]]:
@@ -103,7 +140,7 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
         for event in log.follow():
             try:
                 plan.check(event)
-            except (DataError, OSError) as error:
+            except Exception as error:  # a request never ends a run, whatever is wrong with it
                 print(f"tiphys: a request in {log.path} is ignored: {error}", file=sys.stderr, flush=True)
             else:
                 out.append(event)

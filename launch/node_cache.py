@@ -19,7 +19,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,12 @@ class OldFolder:
     number: int
     home: Home
     bytes: int
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> OldFolder:
+        """The inverse of `asdict`. `survey` finds only homes with equal shares."""
+        home = Home(values["home"]["process"], values["home"]["processes"])
+        return cls(values["number"], home, values["bytes"])
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class NodeCache(Callback):
         disk = disk if directory else 0
         leads = world.is_first_stage and number == 0
         kept = survey(Path(directory), loaders, disk, self.datasets) if leads and disk else []
-        found = world.gather(kept)
+        found = [[OldFolder.of(old) for old in some] for some in world.gather([asdict(old) for old in kept])]
         secret = world.gather(secrets.token_urlsafe(32) if world.rank == 0 else "")[0]
         self.served = [
             ServedFolder(rank=ranks[old.number % len(ranks)], home=old.home, inherited=old.number >= len(ranks))

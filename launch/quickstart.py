@@ -28,15 +28,25 @@ DEMONSTRATIONS: dict[str, dict[str, int]] = {
 RECIPE = "quickstart"
 
 
-def quickstart(overrides: Sequence[str], datasets: str, scale: float, processes: int, verbose: bool = False) -> int:
+def quickstart(
+    overrides: Sequence[str],
+    datasets: str,
+    scale: float,
+    processes: int,
+    *,
+    verbose: bool = False,
+    with_traceback: bool = False,
+) -> int:
     """Returns a `Status`; DONE means that the policy, its evaluation and the report exist. Existing demonstrations are reused."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"--scale {scale:g}: the fraction of the demonstrations must be above 0")
     began = time.monotonic()
     for name, tasks in DEMONSTRATIONS.items():
         counts = {task: max(10, round(n * scale)) for task, n in tasks.items()}
         _collect(f"{datasets}/{name}", counts, scored=max(3, round(20 * scale)))
     changes = [*_moved(datasets), *overrides]
     print(f"\n$ tiphys train {' '.join([RECIPE, *changes])}", flush=True)
-    status = submit(RECIPE, changes, processes=processes, verbose=verbose)
+    status = submit(RECIPE, changes, processes=processes, verbose=verbose, with_traceback=with_traceback)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in total", flush=True)
     return status
 

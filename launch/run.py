@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import rank_reports
-from tiphys.launch.finish import finish, start_evaluation
+from tiphys.launch.finish import finish, start_evaluation, write_report_of
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
     Joining,
@@ -25,11 +24,12 @@ from tiphys.launch.plan import (
     text_lines,
 )
 from tiphys.launch.rank_reports import RankReport
+from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
-from tiphys.pretrain.checkpoint_files import CheckpointError
-from tiphys.pretrain.parallel import LayoutError, ParallelDims, lost_peer
-from tiphys.recipes.load import RecipeError, to_yaml
+from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
+from tiphys.pretrain.trainer import Diverged
+from tiphys.recipes.load import to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.trainer import Trainer
 
-# Errors that the user's input causes. Their message is enough; any other error keeps its traceback.
-REFUSALS = (RecipeError, DataError, LayoutError, CheckpointError, FileNotFoundError, PermissionError)
 # The line of a long error text that says what happened to a connection. It only chooses words.
 _CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|[Rr]emote")
 
@@ -59,8 +57,11 @@ class LastStep(Callback):
         self.step = trainer.step
 
 
-def run(recipe: Recipe) -> Status:
-    """Train, evaluate, publish, report. Raises what is an error inside Tiphys, after leaving a `RankReport`."""
+def run(recipe: Recipe, *, with_traceback: bool = False) -> Status:
+    """Train, evaluate, report, publish. An error of a rank is printed and left as a `RankReport`.
+
+    with_traceback   print the traceback of every error, not only of a defect of Tiphys
+    """
     world = ParallelDims(recipe.parallel)
     last = LastStep()
     try:
@@ -71,19 +72,27 @@ def run(recipe: Recipe) -> Status:
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
             return stopped_by(stop)
-        if world.rank == 0:
-            finish(recipe, objectives)
-        return Status.DONE
+        return finish(recipe, objectives, with_traceback=with_traceback) if world.rank == 0 else Status.DONE
+    except Diverged as error:
+        return _diverged(recipe.run.dir, error, world, with_traceback)
     except Exception as error:
         if lost_peer(error):
             return _lost(recipe.run.dir, error, last.step)
-        status = Status.REFUSED if isinstance(error, REFUSALS) else Status.CRASHED
+        status = status_of(error, OF_A_RANK)
         cause = redacted(printable(f"{type(error).__name__}: {error}"))
         rank_reports.write(recipe.run.dir, RankReport(world.rank, last.step, cause, status))
-        if status == Status.CRASHED:
-            raise
-        print(f"tiphys: {redacted(printable(str(error)))}", file=sys.stderr, flush=True)
+        show(error, status, with_traceback=with_traceback)
         return status
+
+
+def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_traceback: bool) -> Status:
+    """All ranks have the same loss: one says so, and writes the report, before the launcher ends the others."""
+    if world.rank == 0:
+        show(error, Status.DIVERGED, with_traceback=with_traceback)
+        write_report_of(run_dir)
+    with suppress(PeerLost):
+        world.barrier()
+    return Status.DIVERGED
 
 
 def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objectives, int]:

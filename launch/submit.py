@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tiphys.dataio.python_path import child_environment
 from tiphys.launch.hosts import check_choice, read_hosts
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.paths import expand
 
 TRAIN = ("--module", "tiphys.launch.train")
+PACKED = "--packed="
+EMPTY = "/"  # where the launcher starts for several hosts: a folder that they all have, without Python modules
+_EXPORTED = (
+    "PYTHON",
+    "NCCL",
+    "UCX",
+    "MV2",
+    "MLFLOW",
+)  # beginnings of the variables that DeepSpeed passes to other hosts
 # By default glibc gives large arrays back to the kernel when they are freed, and every step pays for their pages again: a third
 # of the time of element-wise operations on a CPU (benchmarks/RESULTS.md). With these settings it keeps them, and resident memory
 # stays at its peak.
@@ -39,7 +52,8 @@ def launcher(
         if processes:
             command += ["--num_accelerators", str(processes)]
     else:
-        command += ["--num_accelerators", str(processes or devices() or 2)]
+        # No hostfile: by default DeepSpeed would use /job/hostfile if there is one.
+        command += ["--hostfile", os.devnull, "--num_accelerators", str(processes or devices() or 2)]
     # Even at the level "error" the launcher reports a run that was stopped and saved as an error; `explain` speaks in its place.
     level = "info" if verbose else "critical"
     return [*command, "--master_port", str(port or free_port()), "--no_local_rank", "--log_level", level, *extra]
@@ -56,7 +70,11 @@ def devices() -> int:
 def environment(verbose: bool = False) -> dict[str, str]:
     """The ranks' environment: the CPU if there is no device, one thread per rank, compiled extensions inside our own virtual
     environment, and no FutureWarning unless `verbose`."""
-    env = dict(os.environ)
+    env = child_environment()
+    # DeepSpeed sets the variables of this file on every host. By default it also reads one in the current folder.
+    own = Path.home() / ".deepspeed_env"
+    settings = env.get("DS_ENV_FILE")
+    env["DS_ENV_FILE"] = os.path.abspath(settings) if settings else str(own) if own.is_file() else os.devnull
     if not devices():
         env.setdefault("DS_ACCELERATOR", "cpu")
         env = {**KEEP_MEMORY, **env}
@@ -69,6 +87,29 @@ def environment(verbose: bool = False) -> dict[str, str]:
     # The launcher looks for tools of its own environment on PATH.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     return env
+
+
+def packed(words: Sequence[str]) -> str:
+    """Words of a command line, and the current folder, as one word without any character that a shell could change."""
+    content = json.dumps([os.getcwd(), *words]).encode()
+    return PACKED + base64.urlsafe_b64encode(content).decode().rstrip("=")
+
+
+def unpacked(word: str) -> tuple[str, list[str]]:
+    """The folder and the words of `packed`."""
+    content = word.removeprefix(PACKED)
+    folder, *words = json.loads(base64.urlsafe_b64decode(content + "=" * (-len(content) % 4)))
+    return folder, words
+
+
+def _exported(env: Mapping[str, str]) -> None:
+    """Raises ValueError if the launcher would export a variable to other hosts whose value their shells would change."""
+    for name, value in env.items():
+        if name.startswith(_EXPORTED) and re.search(r'["$`\\\n]', value):
+            raise ValueError(
+                f"environment variable {name}={value!r}: DeepSpeed passes it to other hosts through their shells, which would "
+                'change it; remove the characters " $ ` \\ from it'
+            )
 
 
 def free_port() -> int:
@@ -96,6 +137,7 @@ def submit(
     hostfile: str = "",
     extra: Sequence[str] = (),
     verbose: bool = False,
+    with_traceback: bool = False,
 ) -> int:
     """Run `tiphys.launch.train` under the launcher and wait for it. Returns a `Status`, or the launcher's own status.
 
@@ -103,13 +145,16 @@ def submit(
     """
     if port and port_in_use(port):
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
-    command = [
-        *launcher(processes, port=port, hostfile=hostfile, extra=extra, verbose=verbose),
-        *(*TRAIN, recipe, *overrides),
-        *(["--verbose"] if verbose else []),
-    ]
+    words = [recipe, *overrides, *(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else [])]
+    hosts = os.path.abspath(os.path.expanduser(hostfile)) if hostfile else ""
+    command = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
+    env, folder = environment(verbose), None
+    if hostfile or extra:
+        # To other hosts all words go through shells. The launcher also puts its current folder on their Python path.
+        _exported(env)
+        words, folder = [packed(words)], EMPTY
     # A session of its own: the terminal's Ctrl-C then reaches only this process, which passes it on to the ranks alone.
-    child = subprocess.Popen(command, env=environment(verbose), start_new_session=True)
+    child = subprocess.Popen([*command, *words], env=env, cwd=folder, start_new_session=True)
     return wait(child)
 
 

@@ -1,20 +1,26 @@
-"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [--verbose]`."""
+"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback]`."""
 
-from __future__ import annotations
+import os
+import sys
+
+_HERE = os.path.dirname(os.path.realpath(__file__))
+if sys.path and os.path.realpath(sys.path[0]) == _HERE:
+    # Started by its path: import the package `tiphys` beside this folder, not the modules inside it.
+    sys.path[0] = os.path.dirname(_HERE)
+
+from tiphys.dataio.python_path import leave_current_folder
+
+if __name__ == "__main__":
+    leave_current_folder()  # before anything else is imported
 
 import logging
 import signal
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Started by its path: import the package `tiphys` beside this folder, not the modules inside it.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tiphys.launch.check import check
+from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.statuses import Status
-from tiphys.recipes.load import RecipeError
+from tiphys.launch.submit import PACKED, unpacked
 
 # DeepSpeed warns of this on every rank at every start with a schedule, although nothing is wrong.
 _HARMLESS = "Attempting to get learning rate from scheduler before it has started"
@@ -22,20 +28,28 @@ _HARMLESS = "Attempting to get learning rate from scheduler before it has starte
 
 def main(argv: Sequence[str] | None = None) -> Status:
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
-    recipe_and_overrides = [a for a in words if a != "--verbose"]
+    if len(words) == 1 and words[0].startswith(PACKED):
+        folder, words = unpacked(words[0])
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            show(error, Status.REFUSED, what="the folder in which the command was started: ")
+            return Status.REFUSED
+    recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback")]
     if not recipe_and_overrides:
-        print("usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose]", file=sys.stderr)
+        print("usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback]", file=sys.stderr)
         return Status.USAGE
     if "--verbose" not in words:
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)
     try:
         recipe = check(recipe_and_overrides[0], recipe_and_overrides[1:], data=False)
-    except (RecipeError, OSError) as error:
-        print(f"tiphys: {error}", file=sys.stderr)
-        return Status.REFUSED
+    except Exception as error:
+        status = status_of(error, OF_A_RANK)
+        show(error, status, with_traceback="--traceback" in words)
+        return status
     from tiphys.launch.run import run
 
-    return run(recipe)
+    return run(recipe, with_traceback="--traceback" in words)
 
 
 if __name__ == "__main__":

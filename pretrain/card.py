@@ -38,7 +38,7 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
     results = (evaluation or {}).get("tasks", {})
     data = ModelCardData(
         model_name=name,
-        license=about.get("license"),
+        license=about.get("license") or None,
         library_name="transformers",
         pipeline_tag="reinforcement-learning",
         tags=["tiphys", "decision-model", "offline-reinforcement-learning", "imitation-learning"],
@@ -67,10 +67,16 @@ def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
     experts = config.get("num_experts") or 0
     kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} for each token" if experts else "dense"
     return (
-        f"A decision Transformer with {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
-        f"with Tiphys on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, `transformers` and the "
-        "environments in which it acts."
+        f"A Transformer with {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
+        f"with Tiphys {_paradigms(processor)}on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, "
+        "`transformers` and the environments in which it acts."
     )
+
+
+def _paradigms(processor: Mapping[str, Any]) -> str:
+    """By which paradigms it learned, as the table of paradigms names them."""
+    found = sorted({str(o["paradigm"]) for o in processor.get("objectives", {}).values() if o.get("paradigm")})
+    return f"by the paradigm{'s' if len(found) > 1 else ''} {', '.join(f'`{p}`' for p in found)} " if found else ""
 
 
 def _example(tasks: list[Mapping[str, Any]]) -> str:

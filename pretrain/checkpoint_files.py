@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.errors import Explained
 from tiphys.dataio.private import read_regular
 
 VERSION = 1
@@ -34,7 +35,7 @@ _MOST_JSON = 1 << 30  # bytes of an index or of state.json
 _STEP = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Explained, RuntimeError):
     """A checkpoint cannot be written, read or continued. The message names the file and says what to do."""
 
 

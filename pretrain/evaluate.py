@@ -7,6 +7,7 @@ demonstration with them (`tiphys.dataio.collect`).
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.paths import expand
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
+from tiphys.pretrain.policy_files import local_policy
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
@@ -95,9 +97,16 @@ def evaluate(
     """
     folder, out, pictures = expand(folder), expand(out), expand(pictures)
     environments.allow(modules, tasks or ())
-    specs = _specs(folder, tasks)
+    if "://" in str(folder):
+        folder = local_policy(folder)  # once, not in each worker process
+    specs = _specs(folder, tasks, device)
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
+    for place in (Path(out).parent if out else None, Path(pictures) if pictures else None):
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)  # before hours of playing, not after
+            if not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, "the result cannot be written there", str(place))
     starts = range(seed, seed + episodes, GROUP)
     jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
     count = min(processes or os.cpu_count() or 1, len(jobs))
@@ -124,10 +133,11 @@ def evaluate(
     return result
 
 
-def _specs(folder: str | Path, tasks: Sequence[str] | None) -> list[TaskSpec]:
+def _specs(folder: str | Path, tasks: Sequence[str] | None, device: str) -> list[TaskSpec]:
     """The tasks to play. They are checked before any process starts."""
-    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.policy import Policy, check_device
 
+    check_device(device)
     policy = Policy.load(folder, "cpu")
     known = {name: policy.processor.tasks[name] for name in policy.tasks}
     names = list(tasks or [n for n, s in known.items() if s.environment])

@@ -6,16 +6,19 @@ the data-parallel ranks of one stage into groups of `expert` neighbours; the exp
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.errors import Explained
 from tiphys.pretrain.distributed.layout_errors import Error, grid_errors
 
 if TYPE_CHECKING:
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
     from tiphys.recipes.schema import Parallel
 
 
-class LayoutError(ValueError):
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class LayoutError(Explained, ValueError):
     """A layout that cannot run. The message has a line `key: reason` for each rule that is broken."""
 
 
@@ -152,15 +158,20 @@ class ParallelDims(Grid):
         return Sum(self.control, values)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's small value, by rank. Values are pickled, but only between the processes of this launch."""
+        """Every rank's small value, by rank. It travels as JSON: nothing that comes over the network is unpickled."""
+        content = json.dumps(value).encode()
         if self.control is None:
-            return [value]
+            return [json.loads(content)]
+        import torch
         import torch.distributed as dist
 
-        out: list[Any] = [None] * self.world
+        sizes = [int(n) for n in self.sum([len(content) if r == self.rank else 0 for r in range(self.world)]).result()]
+        mine = torch.zeros(max(sizes), dtype=torch.uint8)
+        mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in sizes]
         with _collective():
-            dist.all_gather_object(out, value, group=self.control)
-        return out
+            dist.all_gather(parts, mine, group=self.control)
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -213,13 +224,44 @@ def initialise() -> None:
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
+    options: Any = {"auto_mpi_discovery": False, "verbose": False, "init_method": _meeting_place()}
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this op with g++ at the first start, for a minute or two. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo", **options)
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(**options)
+
+
+def _meeting_place() -> str | None:
+    """How the ranks meet, as an `init_method` of torch.distributed; None: as the launcher's variables say.
+
+    If all ranks are on this machine, they meet and talk over the loopback interface, which no other machine can reach. By itself
+    torch listens at every address, and gloo and NCCL at that of the machine.
+    """
+    if os.environ.get("MASTER_ADDR") not in _LOOPBACK:
+        return None
+    from torch.distributed import register_rendezvous_handler
+
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
+    for library in ("GLOO", "NCCL") if interface else ():
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    with suppress(RuntimeError):  # it is registered already
+        register_rendezvous_handler("tiphys-loopback", _meet)
+    return "tiphys-loopback://"
+
+
+def _meet(url: str, timeout: timedelta, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    from torch.distributed import TCPStore
+
+    rank, world, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    more: dict[str, Any] = {}
+    if rank == 0:
+        listening = socket.create_server(("127.0.0.1", port))
+        port, more = listening.getsockname()[1], {"is_master": True, "master_listen_fd": listening.detach()}
+    yield TCPStore("127.0.0.1", port, world, timeout=timeout, **more), rank, world
+    raise RuntimeError("the ranks cannot meet a second time")
 
 
 def _device(local: int) -> torch.device:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import finite, write_json
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.errors import Explained
 from tiphys.paths import expand, local
 from tiphys.plain_yaml import dump
+from tiphys.pretrain.policy_files import hub_message
 from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ _POLICY_FILE = re.compile(
 )
 
 
-class PublishError(RuntimeError):
+class PublishError(Explained, RuntimeError):
     """A policy could not be published. The message says where, why, and what to do; it contains no secret."""
 
 
@@ -56,7 +58,7 @@ def save_policy(
     evaluation: Mapping[str, Any] | None = None,
     step: int = 0,
     recipe_digest: str = "",
-    license: str = "apache-2.0",
+    license: str = "",
 ) -> Path:
     """Write a policy's folder, whole or not at all. It replaces a policy that is already there.
 
@@ -79,7 +81,7 @@ def save_policy(
     recipe_digest : str
         Hash of the recipe, for the model card.
     license : str
-        SPDX identifier, for the model card.
+        SPDX identifier, for the model card; empty: none is stated.
 
     Returns
     -------
@@ -216,7 +218,7 @@ def _to_hub(source: Path, name: str, private: bool) -> str:
     if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # only huggingface.co has Xet storage
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET or os.environ.get("HF_HUB_DISABLE_XET", "") in (
         "1",
@@ -239,25 +241,12 @@ def _to_hub(source: Path, name: str, private: bool) -> str:
             commit_message=f"Policy at step {step}",
             delete_patterns=["*.py", "*.json", "*.safetensors"],  # left by an earlier version
         )
-    except OfflineModeIsEnabled as error:
-        raise PublishError(f"hf://{name}: HF_HUB_OFFLINE is set, so the hub cannot be used; unset it") from error
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        hint = {
-            401: "log in with `hf auth login` or set HF_TOKEN",
-            403: "this key has no permission to write there",
-        }.get(status or 0, "")
+    except PublishError:
+        raise
+    except Exception as error:  # of the hub's client, of its HTTP library, or of the network
         # not chained, because the original error holds a request whose headers contain the key
-        raise PublishError(without_secrets(f"hf://{name}: {error}" + (f"; {hint}" if hint else ""))) from None
+        raise PublishError(hub_message(f"hf://{name}", error)) from None
     return f"hf://{name}@{commit.oid}"
-
-
-def without_secrets(text: str) -> str:
-    """The text, with everything that looks like a hub's key replaced by ***."""
-    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        if secret:
-            text = text.replace(secret, "***")
-    return re.sub(r"hf_\w{8,}", "***", text)
 
 
 def _check_weights(tensors: Mapping[str, torch.Tensor], config: DecisionConfig) -> None:

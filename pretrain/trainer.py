@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from tiphys.dataio.errors import Explained
 from tiphys.pretrain.callbacks import Callback
 from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, recipe_state
 from tiphys.pretrain.checkpoint_files import CheckpointError
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 class TrainingError(RuntimeError):
     """Training cannot continue."""
+
+
+class Diverged(Explained, TrainingError):
+    """The loss is infinite or not a number."""
 
 
 class Loaded(Protocol):
@@ -130,8 +135,8 @@ class Trainer:
         ------
         CheckpointError
             If `resume` belongs to another recipe or other datasets, or cannot be loaded.
-        TrainingError
-            If the loss is not finite. No checkpoint of that step is written.
+        Diverged
+            If the loss is not finite. No checkpoint of that step is written. All ranks raise it.
         """
         self._resume(resume)
         mine = peak_rate(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
@@ -157,8 +162,9 @@ class Trainer:
             result = self.engine.train_step(batch)
             stop, wait, counters = self._finish_exchange(exchange, batch.step)
             if not math.isfinite(result.loss):
-                raise TrainingError(
-                    f"step {result.step}: the loss is {result.loss}; no checkpoint has been written since it became non-finite"
+                raise Diverged(
+                    f"step {result.step}: the loss is {result.loss}; no checkpoint has been written since it became non-finite. "
+                    "Lower the learning rate, or clip gradients (deepspeed.gradient_clipping), and use another run.dir"
                 )
             self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
             if stop:
@@ -244,8 +250,11 @@ class Trainer:
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Add events to the plan's log, the same on all ranks. They apply from step `first` on; earlier steps are drawn."""
         once = {(e["kind"], e.get("entry"), e.get("episode"), str(e.get("weights"))): e for e in events}
+        events = [{**event, "step": max(event.get("step", 0), first)} for event in once.values()]
         if self.loader is not None:
-            self.loader.append([{**event, "step": max(event.get("step", 0), first)} for event in once.values()])
+            self.loader.append(events)
+        if changes := [event for event in events if event["kind"] != "quarantine"]:
+            self._notify("on_change", changes)
 
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -352,7 +352,7 @@ class Publish:
         resume=True,
     )
     private: bool = key(True, "Hubs: the repository is private; one that is public already is refused", resume=True)
-    license: str = key("apache-2.0", "Licence of the policy", text="SPDX identifier", resume=True)
+    license: str = key("", "Licence of the policy; empty: none is stated", text="SPDX identifier", resume=True)
 
 
 @dataclass(frozen=True)

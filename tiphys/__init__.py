@@ -7,12 +7,13 @@
 >>> policy = tiphys.Policy.load("runs/quickstart/policy")
 """
 
-from __future__ import annotations
-
+# No `from __future__` and no `typing`: with `python -m tiphys` they could come from the current folder (`dataio/python_path.py`).
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from tiphys.dataio.collect import collect
     from tiphys.dataio.convert import convert
     from tiphys.dataio.episode import DataError, Episode, FieldSpec, Needs, TaskSpec, Window
@@ -65,7 +66,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "__version__":
         from importlib.metadata import version
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tiphys.dataio.caching.slabs import ALIGN, size_classes, slab_size
 from tiphys.dataio.caching.tiers import DiskTier, MemoryTier, room_for_items
+from tiphys.dataio.episode import DataError
 
 Units = NDArray[np.int64]
 NOWHERE, STAGED = -1, -2  # place of a unit that is not here; place of a unit whose bytes an open block holds
@@ -308,7 +309,7 @@ def distinct(units: Units) -> Units:
 def _tiers(
     sample: NDArray[Any], memory: int, disk: int, directory: str, fingerprint: str
 ) -> tuple[MemoryTier, DiskTier | None]:
-    """The tiers, with slabs and size classes that suit a sample of the units' sizes. Raises ValueError for a disk tier
+    """The tiers, with slabs and size classes that suit a sample of the units' sizes. Raises DataError for a disk tier
     without a folder."""
 
     def shape(capacity: int, header: int) -> tuple[int, NDArray[np.int64]]:
@@ -317,7 +318,7 @@ def _tiers(
         return slab, size_classes(items, capacity // slab, slab)
 
     if disk and not directory:
-        raise ValueError("cache: a disk tier needs a folder: set data.cache.dir, or data.cache.disk to 0")
+        raise DataError("cache: a disk tier needs a folder: set data.cache.dir, or data.cache.disk to 0")
     room = room_for_items(disk, float(np.mean(sample)) + DiskTier.HEADER) if len(sample) else disk
     on_disk = DiskTier(room, *shape(room, DiskTier.HEADER), directory, fingerprint) if disk else None
     return MemoryTier(memory, *shape(memory, MemoryTier.HEADER)), on_disk

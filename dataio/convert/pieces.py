@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from collections.abc import Mapping as Dict
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,6 +27,7 @@ from tiphys.dataio.convert.report import REPORT, ConversionReport, check_ranges,
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.process_pool import ProcessPool
 from tiphys.dataio.shards import ShardWriter, merge_pieces
 from tiphys.dataio.storage import Store
 
@@ -289,8 +290,6 @@ def _finish(
 
 def _run_locally(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str]:
     """Convert `processes` pieces at a time; yields the name of each finished piece. The first error stops all."""
-    from multiprocessing import get_context
-
     workers = min(processes or os.cpu_count() or 1, count)
     if workers <= 1:
         try:
@@ -298,9 +297,7 @@ def _run_locally(jobs: Iterator[Job], count: int, processes: int) -> Iterator[st
         finally:
             _close_readers()
         return
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
-    )
+    pool = ProcessPool(workers, die_with_parent, (os.getpid(),))
     try:
         pending: set[Future[str]] = set()
         for job in jobs:
@@ -314,8 +311,7 @@ def _run_locally(jobs: Iterator[Job], count: int, processes: int) -> Iterator[st
             f"a converting process was killed (out of memory?): {error}; run the command again with fewer processes"
         ) from None
     except BaseException:
-        for process in list((pool._processes or {}).values()):  # the next run writes them again
-            process.kill()
+        pool.kill()  # the next run writes unfinished pieces again
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

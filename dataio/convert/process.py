@@ -34,6 +34,7 @@ from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, 
 from tiphys.dataio.convert.limits import JSON_BYTES
 from tiphys.dataio.convert.source import Source, SourceUnavailable
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.python_path import child_environment, python
 
 MEMORY = 8 << 30  # private memory of a reader process, in bytes
 TIMEOUT = 600.0  # seconds without an answer after which a reader process is stopped
@@ -139,10 +140,11 @@ class Reader:
 
             fcntl.fcntl(read, fcntl.F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS="1")
+        path = os.pathsep.join(p for p in sys.path if p)
+        environment = {**child_environment(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         environment["HDF5_PLUGIN_PRELOAD"] = "::"  # a file must not make HDF5 load a filter from a shared library
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "tiphys.dataio.convert.process", str(write), str(self._memory), str(os.getpid())],
+            python("-m", "tiphys.dataio.convert.process", str(write), str(self._memory), str(os.getpid())),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._errors,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from tiphys.dataio.errors import Explained
+from tiphys.dataio.process_pool import ProcessPool
+
 T = TypeVar("T")
+
+
+class WorkerLost(Explained, RuntimeError):
+    """A process that played episodes ended by itself."""
 
 
 class Workers:
@@ -21,22 +27,21 @@ class Workers:
 
     def __init__(self, processes: int, start: Callable[..., None], *arguments: Any) -> None:
         self._processes = processes
-        self._pool: ProcessPoolExecutor | None = None
-        if processes > 1:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=start, initargs=arguments)
-        else:
+        self._pool = ProcessPool(processes, start, arguments) if processes > 1 else None
+        if self._pool is None:
             start(*arguments)
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         if self._pool:
+            if kind is not None:  # a job that runs may take minutes
+                self._pool.kill()
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def in_order(self, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """The result of each job, in order. An exception of a job is raised here; RuntimeError if a process died."""
+        """The result of each job, in order. An exception of a job is raised here; WorkerLost if a process died."""
         if not self._pool:
             for job in jobs:
                 yield job()
@@ -50,7 +55,7 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise WorkerLost(
                 "a process that played episodes was killed (out of memory, a crash in a simulator's native code, or an "
                 "error at its start, which is printed above); use fewer processes, or 1 process to see the error itself"
             ) from error

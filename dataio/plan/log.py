@@ -38,10 +38,10 @@ KINDS: dict[str, tuple[str, ...]] = {
 def checked(event: Mapping[str, Any], where: str) -> Event:
     """The event as a dict. Raises DataError if the event is invalid; `where` begins the message."""
     kind = event.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise DataError(f"{where}: event kind {kind!r} is none of {', '.join(KINDS)}")
     step = event.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+    if not _is_count(step):
         raise DataError(f"{where}: a {kind} event needs `step`, a whole number of at least 0, not {step!r}")
     missing = [k for k in KINDS[kind] if k not in event]
     if missing:
@@ -56,9 +56,25 @@ def checked(event: Mapping[str, Any], where: str) -> Event:
         raise DataError(f"{where}: `weight` must be a finite number of at least 0, not {event['weight']!r}")
     if kind == "priority" and not ("prefer" in event or {"file", "digest"} <= event.keys()):
         raise DataError(f"{where}: a priority event needs `prefer`, or `file` and `digest`")
-    if kind == "skip" and (type(event["steps"]) is not int or event["steps"] < 1):
+    if kind == "quarantine" and not _is_count(event["episode"]):
+        raise DataError(f"{where}: `episode` must be the number of an episode, not {event['episode']!r}")
+    if kind == "skip" and not (_is_count(event["steps"]) and event["steps"] > 0):
         raise DataError(f"{where}: a skip event needs `steps`, a whole number of at least 1, not {event['steps']!r}")
     return dict(event)
+
+
+def described(event: Mapping[str, Any]) -> str:
+    """An event of the plan's log, for people."""
+    if event["kind"] == "weights":
+        return "mixture weights " + ", ".join(f"{name} = {weight:g}" for name, weight in event["weights"].items())
+    if event["kind"] == "dataset":
+        return f"dataset {event['dataset']} joins with weight {event['weight']:g}, learned like {event['like']}"
+    rest = {k: v for k, v in event.items() if k not in ("kind", "step")}
+    return f"{event['kind']} {json.dumps(rest)}"
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _is_weight(value: object) -> bool:
@@ -148,7 +164,7 @@ class PlanLog:
     def refresh(self) -> list[Event]:
         """Read the events that were appended to the file since it was last read.
 
-        An incomplete last line is left for the next call. The incomplete line of a writer that died is ignored.
+        An incomplete last line is left for the next call. The incomplete line of a writer that died is ignored, with a warning.
 
         Returns
         -------
@@ -169,7 +185,10 @@ class PlanLog:
         return fresh
 
     def _lines(self) -> Iterator[tuple[str, Any]]:
-        """(file and byte, JSON value) of each complete line that was appended since the last call."""
+        """(file and byte, JSON value) of each complete line that was appended since the last call.
+
+        A line that is not JSON is left out with a warning: its writer died before `append` returned, or it was edited.
+        """
         if not self.path or not os.path.exists(self.path):
             return
         with open(self.path, "rb") as file:
@@ -182,8 +201,9 @@ class PlanLog:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError:
-                continue  # its writer died: `append` never returned
+            except (ValueError, RecursionError) as error:
+                log.warning("ignored: %s: not JSON (%s): %s", where, error, line[:80].decode(errors="replace"))
+                continue
             yield where, value
 
     def follow(self) -> list[Event]:

@@ -173,6 +173,7 @@ async def _by(ends: float, answer: Any) -> Any:
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _MENDING = (304, 408, 409, 425)  # these answers do not fit the request, or come too early: the request is repeated
+_METADATA = ("169.254.169.254", "169.254.170.2")  # where machines and containers of AWS ask for credentials
 _EXPIRED = ("ExpiredToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 
 
@@ -183,6 +184,16 @@ def _translated(error: Exception, key: str) -> Exception:
     text = redacted(str(error).split("\n\nDebug source", 1)[0])
     found = _STATUS.search(text)
     status = int(found[1]) if found else 0
+    if "NoSuchBucket" in text:
+        return Refused("there is no such bucket; create it, or check its name")
+    if any(place in text for place in _METADATA):
+        text = (
+            f"no credentials: neither the environment nor ~/.aws has any, and the metadata service gives none ({text})"
+        )
+        if status in (401, 403, 404):
+            return PermissionError(
+                "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
     if isinstance(error, (FileNotFoundError, Transient)):
         return FileNotFoundError(key) if isinstance(error, FileNotFoundError) else error
     if isinstance(error, (o.PermissionDeniedError, o.UnauthenticatedError)) or any(code in text for code in _EXPIRED):

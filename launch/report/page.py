@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_text
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.log import described
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
 from tiphys.plain_yaml import read
@@ -33,7 +35,7 @@ def write_report(run_dir: str | Path) -> Path:
     folder = Path(run_dir)
     if not (folder / "metrics.jsonl").is_file():
         raise FileNotFoundError(f"{folder}: not the folder of a run that has trained: it has no metrics.jsonl")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = _lines(folder / "metrics.jsonl")
     page = render(lines, _json(folder / "evaluation.json"), _text(folder / "recipe.yaml"), folder / "pictures")
     target = folder / "report.html"
     write_text(target, page)
@@ -57,6 +59,7 @@ def render(
         _facts(train, evaluation),
         _evaluation(evaluation),
         "<h2>Training</h2>",
+        _changes(lines),
         _curves(lines, train),
         _experts(lines),
         _pictures(evaluation, pictures),
@@ -183,6 +186,13 @@ def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any
     return f"<div class='cards'>{cards}</div>"
 
 
+def _changes(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Changes of the mixture while the run trained."""
+    events = [line["event"] for line in lines if line.get("kind") == "change"]
+    items = "".join(f"<li>From step {e['step']} on: {html.escape(described(e))}</li>" for e in events)
+    return f"<div class='card'><h3>Changes of the mixture</h3><ul>{items}</ul></div>" if items else ""
+
+
 def _series(train: Iterable[Mapping[str, Any]], key: str) -> Points:
     return [(line["step"], line[key]) for line in train if line.get(key) is not None]
 
@@ -225,7 +235,7 @@ def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
     cards = []
     for name, task in (evaluation or {"tasks": {}})["tasks"].items():
         for picture in task.get("pictures", []):
-            path = folder / Path(picture["file"]).name
+            path = folder / Path(picture.get("file", "")).name  # none if it could not be drawn
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
                 image = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
@@ -234,7 +244,30 @@ def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); remove it, or write it again with `tiphys evaluate`") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl. An incomplete last line, of a run that was killed, is left out."""
+    found = []
+    texts = path.read_text(encoding="utf-8").split("\n")
+    for number, text in enumerate(texts, 1):
+        try:
+            value = json.loads(text or "{}")
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise DataError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
+        if not isinstance(value, dict) or (text and "step" not in value):
+            raise DataError(f"{path}, line {number}: not a line of metrics: {text[:60]}; remove the line")
+        if text:
+            found.append(value)
+    return found
 
 
 def _text(path: Path) -> str:

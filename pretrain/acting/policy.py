@@ -61,7 +61,7 @@ class Policy:
         Parameters
         ----------
         folder : str or Path
-            The folder of a policy, or ``org/name`` on the hub.
+            The folder of a policy, its URL in a store (``s3://bucket/path``), or ``org/name`` on the hub.
         device : str
             A torch device. "": a GPU if there is one, else the CPU; "auto": ``accelerate`` spreads the model over all devices.
         sample, seed
@@ -72,15 +72,30 @@ class Policy:
         OSError
             If there is no policy.
         DataError
-            If the policy was made by a newer version of Tiphys.
+            If the policy was made by a newer version of Tiphys, its files are damaged, or there is no such device.
         """
+        from importlib import import_module
+
         from transformers.utils import logging
 
         from tiphys.pretrain.model.transformer import DecisionModel
 
         logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
+        if "://" in str(folder):  # a policy's own code has no stores, so this module is not among its imports
+            folder = import_module("tiphys.pretrain.policy_files").local_policy(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = DecisionModel.from_pretrained(expand(folder), device_map=device if device == "auto" else None)
+        check_device(device)
+        folder = expand(folder)
+        _check_kind(Path(folder))
+        try:
+            model: Any = DecisionModel.from_pretrained(folder, device_map=device if device == "auto" else None)
+        except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
+            raise
+        except Exception as error:  # transformers and safetensors raise errors of many classes
+            said = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
+            ) from error
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)
 
     @classmethod
@@ -263,6 +278,29 @@ class Policy:
         draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
         below = logits.double().softmax(-1).cumsum(-1)
         return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+
+
+def check_device(name: str) -> None:
+    """Raises DataError if there is no such torch device. "" and "auto" are always valid."""
+    if name in ("", "auto"):
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DataError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DataError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
+
+
+def _check_kind(folder: Path) -> None:
+    """Raises DataError if a local folder holds another kind of model. A damaged config.json is left to transformers."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(config, dict) or config.get("model_type") != "tiphys":
+        found = config.get("model_type") if isinstance(config, dict) else None
+        raise DataError(f"{folder}: not a policy of Tiphys; its config.json has model_type {found!r}, not 'tiphys'")
 
 
 def _groups(acting: Acting) -> Iterator[np.ndarray]:

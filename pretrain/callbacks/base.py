@@ -6,8 +6,9 @@ all ranks reach them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tiphys.pretrain.metrics import StepMetrics
@@ -19,12 +20,14 @@ class Callback:
 
     on_start   before the first step, after a checkpoint was loaded
     on_step    after every step
+    on_change  when events (of `tiphys mixture`) were added to the plan's log, before `on_step` of the step that is being done
     on_end     after the last step, or after a stop
     close      at the very end, also after an error
     """
 
     def on_start(self, trainer: Trainer) -> None: ...
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
+    def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None: ...
     def on_end(self, trainer: Trainer) -> None: ...
     def close(self, trainer: Trainer) -> None: ...
 

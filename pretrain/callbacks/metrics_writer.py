@@ -52,6 +52,11 @@ class MetricsWriter(Callback):
             by_task = {t: c.astype(int).tolist() for t, c in zip(self.tasks, metrics.result.task_counts.swapaxes(0, 1))}
             self.write({"kind": "experts", "step": step, "tokens_by_task": by_task})
 
+    def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None:
+        for event in events if self._file is not None else ():
+            # `step`: steps done when this step ends, so that a resume keeps the lines of what its checkpoint contains
+            self._file.write(json.dumps({"kind": "change", "step": trainer.step, "event": event}) + "\n")
+
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, and send its numbers to TensorBoard. Does nothing on ranks other than 0."""
         if self._file is None:

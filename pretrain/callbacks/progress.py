@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.plan.log import described
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.metrics import Smoothed
 
@@ -57,6 +58,11 @@ class Progress(Callback):
         if now - self._printed >= self.seconds or trainer.step == trainer.steps:
             self._printed = now
             print("  ".join(self.items(trainer, metrics)), flush=True)
+
+    def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None:
+        if self.prints:
+            for event in events:
+                print(f"from step {event['step']} on: {described(event)}", flush=True)
 
     def items(self, trainer: Trainer, metrics: StepMetrics) -> list[str]:
         """The items of the line, the most important ones first."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiphys.dataio.errors import Explained
 from tiphys.pretrain.callbacks.base import Callback, Every
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Publisher(Callback):
         try:
             self.publish(folder, step)
         except Exception as error:
-            print(f"step {step} was not published: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            kind = "" if isinstance(error, (Explained, ValueError, OSError)) else f"{type(error).__name__}: "
+            print(f"step {step} was not published: {kind}{error}", file=sys.stderr, flush=True)
         finally:
             release()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.flops import CHANNELS
 from tiphys.pretrain.model.layers import STD, Linear, Module, Table
 
@@ -139,7 +140,7 @@ class Embedding(Module):
         size = config.hidden_size
         self.names = {name: module_name(name) for name in sorted(config.embedders)}
         if len(set(self.names.values())) < len(self.names):
-            raise ValueError(f"embedder names must differ in more than punctuation: {', '.join(self.names)}")
+            raise DataError(f"embedder names must differ in more than punctuation: {', '.join(self.names)}")
         self.shapes = {name: tuple(e["shape"]) for name, e in config.embedders.items()}
         self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size) for n in self.names})
         self.local = Table(config.locals, size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.model.inputs import from_bits
 from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
@@ -30,7 +31,7 @@ class Head(Module):
         self.norm = Norm(config.hidden_size, config.norm_epsilon)
         self.names = {name: module_name(name) for name in sorted(config.regressions)}
         if len(set(self.names.values())) < len(self.names):
-            raise ValueError(f"names of regression heads must differ in more than punctuation: {', '.join(self.names)}")
+            raise DataError(f"names of regression heads must differ in more than punctuation: {', '.join(self.names)}")
         self.regressions = nn.ModuleDict(
             {
                 self.names[name]: Linear(config.hidden_size, config.regressions[name], std=STD, bias=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +83,27 @@ def test_append_takes_whole_names_of_datasets(tmp_path: Path) -> None:
     )
     parts = [EpisodeIndex.open(str(DATA / name)).episodes for name in ("cart", "grid", "pendulum")]
     assert EpisodeIndex.open(str(tmp_path / "all")).episodes == sum(parts)
+
+
+def test_ctrl_c_ends_a_command_and_its_processes_without_a_traceback(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs the envs extra")
+    words = ["collect", "CartPole-v1", "--to", str(tmp_path / "data"), "--episodes", "100000", "--processes", "2"]
+    command = subprocess.Popen(
+        [sys.executable, "-m", "tiphys", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until((tmp_path / "data" / "shards").is_dir)
+    os.killpg(command.pid, signal.SIGINT)  # as a terminal does, also to the worker processes
+    said = command.communicate(timeout=60)[1]
+    assert command.returncode == Status.INTERRUPTED
+    assert said.splitlines()[-1] == "tiphys: stopped"
+    assert "Traceback" not in said
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_the_launchers_status_is_translated(capsys: pytest.CaptureFixture[str]) -> None:

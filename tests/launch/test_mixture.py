@@ -83,3 +83,45 @@ def test_show_lists_weights_and_requests(run):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         request(tmp_path, ["0=1"])
+
+
+def test_show_lists_adopted_changes_and_the_weights_now(run):
+    request(run, ["s3://b/c=4"])
+    request(run, ["0=0.5"], at=90)
+    event = {"kind": "weights", "step": 72, "weights": {"1:s3://b/c": 4.0}}
+    lines = [{"step": 70, "loss": 1.0}, {"kind": "change", "step": 71, "event": event}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "change", "st')
+    shown = show(run).splitlines()
+    assert shown[:2] == ["0:a  2", "1:s3://b/c  4  (recipe: 1)"]
+    assert shown[2].startswith("adopted from step 72 on: ")
+    assert shown[3].startswith("asked: ")
+
+
+def test_a_finished_run_is_refused(run):
+    checkpoint = run / "checkpoints" / "step-00001000"
+    checkpoint.mkdir(parents=True)
+    request(run, ["0=1"])  # it is not whole yet
+    (checkpoint / "manifest.json").write_text("{}")
+    for ask in (lambda: request(run, ["0=2"]), lambda: add(run, ["more=1"], like="0")):
+        with pytest.raises(ValueError, match="has finished its 1000 steps"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json", b"\xff\xfe", b"[" * 20_000, b'{"kind": ["a"], "step": 1}', b'{"kind": "skip", "step": 1, "steps": 1e99}',
+        b'{"kind": "weights", "step": 1' + b"0" * 40 + b', "weights": {"0:a": 1}}',
+        b'{"kind": "quarantine", "step": 1, "entry": "0:a", "episode": "x"}',
+        b'{"kind": "priority", "step": 1, "entry": ["x"], "prefer": "return"}',
+        b'{"kind": "priority", "step": 1, "entry": "0:a", "file": "/nope", "digest": "x"}',
+        b'{"kind": "dataset", "step": 1, "entry": 3, "dataset": 5, "digest": 1, "like": "zz", "weight": 1}',
+        b'{"kind": "weights", "step": 1, "weights": {"0:a": 0, "1:s3://b/c": 0}}',
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named_and_passed_over(run, line, capsys, caplog):
+    fresh = follow(run, running())
+    good = {"kind": "weights", "step": 5, "weights": {"0:a": 3}}
+    (run / REQUESTS).write_bytes(line + b"\n" + json.dumps(good).encode() + b"\n")
+    assert fresh() == [good]
+    assert REQUESTS in capsys.readouterr().err + caplog.text

@@ -25,7 +25,8 @@ from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.card import model_card
 from tiphys.pretrain.evaluate import evaluate
 from tiphys.pretrain.model.config import DecisionConfig
-from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy, without_secrets
+from tiphys.pretrain.policy_files import without_secrets
+from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy
 
 pytestmark = pytest.mark.envs
 OBJECTIVES = acting.objectives()
@@ -128,7 +129,9 @@ def test_contents_of_the_folder(folder):
     assert config["auto_map"]["AutoModel"] == "transformer.DecisionModel"
     assert config["architectures"] == ["DecisionModel"]
     card = ModelCard.load(folder / "README.md")  # the real reader of model cards
-    assert card.data.license == "apache-2.0"
+    assert card.data.license is None  # nobody chose one
+    assert "decision Transformer" not in card.text
+    assert "by the paradigm" in card.text
     assert card.data.library_name == "transformers"
     evaluation = json.loads((folder / "evaluation.json").read_text())["tasks"]
     results = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}

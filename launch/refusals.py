@@ -1,0 +1,60 @@
+"""What an error means to the person who started the command: its exit status, and its sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from tiphys.dataio.episode import DataError
+from tiphys.dataio.errors import Explained
+from tiphys.dataio.messages import printable, redacted
+from tiphys.launch.statuses import Status
+from tiphys.recipes.load import RecipeError
+
+# A command reads what its user names, so these come from there, whoever raises them.
+OF_A_COMMAND = (Explained, ValueError, OSError, ImportError, LookupError, MemoryError)
+# A rank computes: a ValueError of NumPy or torch is a defect there.
+OF_A_RANK = (Explained, RecipeError, DataError, OSError, ImportError, MemoryError)
+_NOT_SENTENCES = (LookupError, MemoryError, UnicodeError)  # such a message may be one word, or none
+
+
+def status_of(error: BaseException, expected: tuple[type[BaseException], ...] = OF_A_COMMAND) -> Status:
+    """The exit status for an error. CRASHED if it is a defect of Tiphys, whose traceback should be shown."""
+    if isinstance(error, KeyboardInterrupt):
+        return Status.INTERRUPTED
+    if isinstance(error, BrokenPipeError):
+        return Status.BROKEN_PIPE
+    if isinstance(error, expected) or _device_memory(error):
+        return Status.REFUSED
+    return Status.CRASHED
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error, for people. An error of the operating system names its file first."""
+    if isinstance(error, OSError) and error.strerror and type(error).__str__ is OSError.__str__:
+        file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{file}{error.strerror}"
+    if isinstance(error, FileNotFoundError) and " " not in str(error):
+        return f"{error}: there is no such file"
+    if _device_memory(error):
+        return f"{str(error).splitlines()[0]} Lower deepspeed.train_micro_batch_size_per_gpu, or set model.checkpointing=true"
+    text = str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error)
+    if isinstance(error, _NOT_SENTENCES) and len(text.split()) < 4:
+        text = f"{type(error).__name__} {text}".strip() + "; --traceback shows where"
+    return text or f"{type(error).__name__}; --traceback shows where"
+
+
+def show(error: BaseException, status: Status, *, with_traceback: bool = False, what: str = "") -> None:
+    """Print the sentence of an error to stderr; its traceback too if it is a defect, or if it is asked for.
+
+    what   what failed, before the sentence
+    """
+    if with_traceback or status == Status.CRASHED:
+        traceback.print_exception(error)
+    print(f"tiphys: {what}{redacted(printable(sentence(error)))}", file=sys.stderr, flush=True)
+
+
+def _device_memory(error: BaseException) -> bool:
+    """An accelerator's memory is full. torch is not imported, because most commands do without it."""
+    return type(error).__name__ == "OutOfMemoryError" and type(error).__module__.startswith("torch")

@@ -1,0 +1,187 @@
+"""Every command and every option of `tiphys` works when it is typed: each stands in a command line that is run here."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shlex
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.launch.small_recipe import GOLDEN, small_recipe
+from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.shards import ShardWriter
+from tiphys.launch import cli, quickstart, submit
+from tiphys.launch.statuses import Status
+
+pytest.importorskip("gymnasium", reason="needs the envs extra")
+pytest.importorskip("minigrid", reason="needs the envs extra")
+import tests.pretrain.acting.acting_fixtures as acting
+
+pytestmark = pytest.mark.envs
+
+# Run in this order in one folder; see `folder` for what is there. Words are split as by a shell.
+LINES = """
+quickstart --datasets demos --scale 0.01 --processes 1 --verbose train.steps=2
+train small.yaml train.steps=3 --processes 2 --port 29871 --launcher "--bind_cores_to_rank" --verbose
+train small.yaml --hostfile hosts
+check small.yaml train.steps=5 --world 2
+check small.yaml --no-data
+mixture run show
+mixture run set 0=0.5 --at 7
+mixture run add grid=0.25 --like 0
+report run
+objectives
+tokens small.yaml --step 1 --row 1 --html row.html
+collect CartPole-v1 --to new --episodes 2 --seed 5 --noise 0.1 --processes 1
+collect CartPole-v1 --to zipped --episodes 1 --processes 1 --policy policy --trust-policy
+environments cart
+convert source converted --from npz --map map.yaml --skip-bad --processes 1 --on local
+export cart exported --to npz
+inspect cart --json
+inspect grid --episode 0
+inspect pictures --episode 0 --picture frames.png
+verify cart --repair
+index tars
+dataset merge all cart grid
+dataset append all pendulum pictures
+dataset split all most rest --share 0.5
+dataset filter all few --tasks CartPole* --min-return 0 --top 1 --min-steps 1
+dataset filter grid done --success
+loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
+evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
+evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
+evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart
+publish policy published --public
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("commands")
+    for name in ("cart", "grid", "pendulum"):
+        shutil.copytree(GOLDEN / name, place / name)
+    acting.folder(place / "policy")
+    (place / "small.yaml").write_text(small_recipe("cart"))
+    (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (place / "run").mkdir()
+    (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))
+    line = {"step": 1, "rows": 4, "tokens": 9, "loss": 1.0, "seconds": 1.0, "data_wait": 0.1}
+    (place / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (place / "source").mkdir()
+    observations = np.zeros((5, 2), np.float32)
+    np.savez(place / "source" / "a.npz", action=np.zeros((4, 1), np.float32), observation=observations)
+    (place / "map.yaml").write_text("task: drive\n")
+    pictures(place / "pictures")
+    images(place / "tars")
+    return place
+
+
+def pictures(place: Path) -> None:
+    """A dataset with a camera."""
+    fields = (
+        FieldSpec("observation.image", "observation", "image", "uint8", (16, 16, 3)),
+        FieldSpec("action", "action", "discrete", "int64", (), values=2),
+    )
+    task = TaskSpec("camera", fields)
+    with ShardWriter(str(place), [task]) as writer:
+        values = {"observation.image": np.zeros((4, 16, 16, 3), np.uint8), "action": np.zeros(3, np.int64)}
+        writer.write(Episode("one", "camera", values, 3))
+        writer.close()
+
+
+def images(place: Path) -> None:
+    """A tar of pictures with captions, as others write them."""
+    place.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(place / "000000.tar", "w") as tar:
+        for name, content in (("0.png", picture.getvalue()), ("0.txt", b"a black square")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+class Launched:
+    """Stands for the launcher's process: it keeps what it was started with, and ends at once."""
+
+    pid, returncode = 1, 0
+    started: list[list[str]] = []
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.started.append(command)
+
+    def wait(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("line", LINES.strip().splitlines())
+def test_the_line_works(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(submit.subprocess, "Popen", Launched)
+    if line.startswith("quickstart"):
+        monkeypatch.setattr(quickstart, "_collect", lambda *arguments, **options: None)
+    elif not line.startswith("train"):
+        monkeypatch.undo()
+        monkeypatch.chdir(folder)
+    Launched.started.clear()
+    status = cli.main(shlex.split(line))
+    said = capsys.readouterr()
+    assert status == Status.DONE, said.err
+    assert line.split()[0] not in ("quickstart", "train") or len(Launched.started) == 1
+    for word in ("row.html", "found.json", "frames.png", "published", "done", "few", "strips"):
+        assert word not in line.split() or (folder / word).exists()
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[str, set[str]]]:
+    """(words of a command, its options and its choices of positional words), of every command."""
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    for action in below:
+        for name, sub in action.choices.items():
+            yield from commands(sub, (*words, name))
+    if not below:
+        own = {a.option_strings[-1] for a in parser._actions if a.option_strings}
+        choices = {str(c) for a in parser._actions if not a.option_strings for c in a.choices or ()}
+        yield " ".join(words), (own | choices) - {"--help", "--traceback"}
+
+
+def test_every_command_and_every_option_stands_in_a_line() -> None:
+    missing = []
+    for command, wanted in commands(cli._parser()):
+        lines = [line for line in LINES.strip().splitlines() if line == command or line.startswith(f"{command} ")]
+        used = {word for line in lines for word in shlex.split(line)}
+        missing += [f"{command} {word}" for word in sorted(wanted - used)] if lines else [command]
+    assert missing == []
+
+
+@pytest.mark.parametrize("command", [name for name, _ in commands(cli._parser())])
+def test_every_command_shows_a_traceback_when_it_is_asked_to(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before and after the command, and never by itself."""
+    line = next(
+        shlex.split(line)
+        for line in LINES.strip().splitlines()
+        if line.split()[: len(command.split())] == command.split()
+    )
+    name = cli._parse(cli._parser(), line).command
+
+    def fail(args: Any) -> int:
+        raise FileNotFoundError(2, "No such file or directory", "there.txt")
+
+    monkeypatch.setattr(f"tiphys.launch.commands.{name}", fail)
+    for words, shown in ((line, False), (["--traceback", *line], True), ([*line, "--traceback"], True)):
+        assert cli.main(words) == Status.REFUSED
+        said = capsys.readouterr().err
+        assert ("Traceback" in said) == shown
+        assert said.endswith("tiphys: there.txt: No such file or directory\n")

@@ -1,0 +1,122 @@
+"""The launcher's command lines reach every host unchanged, and nothing of the current folder changes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+from tiphys.launch import submit
+from tiphys.launch.train import main
+
+SHOW = """
+import json, os, sys
+from tiphys.launch.submit import unpacked
+names = ("PYTHONSAFEPATH", "PYTHONPATH", "PLANTED")
+found = [sys.argv[1:], os.getcwd(), {name: os.environ.get(name) for name in names}, sys.path]
+open(os.environ["MLFLOW_SHOWN"] + str(os.getpid()), "w").write(json.dumps(found))
+"""
+# As pdsh does with ssh: join the words after its options, and let a shell run them on each host.
+PDSH = """#!/bin/bash
+hosts=$5; shift 5
+n=0
+for host in ${hosts//,/ }; do (cd "$HOME" && env -i HOME="$HOME" PATH="$PATH" bash -c "${*//%n/$n}") & n=$((n + 1)); done
+wait
+"""
+SSH = "#!/bin/bash\necho 127.0.0.1\n"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two hosts that are this machine. A rank writes its words, folder and settings to `shown…` instead of training."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("pdsh", PDSH), ("ssh", SSH)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(stat.S_IRWXU)
+    package = tmp_path / "shown"
+    package.mkdir()
+    (package / "show_words.py").write_text(SHOW)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{package}{os.pathsep}")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MLFLOW_SHOWN", str(package / "words-"))
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    monkeypatch.setattr(submit, "TRAIN", ("--module", "show_words"))
+    return tmp_path
+
+
+def test_words_arrive_unchanged_and_the_current_folder_has_no_say(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cluster / "a b;touch $(echo 'x')"
+    folder.mkdir()
+    (folder / ".deepspeed_env").write_text("PLANTED=yes\n")
+    for name in ("torch", "deepspeed", "json"):
+        (folder / f"{name}.py").write_text(f"open({str(cluster / 'marker')!r}, 'w')\n")
+    monkeypatch.chdir(folder)
+    overrides = ["run.dir=a b", "name=$(touch x);'\"", "train.steps=3", "name=`id` \\ * ~ ü", "-x"]
+    status = submit.submit("my recipe.yaml", overrides, hostfile="../hosts", port=submit.free_port())
+    assert status == 0
+    shown = [json.loads(file.read_text()) for file in (cluster / "shown").glob("words-*")]
+    assert len(shown) == 2
+    for words, _, settings, path in shown:
+        assert submit.unpacked(words[0]) == (str(folder), ["my recipe.yaml", *overrides])
+        assert len(words) == 1
+        assert settings["PLANTED"] is None
+        assert settings["PYTHONSAFEPATH"] == "1"
+        assert str(folder) not in path
+    assert not (cluster / "marker").exists()
+    assert sorted(p.name for p in folder.iterdir()) == [".deepspeed_env", "deepspeed.py", "json.py", "torch.py"]
+
+
+def test_a_variable_that_shells_would_change_is_refused(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/tmp/$(id)")
+    with pytest.raises(ValueError, match=r"PYTHONPATH=.*through their shells"):
+        submit.submit("recipe.yaml", [], hostfile=str(cluster / "hosts"))
+
+
+def test_the_users_own_file_of_variables_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".deepspeed_env").write_text("A=1\n")
+    monkeypatch.delenv("DS_ENV_FILE", raising=False)
+    assert submit.environment()["DS_ENV_FILE"] == os.devnull
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".deepspeed_env").write_text("A=1\n")
+    assert submit.environment()["DS_ENV_FILE"] == str(tmp_path / "home" / ".deepspeed_env")
+    monkeypatch.setenv("DS_ENV_FILE", "mine")
+    assert submit.environment()["DS_ENV_FILE"] == str(tmp_path / "mine")
+
+
+def test_a_rank_works_in_the_folder_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        word = submit.packed(["nowhere.yaml", "--verbose"])
+        os.chdir(before)
+        assert main([word]) == 3
+        assert Path.cwd() == tmp_path
+    finally:
+        os.chdir(before)
+    assert "nowhere.yaml: neither a file" in capsys.readouterr().err
+
+
+def test_ranks_of_one_machine_listen_on_loopback_only() -> None:
+    from tests.processes import run
+
+    text = run(Path(__file__).with_name("listening_rank.py"), [], 2)
+    assert text.count("listens at ['127.0.0.1']") == 2
+    assert text.count("gathered [{'rank': 0, 'text': ''}, {'rank': 1, 'text': 'é'}]") == 2
+
+
+def test_no_rank_unpickles_what_comes_over_the_network() -> None:
+    files = [p for room in ("launch", "pretrain") for p in (REPOSITORY / room).rglob("*.py")]
+    users = [p.name for p in files if "gather_object" in p.read_text() or "broadcast_object" in p.read_text()]
+    assert users == []
