@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +15,10 @@ MODALITIES = ("image", "text", "discrete", "continuous")
 
 class DataError(ValueError):
     """Data are not valid. The message names the object, the key or byte range, and what to do."""
+
+
+class BadValue(DataError):
+    """A window was read correctly, but has a value that cannot be learned from, such as NaN. Reading it again does not help."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class FieldSpec:
     shape : tuple[int, ...]
         Shape of one step, without time; () for a scalar or a text. An image whose size varies has 0 for that extent.
     low, high : tuple[float, ...] or None
-        Bounds of the space, which broadcast over `shape`; None if it has none.
+        Bounds of the space, which broadcast over `shape`; None if it has none. An element that is None has no bound.
     values : int
         Number of values of a discrete field, the largest over its elements; 0: unknown.
     per : str
@@ -66,11 +71,27 @@ class FieldSpec:
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, tuple(value))
+        for key, unbounded in (("low", -math.inf), ("high", math.inf)):  # JSON has no infinity: null stands for it
+            if None in (getattr(self, key) or ()):
+                bound = (unbounded if v is None else v for v in getattr(self, key))
+                object.__setattr__(self, key, tuple(bound))
 
     @property
     def bytes_per_step(self) -> int:
         """Bytes of one step, uncompressed; 0 for text, whose length varies, and for an image whose size varies."""
         return 0 if self.dtype == "str" else int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+
+    def value_range(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a discrete field declares: the lowest value and the number of values of its elements.
+
+        Both are float64, flat, and broadcast over the elements. The number is None if the field declares neither `high` nor
+        `values`, or infinite bounds.
+        """
+        low = np.asarray(0.0 if self.low is None else self.low, np.float64).reshape(-1)
+        if self.high is not None:
+            count = np.asarray(self.high, np.float64).reshape(-1) - low + 1
+            return low, count if np.isfinite(count).all() else None
+        return low, np.array([float(self.values)]) if self.values else None
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.launch.check_data import data_errors
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -192,6 +193,8 @@ def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
     if len(indexes) < len(recipe.data.mixture):
         return
     try:
-        Objectives(recipe, indexes)
+        objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
+    else:
+        yield from data_errors(recipe, indexes, objectives, seen.where)

@@ -5,7 +5,6 @@ Every function imports what it needs itself, so that a command does not load the
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -47,11 +46,15 @@ def check(args: Namespace) -> int:
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
+        from tiphys.launch.check_data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines
         from tiphys.pretrain.objectives import Objectives
 
         indexes = open_datasets(recipe)
-        print("\n".join(step_rate_lines(make_plan(recipe, indexes, Objectives(recipe, indexes)))))
+        objectives = Objectives(recipe, indexes)
+        for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
+            print(f"{found}; training leaves such episodes out")
+        print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives))))
     return Status.DONE
 
 
@@ -167,7 +170,9 @@ def inspect(args: Namespace) -> int:
         return Status.DONE
     found = inspect(args.dataset)
     if args.json:
-        print(json.dumps(found, indent=1))
+        from tiphys.dataio.atomic import to_json
+
+        print(to_json(found, indent=1))
     else:
         from tiphys.launch.display import summary
 
@@ -232,10 +237,11 @@ def _made(url: str, made: Any) -> int:
 
 
 def loader_bench(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
     from tiphys.launch.loader_bench import bench, format_result
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
-    print(json.dumps(found, indent=1) if args.json else format_result(found))
+    print(to_json(found, indent=1) if args.json else format_result(found))
     return Status.DONE
 
 

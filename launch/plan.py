@@ -12,7 +12,7 @@ from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings
+    from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings, MakeBatch
     from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
     from tiphys.pretrain.objectives import Objectives
@@ -70,7 +70,7 @@ class Joining:
         return Joined(
             needs=[objectives.needs(i) for i in numbers],
             tasks=[objectives.task_numbers(i) for i in numbers],
-            make_batch=partial(objectives.make_batch, seed=self.recipe.train.seed, training=training),
+            make_batch=_make_batch(self.recipe, objectives, training),
         )
 
 
@@ -99,9 +99,9 @@ def make_plan(
     from tiphys.dataio.plan.preferences import preference
     from tiphys.dataio.sampling import SamplingPlan
 
-    entries = []
+    entries, leave_out = [], recipe.data.on_bad_value == "quarantine"
     for i, (entry, index, name) in enumerate(zip(recipe.data.mixture, indexes, names(recipe), strict=True)):
-        priority = None if held_out else preference(index, entry.prefer, entry.top)
+        priority = None if held_out else preference(index, entry.prefer, entry.top, leave_out=leave_out)
         entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority))
     return SamplingPlan(
         entries,
@@ -154,11 +154,17 @@ def loader_arguments(
     """The arguments of TrajectoryLoader that all loaders of a recipe share. `cache`: as in `loader_settings`."""
     entries = range(len(recipe.data.mixture))
     return {
-        "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
+        "make_batch": _make_batch(recipe, objectives, training),
         "needs": [objectives.needs(i) for i in entries],
         "tasks": [objectives.task_numbers(i) for i in entries],
         "settings": loader_settings(recipe, cache),
     }
+
+
+def _make_batch(recipe: Recipe, objectives: Objectives, training: bool) -> MakeBatch:
+    return partial(
+        objectives.make_batch, seed=recipe.train.seed, training=training, on_bad_value=recipe.data.on_bad_value
+    )
 
 
 def held_out_batches(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.episode import DataError
 from tiphys.launch import rank_reports
+from tiphys.launch.check_data import bad_fields
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import Joining, held_out_batches, loader_arguments, make_plan, open_datasets, step_rate_lines
@@ -173,7 +174,7 @@ def callbacks(
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
     """Print what is about to run: layout, model, batch, data, and the values that were derived for DeepSpeed."""
     parameters = sum(p.numel() for p in engine.module.parameters())
-    episodes = sum(entry.index.episodes for entry in plan.entries)
+    episodes = sum({entry.index.fingerprint: entry.index.episodes for entry in plan.entries}.values())
     world = engine.world
     lines = [
         f"run          {recipe.run.dir}  (recipe {recipe.name})",
@@ -185,6 +186,8 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"{engine.accumulation} × {engine.micro_batch} rows a rank",
         f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
     ]
+    indexes = [entry.index for entry in plan.entries[: len(recipe.data.mixture)]]
+    lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     print("\n".join(lines), flush=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError, Needs, TaskSpec, Window
+from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
-from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
+from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "table"]
 
+LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
@@ -50,7 +51,7 @@ class _MixtureEntry:
 
 @dataclass(frozen=True)
 class _Returns:
-    """The best return and the largest absolute return of a task's episodes."""
+    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count."""
 
     best: float
     largest: float
@@ -132,6 +133,19 @@ class Objectives:
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
         return layouts
+
+    def number(self, task: str) -> int:
+        """The number of a task: its index in `tasks`.
+
+        Raises
+        ------
+        KeyError
+            If the task is not trained.
+        """
+        for number, known in enumerate(self.tasks):
+            if known.name == task:
+                return number
+        raise KeyError(f"task {task!r} is not trained; the tasks are {', '.join(t.name for t in self.tasks)}")
 
     def clipped(self) -> dict[str, float]:
         """Share of clamped values of each action field in the data, by "task/field"."""
@@ -277,6 +291,7 @@ class Objectives:
         *,
         seed: int,
         training: bool = True,
+        on_bad_value: str = "refuse",
     ) -> dict[str, np.ndarray]:
         """The TokenBatch of some rows, as arrays.
 
@@ -294,6 +309,9 @@ class Objectives:
             Seed of the random places of image patches.
         training : bool
             False: each patch has the middle of its place instead of a random one.
+        on_bad_value : "refuse" or "quarantine"
+            What the error says of a value that cannot be learned from: that the run ends, or (for a loader, which then leaves the
+            episode out) only what is wrong.
 
         Returns
         -------
@@ -302,20 +320,27 @@ class Objectives:
 
         Raises
         ------
+        BadValue
+            If a value has no encoding, or a return is not finite, and `on_bad_value` is "quarantine".
         DataError
-            If a window lacks a field or has a value without encoding, or if a row needs more than ``length`` positions.
+            If a window lacks a field, if a row needs more than ``length`` positions, or, with "refuse", if there is a bad value.
         """
-        batch = assemble(
-            step,
-            rows,
-            windows,
-            self.layouts,
-            self.vocabulary,
-            self.text,
-            length=self.length,
-            seed=seed,
-            training=training,
-        )
+        try:
+            batch = assemble(
+                step,
+                rows,
+                windows,
+                self.layouts,
+                self.vocabulary,
+                self.text,
+                length=self.length,
+                seed=seed,
+                training=training,
+            )
+        except BadValue as error:
+            if on_bad_value == "quarantine":
+                raise
+            raise DataError(f"{error}; correct or remove the episode, or {LEAVE_OUT}") from None
         return batch.to_arrays()
 
     def processor(self) -> dict[str, Any]:
@@ -446,6 +471,8 @@ def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
 
 def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldStatistics]]:
     """Task -> field -> statistics over all datasets that have the task."""
+    from tiphys.dataio.statistics import pooled
+
     found: dict[str, dict[str, list[FieldStatistics]]] = {}
     seen = set()
     for entry in entries:
@@ -464,6 +491,7 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
         for i, task in entry:
             if task.name == name:
                 returns = np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i]
+                returns = returns[np.isfinite(returns)]  # one NaN would make both numbers NaN
                 if len(returns):
                     best, largest = max(best, float(returns.max())), max(largest, float(np.abs(returns).max()))
     return _Returns(best if np.isfinite(best) else 0.0, largest)

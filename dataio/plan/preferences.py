@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 RULES = ("uniform", "return", "top", "success")
 
 
-def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np.float32] | None:
+def preference(
+    index: EpisodeIndex, prefer: str, top: float = 1.0, *, leave_out: bool = False
+) -> NDArray[np.float32] | None:
     """Priorities by a rule: float32 [E], or None if all are 1.
 
     Parameters
@@ -32,6 +34,8 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
     top : float
         For `prefer="top"`: share of the episodes of each task (at least one episode). Of equal returns, the first in the index
         are taken.
+    leave_out : bool
+        Episodes whose return is not finite get 0 where a rule needs returns. False: they are an error.
 
     Raises DataError if the rule is unknown, `top` is out of range, or a return that the rule needs is not finite.
     """
@@ -44,14 +48,15 @@ def preference(index: EpisodeIndex, prefer: str, top: float = 1.0) -> NDArray[np
     if not 0 < top <= 1:
         raise DataError(f"top: must be above 0 and at most 1, not {top}")
     returns, task = np.asarray(index.total_return, np.float64), np.asarray(index.task)
-    if not np.isfinite(returns).all():
+    finite = np.isfinite(returns)
+    if not finite.all() and not leave_out:
         bad = int(np.flatnonzero(~np.isfinite(returns))[0])
         raise DataError(
             f"{index.url}: episode {index.id(bad)!r} has the return {returns[bad]}; `prefer: {prefer}` needs finite returns"
         )
     out = np.zeros(len(returns), np.float32)
     for t in np.unique(task):
-        of_task = np.flatnonzero(task == t)
+        of_task = np.flatnonzero((task == t) & finite)
         n = len(of_task)
         if prefer == "top":
             best = of_task[np.argsort(-returns[of_task], kind="stable")[: max(1, round(top * n))]]

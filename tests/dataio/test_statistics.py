@@ -16,7 +16,7 @@ from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statist
 def gathered(task, episodes):
     out, layout = Statistics(), RowLayout(task)
     for e in episodes:
-        out.add(layout, pack_rows(layout, e))
+        out.add(layout, e.id, pack_rows(layout, e))
     return out
 
 
