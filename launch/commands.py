@@ -25,6 +25,7 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
+    from tiphys.launch.changed_data import FLAG
     from tiphys.launch.check import check
     from tiphys.launch.submit import submit
 
@@ -37,6 +38,7 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=shlex.split(args.launcher),
         verbose=args.verbose,
+        options=[FLAG] if args.accept_changed_data else [],
     )
 
 

@@ -85,7 +85,8 @@ def show(run_dir: str) -> str:
     """The weights of the recipe and all requests, one line each."""
     recipe = _recipe(run_dir)
     lines = [f"{name}  {entry.weight:g}" for name, entry in zip(names(recipe), recipe.data.mixture)]
-    lines += [f"asked: {json.dumps(event)}" for event in _log(run_dir).events]
+    events = _log(run_dir).events
+    lines += [f"{'changed' if e['kind'] == 'data' else 'asked'}: {json.dumps(e)}" for e in events]
     return "\n".join(lines)
 
 

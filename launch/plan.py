@@ -75,13 +75,25 @@ class Joining:
 
 
 def _plan_entry(
-    objectives: Objectives, number: int, index: EpisodeIndex, weight: float, name: str, priority: Any
+    objectives: Objectives,
+    number: int,
+    index: EpisodeIndex,
+    weight: float,
+    name: str,
+    priority: Any,
+    known_as: str = "",
 ) -> PlanEntry:
     from tiphys.dataio.sampling import PlanEntry
 
     tasks = [t for t, n in enumerate(objectives.task_numbers(number).tolist()) if n >= 0]
     return PlanEntry(
-        index=index, lengths=objectives.lengths(number), weight=weight, name=name, tasks=tasks, priority=priority
+        index=index,
+        lengths=objectives.lengths(number),
+        weight=weight,
+        name=name,
+        tasks=tasks,
+        priority=priority,
+        known_as=known_as,
     )
 
 
@@ -93,8 +105,13 @@ def make_plan(
     held_out: bool = False,
     rows: int = 0,
     joining: Joining | None = None,
+    known_as: Sequence[str] = (),
 ) -> SamplingPlan:
-    """The plan of a recipe; if `held_out`, over the held-out episodes. `rows`: rows of a step; 0: as the recipe says."""
+    """The plan of a recipe; if `held_out`, over the held-out episodes.
+
+    rows      rows of a step; 0: as the recipe says
+    known_as  the fingerprints that the datasets had when the run began; empty: those that they have
+    """
     from tiphys.dataio.format.document import cache_folder
     from tiphys.dataio.plan.preferences import preference
     from tiphys.dataio.sampling import SamplingPlan
@@ -102,7 +119,8 @@ def make_plan(
     entries, leave_out = [], recipe.data.on_bad_value == "quarantine"
     for i, (entry, index, name) in enumerate(zip(recipe.data.mixture, indexes, names(recipe), strict=True)):
         priority = None if held_out else preference(index, entry.prefer, entry.top, leave_out=leave_out)
-        entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority))
+        was = known_as[i] if known_as else ""
+        entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority, was))
     return SamplingPlan(
         entries,
         rows=rows or int(recipe.deepspeed["train_batch_size"]),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.episode import DataError
 from tiphys.launch import rank_reports
+from tiphys.launch.changed_data import settle
 from tiphys.launch.check_data import bad_fields
 from tiphys.launch.finish import finish, start_evaluation
 from tiphys.launch.mixture import follow
@@ -51,15 +52,18 @@ class LastStep(Callback):
         self.step = trainer.step
 
 
-def run(recipe: Recipe) -> Status:
-    """Train, evaluate, publish, report. Raises what is an error inside Tiphys, after leaving a `RankReport`."""
+def run(recipe: Recipe, *, accept_changed_data: bool = False) -> Status:
+    """Train, evaluate, publish, report. Raises what is an error inside Tiphys, after leaving a `RankReport`.
+
+    accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
+    """
     world = ParallelDims(recipe.parallel)
     last = LastStep()
     try:
         if world.rank == 0:
             rank_reports.remove(recipe.run.dir)
         world.barrier()  # no rank leaves a report before the old ones are removed
-        objectives, stop = _train(recipe, world, last)
+        objectives, stop = _train(recipe, world, last, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
             return stopped_by(stop)
@@ -78,7 +82,7 @@ def run(recipe: Recipe) -> Status:
         return status
 
 
-def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objectives, int]:
+def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int]:
     """Train on every rank. Returns the signal that stopped the run early, or 0."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
@@ -91,8 +95,10 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
+    resume = Checkpoint.newest_whole(recipe.run.dir)
+    earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
-    plan = make_plan(recipe, indexes, objectives, joining=joining)
+    plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
     if world.rank == 0:
@@ -110,8 +116,8 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
     with loader or nullcontext():
         stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
-        trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
+        trainer.fit(resume=resume)
     return objectives, trainer.stop_signal
 
 

@@ -94,8 +94,11 @@ def submit(
     hostfile: str = "",
     extra: Sequence[str] = (),
     verbose: bool = False,
+    options: Sequence[str] = (),
 ) -> int:
     """Run `tiphys.launch.train` under the launcher and wait for it. Returns a `Status`, or the launcher's own status.
+
+    options   further options of `tiphys.launch.train`
 
     The first Ctrl-C (or SIGTERM) is passed on to the ranks, which save and end by themselves. The second one kills them.
     """
@@ -105,6 +108,7 @@ def submit(
         *launcher(processes, port=port, hostfile=hostfile, extra=extra, verbose=verbose),
         *(*TRAIN, recipe, *overrides),
         *(["--verbose"] if verbose else []),
+        *options,
     ]
     # A session of its own: the terminal's Ctrl-C then reaches only this process, which passes it on to the ranks alone.
     child = subprocess.Popen(command, env=environment(verbose), start_new_session=True)

@@ -1,4 +1,4 @@
-"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [--verbose]`."""
+"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--accept-changed-data]`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if sys.path and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Started by its path: import the package `tiphys` beside this folder, not the modules inside it.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from tiphys.launch.changed_data import FLAG
 from tiphys.launch.check import check
 from tiphys.launch.statuses import Status
 from tiphys.recipes.load import RecipeError
@@ -22,9 +23,9 @@ _HARMLESS = "Attempting to get learning rate from scheduler before it has starte
 
 def main(argv: Sequence[str] | None = None) -> Status:
     words = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
-    recipe_and_overrides = [a for a in words if a != "--verbose"]
+    recipe_and_overrides = [a for a in words if a not in ("--verbose", FLAG)]
     if not recipe_and_overrides:
-        print("usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose]", file=sys.stderr)
+        print(f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [{FLAG}]", file=sys.stderr)
         return Status.USAGE
     if "--verbose" not in words:
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> Status:
         return Status.REFUSED
     from tiphys.launch.run import run
 
-    return run(recipe)
+    return run(recipe, accept_changed_data=FLAG in words)
 
 
 if __name__ == "__main__":

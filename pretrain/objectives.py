@@ -343,6 +343,28 @@ class Objectives:
             raise DataError(f"{error}; correct or remove the episode, or {LEAVE_OUT}") from None
         return batch.to_arrays()
 
+    def state(self) -> dict[str, Any]:
+        """What decides which tokens a value becomes, as JSON; for `restore`."""
+        return {
+            "vocabulary": self.vocabulary.to_dict(),
+            "layouts": [[layout.to_dict() for layout in by_task.values()] for by_task in self.layouts],
+            "returns": {name: [returns.best, returns.largest] for name, returns in self._returns.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Encode values as other objectives did, which had the same recipe and tasks: with their vocabulary, means and ranges.
+
+        Parameters
+        ----------
+        state : mapping
+            The `state` of those objectives.
+        """
+        self.vocabulary = Vocabulary.from_dict(state["vocabulary"])
+        self.text = TextTokenizer(self.vocabulary.text_tokenizer)
+        layouts = [[TimestepLayout.from_dict(values) for values in by_task] for by_task in state["layouts"]]
+        self.layouts = [{layout.number: layout for layout in by_task} for by_task in layouts]
+        self._returns = {name: _Returns(best, largest) for name, (best, largest) in state["returns"].items()}
+
     def processor(self) -> dict[str, Any]:
         """Everything that a policy needs to act besides its weights, as JSON: the content of processor.json.
 

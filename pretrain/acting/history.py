@@ -135,8 +135,8 @@ class History:
         """Say once that the return that is asked for stays the same at every step."""
         if not self._warned:
             warnings.warn(
-                f"task {self.layout.task!r}: this objective asks for a return, but no `rewards` were given, so the return that is "
-                "still asked for never falls; give `act` the rewards of the last actions",
+                f"task {self.layout.task!r}: this objective asks for a return, but `act` was given no `rewards`, so the return "
+                "that is still asked for never falls; give it the rewards of the last actions",
                 stacklevel=4,
             )
         self._warned = True
