@@ -58,8 +58,8 @@ class FieldStatistics:
 
     def bad(self, beyond: bool = True) -> str:
         """How many values are bad, in words; empty if none is known to be. `beyond`: those beyond the declared range count."""
-        parts = [f"{self.invalid} steps with NaN or an infinity"] if self.invalid else []
-        parts += [f"{self.beyond} steps beyond the declared range"] if self.beyond and beyond else []
+        parts = [f"{_steps(self.invalid)} with NaN or an infinity"] if self.invalid else []
+        parts += [f"{_steps(self.beyond)} beyond the declared range"] if self.beyond and beyond else []
         where = f" in {self.bad_episodes} episode{'s' * (self.bad_episodes != 1)}" if self.bad_episodes else ""
         return " and ".join(parts) + where if parts else ""
 
@@ -78,6 +78,10 @@ class FieldStatistics:
 
 _RESULTS = ("mean", "std", "min", "max", "quantiles")
 _BAD = ("invalid", "beyond", "bad_episodes")
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def total(counts: Iterable[int | None]) -> int | None:

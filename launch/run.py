@@ -193,7 +193,8 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
     ]
     indexes = [entry.index for entry in plan.entries[: len(recipe.data.mixture)]]
-    lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
+    if recipe.data.on_bad_value == "quarantine":
+        lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     print("\n".join(lines), flush=True)

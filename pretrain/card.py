@@ -12,9 +12,9 @@ from transformers import AutoModel
 policy = AutoModel.from_pretrained("{place}", trust_remote_code=True).policy("{task}")
 env = {make}("{environment}")
 observation, _ = env.reset(seed=0)
-done = False
+{before}done = False
 while not done:
-    observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+    observation, reward, terminated, truncated, _ = env.step(policy.act(observation{rewards}))
     done = terminated or truncated
 ```"""
 _PLACE = "folder, or owner/name on a hub"
@@ -42,7 +42,13 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
         eval_results=[EvalResult(**r) for task, found in results.items() for r in _metrics(task, found)] or None,
     )
     tasks = list(processor["tasks"])
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", _what(config, processor), "## Acting", _example(tasks)]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        _what(config, processor),
+        "## Acting",
+        _example(tasks, processor),
+    ]
     if results:
         parts += ["## Results", *_table(results)]
     known = ", ".join(f"`{t['name']}`" for t in tasks[:50]) + (
@@ -64,17 +70,45 @@ def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
     )
 
 
-def _example(tasks: list[Mapping[str, Any]]) -> str:
+def _example(tasks: list[Mapping[str, Any]], processor: Mapping[str, Any]) -> str:
     acting = [t for t in tasks if t.get("environment")]
     task = min(acting, key=lambda t: t["environment"].startswith("metaworld/"), default=None)
     if task is None:
-        return "None of its tasks has an environment. `policy.act(observation)` takes observations as in the training data."
+        text = "None of its tasks has an environment. `policy.act(observation)` takes observations as in the training data."
+        asking = next((t for t in tasks if _asks_for_returns(processor, t["name"])), None)
+        return text if asking is None else f"{text}\n\n{_returns(processor, asking['name'])}"
     environment = task["environment"]
     registers = next((more for prefix, more in _REGISTERS.items() if environment.startswith(prefix)), "")
     imports, make = f"import gymnasium{registers}", "gymnasium.make"
     if environment.startswith("metaworld/"):
         imports, make = "from tiphys.dataio import environments", "environments.make"
-    return _ACTING.format(imports=imports, make=make, place=_PLACE, task=task["name"], environment=environment)
+    asks = _asks_for_returns(processor, task["name"])
+    text = _ACTING.format(
+        imports=imports,
+        make=make,
+        place=_PLACE,
+        task=task["name"],
+        environment=environment,
+        before="reward = None\n" if asks else "",
+        rewards=", rewards=reward" if asks else "",
+    )
+    return f"{text}\n\n{_returns(processor, task['name'])}" if asks else text
+
+
+def _asks_for_returns(processor: Mapping[str, Any], task: str) -> bool:
+    """Whether the objective that a policy acts with by default in a task is conditioned on returns."""
+    mine = (o["timesteps"][task] for o in processor["objectives"].values() if task in o["timesteps"])
+    return any(element["role"] == "return" for element in next(mine, {"elements": ()})["elements"])
+
+
+def _returns(processor: Mapping[str, Any], task: str) -> str:
+    objective = next(o for o in processor["objectives"].values() if task in o["timesteps"])
+    asked = objective["target_return"] * processor["best_return"][task]
+    return (
+        "The policy asks for a return. Give `act` the rewards of the last actions (`rewards=`): they lower the return that is "
+        f'still asked for. `policy.reset("{task}", target_return=…)` chooses the return of an episode, in rewards; without it, '
+        f"{asked:.4g} is asked for."
+    )
 
 
 def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
