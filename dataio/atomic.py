@@ -1,4 +1,4 @@
-"""Atomic writes: a temporary file beside the target, fsync, rename, fsync of the folder.
+"""Atomic writes: a temporary file beside the target, fsync, rename, fsync of the folder. And values as valid JSON.
 
 A crash at any moment leaves either the old file or the whole new one. Temporary names are random, so no two writers share one.
 """
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,16 +61,33 @@ def write_text(target: str | Path, text: str) -> None:
         file.write(text.encode())
 
 
+def to_json(value: Any, *, exact: bool = False, default: Callable[[Any], Any] | None = None, **options: Any) -> str:
+    """Any value as valid JSON. JSON has no NaN and no infinity: null stands for them.
+
+    exact    the strings "NaN", "Infinity" and "-Infinity" stand for them instead; `float` and NumPy read these
+    default, options   as of `json.dumps`
+    """
+
+    def plain(item: Any) -> Any:
+        if default is None:
+            raise TypeError(f"{type(item).__name__} is not a JSON value")
+        return finite(default(item), exact)
+
+    return json.dumps(finite(value, exact), allow_nan=False, default=plain, **options)
+
+
 def write_json(target: str | Path, value: Any, *, indent: int | None = None) -> None:
     """Write a JSON file, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     separators = None if indent else (",", ":")
     write_text(target, json.dumps(value, indent=indent, separators=separators, allow_nan=False))
 
 
-def finite(value: Any) -> Any:
-    """A copy of a JSON value in which None replaces NaN and infinity."""
+def finite(value: Any, exact: bool = False) -> Any:
+    """A copy of a JSON value in which None (or, if `exact`, a string) replaces NaN and infinity."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: finite(item, exact) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [finite(item, exact) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if not exact else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

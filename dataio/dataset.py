@@ -89,19 +89,25 @@ def _info(index: EpisodeIndex, episode: int, data: memoryview) -> dict[str, Any]
 
 
 def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
-    """A summary of a dataset as JSON values: episodes, steps, bytes, fields, and the lengths and returns of each task."""
+    """A summary of a dataset as JSON values: episodes, steps, bytes, fields, and the lengths and returns of each task.
+
+    `bad_values`, task -> field: steps with values that are not finite (`invalid`) or beyond the declared range (`beyond`), the
+    number of their `episodes`, and the ids of the `first`; only of fields that have any. A count that is null is unknown, because
+    an earlier version wrote the dataset. The returns of a task without rewards are null.
+    """
     index = EpisodeIndex.open(url, cache_dir)
     task = np.asarray(index.task)
     tasks = {}
     for number, spec in enumerate(index.tasks):
         mine = np.flatnonzero(task == number)
         known = index.success[mine] >= 0
+        rewards = any(f.name == "reward" for f in spec.fields)
         tasks[spec.name] = {
             "episodes": len(mine),
             "steps": int(index.steps[mine].sum(dtype=np.int64)),
             "environment": spec.environment,
             "lengths": _spread(index.steps[mine]),
-            "returns": _spread(index.total_return[mine]),
+            "returns": _spread(index.total_return[mine] if rewards else np.zeros(0)),
             "success": float(index.success[mine][known].mean()) if known.any() else None,
             "fields": [f.name for f in spec.fields],
         }
@@ -123,6 +129,12 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
             for key in ("low", "high", "unit"):
                 if known[key] != summary[key]:
                     known[key] = "differs by task"
+    bad_values: dict[str, Any] = {}
+    for name, by_field in index.statistics.items():
+        for small, found in by_field.items():
+            counts = {"invalid": found.invalid, "beyond": found.beyond, "episodes": found.bad_episodes}
+            if found.invalid != 0 or found.beyond:
+                bad_values.setdefault(name, {})[small] = {**counts, "first": list(found.first_bad), "text": found.bad()}
     return {
         "url": url,
         "episodes": index.episodes,
@@ -132,6 +144,7 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
         "fingerprint": index.fingerprint,
         "tasks": tasks,
         "fields": fields,
+        "bad_values": bad_values,
         "quarantined": len(index.document.get("quarantine", [])),
         "skipped": int(index.document.get("skipped", 0)),
     }

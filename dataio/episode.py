@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +15,10 @@ MODALITIES = ("image", "text", "discrete", "continuous")
 
 class DataError(ValueError):
     """Data are not valid. The message names the object, the key or byte range, and what to do."""
+
+
+class BadValue(DataError):
+    """A window was read correctly, but has a value that cannot be learned from, such as NaN. Reading it again does not help."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,8 @@ class FieldSpec:
         Shape of one step, without time; () for a scalar or a text. An image whose size varies has 0 for that extent.
     low, high : tuple[float, ...] or None
         Lowest and highest value of each entry: one number for all entries, one for each (in C order), or one for each element
-        of the last axis. None if there is no bound. They are the range of a discrete field if both are given. Those of an
-        image are the values of black and white (`image_range`).
+        of the last axis. None if there is no bound; an element that is None has no bound. They are the range of a discrete
+        field if both are given. Those of an image are the values of black and white (`image_range`).
     values : int
         Number of values of a discrete field, the largest over its entries; 0: unknown. Without low and high, values begin at 0.
     per : str
@@ -71,6 +76,10 @@ class FieldSpec:
             value = getattr(self, key)
             if value is not None:
                 object.__setattr__(self, key, tuple(value))
+        for key, unbounded in (("low", -math.inf), ("high", math.inf)):  # JSON has no infinity: null stands for it
+            if None in (getattr(self, key) or ()):
+                bound = (unbounded if v is None else v for v in getattr(self, key))
+                object.__setattr__(self, key, tuple(bound))
 
     def entries(self, bound: tuple[float, ...]) -> np.ndarray:
         """`low` or `high` for each entry, float64 of the field's shape. Raises DataError if it has another number of elements."""
@@ -110,6 +119,18 @@ class FieldSpec:
                 limit = np.asarray(bound, np.float64) if 0 in self.shape else self.entries(bound)
                 count += int(beyond(values, limit).sum())
         return count
+
+    def value_range(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a discrete field declares: the lowest value and the number of values of its elements.
+
+        Both are float64, flat, and broadcast over the elements. The number is None if the field declares neither `high` nor
+        `values`, or infinite bounds.
+        """
+        low = np.asarray(0.0 if self.low is None else self.low, np.float64).reshape(-1)
+        if self.high is not None:
+            count = np.asarray(self.high, np.float64).reshape(-1) - low + 1
+            return low, count if np.isfinite(count).all() else None
+        return low, np.array([float(self.values)]) if self.values else None
 
 
 @dataclass(frozen=True)

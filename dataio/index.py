@@ -16,7 +16,7 @@ from tiphys.dataio.format import encodings
 from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load
 from tiphys.dataio.format.document import DATASET, cache_folder, decoded, parse
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
-from tiphys.dataio.format.table import Shard
+from tiphys.dataio.format.table import Shard, hash_id
 from tiphys.dataio.statistics import FieldStatistics
 
 if TYPE_CHECKING:
@@ -162,6 +162,10 @@ class EpisodeIndex:
     def id(self, episode: int) -> str:
         """The episode's id."""
         return self.ids[episode]
+
+    def has(self, episode_id: str) -> bool:
+        """Whether the dataset has an episode with this id."""
+        return bool((np.asarray(self.hash) == np.uint64(hash_id(episode_id))).any())
 
     def held_out(self, share: float) -> np.ndarray:
         """The episodes that are held out for validation, which depends on their ids alone.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from crc32c import crc32c
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format import encodings as codecs
@@ -100,7 +101,7 @@ class ShardWriter:
 
         Raises DataError if its fields cannot be stored, or a different task of this name was added before.
         """
-        task = TaskSpec(**json.loads(json.dumps(task.to_dict(), default=plain)))  # bounds may be NumPy scalars
+        task = TaskSpec(**json.loads(to_json(task.to_dict(), default=plain)))  # bounds may be NumPy scalars
         known = self.tasks.get(task.name)
         if known is not None and known != task:
             raise DataError(f"task {task.name!r} is declared twice, with different fields or scores")
@@ -136,7 +137,7 @@ class ShardWriter:
                 self._tar = _Tar(self._scratch / f"{stem}.tar", stem)
             record = self._tar.add(sample)
             self._table.add(record)
-        self._statistics.add(layout, sample.rows)
+        self._statistics.add(layout, episode.id, sample.rows)
 
     def _finish_shard(self) -> None:
         """Close the shard and upload it while the next one is being written."""
@@ -277,7 +278,7 @@ def merge_tasks(tasks: dict[str, TaskSpec], more: Sequence[TaskSpec], source: st
 
 def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
     """The index in a local file, decoded in memory."""
-    document = parse(json.dumps(dataset_document(file, statistics)).encode(), url)
+    document = parse(to_json(dataset_document(file, statistics)).encode(), url)
     names = [t.name for t in document["tasks"]], [s.name for s in document["shards"]]
     return EpisodeIndex(url, document, arrays.decode(file, None, *names), document["digests"][INDEX][:32])
 

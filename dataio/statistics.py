@@ -1,15 +1,16 @@
-"""Statistics of each small field of each task: moments, extremes, quantiles, and the share of values outside the bounds.
+"""Statistics of each small field of each task: moments, extremes, quantiles, the share of values outside the bounds, and how many
+values are bad (NaN, infinities, discrete values that the field does not declare), with the episodes that have them.
 
 They are computed from sketches that can be merged, so pieces of a dataset give the statistics of the whole. Moments are merged by
 Chan et al. 1979. Quantiles come from a histogram with fixed cells: the upper 17 bits of a value as float32 (sign, exponent and 8
-bits of the fraction), at most 0.4 % of the value wide. Counts, extremes and quantiles do not depend on how episodes are grouped;
-moments depend on it only by rounding.
+bits of the fraction), at most 0.4 % of the value wide. Counts, extremes, quantiles and the listed episodes do not depend on how
+episodes are grouped; moments depend on it only by rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 MOST_DIMENSIONS = 512  # a field with more elements is pooled: its statistics are over all its elements together
+FIRST_BAD = 100  # most episodes with bad values that are listed for a field
 _SHIFT = np.uint32(15)
 _CELLS = 1 << 17
 _BUFFER = 16 << 20  # bytes of rows that are collected before they are counted
@@ -33,11 +35,14 @@ class FieldStatistics:
 
     Arrays are float64 of the field's shape, or of shape () for a pooled field (more than MOST_DIMENSIONS elements).
 
-    count      steps that were counted (elements, for a pooled field); those with a value that is not finite are not counted
-    std        standard deviation of the population
-    quantiles  [len(QUANTILES), *shape], at the probabilities QUANTILES
-    clipped    share of elements outside the field's bounds; 0 without bounds
-    invalid    steps (elements, for a pooled field) with a NaN or an infinity
+    count         steps that were counted (elements, for a pooled field); those with a value that is not finite are not counted
+    std           standard deviation of the population
+    quantiles     [len(QUANTILES), *shape], at the probabilities QUANTILES
+    clipped       share of elements outside the field's bounds; 0 without bounds
+    invalid       steps (elements, for a pooled field) with a NaN or an infinity; None: unknown (an old dataset)
+    beyond        steps (elements) of a discrete field with a value outside its declared range, or not whole; None: unknown
+    bad_episodes  episodes with such a step; None: unknown
+    first_bad     ids of up to FIRST_BAD of them: the first in alphabetical order
     """
 
     count: int
@@ -47,16 +52,71 @@ class FieldStatistics:
     max: np.ndarray
     quantiles: np.ndarray
     clipped: float = 0.0
-    invalid: int = 0
+    invalid: int | None = None
+    beyond: int | None = None
+    bad_episodes: int | None = None
+    first_bad: tuple[str, ...] = ()
+
+    def bad(self, beyond: bool = True) -> str:
+        """How many values are bad, in words; empty if none is known to be. `beyond`: those beyond the declared range count."""
+        parts = [f"{_steps(self.invalid)} with NaN or an infinity"] if self.invalid else []
+        parts += [f"{_steps(self.beyond)} beyond the declared range"] if self.beyond and beyond else []
+        where = f" in {self.bad_episodes} episode{'s' * (self.bad_episodes != 1)}" if self.bad_episodes else ""
+        return " and ".join(parts) + where if parts else ""
 
     def to_dict(self) -> dict[str, Any]:
-        arrays = {n: getattr(self, n).tolist() for n in ("mean", "std", "min", "max", "quantiles")}
-        return {"count": self.count, **arrays, "clipped": self.clipped, "invalid": self.invalid}
+        arrays = {n: getattr(self, n).tolist() for n in _RESULTS}
+        counts = {n: getattr(self, n) for n in _BAD}
+        return {"count": self.count, **arrays, "clipped": self.clipped, **counts, "first_bad": list(self.first_bad)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> FieldStatistics:
-        arrays = {n: np.asarray(data[n], np.float64) for n in ("mean", "std", "min", "max", "quantiles")}
-        return cls(int(data["count"]), **arrays, clipped=float(data["clipped"]), invalid=int(data["invalid"]))
+        arrays: dict[str, Any] = {n: np.asarray(data[n], np.float64) for n in _RESULTS}
+        counts: dict[str, Any] = {n: None if data.get(n) is None else int(data[n]) for n in _BAD}
+        first = tuple(map(str, data.get("first_bad", ())))
+        return cls(int(data["count"]), **arrays, clipped=float(data["clipped"]), **counts, first_bad=first)
+
+
+_RESULTS = ("mean", "std", "min", "max", "quantiles")
+_BAD = ("invalid", "beyond", "bad_episodes")
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """The sum of counts; None if one of them is unknown."""
+    known = list(counts)
+    return None if None in known else sum(n for n in known if n is not None)
+
+
+def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
+    """Statistics of a field over several datasets. Quantiles are averages weighted by count; the rest is exact."""
+    if len(found) == 1:
+        return found[0]
+    count = np.array([f.count for f in found], np.float64)
+    share = count / max(count.sum(), 1)
+
+    def mean(of: Callable[[FieldStatistics], Any]) -> Any:
+        return sum(s * np.asarray(of(f)) for s, f in zip(share, found, strict=True))
+
+    centre = mean(lambda f: f.mean)
+    variance = mean(lambda f: np.square(f.std) + np.square(np.asarray(f.mean) - centre))
+    some = [f for f in found if f.count] or list(found)
+    return FieldStatistics(
+        count=int(count.sum()),
+        mean=centre,
+        std=np.sqrt(variance),
+        min=np.min([f.min for f in some], axis=0),
+        max=np.max([f.max for f in some], axis=0),
+        quantiles=mean(lambda f: f.quantiles),
+        clipped=float(mean(lambda f: f.clipped)),
+        invalid=total(f.invalid for f in found),
+        beyond=total(f.beyond for f in found),
+        bad_episodes=total(f.bad_episodes for f in found),
+        first_bad=tuple(sorted({i for f in found for i in f.first_bad})[:FIRST_BAD]),
+    )
 
 
 @dataclass
@@ -65,7 +125,10 @@ class Sketch:
 
     shape: tuple[int, ...]
     count: int = 0
-    invalid: int = 0
+    invalid: int | None = 0
+    beyond: int | None = 0
+    bad_episodes: int | None = 0
+    first_bad: tuple[str, ...] = ()
     outside: int = 0  # elements outside the bounds
     elements: int = 0  # elements that were compared with bounds
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -85,7 +148,7 @@ class Sketch:
         """Count float64 values [n, D]."""
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
-            self.invalid += int((~finite).sum())
+            self.invalid = total((self.invalid, int((~finite).sum())))
             values = values[finite]
         if not len(values):
             return
@@ -97,25 +160,34 @@ class Sketch:
 
     def merge(self, other: Sketch) -> None:
         """Add the counts of another sketch."""
-        self.invalid += other.invalid
+        for name in _BAD:
+            setattr(self, name, total((getattr(self, name), getattr(other, name))))
+        self.first_bad = tuple(sorted({*self.first_bad, *other.first_bad})[:FIRST_BAD])
         self.outside += other.outside
         self.elements += other.elements
         if other.count:
             self._merge(other.count, other.mean, other.square, other.min, other.max, other.keys, other.counts)
 
+    def add_bad(self, beyond: int, episodes: Iterable[str]) -> None:
+        """Count values outside the declared range, and the episodes that have these or values that are not finite."""
+        ids = set(episodes)
+        self.beyond = total((self.beyond, beyond))
+        self.bad_episodes = total((self.bad_episodes, len(ids)))
+        self.first_bad = tuple(sorted({*self.first_bad, *ids})[:FIRST_BAD])
+
     def _merge(
         self, count: int, mean: np.ndarray, square: np.ndarray, low: Any, high: Any, keys: Any, counts: Any
     ) -> None:
-        total = self.count + count
+        both = self.count + count
         delta = mean - self.mean
-        self.mean = self.mean + delta * (count / total)
-        self.square = self.square + square + delta**2 * (self.count * count / total)
+        self.mean = self.mean + delta * (count / both)
+        self.square = self.square + square + delta**2 * (self.count * count / both)
         self.min, self.max = np.minimum(self.min, low), np.maximum(self.max, high)
         self.keys, inverse = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
-        both = np.concatenate([self.counts, counts])
+        by_cell = np.concatenate([self.counts, counts])
         self.counts = np.zeros(len(self.keys), np.int64)
-        np.add.at(self.counts, inverse, both)
-        self.count = total
+        np.add.at(self.counts, inverse, by_cell)
+        self.count = both
 
     def check(self) -> None:
         """Raises DataError if the values, which come from a file, do not belong together."""
@@ -139,7 +211,7 @@ class Sketch:
         """The statistics in the field's shape; zeros if nothing was counted."""
 
         def shaped(array: np.ndarray) -> np.ndarray:
-            return array.reshape((*array.shape[:-1], *self.shape))
+            return np.nan_to_num(array.reshape((*array.shape[:-1], *self.shape)))  # sums of huge values overflow
 
         known = self.count > 0
         zero = np.zeros(len(self.mean))
@@ -152,6 +224,9 @@ class Sketch:
             quantiles=shaped(self._quantiles() if known else np.zeros((len(QUANTILES), len(zero)))),
             clipped=self.outside / max(self.elements, 1),
             invalid=self.invalid,
+            beyond=self.beyond,
+            bad_episodes=self.bad_episodes,
+            first_bad=self.first_bad,
         )
 
     def _quantiles(self) -> np.ndarray:
@@ -198,12 +273,13 @@ class Statistics:
 
     def __init__(self) -> None:
         self.sketches: dict[tuple[str, str], Sketch] = {}
-        self._waiting: dict[str, tuple[RowLayout, list[np.ndarray]]] = {}
+        self._waiting: dict[str, tuple[RowLayout, list[tuple[str, np.ndarray]]]] = {}
         self._bytes = 0
 
-    def add(self, layout: RowLayout, rows: np.ndarray) -> None:
-        """Count an episode's rows of `steps.npy`. Actions, rewards and flags are only counted in rows with an action."""
-        self._waiting.setdefault(layout.task.name, (layout, []))[1].append(rows)
+    def add(self, layout: RowLayout, episode: str, rows: np.ndarray) -> None:
+        """Count the rows of `steps.npy` of the episode with this id. Actions, rewards and flags are only counted in rows with an
+        action."""
+        self._waiting.setdefault(layout.task.name, (layout, []))[1].append((episode, rows))
         self._bytes += rows.nbytes
         if self._bytes >= _BUFFER:
             self.flush()
@@ -211,15 +287,19 @@ class Statistics:
     def flush(self) -> None:
         """Count the rows that have been collected so far."""
         for layout, parts in self._waiting.values():
-            rows = np.concatenate(parts)
-            acted = rows["_valid"] != 0
+            rows = np.concatenate([rows for _, rows in parts])
+            ids = [episode for episode, _ in parts]
+            owner = np.repeat(np.arange(len(parts)), [len(rows) for _, rows in parts])
+            acted = np.flatnonzero(rows["_valid"])
             for spec in layout.small:
-                values = rows[spec.name][acted] if spec.role in ONLY_WITH_ACTION else rows[spec.name]
+                some = acted if spec.role in ONLY_WITH_ACTION else slice(None)
+                values = rows[spec.name][some]
                 key = (layout.task.name, spec.name)
                 if key not in self.sketches:
                     self.sketches[key] = Sketch(_kept_shape(spec))
                 sketch = self.sketches[key]
                 _count_outside(sketch, spec, values)
+                _count_bad(sketch, spec, values, owner[some], ids)
                 sketch.add(values.reshape(-1, len(sketch.mean)).astype(np.float64))
         self._waiting, self._bytes = {}, 0
 
@@ -254,8 +334,9 @@ class Statistics:
             "field": pa.array([k[1] for k, _ in items], pa.string()),
             "shape": pa.array([list(s.shape) for _, s in items], pa.list_(pa.int32())),
         }
-        for name in ("count", "invalid", "outside", "elements"):
+        for name in (*_SCALARS, *_BAD):
             columns[name] = pa.array([getattr(s, name) for _, s in items], pa.int64())
+        columns["first_bad"] = pa.array([list(s.first_bad) for _, s in items], pa.list_(pa.string()))
         for name, kind in _ARRAYS.items():
             columns[name] = pa.array([getattr(s, name) for _, s in items], pa.list_(pa.from_numpy_dtype(kind)))
         pq.write_table(pa.table(columns), file, compression="zstd")
@@ -268,12 +349,14 @@ class Statistics:
         out = cls()
         for row in pq.read_table(source).to_pylist():
             arrays = {n: np.asarray(row[n], kind) for n, kind in _ARRAYS.items()}
-            scalars = {n: int(row[n]) for n in ("count", "invalid", "outside", "elements")}
-            parts: dict[str, Any] = scalars | arrays
+            # An earlier version did not write all counts of bad values: these are unknown
+            parts: dict[str, Any] = {n: int(row[n]) for n in _SCALARS} | {n: row.get(n) for n in _BAD} | arrays
+            parts["first_bad"] = tuple(row.get("first_bad") or ())
             out.sketches[row["task"], row["field"]] = Sketch(tuple(row["shape"]), **parts)
         return out
 
 
+_SCALARS = ("count", "outside", "elements")
 _ARRAYS: dict[str, Any] = {
     "mean": np.float64,
     "square": np.float64,
@@ -294,3 +377,26 @@ def _count_outside(sketch: Sketch, spec: FieldSpec, values: np.ndarray) -> None:
     low, high = spec.entries(spec.low), spec.entries(spec.high)
     sketch.outside += int(((values < low) | (values > high)).sum())
     sketch.elements += values.size
+
+
+def _count_bad(sketch: Sketch, spec: FieldSpec, values: np.ndarray, owner: np.ndarray, ids: Sequence[str]) -> None:
+    """`owner` [n]: the episode of each step, as an index into `ids`. (`Sketch.add` counts the values that are not finite.)"""
+    bad = ~np.isfinite(values) if values.dtype.kind == "f" else None
+    beyond = 0
+    if spec.modality == "discrete" and (wrong := _undeclared(spec, values)) is not None:
+        if bad is not None:
+            wrong &= ~bad
+        beyond = int(wrong.reshape(-1, len(sketch.mean)).any(axis=1).sum())
+        bad = wrong if bad is None else wrong | bad
+    some = () if bad is None else np.unique(owner[bad.reshape(len(values), -1).any(axis=1)])
+    sketch.add_bad(beyond, (ids[i] for i in some))
+
+
+def _undeclared(spec: FieldSpec, values: np.ndarray) -> np.ndarray | None:
+    """Mask of the values of a discrete field that are outside its declared range or not whole; None if it declares none."""
+    low, count = spec.value_range()
+    if count is None:
+        return None
+    low, high = (spec.entries(tuple(bound)) for bound in (low, low + count - 1))
+    wrong = (values < low) | (values > high)
+    return wrong | (values != np.rint(values)) if values.dtype.kind == "f" else wrong

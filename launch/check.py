@@ -146,6 +146,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.launch.check_data import data_errors
     from tiphys.launch.check_environments import environment_errors
     from tiphys.pretrain.objectives import Objectives
 
@@ -163,5 +164,6 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
         yield f"{seen.where('objectives')}: {error}"
     else:
         yield from _located(freeze_errors(recipe, objectives), seen.where)
+        yield from data_errors(recipe, indexes, objectives, seen.where)
         if environments:
             yield from environment_errors(recipe, objectives, seen.where)

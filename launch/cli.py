@@ -140,6 +140,12 @@ def _run_commands(commands: Any) -> None:
     p.add_argument(
         "--launcher", default="", help="further options of the `deepspeed` command, in one string (default: none)"
     )
+    p.add_argument(
+        "--accept-changed-data",
+        action="store_true",
+        help="resume although datasets have changed since the run began, if only values were corrected: tasks, fields, episodes "
+        "and their lengths must be the same. An event in plan.jsonl records it (default: such a run is refused)",
+    )
     _verbose_argument(p)
     p.set_defaults(command="train")
 

@@ -5,7 +5,6 @@ Every function imports what it needs itself, so that a command does not load the
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -28,6 +27,7 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
+    from tiphys.launch.changed_data import FLAG
     from tiphys.launch.check import check
     from tiphys.launch.hosts import ranks, read_hosts
     from tiphys.launch.submit import devices, submit
@@ -52,6 +52,7 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=extra,
         verbose=args.verbose,
+        options=[FLAG] if args.accept_changed_data else [],
         with_traceback=args.traceback,
     )
 
@@ -62,11 +63,14 @@ def check(args: Namespace) -> int:
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
+        from tiphys.launch.check_data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
 
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
+        for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
+            print(f"{found}; training leaves such episodes out")
         print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
     return Status.DONE
 
@@ -91,6 +95,7 @@ def report(args: Namespace) -> int:
 
 
 def objectives(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
     from tiphys.dataio.episode import DataError
     from tiphys.launch.display import paradigm_lines
     from tiphys.pretrain.tokens.paradigms import paradigm_errors, table
@@ -98,7 +103,7 @@ def objectives(args: Namespace) -> int:
     for _, reason in paradigm_errors(args.name) if args.name else ():
         raise DataError(reason)
     rows = [row for row in table() if args.name in ("", row["name"])]
-    print(json.dumps(rows, indent=1, ensure_ascii=False) if args.json else paradigm_lines(rows, whole=bool(args.name)))
+    print(to_json(rows, indent=1) if args.json else paradigm_lines(rows, whole=bool(args.name)))
     return Status.DONE
 
 
@@ -182,7 +187,9 @@ def inspect(args: Namespace) -> int:
         return Status.DONE
     found = inspect(args.dataset)
     if args.json:
-        print(json.dumps(found, indent=1))
+        from tiphys.dataio.atomic import to_json
+
+        print(to_json(found, indent=1))
     else:
         from tiphys.launch.display import summary
 
@@ -262,10 +269,11 @@ def _made(url: str, made: Any) -> int:
 
 
 def loader_bench(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
     from tiphys.launch.loader_bench import bench, format_result
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
-    print(json.dumps(found, indent=1) if args.json else format_result(found))
+    print(to_json(found, indent=1) if args.json else format_result(found))
     return Status.DONE
 
 

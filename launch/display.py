@@ -89,9 +89,10 @@ def episode(url: str, number: int, picture: str = "") -> str:
     if not 0 <= number < index.episodes:
         raise IndexError(f"{url}: there is no episode {number}; the dataset has episodes 0 … {index.episodes - 1}")
     found = read_episode(index, number)
+    returned = f"{found.total_return:.3f}" if "reward" in found.fields else "–"
     lines = [
         f"episode {number}: {found.id}",
-        f"task {found.task}, {found.steps} steps, return {found.total_return:.3f}, success {found.success}, agent {found.agent}",
+        f"task {found.task}, {found.steps} steps, return {returned}, success {found.success}, agent {found.agent}",
     ]
     for name, value in sorted(found.fields.items()):
         if isinstance(value, str):
@@ -167,6 +168,14 @@ def summary(found: Mapping[str, Any]) -> str:
         )
         for n, f in found["fields"].items()
     ]
+    for task, by_field in found["bad_values"].items():
+        for field, bad in by_field.items():
+            if bad["text"]:
+                ids = ", ".join(bad["first"][:5]) or "unknown"
+                lines.append(f"bad values: task {task!r}, field {field!r}: {bad['text']} (first: {ids})")
+    unknown = sorted({f for by_field in found["bad_values"].values() for f, b in by_field.items() if not b["text"]})
+    if unknown:
+        lines.append(f"bad values of {', '.join(unknown)}: unknown, because an earlier version wrote the dataset")
     lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "unit"), fields))
     return printable("\n".join(lines))
 

@@ -97,7 +97,9 @@ def show(run_dir: str) -> str:
         lines.append(f"{name}  {weight:g}{was}")
     for event in _log(run_dir).events:
         same = next((done for done in waiting if {**done, "step": event["step"]} == event), None)
-        if same is None:
+        if event["kind"] == "data":
+            lines.append(f"changed: {json.dumps(event)}")
+        elif same is None:
             lines.append(f"asked: {json.dumps(event)}")
         else:
             waiting.remove(same)

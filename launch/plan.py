@@ -12,7 +12,7 @@ from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings
+    from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings, MakeBatch
     from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
     from tiphys.pretrain.objectives import Objectives
@@ -70,18 +70,30 @@ class Joining:
         return Joined(
             needs=[objectives.needs(i) for i in numbers],
             tasks=[objectives.task_numbers(i) for i in numbers],
-            make_batch=partial(objectives.make_batch, seed=self.recipe.train.seed, training=training),
+            make_batch=_make_batch(self.recipe, objectives, training),
         )
 
 
 def _plan_entry(
-    objectives: Objectives, number: int, index: EpisodeIndex, weight: float, name: str, priority: Any
+    objectives: Objectives,
+    number: int,
+    index: EpisodeIndex,
+    weight: float,
+    name: str,
+    priority: Any,
+    known_as: str = "",
 ) -> PlanEntry:
     from tiphys.dataio.sampling import PlanEntry
 
     tasks = [t for t, n in enumerate(objectives.task_numbers(number).tolist()) if n >= 0]
     return PlanEntry(
-        index=index, lengths=objectives.lengths(number), weight=weight, name=name, tasks=tasks, priority=priority
+        index=index,
+        lengths=objectives.lengths(number),
+        weight=weight,
+        name=name,
+        tasks=tasks,
+        priority=priority,
+        known_as=known_as,
     )
 
 
@@ -93,16 +105,22 @@ def make_plan(
     held_out: bool = False,
     rows: int = 0,
     joining: Joining | None = None,
+    known_as: Sequence[str] = (),
 ) -> SamplingPlan:
-    """The plan of a recipe; if `held_out`, over the held-out episodes. `rows`: rows of a step; 0: as the recipe says."""
+    """The plan of a recipe; if `held_out`, over the held-out episodes.
+
+    rows      rows of a step; 0: as the recipe says
+    known_as  the fingerprints that the datasets had when the run began; empty: those that they have
+    """
     from tiphys.dataio.format.document import cache_folder
     from tiphys.dataio.plan.preferences import preference
     from tiphys.dataio.sampling import SamplingPlan
 
-    entries = []
+    entries, leave_out = [], recipe.data.on_bad_value == "quarantine"
     for i, (entry, index, name) in enumerate(zip(recipe.data.mixture, indexes, names(recipe), strict=True)):
-        priority = None if held_out else preference(index, entry.prefer, entry.top, entry.top_of)
-        entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority))
+        priority = None if held_out else preference(index, entry.prefer, entry.top, entry.top_of, leave_out=leave_out)
+        was = known_as[i] if known_as else ""
+        entries.append(_plan_entry(objectives, i, index, entry.weight, name, priority, was))
     return SamplingPlan(
         entries,
         rows=rows or int(recipe.deepspeed["train_batch_size"]),
@@ -176,11 +194,17 @@ def loader_arguments(
     """The arguments of TrajectoryLoader that all loaders of a recipe share. `cache`: as in `loader_settings`."""
     entries = range(len(recipe.data.mixture))
     return {
-        "make_batch": partial(objectives.make_batch, seed=recipe.train.seed, training=training),
+        "make_batch": _make_batch(recipe, objectives, training),
         "needs": [objectives.needs(i) for i in entries],
         "tasks": [objectives.task_numbers(i) for i in entries],
         "settings": loader_settings(recipe, cache),
     }
+
+
+def _make_batch(recipe: Recipe, objectives: Objectives, training: bool) -> MakeBatch:
+    return partial(
+        objectives.make_batch, seed=recipe.train.seed, training=training, on_bad_value=recipe.data.on_bad_value
+    )
 
 
 def held_out_batches(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import rank_reports
+from tiphys.launch.changed_data import settle
+from tiphys.launch.check_data import bad_fields
 from tiphys.launch.finish import finish, start_evaluation, write_report_of
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
@@ -57,10 +59,11 @@ class LastStep(Callback):
         self.step = trainer.step
 
 
-def run(recipe: Recipe, *, with_traceback: bool = False) -> Status:
+def run(recipe: Recipe, *, with_traceback: bool = False, accept_changed_data: bool = False) -> Status:
     """Train, evaluate, report, publish. An error of a rank is printed and left as a `RankReport`.
 
-    with_traceback   print the traceback of every error, not only of a defect of Tiphys
+    with_traceback        print the traceback of every error, not only of a defect of Tiphys
+    accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
     world = ParallelDims(recipe.parallel)
     last = LastStep()
@@ -68,7 +71,7 @@ def run(recipe: Recipe, *, with_traceback: bool = False) -> Status:
         if world.rank == 0:
             rank_reports.remove(recipe.run.dir)
         world.barrier()  # no rank leaves a report before the old ones are removed
-        objectives, stop = _train(recipe, world, last)
+        objectives, stop = _train(recipe, world, last, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
             return stopped_by(stop)
@@ -95,7 +98,7 @@ def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_tracebac
     return Status.DIVERGED
 
 
-def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objectives, int]:
+def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int]:
     """Train on every rank. Returns the signal that stopped the run early, or 0."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
@@ -108,8 +111,10 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
+    resume = Checkpoint.newest_whole(recipe.run.dir)
+    earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
-    plan = make_plan(recipe, indexes, objectives, joining=joining)
+    plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
     if world.rank == 0:
@@ -127,8 +132,8 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep) -> tuple[Objecti
     with loader or nullcontext():
         stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests)
-        trainer.fit(resume=Checkpoint.newest_whole(recipe.run.dir))
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
+        trainer.fit(resume=resume)
     return objectives, trainer.stop_signal
 
 
@@ -191,7 +196,7 @@ def callbacks(
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
     """Print what is about to run: layout, model, batch, data, and the values that were derived for DeepSpeed."""
     parameters = sum(p.numel() for p in engine.module.parameters())
-    episodes = sum(entry.index.episodes for entry in plan.entries)
+    episodes = sum({entry.index.fingerprint: entry.index.episodes for entry in plan.entries}.values())
     world = engine.world
     lines = [
         f"run          {recipe.run.dir}  (recipe {recipe.name})",
@@ -203,6 +208,9 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"{engine.accumulation} × {engine.micro_batch} rows a rank",
         f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
     ]
+    indexes = [entry.index for entry in plan.entries[: len(recipe.data.mixture)]]
+    if recipe.data.on_bad_value == "quarantine":
+        lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]

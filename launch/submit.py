@@ -137,15 +137,24 @@ def submit(
     hostfile: str = "",
     extra: Sequence[str] = (),
     verbose: bool = False,
+    options: Sequence[str] = (),
     with_traceback: bool = False,
 ) -> int:
     """Run `tiphys.launch.train` under the launcher and wait for it. Returns a `Status`, or the launcher's own status.
+
+    options   further options of `tiphys.launch.train`
 
     The first Ctrl-C (or SIGTERM) is passed on to the ranks, which save and end by themselves. The second one kills them.
     """
     if port and port_in_use(port):
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
-    words = [recipe, *overrides, *(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else [])]
+    words = [
+        recipe,
+        *overrides,
+        *(["--verbose"] if verbose else []),
+        *(["--traceback"] if with_traceback else []),
+        *options,
+    ]
     hosts = os.path.abspath(os.path.expanduser(hostfile)) if hostfile else ""
     command = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
     env, folder = environment(verbose), None

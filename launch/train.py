@@ -1,4 +1,5 @@
-"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback]`."""
+"""What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [OPTIONS]`, with the options --verbose,
+--traceback and --accept-changed-data."""
 
 import os
 import sys
@@ -17,6 +18,7 @@ import logging
 import signal
 from collections.abc import Sequence
 
+from tiphys.launch.changed_data import FLAG
 from tiphys.launch.check import check
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.statuses import Status
@@ -35,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> Status:
         except OSError as error:
             show(error, Status.REFUSED, what="the folder in which the command was started: ")
             return Status.REFUSED
-    recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback")]
+    recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback", FLAG)]
     if not recipe_and_overrides:
-        print("usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback]", file=sys.stderr)
+        usage = f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback] [{FLAG}]"
+        print(usage, file=sys.stderr)
         return Status.USAGE
     if "--verbose" not in words:
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> Status:
         return status
     from tiphys.launch.run import run
 
-    return run(recipe, with_traceback="--traceback" in words)
+    return run(recipe, with_traceback="--traceback" in words, accept_changed_data=FLAG in words)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from transformers import AutoModel
 policy = AutoModel.from_pretrained("{place}", trust_remote_code=True).policy({task})
 env = {make}({environment})
 observation, _ = env.reset(seed=0)
-done = False
+{before}done = False
 while not done:
-    observation, reward, terminated, truncated, _ = env.step(policy.act(observation))
+    observation, reward, terminated, truncated, _ = env.step(policy.act(observation{rewards}))
     done = terminated or truncated
 ```"""
 _PLACE = "folder, or owner/name on a hub"
@@ -50,7 +50,7 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
         f"# {_plain(name)}",
         _what(config, processor),
         "## Acting",
-        _example(tasks),
+        _example(tasks, processor),
     ]
     if results:
         parts += ["## Results", *_table(results)]
@@ -79,19 +79,29 @@ def _paradigms(processor: Mapping[str, Any]) -> str:
     return f"by the paradigm{'s' if len(found) > 1 else ''} {', '.join(f'`{p}`' for p in found)} " if found else ""
 
 
-def _example(tasks: list[Mapping[str, Any]]) -> str:
+def _example(tasks: list[Mapping[str, Any]], processor: Mapping[str, Any]) -> str:
     acting = [t for t in tasks if t.get("environment")]
     task = min(acting, key=lambda t: t["environment"].startswith("metaworld/"), default=None)
     if task is None:
-        return "None of its tasks has an environment. `policy.act(observation)` takes observations as in the training data."
+        text = "None of its tasks has an environment. `policy.act(observation)` takes observations as in the training data."
+        asking = next((t for t in tasks if _asks_for_returns(processor, t["name"])), None)
+        return text if asking is None else f"{text}\n\n{_returns(processor, asking['name'])}"
     environment = task["environment"]
     registers = next((more for prefix, more in _REGISTERS.items() if environment.startswith(prefix)), "")
     imports, make = f"import gymnasium{registers}", "gymnasium.make"
     if environment.startswith("metaworld/"):
         imports, make = "from tiphys.dataio import environments", "environments.make"
-    return _ACTING.format(
-        imports=imports, make=make, place=_PLACE, task=_literal(task["name"]), environment=_literal(environment)
+    asks = _asks_for_returns(processor, task["name"])
+    text = _ACTING.format(
+        imports=imports,
+        make=make,
+        place=_PLACE,
+        task=_literal(task["name"]),
+        environment=_literal(environment),
+        before="reward = None\n" if asks else "",
+        rewards=", rewards=reward" if asks else "",
     )
+    return f"{text}\n\n{_returns(processor, task['name'])}" if asks else text
 
 
 def _literal(text: str) -> str:
@@ -107,6 +117,22 @@ def _plain(text: str) -> str:
 def _code(text: str) -> str:
     """A name from data as code in Markdown."""
     return "`" + printable(text, "").replace("`", "'") + "`"
+
+
+def _asks_for_returns(processor: Mapping[str, Any], task: str) -> bool:
+    """Whether the objective that a policy acts with by default in a task is conditioned on returns."""
+    mine = (o["timesteps"][task] for o in processor["objectives"].values() if task in o["timesteps"])
+    return any(element["role"] == "return" for element in next(mine, {"elements": ()})["elements"])
+
+
+def _returns(processor: Mapping[str, Any], task: str) -> str:
+    objective = next(o for o in processor["objectives"].values() if task in o["timesteps"])
+    asked = objective["target_return"] * processor["best_return"][task]
+    return (
+        "The policy asks for a return. Give `act` the rewards of the last actions (`rewards=`): they lower the return that is "
+        f"still asked for. {_code(f'policy.reset({_literal(task)}, target_return=…)')} chooses the return of an episode, in "
+        f"rewards; without it, {asked:.4g} is asked for."
+    )
 
 
 def _metrics(task: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:

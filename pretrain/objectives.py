@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError, Needs, TaskSpec, Window
+from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
-from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges, pooled
+from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "table"]
 
+LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
@@ -51,7 +52,7 @@ class _MixtureEntry:
 
 @dataclass(frozen=True)
 class _Returns:
-    """The best return and the largest absolute return of a task's episodes."""
+    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count."""
 
     best: float
     largest: float
@@ -134,6 +135,19 @@ class Objectives:
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
         return layouts
+
+    def number(self, task: str) -> int:
+        """The number of a task: its index in `tasks`.
+
+        Raises
+        ------
+        KeyError
+            If the task is not trained.
+        """
+        for number, known in enumerate(self.tasks):
+            if known.name == task:
+                return number
+        raise KeyError(f"task {task!r} is not trained; the tasks are {', '.join(t.name for t in self.tasks)}")
 
     def clipped(self) -> dict[str, float]:
         """Share of clamped values of each action field in the data, by "task/field"."""
@@ -308,6 +322,7 @@ class Objectives:
         *,
         seed: int,
         training: bool = True,
+        on_bad_value: str = "refuse",
     ) -> dict[str, np.ndarray]:
         """The TokenBatch of some rows, as arrays.
 
@@ -325,6 +340,9 @@ class Objectives:
             Seed of the random places of image patches.
         training : bool
             False: each patch has the middle of its place instead of a random one.
+        on_bad_value : "refuse" or "quarantine"
+            What the error says of a value that cannot be learned from: that the run ends, or (for a loader, which then leaves the
+            episode out) only what is wrong.
 
         Returns
         -------
@@ -333,21 +351,50 @@ class Objectives:
 
         Raises
         ------
+        BadValue
+            If a value has no encoding, or a return is not finite, and `on_bad_value` is "quarantine".
         DataError
-            If a window lacks a field or has a value without encoding, or if a row needs more than ``length`` positions.
+            If a window lacks a field, if a row needs more than ``length`` positions, or, with "refuse", if there is a bad value.
         """
-        batch = assemble(
-            step,
-            rows,
-            windows,
-            self.layouts,
-            self.vocabulary,
-            self.text,
-            length=self.length,
-            seed=seed,
-            training=training,
-        )
+        try:
+            batch = assemble(
+                step,
+                rows,
+                windows,
+                self.layouts,
+                self.vocabulary,
+                self.text,
+                length=self.length,
+                seed=seed,
+                training=training,
+            )
+        except BadValue as error:
+            if on_bad_value == "quarantine":
+                raise
+            raise DataError(f"{error}; correct or remove the episode, or {LEAVE_OUT}") from None
         return batch.to_arrays()
+
+    def state(self) -> dict[str, Any]:
+        """What decides which tokens a value becomes, as JSON; for `restore`."""
+        return {
+            "vocabulary": self.vocabulary.to_dict(),
+            "layouts": [[layout.to_dict() for layout in by_task.values()] for by_task in self.layouts],
+            "returns": {name: [returns.best, returns.largest] for name, returns in self._returns.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Encode values as other objectives did, which had the same recipe and tasks: with their vocabulary, means and ranges.
+
+        Parameters
+        ----------
+        state : mapping
+            The `state` of those objectives.
+        """
+        self.vocabulary = Vocabulary.from_dict(state["vocabulary"])
+        self.text = TextTokenizer(self.vocabulary.text_tokenizer)
+        layouts = [[TimestepLayout.from_dict(values) for values in by_task] for by_task in state["layouts"]]
+        self.layouts = [{layout.number: layout for layout in by_task} for by_task in layouts]
+        self._returns = {name: _Returns(best, largest) for name, (best, largest) in state["returns"].items()}
 
     def processor(self) -> dict[str, Any]:
         """Everything that a policy needs to act besides its weights, as JSON: the content of processor.json.
@@ -477,6 +524,8 @@ def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
 
 def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldStatistics]]:
     """Task -> field -> statistics over all datasets that have the task."""
+    from tiphys.dataio.statistics import pooled
+
     found: dict[str, dict[str, list[FieldStatistics]]] = {}
     seen = set()
     for entry in entries:
@@ -495,6 +544,7 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
         for i, task in entry:
             if task.name == name:
                 returns = np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i]
+                returns = returns[np.isfinite(returns)]  # one NaN would make both numbers NaN
                 if len(returns):
                     best, largest = max(best, float(returns.max())), max(largest, float(np.abs(returns).max()))
     return _Returns(best if np.isfinite(best) else 0.0, largest)

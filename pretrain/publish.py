@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.atomic import finite, write_json
+from tiphys.dataio.atomic import finite, to_json, write_json
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
 from tiphys.paths import expand, local
@@ -108,7 +108,7 @@ def save_policy(
         config.tiphys = about
         config.save_pretrained(new)
         save_torch_state_dict(tensors, new, metadata={"format": "pt"})
-        (new / PROCESSOR).write_text(json.dumps(processor, ensure_ascii=False), encoding="utf-8")
+        (new / PROCESSOR).write_text(to_json(processor, ensure_ascii=False), encoding="utf-8")
         for name, source in code_files().items():
             (new / name).write_text(source, encoding="utf-8")
         if recipe is not None:

@@ -81,6 +81,8 @@ class Trainer:
         Those of the datasets. A resumed run must have the same.
     requests : callable
         Called at every step; returns events for the plan's log (from `tiphys mixture`). Any ranks may return events.
+    earlier : sequence of sequence of str
+        Fingerprints that the datasets had earlier in this run, and that a checkpoint may have.
 
     Attributes
     ----------
@@ -104,7 +106,9 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         fingerprints: Sequence[str] = (),
         requests: Callable[[], list[dict[str, Any]]] = list,
+        earlier: Sequence[Sequence[str]] = (),
     ) -> None:
+        self.earlier = [list(some) for some in earlier]
         self.recipe, self.engine, self.loader = recipe, engine, loader
         self.callbacks, self.fingerprints, self.requests = list(callbacks), list(fingerprints), requests
         self.world, self.steps = engine.world, recipe.train.steps
@@ -177,10 +181,11 @@ class Trainer:
             return
         state = checkpoint.state()
         check_recipe(state, self.recipe, str(checkpoint.path))
-        if state["datasets"] != self.fingerprints:
+        if state["datasets"] not in (self.fingerprints, *self.earlier):
             raise CheckpointError(
                 f"{checkpoint.path}: the datasets have changed since it was saved (fingerprints {state['datasets']} -> "
-                f"{self.fingerprints}); use another run.dir, or restore the old datasets"
+                f"{self.fingerprints}); use another run.dir, or restore the old datasets. If only values were corrected, "
+                "`tiphys train … --accept-changed-data` continues with them"
             )
         checkpoint.load(self.engine)
         if self.loader is not None:

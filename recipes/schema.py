@@ -104,6 +104,14 @@ class Data:
         high=POSITIONS,
         resume=True,
     )
+    on_bad_value: str = key(
+        "refuse",
+        "What is done about values that cannot be learned from (NaN, infinite rewards, integers beyond the declared range): "
+        "refuse them in `check` and end the training, so that no episode is left out without your consent; or quarantine "
+        "their episodes, so that `check` only counts them and training draws other windows instead",
+        choices=("refuse", "quarantine"),
+        resume=True,
+    )
     prefetch: str = key(
         "256MiB", "Memory for finished batches that wait for the trainer, for each loader", size=True, resume=True
     )

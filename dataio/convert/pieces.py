@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
 from tiphys.dataio.convert.infer import conform
 from tiphys.dataio.convert.mapping import Mapping
@@ -171,7 +172,7 @@ def convert_piece(job: Job) -> str:
             bad.append(BadEpisode(f"{job.source}, piece {job.piece.name} after {episodes} episodes", str(error)))
         report = {"episodes": episodes, "steps": steps, "bad": [asdict(b) for b in bad]}
         report["outside"] = [[*key, *counts] for key, counts in beyond.items()]
-        Store(job.destination).write(f"pieces/{job.piece.name}.json", json.dumps(report).encode())
+        Store(job.destination).write(f"pieces/{job.piece.name}.json", to_json(report).encode())
     return job.piece.name
 
 
@@ -223,7 +224,7 @@ def _plan(job: Job, pieces: list[Piece], versions: list[list[str]]) -> bytes:
     state = hashlib.blake2b(json.dumps(plan, sort_keys=True, default=list).encode(), digest_size=16)
     for piece, version in zip(pieces, versions, strict=True):
         state.update(json.dumps([piece.name, dict(piece.data), version], sort_keys=True).encode())
-    return json.dumps(
+    return to_json(
         {"digest": state.hexdigest(), "pieces": len(pieces), **plan}, sort_keys=True, indent=1, default=list
     ).encode()
 
@@ -280,7 +281,7 @@ def _finish(
     )
     content = asdict(report)
     del content["destination"]  # the same conversion gives the same bytes in any folder
-    store.write(REPORT, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    store.write(REPORT, to_json(content, indent=1, ensure_ascii=False).encode())
     merge_pieces(destination, [p.name for p in pieces])
     return report
 

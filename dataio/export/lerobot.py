@@ -8,13 +8,13 @@ field with one value per episode becomes LeRobot's task.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.lerobot import EXPORTED, VALID
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
@@ -69,8 +69,8 @@ def write(
         "features": features,
         EXPORTED: {"task": task.to_dict(), "names": names},
     }
-    (folder / "meta/stats.json").write_text(json.dumps(writer.statistics(), indent=1))
-    (folder / "meta/info.json").write_text(json.dumps(info, indent=1))
+    (folder / "meta/stats.json").write_text(to_json(writer.statistics(), indent=1))
+    (folder / "meta/info.json").write_text(to_json(info, indent=1))
     return [*files, "meta/stats.json", "meta/info.json"]
 
 
@@ -154,7 +154,7 @@ class _Writer:
                 "dataset_to_index": self.total + rows,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                EXPORTED: json.dumps(episode_metadata(episode, task)),
+                EXPORTED: to_json(episode_metadata(episode, task), exact=True),
             }
         )
         self.episodes, self.total = self.episodes + 1, self.total + rows
@@ -174,9 +174,7 @@ class _Writer:
             "columns": [],
             "column_indexes": [],
         }  # makes pandas use the column as index
-        pq.write_table(
-            tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), self._folder / "meta/tasks.parquet"
-        )
+        pq.write_table(tasks.replace_schema_metadata({"pandas": to_json(pandas)}), self._folder / "meta/tasks.parquet")
         return [*self._files, episodes, "meta/tasks.parquet"]
 
     def statistics(self) -> dict[str, Any]:
@@ -206,30 +204,35 @@ class _Writer:
 
 
 class _Statistics:
-    """Minimum, maximum, mean, standard deviation and count of a feature over all rows, for LeRobot's stats.json."""
+    """Minimum, maximum, mean, standard deviation and count of a feature over all rows, for LeRobot's stats.json.
+
+    A row with a value that is not finite is not counted: one of them would make every statistic NaN.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._low: Any = None
+        self.count = self._rows = 0
+        self._low: Any = np.inf
+        self._high: Any = -np.inf
+        self._total: Any = 0.0
+        self._squares: Any = 0.0
 
     def add(self, array: np.ndarray, is_image: bool) -> None:
         if not len(array):
             return
         rows = array.astype(np.float64)
+        if array.dtype.kind == "f" and not is_image:
+            rows = rows[np.isfinite(rows).reshape(len(rows), -1).all(axis=1)]
+        self._is_image, self._rows = is_image, self._rows + len(rows)
         if is_image:  # per channel, scaled to 0…1
             rows = rows.reshape(-1, array.shape[3] if array.ndim == 4 else 1) / 255
-        low, high, total, squares = rows.min(0), rows.max(0), rows.sum(0), (rows**2).sum(0)
-        if self._low is None:
-            self._low, self._high, self._total, self._squares = low, high, total, squares
-        else:
-            self._low, self._high = np.minimum(self._low, low), np.maximum(self._high, high)
-            self._total, self._squares = self._total + total, self._squares + squares
+        self._low = np.minimum(self._low, rows.min(0, initial=np.inf))
+        self._high = np.maximum(self._high, rows.max(0, initial=-np.inf))
+        self._total, self._squares = self._total + rows.sum(0), self._squares + (rows**2).sum(0)
         self.count += len(rows)
-        self._is_image, self._rows = is_image, getattr(self, "_rows", 0) + len(array)
 
     def to_dict(self) -> dict[str, Any]:
-        mean = self._total / self.count
-        deviation = np.sqrt(np.maximum(self._squares / self.count - mean**2, 0))
+        mean = self._total / max(self.count, 1)
+        deviation = np.sqrt(np.maximum(self._squares / max(self.count, 1) - mean**2, 0))
         shape = (-1, 1, 1) if self._is_image else (mean.shape or (1,))
         values = {"min": self._low, "max": self._high, "mean": mean, "std": deviation}
         return {**{k: np.reshape(v, shape).tolist() for k, v in values.items()}, "count": [self._rows]}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.minari import EXPORTED, MAIN
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
@@ -58,7 +59,7 @@ def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iter
     }
     if task.random is not None and task.expert is not None:
         metadata |= {"ref_min_score": task.random, "ref_max_score": task.expert}
-    (folder / "data/metadata.json").write_text(json.dumps(metadata))
+    (folder / "data/metadata.json").write_text(to_json(metadata))
     return [_MAIN, "data/metadata.json"]
 
 
@@ -143,7 +144,7 @@ def _write(
         else:
             group.create_dataset(f"infos/{field.name}", data=_padded(np.asarray(episode.fields[field.name]), rows))
     rest = {**episode_metadata(episode, task), "words": step_texts}
-    group.create_dataset(EXPORTED, data=json.dumps(rest), dtype=h5py.string_dtype("utf-8"))
+    group.create_dataset(EXPORTED, data=to_json(rest, exact=True), dtype=h5py.string_dtype("utf-8"))
     return characters
 
 

@@ -6,13 +6,13 @@ A file holds one array for each field with a value per step. The member `_tiphys
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.npz import EPISODE_JSON, TASKS
 from tiphys.dataio.episode import Episode, TaskSpec
@@ -29,7 +29,7 @@ def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iter
         name = f"{number:08d}.npz"
         _write(folder / name, episode, tasks_by_name[episode.task])
         names.append(name)
-    (folder / TASKS).write_text(json.dumps({"tasks": [t.to_dict() for t in tasks]}, indent=1))
+    (folder / TASKS).write_text(to_json({"tasks": [t.to_dict() for t in tasks]}, indent=1))
     return [*names, TASKS]
 
 
@@ -47,4 +47,6 @@ def _write(path: Path, episode: Episode, task: TaskSpec) -> None:
             data = io.BytesIO()
             np.save(data, np.asarray(value), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{spec.name}.npy", _ZIP_DATE), data.getvalue(), zipfile.ZIP_DEFLATED, 1)
-        archive.writestr(zipfile.ZipInfo(EPISODE_JSON, _ZIP_DATE), json.dumps(metadata), zipfile.ZIP_DEFLATED, 1)
+        archive.writestr(
+            zipfile.ZipInfo(EPISODE_JSON, _ZIP_DATE), to_json(metadata, exact=True), zipfile.ZIP_DEFLATED, 1
+        )

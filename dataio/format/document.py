@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format.rows import check_task
@@ -178,7 +179,7 @@ def publish(store: Store, index: Path, statistics: Statistics, **more: Any) -> N
     document["digests"][STATISTICS] = sha256(sketches)
     store.upload(STATISTICS, str(sketches))
     store.upload(INDEX, str(index))
-    store.write(DATASET, json.dumps(document, indent=1, ensure_ascii=False).encode())
+    store.write(DATASET, to_json(document, indent=1, ensure_ascii=False).encode())
 
 
 def sha256(file: Path) -> str:

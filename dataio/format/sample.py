@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, Episode, FieldSpec
 from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.encodings import Encoding
@@ -125,7 +125,7 @@ class Sample:
             "info": dict(e.info),
         }
         try:
-            return json.dumps(content, ensure_ascii=False, default=plain).encode()
+            return to_json(content, exact=True, ensure_ascii=False, default=plain).encode()
         except (TypeError, ValueError) as error:
             raise DataError(f"episode {e.id!r}: info holds a value that JSON cannot hold: {error}") from None
 

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format.rows import FIELD_NAME
 from tiphys.dataio.stored import stored, task_specs
@@ -206,7 +207,7 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
         for group in _groups(parts, schema):
             writer.write_table(group)
         listed = [[s.name, s.size, s.crc] for s in shards]
-        text = json.dumps({"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed})
+        text = to_json({"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed})
         writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
 
 

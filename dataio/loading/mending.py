@@ -1,4 +1,5 @@
-"""Windows whose bytes are wrong or gone: they are read again without the cache; if that fails, others are drawn instead."""
+"""Windows that cannot be used: their bytes are wrong or gone even when they are read again, or they have bad values. Others are
+drawn instead."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError, Window
+from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.dataio.loading.gather import copy_from
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ _MOST_BAD = 0.1
 
 
 class Mender:
-    """Mends the windows that the assembler could not decode.
+    """Replaces the windows that could not be decoded, or that have a value that cannot be learned from (`BadValue`).
+
+    Each row is mended by itself, from what the store holds and the plan says. So every process that makes a row mends it alike.
 
     correct  called with a unit and its bytes if the store has valid ones; then those of the cache are wrong
+    test     called with a step, a row and a window; raises BadValue if the window cannot be learned from
     """
 
     def __init__(
@@ -35,42 +39,59 @@ class Mender:
         fetcher: Fetcher,
         assembler: Assembler,
         correct: Callable[[int, Any], None],
+        test: Callable[[int, int, Window], object],
     ) -> None:
-        self.plan, self.units, self.fetcher, self.assembler, self.correct = plan, units, fetcher, assembler, correct
-        self._failures = 0  # windows of this step that could not be read
-        self._last = ""  # the reason of the last one
-        self._bad: set[tuple[str, int]] = set()  # (dataset, episode) that could not be read
-        self._recent: deque[tuple[int, int]] = deque(maxlen=32)  # (windows, redrawn) of the last steps
+        self.plan, self.units, self.fetcher, self.assembler = plan, units, fetcher, assembler
+        self.correct, self.test = correct, test
+        self._reported: dict[tuple[str, int], int] = {}  # (dataset, episode) -> the first step that reported it
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=32)  # (step, windows, failures) of the last steps
 
     async def mend(
-        self, step: int, planned: PlannedWindows, windows: list[Window | DataError]
+        self, step: int, planned: PlannedWindows, windows: list[Window | DataError], *, test: bool = False
     ) -> tuple[list[Window | None], list[dict[str, Any]]]:
         """The windows of a step without errors, and one event for each episode that was quarantined.
 
-        None stands for a window that is dropped because nothing can be drawn instead of it. Raises DataError if too many windows
-        of the last steps could not be read.
+        None stands for a window that is dropped because nothing can be drawn instead of it. With `test`, the values of all
+        windows are tested; otherwise only those of rows in which a window could not be decoded. Raises DataError if too many
+        windows of the last steps could not be used.
         """
         quarantined: list[dict[str, Any]] = []
         mended: list[Window | None] = list(windows)  # type: ignore[arg-type]
-        wrong = np.array([isinstance(window, DataError) for window in windows], bool)
-        for row in np.unique(planned.row[wrong]).tolist():
+        if self._recent and self._recent[-1][0] == step:  # it is mended again, with tests
+            self._recent.pop()
+        self._recent.append((step, len(windows), 0))
+        for row in np.unique(planned.row).tolist():
             mine = np.flatnonzero(planned.row == row)
-            good = {int(planned.slot[i]): (_key(planned, i), windows[i]) for i in mine.tolist() if not wrong[i]}
-            found, events = await self._mend_row(step, _only(planned, mine), good)  # type: ignore[arg-type]
+            if not any(self._is_wrong(step, row, windows[i], test) for i in mine.tolist()):
+                continue
+            given = {(int(planned.slot[i]), _key(planned, i)): windows[i] for i in mine.tolist()}
+            found, events = await self._mend_row(step, _only(planned, mine), given)
             quarantined += events
             for i in mine.tolist():
                 mended[i] = found.get(int(planned.slot[i]))
-        self._judge(len(mended))
         return mended, quarantined
 
+    def _is_wrong(self, step: int, row: int, window: Window | DataError, test: bool) -> bool:
+        if isinstance(window, DataError):
+            return True
+        return test and self._tested(step, row, window) is not window
+
+    def _tested(self, step: int, row: int, window: Window) -> Window | BadValue:
+        try:
+            self.test(step, row, window)
+        except BadValue as error:
+            return error
+        return window
+
     async def _mend_row(
-        self, step: int, planned: PlannedWindows, good: dict[int, tuple[_Key, Window]]
+        self, step: int, planned: PlannedWindows, given: dict[tuple[int, _Key], Window | DataError]
     ) -> tuple[dict[int, Window], list[dict[str, Any]]]:
         """Slot -> window of one row. A prompt is drawn for the window behind it: if that changes, the prompt may change too.
 
-        good  slot -> what was drawn, and its window, for the slots that could be decoded
+        given  (slot, what was drawn) -> the window as it was decoded before
         """
         events: list[dict[str, Any]] = []
+        good: dict[int, tuple[_Key, Window]] = {}
         attempts: dict[tuple[int, int], int] = {}
         row = int(planned.row[0])
         while True:
@@ -80,36 +101,49 @@ class Mender:
                 key = _key(planned, i)
                 if slot in good and good[slot][0] == key:
                     continue
-                window = await self._read(planned, i, events)
+                window = await self._usable(step, _only(planned, np.array([i])), given.get((slot, key)), events)
                 if window is None:
-                    self._failures += 1
                     attempts[row, slot] = int(planned.attempt[i]) + 1
                     break
                 good[slot] = key, window
             else:
                 return {slot: good[slot][1] for slot in planned.slot.tolist()}, events
 
-    async def _read(self, planned: PlannedWindows, i: int, events: list[dict[str, Any]]) -> Window | None:
-        """The i-th window, read again past the cache. If that fails, its episode is bad from now on, and the result is None."""
-        one = _only(planned, np.array([i]))
-        entry, episode = int(one.entry[0]), int(one.episode[0])
+    async def _usable(
+        self, step: int, planned: PlannedWindows, given: Window | DataError | None, events: list[dict[str, Any]]
+    ) -> Window | None:
+        """The one planned window, read again past the cache if it was not decoded. If it cannot be used, the result is None, and
+        an event says that its episode is bad."""
+        window = given if isinstance(given, Window) else await self._read(planned)
+        if isinstance(window, Window):
+            window = self._tested(step, int(planned.row[0]), window)
+        if isinstance(window, Window):
+            return window
+        entry, episode = int(planned.entry[0]), int(planned.episode[0])
         index = self.plan.entries[entry].index
-        if (index.fingerprint, episode) in self._bad:
-            return None
+        self._failed(str(window))
+        # A step may be made again after a change of the plan; then it must report its episodes again.
+        first = self._reported.get((index.fingerprint, episode), step)
+        if step <= first and all(
+            (e["entry"], e["episode"]) != (self.plan.entries[entry].name, episode) for e in events
+        ):
+            self._reported[index.fingerprint, episode] = step
+            events.append(
+                {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
+                 "id": index.id(episode), "reason": str(window)}
+            )  # fmt: skip
+        return None
+
+    async def _read(self, planned: PlannedWindows) -> Window | DataError:
+        """The one planned window, read again past the cache."""
         for _ in range(_READS):
-            found, got = await self._read_alone(one)
+            found, got = await self._read_alone(planned)
             if isinstance(found, Window):
-                for unit, data in got.items() if not events else ():  # other windows get the valid bytes too
+                for unit, data in got.items():  # other windows get the valid bytes too
                     self.correct(unit, data)
                 return found
         await self.fetcher.check_unchanged(np.array(list(got), np.int64))
-        self._bad.add((index.fingerprint, episode))
-        self._last = str(found)
-        events.append(
-            {"kind": "quarantine", "entry": self.plan.entries[entry].name, "episode": episode,
-             "id": index.id(episode), "reason": str(found)}
-        )  # fmt: skip
-        return None
+        return found
 
     async def _read_alone(self, planned: PlannedWindows) -> tuple[Window | DataError, dict[int, Any]]:
         """One planned window, read from the store without the cache, and the bytes of its units."""
@@ -124,14 +158,18 @@ class Mender:
         (window,) = self.assembler.windows(planned, spans, ranges, copy_from(lambda u: memoryview(got[u])))
         return window, got
 
-    def _judge(self, windows: int) -> None:
-        """A few episodes may be damaged. If many are, something else is wrong, and to go on would bias the training."""
-        self._recent.append((windows, self._failures))
-        self._failures = 0
-        all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
+    def _failed(self, reason: str) -> None:
+        """Count a window of this step that could not be used.
+
+        A few episodes may be damaged. If many are, something else is wrong, and to go on would bias the training.
+        """
+        step, windows, failures = self._recent[-1]
+        self._recent[-1] = step, windows, failures + 1
+        _, all_windows, bad = (sum(x) for x in zip(*self._recent, strict=True))
         if bad >= 10 and bad > _MOST_BAD * all_windows:
             raise DataError(
-                f"{bad} of the last {all_windows} windows could not be read; run `tiphys verify`. The last error: {self._last}"
+                f"{bad} of the last {all_windows} windows could not be read, or have values that cannot be learned from; run "
+                f"`tiphys verify` and `tiphys inspect`. The last error: {reason}"
             )
 
 

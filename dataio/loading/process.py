@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import numpy as np
 
 from tiphys.dataio.cache import Block, RangeCache
 from tiphys.dataio.caching.tiers import InheritedTier
-from tiphys.dataio.episode import Window
+from tiphys.dataio.episode import BadValue, Window
 from tiphys.dataio.loading import shared_memory
 from tiphys.dataio.loading.ahead import Ahead
 from tiphys.dataio.loading.assemble import Assembler
@@ -80,7 +81,12 @@ class LoaderProcess:
         self.step, self.generation = spec.step, 0  # step: the next one to be handed over
         self.ahead = Ahead(self.plan, self.placement, self.units, _AHEAD)
         self.mender = Mender(
-            self.plan, self.units, self.fetcher, self.assembler, lambda unit, data: self.cache.correct(unit, data)
+            self.plan,
+            self.units,
+            self.fetcher,
+            self.assembler,
+            lambda unit, data: self.cache.correct(unit, data),
+            lambda step, row, window: self.spec.make_batch(step, np.array([row]), [[window]]),
         )
         self.counters = Counters(self.fetcher)
         self._freed = asyncio.Event()
@@ -270,12 +276,11 @@ class LoaderProcess:
         windows, quarantined = await self.mender.mend(work.step, work.planned, found)
         work.block.close()
         decoded = time.perf_counter()
-        by_row: list[list[Window]] = [[] for _ in work.rows]
-        place = {row: k for k, row in enumerate(work.rows.tolist())}
-        for row, window in zip(work.planned.row.tolist(), windows, strict=True):
-            if window is not None:
-                by_row[place[row]].append(window)
-        arrays = self.spec.make_batch(work.step, work.rows, by_row)
+        try:
+            arrays = self._make(work, windows)
+        except BadValue:
+            windows, quarantined = await self.mender.mend(work.step, work.planned, found, test=True)
+            arrays = self._make(work, windows)
         made = time.perf_counter()
         places, size = shared_memory.layout(arrays)
         while (slot := self.slots.acquire(size)) is None:
@@ -307,6 +312,15 @@ class LoaderProcess:
         )
         self.step = work.step + 1
         self._begun.set()
+
+    def _make(self, work: Work, windows: Sequence[Window | None]) -> dict[str, np.ndarray]:
+        """The arrays of a step. None stands for a window that is left out."""
+        by_row: list[list[Window]] = [[] for _ in work.rows]
+        place = {row: k for k, row in enumerate(work.rows.tolist())}
+        for row, window in zip(work.planned.row.tolist(), windows, strict=True):
+            if window is not None:
+                by_row[place[row]].append(window)
+        return self.spec.make_batch(work.step, work.rows, by_row)
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:

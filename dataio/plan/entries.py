@@ -123,6 +123,9 @@ class PlanEntry:
         Numbers of those tasks of the index that are drawn from.
     priority : float32 [E] or None
         Relative sampling weight of the episode's steps (1 = default, 0 = never). None: all 1.
+    known_as : str
+        Stands for the index's fingerprint in the plan's, if values of the dataset were corrected since the run began. Empty: it
+        is the index's own.
     """
 
     index: EpisodeIndex
@@ -131,6 +134,7 @@ class PlanEntry:
     name: str
     tasks: Sequence[int]
     priority: NDArray[np.float32] | None = None
+    known_as: str = ""
 
 
 class PlannedWindows(NamedTuple):

@@ -263,7 +263,9 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
     for entry in entries:
         lengths = entry.lengths
         costs = [[list(c.elements), c.chunk] for c in lengths.costs]
-        out.update(json.dumps([entry.index.fingerprint, [int(t) for t in entry.tasks], costs]).encode())
+        out.update(
+            json.dumps([entry.known_as or entry.index.fingerprint, [int(t) for t in entry.tasks], costs]).encode()
+        )
         arrays = (lengths.units, lengths.window, lengths.context, lengths.fixed, lengths.prompt, lengths.prompt_units)
         savings = (lengths.savings.first, lengths.savings.running) if lengths.savings else ()
         for given in (*arrays, entry.priority, *savings):

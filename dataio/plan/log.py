@@ -8,6 +8,7 @@
 | `quarantine` | `entry`, `episode` (number), `id`, `reason` | the episode is not drawn any more |
 | `skip` | `steps` | the plan jumps ahead by this many steps: their rows are never drawn |
 | `dataset` | `entry`, `dataset`, `digest`, `like`, `weight` | a dataset with this fingerprint joins, learned like `like` |
+| `data` | `entry`, `old`, `new` (fingerprints) | none: a record that corrected values of the entry's dataset were accepted |
 
 A plan replays its log, so a resume needs only a step and these lines. Another process can change a running plan: it appends an
 event to the file in the run's folder, and the run reads it (`follow`).
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "quarantine": ("entry", "episode"),
     "skip": ("steps",),
     "dataset": ("entry", "dataset", "digest", "like", "weight"),
+    "data": ("entry", "old", "new"),
 }
 
 

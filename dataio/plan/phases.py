@@ -51,7 +51,7 @@ class PlanHistory:
     def phases(self, events: Sequence[Event]) -> list[Phase]:
         """The phases, ascending; the first begins at step 0. Raises DataError if an event does not fit the mixture."""
         out = [Phase(0, 0, self.entries, np.array([e.weight for e in self.entries], np.float64))]
-        changes = [e for e in events if e["kind"] != "quarantine"]
+        changes = [e for e in events if e["kind"] not in ("quarantine", "data")]
         for event in sorted(
             changes, key=lambda e: e["step"]
         ):  # stable: events of one step stay in the order of the log

@@ -20,7 +20,7 @@ TOP_OF = ("episodes", "steps")
 
 
 def preference(
-    index: EpisodeIndex, prefer: str, top: float = 1.0, top_of: str = "episodes"
+    index: EpisodeIndex, prefer: str, top: float = 1.0, top_of: str = "episodes", *, leave_out: bool = False
 ) -> NDArray[np.float32] | None:
     """Priorities by a rule: float32 [E], or None if all are 1.
 
@@ -38,6 +38,8 @@ def preference(
     top_of : str
         What `top` is a share of. `episodes`: their number. `steps`: as many of the best episodes as have together at most this
         share of the task's steps, as %BC counts (Chen et al. 2021, section 5.1).
+    leave_out : bool
+        Episodes whose return is not finite get 0 where a rule needs returns. False: they are an error.
 
     Raises DataError if the rule is unknown, `top` is out of range, or a return that the rule needs is not finite.
     """
@@ -52,14 +54,15 @@ def preference(
     if top_of not in TOP_OF:
         raise DataError(f"top_of: {top_of!r} is none of {', '.join(TOP_OF)}")
     returns, task = np.asarray(index.total_return, np.float64), np.asarray(index.task)
-    if not np.isfinite(returns).all():
+    finite = np.isfinite(returns)
+    if not finite.all() and not leave_out:
         bad = int(np.flatnonzero(~np.isfinite(returns))[0])
         raise DataError(
             f"{index.url}: episode {index.id(bad)!r} has the return {returns[bad]}; `prefer: {prefer}` needs finite returns"
         )
     out = np.zeros(len(returns), np.float32)
     for t in np.unique(task):
-        of_task = np.flatnonzero(task == t)
+        of_task = np.flatnonzero((task == t) & finite)
         n = len(of_task)
         if prefer == "top":
             best = of_task[np.argsort(-returns[of_task], kind="stable")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, limited, table, tar
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
@@ -133,7 +133,7 @@ def _accept(
 ) -> EpisodeIndex | None:
     """The index in `file`, or None if it is damaged. Its document is dataset.json or, if that has another digest, made anew."""
     try:
-        own = parse(json.dumps(dataset_document(file, Statistics())).encode(), f"{store.url}/{INDEX}")
+        own = parse(to_json(dataset_document(file, Statistics())).encode(), f"{store.url}/{INDEX}")
         digest = sha256(file)
         if document is not None and document["digests"][INDEX] != digest:
             report.add(
@@ -319,7 +319,7 @@ def _verify_episode(
         if sample is not None:
             _verify_sample(index, e, data, sample, layout)
         if statistics is not None:
-            statistics.add(layout, np.frombuffer(bytes(content), layout.dtype))
+            statistics.add(layout, index.id(e), np.frombuffer(bytes(content), layout.dtype))
 
 
 def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample, layout: RowLayout) -> None:

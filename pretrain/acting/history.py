@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ class History:
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
         self._episodes = [_Episode(target_return) for _ in range(environments)]
+        self.asks_for_returns = any(e.role == "return" for e in layout.elements)
+        self._warned = False
         self._placeholders = {e.field: _any_action(e) for e in self.actions}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
@@ -126,6 +129,8 @@ class History:
         observation.
         """
         chosen = range(len(self._episodes)) if environments is None else environments
+        if rewards is None and self.asks_for_returns and any(self._episodes[i].returns for i in chosen):
+            self._warn()
         earned = [0.0] * len(observations) if rewards is None else rewards
         rows = []
         for i, observation, reward in zip(chosen, observations, earned, strict=True):
@@ -142,6 +147,16 @@ class History:
         batch = self.processor.encode(self.layout, rows)
         used = (batch.segment > 0).sum(axis=1)
         return Acting(batch, used.astype(np.int64) - len(self.slots), self.slots)
+
+    def _warn(self) -> None:
+        """Say once that the return that is asked for stays the same at every step."""
+        if not self._warned:
+            warnings.warn(
+                f"task {self.layout.task!r}: this objective asks for a return, but `act` was given no `rewards`, so the return "
+                "that is still asked for never falls; give it the rewards of the last actions",
+                stacklevel=4,
+            )
+        self._warned = True
 
     def acted(self, actions: Mapping[str, np.ndarray], environments: Sequence[int] | None = None) -> None:
         """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.atomic import write_text
+from tiphys.dataio.atomic import to_json, write_text
 from tiphys.pretrain.callbacks.base import Callback, Every
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class MetricsWriter(Callback):
         """Append a line, and send its numbers to TensorBoard. Does nothing on ranks other than 0."""
         if self._file is None:
             return
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(to_json(line) + "\n")
         if self._board is not None and "step" in line:
             prefix = f"{line['kind']}/" if "kind" in line else "train/"
             for name, value in _numbers(line):

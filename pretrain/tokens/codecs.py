@@ -2,7 +2,7 @@
 
 A codec is frozen, can be written as JSON (`to_dict`, `from_dict`), and works on N steps at once. The codecs are those of Reed et
 al. 2022, sec. 2.1 and app. B, and those of the compact scheme, in which a whole vector or a small grid is one token. Values
-outside a codec's range are clamped, ±inf too. NaN, and discrete values that do not exist, raise `BadValue`, which says at which
+outside a codec's range are clamped, ±inf too. NaN, and discrete values that do not exist, raise `NoEncoding`, which says at which
 of the N steps.
 """
 
@@ -16,19 +16,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError
+from tiphys.dataio.episode import BadValue, DataError
 from tiphys.dataio.stored import stored
 from tiphys.pretrain.tokens.batch import CONTINUOUS, DISCRETE, IMAGE
 from tiphys.pretrain.tokens.images import PATCH, centre_crop, from_patches, intervals, patch_grid, resized, to_patches
 from tiphys.pretrain.tokens.vocabulary import EmbedderSpec, Vocabulary
 
 MU, M = 100.0, 256.0  # mu-law: F(±M) = ±1
-_NAN = "NaN has no encoding; correct or remove the episode"
+_NAN = "NaN has no encoding"
 _MOST_NUMBERS = 1 << 24  # of a value at one step
 _FAR = 10.0  # standard deviations; values are clamped to it, so that no outlier dominates an embedder
 
 
-class BadValue(DataError):
+class NoEncoding(BadValue):
     """A value that has no encoding. `at` is the index of its step among the steps that were encoded."""
 
     def __init__(self, at: int, reason: str):
@@ -46,13 +46,13 @@ def inverse_mu_law(y: np.ndarray) -> np.ndarray:
 
 
 def _flat(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """[N, *shape] -> [N, numbers]; NaN raises BadValue."""
+    """[N, *shape] -> [N, numbers]; NaN raises NoEncoding."""
     x = np.asarray(x)
     flat = x.reshape(len(x), int(np.prod(x.shape[1:], dtype=np.int64))).astype(dtype or x.dtype, copy=False)
     if x.dtype.kind == "f" and len(x):
         bad = np.isnan(flat).any(axis=1)
         if bad.any():
-            raise BadValue(int(bad.argmax()), _NAN)
+            raise NoEncoding(int(bad.argmax()), _NAN)
     return flat
 
 
@@ -121,17 +121,17 @@ class Discrete(Codec):
 
 
 def _integers(x: np.ndarray, low: tuple[int, ...], values: tuple[int, ...]) -> np.ndarray:
-    """int32 [N, numbers], counted from the lowest value. Raises BadValue if a value is not an integer or out of range."""
+    """int32 [N, numbers], counted from the lowest value. Raises NoEncoding if a value is not an integer or out of range."""
     flat = _flat(x, None)
     if flat.dtype.kind == "f" and not np.array_equal(flat, np.rint(flat)):
         at = int((flat != np.rint(flat)).any(axis=1).argmax())
-        raise BadValue(at, f"the field is discrete, but {flat[at].tolist()} are not all integers")
+        raise NoEncoding(at, f"the field is discrete, but {flat[at].tolist()} are not all integers")
     least = np.broadcast_to(np.asarray(low, np.int64), flat.shape[1:])
     count = np.broadcast_to(np.asarray(values, np.int64), flat.shape[1:])
     wrong = (flat < least) | (flat >= least + count)
     if wrong.any():
         at, entry = np.argwhere(wrong)[0].tolist()
-        raise BadValue(
+        raise NoEncoding(
             at,
             f"{flat[at, entry]} is not in {least[entry]} … {least[entry] + count[entry] - 1}; correct `values` of the field",
         )
@@ -263,7 +263,7 @@ class Patches(Codec):
         """
         x = np.asarray(x)
         if x.dtype.kind == "f" and np.isnan(x).any():
-            raise BadValue(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), _NAN)
+            raise NoEncoding(int(np.isnan(x.reshape(len(x), -1)).any(axis=1).argmax()), _NAN)
         if x.ndim == 3:
             x = x[..., None]
         if self.channels_first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ CLIPPED = 1e-3  # share of an action field's values that may be outside the rang
 _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token
 _RETURN_LIMIT = 10.0
 OPTIONS = {
+    "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -84,6 +85,8 @@ class Encoding:
                 f"task {self.task.name!r} has neither actions nor a text that paradigm {self.paradigm.name!r} predicts, so there "
                 "is nothing to learn; leave the task out with `tasks` of the mixture entry, or use another paradigm"
             )
+        if has_actions and REWARD in self.paradigm.requires:
+            self.check_rewards()
         elements: list[Element] = []
         for part in self.paradigm.timestep:
             if part.kind == OBSERVATION:
@@ -381,6 +384,15 @@ class Encoding:
         std = np.where(std > 1e-6 * (1 + np.abs(mean)), std, np.maximum(1.0, np.abs(mean)))
         return Vector(f"vector:{field.name}:{numbers}", field.shape, _numbers(mean), _numbers(std), field.dtype)
 
+    def check_rewards(self) -> None:
+        """Raises DataError if every return of the task would be 0, because its data have no rewards."""
+        if all(field.name != "reward" for field in self.task.fields) and not self.option("without_rewards", False):
+            raise DataError(
+                f"task {self.task.name!r} has no field 'reward', so paradigm {self.paradigm.name!r} would be told a return of 0 "
+                "at every step; use another objective for it, leave it out with `tasks` of the mixture entry, or set `options: "
+                "{without_rewards: true}` of the objective"
+            )
+
     def return_codec(self, part: Part) -> Codec:
         scale = self.largest_return or 1.0
         if part.code == "uniform":
@@ -421,28 +433,3 @@ def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, fie
     levels = np.concatenate(parts)
     out = np.stack([np.interp(shares, known, levels[:, d]) for d in range(levels.shape[1])], axis=1)
     return list(np.broadcast_to(out, (len(out), numbers)))
-
-
-def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
-    """Statistics of a field over several datasets. Quantiles are averages weighted by count; the rest is exact."""
-    if len(found) == 1:
-        return found[0]
-    count = np.array([f.count for f in found], np.float64)
-    share = count / max(count.sum(), 1)
-
-    def mean(of: Callable[[FieldStatistics], Any]) -> Any:
-        return sum(s * np.asarray(of(f)) for s, f in zip(share, found, strict=True))
-
-    centre = mean(lambda f: f.mean)
-    variance = mean(lambda f: np.square(f.std) + np.square(np.asarray(f.mean) - centre))
-    some = [f for f in found if f.count] or list(found)
-    return type(found[0])(
-        count=int(count.sum()),
-        mean=centre,
-        std=np.sqrt(variance),
-        min=np.min([f.min for f in some], axis=0),
-        max=np.max([f.max for f in some], axis=0),
-        quantiles=mean(lambda f: f.quantiles),
-        clipped=float(mean(lambda f: f.clipped)),
-        invalid=sum(f.invalid for f in found),
-    )

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.episode import DataError, Window
+from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import BadValue, Patches
+from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.images import places, to_patches
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, Element, TimestepLayout
@@ -118,12 +118,12 @@ class _Group:
             parts.append(np.repeat(codec.pixels(rows[None]), n, axis=0) if constant else codec.pixels(rows[:n]))
         return np.concatenate(parts)
 
-    def refuse(self, field: str, error: BadValue) -> DataError:
+    def refuse(self, field: str, error: NoEncoding) -> BadValue:
         """The error of a value, with its episode and step."""
         owner = int(self.owner[error.at])
         window = self.windows[owner]
         step = int(window.step[error.at - int(self.first[owner])])
-        return DataError(
+        return BadValue(
             f"task {self.layout.task!r}, field {field!r}, episode {window.episode!r}, step {step}: {error.reason}"
         )
 
@@ -353,11 +353,14 @@ class _Draft:
         else:
             raw = None
         try:
+            if raw is not None and not np.isfinite(raw).all():  # a codec would clamp an infinity
+                at_step = int((~np.isfinite(raw)).argmax())
+                raise NoEncoding(at_step, f"it is {raw[at_step]}: a reward from here on is NaN or infinite")
             if isinstance(codec, Patches) and codec.varies:
                 encoded = to_patches(group.pictures(element.field, codec, element.constant))
             else:
                 encoded = codec.encode(group.gather(element.field, element.constant) if raw is None else raw)
-        except BadValue as error:
+        except NoEncoding as error:
             raise group.refuse(element.field or "return-to-go", error) from None
         if not codec.embedder:
             self.dense["tokens"][at] = encoded

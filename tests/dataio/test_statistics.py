@@ -8,15 +8,15 @@ from hypothesis.extra import numpy as hn
 
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio import statistics
-from tiphys.dataio.episode import FieldSpec, TaskSpec
+from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.rows import RowLayout, pack_rows
-from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics
+from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics, pooled
 
 
 def gathered(task, episodes):
     out, layout = Statistics(), RowLayout(task)
     for e in episodes:
-        out.add(layout, pack_rows(layout, e))
+        out.add(layout, e.id, pack_rows(layout, e))
     return out
 
 
@@ -100,6 +100,65 @@ def test_values_that_are_not_finite_are_counted_separately():
     assert (result.count, result.invalid) == (2, 2)
     assert result.mean.tolist() == [3.0, 4.0]
     assert np.isfinite(result.quantiles).all()
+
+
+BAD = TaskSpec(
+    "bad",
+    (
+        FieldSpec("x", "observation", "continuous", "float32", (2,)),
+        FieldSpec("gear", "observation", "discrete", "int64", (), (1.0,), (4.0,)),
+        FieldSpec("switch", "observation", "discrete", "float32", (), values=2),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+    ),
+)
+
+
+def bad_episodes():
+    for number in range(12):
+        x, gear, switch, reward = np.zeros((5, 2), "f4"), np.full(5, 4), np.ones(5, "f4"), np.ones(5, "f4")
+        if number in (3, 7):
+            x[2:4, 1] = np.nan
+        if number == 5:
+            gear[1], gear[2], switch[0], switch[4] = 0, 5, 0.5, np.inf
+        if number == 6:
+            reward[0] = -np.inf
+        yield Episode(f"e{number:02d}", "bad", {"x": x, "gear": gear, "switch": switch, "reward": reward}, 5)
+
+
+def test_bad_values_are_counted_with_their_episodes_whatever_the_grouping(tmp_path):
+    whole = gathered(BAD, bad_episodes())
+    merged = Statistics()
+    for episode in bad_episodes():
+        merged.merge(gathered(BAD, [episode]))
+    merged.write(tmp_path / "statistics.parquet")
+    for made in (whole, merged, Statistics.read(tmp_path / "statistics.parquet")):
+        found = made.result(["bad"])["bad"]
+        bad = {n: (s.invalid, s.beyond, s.bad_episodes, s.first_bad) for n, s in found.items()}
+        assert bad == {
+            "x": (4, 0, 2, ("e03", "e07")),
+            "gear": (0, 2, 1, ("e05",)),
+            "switch": (1, 1, 1, ("e05",)),
+            "reward": (1, 0, 1, ("e06",)),
+        }
+    assert whole.result(["bad"])["bad"]["switch"].bad() == (
+        "1 step with NaN or an infinity and 1 step beyond the declared range in 1 episode"
+    )
+
+
+def test_counts_that_an_earlier_version_did_not_write_are_unknown(tmp_path):
+    import pyarrow.parquet as pq
+
+    one = gathered(BAD, bad_episodes())
+    one.write(tmp_path / "new.parquet")
+    old = pq.read_table(tmp_path / "new.parquet").drop_columns(["beyond", "bad_episodes", "first_bad", "invalid"])
+    pq.write_table(old, tmp_path / "old.parquet")
+    again = Statistics.read(tmp_path / "old.parquet")
+    again.merge(one)
+    found = again.result(["bad"])["bad"]["x"]
+    assert (found.invalid, found.beyond, found.bad_episodes) == (None, None, None)
+    document = {k: v for k, v in found.to_dict().items() if k not in ("beyond", "bad_episodes", "first_bad", "invalid")}
+    assert FieldStatistics.from_dict(document).invalid is None
+    assert pooled([found, one.result(["bad"])["bad"]["x"]]).invalid is None
 
 
 def test_wide_fields_are_pooled():

@@ -12,7 +12,7 @@ import pytest
 
 from tests.pretrain import layout_oracle
 from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
-from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec, Window
+from tiphys.dataio.episode import BadValue, DataError, FieldSpec, TaskSpec, Window
 from tiphys.dataio.plan.cost import Costs
 from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 from tiphys.pretrain.objectives import Objectives, table
@@ -353,6 +353,19 @@ def test_the_error_for_a_value_without_encoding_names_its_episode_and_step():
     del wrong.fields["action"]
     with pytest.raises(DataError, match="'grid-5' has no field 'action'"):
         batch_of(o, [[wrong]])
+
+
+def test_a_bad_value_is_an_error_that_says_what_to_do_or_one_that_a_loader_knows():
+    o = make([ARM], "dt", context=60)
+    bad = window(o, "arm", 4, np.random.default_rng(0), start=20)
+    bad.returns_to_go[:2] = np.inf  # a codec would clamp it
+    with pytest.raises(
+        DataError, match=r"episode 'arm-20', step 20: .*infinite; correct .* data.on_bad_value=quarantine"
+    ) as e:
+        batch_of(o, [[bad]])
+    assert not isinstance(e.value, BadValue)
+    with pytest.raises(BadValue, match=r"field 'return-to-go', episode 'arm-20', step 20"):
+        o.make_batch(0, np.arange(1), [[bad]], seed=0, on_bad_value="quarantine")
 
 
 def test_a_row_that_is_too_long_is_refused():

@@ -140,6 +140,20 @@ def test_contents_of_the_folder(folder):
     assert f"| {acting.CART} | 3 |" in card.text
 
 
+def test_the_card_of_a_policy_that_asks_for_returns_says_how():
+    def card(paradigm: str) -> str:
+        processor = acting.objectives([acting.CART], paradigm, target_return=2.0).processor()
+        processor["best_return"] = {acting.CART: 250.0}
+        config = {"num_hidden_layers": 2, "hidden_size": 32}
+        return model_card(config, processor, None)
+
+    asking = card("dt")
+    assert "policy.act(observation, rewards=reward)" in asking
+    assert f'`policy.reset("{acting.CART}", target_return=…)`' in asking
+    assert "without it, 500 is asked for" in asking
+    assert "rewards" not in card("bc")
+
+
 def test_published_code_imports_nothing_of_this_project_and_few_packages():
     import ast
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -186,3 +187,18 @@ def test_misuse_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match="1 observations for 2"):
         policy.act([{}])
     assert policy.tasks == ("grid",)
+
+
+def test_a_policy_that_asks_for_a_return_says_once_that_it_gets_no_rewards():
+    objectives, rng = fixtures.make([fixtures.ARM], "dt", context=60), np.random.default_rng(0)
+    policy = policy_of(objectives)
+    policy.reset("arm", target_return=3.0)
+    policy.act(observation("arm", rng))
+    with pytest.warns(UserWarning, match="`act` was given no `rewards`"):
+        policy.act(observation("arm", rng))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.act(observation("arm", rng))  # it was said
+        policy.reset("arm", target_return=3.0)
+        policy.act(observation("arm", rng))
+        policy.act(observation("arm", rng), rewards=1.0)

@@ -12,10 +12,10 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.codecs import (
     CODECS,
     Affine,
-    BadValue,
     Bins,
     Discrete,
     Grid,
+    NoEncoding,
     Patches,
     Quantiles,
     Vector,
@@ -129,7 +129,7 @@ def test_discrete_round_trip(data, counts, low):
 def test_a_discrete_value_that_does_not_exist_is_refused(value, make):
     codec = make(value)
     x = np.array([1, value]).reshape(2, *codec.shape)
-    with pytest.raises(BadValue) as caught:
+    with pytest.raises(NoEncoding) as caught:
         codec.encode(x)
     assert caught.value.at == 1
 
@@ -138,7 +138,7 @@ def test_a_discrete_value_that_does_not_exist_is_refused(value, make):
 def test_the_error_for_nan_says_at_which_step_it_is(kind):
     x = np.zeros((4, *EXAMPLES[kind].shape))
     x[2, -1] = np.nan
-    with pytest.raises(BadValue, match="NaN") as caught:
+    with pytest.raises(NoEncoding, match="NaN") as caught:
         EXAMPLES[kind].encode(x)
     assert caught.value.at == 2
 

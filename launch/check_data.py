@@ -1,0 +1,126 @@
+"""What `tiphys check` says of the datasets of a recipe: values that cannot be learned from, and missing rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiphys.pretrain.objectives import LEAVE_OUT
+from tiphys.pretrain.tokens.codecs import Discrete, Grid
+from tiphys.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.statistics import FieldStatistics
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.tokens.codecs import Codec
+
+_SHOWN = 5  # episodes that a message names
+_BY_RETURN = ("return", "top")  # values of `prefer` that need rewards
+
+
+@dataclass(frozen=True)
+class BadField:
+    """A field of a task with values that an entry of the mixture cannot learn from.
+
+    entry  number of the mixture entry
+    what   how many values are bad, and how
+    ids    ids of the first episodes that have them; empty: unknown
+    """
+
+    entry: int
+    dataset: str
+    task: str
+    field: str
+    what: str
+    ids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        ids = f" (first: {', '.join(self.ids[:_SHOWN])})" if self.ids else ""
+        return f"{self.dataset}: task {self.task!r}, field {self.field!r}: {self.what}{ids}"
+
+
+def data_errors(
+    recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives, where: Callable[[str], str]
+) -> Iterator[str]:
+    """Everything in the datasets that the recipe refuses."""
+    if recipe.data.on_bad_value == "refuse":
+        for found in bad_fields(recipe, indexes, objectives):
+            name = recipe.data.mixture[found.entry].objective
+            yield (
+                f"{where(f'data.mixture[{found.entry}]')}: {found}, and objective {name!r} uses it. Correct or remove the "
+                f"episodes, or {LEAVE_OUT}"
+            )
+    for i, entry in enumerate(recipe.data.mixture):
+        without = [t.name for t in _trained(indexes[i], objectives, i) if not _has_rewards(t)]
+        if entry.prefer in _BY_RETURN and without:
+            yield (
+                f"{where(f'data.mixture[{i}].prefer')}: {entry.prefer!r} prefers episodes by their returns, but these tasks of "
+                f"{entry.dataset} have no rewards: {', '.join(without[:20])}; leave them out with `tasks`, or set prefer: uniform"
+            )
+
+
+def bad_fields(recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives) -> Iterator[BadField]:
+    """The fields with bad values, as far as the datasets' statistics know them. A field of a dataset is named once."""
+    seen = set()
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        for task in _trained(index, objectives, i):
+            layout = objectives.layouts[i][objectives.number(task.name)]
+            used: dict[str, Codec | None] = {e.field: e.codec for e in layout.elements if e.field}
+            if _has_rewards(task) and (entry.prefer in _BY_RETURN or any(e.role == "return" for e in layout.elements)):
+                used["reward"] = None
+            for field, codec in used.items():
+                key = index.fingerprint, task.name, field
+                found = index.statistics.get(task.name, {}).get(field)
+                what, ids = _bad(index, found, codec)
+                if not what and field == "reward":
+                    what, ids = _bad_returns(index, task.name)
+                if what and key not in seen:
+                    seen.add(key)
+                    yield BadField(i, entry.dataset, task.name, field, what, ids)
+
+
+def _trained(index: EpisodeIndex, objectives: Objectives, entry: int) -> list[Any]:
+    return [t for t, n in zip(index.tasks, objectives.task_numbers(entry).tolist(), strict=True) if n >= 0]
+
+
+def _has_rewards(task: Any) -> bool:
+    return any(field.name == "reward" for field in task.fields)
+
+
+def _bad(index: EpisodeIndex, found: FieldStatistics | None, codec: Codec | None) -> tuple[str, tuple[str, ...]]:
+    """(what is bad, ids of the episodes); empty if nothing is known to be bad."""
+    if found is None:
+        return "", ()
+    counted = isinstance(codec, Discrete | Grid)  # other codecs clamp what is beyond their range
+    what = found.bad(beyond=counted)
+    if not what and counted and found.count:
+        what = _outside(found, codec)
+    if not what or not index.document.get("statistics_of_superset"):
+        return what, found.first_bad
+    ids = tuple(name for name in found.first_bad if index.has(name))
+    if not ids and len(found.first_bad) == found.bad_episodes:
+        return "", ()  # the dataset was filtered, and the bad episodes are gone
+    return f"{what}, counted in the dataset from which this one was filtered", ids
+
+
+def _outside(found: FieldStatistics, codec: Any) -> str:
+    low = np.asarray(codec.low, np.float64)
+    high = low + np.asarray(codec.values, np.float64) - 1
+    least, most = (np.asarray(v, np.float64).reshape(-1) for v in (found.min, found.max))
+    if (least >= low).all() and (most <= high).all():
+        return ""
+    return (
+        f"values from {least.min():g} to {most.max():g}, of which only {low.min():g} to {high.max():g} can be learned"
+    )
+
+
+def _bad_returns(index: EpisodeIndex, task: str) -> tuple[str, tuple[str, ...]]:
+    mine = np.array([t.name == task for t in index.tasks])[np.asarray(index.task)]
+    bad = np.flatnonzero(mine & ~np.isfinite(np.asarray(index.total_return)))
+    if not len(bad):
+        return "", ()
+    return f"the return of {len(bad)} episodes is not finite", tuple(index.id(int(e)) for e in bad[:_SHOWN])
