@@ -11,10 +11,12 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
 from tiphys.dataio.convert.infer import infer_task
-from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.convert.names import AmbiguousNames, FieldNames
+from tiphys.dataio.convert.source import Source, SourceUnavailable, is_failure
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 ENTRY_POINTS = "tiphys.converters"
+_MAX_LEFT_OUT = 1000  # names that are listed as left out; a hostile source could have any number
 
 # name -> module:class
 BUILT_IN = {
@@ -72,6 +74,8 @@ class Converter(ABC):
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source
         self.options = dict(options or {})
+        self.names = FieldNames()  # the reader process replaces it if there is a mapping file
+        self.left_out: dict[str, None] = {}  # lines of `leave_out`, in order
         unknown = sorted(set(self.options) - self.options_known)
         if unknown:
             known = ", ".join(sorted(self.options_known)) or "none"
@@ -115,6 +119,17 @@ class Converter(ABC):
         """Remarks for the user on how the source was interpreted (a split without files, a field left out)."""
         return []
 
+    def leave_out(self, name: str, reason: str) -> None:
+        """Record that `name` in the source (an array, a text, a group, a file) is not converted. The summary lists it once.
+
+        Call it at any time, also while episodes are read. Neither argument should name an episode, because one line for
+        each episode helps nobody.
+        """
+        if len(self.left_out) < _MAX_LEFT_OUT:
+            self.left_out[f"left out: {name} ({reason})"] = None
+        else:
+            self.left_out["left out: more names, which are not listed"] = None
+
     def versions(self, piece: Piece) -> list[str]:
         """Versions of the piece's files, so that a source that changed between two runs is noticed."""
         names = piece.data.get("files", ())
@@ -150,14 +165,18 @@ def read_each(
 def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
     """The result of `read()`, or a BadEpisode with the reason.
 
-    A failing store or a missing package is not a fault of the episode and is raised.
+    A failing store or disk, a missing package or unclear names are not a fault of the episode and are raised.
     """
     try:
         return read()
-    except (SourceUnavailable, ImportError):
+    except (SourceUnavailable, ImportError, AmbiguousNames):
         raise
     except (DataError, FileNotFoundError) as error:
         return BadEpisode(where, str(error))
+    except OSError as error:
+        if is_failure(error.errno):
+            raise SourceUnavailable(f"{where}: {error}") from error
+        return BadEpisode(where, f"{type(error).__name__}: {error}")
     except MemoryError:
         return BadEpisode(where, "reading it needs more memory than a reader process may use")
     except Exception as error:  # damaged bytes make libraries raise anything

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
 from tiphys.dataio.convert.infer import field_spec, texts
 from tiphys.dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
-from tiphys.dataio.convert.parquet import batches, open_parquet, values
+from tiphys.dataio.convert.parquet import batches, is_text, open_parquet, plain, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
@@ -132,11 +132,11 @@ class Text(Converter):
             if column is None:
                 raise DataError(f"{where}: no column is called {' or '.join(wanted)}; set the option `column`")
             kind: Any = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            if not (is_text(kind) or pa.types.is_null(kind)):  # a column without any value has the type null
                 raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
             row = 0
             for batch in batches(file, [column], where, 256):
-                for value in values(batch.column(0), where):
+                for value in values(plain(batch.column(0), f"{where}, {column}"), f"{where}, {column}"):
                     yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "the row has no text")
                     row += 1
 
