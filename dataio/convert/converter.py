@@ -15,7 +15,10 @@ from tiphys.dataio.convert.names import AmbiguousNames, FieldNames
 from tiphys.dataio.convert.source import Source, SourceUnavailable, is_failure
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
+_PACKED = (*_ARCHIVES, ".gz", ".bz2", ".xz", ".zst")
 ENTRY_POINTS = "tiphys.converters"
+_UNPACK = "unpack it, and convert the folder that it holds"
 _MAX_LEFT_OUT = 1000  # names that are listed as left out; a hostile source could have any number
 
 # name -> module:class
@@ -69,6 +72,7 @@ class Converter(ABC):
     """
 
     name: ClassVar[str]
+    archives: ClassVar[tuple[str, ...]] = ()  # suffixes of the archives that this converter reads by itself
     options_known: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
@@ -129,6 +133,21 @@ class Converter(ABC):
             self.left_out[f"left out: {name} ({reason})"] = None
         else:
             self.left_out["left out: more names, which are not listed"] = None
+
+    def check_archives(self, pieces: Iterable[Piece]) -> None:
+        """List the archives that no piece reads as left out. Their episodes would be missed otherwise."""
+        read = {f for p in pieces for f in p.data.get("files", ())}
+        for path in self.source.files:
+            if path.endswith(_ARCHIVES) and path not in read and not path.endswith(self.archives):
+                self.leave_out(path, f"an archive; {_UNPACK}")
+
+    def refuse_archive(self) -> None:
+        """Raises DataError if the source is one packed file, and not of this format."""
+        path = self.source.single
+        if path.endswith(_PACKED) and not path.endswith(self.archives) and not self.recognise(self.source):
+            raise DataError(
+                f"{self.source.url}: is an archive, which the format {self.name!r} does not read; {_UNPACK}"
+            )
 
     def versions(self, piece: Piece) -> list[str]:
         """Versions of the piece's files, so that a source that changed between two runs is noticed."""
@@ -220,8 +239,26 @@ def recognise(source: Source, known: Mapping[str, str]) -> str:
     names = [name for name, score in scores.items() if score == best]
     if best <= 0:
         raise DataError(
-            f"{source.url}: has none of the known formats ({', '.join(known)}); name the format with --from"
+            f"{source.url}: has none of the known formats ({', '.join(known)}); {_advice(source)}name the format with --from"
         )
     if len(names) > 1:
         raise DataError(f"{source.url}: could be {' or '.join(names)}; name the format with --from")
     return names[0]
+
+
+_NOT_READ = {
+    _PACKED: _UNPACK,
+    (".pkl", ".pickle", ".pt", ".pth"): "pickles can run code and are never loaded; save the arrays as .npz or HDF5",
+    (".parquet", ".arrow", ".feather"): "tables are read only as LeRobot or Minari datasets, or with a column of texts",
+    (".csv", ".mat", ".npy", ".bag", ".mcap"): "write the episodes as .npz files",
+}
+
+
+def _advice(source: Source) -> str:
+    """What to do with files of a kind that no converter reads; empty if there is none."""
+    for suffixes, advice in _NOT_READ.items():
+        found = [p for p in source.files if p.lower().endswith(suffixes)]
+        if found:
+            more = f" and {len(found) - 1:,} more like it" if len(found) > 1 else ""
+            return f"it holds {found[0]}{more}: {advice}. Or "
+    return ""

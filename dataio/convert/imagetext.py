@@ -29,6 +29,7 @@ _TEXTS = ("txt", "text", "caption")
 
 class ImageText(Converter):
     name = "webdataset"
+    archives = _TARS
 
     @classmethod
     def recognise(cls, source: Source) -> float:

@@ -15,7 +15,7 @@ _FLAT = ("reward", "terminated", "truncated")  # an array cannot be nested below
 
 
 class AmbiguousNames(DataError):
-    """The names of the source are not clear. No episode is at fault, so `skip_bad` does not skip this."""
+    """Two things in the source have one name: two arrays, or two episodes. Neither is malformed, so `skip_bad` skips neither."""
 
 
 class FieldNames:

@@ -86,7 +86,7 @@ def is_text(kind: Any) -> bool:
 
 
 def plain(column: Any, where: str) -> Any:
-    """An Arrow array without extension types, dictionaries, run-end encoding and list views."""
+    """An Arrow array without extension types, dictionaries and run-end encoding."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -99,8 +99,6 @@ def plain(column: Any, where: str) -> Any:
                 column = column.dictionary_decode()
             elif pa.types.is_run_end_encoded(kind):
                 column = pc.run_end_decode(column)
-            elif pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
-                column = column.cast(pa.large_list(kind.value_type))
             else:
                 return column
     except pa.ArrowException as error:
@@ -134,9 +132,7 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
     if is_text(column.type):
         return texts(values(column, where), where)
     rows, inner = len(column), []
-    while (
-        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
-    ):
+    while _is_list(column.type):
         size = _list_size(column, where)
         column = plain(column.flatten(), where)
         inner.append(size)
@@ -150,6 +146,18 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
     if rows * math.prod(target) != array.size:
         raise DataError(f"{where}: {array.size} values do not make {rows} rows of shape {target}")
     return array.reshape((rows, *target))
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as of
+
+    return bool(
+        of.is_list(kind)
+        or of.is_large_list(kind)
+        or of.is_fixed_size_list(kind)
+        or of.is_list_view(kind)
+        or of.is_large_list_view(kind)
+    )
 
 
 def _list_size(column: Any, where: str) -> int:

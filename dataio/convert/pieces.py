@@ -109,7 +109,8 @@ def convert(
     memory       private memory, in bytes, that a reader process may use
     timeout      seconds without an answer after which a reader process is stopped
 
-    Raises DataError if data is malformed, FileExistsError if the destination holds a dataset or another conversion,
+    Raises DataError if data is malformed or if two names become one field or two episodes have one id, OSError if the source
+    or the destination fails (run it again to go on), FileExistsError if the destination holds a dataset or another conversion,
     ImportError if a package that the format needs is missing.
     """
     known = converters()
@@ -148,7 +149,7 @@ def convert(
     for number, _ in enumerate(run_jobs(jobs, len(todo), processes), len(done) + 1):
         if progress is not None:
             progress(number, len(plan.pieces))
-    return _finish(store, destination, format, tasks, plan.pieces, plan.notes)
+    return _finish(store, job, format, tasks, plan.pieces, plan.notes)
 
 
 def convert_piece(job: Job) -> str:
@@ -160,6 +161,7 @@ def convert_piece(job: Job) -> str:
     tasks = {t["name"]: TaskSpec(**t) for t in job.tasks}
     encodings = {k: Encoding(**e) for k, e in job.encodings.items()}
     bad: list[BadEpisode] = []
+    seen: dict[str, int] = {}  # id -> its number among the piece's readable episodes
     unknown: set[str] = set()  # fields that the task does not have
     episodes = steps = 0
 
@@ -178,6 +180,9 @@ def convert_piece(job: Job) -> str:
                 if isinstance(item, BadEpisode):
                     reject(item)
                     continue
+                if item.id in seen:
+                    raise AmbiguousNames(_same_id(item.id, job.source, job.piece, seen[item.id], job.piece, len(seen)))
+                seen[item.id] = len(seen)
                 where = f"{job.source}, episode {item.id}"
                 try:
                     item = rules.episode(item)
@@ -279,8 +284,9 @@ def _finished_pieces(store: Store, destination: str, plan: bytes) -> set[str]:
 
 
 def _finish(
-    store: Store, destination: str, format: str, tasks: list[TaskSpec], pieces: list[Piece], notes: list[str]
+    store: Store, job: Job, format: str, tasks: list[TaskSpec], pieces: list[Piece], notes: list[str]
 ) -> ConversionReport:
+    source, destination = job.source, job.destination
     episodes = steps = 0
     bad: list[BadEpisode] = []
     notes = list(notes)
@@ -298,8 +304,40 @@ def _finish(
     content = asdict(report)
     del content["destination"]  # the same conversion gives the same bytes in any folder
     store.write(REPORT, json.dumps(content, indent=1, ensure_ascii=False).encode())
-    merge_pieces(destination, [p.name for p in pieces])
+    try:
+        merge_pieces(destination, [p.name for p in pieces])
+    except DataError:
+        _check_ids(store, source, pieces)
+        raise
     return report
+
+
+def _check_ids(store: Store, source: str, pieces: list[Piece]) -> None:
+    """Raises AmbiguousNames, with the places of both, if two episodes of different pieces have one id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    seen: dict[str, tuple[Piece, int]] = {}
+    for piece in pieces:
+        data = pa.BufferReader(store.read(f"pieces/{piece.name}.parquet"))
+        for number, identity in enumerate(pq.read_table(data, columns=["id"])["id"].to_pylist()):
+            if identity in seen:
+                raise AmbiguousNames(_same_id(identity, source, *seen[identity], piece, number))
+            seen[identity] = piece, number
+
+
+def _same_id(identity: str, source: str, first: Piece, a: int, second: Piece, b: int) -> str:
+    places = [f"{_place(source, piece)} (readable episode {number})" for piece, number in ((first, a), (second, b))]
+    return (
+        f"{source}: two episodes have the id {identity!r}: one in {places[0]}, one in {places[1]}. If they are the same "
+        "episode, remove one of the two; if they are not, convert the two parts of the source into datasets of their own. "
+        "--skip-bad does not choose between them"
+    )
+
+
+def _place(source: str, piece: Piece) -> str:
+    files = [str(f) for f in piece.data.get("files") or [piece.data.get("folder") or f"piece {piece.name}"]]
+    return ", ".join(f"{source}/{f}" for f in files[:3]) + (f" … ({len(files)} files)" if len(files) > 3 else "")
 
 
 # ---- where the pieces run --------------------------------------------------------------------------------------------

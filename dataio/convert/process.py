@@ -261,7 +261,9 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
     converter: Converter = load_converter(request["target"])(source, request["options"])
     converter.names = FieldNames(request["fields"])
     if request["operation"] == "plan":
+        converter.refuse_archive()  # before a parser of another format sees its bytes
         pieces, tasks = converter.pieces(), converter.tasks()
+        converter.check_archives(pieces)
         plan = {
             "pieces": [asdict(p) for p in pieces],
             "tasks": [converter.names.with_roles(t).to_dict() for t in tasks],

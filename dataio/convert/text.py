@@ -30,6 +30,7 @@ _JSON = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 class Text(Converter):
     name = "text"
+    archives = tuple(s for s in (*_PLAIN, *_JSON) if s.endswith(".gz"))
     options_known = frozenset({"column", "split"})
 
     @classmethod

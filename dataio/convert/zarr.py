@@ -49,6 +49,7 @@ _PIECE_BYTES = 512 << 20  # approximate size of a piece, decoded
 
 class Zarr(Converter):
     name = "zarr"
+    archives = (".zip",)
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -63,11 +64,8 @@ class Zarr(Converter):
     @cached_property
     def _root(self) -> str:
         """The folder of the Zarr group; '' if it is the source itself."""
-        found = [
-            m.group(1)
-            for p in self._files.names
-            if (m := re.fullmatch(r"(.*?)/?meta/episode_ends/(?:\.zarray|zarr\.json)", p))
-        ]
+        pattern = re.compile(r"(.*?)/?meta/episode_ends/(?:\.zarray|zarr\.json)")
+        found = list({m.group(1) for p in self._files.names if (m := pattern.fullmatch(p))})
         if len(found) != 1:
             raise DataError(
                 f"{self.source.url}: there are {len(found)} arrays meta/episode_ends, but one replay buffer is expected"
