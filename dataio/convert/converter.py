@@ -19,6 +19,7 @@ _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", 
 _PACKED = (*_ARCHIVES, ".gz", ".bz2", ".xz", ".zst")
 ENTRY_POINTS = "tiphys.converters"
 _UNPACK = "unpack it, and convert the folder that it holds"
+_MAX_NAME = 300  # characters
 _MAX_LEFT_OUT = 1000  # names that are listed as left out; a hostile source could have any number
 
 # name -> module:class
@@ -130,7 +131,7 @@ class Converter(ABC):
         each episode helps nobody.
         """
         if len(self.left_out) < _MAX_LEFT_OUT:
-            self.left_out[f"left out: {name} ({reason})"] = None
+            self.left_out[f"left out: {name[:_MAX_NAME]} ({reason[:_MAX_NAME]})"] = None
         else:
             self.left_out["left out: more names, which are not listed"] = None
 

@@ -24,6 +24,7 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 _PIECE_BYTES = 256 << 20  # approximate size of a piece
 _TEXT_KEYS = ("text", "content", "document", "caption")
 _MAX_SINGLE_DOCUMENT = 1 << 20  # bytes; a larger plain file holds several documents
+_ONE_TEXT = "a document has one text; the option `column` chooses it"
 _PLAIN = (".txt", ".md", ".txt.gz", ".md.gz")
 _JSON = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -120,6 +121,8 @@ class Text(Converter):
             return BadEpisode(where, str(error))
         for column in wanted:
             if isinstance(value, dict) and isinstance(value.get(column), str):
+                for other in sorted(value.keys() - {column}):
+                    self.leave_out(str(other), _ONE_TEXT)
                 return str(value[column])
         return BadEpisode(where, f"no text is called {' or '.join(wanted)}; set the option `column`")
 
@@ -135,6 +138,8 @@ class Text(Converter):
             kind: Any = file.schema_arrow.field(column).type
             if not (is_text(kind) or pa.types.is_null(kind)):  # a column without any value has the type null
                 raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
+            for other in [c for c in file.schema_arrow.names if c != column]:
+                self.leave_out(other, _ONE_TEXT)
             row = 0
             for batch in batches(file, [column], where, 256):
                 for value in values(plain(batch.column(0), f"{where}, {column}"), f"{where}, {column}"):

@@ -127,6 +127,12 @@ def test_groups_of_d4rl_and_members_of_npz(tmp_path: Path) -> None:
     assert [n.split(" (")[0] for n in report.notes] == ["left out: member readme.txt"]
 
 
+def test_other_values_beside_texts_and_images(made: Any, tmp_path: Path) -> None:
+    for name, left_out in (("jsonl", ["left out: meta"]), ("text-parquet", ["left out: score"]), ("webdataset", [])):
+        report = convert(str(made(name)[0]), str(tmp_path / name), processes=1)
+        assert [n.split(" (")[0] for n in report.notes] == left_out
+
+
 def test_a_field_that_only_later_episodes_have_is_listed(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for number in range(8):

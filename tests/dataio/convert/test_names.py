@@ -101,13 +101,10 @@ MAKERS = [make_npz, make_zarr, make_lerobot, make_rlds, make_robomimic, make_d4r
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("skip_bad", [False, True])
-def test_two_names_that_become_one_field(
-    make: Callable[[Path], tuple[str, str, str]], skip_bad: bool, tmp_path: Path
-) -> None:
+def test_two_names_that_become_one_field(make: Callable[[Path], tuple[str, str, str]], tmp_path: Path) -> None:
     first, second, field = make(tmp_path / "s")
     with pytest.raises(AmbiguousNames) as error:
-        convert(str(tmp_path / "s"), str(tmp_path / "out"), processes=1, skip_bad=skip_bad)
+        convert(str(tmp_path / "s"), str(tmp_path / "out"), processes=1, skip_bad=True)
     for word in (repr(first), repr(second), repr(field), f"{second}: drop", "name: "):
         assert word in str(error.value)
     assert not (tmp_path / "out/dataset.json").exists()
@@ -115,14 +112,14 @@ def test_two_names_that_become_one_field(
 
 def test_the_mapping_of_the_message_resolves_a_collision(tmp_path: Path) -> None:
     source = write_npz(
-        tmp_path / "s", obs=np.ones((3, 2)), state=np.zeros((3, 4)), dones=np.zeros(3), terminals=np.ones(3)
+        tmp_path / "s", obs=np.ones((3, 2)), state=np.zeros((3, 4)), dones=np.zeros(3), terminals=np.arange(3) == 2
     )
     fields = {"state": {"name": "observation.state", "low": 0}, "dones": {"name": "info.dones"}}
     convert(source, str(tmp_path / "out"), mapping={"fields": fields}, processes=1)
     (episode,) = episodes_of(tmp_path / "out").values()
     assert episode.fields["observation"].tolist() == np.ones((3, 2)).tolist()
     assert episode.fields["observation.state"].tolist() == np.zeros((3, 4)).tolist()
-    assert episode.fields["terminated"].tolist() == [True] * 3
+    assert episode.fields["terminated"].tolist() == [False, False, True]
     (task,) = EpisodeIndex.open(str(tmp_path / "out")).tasks
     assert {f.name: f.role for f in task.fields} == {
         "action": "action",
@@ -152,7 +149,7 @@ def test_names_equal_in_their_first_64_letters(tmp_path: Path) -> None:
 
 def test_a_name_in_the_source_is_dropped(made: Any, tmp_path: Path) -> None:
     source = made("lerobot-v2")[0]
-    fields = {"next.reward": "drop", "observation/state": {"name": "proprioception"}}
+    fields = {"next.reward": "drop", "observation.state": {"name": "proprioception"}}
     convert(str(source), str(tmp_path / "out"), mapping={"fields": fields}, processes=1)
     (task,) = EpisodeIndex.open(str(tmp_path / "out")).tasks
     assert "reward" not in {f.name for f in task.fields}
@@ -218,9 +215,6 @@ def test_unknown_names_in_a_mapping_get_a_hint(made: Any, mapping: dict[str, Any
 
 def test_two_episodes_with_one_id(tmp_path: Path) -> None:
     """Of one piece and of two pieces; with --skip-bad too, because it is unknown which of the two is meant."""
-    import h5py
-
-    robomimic(tmp_path / "s")
     source = tmp_path / "hopper"
     d4rl(source)
     (source / "hopper.h5").write_bytes((source / "hopper.hdf5").read_bytes())  # the task is named after the file
@@ -228,7 +222,6 @@ def test_two_episodes_with_one_id(tmp_path: Path) -> None:
         with pytest.raises(AmbiguousNames, match=r"'hopper/00000000'.*hopper\.h5 .*hopper\.hdf5 "):
             convert(str(source), str(tmp_path / "out"), processes=1, skip_bad=skip_bad)
     assert not (tmp_path / "out/dataset.json").exists()
-    assert h5py.is_hdf5(source / "hopper.h5")
 
 
 def test_two_episodes_of_one_piece_with_one_id(tmp_path: Path) -> None:
