@@ -30,6 +30,7 @@ _TEXTS = ("txt", "text", "caption")
 
 class ImageText(Converter):
     name = "webdataset"
+    archives = _TARS
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -64,10 +65,13 @@ class ImageText(Converter):
                     yield attempt(partial(self._read, members, f"{path}/{key}", here), here)
 
     def _read(self, members: dict[str, bytes], identity: str, where: str) -> Episode:
-        encoded = next((members[e] for e in _IMAGES if e in members), None)
-        if encoded is None:
+        kind = next((e for e in _IMAGES if e in members), None)
+        if kind is None:
             raise DataError(f"{where}: has no image ({', '.join(_IMAGES)})")
-        image = decode_image(encoded, where)
+        image = decode_image(members[kind], where)
+        caption = next((e for e in (*_TEXTS, "json") if e in members), "")
+        for extension in sorted(members.keys() - {kind, caption}):
+            self.leave_out(f"members .{extension}", f"a sample has one image and one text: .{kind} and .{caption}")
         if image.dtype != np.uint8:
             raise DataError(f"{where}: the image has 16 bits per channel; only 8 are supported")
         image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3]

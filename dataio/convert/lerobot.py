@@ -107,7 +107,14 @@ class LeRobot(Converter):
 
     @cached_property
     def _features(self) -> dict[str, dict[str, Any]]:
-        return {k: f for k, f in self.info["features"].items() if k not in _BOOKKEEPING}
+        features = {k: f for k, f in self.info["features"].items() if k not in _BOOKKEEPING}
+        return features if self._exported is not None else {k: features[k] for k in self._names}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Feature -> field."""
+        usual = {k: canonical(k) for k in self.info["features"] if k not in _BOOKKEEPING}
+        return self.names.fields(usual, self.source.where(_INFO))
 
     @cached_property
     def _videos(self) -> list[str]:
@@ -193,7 +200,7 @@ class LeRobot(Converter):
                 yield Record(row["episode_index"], row["length"], tasks, data, videos, exported)
 
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
-        name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
+        name, dtype, shape = self._names[key], str(feature.get("dtype")), list(feature["shape"])
         if key in self._cameras:
             return self._cameras[key].field
         if dtype == "string":
@@ -219,7 +226,7 @@ class LeRobot(Converter):
     def _first_picture(self, key: str, feature: Mapping[str, Any], where: str) -> Found | None:
         """None if the first files of the camera cannot be read; the episodes in them are then reported as malformed."""
         video = feature.get("dtype") == "video"
-        if canonical(key) in self.dropped:
+        if self._names.get(key) in (None, *self.dropped):
             return None
         paths = dict.fromkeys(
             r.videos[key][0] if video else r.data for r in self._records if key in r.videos or not video
@@ -284,7 +291,7 @@ class LeRobot(Converter):
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         records = self._records[piece.data["first"] :][: piece.data["count"]]
-        dropped = {k for k in self._features if canonical(k) in self.dropped}
+        dropped = {k for k in self._features if self._names.get(k) in (None, *self.dropped)}
         with _OpenFiles(self.source, [*_BOOKKEEPING, *(self._features.keys() - dropped)]) as files:
             for number, record in enumerate(records):
                 if number >= start:
@@ -299,7 +306,7 @@ class LeRobot(Converter):
                 f"{self.source.url}, episode {record.number}: has {record.length:,} rows; "
                 f"1 to {EPISODE_STEPS:,} are read"
             )
-        wanted = {k: f for k, f in self._features.items() if canonical(k) not in self.dropped}
+        wanted = {k: f for k, f in self._features.items() if self._names.get(k) not in (None, *self.dropped)}
         for key in wanted:
             if key in self._videos and key not in record.videos:
                 raise DataError(
@@ -314,7 +321,7 @@ class LeRobot(Converter):
         table = files.rows(record, where)
         if self._exported is not None:
             return self._restore(record, table, *self._exported, where)
-        fields = {canonical(k): self._values(k, f, record, table, files, where) for k, f in wanted.items()}
+        fields = {self._names[k]: self._values(k, f, record, table, files, where) for k, f in wanted.items()}
         fields.setdefault(_INSTRUCTION, self._instruction(table, record, where))
         success = fields.get("success")
         return Episode(

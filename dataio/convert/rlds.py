@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from tiphys.dataio.convert.tfrecord import Value, parse_example, records
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
+_FLAG_FIELDS = {"steps/is_terminal": "terminated", "steps/is_last": "truncated"}
 _INFO_BYTES = 4096  # a per-episode value of at most this size goes into `info`, a larger one into a field
 _INSPECTED = 4  # episodes that are read to find out whether a text changes from step to step
 
@@ -78,7 +80,11 @@ class Rlds(Converter):
             raise DataError(
                 f"{self.source.where(path)}: has no feature under `steps`; this is not an RLDS dataset of episodes"
             )
-        return found
+        # is_terminal and is_last are flags that become fields too, see `_flag_specs`
+        usual = {f.path: _FLAG_FIELDS.get(f.path, f.field) for f in found if _is_field(f) or f.path in _FLAG_FIELDS}
+        names = self.names.fields(usual, self.source.where(path))
+        kept = [f for f in found if f.path in names or f.path not in usual or f.path in _FLAG_FIELDS]
+        return [replace(f, name=names.get(f.path, "")) for f in kept]
 
     @cached_property
     def _skipped(self) -> list[str]:
@@ -164,7 +170,7 @@ class Rlds(Converter):
                 )
             else:
                 fields.append(_field_spec_of(feature, shape))
-        fields += [f for f in _flag_specs(self._features(folder)) if f.name not in {g.name for g in fields}]
+        fields += _flag_specs(self._features(folder))
         return TaskSpec(self._task(folder), tuple(fields))
 
     def _field_features(self, folder: str) -> list[Feature]:
@@ -224,10 +230,11 @@ class Rlds(Converter):
                 fields[feature.field] = value if feature.in_steps else value[0]
             else:
                 info[feature.path.replace("/", ".")] = str(value[0]) if feature.kind == "text" else value[0].tolist()
-        if "is_terminal" in flags:
-            fields.setdefault("terminated", flags["is_terminal"])
-        if "is_last" in flags:
-            fields.setdefault("truncated", flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool)))
+        names = {f.path: f.name for f in features}  # the name of a flag is empty if a mapping file drops it
+        if terminated := names.get("steps/is_terminal"):
+            fields[terminated] = flags["is_terminal"]
+        if truncated := names.get("steps/is_last"):
+            fields[truncated] = flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool))
         if self.options.get("last_step") == "observation" and steps > 1:
             steps -= 1
             fields = {k: _drop_last_step(k, v, steps) for k, v in fields.items()}
@@ -260,13 +267,7 @@ def _is_field(feature: Feature) -> bool:
 
 def _flag_specs(features: list[Feature]) -> list[FieldSpec]:
     """The fields that `is_terminal` and `is_last` become."""
-    paths = {f.path for f in features}
-    out = []
-    if "steps/is_terminal" in paths:
-        out.append(field_spec("terminated", bool, ()))
-    if "steps/is_last" in paths:
-        out.append(field_spec("truncated", bool, ()))
-    return out
+    return [field_spec(f.name, bool, ()) for f in features if f.path in _FLAG_FIELDS and f.name]
 
 
 def _field_spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:

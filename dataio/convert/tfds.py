@@ -27,6 +27,7 @@ class Feature:
     shape: tuple[int, ...]
     encoding: str = "none"
     classes: int = 0
+    name: str = ""  # of the field, if it is not the usual one
 
     @property
     def in_steps(self) -> bool:
@@ -35,7 +36,7 @@ class Feature:
     @property
     def field(self) -> str:
         """`steps/observation/image_0` -> `observation.image_0`."""
-        return canonical(self.path.removeprefix("steps/").replace("/", "."))
+        return self.name or canonical(self.path.removeprefix("steps/").replace("/", "."))
 
 
 def leaves(node: Mapping[str, Any], path: str, skipped: list[str]) -> Iterator[Feature]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
 IMAGES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 CAPTIONS = ("txt", "caption", "text")  # extensions of members that hold a caption
 KEYS = ("caption", "text", "prompt", "description")  # keys of a .json member that may hold one; the first one counts
 
@@ -48,8 +49,8 @@ def index_foreign(
     shards    paths of the tars; by default every .tar in the folder. Needed if the store cannot list.
     progress  called with (tars done, tars in total)
 
-    Raises DataError if a tar is damaged or compressed or contains a link, FileNotFoundError if there is no tar, and
-    FileExistsError if there is a dataset already.
+    Raises DataError if a tar is damaged or compressed or contains a link, or if no sample has a picture, FileNotFoundError if
+    there is no tar, and FileExistsError if there is a dataset already.
     """
     from tiphys.dataio.storage import Store
 
@@ -57,15 +58,23 @@ def index_foreign(
     target = Store(destination) if destination else source
     if target.exists(DATASET):
         raise FileExistsError(f"{target.url} is already a dataset; choose another destination")
-    names = sorted(shards) or [p for p in source.list() if p.endswith(".tar")]
+    listed_files = [] if shards else list(source.list())
+    names = sorted(shards) or [p for p in listed_files if p.endswith(".tar")]
+    packed = [p for p in shards or listed_files if p.endswith(COMPRESSED)]
+    if packed:
+        raise DataError(
+            f"{url}: {', '.join(packed[:3])}: samples inside a compressed archive cannot be indexed in place. Decompress it to a "
+            "plain .tar, or use `tiphys convert --from webdataset`, which reads .tar.gz"
+        )
     if not names:
         raise FileNotFoundError(f"{url} has no .tar to index")
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-index-"))
     try:
-        writer, listed, skipped = TableWriter(scratch), list[Shard](), 0
+        writer, listed, samples, skipped = TableWriter(scratch), list[Shard](), 0, 0
         for number, name in enumerate(names):
             shard = Shard(f"{absolute(url)}/{name}" if destination else name, *_size_and_crc(source, name, scratch))
             for record in _records(scratch / "shard.tar", shard.name, name[: -len(".tar")], task):
+                samples += 1
                 if record is None:
                     skipped += 1
                 else:
@@ -73,6 +82,11 @@ def index_foreign(
             listed.append(shard)
             if progress is not None:
                 progress(number + 1, len(names))
+        if skipped == samples:
+            raise DataError(
+                f"{url}: none of the {samples:,} samples in {len(names):,} tars has a picture ({', '.join(IMAGES)}); an empty "
+                "dataset is not written"
+            )
         writer.finish(scratch / INDEX, [caption_task(task)], listed)
         publish(target, scratch / INDEX, Statistics(), skipped=skipped)
     finally:
