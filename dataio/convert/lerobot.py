@@ -218,9 +218,9 @@ class LeRobot(Converter):
         """The cameras, by feature. The first picture that can be read decides over the metadata."""
         out = {}
         for key, feature in self._features.items():
-            if feature.get("dtype") in ("video", "image"):
+            if key in self._names and feature.get("dtype") in ("video", "image"):
                 where, size = f"{self.source.where(_INFO)}, feature {key!r}", frame_size(self.options)
-                out[key] = camera(canonical(key), feature, self._first_picture(key, feature, where), size, where)
+                out[key] = camera(self._names[key], feature, self._first_picture(key, feature, where), size, where)
         return out
 
     def _first_picture(self, key: str, feature: Mapping[str, Any], where: str) -> Found | None:
@@ -282,7 +282,7 @@ class LeRobot(Converter):
 
     def _field_notes(self) -> list[str]:
         notes = [c.note for c in self._cameras.values() if c.note]
-        usual = {*_SCALARS, *(canonical(k) for k in self._cameras)}
+        usual = {*_SCALARS, *(self._names[k] for k in self._cameras)}
         for key, feature in self._features.items():
             field = self._field(key, feature)
             if field.dtype != "str" and field.shape == () and field.name not in usual:
@@ -343,7 +343,7 @@ class LeRobot(Converter):
             return frames.at(times.tolist(), _TOLERANCE / float(self.info["fps"]))
         if key in self._cameras:
             return self._images(table, key, where, self._cameras[key])
-        name, dtype = canonical(key), str(feature.get("dtype"))
+        name, dtype = self._names[key], str(feature.get("dtype"))
         shape = () if dtype == "string" else tuple(feature["shape"])
         array = _column(table, key, where, shape)
         if dtype == "string":

@@ -103,6 +103,7 @@ def convert(
         plan = reader.plan()
     resolved = rules.resolve(plan.names)
     tasks = resolved.tasks(plan.tasks, plan.names)
+    notes = [*plan.notes, *check_ranges(tasks)]
     encodings = resolved.encodings(plan.tasks)
     job = Job(
         source=source,
@@ -128,7 +129,7 @@ def convert(
     for number, _ in enumerate(run_jobs(jobs, len(todo), processes), len(done) + 1):
         if progress is not None:
             progress(number, len(plan.pieces))
-    return _finish(store, job, format, tasks, plan.pieces, [*plan.notes, *check_ranges(tasks)])
+    return _finish(store, job, format, tasks, plan.pieces, notes)
 
 
 def convert_piece(job: Job) -> str:

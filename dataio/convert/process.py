@@ -273,7 +273,7 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
     converter.names = FieldNames(request["fields"])
-    converter.dropped = frozenset(request["dropped"])
+    converter.dropped = frozenset(request.get("dropped", ()))
     if request["operation"] == "plan":
         converter.refuse_archive()  # before a parser of another format sees its bytes
         pieces, tasks = converter.pieces(), converter.tasks()

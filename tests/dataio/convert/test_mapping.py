@@ -47,7 +47,7 @@ def test_values_override_the_range_of_the_source():
         ({"max_steps": "50"}, "max_steps '50'"),
         ({"expert": "high"}, "expert: 'high'"),
         ({"random": float("nan")}, "random: nan"),
-        ({"environment": 3}, "environment: 3"),
+        ({"environment": 3}, "environment: must be a text"),
         ({"fields": {"action": {"values": "7"}}}, "fields.action.values: '7'"),
         ({"fields": {"action": {"values": 7, "low": 0, "high": 2}}}, "`values` is 7, but low and high make 3"),
         ({"fields": {"action": {"low": [0, 0, 0]}}}, r"'action'.*shape \(2,\).*has 3"),

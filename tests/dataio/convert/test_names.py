@@ -114,7 +114,7 @@ def test_the_mapping_of_the_message_resolves_a_collision(tmp_path: Path) -> None
     source = write_npz(
         tmp_path / "s", obs=np.ones((3, 2)), state=np.zeros((3, 4)), dones=np.zeros(3), terminals=np.arange(3) == 2
     )
-    fields = {"state": {"name": "observation.state", "low": 0}, "dones": {"name": "info.dones"}}
+    fields = {"state": {"name": "observation.state", "low": 0, "high": 1}, "dones": {"name": "info.dones"}}
     convert(source, str(tmp_path / "out"), mapping={"fields": fields}, processes=1)
     (episode,) = episodes_of(tmp_path / "out").values()
     assert episode.fields["observation"].tolist() == np.ones((3, 2)).tolist()
