@@ -89,11 +89,19 @@ def test_ctrl_c_ends_a_command_and_its_processes_without_a_traceback(tmp_path: P
     pytest.importorskip("gymnasium", reason="needs the envs extra")
     words = ["collect", "CartPole-v1", "--to", str(tmp_path / "data"), "--episodes", "100000", "--processes", "2"]
     command = subprocess.Popen(
-        [sys.executable, "-m", "tiphys", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "tiphys", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
-    wait_until((tmp_path / "data" / "shards").is_dir)
-    os.killpg(command.pid, signal.SIGINT)  # as a terminal does, also to the worker processes
-    said = command.communicate(timeout=60)[1]
+    try:
+        wait_until((tmp_path / "data" / "shards").is_dir)
+        os.killpg(command.pid, signal.SIGINT)  # as a terminal does, also to the worker processes
+        said = command.communicate(timeout=60)[1]
+    finally:
+        if command.poll() is None:
+            os.killpg(command.pid, signal.SIGKILL)
     assert command.returncode == Status.INTERRUPTED
     assert said.splitlines()[-1] == "tiphys: stopped"
     assert "Traceback" not in said
