@@ -82,7 +82,7 @@ def train(recipe: Recipe, world: ParallelDims) -> float:
 
     try:
         with mock.patch.object(engine, "build_engine", remember), contextlib.redirect_stdout(io.StringIO()):
-            run._train(recipe, world, run.LastStep())
+            run._train(recipe, world, run.LastStep(), False)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return float(lines[0]["loss"])
     finally:
