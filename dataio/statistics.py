@@ -154,7 +154,8 @@ class Sketch:
             return
         mean = values.mean(axis=0)
         keys, counts = np.unique(_cells(values), return_counts=True)
-        square = ((values - mean) ** 2).sum(axis=0)
+        with np.errstate(over="ignore"):
+            square = ((values - mean) ** 2).sum(axis=0)
         low, high = values.min(axis=0), values.max(axis=0)
         self._merge(len(values), mean, square, low, high, keys, counts)
 
@@ -181,7 +182,9 @@ class Sketch:
         both = self.count + count
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / both)
-        self.square = self.square + square + delta**2 * (self.count * count / both)
+        with np.errstate(over="ignore"):
+            between = delta**2 * (self.count * count / both) if self.count else 0.0
+            self.square = self.square + square + between
         self.min, self.max = np.minimum(self.min, low), np.maximum(self.max, high)
         self.keys, inverse = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
         by_cell = np.concatenate([self.counts, counts])

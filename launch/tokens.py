@@ -17,6 +17,7 @@ from tiphys.dataio.messages import printable
 
 if TYPE_CHECKING:
     from tiphys.dataio.episode import Window
+    from tiphys.dataio.loader import MakeBatch
     from tiphys.pretrain.tokens.describe import ElementView, WindowView
 
 _HEADER = ("step", "what", "field", "positions", "value", "-> predicts", "weight")
@@ -76,7 +77,8 @@ def load_row(recipe_path: str, overrides: Sequence[str], step: int, row: int) ->
         raise IndexError(f"--row {row}: a batch of this recipe has rows 0 … {plan.rows - 1}")
     if step < 0:
         raise IndexError(f"--step {step}: the first step is 0")
-    settings = loader_arguments(recipe, objectives) | {"make_batch": _RowWindows(row)}
+    settings = loader_arguments(recipe, objectives)
+    settings["make_batch"] = _RowWindows(row, settings["make_batch"])
     home = Home(process=0, processes=1, weights=None)
     with TrajectoryLoader(plan, home, **settings, start=step, stop=step + 1) as loader:
         loaded = next(loader)
@@ -91,12 +93,17 @@ def load_row(recipe_path: str, overrides: Sequence[str], step: int, row: int) ->
 
 @dataclass(frozen=True)
 class _RowWindows:
-    """A `make_batch` that hands over the windows of one row instead of their tokens."""
+    """A `make_batch` that hands over the windows of one row instead of their tokens.
+
+    make_batch  that of training; it refuses bad values, so the windows are those that training gets
+    """
 
     row: int
+    make_batch: MakeBatch
 
     def __call__(self, step: int, rows: np.ndarray, windows: list[list[Window]]) -> dict[str, np.ndarray]:
-        mine = windows[np.flatnonzero(rows == self.row)[0]]
+        self.make_batch(step, rows, windows)
+        mine = windows[int((rows == self.row).argmax())]
         return {"windows": np.frombuffer(pickle.dumps(mine), np.uint8)}
 
 

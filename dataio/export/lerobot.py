@@ -227,12 +227,14 @@ class _Statistics:
             rows = rows.reshape(-1, array.shape[3] if array.ndim == 4 else 1) / 255
         self._low = np.minimum(self._low, rows.min(0, initial=np.inf))
         self._high = np.maximum(self._high, rows.max(0, initial=-np.inf))
-        self._total, self._squares = self._total + rows.sum(0), self._squares + (rows**2).sum(0)
+        with np.errstate(over="ignore"):
+            self._total, self._squares = self._total + rows.sum(0), self._squares + (rows**2).sum(0)
         self.count += len(rows)
 
     def to_dict(self) -> dict[str, Any]:
         mean = self._total / max(self.count, 1)
-        deviation = np.sqrt(np.maximum(self._squares / max(self.count, 1) - mean**2, 0))
+        with np.errstate(over="ignore", invalid="ignore"):
+            deviation = np.sqrt(np.maximum(self._squares / max(self.count, 1) - mean**2, 0))
         shape = (-1, 1, 1) if self._is_image else (mean.shape or (1,))
         values = {"min": self._low, "max": self._high, "mean": mean, "std": deviation}
         return {**{k: np.reshape(v, shape).tolist() for k, v in values.items()}, "count": [self._rows]}

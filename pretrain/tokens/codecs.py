@@ -133,7 +133,7 @@ def _integers(x: np.ndarray, low: tuple[int, ...], values: tuple[int, ...]) -> n
         at, entry = np.argwhere(wrong)[0].tolist()
         raise NoEncoding(
             at,
-            f"{flat[at, entry]} is not in {least[entry]} … {least[entry] + count[entry] - 1}; correct `values` of the field",
+            f"{flat[at, entry]} is not in {least[entry]} … {least[entry] + count[entry] - 1}, the range of the field",
         )
     return (flat.astype(np.int64) - least).astype(np.int32)
 

@@ -58,7 +58,7 @@ def documents(folder: Path) -> Iterator[tuple[str, bytes]]:
             with tarfile.open(file) as tar:
                 yield from ((m.name, tar.extractfile(m).read()) for m in tar if m.name.endswith(".json"))  # type: ignore[union-attr]
         elif file.suffix == ".parquet":
-            metadata = pq.read_schema(file).metadata or {}
+            metadata = pq.read_metadata(file).metadata or {}
             yield from ((f"{file.name}:{k!r}", v) for k, v in metadata.items() if v.startswith(b"{"))
 
 

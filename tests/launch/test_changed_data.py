@@ -53,7 +53,7 @@ def test_corrected_values_are_accepted_once_and_logged(begun, tmp_path):
         objectives = Objectives(settings, [new])
         earlier = settle(settings, [new], objectives, resume=saved, accept=accept)
         assert earlier == [[old.fingerprint]]
-        assert objectives.state() == json.loads(json.dumps(tokens))
+        assert json.dumps(objectives.state()) == json.dumps(tokens)
         assert make_plan(settings, [new], objectives, known_as=earlier[0]).fingerprint == plan.fingerprint
     (line,) = (tmp_path / "run" / "plan.jsonl").read_text().splitlines()
     event = json.loads(line)

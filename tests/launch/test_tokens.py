@@ -10,6 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import tests.launch.test_check_data as driving
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch.cli import main
@@ -149,3 +150,15 @@ def test_the_command_line(dataset, row, tmp_path, capsys, monkeypatch):
     assert page.read_text() == as_html(row)
     assert main(["tokens", dataset[0], "--row", "4"]) == 3
     assert "--row 4: a batch of this recipe has rows 0 … 3" in capsys.readouterr().err
+
+
+def test_a_row_with_a_bad_value_is_shown_as_training_gets_it(tmp_path):
+    index = driving.dataset(str(tmp_path / "data"), {"observation": np.nan})
+    file = driving.recipe(tmp_path, index.url)
+    settings = load_recipe(file, ["data.on_bad_value=quarantine"])
+    plan = make_plan(settings, [index], Objectives(settings, [index]))
+    planned = plan.windows(0)
+    shows = (planned.episode == 3) & (planned.start <= 10) & (planned.start + planned.units > 10)
+    row = load_row(str(file), ["data.on_bad_value=quarantine"], 0, int(planned.row[shows][0]))
+    assert row.used
+    assert not any(w.episode == "e3" and w.start <= 10 < w.start + w.steps for w in row.windows)
