@@ -179,5 +179,5 @@ def test_an_expert_may_give_an_array_of_one_number(tmp_path):
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
 def test_a_noise_that_means_nothing_is_refused(noise, tmp_path):
-    with pytest.raises(DataError, match="noise .* is not a number of at least 0"):
+    with pytest.raises(DataError, match=r"noise .* is not a number of at least 0"):
         collect(CART, str(tmp_path / "data"), 1, noise=noise)
