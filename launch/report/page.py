@@ -220,7 +220,7 @@ def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
     cards = []
     for name, task in (evaluation or {"tasks": {}})["tasks"].items():
         for picture in task.get("pictures", []):
-            path = folder / Path(picture["file"]).name
+            path = folder / Path(picture.get("file", "")).name  # none if it could not be drawn
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
                 image = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
