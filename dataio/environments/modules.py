@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -48,9 +49,9 @@ def load(module: str, wanted_by: str) -> ModuleType:
     Raises DataError, which names `wanted_by`, if the import fails.
     """
     top, here = module.partition(".")[0], os.getcwd()
-    if here not in sys.path and any(os.path.exists(os.path.join(here, top + end)) for end in (".py", "/__init__.py")):
-        sys.path.append(here)  # last, so that no file of the folder hides an installed module
     importlib.invalidate_caches()
+    if top not in sys.modules and PathFinder.find_spec(top) is None and PathFinder.find_spec(top, [here]) is not None:
+        sys.path.append(here)  # last, so that no file of the folder hides an installed module
     try:
         return importlib.import_module(module)
     except Exception as error:

@@ -38,7 +38,7 @@ def _first(names: Sequence[str], modules: Sequence[str], limit: float) -> list[T
     """The answers of one child: to all names, or up to the first that ended it."""
     with tempfile.TemporaryDirectory(prefix="tiphys-probe-") as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-m", __name__, json.dumps([list(names), list(modules), folder])]
+        command = [sys.executable, "-P", "-m", __name__, json.dumps([list(names), list(modules), folder])]
         with log.open("wb") as output:  # a file, because a pipe stays open as long as any grandchild lives
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

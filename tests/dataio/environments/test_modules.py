@@ -65,6 +65,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_module_of_the_current_folder_is_found(folder):
+    (folder / "json.py").write_text("raise OSError('this folder hides no installed module')")
     assert made("my_line:Line-v0").max_steps == 7
 
 
