@@ -143,6 +143,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -157,5 +158,11 @@ def _data(recipe: Recipe, seen: Examined) -> Iterator[str]:
         objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
-    else:
-        yield from _located(freeze_errors(recipe, objectives), seen.where)
+        return
+    yield from _located(freeze_errors(recipe, objectives), seen.where)
+    try:
+        make_plan(recipe, indexes, objectives)
+        if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
+            make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+    except ValueError as error:
+        yield f"{seen.where('data.mixture')}: {error}"
