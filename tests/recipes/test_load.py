@@ -168,7 +168,7 @@ TEXTS = st.sampled_from(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=3), st.dictionaries(TEXTS, TEXTS, max_size=3))
 def test_texts_survive_being_written_as_yaml_and_read(tmp_path_factory, name, tasks, section):
     file = tmp_path_factory.getbasetemp() / "written.yaml"
