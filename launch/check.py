@@ -146,8 +146,9 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.check_data import data_errors
-    from tiphys.launch.check_environments import environment_errors
+    from tiphys.launch.checks.data import data_errors
+    from tiphys.launch.checks.environments import environment_errors
+    from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -162,8 +163,17 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
         objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
-    else:
-        yield from _located(freeze_errors(recipe, objectives), seen.where)
-        yield from data_errors(recipe, indexes, objectives, seen.where)
-        if environments:
-            yield from environment_errors(recipe, objectives, seen.where)
+        return
+    yield from _located(freeze_errors(recipe, objectives), seen.where)
+    wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    yield from wrong
+    if environments:
+        yield from environment_errors(recipe, objectives, seen.where)
+    if wrong:
+        return
+    try:
+        make_plan(recipe, indexes, objectives)
+        if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
+            make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+    except ValueError as error:
+        yield f"{seen.where('data.mixture')}: {error}"

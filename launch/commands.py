@@ -63,7 +63,7 @@ def check(args: Namespace) -> int:
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     print(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
-        from tiphys.launch.check_data import bad_fields
+        from tiphys.launch.checks.data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
 

@@ -13,7 +13,7 @@ from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import rank_reports
 from tiphys.launch.changed_data import settle
-from tiphys.launch.check_data import bad_fields
+from tiphys.launch.checks.data import bad_fields
 from tiphys.launch.finish import finish, start_evaluation, write_report_of
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (

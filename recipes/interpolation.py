@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-MOST_VALUES = 20_000
+MOST_VALUES = 5_000
 LONGEST = 10_000  # characters of a text
 DEEPEST = 20  # keys that refer to each other
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -118,9 +119,13 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
     if wrong:
         yield from wrong
         return
+    for container, kind in ((list, "a list"), (dict, "a section with keys")):
+        if (typing.get_origin(hint) or hint) is container and not isinstance(value, container):
+            yield f"{where(at)}: must be {kind}, not {value!r}"
+            return
     try:
         read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
-    except (OmegaConfBaseException, OverflowError) as error:
+    except (OmegaConfBaseException, OverflowError, TypeError, ValueError) as error:
         yield f"{where(at)}: {first_line(error)}"
         return
     problem = key_of(of).problem(read[name])

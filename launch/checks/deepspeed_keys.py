@@ -137,8 +137,9 @@ def key_errors(config: Mapping[str, Any], device: bool) -> Iterator[Error]:
             yield from _model_errors(name, value)
             if name == "zero_optimization":
                 yield from _zero_errors(at, value, device)
-            elif value.get("bf16_master_weights_and_grads"):
-                yield f"{at}.bf16_master_weights_and_grads", "a checkpoint holds fp32 master weights; remove it"
+            masters = f"{'fp16' if name == 'fp16' else 'bf16'}_master_weights_and_grads"
+            if value.get(masters):
+                yield f"{at}.{masters}", "a checkpoint holds fp32 master weights; remove it"
 
 
 def config_errors(recipe: Recipe, world: int) -> Iterator[Error]:

@@ -39,8 +39,8 @@ ANYTHING = [None, True, 0, 1, -1, 0.5, "x", "1e-3", [], {}, [1], {"x": 1}]
 
 def values(hint: Any, key: Key) -> list[Any]:
     """Values of a key of this type, of which some are wrong."""
-    if key.size:
-        return ["0", "1k", "64MiB", "x"]
+    if key.size:  # how much memory is enough depends on the data
+        return ["64MiB", "1.5GiB", "2 TB", "x"]
     edges = [edge for edge in (key.low, key.above, key.below) if edge is not None]
     if isinstance(hint, type) and issubclass(hint, Enum):
         return [member.value for member in hint]

@@ -71,7 +71,7 @@ def test_references_that_multiply_are_bounded(tmp_path):
     chain = {f"c{i}": f"${{deepspeed.c{i + 1}}}" for i in range(60)} | {"c60": 1}
     for values, words in (
         (texts, "more than 10000 characters|refer to each other"),
-        (lists, "more than 20000 values"),
+        (lists, "more than 5000 values"),
         (chain, "more than 20 keys"),
     ):
         with pytest.raises(RecipeError, match=words):

@@ -66,6 +66,12 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path):
         ("name: a\nrun: {dir: x}\ndata: {mixture: [{weight: 1}]}\n", "data.mixture[0].dataset is missing"),
         ("name: a\nrun: {dir: x}\nmodel: 3\n", "model: must be a section with keys, not 3"),
         ("name: a\nrun: {dir: x}\ndata: {mixture: {dataset: a}}\n", "data.mixture: must be a list"),
+        (
+            "name: a\nrun: {dir: x}\nobjectives: {bc: {options: [1]}}\n",
+            "objectives.bc.options: must be a section with keys",
+        ),
+        ("name: a\nrun: {dir: x}\nevaluate: {tasks: a}\n", "evaluate.tasks: must be a list, not 'a'"),
+        ("name: a\nrun: {dir: x}\ndeepspeed: [1]\n", "deepspeed: must be a section with keys"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path, text, words):
@@ -162,7 +168,7 @@ TEXTS = st.sampled_from(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(TEXTS, st.lists(TEXTS, max_size=3), st.dictionaries(TEXTS, TEXTS, max_size=3))
 def test_texts_survive_being_written_as_yaml_and_read(tmp_path_factory, name, tasks, section):
     file = tmp_path_factory.getbasetemp() / "written.yaml"
