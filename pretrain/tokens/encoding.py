@@ -313,7 +313,10 @@ class Encoding:
 
     def counted(self, field: FieldSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The number of values of each entry of a discrete field, and its lowest value."""
-        return discrete_range(field, self.statistics.get(field.name), self.where(field), exact=not self.superset)
+        found = self.statistics.get(field.name)
+        # If the statistics count the values beyond the range, `data.on_bad_value` decides what is done about them
+        exact = not self.superset and (found is None or found.beyond is None)
+        return discrete_range(field, found, self.where(field), exact=exact)
 
     def gato_bins(self, field: FieldSpec) -> Codec:
         return Bins("", field.shape, self.ranges.continuous, CONTINUOUS_BINS, companded=True, dtype=field.dtype)
