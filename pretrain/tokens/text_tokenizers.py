@@ -25,16 +25,14 @@ def load(path: str, vocabulary: int) -> str:
         raise DataError(f"model.text_tokenizer: {error}") from None
     except OSError as error:
         raise DataError(f"model.text_tokenizer: {path} cannot be read: {error.strerror or error}") from None
-    try:
-        if path.endswith(".model"):
-            from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
+    if path.endswith(".model"):
+        from tiphys.pretrain.tokens.sentencepiece import to_tokenizer
 
-            definition = to_tokenizer(data, path)
-        else:
-            definition = data.decode("utf-8")
+        definition = to_tokenizer(data, path)
+    else:
+        definition = data.decode("utf-8", "replace")
+    try:
         size = TextTokenizer(definition).size
-    except DataError:
-        raise
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"model.text_tokenizer: {path} is not a valid tokenizer: {error}") from error
     if size > vocabulary:
