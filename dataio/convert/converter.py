@@ -72,6 +72,7 @@ class Converter(ABC):
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source
         self.options = dict(options or {})
+        self.dropped: frozenset[str] = frozenset()  # fields that the mapping file drops; they need not be decoded
         unknown = sorted(set(self.options) - self.options_known)
         if unknown:
             known = ", ".join(sorted(self.options_known)) or "none"

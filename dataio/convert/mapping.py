@@ -152,6 +152,11 @@ class Mapping:
         except (TypeError, ValueError) as error:
             raise DataError(f"mapping: {error}") from None
 
+    def dropped(self, found: list[TaskSpec]) -> tuple[str, ...]:
+        """The names in the source of the fields that the file drops."""
+        names = {f.name for t in found for f in t.fields}
+        return tuple(sorted(n for n in names if self.field_settings(n).get("drop")))
+
     def episode(self, episode: Episode) -> Episode:
         """The episode as it will be stored."""
         fields: dict[str, Any] = {}

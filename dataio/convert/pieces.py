@@ -70,6 +70,7 @@ class Job:
     tasks: tuple[dict[str, Any], ...]
     mapping: dict[str, Any]
     encodings: dict[str, dict[str, Any]]
+    dropped: tuple[str, ...]  # names of fields in the source
     shard_bytes: int
     skip_bad: bool
     memory: int
@@ -127,6 +128,7 @@ def convert(
         tasks=tuple(t.to_dict() for t in tasks),
         mapping=rules.to_dict(),
         encodings={k: asdict(e) for k, e in encodings.items()},
+        dropped=rules.dropped(found),
         shard_bytes=shard_bytes,
         skip_bad=skip_bad,
         memory=memory,
@@ -196,10 +198,12 @@ _readers: dict[str, Reader] = {}  # the reader of this process, used again for t
 
 def _reader(job: Job) -> Reader:
     options = job.mapping.get("options") or {}
-    key = json.dumps([job.source, job.target, options, job.memory, job.timeout], sort_keys=True)
+    key = json.dumps([job.source, job.target, options, job.dropped, job.memory, job.timeout], sort_keys=True)
     if key not in _readers:
         _close_readers()
-        _readers[key] = Reader(job.source, job.target, options, memory=job.memory, timeout=job.timeout)
+        _readers[key] = Reader(
+            job.source, job.target, options, dropped=job.dropped, memory=job.memory, timeout=job.timeout
+        )
     return _readers[key]
 
 

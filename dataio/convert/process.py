@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, BinaryIO
@@ -60,11 +60,13 @@ class Reader:
         target: str,
         options: Mapping[str, Any] | None = None,
         *,
+        dropped: Sequence[str] = (),
         memory: int = MEMORY,
         timeout: float = TIMEOUT,
     ):
         self._source = source
         self._job: dict[str, Any] = {"source": source, "target": target, "options": dict(options or {})}
+        self._job["dropped"] = list(dropped)
         self._memory, self._timeout = memory, timeout
         self._child: subprocess.Popen[bytes] | None = None
         self._answers = -1  # file descriptor of the pipe
@@ -227,6 +229,7 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
         _send(out, _RESULT, recognise(source, request["known"]))
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
+    converter.dropped = frozenset(request["dropped"])
     if request["operation"] == "plan":
         pieces = converter.pieces()
         plan = {

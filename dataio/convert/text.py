@@ -11,15 +11,16 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, BinaryIO, cast
 
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
-from tiphys.dataio.convert.infer import field_spec, texts
+from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
 from tiphys.dataio.convert.parquet import batches, open_parquet, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.format.captions import clean_text, decode_text
 
 _PIECE_BYTES = 256 << 20  # approximate size of a piece
 _TEXT_KEYS = ("text", "content", "document", "caption")
@@ -39,8 +40,8 @@ class Text(Converter):
         for path in source.files:
             if path.endswith(_JSON):
                 with ExitStack() as stack:
-                    line = _open(source, path, stack).readline(1 << 20)
-                    value = parse_json(line, source.where(path))
+                    lines = _lines(_open(source, path, stack), source.where(path))
+                    value = parse_json(next(lines, b""), source.where(path))
                     return (
                         0.5
                         if isinstance(value, dict) and any(isinstance(value.get(c), str) for c in _TEXT_KEYS)
@@ -63,6 +64,21 @@ class Text(Converter):
     def tasks(self) -> list[TaskSpec]:
         return [TaskSpec(self.source.name, (field_spec("text", "str", (), per="episode"),))]
 
+    def notes(self) -> list[str]:
+        """The keys of the first line, or the columns, that are not converted."""
+        path, wanted = self._files[0], {*_TEXT_KEYS, self.options.get("column")}
+        others: list[str] = []
+        if path.endswith(".parquet"):
+            with open_parquet(self.source, path) as file:
+                others = [c for c in file.schema_arrow.names if c not in wanted]
+        elif path.endswith(_JSON):
+            with ExitStack() as stack:
+                line = next(_lines(_open(self.source, path, stack), self.source.where(path)), b"{}")
+                value = attempt(partial(parse_json, line, ""), "")
+                others = [k for k in value if k not in wanted] if isinstance(value, dict) else []
+        listed = ", ".join(others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
+        return [f"left out: {listed} (a document is one text)"] if others else []
+
     def pieces(self) -> list[Piece]:
         return group_files(self.source, self._files, _PIECE_BYTES)
 
@@ -78,7 +94,8 @@ class Text(Converter):
 
     def _episode(self, path: str, line: int, document: str | bytes, where: str) -> Item:
         def make() -> Episode:
-            text = str(texts([document], where)[0])
+            decoded = decode_text(document, where) if isinstance(document, bytes) else document
+            text = clean_text(decoded, where)
             return Episode(f"{self.source.name}/{path}/{line:08d}", self.source.name, {"text": text}, 0)
 
         return attempt(make, where)

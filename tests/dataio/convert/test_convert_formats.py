@@ -92,7 +92,7 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
 def test_depth_images_of_rlds() -> None:
     """TFDS stores a float32 depth image as a PNG whose four channels are the bytes of each number."""
     from tests.dataio.convert.convert_sources import picture
-    from tiphys.dataio.convert.rlds import _images
+    from tiphys.dataio.convert.rlds_values import _images
     from tiphys.dataio.convert.tfds import Feature
 
     depth = np.random.default_rng(0).normal(size=(2, 16, 18, 1)).astype(np.float32)
