@@ -111,6 +111,12 @@ def length(dataset: Any, where: str) -> int:
     return int(dataset.shape[0])
 
 
+def is_text(dataset: Any) -> bool:
+    import h5py
+
+    return h5py.check_string_dtype(dataset.dtype) is not None
+
+
 def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Rows [start, stop) as a plain array; text as StringDType."""
     import h5py

@@ -18,8 +18,8 @@ import numpy as np
 from tiphys.dataio.convert import hdf5, spaces
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.exported import restore, tasks_of
-from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, texts
-from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
+from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, role_of, safe_name, texts
+from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, check_shape, decode_image, parse_json
 from tiphys.dataio.convert.parquet import to_rows, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
@@ -27,6 +27,7 @@ from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 MAIN = "main_data.hdf5"
 EXPORTED = "tiphys"  # what our export adds to metadata.json and to each episode
 _PIECE_BYTES = 256 << 20  # of a piece, about
+_DERIVED = ("total_steps", "rewards_max", "rewards_mean", "rewards_min", "rewards_std", "rewards_sum")  # not kept
 _RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
 _SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
 
@@ -93,7 +94,18 @@ class Minari(Converter):
             else:
                 metadata["episodes"], metadata["bytes"] = self._arrow_episodes(folder)
             out[folder] = metadata
+        self._check_ids({f: str(m.get("dataset_id") or f) for f, m in out.items()})
         return out
+
+    def _check_ids(self, ids: Mapping[str, str]) -> None:
+        """Raises DataError if two folders hold the same dataset, because their episodes would have equal ids."""
+        for dataset_id in ids.values():
+            folders = [f for f, i in ids.items() if i == dataset_id]
+            if len(folders) > 1:
+                raise DataError(
+                    f"{self.source.url}: dataset {dataset_id!r} is there more than once, in {', '.join(folders)}; "
+                    "convert one of these folders"
+                )
 
     def _is_hdf5(self, folder: str) -> bool:
         return self._path(folder, MAIN) in self.source.files
@@ -243,10 +255,12 @@ class Minari(Converter):
         if "infos" in group:
             infos = hdf5.member(group, "infos", where)
             for key, dataset in hdf5.datasets(infos, f"{where}, infos").items() if hasattr(infos, "keys") else ():
-                if dataset.dtype.kind in "biuf" and dataset.shape:
+                if dataset.shape and (dataset.dtype.kind in "biuf" or hdf5.is_text(dataset)):
                     fields[f"info.{key}"] = hdf5.read(dataset, f"{where}, infos.{key}")
-        info = {k: v for k in ("seed", "id") if (v := hdf5.attribute(group, k)) is not None}
-        return self._episode(folder, number, fields, info, where)
+                else:
+                    self._left_out[f"infos/{key} (neither numbers nor texts by step)"] = None
+        metadata = {k: hdf5.attribute(group, k) for k in list(group.attrs)[:FIELDS]}
+        return self._episode(folder, number, fields, metadata, where)
 
     # ---- Arrow, Parquet
 
@@ -275,12 +289,10 @@ class Minari(Converter):
         for part, name in _RESULTS.items():
             fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
         if "infos" in table.schema.names:
-            fields.update(_infos(_column(table, "infos", where), "info", where))
+            fields.update(_infos(_column(table, "infos", where), "info", where, self._left_out))
         path = self._path(folder, f"{number}/metadata.json")
         metadata = self.source.json(path) if self.source.exists(path) else {}
-        metadata = metadata if isinstance(metadata, dict) else {}
-        info = {k: metadata[k] for k in ("seed", "id") if isinstance(metadata.get(k), int | str)}
-        return self._episode(folder, number, fields, info, where)
+        return self._episode(folder, number, fields, _flat(metadata), where)
 
     def _table(self, path: str, where: str) -> Any:
         import pyarrow as pa
@@ -300,7 +312,18 @@ class Minari(Converter):
 
     # ---- both
 
-    def _episode(self, folder: str, number: int, fields: dict[str, Any], info: dict[str, Any], where: str) -> Episode:
+    @cached_property
+    def _left_out(self) -> dict[str, None]:
+        """What is not converted, in the episodes that were read."""
+        return {}
+
+    def notes(self) -> list[str]:
+        return [f"left out: {name}" for name in self._left_out]
+
+    def _episode(
+        self, folder: str, number: int, fields: dict[str, Any], metadata: Mapping[str, Any], where: str
+    ) -> Episode:
+        """metadata: single values that belong to the whole episode, such as `options/task`"""
         reward = fields["reward"]
         steps = len(reward)
         if reward.ndim != 1 or not 0 < steps <= EPISODE_STEPS:
@@ -312,6 +335,14 @@ class Minari(Converter):
         for name in [n for n in fields if n.startswith("info.")]:
             if len(fields[name]) not in (steps, steps + 1):
                 del fields[name]
+                self._left_out[f"infos/{name.removeprefix('info.')} (not one value for each step)"] = None
+        info = {}
+        for key, value in metadata.items():
+            name = safe_name(key.replace("/", "."))
+            if isinstance(value, str) and name not in fields and role_of(name, "text") == "text":
+                fields[name] = str(texts([value], f"{where}, {key}")[0])
+            elif key not in _DERIVED and isinstance(value, str | int | float | bool):
+                info[key] = value
         success = fields.get("info.success", fields.get("info.is_success"))
         task = self._task_name(folder)
         return Episode(
@@ -404,8 +435,16 @@ def _column(table: Any, name: str, where: str) -> Any:
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
 
-def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
-    """Fields from the members of the struct `infos`, at any depth, except texts and members with nulls."""
+def _flat(metadata: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested objects: path with slashes -> value."""
+    out: dict[str, Any] = {}
+    for key, value in metadata.items() if isinstance(metadata, dict) else ():
+        out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
+def _infos(column: Any, prefix: str, where: str, left_out: dict[str, None]) -> dict[str, np.ndarray]:
+    """Fields from the members of the struct `infos`, at any depth. Members with nulls are left out."""
     import pyarrow as pa
 
     out: dict[str, np.ndarray] = {}
@@ -415,8 +454,12 @@ def _infos(column: Any, prefix: str, where: str) -> dict[str, np.ndarray]:
         kind, child = column.type.field(i), column.field(i)
         name = f"{prefix}.{kind.name}"
         if pa.types.is_struct(kind.type):
-            out.update(_infos(child, name, where))
-        elif not (pa.types.is_string(kind.type) or pa.types.is_null(kind.type)) and not child.null_count:
+            out.update(_infos(child, name, where, left_out))
+        elif pa.types.is_null(kind.type) or child.null_count:
+            left_out[f"infos/{name.removeprefix('info.')} (some steps have no value)"] = None
+        elif pa.types.is_string(kind.type) or pa.types.is_large_string(kind.type):
+            out[name] = texts(values(child, where), f"{where}, {name}")
+        else:
             array = to_rows(child, f"{where}, {name}")
             shape = (kind.metadata or {}).get(b"shape", b"").decode("ascii", "replace")
             sizes = [int(s) for s in shape.split(",") if s.isdigit()]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.convert.archive import open_member, open_zip
-from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, cut, group_files, whole_number
 from tiphys.dataio.convert.exported import restore, tasks_of
 from tiphys.dataio.convert.infer import canonical, channels_last, texts
 from tiphys.dataio.convert.limits import (
@@ -40,6 +40,7 @@ _FLAGS = ("terminated", "truncated")
 
 class Npz(Converter):
     name = "npz"
+    options_known = frozenset({"max_steps"})
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -62,6 +63,18 @@ class Npz(Converter):
 
     def tasks(self) -> list[TaskSpec]:
         return self._exported_tasks or super().tasks()
+
+    @cached_property
+    def _without_ends(self) -> dict[str, int]:
+        """File -> its steps, if it is the only one of the source and was read as one episode."""
+        return {}
+
+    def notes(self) -> list[str]:
+        return [
+            f"{path}: no end of an episode was found, so all {steps:,} steps are one episode; to cut after N steps, set "
+            "`options: {max_steps: N}` in the mapping file"
+            for path, steps in self._without_ends.items()
+        ]
 
     def pieces(self) -> list[Piece]:
         return group_files(self.source, self._files, _PIECE_BYTES)
@@ -104,11 +117,17 @@ class Npz(Converter):
         identity = f"{self.source.name}/{base}" if not self.source.single else base
         fields = {canonical(k.replace("/", ".")): v for k, v in arrays.items()}
         bounds = _bounds(fields, where)
-        if bounds is None:
+        max_steps = whole_number(self.options, "max_steps")
+        if bounds is None and not max_steps:
+            if len(self._files) == 1 and not any(fields[n].any() for n in _FLAGS if n in fields):
+                self._without_ends[path] = _steps(fields, where)
             return [lambda: self._episode(fields, identity, where)]
+        total = bounds[-1] if bounds is not None else _steps(fields, where)
+        extra = bounds is None  # then observations may have a row after the last action, and so has each part
+        bounds = cut(bounds or [0, total], max_steps)
 
         def read(i: int) -> Episode:
-            rows = _slice_rows(fields, bounds[i], bounds[i + 1], bounds[-1])
+            rows = _slice_rows(fields, bounds[i], bounds[i + 1], total, extra)
             return self._episode(rows, f"{identity}/{i:06d}", f"{where}, episode {i}")
 
         return [partial(read, i) for i in range(len(bounds) - 1)]
@@ -170,9 +189,17 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
     return bounds
 
 
-def _slice_rows(fields: dict[str, np.ndarray], begin: int, end: int, rows: int) -> dict[str, np.ndarray]:
-    """Rows begin … end of every array over all `rows` steps; shorter arrays and scalars as they are."""
-    return {k: v[begin:end] if v.ndim and len(v) >= rows else v for k, v in fields.items()}
+def _slice_rows(
+    fields: dict[str, np.ndarray], begin: int, end: int, rows: int, extra: bool = False
+) -> dict[str, np.ndarray]:
+    """Rows begin … end of every array over all `rows` steps; shorter arrays and scalars as they are.
+
+    extra: an array of `rows + 1` rows also keeps the row at `end`
+    """
+    return {
+        k: v[begin : end + (extra and len(v) == rows + 1)] if v.ndim and len(v) >= rows else v
+        for k, v in fields.items()
+    }
 
 
 def _exported_episode(arrays: dict[str, np.ndarray], metadata: Any, tasks: list[TaskSpec], where: str) -> Episode:

@@ -349,12 +349,18 @@ def minari_env() -> Any:
             super().reset(seed=seed)
             self.observation_space.seed(seed)
             self.time, self.length = 0, LENGTHS[(seed or 0) % len(LENGTHS)]
-            return self.observation_space.sample(), {"speed": 0.0}
+            return self.observation_space.sample(), {"speed": 0.0, "mission": "go"}
 
         def step(self, action: Any) -> Any:
             self.time += 1
             end = self.time >= self.length
-            return self.observation_space.sample(), float(self.time), end, False, {"speed": float(self.time)}
+            return (
+                self.observation_space.sample(),
+                float(self.time),
+                end,
+                False,
+                {"speed": float(self.time), "mission": "go"},
+            )
 
     return Everything()
 
@@ -374,7 +380,7 @@ def minari(folder: Path, data_format: str = "hdf5") -> Expected:
             env = DataCollector(minari_env(), record_infos=True, data_format=data_format)
             env.action_space.seed(0)
             for number in range(len(LENGTHS)):
-                env.reset(seed=number)
+                env.reset(seed=number, options={"task": f"pick {number}"})
                 done = False
                 while not done:
                     *_, terminated, truncated, _ = env.step(env.action_space.sample())
@@ -409,6 +415,8 @@ def minari(folder: Path, data_format: str = "hdf5") -> Expected:
             "terminated": e.terminations,
             "truncated": e.truncations,
             "info.speed": np.asarray(e.infos["speed"]).reshape(-1),
+            "info.mission": "go",
+            "options.task": f"pick {e.id}",
         }
         out[f"toy/data-v0/{e.id:06d}"] = (len(e.rewards), fields)
     return out
