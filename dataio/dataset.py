@@ -132,8 +132,10 @@ def _spread(values: np.ndarray) -> dict[str, Any]:
 def merge(urls: Sequence[str], destination: str) -> EpisodeIndex:
     """Make one dataset of the episodes of several. Its index points to their shards, which must stay where they are.
 
-    Raises DataError if two datasets declare a task of the same name differently.
+    Raises DataError if two datasets declare a task of the same name differently, or if there is no episode at all.
     """
+    if not urls:
+        raise DataError(f"{destination}: there is nothing to merge; name at least one dataset")
     return _assemble([_Source(url) for url in urls], destination)
 
 
@@ -164,8 +166,18 @@ def filter(
     success                  keep only episodes that are known to have succeeded
     min_steps, max_steps     bounds of the number of actions, inclusive
 
-    Raises DataError if a name or glob matches nothing.
+    Raises DataError if a name or glob matches nothing, or if no episode meets all conditions.
     """
+    given = {
+        "tasks": list(tasks),
+        "agents": list(agents),
+        "min_return": min_return,
+        "max_return": max_return,
+        "top": top,
+        "success": success,
+        "min_steps": min_steps,
+        "max_steps": max_steps,
+    }
     index = EpisodeIndex.open(url)
     keep = np.ones(index.episodes, bool)
     if tasks:
@@ -187,6 +199,12 @@ def filter(
         if not 0 < top <= 1:
             raise ValueError(f"top must be a share in (0, 1], not {top}")
         keep &= _top(index, keep, top)
+    if not keep.any():
+        conditions = ", ".join(f"{k}={v}" for k, v in given.items() if v not in (None, False, []))
+        raise DataError(
+            f"{url}: none of its {index.episodes:,} episodes meets {conditions or 'an empty filter'}, so {destination} is not "
+            "written; `tiphys inspect` shows returns and lengths"
+        )
     return _assemble([_Source(url, keep)], destination)
 
 
@@ -194,11 +212,17 @@ def split(url: str, first: str, second: str, share: float) -> tuple[EpisodeIndex
     """Make two datasets of one; about `share` of the episodes go to the second.
 
     The hash of an episode's id decides, by the rule of `EpisodeIndex.held_out`: the same id goes to the same side in every
-    dataset.
+    dataset. Raises DataError if one of the two would have no episode; nothing is written then.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
-    chosen = EpisodeIndex.open(url).held_out(share)
+    index = EpisodeIndex.open(url)
+    chosen = index.held_out(share)
+    if chosen.all() or not chosen.any():
+        raise DataError(
+            f"{url}: with share {share}, {int(chosen.sum()):,} of {index.episodes:,} episodes go to {second} and "
+            f"{int((~chosen).sum()):,} to {first}; both need at least one, so nothing is written. Choose another share"
+        )
     return _assemble([_Source(url, ~chosen)], first), _assemble([_Source(url, chosen)], second)
 
 
@@ -254,6 +278,10 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
             statistics.merge(Statistics.read(scratch / "statistics.parquet"))
             partial = partial or source.keep is not None or bool(document.get("statistics_of_superset"))
         used = _used(parts)
+        if not used:
+            raise DataError(
+                f"{destination}: {', '.join(s.url for s in sources)} hold no episode; an empty dataset is not written"
+            )
         combine(parts, scratch / INDEX, list(tasks.values()), [s for n, s in shards.items() if n in used])
         more: dict[str, Any] = {"quarantine": quarantine} if quarantine else {}
         if partial:

@@ -22,6 +22,8 @@ def open_zip(stream: BinaryIO, where: str) -> Iterator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(stream)
+    except SourceUnavailable:
+        raise
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, OverflowError) as error:
         raise DataError(f"{where}: not a readable zip ({error})") from None
     with archive:
@@ -78,6 +80,8 @@ class _MemberStream(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         try:
             data = self._stream.read(min(len(view), 1 << 22))
+        except SourceUnavailable:
+            raise
         except Exception as error:
             raise DataError(f"{self._where}: the member is damaged ({type(error).__name__}: {error})") from None
         view[: len(data)] = data

@@ -12,10 +12,16 @@ from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from tiphys.dataio.convert.infer import infer_task
-from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.convert.names import AmbiguousNames, FieldNames
+from tiphys.dataio.convert.source import Source, SourceUnavailable, is_failure
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar")
+_PACKED = (*_ARCHIVES, ".gz", ".bz2", ".xz", ".zst")
 ENTRY_POINTS = "tiphys.converters"
+_UNPACK = "unpack it, and convert the folder that it holds"
+_MAX_NAME = 300  # characters
+_MAX_LEFT_OUT = 1000  # names that are listed as left out; a hostile source could have any number
 
 # name -> module:class
 BUILT_IN = {
@@ -68,12 +74,15 @@ class Converter(ABC):
     """
 
     name: ClassVar[str]
+    archives: ClassVar[tuple[str, ...]] = ()  # suffixes of the archives that this converter reads by itself
     options_known: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source
         self.options = dict(options or {})
         self.dropped: frozenset[str] = frozenset()  # fields that the mapping file drops; they need not be decoded
+        self.names = FieldNames()  # the reader process replaces it if there is a mapping file
+        self.left_out: dict[str, None] = {}  # lines of `leave_out`, in order
         unknown = sorted(set(self.options) - self.options_known)
         if unknown:
             known = ", ".join(sorted(self.options_known)) or "none"
@@ -116,6 +125,32 @@ class Converter(ABC):
     def notes(self) -> list[str]:
         """Remarks for the user on how the source was interpreted (a split without files, a field left out)."""
         return []
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Record that `name` in the source (an array, a text, a group, a file) is not converted. The summary lists it once.
+
+        Call it at any time, also while episodes are read. Neither argument should name an episode, because one line for
+        each episode helps nobody.
+        """
+        if len(self.left_out) < _MAX_LEFT_OUT:
+            self.left_out[f"left out: {name[:_MAX_NAME]} ({reason[:_MAX_NAME]})"] = None
+        else:
+            self.left_out["left out: more names, which are not listed"] = None
+
+    def check_archives(self, pieces: Iterable[Piece]) -> None:
+        """List the archives that no piece reads as left out. Their episodes would be missed otherwise."""
+        read = {f for p in pieces for f in p.data.get("files", ())}
+        for path in self.source.files:
+            if path.endswith(_ARCHIVES) and path not in read and not path.endswith(self.archives):
+                self.leave_out(path, f"an archive; {_UNPACK}")
+
+    def refuse_archive(self) -> None:
+        """Raises DataError if the source is one packed file, and not of this format."""
+        path = self.source.single
+        if path.endswith(_PACKED) and not path.endswith(self.archives) and not self.recognise(self.source):
+            raise DataError(
+                f"{self.source.url}: is an archive, which the format {self.name!r} does not read; {_UNPACK}"
+            )
 
     def versions(self, piece: Piece) -> list[str]:
         """Versions of the piece's files, so that a source that changed between two runs is noticed."""
@@ -169,14 +204,18 @@ def read_each(
 def attempt(read: Callable[[], T], where: str) -> T | BadEpisode:
     """The result of `read()`, or a BadEpisode with the reason.
 
-    A failing store or a missing package is not a fault of the episode and is raised.
+    A failing store or disk, a missing package or unclear names are not a fault of the episode and are raised.
     """
     try:
         return read()
-    except (SourceUnavailable, ImportError):
+    except (SourceUnavailable, ImportError, AmbiguousNames):
         raise
     except (DataError, FileNotFoundError) as error:
         return BadEpisode(where, str(error))
+    except OSError as error:
+        if is_failure(error.errno):
+            raise SourceUnavailable(f"{where}: {error}") from error
+        return BadEpisode(where, f"{type(error).__name__}: {error}")
     except MemoryError:
         return BadEpisode(where, "reading it needs more memory than a reader process may use")
     except Exception as error:  # damaged bytes make libraries raise anything
@@ -220,8 +259,26 @@ def recognise(source: Source, known: Mapping[str, str]) -> str:
     names = [name for name, score in scores.items() if score == best]
     if best <= 0:
         raise DataError(
-            f"{source.url}: has none of the known formats ({', '.join(known)}); name the format with --from"
+            f"{source.url}: has none of the known formats ({', '.join(known)}); {_advice(source)}name the format with --from"
         )
     if len(names) > 1:
         raise DataError(f"{source.url}: could be {' or '.join(names)}; name the format with --from")
     return names[0]
+
+
+_NOT_READ = {
+    _PACKED: _UNPACK,
+    (".pkl", ".pickle", ".pt", ".pth"): "pickles can run code and are never loaded; save the arrays as .npz or HDF5",
+    (".parquet", ".arrow", ".feather"): "tables are read only as LeRobot or Minari datasets, or with a column of texts",
+    (".csv", ".mat", ".npy", ".bag", ".mcap"): "write the episodes as .npz files",
+}
+
+
+def _advice(source: Source) -> str:
+    """What to do with files of a kind that no converter reads; empty if there is none."""
+    for suffixes, advice in _NOT_READ.items():
+        found = [p for p in source.files if p.lower().endswith(suffixes)]
+        if found:
+            more = f" and {len(found) - 1:,} more like it" if len(found) > 1 else ""
+            return f"it holds {found[0]}{more}: {advice}. Or "
+    return ""

@@ -103,8 +103,8 @@ class D4rl(Converter):
 
     def _ends(self, file: Any, rows: int, where: str) -> tuple[np.ndarray, str]:
         """The row after each step that ends an episode, ascending; and why some ends may be missing, or nothing."""
-        flags = [n for n in ("terminals", "timeouts") if n in file]
-        compare = "timeouts" not in flags and "next_observations" in file
+        flags = [n for n in ("terminals", "timeouts") if hdf5.has(file, n)]
+        compare = "timeouts" not in flags and hdf5.has(file, "next_observations")
         compare = compare and not hasattr(hdf5.member(file, "next_observations", where), "keys")
         found = [np.zeros(0, np.int64)]
         for start in range(0, rows, _SCAN_ROWS):
@@ -137,39 +137,48 @@ class D4rl(Converter):
         path, first, bounds = piece.data["files"][0], piece.data["first"], piece.data["bounds"]
         where = self.source.where(path)
         with hdf5.open_hdf5(self.source, path) as file:
-            columns = {k: d for k, d in hdf5.datasets(file, where).items() if not k.startswith("metadata")}
+            found = hdf5.datasets(file, where)
+            rows = hdf5.length(hdf5.member(file, "actions", where), f"{where}, actions")
+            columns = {k: d for k, d in found.items() if _is_by_step(k, d, rows)}
+            for key in sorted(found.keys() - columns.keys()):
+                self.leave_out(key, "not an array with one row per step")
+            usual = {k: _usual_name(k) for k in columns if k.partition(".")[0] != "next_observations"}
+            names = self.names.fields(usual, where)
 
             def place(i: int) -> str:
                 return f"{where}, episode {first + i} (rows {bounds[i]}–{bounds[i + 1]})"
 
             yield from read_each(
                 range(len(bounds) - 1),
-                lambda i: self._read(columns, path, first + i, bounds[i], bounds[i + 1], place(i)),
+                lambda i: self._read(columns, names, path, first + i, bounds[i], bounds[i + 1], place(i)),
                 place,
                 start,
             )
 
-    def _read(self, columns: dict[str, Any], path: str, number: int, begin: int, end: int, where: str) -> Episode:
+    def _read(
+        self,
+        columns: dict[str, Any],
+        names: dict[str, str],
+        path: str,
+        number: int,
+        begin: int,
+        end: int,
+        where: str,
+    ) -> Episode:
         task = self._task_name(path)
         fields: dict[str, Any] = {}
         steps = end - begin
-        for key, dataset in columns.items():
-            head, _, rest = key.partition(".")
-            if head == "next_observations":
-                continue
-            if not dataset.shape or dataset.shape[0] < end:
-                continue  # a constant, or an array that is not by step
-            value = hdf5.read(dataset, f"{where}, {key}", begin, end)
-            name = _NAMES.get(head, "info" if head == "infos" else f"info.{head}") + ("." + rest if rest else "")
+        for key, name in names.items():
+            value = hdf5.read(columns[key], f"{where}, {key}", begin, end)
             if name in ("reward", "terminated", "truncated"):
                 if value.size != steps:
                     raise DataError(f"{where}: `{key}` has shape {value.shape}, one number per step is expected")
                 value = value.reshape(steps)
             fields[name] = value.astype(bool) if name in ("terminated", "truncated") else channels_last(value)
         for key, dataset in columns.items():  # the observation after the last action
-            head, _, rest = key.partition(".")
-            name = "observation" + ("." + rest if rest else "")
-            if head == "next_observations" and name in fields:
+            head, dot, rest = key.partition(".")
+            name = names.get(f"observations{dot}{rest}", "")
+            if head == "next_observations" and name:
                 last = channels_last(hdf5.read(dataset, f"{where}, {key}", end - 1, end))
                 if last.shape != (1, *fields[name].shape[1:]):
                     raise DataError(
@@ -189,3 +198,16 @@ def _breaks(file: Any, start: int, stop: int, where: str) -> np.ndarray:
         raise DataError(f"{where}: the rows of `next_observations` have another shape than those of `observations`")
     same = (following == observations) | ((following != following) & (observations != observations))
     return ~same.all(axis=1)
+
+
+def _is_by_step(key: str, dataset: Any, rows: int) -> bool:
+    """Whether the dataset becomes a field. A required array that is too short does, so that its episodes are malformed."""
+    head = key.partition(".")[0]
+    if head in _NAMES or head == "next_observations":
+        return True
+    return head != "metadata" and bool(dataset.shape) and dataset.shape[0] >= rows
+
+
+def _usual_name(key: str) -> str:
+    head, dot, rest = key.partition(".")
+    return _NAMES.get(head, "info" if head == "infos" else f"info.{head}") + dot + rest

@@ -6,6 +6,7 @@ Soft and external links, datasets stored in other files, object references and c
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from tiphys.dataio.convert.infer import texts
 from tiphys.dataio.convert.limits import EPISODE_BYTES, FIELDS, check_shape
-from tiphys.dataio.convert.source import Source, SourceUnavailable
+from tiphys.dataio.convert.names import AmbiguousNames
+from tiphys.dataio.convert.source import Source, SourceUnavailable, is_failure
 from tiphys.dataio.episode import DataError
 
 _KINDS = "biuf"  # dtype kinds that are read as arrays
@@ -31,6 +33,7 @@ def open_hdf5(source: Source, path: str) -> Iterator[Any]:
         try:
             file = h5py.File(source.local_path(path) or stream, "r")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
+            check_disk(error, source.where(path))
             raise DataError(f"{source.where(path)}: not a readable HDF5 file ({error})") from None
         with file:
             try:
@@ -38,6 +41,7 @@ def open_hdf5(source: Source, path: str) -> Iterator[Any]:
             except (SourceUnavailable, FileNotFoundError):
                 raise
             except (OSError, RuntimeError) as error:  # any access to a group can hit damage
+                check_disk(error, source.where(path))
                 raise DataError(f"{source.where(path)}: the HDF5 structure is damaged ({error})") from None
 
 
@@ -72,18 +76,25 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     return parts + ([(int(number), "")] if number else [])
 
 
+def has(group: Any, name: str) -> bool:
+    """Whether the group has this member. A link is not followed, unlike by h5py's `name in group` and `group.get`."""
+    return hasattr(group, "keys") and "/" not in name and bool(group.id.links.exists(name.encode()))
+
+
 def member(group: Any, name: str, where: str) -> Any:
     """A member of the group, if it is stored in this file."""
     import h5py
 
-    link = group.get(name, getlink=True)
-    if link is None:
+    if not has(group, name):
         raise DataError(f"{where}: has no {name!r}")
-    if not isinstance(link, h5py.HardLink):
-        raise DataError(f"{where}/{name}: is a link ({type(link).__name__}); links are not followed")
+    kind = group.id.links.get_info(name.encode()).type
+    if kind != h5py.h5l.TYPE_HARD:
+        names = {h5py.h5l.TYPE_SOFT: "SoftLink", h5py.h5l.TYPE_EXTERNAL: "ExternalLink"}
+        raise DataError(f"{where}/{name}: is a link ({names.get(kind, 'of another kind')}); links are not followed")
     try:
         return group[name]
     except (KeyError, OSError, RuntimeError, ValueError) as error:
+        check_disk(error, f"{where}/{name}")
         raise DataError(f"{where}/{name}: cannot be opened ({error})") from None
 
 
@@ -95,10 +106,15 @@ def datasets(group: Any, where: str, prefix: str = "", depth: int = 0) -> dict[s
     for name in names(group):
         child = member(group, name, where)
         dotted = f"{prefix}.{name}" if prefix else name
-        if hasattr(child, "keys"):
-            out.update(datasets(child, f"{where}/{name}", dotted, depth + 1))
-        elif hasattr(child, "shape"):
-            out[dotted] = child
+        found = datasets(child, f"{where}/{name}", dotted, depth + 1) if hasattr(child, "keys") else {}
+        if hasattr(child, "shape"):
+            found = {dotted: child}
+        for key in found.keys() & out.keys():
+            raise AmbiguousNames(
+                f"{where}: {out[key].name!r} and {found[key].name!r} both have the name {key!r} if `.` is written for `/`; "
+                "rename one of them in the file"
+            )
+        out.update(found)
         if len(out) > FIELDS:
             raise DataError(f"{where}: has more than {FIELDS:,} datasets")
     return out
@@ -136,6 +152,7 @@ def read(dataset: Any, where: str, start: int = 0, stop: int | None = None) -> n
     try:
         value = dataset[start : start + rows] if dataset.shape else dataset[()]
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        check_disk(error, where)
         raise DataError(f"{where}: cannot be read ({error})") from None
     if string is not None:
         flat = texts(np.asarray(value, dtype=object).reshape(-1).tolist(), where)
@@ -164,6 +181,7 @@ def read_bytes_rows(dataset: Any, where: str, start: int = 0, stop: int | None =
         blocks = (dataset[i : min(i + _BLOCK_ROWS, stop)] for i in range(start, stop, _BLOCK_ROWS))
         return [row.tobytes() for block in blocks for row in block]
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        check_disk(error, where)
         raise DataError(f"{where}: cannot be read ({error})") from None
 
 
@@ -182,14 +200,38 @@ def _check_chunks(dataset: Any, where: str) -> None:
             raise DataError(f"{where}: its chunks have {size:,} bytes each; at most {EPISODE_BYTES:,} are read")
 
 
+def check_disk(error: Exception, where: str) -> None:
+    """Raises SourceUnavailable if HDF5 failed because a read from the disk failed, not because the file is damaged.
+
+    HDF5 opens local files itself, and states the error of the system only in its text.
+    """
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found.group(1)) if found else error.errno if isinstance(error, OSError) else None
+    if is_failure(number):
+        raise SourceUnavailable(f"{where}: {error}") from error
+
+
 def attribute(holder: Any, name: str) -> Any:
     """An attribute as a plain Python value; None if it is missing or of an unsupported kind."""
     try:
         value = holder.attrs.get(name)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError):
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        check_disk(error, f"{holder.name}, attribute {name}")
         return None
     if isinstance(value, bytes | np.bytes_):
         return bytes(value).decode("utf-8", "replace")
     if isinstance(value, np.generic):
         return value.item()
     return value if isinstance(value, str | int | float | bool) else None
+
+
+def attributes(holder: Any, where: str) -> dict[str, Any]:
+    """All attributes: name -> plain Python value, or None for one of an unsupported kind."""
+    try:
+        found = sorted(str(n) for n in holder.attrs)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        check_disk(error, where)
+        raise DataError(f"{where}: the attributes cannot be read ({error})") from None
+    if len(found) > FIELDS:
+        raise DataError(f"{where}: has {len(found):,} attributes; at most {FIELDS:,} are read")
+    return {name: attribute(holder, name) for name in found}

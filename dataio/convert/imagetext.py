@@ -25,11 +25,12 @@ from tiphys.dataio.format import captions
 from tiphys.dataio.format.tar import split_name
 
 _TARS = (".tar", ".tar.gz", ".tgz")
-_INSPECTED = 64  # samples of a tar from which the format is recognised, and members without a use are noted
+_INSPECTED = 64  # samples of a tar from which the format is recognised
 
 
 class ImageText(Converter):
     name = "webdataset"
+    archives = _TARS
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -51,22 +52,6 @@ class ImageText(Converter):
         image = field_spec("image", np.uint8, (0, 0, 3), role="observation", modality="image")
         return [TaskSpec(self.source.name, (image, field_spec("text", "str", (), per="episode")))]
 
-    def notes(self) -> list[str]:
-        """Members of the first samples, and keys of their .json, that have no use."""
-        path = self._files[0]
-        found: dict[str, None] = {}
-        with self.source.open(path) as stream:
-            for _, members in islice(_samples(stream, path, self.source.where(path)), _INSPECTED):
-                for extension, data in members.items():
-                    kind = extension.rpartition(".")[2]
-                    if kind == "json":
-                        found.update((f"{k} in .{extension}", None) for k in _keys(data) if k not in captions.KEYS)
-                    elif kind not in (*captions.IMAGES, *captions.CAPTIONS):
-                        found[f".{extension}"] = None
-        listed = list(found)
-        more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-        return [f"left out: {', '.join(listed[:20])}{more} (neither picture nor caption)"] if listed else []
-
     def pieces(self) -> list[Piece]:
         return [Piece(f"{i:06d}", {"files": [path]}) for i, path in enumerate(self._files)]
 
@@ -83,9 +68,15 @@ class ImageText(Converter):
         try:
             identity = f"{self.source.name}/{path}/{captions.check_key(key)}"
             picture = captions.picture_extension(members)
-            text = captions.caption(members, picture, members.__getitem__)
+            text, source = captions.caption(members, picture, members.__getitem__)
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
+        reason = f"a sample has one image and one text: .{picture} and .{source}"
+        for extension in sorted(members.keys() - {picture, source}):
+            self.leave_out(f"members .{extension}", reason)
+        for name in _keys(members[source]) if source.rpartition(".")[2] == "json" else ():
+            if name not in captions.KEYS:
+                self.leave_out(f"{name} in .{source}", reason)
         image = decode_image(members[picture], where)
         if image.dtype != np.uint8:
             raise DataError(f"{where}: the image has 16 bits per channel; only 8 are supported")
@@ -95,10 +86,7 @@ class ImageText(Converter):
 
 
 def _keys(data: bytes) -> list[str]:
-    try:
-        content = parse_json(data, "")
-    except DataError:
-        return []  # `episodes` reports it
+    content = parse_json(data, "")
     return sorted(content) if isinstance(content, dict) else []
 
 

@@ -24,6 +24,9 @@ _ALIASES = {
 _CANONICAL = {alias: name for name, aliases in _ALIASES.items() for alias in aliases.split()}
 _TEXTS = re.compile(r"(^|[._])(text|texts|caption|captions|instruction|instructions|prompt|task|mission|utterance)s?$")
 _EMBEDDING = re.compile(r"(language|instruction|text)\w*embedding")
+# keys of JSON metadata; `task` is left out, because there it is the name of an environment
+_LANGUAGE = re.compile(r"(^|_)(lang|language|text|caption|instruction|prompt|mission|utterance)s?$")
+_METADATA_DEPTH = 3
 _CHANNELS = (1, 2, 3, 4)
 _SMALLEST_IMAGE = 16  # a smaller uint8 grid (MiniGrid's 7 × 7 × 3) holds codes, not colours
 
@@ -50,6 +53,33 @@ def role_of(name: str, modality: str) -> str:
     if head in ("mask", "masks", "valid"):
         return "mask"
     return head if head in _ALIASES else "info"
+
+
+def is_text_name(name: str) -> bool:
+    """Whether a text of this name is a text for the model (an instruction, a caption, …), not only information."""
+    return role_of(canonical(name), "text") == "text"
+
+
+def language(metadata: Any, depth: int = 0) -> dict[str, str]:
+    """The instructions and captions in JSON metadata: key -> text. A list of letters or words is joined."""
+    out: dict[str, str] = {}
+    if not isinstance(metadata, Mapping) or depth > _METADATA_DEPTH:
+        return out
+    for key, value in metadata.items():
+        if isinstance(value, Mapping):
+            out = language(value, depth + 1) | out
+        elif _LANGUAGE.search(str(key)):
+            if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+                value = ("" if max(map(len, value)) == 1 else " ").join(value)
+            if isinstance(value, str) and value:
+                out[str(key)] = value
+    return out
+
+
+def renamed_role(role: str, name: str, modality: str) -> str:
+    """The role of a field that a mapping file renames: the role that the new name states, else the role it had."""
+    stated = role_of(name, modality)
+    return stated if stated != "info" or name.partition(".")[0] in ("info", "infos") else role
 
 
 def modality_of(dtype: np.dtype | str, shape: Sequence[int]) -> str:

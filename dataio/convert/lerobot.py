@@ -100,7 +100,14 @@ class LeRobot(Converter):
 
     @cached_property
     def _features(self) -> dict[str, dict[str, Any]]:
-        return {k: f for k, f in self.info["features"].items() if k not in _BOOKKEEPING}
+        features = {k: f for k, f in self.info["features"].items() if k not in _BOOKKEEPING}
+        return features if self._exported is not None else {k: features[k] for k in self._names}
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """Feature -> field."""
+        usual = {k: canonical(k) for k in self.info["features"] if k not in _BOOKKEEPING}
+        return self.names.fields(usual, self.source.where(_INFO))
 
     @cached_property
     def _videos(self) -> list[str]:
@@ -186,7 +193,7 @@ class LeRobot(Converter):
                 yield Record(row["episode_index"], row["length"], tasks, data, videos, exported)
 
     def _field(self, key: str, feature: Mapping[str, Any]) -> FieldSpec:
-        name, dtype, shape = canonical(key), str(feature.get("dtype")), list(feature["shape"])
+        name, dtype, shape = self._names[key], str(feature.get("dtype")), list(feature["shape"])
         if dtype in ("video", "image"):
             shape = list(_image_shape(feature, f"{self.source.where(_INFO)}, feature {key!r}"))
             if dtype == "video":
@@ -263,7 +270,7 @@ class LeRobot(Converter):
             return self._restore(record, table, *self._exported, where)
         fields: dict[str, Any] = {}
         for key, feature in self._features.items():
-            name = canonical(key)
+            name = self._names[key]
             if key in record.videos:
                 path, offset = record.videos[key]
                 times = _column(table, "timestamp", where, ()).astype(np.float64) + offset

@@ -34,7 +34,10 @@ _NPY_KINDS = "biufUS"
 
 
 def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EPISODE_BYTES) -> tuple[int, ...]:
-    """The shape as Python ints. Raises DataError if it is not a shape or its array needs more than `limit` bytes."""
+    """The shape as Python ints. Raises DataError if it is not a shape or its array needs more than `limit` bytes.
+
+    With `itemsize` 0 the array is read in parts, so that its size has no limit.
+    """
     if not isinstance(shape, list | tuple):
         raise DataError(f"{where}: {shape!r} is not the shape of an array")
     if len(shape) > DIMENSIONS:
@@ -44,7 +47,7 @@ def check_shape(shape: Sequence[Any], itemsize: int, where: str, limit: int = EP
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 0:
             raise DataError(f"{where}: {tuple(shape)!r} is not the shape of an array")
         out.append(int(size))
-    if math.prod(out) * max(itemsize, 1) > limit:
+    if math.prod(out) * itemsize > limit or math.prod(out) >= 1 << 62:
         raise DataError(
             f"{where}: an array of shape {tuple(out)} needs {math.prod(out) * itemsize:,} bytes; at most {limit:,} are read"
         )

@@ -12,13 +12,17 @@ docs/converting.md describes it. An example:
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+from collections.abc import Iterable
 from collections.abc import Mapping as Dict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.convert.infer import renamed_role
+from tiphys.dataio.convert.names import AmbiguousNames, address
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
@@ -37,7 +41,7 @@ class Mapping:
 
     task           new name of the task, or {name in the source: new name}; empty: names stay
     task_settings  values for environment, normalise, random, expert and max_steps of the TaskSpec
-    fields         name or glob in the source -> settings of the fields that match it
+    fields         name in the source, name of a field, or glob of names of fields -> settings; see `resolve`
     text           name -> text that every episode gets
     options        options of the converter
     """
@@ -70,7 +74,11 @@ class Mapping:
     def from_dict(cls, raw: Any, where: str = "mapping") -> Mapping:
         if not isinstance(raw, dict):
             raise DataError(f"{where}: keys and values are expected; known keys: {', '.join(sorted(_KEYS))}")
-        errors = [f"unknown key {k!r}; known: {', '.join(sorted(_KEYS))}" for k in raw if k not in _KEYS]
+        errors = [
+            f"unknown key {k!r}; {_did_you_mean(k, _KEYS)}known: {', '.join(sorted(_KEYS))}"
+            for k in raw
+            if k not in _KEYS
+        ]
         fields: dict[str, dict[str, Any]] = {}
         for pattern, settings in _section(raw, "fields", errors).items():
             settings = {"drop": True} if settings == "drop" else settings
@@ -78,7 +86,8 @@ class Mapping:
                 errors.append(f"fields.{pattern}: expected `drop` or {{key: value}}")
                 continue
             errors += [
-                f"fields.{pattern}: unknown key {k!r}; known: {', '.join(sorted(_FIELD_KEYS))}"
+                f"fields.{pattern}: unknown key {k!r}; {_did_you_mean(k, _FIELD_KEYS)}"
+                f"known: {', '.join(sorted(_FIELD_KEYS))}"
                 for k in settings
                 if k not in _FIELD_KEYS
             ]
@@ -106,6 +115,47 @@ class Mapping:
             "options": dict(self.options),
         }
 
+    def resolve(self, names: Dict[str, tuple[str, str | None]]) -> Mapping:
+        """The mapping with names of fields in place of names in the source.
+
+        A key that is exactly a name in the source addresses that array only; `FieldNames` has renamed or dropped it
+        already. Any other key is the name of a field or a glob of such names.
+
+        Parameters
+        ----------
+        names : Mapping[str, tuple[str, str | None]]
+            Name in the source -> (its usual field, its field; None if dropped).
+
+        Raises
+        ------
+        AmbiguousNames
+            If a key is the name of one array in the source and the field of another one, or if two keys address one field.
+        """
+        owners = {address(source, self.fields, names): source for source in names}
+        fields: dict[str, dict[str, Any]] = {}
+        keys: dict[str, str] = {}
+        for key, given in self.fields.items():
+            settings = dict(given)
+            source = owners.get(key)
+            target = key
+            if source is not None:
+                usual, field = names[source]
+                others = [s for s, (_, f) in names.items() if f == key and s != source]
+                if others and usual != key:
+                    raise AmbiguousNames(
+                        f"mapping: fields.{key} is ambiguous: {source!r} is a name in the source, and {others[0]!r} becomes "
+                        f"a field of this name; write {usual!r} for the first, {others[0]!r} for the second"
+                    )
+                if field is None:
+                    continue
+                target, settings = field, {k: v for k, v in settings.items() if k != "name"}
+            if target in keys:
+                raise AmbiguousNames(
+                    f"mapping: fields.{keys[target]} and fields.{key} address the same field; write one entry for both"
+                )
+            fields[target], keys[target] = settings, key
+        return replace(self, fields=fields)
+
     def task_name(self, name: str) -> str:
         return (self.task or name) if isinstance(self.task, str) else str(self.task.get(name, name))
 
@@ -118,16 +168,23 @@ class Mapping:
         out.update(self.fields.get(name, {}))
         return out
 
-    def tasks(self, found: list[TaskSpec]) -> list[TaskSpec]:
-        """The tasks as they will be stored. Raises DataError if the mapping names a field or task that does not exist."""
+    def tasks(self, found: list[TaskSpec], names: Iterable[str] = ()) -> list[TaskSpec]:
+        """The tasks as they will be stored. Raises DataError if the mapping names a field or task that does not exist.
+
+        names  names in the source, for messages
+        """
         known = sorted({f.name for t in found for f in t.fields})
         for pattern in self.fields:
             if not fnmatch.filter(known, pattern) and pattern not in known:
-                raise DataError(f"mapping: no field matches {pattern!r}; there are {', '.join(known)}")
+                hint = _did_you_mean(pattern, [*known, *names])
+                raise DataError(f"mapping: no field matches {pattern!r}; {hint}there are {', '.join(known)}")
         if isinstance(self.task, dict):
             for name in self.task:
                 if name not in {t.name for t in found}:
-                    raise DataError(f"mapping: no task {name!r}; there are {', '.join(t.name for t in found)}")
+                    tasks = [t.name for t in found]
+                    raise DataError(
+                        f"mapping: no task {name!r}; {_did_you_mean(name, tasks)}there are {', '.join(tasks)}"
+                    )
         out: dict[str, TaskSpec] = {}
         for task in found:
             mapped = self._task(task)
@@ -180,8 +237,15 @@ class Mapping:
         return out
 
 
+def _did_you_mean(name: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def _with_settings(spec: FieldSpec, settings: Dict[str, Any]) -> FieldSpec:
     given: dict[str, Any] = {k: settings[k] for k in ("name", "role", "modality", "values", "per") if k in settings}
+    if "name" in given and "role" not in given:
+        given["role"] = renamed_role(spec.role, str(given["name"]), spec.modality)
     for key in ("low", "high"):
         if settings.get(key) is not None:
             value = settings[key] if isinstance(settings[key], list) else [settings[key]]

@@ -8,7 +8,7 @@ attributes of the HDF5 file. Fields of an HDF5 file without spaces are inferred.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.exported import restore, tasks_of
 from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, role_of, safe_name, texts
 from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, check_shape, decode_image, parse_json
+from tiphys.dataio.convert.names import AmbiguousNames
 from tiphys.dataio.convert.parquet import to_rows, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
@@ -207,11 +208,22 @@ class Minari(Converter):
         metadata, where = self._metadata[folder], self.source.where(folder)
         if not all(isinstance(metadata.get(key), str | Mapping) for _, key in _SPACES.values()):
             return
-        for group, (name, key) in _SPACES.items():
-            for dotted, path, leaf in spaces.leaves(metadata[key], name, f"{where}, {key}"):
-                field = spaces.spec(dotted, leaf, where)  # first, because it refuses what is not a space
+        found = [
+            ("/".join((group, *path)), dotted, path, leaf)
+            for group, (name, key) in _SPACES.items()
+            for dotted, path, leaf in spaces.leaves(metadata[key], name, f"{where}, {key}")
+        ]
+        sources = [source for source, *_ in found]
+        if len(set(sources)) != len(sources):
+            raise AmbiguousNames(
+                f"{where}: two leaves of the spaces have one path; is there a `/` in the key of a Dict?"
+            )
+        names = self.names.fields({source: dotted for source, dotted, *_ in found}, where)
+        for source, _, path, leaf in found:
+            if source in names:
+                field = spaces.spec(names[source], leaf, where)  # first, because it refuses what is not a space
                 jpeg = bool(metadata.get("jpeg_encoding", False)) and spaces.is_picture(leaf)
-                yield "/".join((group, *path)), Leaf(path, field, jpeg)
+                yield source, Leaf(path, field, jpeg)
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         folder, numbers = piece.data["folder"], piece.data["episodes"]
@@ -241,7 +253,7 @@ class Minari(Converter):
             for key in leaf.path:  # a Tuple's members are named _index_0, _index_1, …
                 if not hasattr(dataset, "keys"):
                     raise DataError(f"{where}: expected groups along the path {path}")
-                dataset = hdf5.member(dataset, f"_index_{key}" if f"_index_{key}" in dataset else key, where)
+                dataset = hdf5.member(dataset, f"_index_{key}" if hdf5.has(dataset, f"_index_{key}") else key, where)
             fields[leaf.field.name] = _decode_hdf5(dataset, leaf, f"{where}, {path}")
         if not leaves:
             for part, (name, _) in _SPACES.items():
@@ -252,13 +264,13 @@ class Minari(Converter):
                 )
         for part, name in _RESULTS.items():
             fields[name] = hdf5.read(hdf5.member(group, part, where), f"{where}, {part}")
-        if "infos" in group:
+        if hdf5.has(group, "infos"):
             infos = hdf5.member(group, "infos", where)
             for key, dataset in hdf5.datasets(infos, f"{where}, infos").items() if hasattr(infos, "keys") else ():
                 if dataset.shape and (dataset.dtype.kind in "biuf" or hdf5.is_text(dataset)):
                     fields[f"info.{key}"] = hdf5.read(dataset, f"{where}, infos.{key}")
                 else:
-                    self._left_out[f"infos/{key} (neither numbers nor texts by step)"] = None
+                    self.leave_out(f"infos.{key}", "neither numbers nor texts by step")
         metadata = {k: hdf5.attribute(group, k) for k in list(group.attrs)[:FIELDS]}
         return self._episode(folder, number, fields, metadata, where)
 
@@ -289,7 +301,7 @@ class Minari(Converter):
         for part, name in _RESULTS.items():
             fields[name] = to_rows(_column(table, part, where), f"{where}, {part}", ())[:steps]
         if "infos" in table.schema.names:
-            fields.update(_infos(_column(table, "infos", where), "info", where, self._left_out))
+            fields.update(_infos(_column(table, "infos", where), "info", where, self.leave_out))
         path = self._path(folder, f"{number}/metadata.json")
         metadata = self.source.json(path) if self.source.exists(path) else {}
         return self._episode(folder, number, fields, _flat(metadata), where)
@@ -312,14 +324,6 @@ class Minari(Converter):
 
     # ---- both
 
-    @cached_property
-    def _left_out(self) -> dict[str, None]:
-        """What is not converted, in the episodes that were read."""
-        return {}
-
-    def notes(self) -> list[str]:
-        return [f"left out: {name}" for name in self._left_out]
-
     def _episode(
         self, folder: str, number: int, fields: dict[str, Any], metadata: Mapping[str, Any], where: str
     ) -> Episode:
@@ -334,8 +338,8 @@ class Minari(Converter):
             fields[name] = fields[name].astype(bool)
         for name in [n for n in fields if n.startswith("info.")]:
             if len(fields[name]) not in (steps, steps + 1):
+                self.leave_out(name.replace("info.", "infos.", 1), "in some episodes it does not have one row per step")
                 del fields[name]
-                self._left_out[f"infos/{name.removeprefix('info.')} (not one value for each step)"] = None
         info = {}
         for key, value in metadata.items():
             name = safe_name(key.replace("/", "."))
@@ -392,7 +396,7 @@ def _read_exported(group: Any, task: TaskSpec, places: dict[str, dict[str, str]]
             fields[name] = hdf5.read(hdf5.member(holder, key, where) if key else holder, f"{where}, {part}/{key}")
     for part, name in _RESULTS.items():
         fields[name] = hdf5.read(hdf5.member(group, part, where), f"{where}, {part}")
-    if "infos" in group:
+    if hdf5.has(group, "infos"):
         found = hdf5.datasets(hdf5.member(group, "infos", where), where)
         fields.update({name: hdf5.read(dataset, f"{where}, infos.{name}") for name, dataset in found.items()})
     words = metadata.get("words") if isinstance(metadata, dict) else None
@@ -443,7 +447,7 @@ def _flat(metadata: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _infos(column: Any, prefix: str, where: str, left_out: dict[str, None]) -> dict[str, np.ndarray]:
+def _infos(column: Any, prefix: str, where: str, leave_out: Callable[[str, str], None]) -> dict[str, np.ndarray]:
     """Fields from the members of the struct `infos`, at any depth. Members with nulls are left out."""
     import pyarrow as pa
 
@@ -454,9 +458,16 @@ def _infos(column: Any, prefix: str, where: str, left_out: dict[str, None]) -> d
         kind, child = column.type.field(i), column.field(i)
         name = f"{prefix}.{kind.name}"
         if pa.types.is_struct(kind.type):
-            out.update(_infos(child, name, where, left_out))
+            found = _infos(child, name, where, leave_out)
+            if found.keys() & out.keys():
+                raise AmbiguousNames(
+                    f"{where}: two members of `infos` would become {sorted(found.keys() & out.keys())[0]!r}"
+                )
+            out.update(found)
+        elif name in out:
+            raise AmbiguousNames(f"{where}: two members of `infos` would become {name!r}")
         elif pa.types.is_null(kind.type) or child.null_count:
-            left_out[f"infos/{name.removeprefix('info.')} (some steps have no value)"] = None
+            leave_out(name.replace("info.", "infos.", 1), "some steps have no value")
         elif pa.types.is_string(kind.type) or pa.types.is_large_string(kind.type):
             out[name] = texts(values(child, where), f"{where}, {name}")
         else:

@@ -36,6 +36,7 @@ TASKS = "tasks.json"  # written by the export: the tasks of all files
 EPISODE_JSON = "_tiphys.json"  # written by the export into each file
 _ENDS, _LENGTHS = "episode_ends", ("episode_lengths", "lengths")
 _FLAGS = ("terminated", "truncated")
+_BY_STEP = ("observation", "action", "reward", *_FLAGS)  # an array below these that is too short is an error
 
 
 class Npz(Converter):
@@ -111,11 +112,14 @@ class Npz(Converter):
                         metadata = parse_json(member.read(size), f"{where}, {name}")
                     elif name.endswith(".npy"):
                         arrays[name[:-4]] = read_npy(member, size, f"{where}, {name}")
+                    else:
+                        self.leave_out(f"member {name}", "not an array of NumPy")
         if metadata is not None:
             return [partial(_exported_episode, arrays, metadata, self._exported_tasks, where)]
         base = path.removesuffix(".npz")
         identity = f"{self.source.name}/{base}" if not self.source.single else base
-        fields = {canonical(k.replace("/", ".")): v for k, v in arrays.items()}
+        names = self.names.fields({k: canonical(k.replace("/", ".")) for k in arrays}, where)
+        fields = {name: arrays[k] for k, name in names.items()}
         bounds = _bounds(fields, where)
         max_steps = whole_number(self.options, "max_steps")
         if bounds is None and not max_steps:
@@ -126,11 +130,28 @@ class Npz(Converter):
         extra = bounds is None  # then observations may have a row after the last action, and so has each part
         bounds = cut(bounds or [0, total], max_steps)
 
+        values = self._by_episode(fields, bounds)
+
         def read(i: int) -> Episode:
-            rows = _slice_rows(fields, bounds[i], bounds[i + 1], total, extra)
-            return self._episode(rows, f"{identity}/{i:06d}", f"{where}, episode {i}")
+            begin, end = bounds[i], bounds[i + 1]
+            rows = {k: v[begin : end + (extra and len(v) == total + 1)] for k, v in fields.items() if v.ndim}
+            constant = {k: v for k, v in fields.items() if not v.ndim} | {k: v[i, ...] for k, v in values.items()}
+            return self._episode(rows | constant, f"{identity}/{i:06d}", f"{where}, episode {i}")
 
         return [partial(read, i) for i in range(len(bounds) - 1)]
+
+    def _by_episode(self, fields: dict[str, np.ndarray], bounds: list[int]) -> dict[str, np.ndarray]:
+        """Take the arrays out of a flat file's fields that have no row for each step.
+
+        Those with one number or text for each episode are returned; the others are left out.
+        """
+        found = [k for k, v in fields.items() if v.ndim and len(v) < bounds[-1] and k.partition(".")[0] not in _BY_STEP]
+        out = {k: fields.pop(k) for k in found}
+        for name in [k for k, v in out.items() if v.shape != (len(bounds) - 1,)]:
+            self.leave_out(
+                name, f"shape {out.pop(name).shape} has neither a row for each step nor a value for each episode"
+            )
+        return out
 
     def _episode(self, fields: dict[str, np.ndarray], identity: str, where: str) -> Episode:
         steps = _steps(fields, where)
@@ -187,19 +208,6 @@ def _bounds(fields: dict[str, np.ndarray], where: str) -> list[int] | None:
     if bounds[-1] > steps:
         raise DataError(f"{where}: `{_ENDS}` ends at row {bounds[-1]:,}, but the arrays have {steps:,} rows")
     return bounds
-
-
-def _slice_rows(
-    fields: dict[str, np.ndarray], begin: int, end: int, rows: int, extra: bool = False
-) -> dict[str, np.ndarray]:
-    """Rows begin … end of every array over all `rows` steps; shorter arrays and scalars as they are.
-
-    extra: an array of `rows + 1` rows also keeps the row at `end`
-    """
-    return {
-        k: v[begin : end + (extra and len(v) == rows + 1)] if v.ndim and len(v) >= rows else v
-        for k, v in fields.items()
-    }
 
 
 def _exported_episode(arrays: dict[str, np.ndarray], metadata: Any, tasks: list[TaskSpec], where: str) -> Episode:

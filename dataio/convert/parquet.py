@@ -74,6 +74,37 @@ def read_columns(source: Source, path: str, columns: Sequence[str] | None = None
     return out
 
 
+def is_text(kind: Any) -> bool:
+    """Whether the values of an Arrow type are texts, in any of the forms that Arrow stores texts in."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def plain(column: Any, where: str) -> Any:
+    """An Arrow array without extension types, dictionaries and run-end encoding."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        while True:
+            kind = column.type
+            if isinstance(column, pa.ExtensionArray):
+                column = column.storage
+            elif pa.types.is_dictionary(kind):
+                column = column.dictionary_decode()
+            elif pa.types.is_run_end_encoded(kind):
+                column = pc.run_end_decode(column)
+            else:
+                return column
+    except pa.ArrowException as error:
+        raise DataError(f"{where}: Arrow type {column.type} cannot be read ({_one_line(error)})") from None
+
+
 def values(column: Any, where: str) -> list[Any]:
     """An Arrow array as Python values. Raises DataError if a text is not UTF-8."""
     import pyarrow as pa
@@ -95,18 +126,15 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
         column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # it has no chunk, or is too large for one
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
+    column = plain(column, where)
     if column.null_count:
         raise DataError(f"{where}: {column.null_count} values are missing (null)")
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type):
+    if is_text(column.type):
         return texts(values(column, where), where)
     rows, inner = len(column), []
-    while (
-        pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type)
-    ):
+    while _is_list(column.type):
         size = _list_size(column, where)
-        column = column.flatten()
+        column = plain(column.flatten(), where)
         inner.append(size)
         if column.null_count:
             raise DataError(f"{where}: values inside the lists are missing (null)")
@@ -118,6 +146,18 @@ def to_rows(column: Any, where: str, shape: Sequence[int] | None = None) -> np.n
     if rows * math.prod(target) != array.size:
         raise DataError(f"{where}: {array.size} values do not make {rows} rows of shape {target}")
     return array.reshape((rows, *target))
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as of
+
+    return bool(
+        of.is_list(kind)
+        or of.is_large_list(kind)
+        or of.is_fixed_size_list(kind)
+        or of.is_list_view(kind)
+        or of.is_large_list_view(kind)
+    )
 
 
 def _list_size(column: Any, where: str) -> int:

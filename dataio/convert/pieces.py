@@ -22,6 +22,7 @@ from typing import Any
 from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
 from tiphys.dataio.convert.infer import conform
 from tiphys.dataio.convert.mapping import Mapping
+from tiphys.dataio.convert.names import AmbiguousNames
 from tiphys.dataio.convert.process import MEMORY, TIMEOUT, Reader, die_with_parent
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, TaskSpec
@@ -30,6 +31,7 @@ from tiphys.dataio.shards import ShardWriter, merge_pieces
 from tiphys.dataio.storage import Store
 
 PLAN, REPORT = "pieces/plan.json", "conversion.json"
+_LATE = "some episodes have it, but not all of those from which the fields were inferred"
 _MAX_LISTED = 1000  # malformed episodes that a printed report lists
 
 Progress = Callable[[int, int], None]
@@ -69,6 +71,7 @@ class Job:
     destination: str
     tasks: tuple[dict[str, Any], ...]
     mapping: dict[str, Any]
+    names: dict[str, tuple[str, str | None]]  # as in `process.Plan`
     encodings: dict[str, dict[str, Any]]
     dropped: tuple[str, ...]  # names of fields in the source
     shard_bytes: int
@@ -107,7 +110,8 @@ def convert(
     memory       private memory, in bytes, that a reader process may use
     timeout      seconds without an answer after which a reader process is stopped
 
-    Raises DataError if data is malformed, FileExistsError if the destination holds a dataset or another conversion,
+    Raises DataError if data is malformed or if two names become one field or two episodes have one id, OSError if the source
+    or the destination fails (run it again to go on), FileExistsError if the destination holds a dataset or another conversion,
     ImportError if a package that the format needs is missing.
     """
     known = converters()
@@ -116,35 +120,38 @@ def convert(
         raise DataError(f"unknown format {format!r}; known: {', '.join(known)}")
     if on not in ("local", "ray"):
         raise DataError(f"on={on!r}: must be local or ray")
-    with Reader(source, known.get(format or "", ""), rules.options, memory=memory, timeout=timeout) as reader:
+    target = known.get(format or "", "")
+    with Reader(source, target, rules.options, rules.fields, memory=memory, timeout=timeout) as reader:
         format = format or reader.recognise(known)
-        pieces, found, notes, versions = reader.plan()
-    tasks = rules.tasks(found)
-    encodings = rules.encodings(found)
+        plan = reader.plan()
+    resolved = rules.resolve(plan.names)
+    tasks = resolved.tasks(plan.tasks, plan.names)
+    encodings = resolved.encodings(plan.tasks)
     job = Job(
         source=source,
         target=known[format],
         destination=destination,
         tasks=tuple(t.to_dict() for t in tasks),
         mapping=rules.to_dict(),
+        names=plan.names,
         encodings={k: asdict(e) for k, e in encodings.items()},
-        dropped=rules.dropped(found),
+        dropped=resolved.dropped(plan.tasks),
         shard_bytes=shard_bytes,
         skip_bad=skip_bad,
         memory=memory,
         timeout=timeout,
     )
     store = Store(destination)
-    done = _finished_pieces(store, destination, _plan(job, pieces, versions))
-    todo = [p for p in pieces if p.name not in done]
+    done = _finished_pieces(store, destination, _plan(job, plan.pieces, plan.versions))
+    todo = [p for p in plan.pieces if p.name not in done]
     if progress is not None:
-        progress(len(done), len(pieces))
+        progress(len(done), len(plan.pieces))
     run_jobs = _run_on_ray if on == "ray" else _run_locally
     jobs = (replace(job, piece=p) for p in todo)
     for number, _ in enumerate(run_jobs(jobs, len(todo), processes), len(done) + 1):
         if progress is not None:
-            progress(number, len(pieces))
-    return _finish(store, destination, format, tasks, pieces, notes)
+            progress(number, len(plan.pieces))
+    return _finish(store, job, format, tasks, plan.pieces, plan.notes)
 
 
 def convert_piece(job: Job) -> str:
@@ -152,10 +159,12 @@ def convert_piece(job: Job) -> str:
 
     Returns the name of the piece.
     """
-    rules = Mapping.from_dict(job.mapping)
+    rules = Mapping.from_dict(job.mapping).resolve(job.names)
     tasks = {t["name"]: TaskSpec(**t) for t in job.tasks}
     encodings = {k: Encoding(**e) for k, e in job.encodings.items()}
     bad: list[BadEpisode] = []
+    seen: dict[str, int] = {}  # id -> its number among the piece's readable episodes
+    unknown: set[str] = set()  # fields that the task does not have
     episodes = steps = 0
 
     def reject(item: BadEpisode) -> None:
@@ -166,12 +175,16 @@ def convert_piece(job: Job) -> str:
     writer = ShardWriter(
         job.destination, list(tasks.values()), piece=job.piece.name, encodings=encodings, shard_bytes=job.shard_bytes
     )
+    reader = _reader(job)
     with writer:
         try:
-            for item in _reader(job).episodes(job.piece):
+            for item in reader.episodes(job.piece):
                 if isinstance(item, BadEpisode):
                     reject(item)
                     continue
+                if item.id in seen:
+                    raise AmbiguousNames(_same_id(item.id, job.source, job.piece, seen[item.id], job.piece, len(seen)))
+                seen[item.id] = len(seen)
                 where = f"{job.source}, episode {item.id}"
                 try:
                     item = rules.episode(item)
@@ -179,16 +192,18 @@ def convert_piece(job: Job) -> str:
                         raise DataError(
                             f"belongs to the task {item.task!r}, which the converter did not list in tasks()"
                         )
+                    unknown.update(set(item.fields) - {f.name for f in tasks[item.task].fields})
                     writer.write(conform(item, tasks[item.task], where))
                 except DataError as error:
                     reject(BadEpisode(where, str(error).removeprefix(where + ": ")))
                     continue
                 episodes, steps = episodes + 1, steps + item.steps
         except DataError as error:  # the rest of the piece cannot be read
-            if not job.skip_bad:
+            if not job.skip_bad or isinstance(error, AmbiguousNames):
                 raise
             bad.append(BadEpisode(f"{job.source}, piece {job.piece.name} after {episodes} episodes", str(error)))
-        report = {"episodes": episodes, "steps": steps, "bad": [asdict(b) for b in bad]}
+        notes = [*reader.notes, *(f"left out: field {name} ({_LATE})" for name in sorted(unknown))]
+        report = {"episodes": episodes, "steps": steps, "bad": [asdict(b) for b in bad], "notes": notes}
         Store(job.destination).write(f"pieces/{job.piece.name}.json", json.dumps(report).encode())
     return job.piece.name
 
@@ -197,12 +212,12 @@ _readers: dict[str, Reader] = {}  # the reader of this process, used again for t
 
 
 def _reader(job: Job) -> Reader:
-    options = job.mapping.get("options") or {}
-    key = json.dumps([job.source, job.target, options, job.dropped, job.memory, job.timeout], sort_keys=True)
+    options, fields = job.mapping.get("options") or {}, job.mapping.get("fields") or {}
+    key = json.dumps([job.source, job.target, options, fields, job.dropped, job.memory, job.timeout], sort_keys=True)
     if key not in _readers:
         _close_readers()
         _readers[key] = Reader(
-            job.source, job.target, options, dropped=job.dropped, memory=job.memory, timeout=job.timeout
+            job.source, job.target, options, fields, dropped=job.dropped, memory=job.memory, timeout=job.timeout
         )
     return _readers[key]
 
@@ -273,25 +288,60 @@ def _finished_pieces(store: Store, destination: str, plan: bytes) -> set[str]:
 
 
 def _finish(
-    store: Store, destination: str, format: str, tasks: list[TaskSpec], pieces: list[Piece], notes: list[str]
+    store: Store, job: Job, format: str, tasks: list[TaskSpec], pieces: list[Piece], notes: list[str]
 ) -> ConversionReport:
+    source, destination = job.source, job.destination
     episodes = steps = 0
     bad: list[BadEpisode] = []
+    notes = list(notes)
     for piece in pieces:
         part = json.loads(store.read(f"pieces/{piece.name}.json"))
         episodes, steps = episodes + part["episodes"], steps + part["steps"]
         bad += [BadEpisode(**b) for b in part["bad"]]
+        notes += part.get("notes", [])
     if not episodes:
         listed = "; ".join(str(b) for b in bad[:3]) or "the source has no episodes"
         raise DataError(f"{destination}: no episode could be converted ({listed})")
     report = ConversionReport(
-        destination, format, tuple(t.name for t in tasks), episodes, steps, tuple(bad), tuple(notes)
+        destination, format, tuple(t.name for t in tasks), episodes, steps, tuple(bad), tuple(dict.fromkeys(notes))
     )
     content = asdict(report)
     del content["destination"]  # the same conversion gives the same bytes in any folder
     store.write(REPORT, json.dumps(content, indent=1, ensure_ascii=False).encode())
-    merge_pieces(destination, [p.name for p in pieces])
+    try:
+        merge_pieces(destination, [p.name for p in pieces])
+    except DataError:
+        _check_ids(store, source, pieces)
+        raise
     return report
+
+
+def _check_ids(store: Store, source: str, pieces: list[Piece]) -> None:
+    """Raises AmbiguousNames, with the places of both, if two episodes of different pieces have one id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    seen: dict[str, tuple[Piece, int]] = {}
+    for piece in pieces:
+        data = pa.BufferReader(store.read(f"pieces/{piece.name}.parquet"))
+        for number, identity in enumerate(pq.read_table(data, columns=["id"])["id"].to_pylist()):
+            if identity in seen:
+                raise AmbiguousNames(_same_id(identity, source, *seen[identity], piece, number))
+            seen[identity] = piece, number
+
+
+def _same_id(identity: str, source: str, first: Piece, a: int, second: Piece, b: int) -> str:
+    places = [f"{_place(source, piece)} (readable episode {number})" for piece, number in ((first, a), (second, b))]
+    return (
+        f"{source}: two episodes have the id {identity!r}: one in {places[0]}, one in {places[1]}. If they are the same "
+        "episode, remove one of the two; if they are not, convert the two parts of the source into datasets of their own. "
+        "--skip-bad does not choose between them"
+    )
+
+
+def _place(source: str, piece: Piece) -> str:
+    files = [str(f) for f in piece.data.get("files") or [piece.data.get("folder") or f"piece {piece.name}"]]
+    return ", ".join(f"{source}/{f}" for f in files[:3]) + (f" … ({len(files)} files)" if len(files) > 3 else "")
 
 
 # ---- where the pieces run --------------------------------------------------------------------------------------------

@@ -24,13 +24,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
 from tiphys.dataio.convert import wire
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, load_converter, recognise
 from tiphys.dataio.convert.limits import JSON_BYTES
+from tiphys.dataio.convert.names import AmbiguousNames, FieldNames
 from tiphys.dataio.convert.source import Source, SourceUnavailable
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
@@ -38,8 +39,9 @@ MEMORY = 8 << 30  # private memory of a reader process, in bytes
 TIMEOUT = 600.0  # seconds without an answer after which a reader process is stopped
 
 _HEADER = struct.Struct("<cQ")  # kind of answer, bytes that follow (0 for an episode, which holds its own size)
-_EPISODE, _BAD, _RESULT, _END, _ERROR = b"E", b"B", b"R", b".", b"!"
+_EPISODE, _BAD, _NOTES, _RESULT, _END, _ERROR = b"E", b"B", b"N", b"R", b".", b"!"
 _ERRORS: dict[str, type[Exception]] = {
+    "AmbiguousNames": AmbiguousNames,
     "DataError": DataError,
     "SourceUnavailable": SourceUnavailable,
     "ImportError": ImportError,
@@ -51,6 +53,20 @@ class ReaderDied(DataError):
     """The reader process crashed or gave no answer while it read this data."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The pieces of a source, its tasks, notes for the user, and the file versions of each piece.
+
+    names  name in the source -> (its usual field, its field; None if a mapping file drops it)
+    """
+
+    pieces: list[Piece]
+    tasks: list[TaskSpec]
+    notes: list[str]
+    versions: list[list[str]]
+    names: dict[str, tuple[str, str | None]]
+
+
 class Reader:
     """Reads one source in one format in a child process. Context manager."""
 
@@ -59,14 +75,21 @@ class Reader:
         source: str,
         target: str,
         options: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
         *,
         dropped: Sequence[str] = (),
         memory: int = MEMORY,
         timeout: float = TIMEOUT,
     ):
         self._source = source
-        self._job: dict[str, Any] = {"source": source, "target": target, "options": dict(options or {})}
-        self._job["dropped"] = list(dropped)
+        self._job: dict[str, Any] = {
+            "source": source,
+            "target": target,
+            "options": dict(options or {}),
+            "fields": dict(fields or {}),
+            "dropped": list(dropped),
+        }
+        self.notes: dict[str, None] = {}  # what the converter left out while it read the current piece, in order
         self._memory, self._timeout = memory, timeout
         self._child: subprocess.Popen[bytes] | None = None
         self._answers = -1  # file descriptor of the pipe
@@ -84,11 +107,16 @@ class Reader:
         self._job["target"] = known[name]
         return name
 
-    def plan(self) -> tuple[list[Piece], list[TaskSpec], list[str], list[list[str]]]:
-        """The pieces, the tasks, the notes, and the file versions of each piece."""
+    def plan(self) -> Plan:
+        """What a conversion needs to know before it reads all episodes."""
         answer = self._request_one("plan")
-        pieces = [Piece(**p) for p in answer["pieces"]]
-        return pieces, [TaskSpec(**t) for t in answer["tasks"]], list(answer["notes"]), list(answer["versions"])
+        return Plan(
+            pieces=[Piece(**p) for p in answer["pieces"]],
+            tasks=[TaskSpec(**t) for t in answer["tasks"]],
+            notes=list(answer["notes"]),
+            versions=list(answer["versions"]),
+            names={str(k): (str(usual), field) for k, (usual, field) in answer["names"].items()},
+        )
 
     def episodes(self, piece: Piece) -> Iterator[Item]:
         """The items of the piece. If the child dies, that item is a BadEpisode, and a new child continues after it.
@@ -96,6 +124,7 @@ class Reader:
         Raises DataError if three children die one after another.
         """
         done, deaths = 0, 0
+        self.notes = {}
         while True:
             try:
                 for item in self._request("episodes", piece=asdict(piece), start=done):
@@ -172,6 +201,9 @@ class Reader:
                 body = bytearray(size)
                 self._read_into(memoryview(body))
                 value: Any = json.loads(bytes(body)) if size else None
+                if kind == _NOTES:
+                    self.notes.update(dict.fromkeys(value))
+                    continue
                 if kind == _END:
                     finished = True
                     return
@@ -230,24 +262,33 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
     converter.dropped = frozenset(request.get("dropped", ()))
+    converter.names = FieldNames(request["fields"])
     if request["operation"] == "plan":
-        pieces = converter.pieces()
+        converter.refuse_archive()  # before a parser of another format sees its bytes
+        pieces, tasks = converter.pieces(), converter.tasks()
+        converter.check_archives(pieces)
         plan = {
             "pieces": [asdict(p) for p in pieces],
-            "tasks": [t.to_dict() for t in converter.tasks()],
-            "notes": converter.notes(),
+            "tasks": [converter.names.with_roles(t).to_dict() for t in tasks],
+            "notes": [*converter.notes(), *converter.left_out],
             "versions": [converter.versions(p) for p in pieces],
+            "names": converter.names.seen,
         }
         _send(out, _RESULT, plan)
         return
-    for item in converter.episodes(Piece(**request["piece"]), request["start"]):
+    _send_episodes(converter, source, Piece(**request["piece"]), request["start"], out)
+    _send(out, _NOTES, list(converter.left_out))
+
+
+def _send_episodes(converter: Converter, source: Source, piece: Piece, start: int, out: BinaryIO) -> None:
+    for item in converter.episodes(piece, start):
+        if source.failed:  # a library may have hidden the error and gone on with half of the bytes
+            raise SourceUnavailable(source.failed)
         if isinstance(item, Episode):
             sent = attempt(partial(_send_episode, out, item), f"{source.url}, episode {item.id}")
             if isinstance(sent, Episode):
                 continue
             item = sent
-        if source.failed:
-            raise SourceUnavailable(source.failed)
         _send(out, _BAD, asdict(item))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,13 +21,14 @@ import numpy as np
 
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt
 from tiphys.dataio.convert.infer import field_spec
-from tiphys.dataio.convert.rlds_values import count_steps, decode
+from tiphys.dataio.convert.rlds_values import LENGTH_DIFFERS, count_steps, decode
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.convert.tfds import DatasetFolder, Feature, choose_folders, leaves, name_episode_features
 from tiphys.dataio.convert.tfrecord import parse_example, records
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 
 _FLAGS = ("is_first", "is_last", "is_terminal")
+_FLAG_FIELDS = {"steps/is_terminal": "terminated", "steps/is_last": "truncated"}
 _INSPECTED = 4  # episodes that are read to find out whether a text changes from step to step
 _SHARD = re.compile(r"(.*)\.tfrecord(?:\.gz)?-(\d{5,})-of-(\d{5,})(?:\.gz)?")
 _OTHER_CONTAINERS = re.compile(r"\.(array_record|riegeli|bagz)-\d{5,}-of-\d{5,}$")
@@ -74,7 +76,10 @@ class Rlds(Converter):
         return {}
 
     def _features(self, folder: str) -> list[Feature]:
-        """The features that can be read, in the order of features.json."""
+        """The features that can be read, with the names of their fields, in the order of features.json.
+
+        `name` of a flag is empty if it becomes no field. Features that the mapping file drops by their path are absent.
+        """
         if folder not in self._features_by_folder:
             path = self._path(folder, "features.json")
             try:
@@ -89,7 +94,13 @@ class Rlds(Converter):
                 raise DataError(
                     f"{self.source.where(path)}: has no feature under `steps`; this is not an RLDS dataset of episodes"
                 )
-            self._features_by_folder[folder] = name_episode_features(found)
+            found = name_episode_features(found)
+            usual = {
+                f.path: _FLAG_FIELDS.get(f.path, f.field) for f in found if not _is_flag(f) or f.path in _FLAG_FIELDS
+            }
+            names = self.names.fields(usual, self.source.where(path))
+            kept = [f for f in found if f.path in names or _is_flag(f)]
+            self._features_by_folder[folder] = [replace(f, name=names.get(f.path, "")) for f in kept]
         return self._features_by_folder[folder]
 
     @cached_property
@@ -183,7 +194,7 @@ class Rlds(Converter):
                 )
             else:
                 fields.append(_field_spec_of(feature, seen[0].shape[1:] if -1 in feature.shape else feature.shape))
-        fields += [f for f in _flag_specs(self._features(folder)) if f.name not in {g.name for g in fields}]
+        fields += _flag_specs(self._features(folder))
         return TaskSpec(self._task(folder), tuple(fields))
 
     @cached_property
@@ -232,10 +243,11 @@ class Rlds(Converter):
                 continue
             found = inspected[feature.path]
             shapes = {v.shape[1:] for v in found if isinstance(v, np.ndarray)}
+            problems = [str(v) for v in found if isinstance(v, DataError)]
             if len(shapes) > 1 and feature.kind != "image":
                 out[feature.path] = "its length differs between episodes"
-            elif found and not shapes:
-                out[feature.path] = str(found[0]).rpartition(": ")[2]
+            elif problems and (not shapes or LENGTH_DIFFERS in problems[0]):
+                out[feature.path] = problems[0].rpartition(": ")[2]
         return out
 
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
@@ -246,7 +258,10 @@ class Rlds(Converter):
         path = piece.data["files"][0]
         where, number = self.source.where(path), 0
         left_out, task = self._unreadable(folder), self._task(folder)
-        features = [f for f in self._features(folder) if f.path not in left_out and f.field not in self.dropped]
+        unused = {
+            f.path for f in self._features(folder) if not _is_flag(f) and f.field in self.dropped
+        } | left_out.keys()
+        features = [f for f in self._features(folder) if f.path not in unused]
         with self.source.open(path) as stream:
             for record in records(stream, self.source.size(path), where):
                 if number >= start:
@@ -275,10 +290,11 @@ class Rlds(Converter):
                 fields[feature.field] = value
             else:
                 fields[feature.field] = str(value[0]) if feature.kind == "text" else value[0]
-        if "is_terminal" in flags:
-            fields.setdefault("terminated", flags["is_terminal"])
-        if "is_last" in flags:
-            fields.setdefault("truncated", flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool)))
+        names = {f.path: f.name for f in features}
+        if terminated := names.get("steps/is_terminal"):
+            fields[terminated] = flags["is_terminal"]
+        if truncated := names.get("steps/is_last"):
+            fields[truncated] = flags["is_last"] & ~flags.get("is_terminal", np.zeros(steps, bool))
         if self.options.get("last_step") == "observation" and steps > 1:
             steps -= 1
             by_episode = {f.field for f in features if not f.in_steps}
@@ -305,13 +321,7 @@ def _is_flag(feature: Feature) -> bool:
 
 def _flag_specs(features: list[Feature]) -> list[FieldSpec]:
     """The fields that `is_terminal` and `is_last` become."""
-    paths = {f.path for f in features}
-    out = []
-    if "steps/is_terminal" in paths:
-        out.append(field_spec("terminated", bool, ()))
-    if "steps/is_last" in paths:
-        out.append(field_spec("truncated", bool, ()))
-    return out
+    return [field_spec(f.name, bool, ()) for f in features if f.path in _FLAG_FIELDS and f.name]
 
 
 def _field_spec_of(feature: Feature, shape: tuple[int, ...]) -> FieldSpec:

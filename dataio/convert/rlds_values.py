@@ -17,7 +17,7 @@ from tiphys.dataio.convert.tfds import Feature
 from tiphys.dataio.convert.tfrecord import Value
 from tiphys.dataio.episode import DataError
 
-_LENGTH_DIFFERS = "its length differs from step to step; to convert without it, drop it in the mapping file"
+LENGTH_DIFFERS = "its length differs from step to step; to convert without it, drop it in the mapping file"
 
 
 def count_steps(example: Mapping[str, Value], features: list[Feature], where: str) -> int:
@@ -134,7 +134,7 @@ def _tensors(data: list[bytes], feature: Feature, shapes: Value | None, where: s
     limit = EPISODE_BYTES // max(len(data), 1) if open_length else size
     rows = [inflate(d, where, wbits=15, limit=limit) if feature.encoding == "zlib" else d for d in data]
     if open_length and len({len(r) for r in rows}) > 1:
-        raise DataError(f"{where}: {_LENGTH_DIFFERS}")
+        raise DataError(f"{where}: {LENGTH_DIFFERS}")
     if open_length and rows and size and len(rows[0]) % size == 0:
         shape = tuple(len(rows[0]) // size if s == -1 else s for s in shape)
         size = len(rows[0])
@@ -149,7 +149,7 @@ def _stored_shape(feature: Feature, shapes: Value | None, rows: int, where: str)
         raise DataError(f"{where}: the shape of each row is missing")
     table = shapes.reshape(rows, sizes)
     if bool(np.any(table != table[0])):
-        raise DataError(f"{where}: {_LENGTH_DIFFERS}")
+        raise DataError(f"{where}: {LENGTH_DIFFERS}")
     return check_shape(table[0].tolist(), 1, where)
 
 
@@ -163,7 +163,7 @@ def _ragged(example: Mapping[str, Value], feature: Feature, rows: int, where: st
     if not isinstance(values, np.ndarray) or not isinstance(lengths, np.ndarray) or len(lengths) != rows:
         raise DataError(f"{where}: the ragged feature has no valid row lengths")
     if rows == 0 or bool(np.any(lengths != lengths[0])) or feature.shape.count(-1) > 1:
-        raise DataError(f"{where}: {_LENGTH_DIFFERS}")
+        raise DataError(f"{where}: {LENGTH_DIFFERS}")
     if feature.shape.count(-1) == 0 and feature.shape and int(lengths[0]) != feature.shape[0]:
         raise DataError(f"{where}: {int(lengths[0])} values per step, but features.json says {feature.shape[0]}")
     shape = check_shape([int(lengths[0]) if s == -1 else s for s in feature.shape], 8, where)

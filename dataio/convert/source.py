@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,10 +16,23 @@ from tiphys.dataio.convert.limits import FILES, JSON_BYTES, check_size, parse_js
 from tiphys.dataio.episode import DataError
 
 _READ_AHEAD = 1 << 20  # bytes that a read of a remote file fetches at least
+_LOCAL_BUFFER = 1 << 17  # bytes
 
 
 class SourceUnavailable(OSError):
-    """The store failed, not the data. This is never treated as a malformed episode, not even with `skip_bad`."""
+    """The store or the disk failed, not the data. This is never treated as a malformed episode, not even with `skip_bad`."""
+
+
+# system errors that say something about a path, not about the disk or the rights of this process
+_ABOUT_PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP)
+
+
+def is_failure(number: int | None) -> bool:
+    """Whether an OSError with this errno is a failure of the disk or of the process (EIO, EACCES, EMFILE, …).
+
+    Libraries raise an OSError without an errno, or with EINVAL, for damaged data.
+    """
+    return bool(number) and number not in _ABOUT_PATHS
 
 
 class Source:
@@ -111,13 +126,17 @@ class Source:
             except OSError as error:
                 raise SourceUnavailable(f"{self.url}: cannot be listed ({error})") from error
         else:
-            for folder, folders, names in os.walk(self._root):  # os.walk does not enter folders that are links
+            # os.walk does not enter folders that are links
+            for folder, folders, names in os.walk(self._root, onerror=self._unlistable):
                 folders.sort()
                 relative = os.path.relpath(folder, self._root)
                 found += [n if relative == "." else f"{relative}/{n}" for n in names]
                 if len(found) > FILES:
                     raise DataError(f"{self.url}: more than {FILES:,} files")
         return sorted(p for p in found if not any(_is_hidden(part) for part in p.split("/")))
+
+    def _unlistable(self, error: OSError) -> None:
+        raise SourceUnavailable(f"{self.url}: cannot be listed ({error})") from error
 
     def exists(self, path: str) -> bool:
         try:
@@ -129,10 +148,10 @@ class Source:
     def size(self, path: str) -> int:
         """Size in bytes. Raises FileNotFoundError if there is no such file."""
         if self._store is None:
-            full = self._local(path)
-            if not os.path.isfile(full):
+            status = self._status(path)
+            if not stat.S_ISREG(status.st_mode):
                 raise FileNotFoundError(f"{self.where(path)}: no such file")
-            return os.path.getsize(full)
+            return status.st_size
         try:
             return int(self._store.head(self.check(path)).size)
         except FileNotFoundError:
@@ -140,10 +159,18 @@ class Source:
         except OSError as error:
             raise SourceUnavailable(f"{self.where(path)}: {error}") from error
 
+    def _status(self, path: str) -> os.stat_result:
+        try:
+            return os.stat(self._local(path))
+        except OSError as error:
+            if is_failure(error.errno):
+                raise SourceUnavailable(f"{self.where(path)}: {error}") from error
+            raise FileNotFoundError(f"{self.where(path)}: no such file") from None
+
     def version(self, path: str) -> str:
         """A text that changes if the file changes: its size, with its ETag (store) or modification time (disk)."""
         if self._store is None:
-            status = os.stat(self._local(path))
+            status = self._status(path)
             return f"{status.st_size}-{status.st_mtime_ns}"
         info = self._store.head(self.check(path))
         return f"{info.size}-{info.etag}"
@@ -152,12 +179,13 @@ class Source:
     def open(self, path: str) -> Iterator[BinaryIO]:
         """The file as a seekable stream. Raises FileNotFoundError if there is no such file."""
         if self._store is None:
+            self.size(path)  # a regular file: opening a pipe or a device could block for ever
             try:
-                stream = open(self._local(path), "rb")  # noqa: SIM115 (closed by the next line)
-            except (FileNotFoundError, IsADirectoryError):
-                raise FileNotFoundError(f"{self.where(path)}: no such file") from None
-            with stream:
-                yield stream
+                raw = _LocalFile(self, path, self._local(path))
+            except OSError as error:
+                raise SourceUnavailable(f"{self.where(path)}: {error}") from error
+            with io.BufferedReader(raw, _LOCAL_BUFFER) as stream:
+                yield cast(BinaryIO, stream)
         else:
             size = self.size(path)
             with io.BufferedReader(_RemoteFile(self, path, size), _READ_AHEAD) as remote:
@@ -187,6 +215,30 @@ class Source:
                     raise DataError(f"{self.where(path)}, line {number}: not a JSON object")
                 out.append(value)
         return out
+
+
+class _LocalFile(io.FileIO):
+    """A file on disk. If a read fails, the source has failed; libraries that catch the OSError cannot hide that."""
+
+    def __init__(self, source: Source, path: str, full: str):
+        super().__init__(full, "rb")
+        self._source, self._where = source, source.where(path)
+
+    def readinto(self, buffer: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> SourceUnavailable:
+        self._source.failed = f"{self._where}: {error}"
+        return SourceUnavailable(self._source.failed)
 
 
 class _RemoteFile(io.RawIOBase):

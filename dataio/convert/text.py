@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, BinaryIO, cast
 
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
 from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
-from tiphys.dataio.convert.parquet import batches, open_parquet, values
+from tiphys.dataio.convert.parquet import batches, is_text, open_parquet, plain, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format.captions import clean_text, decode_text
@@ -25,12 +25,14 @@ from tiphys.dataio.format.captions import clean_text, decode_text
 _PIECE_BYTES = 256 << 20  # approximate size of a piece
 _TEXT_KEYS = ("text", "content", "document", "caption")
 _MAX_SINGLE_DOCUMENT = 1 << 20  # bytes; a larger plain file holds several documents
+_ONE_TEXT = "a document has one text; the option `column` chooses it"
 _PLAIN = (".txt", ".md", ".txt.gz", ".md.gz")
 _JSON = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
 class Text(Converter):
     name = "text"
+    archives = tuple(s for s in (*_PLAIN, *_JSON) if s.endswith(".gz"))
     options_known = frozenset({"column", "split"})
 
     @classmethod
@@ -63,21 +65,6 @@ class Text(Converter):
 
     def tasks(self) -> list[TaskSpec]:
         return [TaskSpec(self.source.name, (field_spec("text", "str", (), per="episode"),))]
-
-    def notes(self) -> list[str]:
-        """The keys of the first line, or the columns, that are not converted."""
-        path, wanted = self._files[0], {*_TEXT_KEYS, self.options.get("column")}
-        others: list[str] = []
-        if path.endswith(".parquet"):
-            with open_parquet(self.source, path) as file:
-                others = [c for c in file.schema_arrow.names if c not in wanted]
-        elif path.endswith(_JSON):
-            with ExitStack() as stack:
-                line = next(_lines(_open(self.source, path, stack), self.source.where(path)), b"{}")
-                value = attempt(partial(parse_json, line, ""), "")
-                others = [k for k in value if k not in wanted] if isinstance(value, dict) else []
-        listed = ", ".join(others[:20]) + (f" and {len(others) - 20} more" if len(others) > 20 else "")
-        return [f"left out: {listed} (a document is one text)"] if others else []
 
     def pieces(self) -> list[Piece]:
         return group_files(self.source, self._files, _PIECE_BYTES)
@@ -136,6 +123,8 @@ class Text(Converter):
             return BadEpisode(where, str(error))
         for column in wanted:
             if isinstance(value, dict) and isinstance(value.get(column), str):
+                for other in sorted(value.keys() - {column}):
+                    self.leave_out(str(other), _ONE_TEXT)
                 return str(value[column])
         return BadEpisode(where, f"no text is called {' or '.join(wanted)}; set the option `column`")
 
@@ -149,11 +138,13 @@ class Text(Converter):
             if column is None:
                 raise DataError(f"{where}: no column is called {' or '.join(wanted)}; set the option `column`")
             kind: Any = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            if not (is_text(kind) or pa.types.is_null(kind)):  # a column without any value has the type null
                 raise DataError(f"{where}: column {column!r} holds {kind}, not texts")
+            for other in [c for c in file.schema_arrow.names if c != column]:
+                self.leave_out(other, _ONE_TEXT)
             row = 0
             for batch in batches(file, [column], where, 256):
-                for value in values(batch.column(0), where):
+                for value in values(plain(batch.column(0), f"{where}, {column}"), f"{where}, {column}"):
                     yield value if isinstance(value, str) else BadEpisode(f"{where}, row {row}", "the row has no text")
                     row += 1
 

@@ -39,8 +39,8 @@ def picture_extension(extensions: Collection[str]) -> str:
     return found[0]
 
 
-def caption(extensions: Collection[str], picture: str, read: Callable[[str], bytes]) -> str:
-    """The caption of a sample.
+def caption(extensions: Collection[str], picture: str, read: Callable[[str], bytes]) -> tuple[str, str]:
+    """The caption of a sample, and the extension of the member that holds it.
 
     Parameters
     ----------
@@ -63,12 +63,12 @@ def caption(extensions: Collection[str], picture: str, read: Callable[[str], byt
     for extension in own or _matching(extensions, CAPTIONS):
         text = clean_text(decode_text(read(extension), f"its .{extension}"), f"its .{extension}").strip()
         if text:
-            return text
+            return text, extension
     own = [f"{prefix}.json"] if prefix and f"{prefix}.json" in extensions else []
     for extension in own or _matching(extensions, ("json",)):
         text = _caption_in_json(read(extension), f"its .{extension}")
         if text:
-            return text
+            return text, extension
     raise NoCaption(f"it has no caption ({', '.join('.' + e for e in CAPTIONS)}, or {', '.join(KEYS)} in .json)")
 
 

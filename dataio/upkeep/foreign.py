@@ -22,6 +22,7 @@ from tiphys.dataio.upkeep.rebuild import member_bytes
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
 _MAX_NOTES = 1000  # samples that are listed in dataset.json
 
 
@@ -44,8 +45,8 @@ def index_foreign(
     shards    paths of the tars; by default every .tar in the folder. Needed if the store cannot list.
     progress  called with (tars done, tars in total)
 
-    Raises DataError if a tar is damaged or compressed or contains a link, FileNotFoundError if there is no tar, and
-    FileExistsError if there is a dataset already.
+    Raises DataError if a tar is damaged or compressed or contains a link, or if no sample has a picture, FileNotFoundError if
+    there is no tar, and FileExistsError if there is a dataset already.
     """
     from tiphys.dataio.storage import Store
 
@@ -53,19 +54,24 @@ def index_foreign(
     target = Store(destination) if destination else source
     if target.exists(DATASET):
         raise FileExistsError(f"{target.url} is already a dataset; choose another destination")
-    files = [] if shards else [p for p in source.list() if not _is_hidden(p)]
-    names = sorted(shards) or [p for p in files if p.endswith(".tar")]
-    compressed = [p for p in files if p.endswith((".tar.gz", ".tgz"))]
+    listed_files = [] if shards else [p for p in source.list() if not _is_hidden(p)]
+    names = sorted(shards) or [p for p in listed_files if p.endswith(".tar")]
+    packed = [p for p in shards or listed_files if p.endswith(COMPRESSED)]
+    if packed:
+        raise DataError(
+            f"{url}: {', '.join(packed[:3])}: samples inside a compressed archive cannot be indexed in place. Decompress it to a "
+            "plain .tar, or use `tiphys convert --from webdataset`, which reads .tar.gz"
+        )
     if not names:
-        hint = f"; {compressed[0]} is compressed, use `tiphys convert`" if compressed else ""
-        raise FileNotFoundError(f"{url} has no .tar to index{hint}")
+        raise FileNotFoundError(f"{url} has no .tar to index")
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-index-"))
     try:
-        writer, listed, skipped = TableWriter(scratch), list[Shard](), 0
-        notes = [f"{p} is left out: it is compressed; use `tiphys convert`" for p in compressed]
+        writer, listed, samples, skipped = TableWriter(scratch), list[Shard](), 0, 0
+        notes: list[str] = []
         for number, name in enumerate(names):
             shard = Shard(f"{absolute(url)}/{name}" if destination else name, *_size_and_crc(source, name, scratch))
             for record, note in _records(scratch / "shard.tar", shard.name, name[: -len(".tar")], task):
+                samples += 1
                 if record is None:
                     skipped += 1
                 else:
@@ -75,6 +81,11 @@ def index_foreign(
             listed.append(shard)
             if progress is not None:
                 progress(number + 1, len(names))
+        if skipped == samples:
+            raise DataError(
+                f"{url}: none of the {samples:,} samples in {len(names):,} tars has a picture "
+                f"({', '.join(captions.IMAGES)}); an empty dataset is not written"
+            )
         writer.finish(scratch / INDEX, [caption_task(task)], listed)
         publish(target, scratch / INDEX, Statistics(), skipped=skipped, notes=notes)
     finally:
@@ -135,7 +146,7 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: s
         member = sample.members[picture]
         content = member_bytes(data, member)
         kind = _kind(content, picture)
-        texts["text"] = captions.caption(sample.members, picture, lambda e: member_bytes(data, sample.members[e]))
+        texts["text"], _ = captions.caption(sample.members, picture, lambda e: member_bytes(data, sample.members[e]))
     except captions.NoCaption as error:
         note = f"sample {sample.key!r} has no text: {error}"
     except DataError as error:

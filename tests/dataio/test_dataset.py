@@ -23,6 +23,7 @@ from tests.dataio.making import (
 from tiphys.dataio.dataset import append, filter, index_foreign, inspect, merge, read_episode, split, verify
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.shards import ShardWriter
 
 
 @pytest.fixture
@@ -310,6 +311,37 @@ def test_split_divides_the_episodes_by_their_ids(tmp_path):
     again = small_dataset(str(tmp_path / "d2"), 100)[1]
     _, second = split(str(tmp_path / "d2"), str(tmp_path / "c"), str(tmp_path / "e"), 0.25)
     assert set(second.ids) == ids[1] & set(again.ids)
+
+
+def test_an_empty_dataset_is_not_written(tmp_path):
+    url, out = str(tmp_path / "d"), tmp_path / "out"
+    small_dataset(url, 6)
+    with pytest.raises(DataError, match=r"none of its 6 episodes meets min_return=1000000\.0, min_steps=3"):
+        filter(url, str(out), min_return=1e6, min_steps=3)
+    for share in (0.0, 1.0):
+        with pytest.raises(DataError, match=rf"with share {share}, {int(6 * share)} of 6 episodes"):
+            split(url, str(out), str(tmp_path / "second"), share)
+    with pytest.raises(DataError, match="nothing to merge"):
+        merge([], str(out))
+    ShardWriter(str(tmp_path / "empty"), [SMALL]).close()
+    with pytest.raises(DataError, match="hold no episode"):
+        merge([str(tmp_path / "empty")], str(out))
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    foreign_tar(folder / "x.tar", [("a", {"txt": b"no picture"})])
+    with pytest.raises(DataError, match="none of the 1 samples in 1 tars has a picture"):
+        index_foreign(str(folder))
+    assert not (folder / "dataset.json").exists()
+    assert not out.exists()
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize("name", ["y.tar.gz", "y.zip"])
+def test_compressed_archives_are_not_skipped_by_index(tmp_path, name):
+    foreign_tar(tmp_path / "x.tar", [("a", {"jpg": picture("JPEG", (8, 8), 0)[0]})])
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"{name}: samples inside a compressed archive"):
+        index_foreign(str(tmp_path))
 
 
 def test_inspect_summarises_a_dataset(tmp_path, rich):

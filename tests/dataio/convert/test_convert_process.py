@@ -66,7 +66,7 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make(how: str, at: list[int], **options: Any) -> list[Item]:
         with Reader(str(tmp_path), "faulty:FaultyConverter", {"how": how, "at": at}, **options) as reader:
-            (piece,), _, _, _ = Reader.plan(reader) if how == "chatter" else ([_piece()], 0, 0, 0)
+            (piece,) = reader.plan().pieces if how == "chatter" else (_piece(),)
             return list(reader.episodes(piece))
 
     return make

@@ -191,6 +191,7 @@ def test_invalid_npy_headers() -> None:
 
 def test_check_shape() -> None:
     assert check_shape([2, np.int64(3)], 4, "x") == (2, 3)
+    assert check_shape([1_000_000, 84, 84], 0, "x") == (1_000_000, 84, 84)  # read in parts
     for shape in ([-1], [1.5], [None], ["3"], [1 << 62, 1 << 62], [1] * 9):
         with pytest.raises(DataError):
             check_shape(shape, 4, "x")
@@ -365,3 +366,44 @@ def test_a_video_that_does_not_fit_its_rows(tmp_path: Path) -> None:
     assert "no frame at 0.300 s; the nearest is at 0.200 s" in problem(tmp_path / "s", "lerobot")
     video(path, scene(5, 0), 4)
     assert "does not fit its rows" in problem(tmp_path / "s", "lerobot")
+
+
+def test_an_external_link_is_not_followed_when_the_format_is_recognised(tmp_path: Path) -> None:
+    """Following it would open the file that it names: here a pipe, which would block for ever."""
+    import h5py
+
+    from tiphys.dataio.convert.hdf5 import has
+    from tiphys.dataio.convert.robomimic import Robomimic
+    from tiphys.dataio.convert.source import Source
+
+    robomimic(tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "other/low_dim.hdf5", tmp_path / "pipe"):
+        folder = tmp_path / f"s-{target.name}"
+        folder.mkdir()
+        with h5py.File(folder / "a.hdf5", "w") as file:
+            file["data"] = h5py.ExternalLink(str(target), "/data")
+            file["mask"] = h5py.SoftLink("/data/mask")
+            assert has(file, "data")
+        with pytest.raises(DataError, match="ExternalLink"):
+            Robomimic.recognise(Source(str(folder)))
+        assert "ExternalLink" in problem(folder, "robomimic")
+
+
+def test_metadata_of_both_zarr_versions(tmp_path: Path) -> None:
+    """The limits are checked on the metadata that is used for reading: version 3, as in the zarr library."""
+    zarr_buffer(tmp_path / "s.zarr")
+    zarr_buffer(tmp_path / "three.zarr", 3)
+    for name in ("data/action", "meta/episode_ends"):
+        (tmp_path / "s.zarr" / name / "zarr.json").write_bytes(
+            (tmp_path / "three.zarr" / name / "zarr.json").read_bytes()
+        )
+    path = tmp_path / "s.zarr/data/action/zarr.json"
+    metadata = json.loads(path.read_text())
+    for change, message in (
+        ({"shape": [1 << 40, 2], "chunk_grid": {"configuration": {"chunk_shape": [1 << 40, 2]}}}, "a chunk"),
+        ({"codecs": [{"name": "pickle"}]}, "codec 'pickle' is not allowed"),
+    ):
+        path.write_text(json.dumps({**metadata, **change}))
+        with limited_memory():
+            assert message in problem(tmp_path / "s.zarr", "zarr")

@@ -89,6 +89,16 @@ def test_what_the_mapping_drops_is_not_decoded(tmp_path: Path) -> None:
     assert (report.episodes, report.bad) == (2, ())
 
 
+def test_truncated_does_not_depend_on_whether_terminated_is_dropped(tmp_path: Path) -> None:
+    expected = rlds(tmp_path / "s")
+    convert(str(tmp_path / "s"), str(tmp_path / "out"), mapping={"fields": {"terminated": "drop"}}, processes=1)
+    index = EpisodeIndex.open(str(tmp_path / "out"))
+    for e in range(index.episodes):
+        found = read_episode(index, e).fields
+        assert "terminated" not in found
+        np.testing.assert_array_equal(found["truncated"], expected[index.id(e)][1]["truncated"])
+
+
 def test_tensors_stored_as_bytes(tmp_path: Path) -> None:
     r = np.random.default_rng(0)
     fixed, flags = r.normal(size=(STEPS, 2, 2)), r.integers(0, 2, (STEPS, 5)).astype(bool)
@@ -139,6 +149,20 @@ def test_what_no_field_can_hold_is_listed(tmp_path: Path) -> None:
         "video (a Video)",
     ):
         assert f"left out: {name}" in notes
+
+
+def test_a_length_that_differs_only_in_a_later_episode(tmp_path: Path) -> None:
+    tree = tfds_dict(
+        steps=tfds_sequence(tfds_dict(x=tfds_sequence(tfds_tensor("int64")), y=tfds_tensor("int64")), "Dataset")
+    )
+
+    def record(*lengths: int) -> bytes:
+        values = {"ragged_flat_values": np.zeros(sum(lengths), np.int64), "ragged_row_lengths_0": np.array(lengths)}
+        return example({"steps/y": np.arange(len(lengths)), **{f"steps/x/{k}": v for k, v in values.items()}})
+
+    for name, second in (("steps", (1, 2)), ("episodes", (3, 3))):
+        write_tfds(tmp_path / name, tree, [record(2, 2), record(*second)])
+        assert [sorted(e.fields) for e in read_all(reader(tmp_path / name, "rlds")).values()] == [["y"], ["y"]]
 
 
 def test_an_absent_value_of_an_optional_feature_is_not_data(tmp_path: Path) -> None:
