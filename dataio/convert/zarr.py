@@ -12,38 +12,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.archive import open_member, open_zip
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.infer import canonical, channels_last, is_image_shape, is_text_name, texts
-from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, JSON_BYTES, RECORD_BYTES, check_shape, parse_json
+from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, check_shape
 from tiphys.dataio.convert.source import Source
+from tiphys.dataio.convert.zarr_files import (
+    Files,
+    check_metadata,
+    holds_texts,
+    is_group,
+    read_attributes,
+    read_metadata,
+    zarr_store,
+)
 from tiphys.dataio.episode import DataError, Episode
 
-_CODECS = {
-    "blosc",
-    "zlib",
-    "gzip",
-    "zstd",
-    "lz4",
-    "bz2",
-    "lzma",
-    "bytes",
-    "transpose",
-    "crc32c",
-    "sharding_indexed",
-    "shuffle",
-    "delta",
-    "vlen-utf8",
-}
 _IMAGE_NAME = re.compile(r"(img|image|rgb|camera)")
-_METADATA = (".zarray", "zarr.json", ".zattrs")
 _PIECE_BYTES = 512 << 20  # approximate size of a piece, decoded
 
 
@@ -58,8 +48,8 @@ class Zarr(Converter):
         return 1.0 if any(re.search(r"(^|/)meta/episode_ends/(\.zarray|zarr\.json)$", p) for p in source.files) else 0.0
 
     @cached_property
-    def _files(self) -> _Files:
-        return _Files(self.source)
+    def _files(self) -> Files:
+        return Files(self.source)
 
     @cached_property
     def _root(self) -> str:
@@ -80,17 +70,17 @@ class Zarr(Converter):
         prefix = f"{self._path(folder)}/".removeprefix("/")
         pattern = re.compile(re.escape(prefix) + r"(.+)/(?:\.zarray|zarr\.json)")
         found = {m.group(1) for p in self._files.names if (m := pattern.fullmatch(p))}
-        return sorted(n for n in found if not _is_group(self._files, prefix + n, self.source.url))
+        return sorted(n for n in found if not is_group(self._files, prefix + n, self.source.url))
 
     def _array(self, name: str) -> Any:
         import zarr
 
         where = f"{self.source.url}, {name}"
         path = self._path(name)
-        version, metadata = _metadata(self._files, path, where)
-        _check_metadata(version, metadata, where)
+        version, metadata = read_metadata(self._files, path, where)
+        check_metadata(version, metadata, where)
         try:
-            return zarr.open_array(_store(self._files), path=path, mode="r", zarr_format=version)
+            return zarr.open_array(zarr_store(self._files), path=path, mode="r", zarr_format=version)
         except DataError:
             raise
         except Exception as error:  # zarr raises whatever its metadata parsers and codecs do
@@ -125,9 +115,9 @@ class Zarr(Converter):
         usual = {}
         for key in self._arrays("data"):
             name = canonical(key.replace("/", "."))
-            _, metadata = _metadata(self._files, self._path(f"data/{key}"), f"{self.source.url}, data/{key}")
+            _, metadata = read_metadata(self._files, self._path(f"data/{key}"), f"{self.source.url}, data/{key}")
             keep = name.partition(".")[0] in ("observation", "action", "reward", "terminated", "truncated")
-            if not keep and not (_holds_texts(metadata) and is_text_name(key)):
+            if not keep and not (holds_texts(metadata) and is_text_name(key)):
                 name = f"observation.{name}"
             usual[key] = name
         usual |= {f"meta/{k}": canonical(k) for k, v in self._by_episode.items() if _is_text(v) and is_text_name(k)}
@@ -172,7 +162,7 @@ class Zarr(Converter):
         """Texts in the attributes of the groups, which hold for all episodes: `@NAME` or `data@NAME` -> text."""
         out = {}
         for group in ("", "data", "meta"):
-            for name, value in _attributes(self._files, self._path(group), self.source.url).items():
+            for name, value in read_attributes(self._files, self._path(group), self.source.url).items():
                 if isinstance(value, str) and is_text_name(name):
                     out[f"{group}@{name}"] = value
                 else:
@@ -246,179 +236,3 @@ def _as_image(value: np.ndarray, key: str, where: str) -> np.ndarray:
     if not bool(np.all(out == value)):
         raise DataError(f"{where}: images of {value.dtype} must hold whole numbers from 0 to 255")
     return out
-
-
-def _metadata(files: _Files, path: str, where: str) -> tuple[Literal[2, 3], dict[str, Any]]:
-    """The version and the metadata of an array. Both the checks and the zarr library use this version."""
-    version: Literal[2, 3] = 2 if (data := files.get(f"{path}/zarr.json")) is None else 3
-    if data is None:
-        data = files.get(f"{path}/.zarray")
-    metadata = parse_json(data or b"", where)
-    if not isinstance(metadata, dict):
-        raise DataError(f"{where}: its metadata is not a JSON object")
-    return version, metadata
-
-
-def _is_group(files: _Files, path: str, where: str) -> bool:
-    """Whether the zarr.json in this folder describes a group of Zarr 3."""
-    version, metadata = _metadata(files, path, where)
-    return version == 3 and metadata.get("node_type") == "group"
-
-
-def _attributes(files: _Files, path: str, where: str) -> dict[str, Any]:
-    """The attributes of a group."""
-    prefix = f"{path}/" if path else ""
-    data = files.get(f"{prefix}zarr.json")
-    attributes = parse_json(data if data is not None else files.get(f"{prefix}.zattrs") or b"{}", where)
-    if data is not None:
-        attributes = attributes.get("attributes") if isinstance(attributes, dict) else None
-    return attributes if isinstance(attributes, dict) else {}
-
-
-def _holds_texts(metadata: dict[str, Any]) -> bool:
-    """Whether the array holds texts: of variable length (vlen-utf8) or of a fixed length (UTF-32)."""
-    if "data_type" in metadata:
-        kind = metadata["data_type"]
-        return kind == "string" or (isinstance(kind, dict) and kind.get("name") == "fixed_length_utf32")
-    kind, filters = str(metadata.get("dtype")), metadata.get("filters")
-    ids = [f.get("id") for f in filters if isinstance(f, dict)] if isinstance(filters, list) else []
-    return kind[1:2] == "U" or (kind == "|O" and ids == ["vlen-utf8"])
-
-
-def _check_metadata(version: int, metadata: dict[str, Any], where: str) -> None:
-    """Raises DataError for objects, unknown codecs and too large chunks, before the zarr library sees them."""
-    try:
-        if version == 2:
-            kind, shape, chunks = metadata["dtype"], metadata["shape"], metadata["chunks"]
-            codecs = [c["id"] for c in [metadata.get("compressor"), *(metadata.get("filters") or [])] if c is not None]
-        else:
-            kind, shape = metadata["data_type"], metadata["shape"]
-            chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-            codecs = list(_codec_names(metadata["codecs"]))
-        if _holds_texts(metadata):
-            dtype, itemsize = None, _text_bytes(kind)
-        else:
-            dtype = np.dtype(str(kind) if version == 3 else kind)
-            itemsize = dtype.itemsize
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{where}: its metadata cannot be read ({type(error).__name__}: {error})") from None
-    if dtype is not None and dtype.kind not in "biuf":
-        raise DataError(f"{where}: dtype {dtype} cannot be read")
-    unknown = sorted({str(c) for c in codecs} - _CODECS)
-    if unknown:
-        raise DataError(f"{where}: the codec {unknown[0]!r} is not allowed")
-    check_shape(shape, 0, where)
-    check_shape(chunks, itemsize, f"{where}, a chunk", RECORD_BYTES)
-    if len(shape) != len(chunks) or 0 in chunks:
-        raise DataError(f"{where}: chunks {chunks} do not divide the shape {shape}")
-
-
-def _text_bytes(kind: Any) -> int:
-    """Bytes of one text in memory, as far as the metadata tells."""
-    if isinstance(kind, dict):
-        return int(kind["configuration"]["length_bytes"])
-    return 4 * int(kind[2:]) if kind[1:2] == "U" else 16
-
-
-def _codec_names(codecs: Any) -> Iterator[str]:
-    """The names of Zarr 3 codecs, including those inside shards."""
-    for codec in codecs:
-        name = codec if isinstance(codec, str) else codec["name"]
-        yield str(name).removeprefix("numcodecs.")
-        if isinstance(codec, dict) and isinstance(codec.get("configuration"), dict):
-            for key in ("codecs", "index_codecs"):
-                yield from _codec_names(codec["configuration"].get(key) or [])
-
-
-class _Files:
-    """The files of a folder, or of one zip, which stays open."""
-
-    def __init__(self, source: Source):
-        self._source, self._stack, self._zip = source, ExitStack(), None
-        self.names = source.files
-        if source.single:
-            stream = self._stack.enter_context(source.open(source.single))
-            self._zip = self._stack.enter_context(open_zip(stream, source.url))
-            self.names = self._zip.namelist()
-        self._known = frozenset(self.names)
-        self._metadata: dict[str, bytes] = {}
-
-    def get(self, path: str) -> bytes | None:
-        """The content of a file; None if there is no such file."""
-        if path not in self._known:
-            return None
-        if path.endswith(_METADATA):  # read once: what is checked is what the zarr library gets
-            if path not in self._metadata:
-                self._metadata[path] = self._read(path, JSON_BYTES)
-            return self._metadata[path]
-        return self._read(path, RECORD_BYTES)
-
-    def _read(self, path: str, limit: int) -> bytes:
-        if self._zip is not None:
-            with open_member(self._zip, path, self._source.url, limit) as (stream, size):
-                return stream.read(size)
-        return self._source.read(path, limit)
-
-    def versions(self) -> list[str]:
-        names = [self._source.single] if self._source.single else [p for p in self.names if p.endswith(_METADATA)]
-        return [self._source.version(n) for n in names]
-
-
-def _store(files: _Files) -> Any:
-    """The files as a read-only Store of the zarr library, which is imported only here, when it is needed."""
-    from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
-
-    class Files(Store):
-        supports_writes = supports_deletes = supports_listing = False
-
-        def __init__(self) -> None:
-            super().__init__(read_only=True)
-
-        def __eq__(self, other: object) -> bool:
-            return self is other
-
-        async def get(
-            self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-        ) -> Buffer | None:
-            data = files.get(key)
-            if data is None:
-                return None
-            if isinstance(byte_range, RangeByteRequest):
-                data = data[byte_range.start : byte_range.end]
-            elif isinstance(byte_range, OffsetByteRequest):
-                data = data[byte_range.offset :]
-            elif isinstance(byte_range, SuffixByteRequest):
-                data = data[-byte_range.suffix :]
-            return prototype.buffer.from_bytes(data)
-
-        async def get_partial_values(
-            self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
-        ) -> list[Buffer | None]:
-            return [await self.get(key, prototype, wanted) for key, wanted in key_ranges]
-
-        async def exists(self, key: str) -> bool:
-            return key in files.names
-
-        async def set(self, key: str, value: Buffer) -> None:
-            raise PermissionError("read-only")
-
-        async def delete(self, key: str) -> None:
-            raise PermissionError("read-only")
-
-        async def list(self) -> AsyncIterator[str]:
-            for name in files.names:
-                yield name
-
-        async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-            for name in files.names:
-                if name.startswith(prefix):
-                    yield name
-
-        async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-            head = prefix.rstrip("/") + "/" if prefix else ""
-            for name in sorted({n[len(head) :].partition("/")[0] for n in files.names if n.startswith(head)}):
-                yield name
-
-    make: Callable[[], Any] = Files
-    return make()

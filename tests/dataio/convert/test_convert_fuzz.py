@@ -44,7 +44,8 @@ def fuzz(made: Any, name: str, folder: Path, inputs: int, seed: int = 0) -> dict
 
 
 def _read(reader: Reader, counts: dict[str, int]) -> None:
-    pieces, tasks, _, _ = reader.plan()
+    plan = reader.plan()
+    pieces, tasks = plan.pieces, plan.tasks
     known = {t.name: t for t in tasks}
     for piece in pieces:
         for item in reader.episodes(piece):

@@ -75,6 +75,7 @@ def test_a_failing_store_does_not_make_a_bad_episode(made: Any, bucket: str, mon
         "source": url,
         "target": BUILT_IN["robomimic"],
         "options": {},
+        "fields": {},
         "operation": "episodes",
         "piece": asdict(piece),
         "start": 0,
