@@ -209,7 +209,13 @@ def index(args: Namespace) -> int:
     from tiphys.dataio.upkeep.foreign import index_foreign
 
     made = index_foreign(args.dataset)
-    print(f"{args.dataset}: {made.episodes} samples indexed in place")
+    skipped, notes = made.document.get("skipped", 0), made.document.get("notes", [])
+    left_out = f", {skipped} left out" if skipped else ""
+    print(f"{args.dataset}: {made.episodes} samples indexed in place{left_out}")
+    for note in notes[:20]:
+        print(f"  {note}")
+    if len(notes) > 20:
+        print(f"  … and {len(notes) - 20} more in dataset.json")
     return Status.DONE
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
+from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
 
 from tiphys.dataio.convert.infer import infer_task
@@ -80,6 +81,7 @@ class Converter(ABC):
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source
         self.options = dict(options or {})
+        self.dropped: frozenset[str] = frozenset()  # fields that the mapping file drops; they need not be decoded
         self.names = FieldNames()  # the reader process replaces it if there is a mapping file
         self.left_out: dict[str, None] = {}  # lines of `leave_out`, in order
         unknown = sorted(set(self.options) - self.options_known)
@@ -169,6 +171,23 @@ def group_files(source: Source, files: Iterable[str], piece_bytes: int) -> list[
         groups[-1].append(path)
         size += file_bytes
     return [Piece(f"{i:06d}", {"files": g}) for i, g in enumerate(groups)]
+
+
+def whole_number(options: Mapping[str, Any], name: str) -> int:
+    """An option that counts something; 0 if it is not given. Raises DataError if it is not a whole number of at least 1."""
+    value = options.get(name)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DataError(f"options: {name} {value!r} must be a whole number of at least 1")
+    return value
+
+
+def cut(bounds: Sequence[int], max_steps: int) -> list[int]:
+    """The rows at which episodes begin, and the end of the last, such that none is longer than `max_steps`; 0: no limit."""
+    if not max_steps:
+        return list(bounds)
+    return [b for first, end in pairwise(bounds) for b in range(first, end, max_steps)] + list(bounds[-1:])
 
 
 T = TypeVar("T")

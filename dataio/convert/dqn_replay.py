@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from tiphys.dataio.casting import checked_cast, checked_flags
-from tiphys.dataio.convert.converter import Converter, Item, Piece
+from tiphys.dataio.convert.converter import Converter, Item, Piece, whole_number
 from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import (
     EPISODE_BYTES,
@@ -36,6 +36,7 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 
 _NAME = re.compile(r"(?:\$store\$_)?(observation|action|reward|terminal)_ckpt\.(\d+)\.gz")
 _KINDS = ("observation", "action", "reward", "terminal")
+_LISTED = 1000  # checkpoints among which missing ones are looked for; the datasets have 50
 _RATIO = 1100  # never reached: DEFLATE cannot exceed 1032. The array's header limits the output instead
 
 
@@ -77,26 +78,48 @@ class DqnReplay(Converter):
         return out
 
     def tasks(self) -> list[TaskSpec]:
-        out: dict[str, TaskSpec] = {}
+        """One task for each game. A checkpoint that cannot be read counts only if the game has no other."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        actions: dict[str, np.ndarray] = {}  # game -> the largest action of all its checkpoints, in their dtype
+        problem = ""
         for (folder, checkpoint), files in self._checkpoints.items():
             task = self._task_name(folder)
-            if task not in out:
-                with ExitStack() as stack:
-                    shape = self._image_shape(self._open(files, "observation", checkpoint, stack)[1][1:])
-                    actions, _ = self._read_all(files, "action", checkpoint)
-                fields = (
-                    field_spec("observation.image", np.uint8, shape, modality="image"),
-                    field_spec("action", actions.dtype, (), values=int(actions.max(initial=0)) + 1),
-                    field_spec("reward", np.float32, ()),
-                    field_spec("terminated", bool, ()),
-                )
-                out[task] = TaskSpec(task, fields)
-        return list(out.values())
+            try:
+                if task not in shapes:
+                    with ExitStack() as stack:
+                        shapes[task] = self._image_shape(self._open(files, "observation", checkpoint, stack)[1][1:])
+                found = self._read_all(files, "action", checkpoint)[0]
+                actions[task] = np.maximum(actions.get(task, found[:0].sum(dtype=found.dtype)), found.max(initial=0))
+            except DataError as error:
+                problem = problem or str(error)
+        if not shapes.keys() & actions.keys():
+            raise DataError(problem)
+        return [self._spec(t, shapes[t], actions[t]) for t in shapes if t in actions]
+
+    def _spec(self, task: str, shape: tuple[int, ...], action: np.ndarray) -> TaskSpec:
+        fields = (
+            field_spec("observation.image", np.uint8, shape, modality="image"),
+            field_spec("action", action.dtype, (), values=int(action) + 1),
+            field_spec("reward", np.float32, ()),
+            field_spec("terminated", bool, ()),
+        )
+        return TaskSpec(task, fields)
+
+    def notes(self) -> list[str]:
+        """Checkpoints that are missing between others."""
+        out = []
+        for folder in dict.fromkeys(f for f, _ in self._checkpoints):
+            numbers = [k for f, k in self._checkpoints if f == folder]
+            missing = sorted(set(range(min(numbers), min(max(numbers), min(numbers) + _LISTED))) - set(numbers))
+            if missing:
+                listed = ", ".join(str(k) for k in missing)
+                out.append(f"{folder or self.source.url}: there are no files of checkpoints {listed}")
+        return out
 
     def _image_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) not in (2, 3):
             raise DataError(f"{self.source.url}: frames have shape {shape}; [H, W] or [H, W, C] is expected")
-        stack = int(self.options.get("stack") or 1)
+        stack = whole_number(self.options, "stack") or 1
         if not 1 <= stack <= 32 or (stack > 1 and len(shape) == 3):
             raise DataError(
                 f"options: stack {stack} is not possible for frames of shape {shape}; "
@@ -162,7 +185,7 @@ class DqnReplay(Converter):
     ) -> Episode:
         task, run = self._task_name(folder), self._run_number(folder)
         where = f"{self.source.where(folder)}, checkpoint {checkpoint}, episode {number}"
-        stack = int(self.options.get("stack") or 1)
+        stack = whole_number(self.options, "stack") or 1
         if stack > 1:  # as the agent saw them: oldest first, black before the start of the episode
             padded = np.concatenate([np.zeros((stack - 1, *frames.shape[1:]), np.uint8), frames])
             frames = np.stack([padded[i : i + len(frames)] for i in range(stack)], axis=-1)

@@ -1,9 +1,8 @@
 """WebDataset tars of images and captions, rewritten with the image and the text as fields. `tiphys index` uses such
 tars as they are.
 
-A sample is a run of members with the same key (the path up to the first dot of its last part): an image (`.jpg`,
-`.jpeg`, `.png`, `.webp`) and a caption (`.txt`, `.text`, `.caption`, or `caption` or `text` in a `.json`). Members are
-read, never extracted. Links, devices and sparse files are refused.
+A sample is a run of members with the same key; `tiphys.dataio.format.captions` tells which of them are its picture and
+its caption. Members are read, never extracted. Links, devices and sparse files are refused.
 """
 
 from __future__ import annotations
@@ -12,20 +11,21 @@ import io
 import tarfile
 from collections.abc import Iterator
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from tiphys.dataio.convert.converter import Converter, Item, Piece, attempt
-from tiphys.dataio.convert.infer import field_spec, texts
-from tiphys.dataio.convert.limits import RECORD_BYTES, TEXT_BYTES, BoundedInflate, check_size, decode_image, parse_json
+from tiphys.dataio.convert.infer import field_spec
+from tiphys.dataio.convert.limits import RECORD_BYTES, BoundedInflate, check_size, decode_image, parse_json
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
-from tiphys.dataio.format.tar import CheckedHeader
+from tiphys.dataio.format import captions
+from tiphys.dataio.format.tar import CheckedHeader, split_name
 
 _TARS = (".tar", ".tar.gz", ".tgz")
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_TEXTS = ("txt", "text", "caption")
+_INSPECTED = 64  # samples of a tar from which the format is recognised
 
 
 class ImageText(Converter):
@@ -34,11 +34,11 @@ class ImageText(Converter):
 
     @classmethod
     def recognise(cls, source: Source) -> float:
-        for path in source.files:
-            if path.endswith(_TARS):
-                with source.open(path) as stream:
-                    for _, members in _samples(stream, path, source.where(path)):
-                        return 0.7 if set(members) & set(_IMAGES) and set(members) & {*_TEXTS, "json"} else 0.0
+        for path in [p for p in source.files if p.endswith(_TARS)][:4]:
+            with source.open(path) as stream:
+                for _, members in islice(_samples(stream, path, source.where(path)), _INSPECTED):
+                    if captions.has_picture_and_caption(members):
+                        return 0.7
         return 0.0
 
     @cached_property
@@ -62,34 +62,32 @@ class ImageText(Converter):
             for number, (key, members) in enumerate(_samples(stream, path, where)):
                 if number >= start:
                     here = f"{where}, sample {key!r}"
-                    yield attempt(partial(self._read, members, f"{path}/{key}", here), here)
+                    yield attempt(partial(self._read, key, members, path, here), here)
 
-    def _read(self, members: dict[str, bytes], identity: str, where: str) -> Episode:
-        kind = next((e for e in _IMAGES if e in members), None)
-        if kind is None:
-            raise DataError(f"{where}: has no image ({', '.join(_IMAGES)})")
-        image = decode_image(members[kind], where)
-        caption = next((e for e in (*_TEXTS, "json") if e in members), "")
-        for extension in sorted(members.keys() - {kind, caption}):
-            self.leave_out(f"members .{extension}", f"a sample has one image and one text: .{kind} and .{caption}")
+    def _read(self, key: str, members: dict[str, bytes], path: str, where: str) -> Episode:
+        try:
+            identity = f"{self.source.name}/{path}/{captions.check_key(key)}"
+            picture = captions.picture_extension(members)
+            text, source = captions.caption(members, picture, members.__getitem__)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        reason = f"a sample has one image and one text: .{picture} and .{source}"
+        for extension in sorted(members.keys() - {picture, source}):
+            self.leave_out(f"members .{extension}", reason)
+        for name in _keys(members[source]) if source.rpartition(".")[2] == "json" else ():
+            if name not in captions.KEYS:
+                self.leave_out(f"{name} in .{source}", reason)
+        image = decode_image(members[picture], where)
         if image.dtype != np.uint8:
             raise DataError(f"{where}: the image has 16 bits per channel; only 8 are supported")
         image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3]
-        fields: dict[str, Any] = {"image": image[None], "text": _caption(members, where)}
-        return Episode(f"{self.source.name}/{identity}", self.source.name, fields, 0)
+        fields: dict[str, Any] = {"image": image[None], "text": text}
+        return Episode(identity, self.source.name, fields, 0)
 
 
-def _caption(members: dict[str, bytes], where: str) -> str:
-    for extension in _TEXTS:
-        if extension in members:
-            check_size(len(members[extension]), TEXT_BYTES, where, "the caption")
-            return str(texts([members[extension]], where)[0])
-    if "json" in members:
-        content = parse_json(members["json"], f"{where}, .json")
-        for key in ("caption", "text"):
-            if isinstance(content, dict) and isinstance(content.get(key), str):
-                return str(texts([content[key]], where)[0])
-    raise DataError(f"{where}: has no caption ({', '.join(_TEXTS)}, or `caption` or `text` in .json)")
+def _keys(data: bytes) -> list[str]:
+    content = parse_json(data, "")
+    return sorted(content) if isinstance(content, dict) else []
 
 
 def _samples(stream: BinaryIO, path: str, where: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -97,14 +95,13 @@ def _samples(stream: BinaryIO, path: str, where: str) -> Iterator[tuple[str, dic
     key, size = "", 0
     members: dict[str, bytes] = {}
     for name, data in _members(stream, path, where):
-        folder, slash, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        member_key = folder + slash + stem
-        if member_key != key and members:
+        split = split_name(name)
+        if split is None:
+            continue
+        if split[0] != key and members:
             yield key, members
             members, size = {}, 0
-        key = member_key
-        extension = extension.lower()
+        key, extension = split
         size = check_size(size + len(data), RECORD_BYTES, f"{where}, sample {key!r}")
         if extension in members:
             raise DataError(f"{where}: sample {key!r} has two .{extension} members")

@@ -169,7 +169,8 @@ class BoundedInflate(io.RawIOBase):
 
     def __init__(self, stream: BinaryIO, where: str, *, wbits: int = 31, limit: int = 1 << 50, ratio: int = RATIO):
         self._stream, self._where, self._limit, self._ratio = stream, where, limit, ratio
-        self._inflate = zlib.decompressobj(wbits)
+        self._inflate, self._wbits = zlib.decompressobj(wbits), wbits
+        self._waiting = b""  # compressed bytes of the next gzip member that are already read
         self._bytes_in = self._bytes_out = 0
 
     def readable(self) -> bool:
@@ -182,11 +183,13 @@ class BoundedInflate(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         if not len(view):
             return 0
-        while not self._inflate.eof:
-            data = self._inflate.unconsumed_tail
+        while True:
+            if self._inflate.eof and not self._next_member():
+                return 0
+            data = self._inflate.unconsumed_tail or self._waiting
+            self._waiting = b""
             if not data:
-                data = self._stream.read(1 << 16)
-                self._bytes_in += len(data)
+                data = self._read()
                 if not data:
                     raise DataError(
                         f"{self._where}: the compressed stream is truncated after {self._bytes_out:,} decompressed bytes"
@@ -209,7 +212,23 @@ class BoundedInflate(io.RawIOBase):
                 )
             view[: len(out)] = out
             return len(out)
-        return 0
+
+    def _read(self) -> bytes:
+        data = self._stream.read(1 << 16)
+        self._bytes_in += len(data)
+        return data
+
+    def _next_member(self) -> bool:
+        """Begin the next gzip member, if there is one. A gzip file may hold several, one after another, and then zeros."""
+        if self._wbits != 31:
+            return False
+        rest = self._inflate.unused_data.lstrip(b"\0")
+        while not rest and (more := self._read()):
+            rest = more.lstrip(b"\0")
+        if not rest:
+            return False
+        self._waiting, self._inflate = rest, zlib.decompressobj(self._wbits)
+        return True
 
 
 def inflate(data: bytes, where: str, *, wbits: int, limit: int) -> bytes:

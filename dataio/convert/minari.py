@@ -19,8 +19,8 @@ from tiphys.dataio.casting import checked_flags
 from tiphys.dataio.convert import hdf5, spaces
 from tiphys.dataio.convert.converter import Converter, Item, Piece, read_each
 from tiphys.dataio.convert.exported import restore, tasks_of
-from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, texts
-from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape, decode_image, parse_json
+from tiphys.dataio.convert.infer import channels_last, field_spec, infer_task, role_of, safe_name, texts
+from tiphys.dataio.convert.limits import EPISODE_STEPS, FIELDS, check_shape, decode_image, parse_json
 from tiphys.dataio.convert.names import AmbiguousNames
 from tiphys.dataio.convert.parquet import to_rows, values
 from tiphys.dataio.convert.source import Source
@@ -29,6 +29,7 @@ from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 MAIN = "main_data.hdf5"
 EXPORTED = "tiphys"  # what our export adds to metadata.json and to each episode
 _PIECE_BYTES = 256 << 20  # of a piece, about
+_DERIVED = ("total_steps", "rewards_max", "rewards_mean", "rewards_min", "rewards_std", "rewards_sum")  # not kept
 _RESULTS = {"rewards": "reward", "terminations": "terminated", "truncations": "truncated"}
 _SPACES = {"observations": ("observation", "observation_space"), "actions": ("action", "action_space")}
 
@@ -95,7 +96,18 @@ class Minari(Converter):
             else:
                 metadata["episodes"], metadata["bytes"] = self._arrow_episodes(folder)
             out[folder] = metadata
+        self._check_ids({f: str(m.get("dataset_id") or f) for f, m in out.items()})
         return out
+
+    def _check_ids(self, ids: Mapping[str, str]) -> None:
+        """Raises DataError if two folders hold the same dataset, because their episodes would have equal ids."""
+        for dataset_id in ids.values():
+            folders = [f for f, i in ids.items() if i == dataset_id]
+            if len(folders) > 1:
+                raise DataError(
+                    f"{self.source.url}: dataset {dataset_id!r} is there more than once, in {', '.join(folders)}; "
+                    "convert one of these folders"
+                )
 
     def _is_hdf5(self, folder: str) -> bool:
         return self._path(folder, MAIN) in self.source.files
@@ -256,12 +268,12 @@ class Minari(Converter):
         if hdf5.has(group, "infos"):
             infos = hdf5.member(group, "infos", where)
             for key, dataset in hdf5.datasets(infos, f"{where}, infos").items() if hasattr(infos, "keys") else ():
-                if dataset.dtype.kind in "biuf" and dataset.shape:
+                if dataset.shape and (dataset.dtype.kind in "biuf" or hdf5.is_text(dataset)):
                     fields[f"info.{key}"] = hdf5.read(dataset, f"{where}, infos.{key}")
                 else:
-                    self.leave_out(f"infos.{key}", "not an array of numbers")
-        info = {k: v for k in ("seed", "id") if (v := hdf5.attribute(group, k)) is not None}
-        return self._episode(folder, number, fields, info, where)
+                    self.leave_out(f"infos.{key}", "neither numbers nor texts by step")
+        metadata = {k: hdf5.attribute(group, k) for k in list(group.attrs)[:FIELDS]}
+        return self._episode(folder, number, fields, metadata, where)
 
     # ---- Arrow, Parquet
 
@@ -293,9 +305,7 @@ class Minari(Converter):
             fields.update(_infos(_column(table, "infos", where), "info", where, self.leave_out))
         path = self._path(folder, f"{number}/metadata.json")
         metadata = self.source.json(path) if self.source.exists(path) else {}
-        metadata = metadata if isinstance(metadata, dict) else {}
-        info = {k: metadata[k] for k in ("seed", "id") if isinstance(metadata.get(k), int | str)}
-        return self._episode(folder, number, fields, info, where)
+        return self._episode(folder, number, fields, _flat(metadata), where)
 
     def _table(self, path: str, where: str) -> Any:
         import pyarrow as pa
@@ -315,7 +325,10 @@ class Minari(Converter):
 
     # ---- both
 
-    def _episode(self, folder: str, number: int, fields: dict[str, Any], info: dict[str, Any], where: str) -> Episode:
+    def _episode(
+        self, folder: str, number: int, fields: dict[str, Any], metadata: Mapping[str, Any], where: str
+    ) -> Episode:
+        """metadata: single values that belong to the whole episode, such as `options/task`"""
         reward = fields["reward"]
         steps = len(reward)
         if reward.ndim != 1 or not 0 < steps <= EPISODE_STEPS:
@@ -328,6 +341,13 @@ class Minari(Converter):
             if len(fields[name]) not in (steps, steps + 1):
                 self.leave_out(name.replace("info.", "infos.", 1), "in some episodes it does not have one row per step")
                 del fields[name]
+        info = {}
+        for key, value in metadata.items():
+            name = safe_name(key.replace("/", "."))
+            if isinstance(value, str) and name not in fields and role_of(name, "text") == "text":
+                fields[name] = str(texts([value], f"{where}, {key}")[0])
+            elif key not in _DERIVED and isinstance(value, str | int | float | bool):
+                info[key] = value
         success = fields.get("info.success", fields.get("info.is_success"))
         task = self._task_name(folder)
         return Episode(
@@ -420,8 +440,16 @@ def _column(table: Any, name: str, where: str) -> Any:
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
 
+def _flat(metadata: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested objects: path with slashes -> value."""
+    out: dict[str, Any] = {}
+    for key, value in metadata.items() if isinstance(metadata, dict) else ():
+        out.update(_flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return out
+
+
 def _infos(column: Any, prefix: str, where: str, leave_out: Callable[[str, str], None]) -> dict[str, np.ndarray]:
-    """Fields from the members of the struct `infos`, at any depth, except texts and members with nulls."""
+    """Fields from the members of the struct `infos`, at any depth. Members with nulls are left out."""
     import pyarrow as pa
 
     out: dict[str, np.ndarray] = {}
@@ -439,8 +467,10 @@ def _infos(column: Any, prefix: str, where: str, leave_out: Callable[[str, str],
             out.update(found)
         elif name in out:
             raise AmbiguousNames(f"{where}: two members of `infos` would become {name!r}")
-        elif pa.types.is_string(kind.type) or pa.types.is_null(kind.type) or child.null_count:
-            leave_out(name.replace("info.", "infos.", 1), "texts, or missing values")
+        elif pa.types.is_null(kind.type) or child.null_count:
+            leave_out(name.replace("info.", "infos.", 1), "some steps have no value")
+        elif pa.types.is_string(kind.type) or pa.types.is_large_string(kind.type):
+            out[name] = texts(values(child, where), f"{where}, {name}")
         else:
             array = to_rows(child, f"{where}, {name}")
             shape = (kind.metadata or {}).get(b"shape", b"").decode("ascii", "replace")

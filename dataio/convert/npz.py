@@ -17,7 +17,7 @@ import numpy as np
 
 from tiphys.dataio.casting import checked_cast, checked_flags
 from tiphys.dataio.convert.archive import open_member, open_zip
-from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
+from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, cut, group_files, whole_number
 from tiphys.dataio.convert.exported import restore, tasks_of
 from tiphys.dataio.convert.infer import canonical, channels_last, texts
 from tiphys.dataio.convert.limits import (
@@ -43,6 +43,7 @@ _BY_STEP = ("observation", "action", "reward", *_FLAGS)  # an array below these 
 
 class Npz(Converter):
     name = "npz"
+    options_known = frozenset({"max_steps"})
 
     @classmethod
     def recognise(cls, source: Source) -> float:
@@ -65,6 +66,18 @@ class Npz(Converter):
 
     def tasks(self) -> list[TaskSpec]:
         return self._exported_tasks or super().tasks()
+
+    @cached_property
+    def _without_ends(self) -> dict[str, int]:
+        """File -> its steps, if it is the only one of the source and was read as one episode."""
+        return {}
+
+    def notes(self) -> list[str]:
+        return [
+            f"{path}: no end of an episode was found, so all {steps:,} steps are one episode; to cut after N steps, set "
+            "`options: {max_steps: N}` in the mapping file"
+            for path, steps in self._without_ends.items()
+        ]
 
     def pieces(self) -> list[Piece]:
         return group_files(self.source, self._files, _PIECE_BYTES)
@@ -110,13 +123,20 @@ class Npz(Converter):
         names = self.names.fields({k: canonical(k.replace("/", ".")) for k in arrays}, where)
         fields = {name: arrays[k] for k, name in names.items()}
         bounds = _bounds(fields, where)
-        if bounds is None:
+        max_steps = whole_number(self.options, "max_steps")
+        if bounds is None and not max_steps:
+            if len(self._files) == 1 and not any(fields[n].any() for n in _FLAGS if n in fields):
+                self._without_ends[path] = _steps(fields, where)
             return [lambda: self._episode(fields, identity, where)]
+        total = bounds[-1] if bounds is not None else _steps(fields, where)
+        extra = bounds is None  # then observations may have a row after the last action, and so has each part
+        bounds = cut(bounds or [0, total], max_steps)
 
         values = self._by_episode(fields, bounds)
 
         def read(i: int) -> Episode:
-            rows = {k: v[bounds[i] : bounds[i + 1]] for k, v in fields.items() if v.ndim}
+            begin, end = bounds[i], bounds[i + 1]
+            rows = {k: v[begin : end + (extra and len(v) == total + 1)] for k, v in fields.items() if v.ndim}
             constant = {k: v for k, v in fields.items() if not v.ndim} | {k: v[i, ...] for k, v in values.items()}
             return self._episode(rows | constant, f"{identity}/{i:06d}", f"{where}, episode {i}")
 

@@ -272,6 +272,7 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
         _send(out, _RESULT, recognise(source, request["known"]))
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
+    converter.dropped = frozenset(request.get("dropped", ()))
     converter.names = FieldNames(request["fields"])
     converter.dropped = frozenset(request.get("dropped", ()))
     if request["operation"] == "plan":

@@ -117,7 +117,7 @@ class Source:
 
     @cached_property
     def files(self) -> list[str]:
-        """The paths of all files, sorted; hidden files only if Zarr needs them.
+        """The paths of all files, sorted; hidden files only if Zarr needs them, and none that macOS added.
 
         Raises SourceUnavailable if the store cannot list (plain https).
         """
@@ -137,9 +137,7 @@ class Source:
                 found += [n if relative == "." else f"{relative}/{n}" for n in names]
                 if len(found) > FILES:
                     raise DataError(f"{self.url}: more than {FILES:,} files")
-        return sorted(
-            p for p in found if not any(part.startswith(".") and part not in _ZARR_METADATA for part in p.split("/"))
-        )
+        return sorted(p for p in found if not any(_is_hidden(part) for part in p.split("/")))
 
     def _unlistable(self, error: OSError) -> None:
         raise SourceUnavailable(f"{self.url}: cannot be listed ({error})") from error
@@ -284,6 +282,11 @@ class _RemoteFile(io.RawIOBase):
 
 
 _ZARR_METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
+
+
+def _is_hidden(part: str) -> bool:
+    """Whether a part of a path hides the file: `.git`, `._a.txt`, `.DS_Store`, `__MACOSX`."""
+    return part == "__MACOSX" or (part.startswith(".") and part not in _ZARR_METADATA)
 
 
 def expand(template: str, where: str, **values: int | str) -> str:

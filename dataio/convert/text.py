@@ -15,11 +15,12 @@ from functools import cached_property
 from typing import Any, BinaryIO, cast
 
 from tiphys.dataio.convert.converter import BadEpisode, Converter, Item, Piece, attempt, group_files
-from tiphys.dataio.convert.infer import field_spec, texts
+from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import TEXT_BYTES, BoundedInflate, parse_json
 from tiphys.dataio.convert.parquet import batches, is_text, open_parquet, plain, values
 from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.format.captions import clean_text, decode_text
 
 _PIECE_BYTES = 256 << 20  # approximate size of a piece
 _TEXT_KEYS = ("text", "content", "document", "caption")
@@ -41,8 +42,8 @@ class Text(Converter):
         for path in source.files:
             if path.endswith(_JSON):
                 with ExitStack() as stack:
-                    line = _open(source, path, stack).readline(1 << 20)
-                    value = parse_json(line, source.where(path))
+                    lines = _lines(_open(source, path, stack), source.where(path))
+                    value = parse_json(next(lines, b""), source.where(path))
                     return (
                         0.5
                         if isinstance(value, dict) and any(isinstance(value.get(c), str) for c in _TEXT_KEYS)
@@ -80,7 +81,8 @@ class Text(Converter):
 
     def _episode(self, path: str, line: int, document: str | bytes, where: str) -> Item:
         def make() -> Episode:
-            text = str(texts([document], where)[0])
+            decoded = decode_text(document, where) if isinstance(document, bytes) else document
+            text = clean_text(decoded, where)
             return Episode(f"{self.source.name}/{path}/{line:08d}", self.source.name, {"text": text}, 0)
 
         return attempt(make, where)

@@ -1,13 +1,14 @@
 """Reads `features.json` of TensorFlow Datasets, a tree of features, without TensorFlow.
 
-The file is the JSON form of tensorflow_datasets/core/proto/feature.proto.
+The file is the JSON form of tensorflow_datasets/core/proto/feature.proto. A prepared dataset lies in the folder
+NAME/VERSION or NAME/CONFIG/VERSION; `choose_folders` decides which of them are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Feature:
     shape: tuple[int, ...]
     encoding: str = "none"
     classes: int = 0
+    optional: bool = False
     name: str = ""  # of the field, if it is not the usual one
 
     @property
@@ -39,10 +41,86 @@ class Feature:
         return self.name or canonical(self.path.removeprefix("steps/").replace("/", "."))
 
 
+def name_episode_features(features: Sequence[Feature]) -> list[Feature]:
+    """The features, in which those of an episode are called `episode.NAME` if NAME belongs to the steps.
+
+    NAME belongs to the steps if a feature of the steps has it, or if its role is one of a step, as for `reward`.
+    """
+    taken = {f.field for f in features if f.in_steps}
+    by_step = ("observation", "action", "reward", "terminated", "truncated", "mask")
+    return [
+        replace(f, name=f"episode.{f.field}"[:64])
+        if not f.in_steps and (f.field in taken or f.field.partition(".")[0] in by_step)
+        else f
+        for f in features
+    ]
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """A folder with a features.json, and which dataset it holds."""
+
+    path: str
+    name: str
+    config: str
+    version: str
+
+    @classmethod
+    def of(cls, path: str, info: Mapping[str, Any], source: str) -> DatasetFolder:
+        """From dataset_info.json; what it lacks is taken from the path, or from the name of the source."""
+        parts = [p for p in path.split("/") if p]
+        version = parts.pop() if parts and re.fullmatch(r"\d+\.\d+\.\d+", parts[-1]) else ""
+        return cls(
+            path,
+            str(info.get("name") or (parts[0] if parts else source)),
+            str(info.get("configName") or info.get("config_name") or (parts[1] if len(parts) == 2 else "")),
+            str(info.get("version") or version),
+        )
+
+
+def choose_folders(folders: Sequence[DatasetFolder], options: Mapping[str, Any], where: str) -> list[str]:
+    """The paths of the folders to read: of each dataset one config and one version.
+
+    options   `config` and `version` choose one: a text for all datasets of the source, or {name of a dataset: text}
+
+    Raises DataError that lists what there is, if more than one remains, or none has what an option names.
+    """
+    out: list[str] = []
+    for name in dict.fromkeys(f.name for f in folders):
+        rest = [f for f in folders if f.name == name]
+        for key in ("config", "version"):
+            wanted = options.get(key)
+            wanted = wanted.get(name) if isinstance(wanted, Mapping) else wanted
+            if wanted is None:
+                continue
+            there = sorted({getattr(f, key) for f in rest})
+            rest = [f for f in rest if getattr(f, key) == str(wanted)]
+            if not rest:
+                raise DataError(
+                    f"{where}: options: {key} {wanted!r}: dataset {name!r} has {', '.join(there) or 'none'}"
+                )
+        if len(rest) > 1:
+            raise DataError(_several(name, rest, where))
+        out.append(rest[0].path)
+    return out
+
+
+def _several(name: str, folders: Sequence[DatasetFolder], where: str) -> str:
+    for key in ("config", "version"):
+        there = sorted({getattr(f, key) for f in folders})
+        if len(there) > 1:
+            return (
+                f"{where}: dataset {name!r} has the {key}s {', '.join(there)}; choose one in the mapping file "
+                f"(`options: {{{key}: {there[-1]}}}`), or convert the folder of one"
+            )
+    paths = ", ".join(f.path or "." for f in folders)
+    return f"{where}: dataset {name!r} is there more than once, in the folders {paths}; convert one of them"
+
+
 def leaves(node: Mapping[str, Any], path: str, skipped: list[str]) -> Iterator[Feature]:
     """The leaves below a node, whose keys may be in camel or snake case.
 
-    What cannot be read is appended to `skipped`. Raises DataError if a dtype cannot be read.
+    What cannot be read is appended to `skipped`.
     """
 
     def get(camel: str) -> Any:
@@ -61,7 +139,8 @@ def leaves(node: Mapping[str, Any], path: str, skipped: list[str]) -> Iterator[F
             if leaf.kind == "tensor" and leaf.encoding == "none":
                 yield Feature(leaf.path, leaf.kind, leaf.dtype, (length, *leaf.shape), leaf.encoding, leaf.classes)
             else:
-                skipped.append(f"{leaf.path} (a sequence of {leaf.kind}s in one step)")
+                kind = "encoded tensor" if leaf.kind == "tensor" else leaf.kind
+                skipped.append(f"{leaf.path} (a sequence of {kind}s in one {_scope(leaf.path)})")
     elif get("image") is not None:
         image = get("image")
         yield Feature(path, "image", str(image.get("dtype") or "uint8"), _dimensions(image.get("shape")))
@@ -74,15 +153,27 @@ def leaves(node: Mapping[str, Any], path: str, skipped: list[str]) -> Iterator[F
         dtype, shape = str(tensor.get("dtype")), _dimensions(tensor.get("shape"))
         if dtype in ("string", "str", "object"):
             if shape:
-                skipped.append(f"{path} (an array of texts in one step)")
+                skipped.append(f"{path} (an array of texts in one {_scope(path)})")
             else:
-                yield Feature(path, "text", "str", ())
-            return
-        if np.dtype(dtype).kind not in "biuf":
-            raise DataError(f"feature {path!r} has dtype {dtype!r}, which cannot be read")
-        yield Feature(path, "tensor", dtype, shape, str(tensor.get("encoding") or "none").lower())
+                yield Feature(path, "text", "str", (), optional=bool(tensor.get("optional")))
+        elif not _is_number(dtype):
+            skipped.append(f"{path} (its dtype {dtype} cannot be read)")
+        else:
+            encoding = str(tensor.get("encoding") or "none").lower()
+            yield Feature(path, "tensor", dtype, shape, encoding, optional=bool(tensor.get("optional")))
     else:
         skipped.append(f"{path} (a {kind or 'feature of unknown kind'})")
+
+
+def _scope(path: str) -> str:
+    return "step" if path.startswith("steps/") else "episode"
+
+
+def _is_number(dtype: str) -> bool:
+    try:
+        return np.dtype(dtype).kind in "biuf"
+    except TypeError:
+        return False
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:

@@ -6,38 +6,58 @@ data (tensorflow/core/lib/io/record_writer.h). tf.Example is defined in tensorfl
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from crc32c import crc32c
 
-from tiphys.dataio.convert.limits import RECORD_BYTES, read_exactly
+from tiphys.dataio.convert.limits import RECORD_BYTES, BoundedInflate, read_exactly
 from tiphys.dataio.episode import DataError
 
 _HEADER = struct.Struct("<QI")
+_GZIP = b"\x1f\x8b\x08"
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 Value = list[bytes] | np.ndarray  # bytes_list, or float32/int64 [n]
 
 
 def records(stream: BinaryIO, size: int, where: str) -> Iterator[memoryview]:
-    """The records of a file of `size` bytes, in order. Raises DataError at the first one that is damaged or cut."""
+    """The records of a file of `size` bytes, which may be gzipped, in order.
+
+    Raises DataError at the first record that is damaged or cut.
+    """
+    begin = stream.read(_HEADER.size)
+    stream.seek(0)
+    # a length may begin with the same bytes as gzip, but then its CRC fits
+    if begin.startswith(_GZIP) and _HEADER.pack(int.from_bytes(begin[:8], "little"), masked_crc(begin[:8])) != begin:
+        inflated = cast(BinaryIO, io.BufferedReader(BoundedInflate(stream, where), 1 << 18))
+        yield from _records(inflated, None, where)
+    else:
+        yield from _records(stream, size, where)
+
+
+def _records(stream: BinaryIO, size: int | None, where: str) -> Iterator[memoryview]:
+    """size: None if it is unknown; then the stream ends after a record."""
     at = 0
-    while at < size:
+    while size is None or at < size:
         here = f"{where}, byte {at}"
-        header = read_exactly(stream, _HEADER.size, here)
+        header = stream.read(_HEADER.size)
+        if size is None and not header:
+            return
+        if len(header) != _HEADER.size:
+            raise DataError(f"{here}: ends after {len(header)} of {_HEADER.size} bytes; it is truncated")
         length, stored_crc = _HEADER.unpack(header)
         if masked_crc(header[:8]) != stored_crc:
             raise DataError(
                 f"{here}: the length of the record fails its CRC; the file is damaged, or not a TFRecord file"
             )
-        if length > RECORD_BYTES or at + _HEADER.size + length + 4 > size:
-            raise DataError(
-                f"{here}: the record claims {length:,} bytes, but the file ends after {size - at:,}, or it is over the limit of "
-                f"{RECORD_BYTES:,}"
-            )
+        if length > RECORD_BYTES:
+            raise DataError(f"{here}: the record claims {length:,} bytes; the limit is {RECORD_BYTES:,}")
+        if size is not None and at + _HEADER.size + length + 4 > size:
+            raise DataError(f"{here}: the record claims {length:,} bytes, but the file ends after {size - at:,}")
         data = read_exactly(stream, length, here)
         (stored_crc,) = struct.unpack("<I", read_exactly(stream, 4, here))
         if masked_crc(data) != stored_crc:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.convert.converter import Converter, Item, Piece, attempt
+from tiphys.dataio.convert.converter import Converter, Item, Piece, attempt, whole_number
 from tiphys.dataio.convert.infer import field_spec
 from tiphys.dataio.convert.limits import EPISODE_BYTES, check_shape
 from tiphys.dataio.convert.source import Source
@@ -57,7 +57,9 @@ class Vpt(Converter):
         for path in source.files:
             if path.endswith(".mp4") and path[:-4] + ".jsonl" in names:
                 with source.open(path[:-4] + ".jsonl") as stream:
-                    return 0.9 if b'"mouse"' in stream.readline(1 << 20) else 0.0
+                    line = stream.readline(1 << 20)
+                if line.strip():
+                    return 0.9 if b'"mouse"' in line else 0.0
         return 0.0
 
     @cached_property
@@ -69,18 +71,16 @@ class Vpt(Converter):
         return found
 
     def tasks(self) -> list[TaskSpec]:
-        shape = None
+        shape, problem = None, f"{self.source.url}: there is no video with a frame"
         for name in self._recordings:
-            if self.source.exists(name + ".mp4"):
-                with (
-                    self.source.open(name + ".mp4") as stream,
-                    VideoFrames(stream, self.source.where(name + ".mp4"), size=frame_size(self.options)) as video,
-                ):
-                    shape = next((f.shape for f in video), None)
-                if shape is not None:
-                    break
+            try:
+                shape = self._frame_shape(name)
+            except DataError as error:
+                problem = str(error)
+            if shape is not None:
+                break
         if shape is None:
-            raise DataError(f"{self.source.url}: there is no video with a frame")
+            raise DataError(problem)
         fields = (
             field_spec("observation.image", np.uint8, shape, modality="image"),
             field_spec("action.buttons", np.uint8, (len(BUTTONS),), values=2, modality="discrete"),
@@ -88,6 +88,17 @@ class Vpt(Converter):
             field_spec("info.gui", bool, ()),
         )
         return [TaskSpec(self.source.name, fields)]
+
+    def _frame_shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the recording's first frame; None if it has no video, or no frame."""
+        if not self.source.exists(name + ".mp4"):
+            return None
+        where = self.source.where(name + ".mp4")
+        with (
+            self.source.open(name + ".mp4") as stream,
+            VideoFrames(stream, where, size=frame_size(self.options)) as video,
+        ):
+            return next((f.shape for f in video), None)
 
     def pieces(self) -> list[Piece]:
         return [
@@ -107,7 +118,7 @@ class Vpt(Converter):
         if not ticks:
             raise DataError(f"{self.source.where(name + '.jsonl')}: the file has no lines")
         buttons, camera, gui = _actions(ticks, self.source.where(name + ".jsonl"))
-        max_steps = int(self.options.get("segment") or 0) or len(ticks)
+        max_steps = whole_number(self.options, "segment") or len(ticks)
         with (
             self.source.open(name + ".mp4") as stream,
             VideoFrames(stream, where, size=frame_size(self.options)) as video,

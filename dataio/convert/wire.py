@@ -57,9 +57,10 @@ def dump(episode: Episode) -> list[bytes | memoryview]:
             raise DataError(
                 f"field {name!r} has dtype {array.dtype}; only bool, integers, floats and texts can be stored"
             )
+        shape = array.shape  # `ascontiguousarray` makes [1] of a scalar
         array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         total += array.nbytes
-        header["fields"][name] = {"dtype": array.dtype.str, "shape": array.shape}
+        header["fields"][name] = {"dtype": array.dtype.str, "shape": shape}
         buffers.append(bytes_of(array))
     if total > EPISODE_BYTES:
         raise DataError(f"the episode needs {total:,} bytes; the limit is {EPISODE_BYTES:,} bytes")

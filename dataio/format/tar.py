@@ -133,17 +133,28 @@ def members(file: Path) -> Iterator[Member]:
         raise DataError(f"byte {end}: the end-of-archive marker is missing; the tar is cut off")
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key of its sample, extension in lower case) of a member, as WebDataset splits its name: at the first dot of the last part.
+
+    None if it belongs to no sample: it has no extension, or macOS added it (`._0.png`, `.DS_Store`, `__MACOSX/…`).
+    """
+    match = _SAMPLE.fullmatch(name)
+    if not match or "__MACOSX" in match[1].split("/")[:-1]:
+        return None
+    return match[1], match[2].lower()
+
+
 def samples(file: Path) -> Iterator[Sample]:
     """The samples of a WebDataset tar: consecutive members with the same key. Members without an extension are skipped."""
     key, found = "", dict[str, Member]()
     for member in members(file):
-        match = _SAMPLE.fullmatch(member.name)
-        if not match:
+        split = split_name(member.name)
+        if split is None:
             continue
-        if match[1] != key and found:
+        if split[0] != key and found:
             yield _sample(key, found)
             found = {}
-        key, extension = match[1], match[2].lower()
+        key, extension = split
         if extension in found:
             raise DataError(f"byte {member.header}: {member.name!r} appears twice in one sample")
         found[extension] = member

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import shutil
 import tempfile
@@ -13,9 +12,8 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
-from tiphys.dataio.format import tar
+from tiphys.dataio.format import captions, tar
 from tiphys.dataio.format.document import DATASET, INDEX, fetch, publish
-from tiphys.dataio.format.sample import MAX_TEXT
 from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.statistics import Statistics
@@ -25,10 +23,8 @@ from tiphys.paths import expand
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
-IMAGES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "webp": "webp"}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z")
-CAPTIONS = ("txt", "caption", "text")  # extensions of members that hold a caption
-KEYS = ("caption", "text", "prompt", "description")  # keys of a .json member that may hold one; the first one counts
+_MAX_NOTES = 1000  # samples that are listed in dataset.json
 
 
 def index_foreign(
@@ -41,9 +37,10 @@ def index_foreign(
 ) -> EpisodeIndex:
     """Index the tars of a folder as a dataset of captioned images. The index is written there, or to `destination`.
 
-    Each sample with a picture (.jpg, .png, .webp) becomes an episode of T = 0 actions, with the fields `image` (its shape may
-    differ between episodes) and `text` (from a .txt or a key of a .json, absent if there is none). Samples without a picture
-    are skipped; `skipped` in dataset.json counts them. Each tar is read once, in full, to compute CRCs.
+    Each sample with a picture becomes an episode of T = 0 actions, with the fields `image` (its shape may differ between
+    episodes) and `text` (absent if the sample has no caption). `tiphys.dataio.format.captions` tells where both are. Samples
+    without a picture, and those whose caption cannot be read, are skipped. In dataset.json, `skipped` counts them, and
+    `notes` lists them and the samples without a caption. Each tar is read once, in full, to compute CRCs.
 
     task      name of the dataset's one task
     shards    paths of the tars; by default every .tar in the folder. Needed if the store cannot list.
@@ -58,7 +55,7 @@ def index_foreign(
     target = Store(destination) if destination else source
     if target.exists(DATASET):
         raise FileExistsError(f"{target.url} is already a dataset; choose another destination")
-    listed_files = [] if shards else list(source.list())
+    listed_files = [] if shards else [p for p in source.list() if not _is_hidden(p)]
     names = sorted(shards) or [p for p in listed_files if p.endswith(".tar")]
     packed = [p for p in shards or listed_files if p.endswith(COMPRESSED)]
     if packed:
@@ -71,24 +68,27 @@ def index_foreign(
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-index-"))
     try:
         writer, listed, samples, skipped = TableWriter(scratch), list[Shard](), 0, 0
+        notes: list[str] = []
         for number, name in enumerate(names):
             shard = Shard(f"{absolute(url)}/{name}" if destination else name, *_size_and_crc(source, name, scratch))
-            for record in _records(scratch / "shard.tar", shard.name, name[: -len(".tar")], task):
+            for record, note in _records(scratch / "shard.tar", shard.name, name[: -len(".tar")], task):
                 samples += 1
                 if record is None:
                     skipped += 1
                 else:
                     writer.add(record)
+                if note and len(notes) < _MAX_NOTES:
+                    notes.append(f"{name}, {note}")
             listed.append(shard)
             if progress is not None:
                 progress(number + 1, len(names))
         if skipped == samples:
             raise DataError(
-                f"{url}: none of the {samples:,} samples in {len(names):,} tars has a picture ({', '.join(IMAGES)}); an empty "
-                "dataset is not written"
+                f"{url}: none of the {samples:,} samples in {len(names):,} tars has a picture "
+                f"({', '.join(captions.IMAGES)}); an empty dataset is not written"
             )
         writer.finish(scratch / INDEX, [caption_task(task)], listed)
-        publish(target, scratch / INDEX, Statistics(), skipped=skipped)
+        publish(target, scratch / INDEX, Statistics(), skipped=skipped, notes=notes)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return EpisodeIndex.open(target.url)
@@ -120,8 +120,12 @@ def _size_and_crc(store: Store, name: str, scratch: Path) -> tuple[int, int]:
     return file.stat().st_size, crc
 
 
-def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[Record | None]:
-    """For each sample: its record if it has a picture, else None."""
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[tuple[Record | None, str]]:
+    """For each sample: its record, or None if it is skipped; and what there is to say about it."""
     if not file.stat().st_size:
         raise DataError(f"{shard} is empty")
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -135,18 +139,21 @@ def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[Record | 
             data.release()
 
 
-def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: str) -> Record | None:
-    picture = next((e for e in sample.members if e.rsplit(".", 1)[-1] in IMAGES), "")
-    if not picture:
-        return None
-    member = sample.members[picture]
-    content = member_bytes(data, member)
-    kind = _kind(content)
-    if kind is None:
-        return None
-    text = _caption(sample, data)
-    return Record(
-        id=f"{stem}/{sample.key}",
+def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: str) -> tuple[Record | None, str]:
+    texts, note = {}, ""
+    try:
+        identity = f"{stem}/{captions.check_key(sample.key)}"
+        picture = captions.picture_extension(sample.members)
+        member = sample.members[picture]
+        content = member_bytes(data, member)
+        kind = _kind(content, picture)
+        texts["text"], _ = captions.caption(sample.members, picture, lambda e: member_bytes(data, sample.members[e]))
+    except captions.NoCaption as error:
+        note = f"sample {sample.key!r} has no text: {error}"
+    except DataError as error:
+        return None, f"sample {sample.key!r} is left out: {error}"
+    record = Record(
+        id=identity,
         task=task,
         steps=0,
         rows=1,
@@ -154,34 +161,18 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, stem: str, task: s
         shard=shard,
         sample=sample.begin,
         sample_bytes=sample.end - sample.begin,
-        texts={} if text is None else {"text": text},
+        texts=texts,
         chunks={"image": Chunks(kind, 1, [member.offset], [member.size], [crc32c(content)])},
     )
+    return record, note
 
 
-def _kind(content: bytes) -> str | None:
-    """The picture's format by its first bytes; its file name may be wrong. None if it is not JPEG, PNG or WebP."""
+def _kind(content: bytes, extension: str) -> str:
+    """The picture's format by its first bytes; its file name may be wrong. Raises DataError for other formats."""
     if content[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if content[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
-    return "webp" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
-
-
-def _caption(sample: tar.Sample, data: memoryview) -> str | None:
-    """The sample's caption: from a caption member, else from a known key of its .json; None if there is none."""
-    for extension in CAPTIONS:
-        member = sample.members.get(extension)
-        if member is not None and member.size <= MAX_TEXT:
-            return member_bytes(data, member).decode("utf-8", "replace").strip()
-    member = sample.members.get("json")
-    if member is None or member.size > MAX_TEXT:
-        return None
-    try:
-        content = json.loads(member_bytes(data, member))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    found = (content.get(key) for key in KEYS)
-    return next((t.strip() for t in found if isinstance(t, str) and len(t) <= MAX_TEXT), None)
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    raise DataError(f"its .{extension} is not a JPEG, PNG or WebP")

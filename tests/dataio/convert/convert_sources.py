@@ -244,20 +244,32 @@ def tfrecord(records: list[bytes]) -> bytes:
     return b"".join(h + masked(h) + r + masked(r) for h, r in zip(heads, records, strict=True))
 
 
+TFDS_TEXT: dict[str, Any] = {"pythonClassName": "x.Text", "text": {}}
+
+
+def tfds_tensor(dtype: str, *shape: int, **more: Any) -> dict[str, Any]:
+    dimensions = {"dimensions": [str(s) for s in shape]} if shape else {}
+    return {"pythonClassName": "x.Tensor", "tensor": {"shape": dimensions, "dtype": dtype, "encoding": "none", **more}}
+
+
+def tfds_dict(**children: Any) -> dict[str, Any]:
+    return {"pythonClassName": "x.FeaturesDict", "featuresDict": {"features": children}}
+
+
+def tfds_sequence(feature: dict[str, Any], kind: str = "Sequence") -> dict[str, Any]:
+    return {"pythonClassName": f"x.{kind}", "sequence": {"feature": feature, "length": "-1"}}
+
+
+def write_tfds(folder: Path, tree: dict[str, Any], records: list[bytes], **info: Any) -> None:
+    """A TFDS folder with one shard."""
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text(json.dumps(tree))
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "toy", **info}))
+    (folder / "toy-train.tfrecord-00000-of-00001").write_bytes(tfrecord(records))
+
+
 def rlds(folder: Path) -> Expected:
-    def tensor(dtype: str, *shape: int) -> dict[str, Any]:
-        return {
-            "pythonClassName": "x.Tensor",
-            "tensor": {
-                "shape": {"dimensions": [str(s) for s in shape]} if shape else {},
-                "dtype": dtype,
-                "encoding": "none",
-            },
-        }
-
-    def features(**children: Any) -> dict[str, Any]:
-        return {"pythonClassName": "x.FeaturesDict", "featuresDict": {"features": children}}
-
+    tensor, features = tfds_tensor, tfds_dict
     image = {
         "pythonClassName": "x.Image",
         "image": {"shape": {"dimensions": ["16", "16", "3"]}, "dtype": "uint8", "encodingFormat": "png"},
@@ -266,14 +278,14 @@ def rlds(folder: Path) -> Expected:
         observation=features(image=image, state=tensor("float32", 2), count=tensor("int64")),
         action=tensor("float32", 2),
         reward=tensor("float32"),
-        language_instruction={"pythonClassName": "x.Text", "text": {}},
+        language_instruction=TFDS_TEXT,
         is_first=tensor("bool"),
         is_last=tensor("bool"),
         is_terminal=tensor("bool"),
     )
     tree = features(
-        steps={"pythonClassName": "x.Dataset", "sequence": {"feature": step, "length": "-1"}},
-        episode_metadata=features(file_path={"pythonClassName": "x.Text", "text": {}}),
+        steps=tfds_sequence(step, "Dataset"),
+        episode_metadata=features(file_path=TFDS_TEXT),
     )
     folder.mkdir(parents=True)
     (folder / "features.json").write_text(json.dumps(tree))
@@ -309,6 +321,7 @@ def rlds(folder: Path) -> Expected:
             )
         )
         fields |= {"terminated": last & (number == 0), "truncated": last & (number != 0), "language_instruction": text}
+        fields["episode_metadata.file_path"] = f"/a/{number}"
         out[f"toy/train-{number // 2:05d}-{number % 2:06d}"] = (steps, fields)
     (folder / "toy-train.tfrecord-00000-of-00002").write_bytes(tfrecord(records[:2]))
     (folder / "toy-train.tfrecord-00001-of-00002").write_bytes(tfrecord(records[2:]))
@@ -336,12 +349,18 @@ def minari_env() -> Any:
             super().reset(seed=seed)
             self.observation_space.seed(seed)
             self.time, self.length = 0, LENGTHS[(seed or 0) % len(LENGTHS)]
-            return self.observation_space.sample(), {"speed": 0.0}
+            return self.observation_space.sample(), {"speed": 0.0, "mission": "go"}
 
         def step(self, action: Any) -> Any:
             self.time += 1
             end = self.time >= self.length
-            return self.observation_space.sample(), float(self.time), end, False, {"speed": float(self.time)}
+            return (
+                self.observation_space.sample(),
+                float(self.time),
+                end,
+                False,
+                {"speed": float(self.time), "mission": "go"},
+            )
 
     return Everything()
 
@@ -361,7 +380,7 @@ def minari(folder: Path, data_format: str = "hdf5") -> Expected:
             env = DataCollector(minari_env(), record_infos=True, data_format=data_format)
             env.action_space.seed(0)
             for number in range(len(LENGTHS)):
-                env.reset(seed=number)
+                env.reset(seed=number, options={"task": f"pick {number}"})
                 done = False
                 while not done:
                     *_, terminated, truncated, _ = env.step(env.action_space.sample())
@@ -396,6 +415,8 @@ def minari(folder: Path, data_format: str = "hdf5") -> Expected:
             "terminated": e.terminations,
             "truncated": e.truncations,
             "info.speed": np.asarray(e.infos["speed"]).reshape(-1),
+            "info.mission": "go",
+            "options.task": f"pick {e.id}",
         }
         out[f"toy/data-v0/{e.id:06d}"] = (len(e.rewards), fields)
     return out

@@ -12,7 +12,7 @@ from tests.dataio.convert.convert_sources import MAKERS
 from tiphys.dataio.convert.converter import BUILT_IN, BadEpisode, Converter, converters, load_converter, recognise
 from tiphys.dataio.convert.infer import conform
 from tiphys.dataio.convert.source import Source
-from tiphys.dataio.episode import Episode
+from tiphys.dataio.episode import DataError, Episode
 
 
 def reader(url: Path, format: str, **options: Any) -> Converter:
@@ -92,7 +92,7 @@ def test_spaces_give_bounds_and_values(made: Any) -> None:
 def test_depth_images_of_rlds() -> None:
     """TFDS stores a float32 depth image as a PNG whose four channels are the bytes of each number."""
     from tests.dataio.convert.convert_sources import picture
-    from tiphys.dataio.convert.rlds import _images
+    from tiphys.dataio.convert.rlds_values import _images
     from tiphys.dataio.convert.tfds import Feature
 
     depth = np.random.default_rng(0).normal(size=(2, 16, 18, 1)).astype(np.float32)
@@ -153,6 +153,39 @@ def test_dqn_replay_option_stack(made: Any) -> None:
         assert not frames[0, ..., :3].any()
 
 
+def test_dqn_replay_looks_at_all_checkpoints(tmp_path: Path) -> None:
+    import gzip
+    import io
+
+    from tests.dataio.convert.convert_sources import dqn_replay
+
+    dqn_replay(tmp_path / "s")
+    logs = tmp_path / "s/Pong/1/replay_logs"
+    data = io.BytesIO()
+    np.save(data, np.full(12, 9, np.int32))
+    for kind in ("observation", "action", "reward", "terminal"):
+        (logs / f"$store$_{kind}_ckpt.1.gz").rename(logs / f"$store$_{kind}_ckpt.3.gz")
+    (logs / "$store$_action_ckpt.3.gz").write_bytes(gzip.compress(data.getvalue()))
+    converter = reader(tmp_path / "s", "dqn-replay")
+    assert converter.tasks()[0].field("action").values == 10
+    assert converter.notes() == ["Pong/1/replay_logs: there are no files of checkpoints 1, 2"]
+    (logs / "$store$_observation_ckpt.0.gz").unlink()  # the other checkpoint still gives the fields
+    assert reader(tmp_path / "s", "dqn-replay").tasks()[0].field("observation.image").shape == (84, 84, 1)
+
+
+def test_vpt_with_one_unreadable_recording(tmp_path: Path) -> None:
+    from tests.dataio.convert.convert_sources import vpt
+
+    expected = vpt(tmp_path / "s")
+    (tmp_path / "s/cheeky-0.mp4").write_bytes(b"no video")
+    (tmp_path / "s/cheeky-0.jsonl").write_bytes(b"")
+    assert recognise(Source(str(tmp_path / "s")), converters()) == "vpt"
+    converter = reader(tmp_path / "s", "vpt")
+    assert converter.tasks()[0].field("observation.image").shape == (64, 64, 3)
+    found = [e.id for p in converter.pieces()[1:] for e in converter.episodes(p) if isinstance(e, Episode)]
+    assert found == sorted(expected)[1:]
+
+
 def test_robomimic_option_mask(made: Any) -> None:
     source = made("robomimic")[0]
     assert sorted(read_all(reader(source, "robomimic", mask="train"))) == ["Lift/demo_0", "Lift/demo_10"]
@@ -193,6 +226,89 @@ def test_d4rl_without_timeouts(tmp_path: Path) -> None:
     assert [e.steps for e in found.values()] == [4, 1, 4, 3]
 
 
+def test_d4rl_without_ends_says_so(tmp_path: Path) -> None:
+    import h5py
+
+    rows = np.arange(12, dtype=np.float32)[:, None]
+    columns = {"observations": rows, "actions": rows, "rewards": rows[:, 0]}
+
+    def write(**more: Any) -> list[str]:
+        with h5py.File(tmp_path / "a.hdf5", "w") as file:
+            for key, value in {**columns, **more}.items():
+                file[key] = value
+        assert sum(e.steps for e in read_all(reader(tmp_path, "d4rl")).values()) == 12
+        return reader(tmp_path, "d4rl").notes()
+
+    for more, reason in (
+        ({}, "there is neither `terminals` nor `timeouts`"),
+        ({"terminals": np.zeros(12, bool), "timeouts": np.zeros(12)}, "`terminals` and `timeouts` mark none"),
+    ):
+        (note,) = write(**more)
+        assert note.startswith(f"a.hdf5: no end of an episode was found ({reason}), so all 12 steps are one episode")
+        assert "options: {max_steps: N}" in note
+        cut = reader(tmp_path, "d4rl", max_steps=5)
+        assert [e.steps for e in read_all(cut).values()] == [5, 5, 2]
+        assert cut.notes() == []
+    assert "joined with the next one" in write(terminals=np.arange(12) == 5)[0]
+    following = np.concatenate([rows[1:], rows[:1]])
+    following[3], rows[4] = np.nan, np.nan
+    write(next_observations=following)
+    assert len(read_all(reader(tmp_path, "d4rl"))) == 1  # NaN equals NaN
+
+
+@pytest.mark.parametrize(("format", "option"), [("d4rl", "max_steps"), ("vpt", "segment"), ("dqn-replay", "stack")])
+@pytest.mark.parametrize("value", [-1, 0, 2.5, "four", True])
+def test_options_that_count_are_whole_numbers(made: Any, format: str, option: str, value: Any) -> None:
+    converter = reader(made(format)[0], format, **{option: value})
+    with pytest.raises(DataError, match=rf"options: {option} .* must be a whole number of at least 1"):
+        list(converter.episodes(converter.pieces()[0]))
+
+
+def test_npz_without_ends_says_so(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", observations=np.arange(13)[:, None], actions=np.arange(12), dones=np.zeros(12))
+    converter = reader(tmp_path / "a.npz", "npz")
+    assert [e.steps for e in read_all(converter).values()] == [12]
+    assert converter.notes() == [
+        "a.npz: no end of an episode was found, so all 12 steps are one episode; to cut after N steps, set "
+        "`options: {max_steps: N}` in the mapping file"
+    ]
+    converter = reader(tmp_path / "a.npz", "npz", max_steps=5)
+    found = read_all(converter)
+    assert [(k, e.steps, len(e.fields["observation"])) for k, e in found.items()] == [
+        *(("a/000000", 5, 6), ("a/000001", 5, 6), ("a/000002", 2, 3)),
+    ]
+    assert converter.notes() == []
+    np.savez(tmp_path / "b.npz", actions=np.arange(12), dones=np.arange(12) == 11)
+    whole = reader(tmp_path / "b.npz", "npz")
+    assert (len(read_all(whole)), whole.notes()) == (1, [])
+    converter = reader(tmp_path, "npz")  # several files: each is an episode
+    assert len(read_all(converter)) == 2
+    assert converter.notes() == []
+
+
+def test_a_minari_dataset_that_is_there_twice_is_refused(made: Any, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("a", "b"):
+        shutil.copytree(made("minari-hdf5")[0], tmp_path / "s" / name)
+    with pytest.raises(
+        DataError, match=r"'toy/data-v0' is there more than once, in a/toy/data-v0/data, b/toy/data-v0/data"
+    ):
+        reader(tmp_path / "s", "minari").pieces()
+
+
+def test_each_d4rl_file_is_a_task(tmp_path: Path) -> None:
+    import h5py
+
+    for number in range(6):
+        with h5py.File(tmp_path / f"{number}.hdf5", "w") as file:
+            file["observations"] = file["actions"] = np.zeros((3, number + 1))
+            file["rewards"], file["terminals"], file["timeouts"] = np.zeros(3), np.ones(3), np.zeros(3)
+    converter = reader(tmp_path, "d4rl")
+    assert [t.field("action").shape for t in converter.tasks()] == [(n + 1,) for n in range(6)]
+    assert len(read_all(converter)) == 18
+
+
 def test_zarr_3(tmp_path: Path) -> None:
     from tests.dataio.convert.convert_sources import zarr_buffer
 
@@ -215,8 +331,6 @@ def test_text_that_changes_by_step(tmp_path: Path) -> None:
 
 
 def test_a_source_of_unknown_format_is_an_error(tmp_path: Path) -> None:
-    from tiphys.dataio.episode import DataError
-
     (tmp_path / "x.bin").write_bytes(b"\0" * 100)
     with pytest.raises(DataError, match=r"none of the known formats.*--from"):
         recognise(Source(str(tmp_path)), converters())

@@ -149,6 +149,7 @@ def test_sending_an_episode_keeps_everything() -> None:
         "f": np.arange(6, dtype=">f8").reshape(2, 3)[:, ::-1],
         "empty": np.zeros((2, 0), np.int16),
         "words": np.array(["", "ü\n"], dtype=StringDType()),
+        "scalar": np.float32(0.5),
         "one": "text",
     }
     episode = Episode("i", "t", fields, 2, success=False, agent="a", info={"n": np.float32(0.5), "l": np.arange(2)})
@@ -158,6 +159,7 @@ def test_sending_an_episode_keeps_everything() -> None:
     assert list(back.fields) == list(fields)
     for key, value in fields.items():
         assert np.asarray(back.fields[key]).tolist() == np.asarray(value).tolist()
+        assert np.shape(back.fields[key]) == np.shape(value)
 
 
 def test_damaged_bytes_on_the_wire_raise_only_data_errors() -> None:
