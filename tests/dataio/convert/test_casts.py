@@ -15,7 +15,7 @@ from tiphys.dataio.convert import convert
 from tiphys.dataio.convert.converter import BadEpisode
 from tiphys.dataio.convert.exported import restore
 from tiphys.dataio.convert.limits import decode_image
-from tiphys.dataio.convert.rlds import _images, _tensors
+from tiphys.dataio.convert.rlds_values import _images, _tensors
 from tiphys.dataio.convert.tfds import Feature
 from tiphys.dataio.convert.zarr import _as_image
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
@@ -88,7 +88,7 @@ def test_rlds_pictures_and_tensors_keep_their_values() -> None:
     assert (_images([deep], Feature("steps/depth", "image", "uint16", (16, 16, 1)), "x") == 300).all()
     numbers = np.array([1, 2], "<u2")
     tensor = Feature("steps/t", "tensor", "uint16", (2,), encoding="bytes")
-    assert _tensors([numbers.tobytes()], tensor, "x").tolist() == [[1, 2]]
+    assert _tensors([numbers.tobytes()], tensor, None, "x").tolist() == [[1, 2]]
 
 
 def test_pictures_of_floats_must_be_bytes() -> None:
