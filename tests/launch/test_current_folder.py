@@ -90,7 +90,7 @@ def test_training_and_evaluation_import_nothing_from_their_folder(folder: Path) 
 
 def test_only_the_implied_current_folder_leaves_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is restored
     named = str(tmp_path / "named")
     own = [p for p in sys.path if p and p != str(tmp_path)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "named"]))

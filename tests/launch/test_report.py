@@ -85,6 +85,17 @@ def test_a_run_without_evaluation_or_steps_still_has_a_page(run):
     assert "no training step yet" in write_report(run).read_text()
 
 
+def test_it_lists_changes_of_the_mixture_and_leaves_out_a_cut_off_line(run):
+    event = {"kind": "weights", "step": 7, "weights": {"0:<a>": 0.5}}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "change", "step": 6, "event": event}) + '\n{"step": 8, "lo')
+    assert "From step 7 on: mixture weights 0:&lt;a&gt; = 0.5" in write_report(run).read_text()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line \d+: not JSON"):
+        write_report(run)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the folder of a run"):
         write_report(tmp_path)

@@ -96,6 +96,22 @@ def test_quarantined_episodes_enter_the_log_and_the_checkpoint(world: ParallelDi
     assert lines(tmp_path)[0]["loader"] == {"cache_hit_rate": 0.75, "store_bytes": 4.0}
 
 
+def test_a_change_of_the_mixture_is_printed_and_written_with_its_first_step(
+    world: ParallelDims, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event = {"kind": "weights", "weights": {"0:x": 0.5}}
+    loader = synthetic.SyntheticLoader(13, events={2: [event]})
+    training.train(tmp_path, 6, loader=loader)
+    capsys.readouterr()
+    (line,) = [line for line in lines(tmp_path) if line.get("kind") == "change"]
+    assert line["event"] == {**event, "step": 4}
+    assert line["step"] == 3  # a checkpoint of three steps contains the change
+    shown = cb.Progress(terminal=False)
+    shown.prints = True
+    shown.on_change(None, [line["event"]])  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "from step 4 on: mixture weights 0:x = 0.5\n"
+
+
 def test_a_loss_that_is_not_finite_ends_training_without_a_checkpoint(world: ParallelDims, tmp_path: Path) -> None:
     class Poisoned(synthetic.SyntheticLoader):
         def __next__(self) -> synthetic.Item:
@@ -292,7 +308,7 @@ def test_a_publication_that_fails_does_not_stop_training(tmp_path: Path, capsys:
     keeper = FakeCheckpointer(tmp_path, 1)
     assert fake_trainer(3, keeper, cb.Publisher(2, publish, keeper), Wait()).fit()
     assert published == [2]
-    assert "step 2 was not published: ConnectionError: the hub is away" in capsys.readouterr().err
+    assert "step 2 was not published: the hub is away\n" in capsys.readouterr().err
 
 
 def test_resuming_with_other_datasets_is_refused(tmp_path: Path) -> None:
