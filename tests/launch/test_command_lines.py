@@ -33,6 +33,7 @@ LINES = """
 quickstart --datasets demos --scale 0.01 --processes 1 --verbose train.steps=2
 train small.yaml train.steps=3 --processes 2 --port 29871 --launcher "--bind_cores_to_rank" --verbose
 train small.yaml --hostfile hosts
+train small.yaml --processes 1 --accept-changed-data
 check small.yaml train.steps=5 --world 2
 check small.yaml --no-data
 mixture run show
@@ -40,6 +41,7 @@ mixture run set 0=0.5 --at 7
 mixture run add grid=0.25 --like 0
 report run
 objectives
+objectives dt --json
 tokens small.yaml --step 1 --row 1 --html row.html
 collect CartPole-v1 --to new --episodes 2 --seed 5 --noise 0.1 --processes 1
 collect CartPole-v1 --to zipped --episodes 1 --processes 1 --policy policy --trust-policy
@@ -56,10 +58,11 @@ dataset append all pendulum pictures
 dataset split all most rest --share 0.5
 dataset filter all few --tasks CartPole* --min-return 0 --top 1 --min-steps 1
 dataset filter grid done --success
+dataset lengths small.yaml train.steps=3
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
-evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart
+evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 publish policy published --public
 """
 
