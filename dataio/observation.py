@@ -28,6 +28,49 @@ def observation_fields(observation: Any, name: str = "observation") -> dict[str,
     return fields
 
 
+_WORDS = ("instruction", "task", "language_instruction")  # names under which others give what is to be done
+
+
+def given_fields(observation: Any, known: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A native observation as fields of a task, and the words that it gives under another name than the task's text field.
+
+    An environment's observation has names below `observation`. A sample of a dataset has whole names: the frame of a LeRobot
+    dataset `{"observation.state": …, "task": "…"}`, or the step of an RLDS dataset `{"observation": {…}, "language_instruction":
+    "…"}`.
+
+    Parameters
+    ----------
+    observation : observation
+        As the environment or the dataset gives it.
+    known : mapping of str to FieldSpec
+        The fields of the task.
+    """
+    if not isinstance(observation, Mapping):
+        return observation_fields(observation), None
+    fields: dict[str, Any] = {}
+    words: str | None = None
+    for path, value in observation_fields(observation, "").items():
+        name = path[1:]
+        below = f"observation.{name}"
+        if below not in known and name not in known and name in _WORDS and isinstance(value, str):
+            words = value
+            continue
+        field = name if name in known and below not in known else below
+        fields[field] = _picture(value, known[field]) if field in known else value
+    return fields, words
+
+
+def _picture(value: Any, field: Any) -> Any:
+    """A picture as it is stored. LeRobot's frames hold colours first, and uint8 as fractions."""
+    if field.modality != "image" or len(field.shape) != 3 or np.shape(value) == tuple(field.shape):
+        return value
+    height, width, channels = field.shape
+    if np.ndim(value) != 3 or np.shape(value)[0] != channels or (height and np.shape(value)[1:] != (height, width)):
+        return value
+    value = np.moveaxis(np.asarray(value), 0, -1)
+    return np.rint(value * 255.0).astype(np.uint8) if value.dtype.kind == "f" and field.dtype == "uint8" else value
+
+
 def native(fields: Mapping[str, Any], name: str = "action") -> Any:
     """The inverse of `observation_fields` for one root: the value itself, or nested dicts of values.
 

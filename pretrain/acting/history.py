@@ -92,6 +92,8 @@ class History:
         self._episodes = [_Episode(target_return) for _ in range(environments)]
         self.asks_for_returns = any(e.role == "return" for e in layout.elements)
         self._warned = False
+        # Names of the texts that an observation must give
+        self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._placeholders = {e.field: _any_action(e) for e in self.actions}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
@@ -185,10 +187,10 @@ class History:
         for element in layout.elements:
             if element.role in ("observation", "text"):
                 name, constant = element.field, element.constant
-                rows = [_given(o, name) for o in (shown[-1:] if constant else shown)]
+                rows = [_given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
                 fields[name] = rows[0] if constant else np.stack([np.asarray(r) for r in rows])
         for name in layout.preamble:
-            fields[name] = str(_given(shown[-1], name))
+            fields[name] = str(_given(shown[-1], name, text=True))
         for name, placeholder in self._placeholders.items():
             fields[name] = np.stack([*(a[name] for a in episode.actions), placeholder])
         return Window(
@@ -209,7 +211,7 @@ class History:
         layout = self.layout
         prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
         last = episode.observations[-1]
-        texts = [str(_given(last, name)) for name in layout.preamble]
+        texts = [str(_given(last, name, text=True)) for name in layout.preamble]
         preamble = sum(len(ids) for ids in self.processor.text.encode(texts, layout.text_limit))
         room = self.processor.length - prompt
         most = layout.steps(preamble, room)
@@ -219,11 +221,17 @@ class History:
             episode.number += drop
 
 
-def _given(observation: Mapping[str, Any], name: str) -> Any:
+def _given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
     try:
         return observation[name]
     except KeyError:
-        raise DataError(f"the observation has no field {name!r}; it has {', '.join(sorted(observation))}") from None
+        there = ", ".join(sorted(observation))
+        if text:
+            raise DataError(
+                f"nobody says what is to be done: the observation has no text {name!r} (it has {there}); give it to "
+                "`policy.reset(task, instruction=…)` or `policy.act(observation, text=…)`"
+            ) from None
+        raise DataError(f"the observation has no field {name!r}; it has {there}") from None
 
 
 def _slots(element: Element) -> list[Slot]:

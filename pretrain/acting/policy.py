@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
-from tiphys.dataio.observation import native, observation_fields
+from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
@@ -125,7 +125,10 @@ class Policy:
             values = json.loads(read_regular(file, _PROCESSOR_BYTES))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: is not valid JSON: {error}") from None
-        processor = Processor.from_dict(values)
+        try:
+            processor = Processor.from_dict(values)
+        except DataError as error:
+            raise DataError(f"{Path(file).parent}: {error}") from None
         if processor.vocabulary.size != model.config.vocab_size:
             raise DataError(
                 f"{file}: its vocabulary has {processor.vocabulary.size} ids, that of the model another number"
@@ -147,6 +150,7 @@ class Policy:
         objective: str = "",
         target_return: float | None = None,
         prompt: Window | None = None,
+        instruction: str | Sequence[str] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -162,23 +166,35 @@ class Policy:
             Return of an episode to ask for, in rewards, if the objective is conditioned on returns. None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        instruction : str or sequence of str, optional
+            What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
 
         Raises
         ------
         KeyError
             If the policy was not trained on the task, or not with this objective.
         DataError
-            If the task has no actions.
+            If the task has no actions, or was learned without any text and gets an instruction.
         """
         self.history = self.processor.history(
             task, environments, objective=objective, target_return=target_return, prompt=prompt
         )
         self.task = task
+        self._fields = {f.name: f for f in self.processor.tasks[task].fields}
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
         self._streams = list(range(environments))
         self._steps = [0] * environments
+        self._instructions: list[str | None] = [None] * environments
+        self._instruct(instruction, list(range(environments)))
 
-    def restart(self, environment: int, *, stream: int | None = None, target_return: float | None = None) -> None:
+    def restart(
+        self,
+        environment: int,
+        *,
+        stream: int | None = None,
+        target_return: float | None = None,
+        instruction: str | None = None,
+    ) -> None:
         """Begin a new episode in one of the environments.
 
         Parameters
@@ -189,9 +205,12 @@ class Policy:
             Stream of the environment's random draws from now on. None: as before.
         target_return : float, optional
             Return to ask for, in rewards. None: as in `reset`.
+        instruction : str, optional
+            What is to be done, in words. None: as before.
         """
         self.history.reset(environment, target_return)
         self._steps[environment] = 0
+        self._instruct(instruction, [environment])
         if stream is not None:
             self._streams[environment] = stream
 
@@ -200,18 +219,24 @@ class Policy:
         observations: Any,
         rewards: float | Sequence[float] | None = None,
         environments: Sequence[int] | None = None,
+        *,
+        text: str | Sequence[str] | None = None,
     ) -> Any:
         """The action for an observation, or the actions for a list of observations.
 
         Parameters
         ----------
         observations : observation or list of observations
-            As the environments give them: an array, a number, a text, or a dict of these.
+            As the environments give them: an array, a number, a text, or a dict of these. Or samples of a dataset with the names
+            of its fields, such as the frame of a LeRobot dataset (see `observation.given_fields`).
         rewards : float or sequence of float, optional
             Rewards of the last actions. They lower the return that is still asked for, and matter only if the objective is
             conditioned on returns.
         environments : sequence of int, optional
             The number of the environment of each observation. None: all, in order.
+        text : str or sequence of str, optional
+            What is to be done from now on, in words: one text for all, or one for each observation. None: as `reset` or the
+            observation says.
 
         Returns
         -------
@@ -229,16 +254,43 @@ class Policy:
             raise ValueError("the policy does not know its task: call reset(task) before act")
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
-            return self.act([observations], one, environments)[0]
+            return self.act([observations], one, environments, text=text)[0]
         chosen = list(range(len(self._streams))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
-        acting = self.history.observe([observation_fields(o) for o in observations], rewards, chosen)  # type: ignore[arg-type]
+        self._instruct(text, chosen)
+        given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
+        acting = self.history.observe(given, rewards, chosen)  # type: ignore[arg-type]
         fields = self.history.decode(self._answer(acting, chosen))
         self.history.acted(fields, chosen)
         for i in chosen:
             self._steps[i] += 1
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def _given(self, observation: Any, environment: int) -> dict[str, Any]:
+        """The fields of an observation, with the instruction if the observation does not have it by its name."""
+        fields, words = given_fields(observation, self._fields)
+        words = self._instructions[environment] if words is None else words
+        missing = [name for name in self.history.texts if name not in fields]
+        if words is not None and len(missing) > 1:
+            raise DataError(
+                f"task {self.task!r} needs the texts {', '.join(missing)}, so it is not clear which one the instruction is; "
+                "give them in the observation, by these names"
+            )
+        return fields if words is None else fields | dict.fromkeys(missing, words)
+
+    def _instruct(self, words: str | Sequence[str] | None, environments: Sequence[int]) -> None:
+        if words is None:
+            return
+        if not self.history.texts:
+            raise DataError(f"task {self.task!r} was learned without any text, so it takes no instruction")
+        each = [words] * len(environments) if isinstance(words, str) else list(words)
+        if len(each) != len(environments):
+            raise ValueError(
+                f"{len(each)} instructions for {len(environments)} environments; give one for each, or one for all"
+            )
+        for environment, one in zip(environments, each, strict=True):
+            self._instructions[environment] = one
 
     def _native(self, fields: dict[str, np.ndarray], row: int) -> Any:
         return native({name: _value(values[row], self._actions[name]) for name, values in fields.items()})
