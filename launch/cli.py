@@ -402,7 +402,7 @@ def _policy_commands(commands: Any) -> None:
     p.set_defaults(command="evaluate")
 
     p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
-    p.add_argument("run", help="folder of a run or of a policy")
+    p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")
     p.add_argument("to", help="folder, s3://bucket/path, or hf://org/name")
     p.add_argument(
         "--public", action="store_true", help="on a hub: create a public repository instead of a private one"

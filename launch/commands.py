@@ -312,10 +312,10 @@ def evaluate(args: Namespace) -> int:
 
 
 def publish(args: Namespace) -> int:
-    from tiphys.pretrain.policy_files import local_policy
+    from tiphys.pretrain.policy_files import whole_policy
     from tiphys.pretrain.publish import publish
 
-    print(publish(local_policy(args.run), args.to, private=not args.public))
+    print(publish(whole_policy(args.run), args.to, private=not args.public))
     return Status.DONE
 
 

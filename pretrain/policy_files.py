@@ -12,6 +12,7 @@ from pathlib import Path
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.storage import ObjectChanged, Store
+from tiphys.pretrain.sources import code_files
 
 CONFIG = "config.json"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -57,6 +58,18 @@ def local_policy(name: str | Path) -> Path:
         if (place / CONFIG).is_file():
             return place
     raise FileNotFoundError(f"{name}: neither the folder of a run with a policy nor a policy; it has no {CONFIG}")
+
+
+def whole_policy(name: str | Path) -> Path:
+    """Like `local_policy`, but what was fetched also has the source code that makes it act elsewhere: that of this Tiphys."""
+    folder = local_policy(name)
+    if "://" not in str(name):
+        return folder
+    whole = _temporary()
+    shutil.copytree(folder, whole, dirs_exist_ok=True)  # a hub's client keeps links to its cache
+    for file, source in code_files().items():
+        (whole / file).write_text(source, encoding="utf-8")
+    return whole
 
 
 def _from_store(url: str) -> Path:

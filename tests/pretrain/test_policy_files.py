@@ -23,6 +23,7 @@ from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.evaluate import evaluate
 from tiphys.pretrain.policy_files import FetchError, local_policy
 from tiphys.pretrain.publish import PublishError, publish
+from tiphys.pretrain.sources import code_files
 
 pytestmark = pytest.mark.envs
 URL = "s3://bucket/policies/small"
@@ -47,6 +48,12 @@ def test_a_policy_acts_from_a_bucket(folder: Path, bucket: Store, capsys: pytest
     words = ["--tasks", acting.CART, "--episodes", "1", "--processes", "1"]
     assert main(["evaluate", URL, *words]) == Status.DONE
     assert acting.CART in capsys.readouterr().out
+
+
+def test_a_policy_goes_from_a_bucket_to_a_folder_with_its_code(bucket: Store, tmp_path: Path) -> None:
+    assert main(["publish", URL, str(tmp_path / "copy")]) == Status.DONE
+    names = {p.name for p in (tmp_path / "copy").iterdir()}
+    assert {"model.safetensors", "processor.json", *code_files()} <= names
 
 
 def test_only_files_of_a_policy_are_fetched(bucket: Store, monkeypatch: pytest.MonkeyPatch) -> None:
