@@ -55,12 +55,12 @@ def stored(kind: Callable[..., T], values: Any, where: str, **made: Any) -> T:
 
 def task_specs(values: Any, where: str) -> list[TaskSpec]:
     """Tasks from a list of `TaskSpec.to_dict()`. Raises DataError if it is none."""
-    if not isinstance(values, list):
+    if not isinstance(values, list | tuple):
         raise DataError(f"{where}: it is not a list of tasks")
     out = []
     for i, task in enumerate(values):
         found = task.get("fields") if isinstance(task, Mapping) else None
-        if not isinstance(found, list):
+        if not isinstance(found, list | tuple):
             raise DataError(f"{where}, task {i}: it has no list of fields")
         specs = tuple(stored(FieldSpec, spec, f"{where}, task {i}, field {n}") for n, spec in enumerate(found))
         out.append(stored(TaskSpec, task, f"{where}, task {i}", fields=specs))

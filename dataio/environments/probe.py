@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.python_path import child_environment, python
 
 LIMIT = 120.0  # seconds in which an environment must have been made
 _POLL = 0.1  # seconds
@@ -38,10 +39,15 @@ def _first(names: Sequence[str], modules: Sequence[str], limit: float) -> list[T
     """The answers of one child: to all names, or up to the first that ended it."""
     with tempfile.TemporaryDirectory(prefix="tiphys-probe-") as folder:
         log = Path(folder) / "log"
-        command = [sys.executable, "-P", "-m", __name__, json.dumps([list(names), list(modules), folder])]
+        command = python("-m", __name__, json.dumps([list(names), list(modules), folder]))
         with log.open("wb") as output:  # a file, because a pipe stays open as long as any grandchild lives
             child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                env=child_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
             try:
                 late = not _wait(child, folder, limit)

@@ -55,8 +55,8 @@ SCHEDULER: dict[str, Value] = {
     "cycle_max_mom": _BETA,
 }
 _DERIVED = ("total_num_steps", "warmup_max_lr")  # `auto` is replaced by what the recipe says elsewhere
+# A warm-up may be longer than the run: trials with `train.steps=2` are common, and every step of them has a learning rate.
 _ORDERED = (
-    ("warmup_num_steps", "total_num_steps"),
     ("warmup_min_lr", "warmup_max_lr"),
     ("cycle_min_lr", "cycle_max_lr"),
     ("cycle_min_mom", "cycle_max_mom"),

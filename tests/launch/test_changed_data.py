@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.launch.test_check_data import SILENT, TASK, dataset, recipe
+from tests.launch.checks.test_data import SILENT, TASK, dataset, recipe
 from tiphys.launch.changed_data import settle
 from tiphys.launch.mixture import show
 from tiphys.launch.plan import make_plan

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-import tests.launch.test_check_data as driving
+import tests.launch.checks.test_data as driving
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch.cli import main
