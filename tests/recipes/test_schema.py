@@ -78,7 +78,7 @@ def test_a_recipe_survives_its_plain_form(values):
 FREE = """
     name run.dir parallel.pipeline parallel.expert parallel.measure model.checkpointing
     data.cache.dir data.cache.memory data.cache.disk data.requests data.prefetch data.timeout data.attempts data.unit_rows
-    train.steps train.log_every train.compile checkpoint.every checkpoint.keep checkpoint.asynchronous
+    train.steps train.log_every train.compile checkpoint.every checkpoint.keep checkpoint.asynchronous data.on_bad_value
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.episodes evaluate.processes evaluate.seed evaluate.sample
     evaluate.videos publish.to publish.every publish.keep publish.private publish.license
 """.split()
