@@ -391,7 +391,7 @@ def _count_bad(sketch: Sketch, spec: FieldSpec, values: np.ndarray, owner: np.nd
             wrong &= ~bad
         beyond = int(wrong.reshape(-1, len(sketch.mean)).any(axis=1).sum())
         bad = wrong if bad is None else wrong | bad
-    some = () if bad is None else np.unique(owner[bad.reshape(len(values), -1).any(axis=1)])
+    some = () if bad is None else np.unique(owner[bad.any(axis=tuple(range(1, bad.ndim)))])
     sketch.add_bad(beyond, (ids[i] for i in some))
 
 

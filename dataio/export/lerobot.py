@@ -221,7 +221,7 @@ class _Statistics:
             return
         rows = array.astype(np.float64)
         if array.dtype.kind == "f" and not is_image:
-            rows = rows[np.isfinite(rows).reshape(len(rows), -1).all(axis=1)]
+            rows = rows[np.isfinite(rows).all(axis=tuple(range(1, rows.ndim)))]
         self._is_image, self._rows = is_image, self._rows + len(rows)
         if is_image:  # per channel, scaled to 0…1
             rows = rows.reshape(-1, array.shape[3] if array.ndim == 4 else 1) / 255
