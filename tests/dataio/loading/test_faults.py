@@ -313,7 +313,7 @@ def test_a_full_disk_under_the_cache_changes_no_window(
     small = tmp_path / "small"
     small.mkdir()
     mounted = os.geteuid() == 0 and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=300k,mode=700", "tmpfs", str(small)], capture_output=True, check=False
     )
     if not mounted or mounted.returncode:
         pytest.skip("mounting a small disk needs root: this test did NOT run")
