@@ -62,8 +62,21 @@ def task_specs(values: Any, where: str) -> list[TaskSpec]:
         found = task.get("fields") if isinstance(task, Mapping) else None
         if not isinstance(found, list | tuple):
             raise DataError(f"{where}, task {i}: it has no list of fields")
-        specs = tuple(stored(FieldSpec, spec, f"{where}, task {i}, field {n}") for n, spec in enumerate(found))
+        specs = tuple(
+            stored(FieldSpec, _with_infinities(spec), f"{where}, task {i}, field {n}") for n, spec in enumerate(found)
+        )
         out.append(stored(TaskSpec, task, f"{where}, task {i}", fields=specs))
+    return out
+
+
+def _with_infinities(spec: Any) -> Any:
+    """A field's values, in which null stands for no bound: JSON has no infinity."""
+    if not isinstance(spec, Mapping):
+        return spec
+    out = dict(spec)
+    for key, unbounded in (("low", -math.inf), ("high", math.inf)):
+        if isinstance(out.get(key), list | tuple):
+            out[key] = [unbounded if v is None else v for v in out[key]]
     return out
 
 
