@@ -62,9 +62,10 @@ def restore(metadata: Any, arrays: Mapping[str, Any], task: TaskSpec, where: str
                 fields[spec.name] = str(metadata["texts"][spec.name])
             elif spec.name in metadata["values"]:
                 check_shape(spec.shape, np.dtype(spec.dtype).itemsize, where)
-                fields[spec.name] = checked_cast(
-                    metadata["values"][spec.name], spec.dtype, f"{where}, {spec.name}"
-                ).reshape(spec.shape)
+                value = np.asarray(metadata["values"][spec.name])
+                if value.dtype.kind == "U":  # JSON has no NaN and no infinity: texts stand for them
+                    value = value.astype(np.float64)
+                fields[spec.name] = checked_cast(value, spec.dtype, f"{where}, {spec.name}").reshape(spec.shape)
         success = metadata["success"]
         return Episode(
             id=str(metadata["id"]),
