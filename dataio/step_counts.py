@@ -40,21 +40,19 @@ def read(index: EpisodeIndex, field: str, tokenizer: str) -> NDArray[np.uint16] 
     Raises DataError if the file has another size than the dataset has steps.
     """
     path, steps = path_of(index, field, tokenizer), int(_steps(index).sum())
-    store = Store(index.url)
+    store, header = Store(index.url), _header(steps)
     if not store.exists(path):
         return None
-    try:
-        counts = np.lib.format.read_array(io.BytesIO(store.read(path, 2 * steps + 4096)), allow_pickle=False)
-    except ValueError as error:
-        raise DataError(
-            f"{index.url}/{path}: not an array of token counts ({error}); delete it and count again"
-        ) from error
-    if counts.dtype != np.uint16 or counts.shape != (steps,):
-        raise DataError(
-            f"{index.url}/{path}: it has {counts.dtype} {list(counts.shape)}, but the dataset has {steps} steps; delete it and "
-            "count again"
-        )
-    return counts
+    data = store.read(path, 4096 + 8 * steps)
+    # The header is compared, not parsed: one that claims a huge array would make NumPy allocate it
+    if len(data) != len(header) + 2 * steps or not data.startswith(header):
+        raise DataError(f"{index.url}/{path}: not an array of {steps} token counts; delete it and count again")
+    return np.frombuffer(data, "<u2", offset=len(header))
+
+
+def are_there(index: EpisodeIndex, field: str, tokenizer: str) -> bool:
+    """Whether somebody has counted the tokens of the field. The file is not read."""
+    return Store(index.url).exists(path_of(index, field, tokenizer))
 
 
 def write(index: EpisodeIndex, field: str, tokenizer: str, count: Count) -> str:
@@ -101,6 +99,12 @@ def savings(index: EpisodeIndex, parts: Iterable[tuple[NDArray[np.bool_], NDArra
 
 def _is_step_text(spec: FieldSpec, name: str) -> bool:
     return spec.name == name and spec.modality == "text" and spec.per == "step"
+
+
+def _header(steps: int) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (steps,)})
+    return file.getvalue()
 
 
 def _steps(index: EpisodeIndex) -> NDArray[np.int64]:

@@ -160,7 +160,7 @@ def uncounted_texts(objectives: Objectives) -> list[tuple[str, EpisodeIndex]]:
     for entry in range(len(objectives.layouts)):
         index = objectives.index(entry)
         for field in objectives.step_texts(entry):
-            if step_counts.read(index, field, objectives.text.definition) is None:
+            if not step_counts.are_there(index, field, objectives.text.definition):
                 found[field, index.url] = index
     return [(field, index) for (field, _), index in found.items()]
 

@@ -144,7 +144,6 @@ class PlanIndex:
             return np.zeros(len(place), np.int64)
         first = self.saved_first[place]
         begin = np.where(first < 0, 0, first + start)
-        begin = np.where(first < 0, 0, first + start)
         end = np.where(first < 0, 0, first + start + units)
         return self.saved[end].astype(np.int64) - self.saved[begin]
 
