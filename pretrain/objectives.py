@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "table"]
 
+VERSION = 2  # of processor.json
 LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
@@ -81,7 +82,7 @@ class Objectives:
     layouts : list of dict of int to TimestepLayout
         Mixture entry -> task (index into ``tasks``) -> how its timesteps become positions.
     prompts : list of float
-        For each mixture entry, the share of rows that begin with a prompt.
+        For each mixture entry, the share of rows that begin with a prompt, or of windows that have one of their own.
     text : TextTokenizer
         The text tokenizer of the run.
 
@@ -209,17 +210,18 @@ class Objectives:
         units, task_of = np.maximum(np.asarray(index.steps, np.int64), 0), np.asarray(index.task)
         fixed, costs = np.zeros(len(units), np.int64), [StepCost.plain(1)] * number
         window, prompt_units = np.ones(number, np.int32), np.ones(number, np.int32)
-        prompt = np.zeros(number, np.float32)
+        prompt, every = np.zeros((2, number), np.float32)
         for i in line.tasks:
             layout = self.layouts[entry][int(numbers[i])]
             mine = task_of == i if number > 1 else np.ones(len(units), bool)
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.text_last + self._preambles(line, layout, mine)
+            fixed[mine] = layout.extra + self._preambles(line, layout, mine)
             if layout.has_actions:  # a prompt is a demonstration
-                prompt[i] = self.prompts[entry]
-                prompt_units[i] = max(1, line.objective.prompt_steps or layout.fit(self.length // 2))
+                (every if layout.prompt_steps else prompt)[i] = self.prompts[entry]
+                most = line.objective.prompt_steps or line.paradigm.prompt.steps or layout.fit(self.length // 2)
+                prompt_units[i] = layout.prompt_steps or max(1, most)
             else:
                 units[mine] = 1
         return EntryLengths(
@@ -231,6 +233,8 @@ class Objectives:
             prompt=prompt,
             prompt_units=prompt_units,
             savings=self._savings(entry),
+            every=every if every.any() else None,
+            ends=np.full(number, line.paradigm.prompt.ends, np.float32) if every.any() or prompt.any() else None,
         )
 
     def step_texts(self, entry: int) -> dict[str, list[tuple[int, Element]]]:
@@ -410,14 +414,14 @@ class Objectives:
                 {
                     "paradigm": entry.paradigm.name,
                     "target_return": entry.objective.target_return or 1.0,
-                    "prompt_steps": entry.objective.prompt_steps,
+                    "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
                     "timesteps": {},
                 },
             )
             for layout in layouts.values():
                 mine["timesteps"].setdefault(layout.task, layout.to_dict())
         return {
-            "version": 1,
+            "version": VERSION,
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks],
@@ -552,4 +556,4 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
 
 
 def _prompt(line: _MixtureEntry) -> float:
-    return line.paradigm.prompt if line.objective.prompt < 0 else line.objective.prompt
+    return line.paradigm.prompt.share if line.objective.prompt < 0 else line.objective.prompt

@@ -20,6 +20,10 @@ from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
+# Version 1 does not say where returns come from (they are returns to go), and has only causal windows in which nothing is hidden
+# and nothing stands after the last step. These are the defaults of what version 2 says.
+VERSIONS = (1, 2)
+
 
 @dataclass(frozen=True)
 class _File:
@@ -47,7 +51,7 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
 
 
 class Processor:
-    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 1).
+    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 2).
 
     ``Processor.from_dict(objectives.processor())`` makes one from an `Objectives`.
 
@@ -92,12 +96,13 @@ class Processor:
         Raises
         ------
         DataError
-            If it has another version than 1, or a codec that this version does not have, or is not valid: the message names
-            the key.
+            If its version is not one of `VERSIONS`, or it has a codec that this version does not have, or is not valid: the
+            message names the key.
         """
-        if not isinstance(values, Mapping) or values.get("version") != 1:
-            version = values.get("version") if isinstance(values, Mapping) else None
-            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads version 1; update Tiphys")
+        version = values.get("version") if isinstance(values, Mapping) else None
+        if version not in VERSIONS or isinstance(version, bool):
+            known = " and ".join(map(str, VERSIONS))
+            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads {known}; update Tiphys")
         parts = stored(_File, values, "processor.json", tasks=values.get("tasks"), vocabulary=values.get("vocabulary"))
         tasks = task_specs(parts.tasks, "processor.json, tasks")
         vocabulary = Vocabulary.from_dict(parts.vocabulary)
@@ -119,7 +124,7 @@ class Processor:
             for name, objective in self.objectives.items()
         }
         return {
-            "version": 1,
+            "version": VERSIONS[-1],
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks.values()],
@@ -187,7 +192,7 @@ class Processor:
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task]
+        layout = self.layouts[name][task].acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
         if target_return is None:

@@ -20,11 +20,11 @@ def test_every_real_token_appears_once_and_windows_are_consecutive():
     index = inputs["index"].numpy()
     assert sorted(index) == np.flatnonzero(batch.segment.reshape(-1)).tolist()
     at = 0
-    for length, causal in inputs["windows"].tolist():
+    for length, causal, prefix in inputs["windows"].tolist():
         part = index[at : at + length]
         assert (np.diff(part) == 1).all()
         assert len(set(zip(part // batch.length, batch.segment.reshape(-1)[part]))) == 1
-        assert (batch.causal.reshape(-1)[part] == bool(causal)).all()
+        assert batch.causal.reshape(-1)[part].tolist() == [bool(causal) and i >= prefix for i in range(length)]
         assert (inputs["attributes"][at : at + length, 0].numpy() == np.arange(length)).all()
         at += length
     assert at == batch.real_tokens
@@ -62,8 +62,10 @@ def test_split_segments_and_mixed_causality_are_refused():
     with pytest.raises(ValueError, match="row 1: the positions of segment 1 "):
         to_tensors(replace(batch, segment=segment))
     causal = batch.causal.copy()
-    causal[0, 0] = ~causal[0, 0]
-    with pytest.raises(ValueError, match="bidirectional"):
+    first = np.flatnonzero(batch.segment[0] == 1)
+    causal[0, first] = True
+    causal[0, first[-1]] = False
+    with pytest.raises(ValueError, match="not causal stands behind"):
         to_tensors(replace(batch, causal=causal))
 
 
