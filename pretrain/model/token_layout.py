@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiphys.pretrain.model.inputs import from_bits, to_device
+from tiphys.pretrain.model.bits import from_bits
+from tiphys.pretrain.model.inputs import to_device
 
 _PARTS = 8  # length classes in each octave: a window is padded by less than 1/8 of its length
 

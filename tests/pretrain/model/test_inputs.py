@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.pretrain.model.model_fakes import RANGES, make_batch, make_config
+from tiphys.pretrain.model.bits import from_bits
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.flops import flops_per_batch, parameters
-from tiphys.pretrain.model.inputs import from_bits, to_tensors, unpack
+from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
 
@@ -35,8 +36,8 @@ def test_targets_keep_position_weight_and_task():
     inputs = to_tensors(batch)
     index, found = inputs["index"].numpy(), 0
     for i in range(len(RANGES) + 1):
-        place, target, task, _ = inputs[f"target/{i}"].numpy().T
-        weight = from_bits(inputs[f"target/{i}"][:, 3]).numpy()
+        place, task, _, target = inputs[f"target/{i}"].numpy().T
+        weight = from_bits(inputs[f"target/{i}"][:, 2]).numpy()
         flat = index[place]
         assert (batch.softmax.reshape(-1)[flat] == i).all()
         for name, values in (("target", target), ("task", task), ("weight", weight)):
