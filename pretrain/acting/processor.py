@@ -164,6 +164,7 @@ class Processor:
         objective: str = "",
         target_return: float | None = None,
         prompt: Window | None = None,
+        hop: bool = False,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -180,6 +181,8 @@ class Processor:
             objectives that show returns use it.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        hop : bool
+            Whether a full window drops its older half, instead of its oldest steps.
 
         Raises
         ------
@@ -199,7 +202,7 @@ class Processor:
             target_return = float(self.objectives[name]["target_return"]) * float(self.best_return[task])
         if prompt is not None:
             prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
-        return History(self, layout, environments, target_return, prompt)
+        return History(self, layout, environments, target_return, prompt, hop)
 
     def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
         """The last steps of a demonstration, as many as a prompt may have."""
