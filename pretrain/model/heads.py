@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,35 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
 
-class Head(Module):
-    """The last norm and the regressed targets: a linear map for each head.
+class Match(Module):
+    """Unit vectors of windows and of texts, and how well each fits each (Radford et al. 2021; Fan et al. 2022).
 
-    The error is squared and averaged over the dimensions, as in Chen et al. 2021.
+    The logarithm of the inverse temperature is learned, from log(1 / 0.07) on and up to log 100.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.window, self.text = Linear(size, size), Linear(size, size)
+        self.scale: nn.Parameter
+        self.declare("scale", 1, fill=math.log(1 / 0.07))
+
+    def forward(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """Normed hidden states [n, D] and [m, D] -> logits float32 [n, m]."""
+        return match(windows, texts, self.window.weight, self.text.weight, self.scale)
+
+
+def match(windows: Tensor, texts: Tensor, of_window: Tensor, of_text: Tensor, scale: Tensor) -> Tensor:
+    """What `Match` computes, from its parameters: cosines · temperature⁻¹, float32 [n, m]."""
+    one, other = (
+        F.normalize(F.linear(x, w).float(), dim=-1) for x, w in ((windows, of_window), (texts, of_text))
+    )
+    return one @ other.T * scale.float().clamp(max=math.log(100)).exp()
+
+
+class Head(Module):
+    """The last norm, the regressed targets, and the pairs of windows and texts. Each regression head is a linear map.
+
+    The error of a regression is squared and averaged over the dimensions, as in Chen et al. 2021.
     """
 
     def __init__(self, config: DecisionConfig) -> None:
@@ -38,6 +64,7 @@ class Head(Module):
                 for name in self.names
             }
         )
+        self.match = Match(config.hidden_size) if config.pairs else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `add_by_task`)."""
@@ -55,7 +82,20 @@ class Head(Module):
             error = TARGETS["regression"].losses(self.predict(hidden[targets.place], name), targets.payload, 0)
             loss = loss + (error * targets.weight).sum() / layout.divisors[0]
             add_by_task(sums, targets.task, error, targets.weight)
+        if self.match is not None:
+            loss = loss + self._pairs(hidden, inputs, layout, sums)
         return hidden, loss, sums
+
+    def _pairs(self, hidden: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout, sums: Tensor) -> Tensor:
+        """The part of the loss that pairs have, [1]. Adds to the sums by task."""
+        assert self.match is not None
+        targets = targets_of(inputs, "pairs/match")
+        if targets is None:
+            return 0.0 * self.match(hidden[:1], hidden[:1]).sum()
+        logits = self.match(hidden[targets.place], hidden[targets.payload[:, 0]])
+        losses = TARGETS["pairs"].losses(logits, targets.payload, 0)
+        add_by_task(sums, targets.task, losses, targets.weight)
+        return (losses * targets.weight).sum() / layout.divisors[0]
 
     def predict(self, hidden: Tensor, name: str) -> Tensor:
         """Normed hidden states [n, D] -> float32 [n, d]."""

@@ -38,6 +38,7 @@ from tiphys.pretrain.tokens.paradigms import (
     Part,
 )
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.views import ONE
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Encoding:
         """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
         preamble = tuple(f.name for f in texts if f.per == "episode")
-        has_actions = bool(self.shown("action"))
-        if not has_actions and not (self.paradigm.predicts_text and preamble):
+        has_actions, pairs = bool(self.shown("action")), self.paradigm.loss == "pairs"
+        if pairs:
+            self.check_pairs(preamble)
+        elif not has_actions and not (self.paradigm.predicts_text and preamble):
             raise DataError(
                 f"task {self.task.name!r} has neither actions nor a text that paradigm {self.paradigm.name!r} predicts, so there "
                 "is nothing to learn; leave the task out with `tasks` of the mixture entry, or use another paradigm"
@@ -133,26 +136,42 @@ class Encoding:
             elements=tuple(elements),
             preamble=preamble,
             predict_text=self.paradigm.predicts_text,
-            text_last=not has_actions,
+            text_last=not has_actions and not pairs,
             chunk=self.chunk(),
             softmax=self.softmax,
             weight=weight,
             context=self.objective.context,
-            window=self.objective.window if has_actions else 1,
+            window=self.objective.window or self.paradigm.window if has_actions or pairs else 1,
             mask=self.paradigm.mask,
-            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions else (),
+            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions or pairs else (),
             hiding=self.paradigm.hiding if has_actions else (),
             future=self.paradigm.future if has_actions else 0,
             loss=self.paradigm.loss,
             prompt_parts=self.paradigm.prompt.parts,
             prompt_reverse=self.paradigm.prompt.reverse,
+            views=self.paradigm.views,
         )
         layout = self.with_prompts(layout)
         return self.with_text_limit(layout)
 
+    def check_pairs(self, preamble: Sequence[str]) -> None:
+        """Raises DataError if the task has no texts, or no observations, that windows can be told from each other by."""
+        lacks = "" if preamble else "text that stays the same for a whole episode"
+        if not [f for f in self.shown("observation") if f.modality != "text"]:
+            lacks = "observation that is not a text"
+        if lacks:
+            raise DataError(
+                f"task {self.task.name!r} has no {lacks}, and paradigm {self.paradigm.name!r} learns which text fits which "
+                "window; leave the task out with `tasks` of the mixture entry, or use another paradigm"
+            )
+
     def with_prompts(self, layout: TimestepLayout) -> TimestepLayout:
         """The layout with room for a prompt before each window. Raises DataError if the prompts of a row cannot be reversed."""
         prompt = self.paradigm.prompt
+        if self.paradigm.views != ONE and self.prompt_share:
+            raise DataError(
+                f"task {self.task.name!r}: paradigm {self.paradigm.name!r} has no prompts; set `prompt: 0`, or leave it out"
+            )
         if prompt.reverse and layout.chunk > 1:
             raise DataError(f"task {self.task.name!r}: prompts are reversed, so its actions cannot have a `chunk`")
         if not prompt.every_window or not layout.has_actions or not self.prompt_share:
@@ -166,16 +185,16 @@ class Encoding:
 
     def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
         """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
-        room = self.objective.context - layout.width - (layout.extra - layout.text_last)
+        room = self.objective.context - layout.width * layout.copies - (layout.extra - layout.text_last)
         if room < 0:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{layout.width} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
             )
         if not layout.preamble:
             return layout
-        each = (room - layout.text_last) // len(layout.preamble)
+        each = (room // layout.copies - layout.text_last) // len(layout.preamble)
         limit = min(each, int(self.option("text_tokens", each)))
         if limit < 1:
             raise DataError(

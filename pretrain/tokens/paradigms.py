@@ -16,6 +16,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.hiding import HIDING
 from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
+from tiphys.pretrain.tokens.views import ONE, VIEWS, WINDOW_TEXT
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
 END, SUMMARY = "end", "summary"
@@ -33,9 +34,9 @@ _CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
+    "match": "not at all: `Policy.match` says how well texts fit what was seen",
 }
-REQUIREMENTS = {"reward": "rewards"}
-VIEWS = {"one": "each episode is one sequence"}
+REQUIREMENTS = {"reward": "rewards", "text": "a text for each episode"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ class Paradigm:
     hiding : tuple of (str, float)
         Schemes of `hiding.HIDING` with their shares. Each window draws one, which says which parts are hidden and learnt.
     views : str
-        How an episode becomes sequences: a key of `VIEWS`.
+        How a window becomes sequences: a key of `views.VIEWS`.
+    window : int
+        Most steps of a window, unless the recipe says otherwise; 0: as many as fit the context.
     future : int
         Most rows after a window's last step whose observations are shown.
     prompt : Prompt
@@ -181,7 +184,8 @@ class Paradigm:
     softmax: str = "range"
     mask: str = CAUSAL
     hiding: tuple[tuple[str, float], ...] = ()
-    views: str = "one"
+    views: str = ONE
+    window: int = 0
     future: int = 0
     prompt: Prompt = Prompt()
     loss: str = "targets"
@@ -218,6 +222,12 @@ class Paradigm:
             yield "all positions see each other, so a part that is predicted must be hidden"
         if self.mask == PREFIX and any(part.weight for part in self.head):
             yield "the texts before the first timestep see each other, so they cannot be predicted"
+        if (self.loss == "pairs") != (self.views == WINDOW_TEXT):
+            yield f"the loss `pairs` and the view `{WINDOW_TEXT}` belong together"
+        if self.loss == "pairs" and (predicted or [part.kind for part in self.tail] != [SUMMARY]):
+            yield "pairs are read at a `summary`, which ends each sequence, and nothing else is predicted"
+        if self.views != ONE and self.prompt.share:
+            yield f"windows of the view `{self.views}` cannot have prompts"
         if self.future < 0:
             yield "future is the number of rows after a window, at least 0"
 
@@ -254,6 +264,20 @@ PARADIGMS: dict[str, Paradigm] = {
             prompt=Prompt(0.25),
             differs="discrete values have ids of their own; a prompt stands before the first window of a row only",
         ),
+        Paradigm(
+            "reward",
+            "MineCLIP: Fan et al. 2022 (MineDojo), sec. 4.1 and app. C",
+            (Part(OBSERVATION),),
+            tail=(Part(SUMMARY),),
+            mask=BOTH,
+            views=WINDOW_TEXT,
+            window=16,
+            loss="pairs",
+            acting=("match", {}),
+            requires=(TEXT,),
+            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
+            "with equal texts are no negatives of each other",
+        ),
     )
 }
 
@@ -278,6 +302,8 @@ def table() -> list[dict[str, str]]:
             "scheme": p.scheme,
             "softmax": p.softmax,
             "mask": f"{p.mask}: {MASKS[p.mask]}",
+            "views": VIEWS[p.views].about,
+            "loss": LOSSES[p.loss],
             "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
             "prompt": str(p.prompt),
             "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",

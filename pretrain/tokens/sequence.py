@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Embedded, Regression, TokenBatch
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Embedded, Pairs, Regression, TokenBatch
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
-from tiphys.pretrain.tokens.group import Group, Layouts, make_groups, sizes
+from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
 from tiphys.pretrain.tokens.text import TextTokenizer
@@ -73,8 +73,12 @@ def assemble(
     """
     flat = [w for row in windows for w in row]
     row_of = np.repeat(np.arange(len(windows)), [len(row) for row in windows])
-    groups = make_groups(flat, layouts, vocabulary, text)
-    size = sizes(groups, len(flat))
+    slot = np.arange(len(flat)) - np.searchsorted(row_of, row_of)
+    pieces = split(flat, layouts)
+    of = np.array([piece.of for piece in pieces], np.int64)
+    row_of, slot = row_of[of], slot[of]
+    groups = make_groups(pieces, vocabulary, text)
+    size = sizes(groups, len(pieces))
     used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
     length = int(used.max(initial=1)) if length is None else length
     if (used > length).any():
@@ -82,11 +86,11 @@ def assemble(
         raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, but a row holds {length}")
     start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
-    draft.lay_windows(flat, size, start, row_of, [layouts[w.entry][w.task] for w in flat])
-    slot = np.arange(len(flat)) - np.searchsorted(row_of, row_of)
+    draft.lay_windows(pieces, size, start, row_of)
     for group in groups:
         keys = (seed, step if training else 0, draft.rows[row_of[group.number]], slot[group.number])
         draft.lay(group, start[group.number], _concealed(group, keys))
+    draft.pair(groups, of, row_of, start + size - 1)
     return draft.finish(step, seed, training)
 
 
@@ -119,26 +123,26 @@ def placements(
     windows: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
 ) -> list[Placed]:
     """Where `assemble` puts every element of the windows of one row, by position."""
-    groups = make_groups(windows, layouts, vocabulary, text)
-    size = sizes(groups, len(windows))
+    pieces = split(windows, layouts)
+    groups = make_groups(pieces, vocabulary, text)
+    size = sizes(groups, len(pieces))
     start = np.cumsum(size) - size
-    found = []
+    found: list[Placed] = []
     for group in groups:
         body = start[group.number] + group.head_size()
         tail = body + group.body_size()
-        for window, first, n in zip(group.number.tolist(), (start[group.number]).tolist(), group.head_size().tolist()):
-            if n:
-                found.append(Placed(window, None, None, first, n))
-        for window, first, n in zip(group.number.tolist(), tail.tolist(), group.tail_size().tolist()):
-            if n:
-                found.append(Placed(window, None, None, first, n))
+        numbers = [pieces[i].of for i in group.number.tolist()]
+        for firsts, counts in ((start[group.number], group.head_size()), (tail, group.tail_size())):
+            for window, first, n in zip(numbers, firsts.tolist(), counts.tolist(), strict=True):
+                if n:
+                    found.append(Placed(window, None, None, first, n))
         cells = group.cells(body, -1)
         for owner, step, row in zip(group.owner, np.arange(len(cells)) - group.first[group.owner], cells):
             for element, column in zip(group.layout.elements, group.layout.columns, strict=True):
                 at = row[column : column + element.size]
                 at = at[at >= 0]
                 if len(at):
-                    found.append(Placed(int(group.number[owner]), int(step), element, int(at[0]), len(at)))
+                    found.append(Placed(numbers[owner], int(step), element, int(at[0]), len(at)))
     return sorted(found, key=lambda placed: placed.first)
 
 
@@ -155,21 +159,22 @@ class _Draft:
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.pairs: Pairs | None = None
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
 
     def lay_windows(
         self,
-        flat: list[Window],
+        flat: list[Piece],
         size: np.ndarray,
         start: np.ndarray,
         row_of: np.ndarray,
-        layouts: list[TimestepLayout],
     ) -> None:
-        """Everything that does not depend on what a window shows: its segment, positions, task and mask."""
+        """Everything that does not depend on what a sequence shows: its segment, positions, task and mask."""
         if not flat:
             return
-        prompt = np.array([w.prompt for w in flat])
+        layouts = [piece.layout for piece in flat]
+        prompt = np.array([piece.window.prompt for piece in flat])
         opens = np.ones(len(flat), bool)  # False: the window is in the segment of the prompt before it
         opens[1:] = (row_of[1:] != row_of[:-1]) | ~prompt[:-1]
         opener = np.maximum.accumulate(np.where(opens, np.arange(len(flat)), 0))
@@ -195,6 +200,31 @@ class _Draft:
         if layout.width and group.steps.any():
             self._lay_body(group, group.cells(body, self.cells), concealed)
         self._lay_tail(group, tail)
+
+    def pair(self, groups: Sequence[Group], of: np.ndarray, row_of: np.ndarray, last: np.ndarray) -> None:
+        """The pairs of all windows whose layouts contrast them with texts.
+
+        `of`, `row_of`, `last` [sequences]: the whole window, the row and the last cell of each. The steps of a window come first,
+        then its text.
+        """
+        texts: dict[int, bytes] = {}
+        weight: dict[int, float] = {}
+        for group in groups:
+            if group.layout.loss == "pairs" and not group.layout.elements:
+                for number, ids in zip(group.number.tolist(), group.heads, strict=True):
+                    texts[number], weight[number] = ids.tobytes(), group.layout.weight
+        numbers = np.array(sorted(texts), np.int64)
+        if not len(numbers):
+            return
+        known: dict[bytes, int] = {}
+        at = last[numbers - 1]
+        assert (of[numbers - 1] == of[numbers]).all() and (np.diff(row_of[numbers]) >= 0).all()
+        self.pairs = Pairs(
+            at,
+            (last[numbers] - at).astype(np.int32),
+            np.array([known.setdefault(texts[n], len(known)) for n in numbers.tolist()], np.int32),
+            np.array([weight[n] for n in numbers.tolist()], np.float32),
+        )
 
     def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed) -> None:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
@@ -373,4 +403,7 @@ class _Draft:
             }
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
-        return TokenBatch(step=step, row=self.rows, embedded=embedded, regression=regression, **dense)
+        pairs = {} if self.pairs is None else {"match": self.pairs}
+        return TokenBatch(
+            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, **dense
+        )

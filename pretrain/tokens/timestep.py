@@ -20,6 +20,7 @@ from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.views import ONE, VIEWS
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
@@ -34,6 +35,7 @@ MASKS = {
 LOSSES = {
     "targets": "each target counts by its weight",
     "factors": "each kind of part has the same share in the loss of a row",
+    "pairs": "each window is told from the other windows of its row by its text, and each text by its window",
 }
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
     "text_limit": "text",
@@ -51,7 +53,7 @@ _ROLES = {
     "reward": REWARD,
 }
 _VERSION_2: dict[str, Any] = {"mask": CAUSAL, "tail": [], "hiding": (), "future": 0, "loss": "targets"}
-_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False}
+_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False, "views": ONE}
 _OPTIONAL: dict[str, Any] = {
     "weight": 1.0,
     "shown": True,
@@ -159,6 +161,7 @@ class TimestepLayout:
     prompt_steps  most steps of the prompt that stands before each window; 0: only rows have prompts
     prompt_parts  the kinds of parts that a prompt shows; empty: all
     prompt_reverse  the last step of a prompt stands first
+    views         how a window becomes sequences: a key of `views.VIEWS`. Everything else here is said of the whole window
     """
 
     task: str
@@ -181,6 +184,17 @@ class TimestepLayout:
     prompt_steps: int = 0
     prompt_parts: tuple[str, ...] = ()
     prompt_reverse: bool = False
+    views: str = ONE
+
+    @cached_property
+    def sequences(self) -> tuple[TimestepLayout, ...]:
+        """The layout of each sequence that a window becomes."""
+        return VIEWS[self.views].layouts(self)
+
+    @property
+    def copies(self) -> int:
+        """How many sequences of a window have timesteps."""
+        return VIEWS[self.views].copies(self)
 
     @property
     def shift(self) -> int:
@@ -201,7 +215,8 @@ class TimestepLayout:
     def extra(self) -> int:
         """Most positions of a window beside its head and its own timesteps."""
         observed = sum(e.size for e in self.elements if e.role == "observation")
-        return len(self.tail) + self.text_last + self.future * observed + self.prompt_room(self.prompt_steps)
+        once = len(self.tail) * len(self.sequences) + self.text_last
+        return once + self.copies * self.future * observed + self.prompt_room(self.prompt_steps)
 
     def prompt_room(self, steps: int) -> int:
         """Most positions of a prompt of so many steps."""
@@ -285,7 +300,7 @@ class TimestepLayout:
         found: dict[int, int] = {}
         for e in self.elements:
             period = 1 if e.role == "action" else math.lcm(self.chunk, e.stride)
-            found[period] = found.get(period, 0) + e.size
+            found[period] = found.get(period, 0) + e.size * self.copies
         return tuple((size, period) for period, size in sorted(found.items()))
 
     def fit(self, room: int) -> int:
@@ -330,7 +345,7 @@ class TimestepLayout:
             raise DataError(f"{where}: softmax {self.softmax!r} is neither 'vocabulary' nor 'range'")
         for i, element in enumerate(self.elements):
             element.check(vocabulary, length, f"{where}, element {i}")
-        for name, known in (("mask", MASKS), ("loss", LOSSES)):
+        for name, known in (("mask", MASKS), ("loss", LOSSES), ("views", VIEWS)):
             if getattr(self, name) not in known:
                 raise DataError(f"{where}: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
         for element in self.tail:
