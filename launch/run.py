@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted
 from tiphys.launch import rank_reports
+from tiphys.launch.aside import Aside
 from tiphys.launch.changed_data import settle
 from tiphys.launch.checks.data import bad_fields
-from tiphys.launch.finish import finish, start_evaluation, write_report_of
+from tiphys.launch.finish import finish, write_report_of
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
     Joining,
@@ -71,11 +72,15 @@ def run(recipe: Recipe, *, with_traceback: bool = False, accept_changed_data: bo
         if world.rank == 0:
             rank_reports.remove(recipe.run.dir)
         world.barrier()  # no rank leaves a report before the old ones are removed
-        objectives, stop = _train(recipe, world, last, accept_changed_data)
+        objectives, stop, aside = _train(recipe, world, last, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
             return stopped_by(stop)
-        return finish(recipe, objectives, with_traceback=with_traceback) if world.rank == 0 else Status.DONE
+        if world.rank:
+            return Status.DONE
+        if aside is not None:
+            aside.drain()
+        return finish(recipe, objectives, with_traceback=with_traceback)
     except Diverged as error:
         return _diverged(recipe.run.dir, error, world, with_traceback)
     except Exception as error:
@@ -98,8 +103,8 @@ def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_tracebac
     return Status.DIVERGED
 
 
-def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int]:
-    """Train on every rank. Returns the signal that stopped the run early, or 0."""
+def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int, Aside | None]:
+    """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -134,7 +139,7 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
         trainer.fit(resume=resume)
-    return objectives, trainer.stop_signal
+    return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
 
 
 def _lost(run_dir: str, error: Exception, step: int) -> Status:
@@ -168,29 +173,36 @@ def callbacks(
     recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act."""
-    from tiphys.pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
+    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
-    also = [Every(recipe.evaluate.every), Every(recipe.publish.every if recipe.publish.to else 0)]
+    evaluate = Every(recipe.evaluate.every if recipe.evaluate.tasks else 0)
+    publish = Every(recipe.publish.every if recipe.publish.to else 0)
     checkpointer = Checkpointer(
         recipe.run.dir,
         recipe.checkpoint.every,
         recipe.checkpoint.keep,
         asynchronous=recipe.checkpoint.asynchronous,
-        also=also,
+        also=[evaluate, publish],
     )
     stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         stages.append(Validator(recipe.validate.every, held_out, writer))
-    if recipe.evaluate.every and recipe.evaluate.tasks:
-        stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
-    if recipe.publish.every and recipe.publish.to:
-        from tiphys.launch.finish import publish_checkpoint
-
-        stages.append(Publisher(recipe.publish.every, partial(publish_checkpoint, recipe, objectives), checkpointer))
+    if evaluate.steps or publish.steps:
+        policy = partial(policy_parts, recipe, objectives)
+        best = recipe.publish.keep == "best"
+        stages.append(Aside(recipe.run.dir, evaluate, publish, policy, checkpointer, writer, evaluates_published=best))
     return stages
+
+
+def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
+    """What the side process needs to make policies of checkpoints, beside the recipe."""
+    from tiphys.pretrain.model.config import DecisionConfig
+
+    config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+    return {"config": config.to_dict(), "processor": objectives.processor()}
 
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
