@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from contextlib import nullcontext, suppress
@@ -28,10 +29,11 @@ from tiphys.launch.plan import (
 )
 from tiphys.launch.rank_reports import RankReport
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
+from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
-from tiphys.pretrain.trainer import Diverged
+from tiphys.pretrain.trainer import Diverged, Spiked
 from tiphys.recipes.load import to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
@@ -72,7 +74,7 @@ def run(recipe: Recipe, *, with_traceback: bool = False, accept_changed_data: bo
         if world.rank == 0:
             rank_reports.remove(recipe.run.dir)
         world.barrier()  # no rank leaves a report before the old ones are removed
-        objectives, stop, aside = _train(recipe, world, last, accept_changed_data)
+        objectives, stop, aside = _train_past_spikes(recipe, world, last, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
             return stopped_by(stop)
@@ -103,6 +105,17 @@ def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_tracebac
     return Status.DIVERGED
 
 
+def _train_past_spikes(
+    recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool
+) -> tuple[Objectives, int, Aside | None]:
+    """Train. After a rollback make everything again, as a command that resumes the run would do."""
+    while True:
+        try:
+            return _train(recipe, world, last, accept)
+        except Spiked:
+            gc.collect()  # the engine's memory, before the next one is built
+
+
 def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int, Aside | None]:
     """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
@@ -116,6 +129,7 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
+    events = _rollback_events(recipe, world)
     resume = Checkpoint.newest_whole(recipe.run.dir)
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
@@ -135,11 +149,21 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
             plan, world.home, **arguments, join=joining.loader, peers=cache.peers, stop=recipe.train.steps
         )
     with loader or nullcontext():
-        stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
+        stages = [cache, last, *callbacks(recipe, objectives, indexes, world, plan)]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
-        trainer.fit(resume=resume)
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier, events)
+        try:
+            trainer.fit(resume=resume)
+        except Spiked:
+            engine.destroy()
+            raise
     return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
+
+
+def _rollback_events(recipe: Recipe, world: ParallelDims) -> list[dict[str, Any]]:
+    """Rank 0 finishes a rollback that a crash cut off. Returns the events that the plan's log has since the last rollback."""
+    events = complete(recipe.run.dir) if world.rank == 0 else []
+    return list(world.gather(events)[0])
 
 
 def _lost(run_dir: str, error: Exception, step: int) -> Status:
@@ -170,7 +194,11 @@ def lost(error: Exception, step: int, saved: int, reports: list[RankReport]) -> 
 
 
 def callbacks(
-    recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
+    recipe: Recipe,
+    objectives: Objectives,
+    indexes: list[EpisodeIndex],
+    world: ParallelDims,
+    plan: SamplingPlan,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act."""
     from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
@@ -186,7 +214,9 @@ def callbacks(
         asynchronous=recipe.checkpoint.asynchronous,
         also=[evaluate, publish],
     )
-    stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
+    guard = Guard(recipe.run.dir, recipe.train.rollbacks, checkpointer, plan, names)
+    # a checkpoint is written before the last validation
+    stages: list[Callback] = [writer, Progress(), checkpointer, guard]
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         stages.append(Validator(recipe.validate.every, held_out, writer))

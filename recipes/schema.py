@@ -280,6 +280,14 @@ class Train:
         high=STEPS,
         resume=True,
     )
+    rollbacks: int = key(
+        3,
+        "Times that a run goes back to a checkpoint from before a spike of the loss, until it is past it; 0: never",
+        unit="times",
+        low=0,
+        high=1000,
+        resume=True,
+    )
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
