@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import write_json
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.python_path import child_environment, python
+from tiphys.launch.parents import PARENT
 from tiphys.launch.refusals import show, status_of
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint_files import CheckpointError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
+    PARENT,
 )
 
 
