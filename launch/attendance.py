@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tiphys.launch.launches import Launch, RankReport
 from tiphys.launch.lease import FolderInUse, Lease, Watch, check
+from tiphys.launch.start_times import StartTimes
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.phases import phases
 
@@ -51,6 +51,8 @@ class Attendance:
     ----------
     step : int
         Training steps done, for reports.
+    times : StartTimes
+        Of the start, on rank 0.
     deadline : float
         Seconds from a signal until this rank must have saved and ended.
     """
@@ -59,6 +61,7 @@ class Attendance:
         self.rank, self.step, self.deadline = int(os.environ.get("RANK", "0")), 0, 25.0
         self.launch: Launch | None = None
         self.token = ""
+        self.times = StartTimes()
         self._reported = False
         self._lease: Lease | None = None
         self._watch: Watch | None = None
@@ -124,6 +127,9 @@ class Attendance:
 
     def _join(self, launch: Launch) -> None:
         self.launch = launch
+        if self.rank == 0:
+            self.times = StartTimes.continued(launch)
+            self.times.add("launcher")
         with suppress(OSError):
             phases.open(launch.beat_file(self.rank), os.getpid())
             self._stacks = open(launch.stack_file(self.rank), "w", encoding="utf-8")  # noqa: SIM115  (kept open)
@@ -146,7 +152,7 @@ class Attendance:
         threading.Thread(target=self._await_signals, args=(reader,), name="signals", daemon=True).start()
 
     def _await_signals(self, reader: int) -> None:
-        """Hears of a signal at once. A handler in Python has to wait until the main thread leaves a call, such as a collective."""
+        """Hears of a signal at once. A handler in Python waits until the main thread leaves a call, such as a collective."""
         until: float | None = None
         while True:
             left = None if until is None else max(until - time.monotonic(), 0.0)

@@ -2,8 +2,8 @@
 
 The file is created exclusively. It names a host, a process and a token that no other command has, and holds a counter that its
 owner raises every `PERIOD` seconds. Nobody compares clocks: another process only watches whether the counter changes. On the
-machine of the owner, the kernel says whether the owner lives. Elsewhere an owner whose counter stays the same for `MISSES` periods
-counts as dead.
+machine of the owner, the kernel says whether the owner lives. Elsewhere an owner counts as dead whose counter stays the same for
+`MISSES` periods.
 
 Ranks watch the lease as well. They end if it is not renewed, or has another token. Before each manifest of a checkpoint the token
 is read again. So a run that lost its lease while its machine was asleep cannot commit anything.

@@ -50,16 +50,22 @@ _CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|
 
 
 class Attending(Callback):
-    """Tells the rank's attendance how many training steps are done."""
+    """Tells the rank's attendance how many training steps are done, and prints where the time until the first one went."""
 
     def __init__(self, attendance: Attendance) -> None:
-        self.attendance = attendance
+        self.attendance, self._first = attendance, True
 
     def on_start(self, trainer: Trainer) -> None:
         self.attendance.step = trainer.step
+        self.attendance.times.add("load")
 
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         self.attendance.step = trainer.step
+        if self._first:
+            self._first = False
+            self.attendance.times.add("first step")
+            if trainer.world.rank == 0:
+                print(self.attendance.times.line(), flush=True)
 
 
 def run(
@@ -70,9 +76,11 @@ def run(
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    attendance.times.add("import")
     world = ParallelDims(recipe.parallel)
     try:
         attendance.begin(recipe, world)
+        attendance.times.add("meet")
         objectives, stop = _train(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
@@ -128,8 +136,10 @@ def _train(recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: 
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
+    attendance.times.add("data")
     model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
+    attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)

@@ -57,7 +57,7 @@ def launcher(
     else:
         # No hostfile: by default DeepSpeed would use /job/hostfile if there is one.
         command += ["--hostfile", os.devnull, "--num_accelerators", str(processes or devices() or 2)]
-    # Even at the level "error" the launcher reports a run that was stopped and saved as an error; the supervisor speaks in its place.
+    # Even at the level "error" the launcher reports a run that was stopped and saved as an error; the supervisor speaks instead.
     level = "info" if verbose else "critical"
     return [*command, "--master_port", str(port or free_port()), "--no_local_rank", "--log_level", level, *extra]
 

@@ -1,7 +1,7 @@
 """The command that stays: it starts a launch, watches it, says what its end means, and starts the next one if that can help.
 
-It is small (it imports no torch), so that it lives when memory is short. It owns the lease of the run's folder, and all processes of
-a launch end with it. What DeepSpeed's launcher returns is only evidence; `verdict.judge` decides.
+It is small (it imports no torch), so that it lives when memory is short. It owns the lease of the run's folder, and all processes
+of a launch end with it. What DeepSpeed's launcher returns is only evidence; `verdict.judge` decides.
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ class CheckpointError(Explained, RuntimeError):
     """A checkpoint cannot be written, read or continued. The message names the file and says what to do."""
 
 
+class WriteError(CheckpointError):
+    """A checkpoint could not be written. A later one may succeed."""
+
+
 class StorageFull(CheckpointError):
     """No checkpoint could be written for longer than the run may go on without one."""
 
@@ -97,7 +101,7 @@ def await_indexes(
     `cancelled` says that a rank could not write its part, and could not even leave a file that says so.
 
     `save` identifies a save: the same on all its ranks, different in every other save. So files that a crashed save left are
-    not used. Raises CheckpointError if a rank reports a failure, or after `timeout` seconds.
+    not used. Raises WriteError if a rank reports a failure, or after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     found: dict[int, dict[str, Any]] = {}
@@ -108,14 +112,14 @@ def await_indexes(
                 index = read_json(path)
                 if index.get("save") == save:
                     if "error" in index:
-                        raise CheckpointError(f"{folder}: rank {rank} could not write its part: {index['error']}")
+                        raise WriteError(f"{folder}: rank {rank} could not write its part: {index['error']}")
                     found[rank] = index
         if len(found) < world:
             if cancelled():
-                raise CheckpointError(f"{folder}: another rank could not write its part; the log of that rank says why")
+                raise WriteError(f"{folder}: another rank could not write its part; the log of that rank says why")
             if time.monotonic() > deadline:
                 missing = [r for r in range(world) if r not in found]
-                raise CheckpointError(
+                raise WriteError(
                     f"{folder}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after {timeout:.0f} s; "
                     "run.dir must be on a file system that all hosts share"
                 )
@@ -222,6 +226,18 @@ def prune(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()
     for folder in gone:
         remove(folder)
     return gone
+
+
+def make_room(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()) -> list[Path]:
+    """For a full disk: remove what `prune` removes, and every folder that is no whole checkpoint. Nothing may be being written.
+
+    Returns the removed folders.
+    """
+    counted = {folder for folder, _ in whole(run_dir)}
+    broken = [folder for _, folder in folders(run_dir) if folder not in counted and folder not in protect]
+    for folder in broken:
+        remove(folder)
+    return broken + prune(run_dir, keep, protect)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What this process is doing, in a file that other processes read while it stands still.
 
-`mark` costs less than a microsecond, so the training loop calls it several times in each step. Whoever reads the file (`Beat.read`)
+`mark` costs about a microsecond, so the training loop calls it several times in each step. Whoever reads the file (`Beat.read`)
 sees a counter that no longer changes, and how long it may stay the same.
 
     0  counter      raised by every mark
