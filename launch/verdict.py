@@ -86,7 +86,7 @@ def _unsaved(step: int, saved: int) -> str:
 
 def _lost(reports: Sequence[RankReport], code: int, world: int, step: int) -> str:
     """Which rank failed, and how it is known."""
-    own = [report for report in reports if not report.lost and not report.status.stopped]
+    own = [report for report in reports if not (report.lost or report.status.stopped or report.status.finished)]
     if own:
         return f"rank {own[0].rank} ({own[0].host}) failed at step {own[0].step}: {own[0].cause}"
     if code < 0:

@@ -1,8 +1,8 @@
 """Notices that ranks stand still, says which one the others wait for, and gets the stacks of those that can still write them.
 
 Ranks publish what they do (`pretrain/phases.py`). The watchdog is in another process, because a thread of a rank does not run
-while something in that rank holds Python's lock. It measures by its own clock how long a rank has said the same. The rank itself has
-said how long that may be: it knows its phase and the usual time of a step.
+while something in that rank holds Python's lock. It measures by its own clock how long a rank has said the same. The rank itself
+has said how long that may be: it knows its phase and the usual time of a step.
 """
 
 from __future__ import annotations
