@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted
+from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
 from tiphys.launch.changed_data import settle
 from tiphys.launch.checks.data import bad_fields
-from tiphys.launch.finish import finish, start_evaluation, write_report_of
+from tiphys.launch.finish import finish, write_report_of
 from tiphys.launch.launches import RankReport
 from tiphys.launch.lease import FolderInUse
 from tiphys.launch.mixture import follow
@@ -81,12 +82,14 @@ def run(
     try:
         attendance.begin(recipe, world)
         attendance.times.add("meet")
-        objectives, stop = _train(recipe, world, attendance, accept_changed_data)
+        objectives, stop, aside = _train(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
         if stop:
             status = stopped_by(stop)
         elif world.rank == 0:
+            if aside is not None:
+                aside.drain()
             status = finish(recipe, objectives, with_traceback=with_traceback)
         attendance.report(status)
         return status
@@ -119,8 +122,10 @@ def _diverged(
     return Status.DIVERGED
 
 
-def _train(recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool) -> tuple[Objectives, int]:
-    """Train on every rank. Returns the signal that stopped the run early, or 0."""
+def _train(
+    recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
+) -> tuple[Objectives, int, Aside | None]:
+    """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -157,7 +162,7 @@ def _train(recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: 
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
         trainer.fit(resume=resume)
-    return objectives, trainer.stop_signal
+    return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
 
 
 def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
@@ -198,17 +203,18 @@ def callbacks(
     permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
-    from tiphys.pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
+    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
-    also = [Every(recipe.evaluate.every), Every(recipe.publish.every if recipe.publish.to else 0)]
+    evaluate = Every(recipe.evaluate.every if recipe.evaluate.tasks else 0)
+    publish = Every(recipe.publish.every if recipe.publish.to else 0)
     checkpointer = Checkpointer(
         recipe.run.dir,
         recipe.checkpoint.every,
         recipe.checkpoint.keep,
         asynchronous=recipe.checkpoint.asynchronous,
-        also=also,
+        also=[evaluate, publish],
         minutes=recipe.checkpoint.minutes,
         patience=recipe.checkpoint.patience,
         permit=permit,
@@ -217,13 +223,19 @@ def callbacks(
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         stages.append(Validator(recipe.validate.every, held_out, writer))
-    if recipe.evaluate.every and recipe.evaluate.tasks:
-        stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
-    if recipe.publish.every and recipe.publish.to:
-        from tiphys.launch.finish import publish_checkpoint
-
-        stages.append(Publisher(recipe.publish.every, partial(publish_checkpoint, recipe, objectives), checkpointer))
+    if evaluate.steps or publish.steps:
+        policy = partial(policy_parts, recipe, objectives)
+        best = recipe.publish.keep == "best"
+        stages.append(Aside(recipe.run.dir, evaluate, publish, policy, checkpointer, writer, evaluates_published=best))
     return stages
+
+
+def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
+    """What the side process needs to make policies of checkpoints, beside the recipe."""
+    from tiphys.pretrain.model.config import DecisionConfig
+
+    config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+    return {"config": config.to_dict(), "processor": objectives.processor()}
 
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints that do not depend on the layout: saved on one layout, they load on any other, bit for bit.
 
 Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
-Saving copies them to host memory (`checkpoint_writer`), then a thread writes them, without a collective; `checkpoint_files` says
-when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files are
-safetensors and JSON.
+Saving copies them to host memory, then a thread writes them (`checkpoint_writer`), without a collective; `checkpoint_files`
+says when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files
+are safetensors and JSON.
 """
 
 from __future__ import annotations
@@ -394,7 +394,9 @@ class RangeReader:
         for piece in self.pieces[name][key]:
             low, high = max(piece.start, start), min(piece.stop, stop)
             if low < high:
-                part = self._slice(piece.rank, f"{name}@{piece.start}|{key}", low - piece.start, high - piece.start)
+                part = self._slice(
+                    piece.rank, _tensor_name(name, piece.start, key), low - piece.start, high - piece.start
+                )
                 into[low - start : high - start].copy_(part)
                 found += high - low
                 self.bytes += part.numel() * part.element_size()
@@ -409,13 +411,16 @@ class RangeReader:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A whole parameter, moment or buffer, in its canonical shape."""
         shape = self.shapes[name]
-        first, saved = self.pieces[name][key][0], max(piece.stop for piece in self.pieces[name][key])
+        saved = max(piece.stop for piece in self.pieces[name][key])
         if math.prod(shape) != saved:
             raise CheckpointError(f"{self.path}: {name}|{key} has shape {shape}, but {saved} elements were saved")
-        dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
-        out = torch.empty(int(torch.Size(shape).numel()), dtype=dtype)
+        out = torch.empty(int(torch.Size(shape).numel()), dtype=self.dtype(name, key))
         self.copy(name, key, shape, 0, out)
         return out.view(shape)
+
+    def dtype(self, name: str, key: str) -> torch.dtype:
+        first = self.pieces[name][key][0]
+        return self._slice(first.rank, _tensor_name(name, first.start, key), 0, 0).dtype
 
     def _slice(self, rank: int, key: str, low: int, high: int) -> torch.Tensor:
         file = self.path / files.rank_files(rank)[0]
@@ -438,20 +443,48 @@ class RangeReader:
         self._files.clear()
 
 
-def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Masters are cast to `dtype` if it is given."""
-    return dict(iterate(checkpoint, dtype))
+class SavedWeights(Mapping[str, torch.Tensor]):
+    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Each is read when it is asked for.
 
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    reader : RangeReader
+        Of this checkpoint.
+    dtype : torch.dtype, optional
+        Masters are cast to it.
+    """
 
-def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Like `export_weights`, one tensor at a time."""
-    with RangeReader(checkpoint) as reader:
+    def __init__(self, checkpoint: Checkpoint, reader: RangeReader, dtype: torch.dtype | None = None) -> None:
+        self._reader, self._dtype = reader, dtype
+        self._keys: dict[str, str] = {}
         for name, keys in reader.pieces.items():
             key = next((k for k in ("master", "frozen", "buffer") if k in keys), "")
             if not key:
                 raise CheckpointError(f"{checkpoint.path}: {name} was saved without its weights")
-            tensor = reader.whole(name, key)
-            yield name, tensor.to(dtype) if dtype is not None and key == "master" else tensor
+            self._keys[name] = key
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._reader.whole(name, self._keys[name])
+        return tensor.to(self._dtype) if self._dtype is not None and self._keys[name] == "master" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def describe(self, name: str) -> torch.Tensor:
+        """A tensor without data of the same shape and type."""
+        key = self._keys[name]
+        dtype = self._dtype if self._dtype is not None and key == "master" else self._reader.dtype(name, key)
+        return torch.empty(self._reader.shapes[name], dtype=dtype, device="meta")
+
+
+def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All of `SavedWeights` in memory."""
+    with RangeReader(checkpoint) as reader:
+        return dict(SavedWeights(checkpoint, reader, dtype))
 
 
 def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:

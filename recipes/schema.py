@@ -371,6 +371,14 @@ class Evaluation:
     seed: int = key(
         1_000_000, "First seed of the environments; demonstrations use seeds below it", low=0, high=SEEDS, resume=True
     )
+    minutes: float = key(
+        60.0,
+        "Longest time of an evaluation, or of a publication, beside training; it is then ended",
+        unit="minutes",
+        above=0,
+        high=1e6,
+        resume=True,
+    )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
     videos: int = key(
         1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True
@@ -390,6 +398,12 @@ class Publish:
     )
     every: int = key(
         0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
+    )
+    dtype: str = key(
+        "bf16",
+        "Type of the policy's weights; training keeps fp32 masters beside them",
+        choices=("bf16", "fp32"),
+        resume=True,
     )
     keep: str = key(
         "last",

@@ -24,7 +24,8 @@ class MetricsWriter(Callback):
     """Rank 0 writes `metrics.jsonl` and TensorBoard files in the run's folder.
 
     A line of a training step has `step` and `loss` (of the global batch), and no `kind`; all other lines have a `kind`. When
-    a run resumes, the lines of the steps that it repeats are removed.
+    a run resumes, the lines of the steps that it repeats are removed. A line may come late, such as that of an evaluation: what
+    counts is its `step`, not its place.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class MetricsWriter(Callback):
         self._file: Any = None
         self._waiting = bytearray()
         self._board: Any = None
+        self._writes = False  # only rank 0 does, also after training
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.world.rank:
             return
+        self._writes = True
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _drop_later(path, trainer.step)
@@ -65,9 +68,13 @@ class MetricsWriter(Callback):
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, and send its numbers to TensorBoard. Does nothing on ranks other than 0."""
-        if self._file is None:
+        if not self._writes:
             return
-        self._append(to_json(line))
+        if self._file is not None:
+            self._append(to_json(line))
+        else:  # the result of something that ran beside training and ended after it
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(to_json(line) + "\n")
         if self._board is not None and "step" in line:
             prefix = f"{line['kind']}/" if "kind" in line else "train/"
             for name, value in _numbers(line):
@@ -93,6 +100,7 @@ class MetricsWriter(Callback):
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()
+            self._board = None
 
 
 def _drop_later(path: Path, step: int) -> None:
@@ -100,12 +108,10 @@ def _drop_later(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, AttributeError, TypeError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line)
-        except ValueError:
-            continue
     write_text(path, "".join(line + "\n" for line in kept))
 
 
