@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from tiphys.dataio.atomic import atomic_path, write_json
 from tiphys.pretrain import checkpoint_files as files
-from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.checkpoint_files import CheckpointError, WriteError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
 from tiphys.recipes.load import differences, digest, from_dict, to_dict
 from tiphys.recipes.resume import may_change
@@ -151,8 +151,18 @@ def _check_weight(fragment: state_of.Fragment) -> None:
         )
 
 
-def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
-    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on."""
+def write(
+    snap: Snapshot,
+    run_dir: str | Path,
+    timeout: float = 1800.0,
+    *,
+    permit: Callable[[], None] = lambda: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on.
+
+    `permit` and `cancelled` are those of `checkpoint_files.commit`. Raises WriteError if a file cannot be written.
+    """
     folder = files.folder_of(run_dir, snap.step)
     tensors, name = files.rank_files(snap.rank)
     try:
@@ -165,10 +175,12 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
         index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
         write_json(folder / name, index)
         if snap.rank == 0:
-            files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
+            files.commit(
+                folder, snap.step, snap.world, snap.save, snap.state, timeout, permit=permit, cancelled=cancelled
+            )
     except (OSError, SafetensorError) as error:
         report_failure(folder / name, snap.save, error)
-        raise CheckpointError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
+        raise WriteError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
     return folder
 
 

@@ -20,6 +20,7 @@ from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, recipe_state
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.pretrain.health import Health
 from tiphys.pretrain.metrics import StepMetrics, Stopwatch, peak_rate
+from tiphys.pretrain.phases import mark, phases
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine, StepResult
     from tiphys.pretrain.parallel import Sum
     from tiphys.recipes.schema import Recipe
+
+
+# What callbacks may say to the callbacks of all ranks: `Trainer.votes`, `Trainer.agreed`
+VOTES = ("save", "failed")
 
 
 class TrainingError(RuntimeError):
@@ -101,6 +106,10 @@ class Trainer:
         The checkpoint that the run continues.
     stopped : bool
         Whether a signal stopped the run early.
+    votes : dict of str to float
+        One number for each of `VOTES`. A callback sets them; they are summed over the ranks while the next step runs.
+    agreed : dict of str to float
+        The sums of the votes that were set before this step, the same on every rank.
     peak : float
         Floating-point operations per second that all processes together could reach.
     """
@@ -124,6 +133,7 @@ class Trainer:
         self.world, self.steps = engine.world, recipe.train.steps
         self.resumed: Checkpoint | None = None
         self.peak = 0.0  # FLOP/s of all processes together
+        self.votes, self.agreed = dict.fromkeys(VOTES, 0.0), dict.fromkeys(VOTES, 0.0)
         self.stop_signal = 0  # SIGINT or SIGTERM if one stopped the run early, the same on every rank
         self._counters: list[str] | None = None
 
@@ -162,7 +172,10 @@ class Trainer:
             self._notify("on_start")
             with Signals(self.world.rank == 0) as signals:
                 self._loop(signals)
-            self._notify("on_end")
+                mark("save")
+                self._notify("on_end")
+                mark("end")
+                self._late_stop(signals)
         finally:
             self._notify("close")
         return not self.stopped
@@ -176,10 +189,11 @@ class Trainer:
         clock = Stopwatch()
         for batch, wait, loaded in self._batches():
             exchange = self._start_exchange(signals.stop, wait, loaded)
+            mark("forward", step=batch.step + 1)
             result = self.engine.train_step(batch)
             stop, wait, counters = self._finish_exchange(exchange, batch.step)
             self._check_health(result)
-            self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
+            self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters, phases.spent()))
             if stop:
                 self.stop_signal = stop
                 break
@@ -200,6 +214,12 @@ class Trainer:
                 f"step {result.step}: {spike.why}; no checkpoint has been written since it became non-finite. "
                 "Lower the learning rate, or clip gradients (deepspeed.gradient_clipping), and use another run.dir"
             )
+
+    def _late_stop(self, signals: Signals) -> None:
+        """A signal that came after the last step, while the end was saved: what follows training is left out."""
+        if not self.stop_signal:
+            interrupts, terminations = self.world.sum(_stops(signals.stop)).result()
+            self.stop_signal = _first_of(interrupts, terminations)
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         self.resumed = checkpoint
@@ -251,6 +271,7 @@ class Trainer:
         if step is None:
             return None
         watch, loaded = Stopwatch(), None
+        mark("rows", step=self.step + 1)
         if loader is None:
             batch = TokenBatch.empty(step, 0)
         else:
@@ -268,8 +289,9 @@ class Trainer:
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
         events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
-        stops = [stop == signal.SIGINT, stop == signal.SIGTERM]
-        return _Exchange(events, self.world.sum([*stops, loaded is not None, wait, len(events), *values]))
+        votes = [self.votes[name] for name in VOTES]
+        numbers = [*_stops(stop), loaded is not None, wait, len(events), *votes, *values]
+        return _Exchange(events, self.world.sum(numbers))
 
     def _finish_exchange(self, exchange: _Exchange, step: int) -> tuple[int, float, dict[str, float]]:
         """(signal that stops the run or 0, mean wait of the loaders, sums of their counters, or means of rates), the same on
@@ -278,6 +300,8 @@ class Trainer:
         The events of all ranks are added to the plan's log.
         """
         interrupts, terminations, loaders, waits, changes, *totals = exchange.sums.result()
+        self.agreed = dict(zip(VOTES, totals, strict=False))
+        totals = totals[len(VOTES) :]
         if changes:
             self._change([event for some in self.world.gather(exchange.events) for event in some], step + 2)
         named = dict(zip(self._counters or (), totals, strict=True))
@@ -285,8 +309,7 @@ class Trainer:
             name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
             for name, total in named.items()
         }
-        stop = signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0
-        return int(stop), waits / max(loaders, 1.0), means
+        return _first_of(interrupts, terminations), waits / max(loaders, 1.0), means
 
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Add events to the plan's log, the same on all ranks. They apply from step `first` on; earlier steps are drawn."""
@@ -306,6 +329,15 @@ class Trainer:
 def _of_mixture(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events of a plan's log after which other data are drawn than before."""
     return [event for event in events if event["kind"] in ("weights", "priority", "dataset")]
+
+
+def _stops(number: int) -> list[float]:
+    """What a rank adds to the sums for a signal that it got."""
+    return [float(number == signal.SIGINT), float(number == signal.SIGTERM)]
+
+
+def _first_of(interrupts: float, terminations: float) -> int:
+    return int(signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0)
 
 
 class Signals:

@@ -16,6 +16,7 @@ import pytest
 from tests import processes
 from tests.launch.small_recipe import small_recipe
 from tiphys.launch import rollback, run
+from tiphys.launch.attendance import Attendance
 from tiphys.launch.rollback import ROLLBACKS, Rollback, append, chain, read
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain import engine, health
@@ -69,7 +70,7 @@ def train(folder: Path, world: ParallelDims, poison: Poison | None, monkeypatch:
     with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
         if poison is not None:
             patch.setattr(engine.Engine, "train_step", lambda of, batch: poison(of, batch))
-        run._train_past_spikes(recipe, world, run.LastStep(), False)
+        run._train_past_spikes(recipe, world, Attendance(), False)
     return printed.getvalue()
 
 
