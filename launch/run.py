@@ -252,7 +252,8 @@ def callbacks(
     stages: list[Callback] = [writer, Account(writer, plan.describe), Progress(), checkpointer, guard]
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
-        stages.append(Validator(recipe.validate.every, held_out, writer))
+        every = recipe.validate.every or max(1, recipe.train.steps // 10)
+        stages.append(Validator(every, held_out, writer))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"

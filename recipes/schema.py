@@ -346,7 +346,7 @@ class Validation:
 
     every: int = key(
         0,
-        "Training steps between two validations; 0: only at the end, if episodes are held out",
+        "Training steps between two validations, if episodes are held out; 0: a tenth of the run",
         unit="steps",
         low=0,
         high=STEPS,
