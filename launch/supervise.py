@@ -25,7 +25,7 @@ from tiphys.dataio.python_path import python
 from tiphys.launch.attendance import option
 from tiphys.launch.launches import Launch
 from tiphys.launch.lease import Lease
-from tiphys.launch.parents import adopt_orphans
+from tiphys.launch.parents import adopted_orphans
 from tiphys.launch.start_times import StartTimes
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.launch.verdict import Verdict, judge
@@ -72,8 +72,7 @@ class Settings:
 
 def supervise(job: Job) -> Status:
     """Run a job to its end. Raises FolderInUse if another command trains in its folder."""
-    adopt_orphans()
-    with Stops() as stops:
+    with adopted_orphans(), Stops() as stops:
         times = StartTimes()
         node = Node(job)
         try:
@@ -256,6 +255,7 @@ class Supervisor:
                 time.sleep(_TICK)
         finally:
             node.end()
+        watchdog.read()
         return judge(
             launch.reports(),
             code=code,

@@ -50,13 +50,17 @@ class Watchdog:
         if now < self._next:
             return ""
         self._next = now + PERIOD
+        self.read(now)
+        return self._stalled(now)
+
+    def read(self, now: float = 0.0) -> None:
+        """Read what the ranks say now; also after they have ended."""
         for rank in self._ranks():
             beat = Beat.read(self.launch.beat_file(rank))
             if beat is not None and beat.counter:
                 before = self._seen.get(rank)
                 if before is None or before.beat.counter != beat.counter:
                     self._seen[rank] = _Seen(beat, now)
-        return self._stalled(now)
 
     def ask_for_stacks(self) -> None:
         """Let the ranks of this machine write the stacks of their threads, and give them the time. A stopped one cannot."""
