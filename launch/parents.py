@@ -6,6 +6,8 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 PARENT = "TIPHYS_PARENT"  # process number of the launcher, for its ranks
@@ -21,9 +23,14 @@ def die_with_parent(parent: int = 0) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def adopt_orphans() -> None:
-    """Processes below this one whose parents end become children of this one, so that it can wait for them."""
+@contextmanager
+def adopted_orphans() -> Iterator[None]:
+    """Inside the block, processes below this one whose parents end become its children, so that it can wait for them."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 def _prctl(option: int, value: int) -> bool:

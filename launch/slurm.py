@@ -1,7 +1,7 @@
 """`tiphys submit`: a run as a Slurm job that goes on by itself after a time limit, a preemption or a lost node.
 
 The job's script starts `tiphys train` on the first node; several nodes are reached as over a hostfile, by ssh. It passes on the
-signal that Slurm sends before the time is up, and requeues the job if the run ended with 75 or 143. The run decides where to
+signal that Slurm sends before the time is up, and requeues the job if the run ended with 70, 75 or 143. The run decides where to
 continue from its own files, so the hosts' clocks do not matter.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from tiphys.dataio.atomic import write_text
 from tiphys.launch.statuses import Status
 
-RETRIED = (Status.TRY_AGAIN, Status.TERMINATED)
+RETRIED = (Status.NOT_SAVED, Status.GAVE_UP, Status.TERMINATED)
 WARNING = 120  # seconds before the end at which Slurm sends the signal
 
 _SCRIPT = """#!/bin/bash

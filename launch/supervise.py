@@ -22,10 +22,10 @@ from types import FrameType
 from typing import Any
 
 from tiphys.dataio.python_path import python
-from tiphys.launch.attendance import option
+from tiphys.launch.attendance import STACKS, option
 from tiphys.launch.launches import Launch
-from tiphys.launch.lease import Lease
-from tiphys.launch.parents import adopt_orphans
+from tiphys.launch.lease import PERIOD, Lease
+from tiphys.launch.parents import adopted_orphans
 from tiphys.launch.start_times import StartTimes
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.launch.verdict import Verdict, judge
@@ -35,6 +35,7 @@ from tiphys.pretrain.phases import Beat
 
 GRACE = 5.0  # seconds beyond `checkpoint.deadline` until a launch that was asked to stop is killed
 LONGEST_PAUSE = 300.0  # seconds between two launches
+STACK_TIME = 1.0  # seconds for writing stacks
 _TICK = 0.1
 
 
@@ -72,8 +73,7 @@ class Settings:
 
 def supervise(job: Job) -> Status:
     """Run a job to its end. Raises FolderInUse if another command trains in its folder."""
-    adopt_orphans()
-    with Stops() as stops:
+    with adopted_orphans(), Stops() as stops:
         times = StartTimes()
         node = Node(job)
         try:
@@ -237,6 +237,7 @@ class Supervisor:
     def _launch(self, node: Node, times: StartTimes) -> Verdict:
         launch = Launch.new(self.settings.run_dir)
         times.leave(launch)
+        self.lease.begin(launch.number)
         node.run(launch, self.lease.token)
         watchdog = Watchdog(launch, self.job.world)
         stalled, until = "", float("inf")
@@ -251,11 +252,12 @@ class Supervisor:
                     node.kill()
                 elif not stalled and (stalled := watchdog.look()):
                     say(stalled)
-                    watchdog.ask_for_stacks()
+                    self._ask_for_stacks(node, launch)
                     node.kill()
                 time.sleep(_TICK)
         finally:
             node.end()
+        watchdog.read()
         return judge(
             launch.reports(),
             code=code,
@@ -265,6 +267,12 @@ class Supervisor:
             saved=newest(self.settings.run_dir),
             stalled=stalled,
         )
+
+    def _ask_for_stacks(self, node: Node, launch: Launch) -> None:
+        """Let all ranks write the stacks of their threads, and give them the time. A stopped one cannot."""
+        node.signal(STACKS, launch)
+        self.lease.stop(STACKS)  # reaches those on other hosts
+        time.sleep(STACK_TIME if self.job.module is not None else STACK_TIME + PERIOD)
 
     def _pause(self, seconds: float) -> bool:
         """False if a signal ended the pause."""

@@ -88,7 +88,7 @@ def test_sentences_name_the_file() -> None:
 
 
 def test_statuses_differ_and_are_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
     for status in Status:
         assert f"| {status.value} |" in page
     assert (Status.IN_USE, Status.DIVERGED, Status.STORAGE_FULL, Status.NOT_SAVED, Status.GAVE_UP) == (4, 5, 6, 70, 75)

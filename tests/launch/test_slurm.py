@@ -1,4 +1,4 @@
-"""A Slurm job passes signals on, and is queued again exactly after the statuses 75 and 143. `sbatch` and `scontrol` are fakes."""
+"""A Slurm job passes signals on, and is queued again exactly after the statuses 70, 75 and 143. `sbatch` and `scontrol` are fakes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def job(cluster: Path, program: str, monkeypatch: pytest.MonkeyPatch, **options:
     return subprocess.Popen(["bash", str(cluster / "job.sh")])
 
 
-@pytest.mark.parametrize("status, again", [(0, False), (3, False), (5, False), (75, True), (143, True)])
+@pytest.mark.parametrize("status, again", [(0, False), (3, False), (5, False), (70, True), (75, True), (143, True)])
 def test_it_is_queued_again_if_the_run_can_go_on(
     cluster: Path, monkeypatch: pytest.MonkeyPatch, status: int, again: bool
 ) -> None:
