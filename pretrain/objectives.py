@@ -12,7 +12,7 @@ import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
-from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
+from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
@@ -307,12 +307,13 @@ class Objectives:
         return total
 
     def needs(self, entry: int) -> Needs:
-        """The fields that the tokens of a mixture entry are made from. Nothing else is fetched."""
+        """The fields that the tokens of a mixture entry are made from, and the rows after a window. Nothing else is fetched."""
         fields: dict[str, None] = {}
+        after = 0
         for layout in self.layouts[entry].values():
-            fields |= dict.fromkeys(layout.preamble)
-            fields |= dict.fromkeys(e.field for e in layout.elements if e.field)
-        return Needs(fields=tuple(fields))
+            fields |= dict.fromkeys(layout.fields)
+            after = max(after, layout.after)
+        return Needs(fields=tuple(fields), after=after)
 
     def make_batch(
         self,
@@ -498,7 +499,7 @@ def _sizes(layouts: Layouts) -> tuple[int, int]:
     """Numbers of continuous and of discrete ids: Gato's, or more if the codecs need more."""
     continuous, discrete = CONTINUOUS_BINS, DISCRETE_VALUES
     for codec in _codecs(layouts):
-        if isinstance(codec, Discrete):
+        if isinstance(codec, Discrete | Integers | Sign):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
             continuous = max(continuous, codec.choices()[0][1] - codec.first)

@@ -124,7 +124,7 @@ class FieldTokens:
     encoding: str = key(
         "auto",
         "How the field becomes tokens; auto: as the scheme says",
-        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
+        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "integer", "sign", "skip"),
     )
     bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2, high=2**16)
     resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0, high=8192)

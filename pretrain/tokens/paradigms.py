@@ -8,8 +8,12 @@ continuous fields together; both groups are sorted by name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.tokens.derived import source_of
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = (
     "text",
@@ -19,8 +23,15 @@ TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = (
     "reward",
     "action",
 )
-KINDS = (TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION)
-CODES = ("auto", "linear", "uniform", "quantile")
+CODES = {  # kind -> the codes that its parts may have
+    TEXT: ("auto",),
+    OBSERVATION: ("auto", "gato", "vector", "grid", "uniform", "quantile"),
+    SEPARATOR: ("auto",),
+    RETURN: ("auto", "linear", "uniform", "quantile", "integer", "sign", "histogram"),
+    REWARD: ("auto", "uniform", "quantile", "integer", "sign"),
+    ACTION: ("auto", "linear", "uniform", "quantile"),
+}
+_CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
@@ -35,26 +46,53 @@ class Part:
     Attributes
     ----------
     kind : str
-        One of `KINDS`. `observation`, `action` and `text` stand for all fields of that role.
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role.
     code : str
-        How its values are encoded, unless the recipe says otherwise for a field: one of `CODES`. `auto`: by the scheme;
-        `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins.
+        How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the scheme;
+        `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins; `integer`, `sign`: as
+        ids of integers, of -1, 0 and 1; `histogram`: as one vector of shares.
     weight : float
         Loss weight of its targets, relative to the weight of the mixture entry. 0: it is not predicted.
     shown : bool
         False: the token `mask` stands in its place in the input. Its targets stay.
+    source : str
+        Where the values of a return come from: a rule of `derived.SOURCES`. Empty: `to_go` for a return; the data's fields for
+        all other kinds.
+    options : mapping
+        Options of its code (`integer`: low, high) and of its source (`histogram`: bins, low, high).
     """
 
     kind: str
     code: str = "auto"
     weight: float = 0.0
     shown: bool = True
+    source: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.code not in CODES:
+        if self.code not in CODES.get(self.kind, ()):
             raise ValueError(f"a part of kind {self.kind!r} with code {self.code!r}: unknown")
+        if (self.code == "histogram") != self.source.startswith("histogram"):
+            raise ValueError(f"a part of kind {self.kind!r}: code and source 'histogram' belong together")
+        if self.source and self.kind != RETURN:
+            raise ValueError(f"a part of kind {self.kind!r} has no source, but {self.source!r} is given")
+        known = dict.fromkeys(_CODE_OPTIONS.get(self.code, ()))
+        if self.rule:
+            try:
+                known |= dict(source_of(self.rule)[0].options)
+            except DataError as error:
+                raise ValueError(f"a part of kind {self.kind!r}: {error}") from None
+        if set(self.options) - set(known):
+            raise ValueError(
+                f"a part of kind {self.kind!r} has options {sorted(self.options)}, but knows {sorted(known)}"
+            )
         if not self.weight >= 0 or (self.weight and self.kind == SEPARATOR):
             raise ValueError(f"a part of kind {self.kind!r} cannot have the weight {self.weight}")
+
+    @property
+    def rule(self) -> str:
+        """The source that its values come from; empty: the fields of the data."""
+        return self.source or ("to_go" if self.kind == RETURN else "")
 
     def __str__(self) -> str:
         weight = "" if not self.weight else "*" if self.weight == 1 else f"*{self.weight:g}"
@@ -124,7 +162,7 @@ PARADIGMS: dict[str, Paradigm] = {
         Paradigm(
             "dt",
             "Chen et al. 2021, algorithm 1",
-            (Part(TEXT), Part(RETURN, "linear"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            (Part(TEXT), Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
             acting="ask",
             requires=(REWARD,),
             differs="returns are divided by the task's largest absolute return; the target is a multiple of the best return in "

@@ -15,12 +15,14 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
+from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.images import places, to_patches
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 Layouts = Sequence[Mapping[int, TimestepLayout]]  # mixture entry -> task -> its layout
+_READABLE = {"to_go": "return-to-go"}
 _NO_IDS = np.zeros(0, np.int32)
 
 
@@ -109,6 +111,11 @@ class _Group:
                     f"but the window needs {n}"
                 )
         return np.concatenate(parts)
+
+    def derived(self, element: Element) -> np.ndarray:
+        """[N, *shape]: the values of an element's source."""
+        windows = zip(self.windows, self.steps.tolist(), strict=True)
+        return np.concatenate([derived(w, n, element.rule, element.options) for w, n in windows])
 
     def pictures(self, field: str, codec: Patches, constant: bool) -> np.ndarray:
         """uint8 or uint16 [N, height, width, C]: pictures whose original sizes differ between windows."""
@@ -346,22 +353,17 @@ class _Draft:
     def _lay_values(self, group: _Group, element: Element, at: np.ndarray) -> None:
         codec = element.codec
         assert codec is not None
-        if element.role == "return":
-            raw = np.concatenate(
-                [w.returns_to_go[:n] for w, n in zip(group.windows, group.steps.tolist(), strict=True)]
-            )
-        else:
-            raw = None
+        raw = group.derived(element) if element.rule else None
         try:
             if raw is not None and not np.isfinite(raw).all():  # a codec would clamp an infinity
-                at_step = int((~np.isfinite(raw)).argmax())
-                raise NoEncoding(at_step, f"it is {raw[at_step]}: a reward from here on is NaN or infinite")
+                at_step = int((~np.isfinite(raw)).reshape(len(raw), -1).any(axis=1).argmax())
+                raise NoEncoding(at_step, f"it is {raw[at_step].flat[0]}: a value from here on is NaN or infinite")
             if isinstance(codec, Patches) and codec.varies:
                 encoded = to_patches(group.pictures(element.field, codec, element.constant))
             else:
                 encoded = codec.encode(group.gather(element.field, element.constant) if raw is None else raw)
         except NoEncoding as error:
-            raise group.refuse(element.field or "return-to-go", error) from None
+            raise group.refuse(element.field or _READABLE.get(element.rule, element.rule), error) from None
         if not codec.embedder:
             self.dense["tokens"][at] = encoded
             return

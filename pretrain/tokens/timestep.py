@@ -5,6 +5,7 @@ It can be written as JSON, so that a policy acts with the layout that it was tra
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,9 +18,11 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number, stored
 from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
+from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
+TO_THE_END = 1 << 30  # rows; more than an episode has
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
     "text_limit": "text",
@@ -27,7 +30,12 @@ _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names
     "text_last": "ends",
 }
 _ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETURN, "reward": REWARD}
-_OPTIONAL = {"weight": 1.0, "shown": True}  # keys of an element that processor.json may lack
+_OPTIONAL: dict[str, Any] = {
+    "weight": 1.0,
+    "shown": True,
+    "source": "",
+    "options": {},
+}  # keys of an element that processor.json may lack
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Element:
     head       regression head; empty: its ids are predicted
     stride     it is shown at the steps whose number in the episode is a multiple of this
     constant   the field has one array for the whole episode, which is shown at every step
+    source     the rule that its values come from (`derived.SOURCES`); empty: its field
+    options    options of that rule
     """
 
     role: str
@@ -56,6 +66,13 @@ class Element:
     constant: bool = False
     weight: float = 1.0
     shown: bool = True
+    source: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """The source that its values come from; empty: its field. Policies of processor version 1 name none for a return."""
+        return self.source or ("to_go" if self.role == "return" else "")
 
     @property
     def modality(self) -> int:
@@ -65,7 +82,7 @@ class Element:
         return self.codec.modality
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON. `weight` and `shown` are left out if they have their defaults, so that policies without them stay as they are."""
+        """JSON. Keys of `_OPTIONAL` are left out if they have their defaults."""
         values = {k: v for k, v in self.__dict__.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
         return {**values, "codec": self.codec.to_dict() if self.codec else None}
 
@@ -82,6 +99,8 @@ class Element:
         number(self.size, f"{where}, size", 0 if self.role == "text" else 1, length)
         number(self.stride, f"{where}, stride", 1, 1 << 24)
         number(self.weight, f"{where}, weight", 0, 1e6)
+        if self.rule:
+            source_of(self.rule)
         if self.codec is None:
             if self.role not in ("text", "separator"):
                 raise DataError(f"{where}: it has no codec")
@@ -142,6 +161,20 @@ class TimestepLayout:
     def step_texts(self) -> tuple[Element, ...]:
         """The texts that change from step to step, if the steps that show them do not depend on the window."""
         return tuple(e for e in self.elements if e.role == "text") if self.chunk == 1 else ()
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the data that its tokens are made from, without repetition."""
+        known = dict.fromkeys(self.preamble)
+        for e in self.elements:
+            known |= dict.fromkeys([e.field] if e.field else fields_of(e.rule) if e.rule else [])
+        return tuple(known)
+
+    @cached_property
+    def after(self) -> int:
+        """Rows after a window's last step that its tokens are made from; TO_THE_END: all of them."""
+        reach = [source_of(e.rule)[0].future for e in self.elements if e.rule]
+        return TO_THE_END if ALL in reach else max(reach, default=0)
 
     @cached_property
     def has_actions(self) -> bool:
