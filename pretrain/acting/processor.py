@@ -190,6 +190,7 @@ class Processor:
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
         goal: Mapping[str, Any] | None = None,
+        hop: bool = False,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -208,6 +209,8 @@ class Processor:
             A demonstration of the task. Its last steps stand before each history.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
+        hop : bool
+            Whether a full window drops its older half, instead of its oldest steps.
 
         Raises
         ------
@@ -233,7 +236,7 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
-        return History(self, layout, environments, asked, prompt, goal)
+        return History(self, layout, environments, asked, prompt, goal, hop)
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""

@@ -14,6 +14,7 @@ from tiphys.pretrain.model.token_layout import Group, TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.key_value_cache import Extension
 
 # Up to this window length, plain matrix products are faster than the fused kernel (forward and backward, one CPU thread,
 # head size 64). At length 1024 the fused kernel is 2.5 times (bfloat16) to 3.7 times (float32) faster.
@@ -38,7 +39,7 @@ class Attention(Module):
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size)
         self.out = Linear(self.heads * self.size, config.hidden_size, std=STD / (2 * config.num_hidden_layers) ** 0.5)
 
-    def forward(self, x: Tensor, layout: TokenLayout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.size)
         rotated, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
@@ -160,41 +161,3 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
         assert isinstance(mixed, Tensor)  # it would be a tuple only if more outputs were requested
         parts.append(mixed)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class KeyValueCache:
-    """Keys and values of earlier tokens, for acting: one causal window in each row; all windows have the same length.
-
-    A batch that is passed with a cache holds only the new tokens, the same number in each row; `position` counts from the
-    beginning of the window. `length` is the number of tokens that each row already has in the cache.
-    """
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
-        self._layers = layers or {}  # layer -> keys and values, [rows, length, K, d] each
-
-    @property
-    def length(self) -> int:
-        return next(iter(self._layers.values()))[0].shape[1] if self._layers else 0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Attention of the new tokens to themselves and to all earlier tokens; the cache grows by the new ones."""
-        if len(layout.groups) != 1 or layout.groups[0].slots is not None or not layout.groups[0].causal:
-            raise ValueError("a key-value cache needs causal rows of one window each, all of the same length")
-        rows = layout.groups[0].windows
-        q, k, v = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
-        if layer in self._layers:
-            past_k, past_v = self._layers[layer]
-            if past_k.shape[0] != rows:
-                raise ValueError(f"the cache holds {past_k.shape[0]} rows, but the batch has {rows}")
-            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-        self._layers[layer] = (k, v)
-        return attend(q, k, v, causal=True).flatten(0, 1)
-
-    def select(self, rows: Tensor) -> KeyValueCache:
-        """A new cache of the given rows (int64 [m], repeats allowed), as a beam search needs it."""
-        layers = {n: (k.index_select(0, rows), v.index_select(0, rows)) for n, (k, v) in self._layers.items()}
-        return KeyValueCache(layers)
-
-    def crop(self, length: int) -> None:
-        """Forget every token from `length` on."""
-        self._layers = {n: (k[:, :length], v[:, :length]) for n, (k, v) in self._layers.items()}
