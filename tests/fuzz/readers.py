@@ -131,7 +131,12 @@ def _read_statistics(data: bytes, folder: Path) -> None:
 
     file = folder / "statistics.parquet"
     file.write_bytes(data)
-    read_statistics(file, "x").result(["rich"])
+    found, merged = read_statistics(file, "x"), Statistics()
+    merged.merge(found)
+    merged.merge(read_statistics(file, "x"))
+    for fields in merged.result(["rich"]).values():
+        for one in fields.values():
+            json.dumps(one.to_dict())
 
 
 # -- Shards -----------------------------------------------------------------------------------------------------------

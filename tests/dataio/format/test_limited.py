@@ -100,6 +100,8 @@ def change_statistics(url: str, name: str, change: Callable[[dict[str, Any]], No
         {"keys": [5, 4], "counts": [1, 1]},
         {"counts": None},
         {"task": None, "shape": None},
+        {"task": None},
+        {"field": None},
     ],
 )
 def test_statistics_that_are_not_possible_are_refused(tmp_path: Path, values: dict[str, Any]) -> None:
