@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from tiphys.pretrain import checkpoint_files
 from tiphys.pretrain.callbacks.base import Callback, Every
-from tiphys.pretrain.checkpoint import Writer
+from tiphys.pretrain.checkpoint_writer import Writer
 
 if TYPE_CHECKING:
     from tiphys.pretrain.metrics import StepMetrics
@@ -40,7 +40,7 @@ class Checkpointer(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         launch = str(trainer.world.gather(secrets.token_hex(8))[0])
-        self.writer = Writer(self.run_dir, launch, asynchronous=self.asynchronous)
+        self.writer = self._writer(trainer, launch)
         if trainer.resumed is not None:
             self._saved = trainer.step
 
@@ -62,6 +62,15 @@ class Checkpointer(Callback):
                     flush=True,
                 )
             trainer.world.barrier()  # a launcher ends the other ranks as soon as one has ended
+
+    def close(self, trainer: Trainer) -> None:
+        if hasattr(self, "writer"):
+            self.writer.close()
+
+    def _writer(self, trainer: Trainer, launch: str) -> Writer:
+        writer = Writer(self.run_dir, launch, asynchronous=self.asynchronous)
+        writer.allocate(trainer.engine)
+        return writer
 
     def save(self, trainer: Trainer) -> None:
         self.writer.save(trainer.engine, trainer.state(), self._committed.append)

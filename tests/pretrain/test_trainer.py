@@ -21,6 +21,7 @@ from tests.pretrain import synthetic, training
 from tiphys.pretrain import callbacks as cb
 from tiphys.pretrain.callbacks.progress import ProgressLine
 from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError
+from tiphys.pretrain.checkpoint_writer import Writer
 from tiphys.pretrain.engine import StepResult
 from tiphys.pretrain.metrics import StepMetrics
 from tiphys.pretrain.parallel import ParallelDims, Sum
@@ -248,6 +249,9 @@ class FakeCheckpointer(cb.Checkpointer):
 
     def __init__(self, run: Path, every: int) -> None:
         super().__init__(run, every, keep=1)
+
+    def _writer(self, trainer: Trainer, launch: str) -> Writer:
+        return Writer(self.run_dir, launch)
 
     def save(self, trainer: Trainer) -> None:
         from tests.pretrain.test_checkpoint import part
