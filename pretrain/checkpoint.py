@@ -2,8 +2,8 @@
 
 Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
 Saving copies them to host memory (`checkpoint_writer`), then a thread writes them, without a collective; `checkpoint_files`
-says when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files are safetensors
-and JSON.
+says when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files
+are safetensors and JSON.
 """
 
 from __future__ import annotations
