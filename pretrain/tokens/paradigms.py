@@ -34,6 +34,7 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
 }
+TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {"reward": "rewards"}
 VIEWS = {"one": "each episode is one sequence"}
 
