@@ -274,6 +274,8 @@ class Window:
         Tokens that the plan reserved for the window.
     given : Mapping[str, ndarray]
         While acting: values [R, …] by the name of the rule that would compute them from the episode's future.
+    hidden : Mapping[str, ndarray]
+        While acting: bool [R] by kind of part (`observation`, `action`, …): the rows at which it is not known.
     """
 
     entry: int
@@ -289,6 +291,7 @@ class Window:
     prompt: bool = False
     tokens: int = 0
     given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    hidden: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -121,14 +121,14 @@ class History:
         environments: int,
         target_return: float | Sequence[float],
         prompt: Window | None,
-        goal: Mapping[str, Any] | None = None,
         hop: bool = False,
+        goal: Mapping[str, Any] | None = None,
     ):
-        self.processor, self.layout, self.goal, self.hop = processor, layout, goal, hop
-        self.prompt = prompt if prompt is not None and prompt.steps else None
-        self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
+        self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
         # What each environment is asked for, unless `reset` says otherwise
         self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
+        self.prompt = prompt if prompt is not None and prompt.steps else None
+        self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
         self._episodes = [_Episode(asked) for asked in self.target_return]
@@ -325,7 +325,7 @@ class History:
             elif element.role == "reward":
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
-        fields.update(dict.fromkeys(layout.preamble, "") | texts)
+        fields |= dict.fromkeys(layout.preamble, "") | texts
         return Window(
             entry=0,
             task=0,

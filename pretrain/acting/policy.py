@@ -197,6 +197,7 @@ class Policy:
             objective=objective,
             target_return=target_return,
             prompt=prompt,
+            hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
             hop=self.hop,
         )

@@ -26,7 +26,17 @@ from tiphys.pretrain.tokens.codecs import (
 )
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
-from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, REWARD, SEPARATOR, TEXT, Paradigm, Part
+from tiphys.pretrain.tokens.paradigms import (
+    ACTION,
+    END,
+    OBSERVATION,
+    RETURN,
+    REWARD,
+    SEPARATOR,
+    TEXT,
+    Paradigm,
+    Part,
+)
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
@@ -129,12 +139,34 @@ class Encoding:
             weight=weight,
             context=self.objective.context,
             window=self.objective.window if has_actions else 1,
+            mask=self.paradigm.mask,
+            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions else (),
+            hiding=self.paradigm.hiding if has_actions else (),
+            future=self.paradigm.future if has_actions else 0,
+            loss=self.paradigm.loss,
+            prompt_parts=self.paradigm.prompt.parts,
+            prompt_reverse=self.paradigm.prompt.reverse,
         )
+        layout = self.with_prompts(layout)
         return self.with_text_limit(layout)
+
+    def with_prompts(self, layout: TimestepLayout) -> TimestepLayout:
+        """The layout with room for a prompt before each window. Raises DataError if the prompts of a row cannot be reversed."""
+        prompt = self.paradigm.prompt
+        if prompt.reverse and layout.chunk > 1:
+            raise DataError(f"task {self.task.name!r}: prompts are reversed, so its actions cannot have a `chunk`")
+        if not prompt.every_window or not layout.has_actions or not self.prompt_share:
+            return layout
+        steps = self.objective.prompt_steps or prompt.steps or max(1, layout.fit(self.objective.context // 2))
+        return replace(layout, prompt_steps=steps)
+
+    @property
+    def prompt_share(self) -> float:
+        return self.paradigm.prompt.share if self.objective.prompt < 0 else self.objective.prompt
 
     def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
         """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
-        room = self.objective.context - layout.width
+        room = self.objective.context - layout.width - (layout.extra - layout.text_last)
         if room < 0:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
@@ -151,6 +183,12 @@ class Encoding:
                 f"{', '.join(layout.preamble)}; raise `context`"
             )
         return replace(layout, text_limit=limit)
+
+    def tail(self, part: Part) -> Element:
+        """The element of a token after the last step. An `end` is that of the world, if the data tell it from a time limit."""
+        ends = self.task.with_role("terminated")
+        name = ends[0].name if part.kind == END and ends else ""
+        return self.learnt(Element(part.kind, name), part)
 
     def tokens(self, field: FieldSpec) -> FieldTokens:
         """What the recipe says of a field: under its name, else under the first pattern that matches, else the defaults."""
@@ -183,7 +221,7 @@ class Encoding:
         if not part.weight:
             return element if part.shown else replace(element, shown=False)
         codec = element.codec
-        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine) else ""
+        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine | Vector | Histogram) else ""
         if codec is not None and codec.embedder and not head:
             raise DataError(
                 f"task {self.task.name!r}: paradigm {self.paradigm.name!r} predicts the {element.role} {element.field!r}, "

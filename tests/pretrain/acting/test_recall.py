@@ -91,7 +91,7 @@ def play(policy: Recorded, task: str, steps: int, rng: np.random.Generator, prom
         seen = [native(task, episodes[i], t) for i in present]
         rewards = [0.0 if fresh[i] else float(rng.normal()) for i in present]
         actions = policy.act(seen, rewards, present)
-        for i, observation, reward, _ in zip(present, seen, rewards, actions, strict=True):
+        for i, observation, reward, _action in zip(present, seen, rewards, actions, strict=True):
             taken = policy.history._episodes[i].actions[-1]
             said = anew(policy, histories[i], observation, reward, taken)
             worst = max(worst, *(float((policy.said[i, n] - s).abs().max()) for n, s in enumerate(said)))
