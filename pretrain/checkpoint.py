@@ -1,7 +1,7 @@
 """Checkpoints that do not depend on the layout: saved on one layout, they load on any other, bit for bit.
 
 Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
-Saving copies them to host memory (`checkpoint_writer`), then a thread writes them, without a collective; `checkpoint_files`
+Saving copies them to host memory, then a thread writes them (`checkpoint_writer`), without a collective; `checkpoint_files`
 says when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files
 are safetensors and JSON.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from tiphys.dataio.atomic import atomic_path, write_json
 from tiphys.pretrain import checkpoint_files as files
-from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.checkpoint_files import CheckpointError, WriteError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
 from tiphys.recipes.load import differences, digest, from_dict, to_dict
 from tiphys.recipes.resume import may_change
@@ -151,8 +151,18 @@ def _check_weight(fragment: state_of.Fragment) -> None:
         )
 
 
-def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
-    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on."""
+def write(
+    snap: Snapshot,
+    run_dir: str | Path,
+    timeout: float = 1800.0,
+    *,
+    permit: Callable[[], None] = lambda: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on.
+
+    `permit` and `cancelled` are those of `checkpoint_files.commit`. Raises WriteError if a file cannot be written.
+    """
     folder = files.folder_of(run_dir, snap.step)
     tensors, name = files.rank_files(snap.rank)
     try:
@@ -165,10 +175,12 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
         index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
         write_json(folder / name, index)
         if snap.rank == 0:
-            files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
+            files.commit(
+                folder, snap.step, snap.world, snap.save, snap.state, timeout, permit=permit, cancelled=cancelled
+            )
     except (OSError, SafetensorError) as error:
         report_failure(folder / name, snap.save, error)
-        raise CheckpointError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
+        raise WriteError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
     return folder
 
 
@@ -382,7 +394,9 @@ class RangeReader:
         for piece in self.pieces[name][key]:
             low, high = max(piece.start, start), min(piece.stop, stop)
             if low < high:
-                part = self._slice(piece.rank, f"{name}@{piece.start}|{key}", low - piece.start, high - piece.start)
+                part = self._slice(
+                    piece.rank, _tensor_name(name, piece.start, key), low - piece.start, high - piece.start
+                )
                 into[low - start : high - start].copy_(part)
                 found += high - low
                 self.bytes += part.numel() * part.element_size()
@@ -397,13 +411,16 @@ class RangeReader:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A whole parameter, moment or buffer, in its canonical shape."""
         shape = self.shapes[name]
-        first, saved = self.pieces[name][key][0], max(piece.stop for piece in self.pieces[name][key])
+        saved = max(piece.stop for piece in self.pieces[name][key])
         if math.prod(shape) != saved:
             raise CheckpointError(f"{self.path}: {name}|{key} has shape {shape}, but {saved} elements were saved")
-        dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
-        out = torch.empty(int(torch.Size(shape).numel()), dtype=dtype)
+        out = torch.empty(int(torch.Size(shape).numel()), dtype=self.dtype(name, key))
         self.copy(name, key, shape, 0, out)
         return out.view(shape)
+
+    def dtype(self, name: str, key: str) -> torch.dtype:
+        first = self.pieces[name][key][0]
+        return self._slice(first.rank, _tensor_name(name, first.start, key), 0, 0).dtype
 
     def _slice(self, rank: int, key: str, low: int, high: int) -> torch.Tensor:
         file = self.path / files.rank_files(rank)[0]
@@ -426,20 +443,48 @@ class RangeReader:
         self._files.clear()
 
 
-def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Masters are cast to `dtype` if it is given."""
-    return dict(iterate(checkpoint, dtype))
+class SavedWeights(Mapping[str, torch.Tensor]):
+    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Each is read when it is asked for.
 
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    reader : RangeReader
+        Of this checkpoint.
+    dtype : torch.dtype, optional
+        Masters are cast to it.
+    """
 
-def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Like `export_weights`, one tensor at a time."""
-    with RangeReader(checkpoint) as reader:
+    def __init__(self, checkpoint: Checkpoint, reader: RangeReader, dtype: torch.dtype | None = None) -> None:
+        self._reader, self._dtype = reader, dtype
+        self._keys: dict[str, str] = {}
         for name, keys in reader.pieces.items():
             key = next((k for k in ("master", "frozen", "buffer") if k in keys), "")
             if not key:
                 raise CheckpointError(f"{checkpoint.path}: {name} was saved without its weights")
-            tensor = reader.whole(name, key)
-            yield name, tensor.to(dtype) if dtype is not None and key == "master" else tensor
+            self._keys[name] = key
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._reader.whole(name, self._keys[name])
+        return tensor.to(self._dtype) if self._dtype is not None and self._keys[name] == "master" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def describe(self, name: str) -> torch.Tensor:
+        """A tensor without data of the same shape and type."""
+        key = self._keys[name]
+        dtype = self._dtype if self._dtype is not None and key == "master" else self._reader.dtype(name, key)
+        return torch.empty(self._reader.shapes[name], dtype=dtype, device="meta")
+
+
+def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All of `SavedWeights` in memory."""
+    with RangeReader(checkpoint) as reader:
+        return dict(SavedWeights(checkpoint, reader, dtype))
 
 
 def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.pretrain import checkpoint
 from tiphys.pretrain.checkpoint import Buffers, Snapshot
+from tiphys.pretrain.checkpoint_files import WriteError
 
 if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine
@@ -31,16 +32,30 @@ class Writer:
         False: `save` returns when the checkpoint is written.
     timeout : float
         Seconds that rank 0 waits for the parts of other ranks.
+    permit : callable
+        Called right before a checkpoint becomes whole. It raises if this run may not save any more.
 
     Attributes
     ----------
+    failure : WriteError or None
+        Why the last save is not whole, as far as this rank knows. The next save forgets it.
     stall : float
         Seconds that the last save stopped training: waiting for the save before it, and copying.
     """
 
-    def __init__(self, run_dir: str | Path, launch: str, *, asynchronous: bool = True, timeout: float = 1800.0) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        launch: str,
+        *,
+        asynchronous: bool = True,
+        timeout: float = 1800.0,
+        permit: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run_dir, self.launch = Path(run_dir), launch
-        self.asynchronous, self.timeout = asynchronous, timeout
+        self.asynchronous, self.timeout, self.permit = asynchronous, timeout, permit
+        self.failure: WriteError | None = None
+        self._cancelled = False
         self.stall = 0.0
         self._saves = 0
         self._error: BaseException | None = None
@@ -66,11 +81,12 @@ class Writer:
     ) -> None:
         """Copy now and write in the background. `then` is called with the folder when it is written (on rank 0: committed).
 
-        Raises the error of the previous save, or of this one's copy.
+        Raises the error of this one's copy, and errors that end a run. A previous save that could not be written does not matter.
         """
         start = time.perf_counter()
         self.wait()
         self._saves += 1
+        self.failure, self._cancelled = None, False
         snap = checkpoint.snapshot(engine, f"{self.launch}-{self._saves}", state, self._buffers)
         self.stall = time.perf_counter() - start
         self._idle.clear()
@@ -78,14 +94,23 @@ class Writer:
         if wait or not self.asynchronous:
             self.wait()
 
+    @property
+    def busy(self) -> bool:
+        """A save is being written."""
+        return not self._idle.is_set()
+
+    def cancel(self) -> None:
+        """Do not wait any longer for the parts of other ranks: one of them could not write."""
+        self._cancelled = True
+
     def check(self) -> None:
-        """Raise the error of the last save, if it failed."""
+        """Raise the error of the last save if it ends the run. One that could not be written is `failure`."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises the error of the last save, if it failed."""
+        """Wait until nothing is being written. Raises as `check` does."""
         self._idle.wait()
         self.check()
 
@@ -98,9 +123,13 @@ class Writer:
         while (item := self._work.get()) is not None:
             snap, then = item
             try:
-                folder = checkpoint.write(snap, self.run_dir, self.timeout)
+                folder = checkpoint.write(
+                    snap, self.run_dir, self.timeout, permit=self.permit, cancelled=lambda: self._cancelled
+                )
                 if then is not None:
                     then(folder)
+            except WriteError as error:
+                self.failure = error
             except BaseException as error:
                 self._error = error
             finally:

@@ -65,6 +65,8 @@ class Policy:
     ) -> Policy:
         """Load a policy. It acts with the code of this installation, not with the code in its folder.
 
+        On a CPU it computes in float32, whatever the type of its weights; elsewhere in the type of its weights.
+
         Parameters
         ----------
         folder : str or Path
@@ -95,7 +97,7 @@ class Policy:
         folder = expand(folder)
         _check_kind(Path(folder))
         try:
-            model: Any = DecisionModel.from_pretrained(folder, device_map=device if device == "auto" else None)
+            model: Any = DecisionModel.from_pretrained(folder, **_placement(device))
         except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # transformers and safetensors raise errors of many classes
@@ -346,6 +348,13 @@ class Policy:
         draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
         below = logits.double().softmax(-1).cumsum(-1)
         return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained`. Most CPUs compute several times as slowly in bf16 as in float32."""
+    if device == "auto":
+        return {"device_map": device}
+    return {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
 
 
 def check_device(name: str) -> None:
