@@ -201,7 +201,6 @@ class Policy:
             prompt=prompt,
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
-            hop=self.hop,
         )
         self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)
