@@ -159,7 +159,7 @@ class Aside(Callback):
         self.checkpointer, self.writer, self.evaluates_published = checkpointer, writer, evaluates_published
         self.jobs: dict[int, Queued] = {}
         self._pipe: Pipe | None = None
-        self._again, self._pause = 0.0, 1.0
+        self._again, self._pause, self._finished = 0.0, 1.0, False
         checkpointer.listen(self._checkpointed)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -176,9 +176,12 @@ class Aside(Callback):
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         self.attend()
 
+    def on_end(self, trainer: Trainer) -> None:
+        self._finished = not trainer.stopped
+
     def close(self, trainer: Trainer) -> None:
-        """A run that has all its steps still waits for its jobs (`drain`), after the other ranks have ended."""
-        if trainer.step < trainer.steps or trainer.stopped:
+        """A run that has done all its steps still waits for its jobs (`drain`), after the other ranks have ended."""
+        if not self._finished:
             self.end()
 
     def drain(self) -> None:

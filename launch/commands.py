@@ -29,6 +29,8 @@ def train(args: Namespace) -> int:
 
     from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit
 
+    if args.on == "slurm":
+        return submit_job(args)
     try:
         extra = shlex.split(args.launcher)
     except ValueError as error:
@@ -44,6 +46,23 @@ def train(args: Namespace) -> int:
         options=[ACCEPT_CHANGED_DATA] if args.accept_changed_data else [],
         with_traceback=args.traceback,
     )
+
+
+def submit_job(args: Namespace) -> int:
+    import shlex
+
+    from tiphys.launch import slurm
+    from tiphys.launch.check import check
+
+    recipe = check(args.recipe, args.overrides, world=args.nodes * args.processes, environments=False)
+    words = [args.recipe, *args.overrides]
+    try:
+        options = shlex.split(args.slurm)
+    except ValueError as error:
+        raise ValueError(f"--slurm {args.slurm!r}: {error}") from None
+    text = slurm.script(recipe.name, recipe.run.dir, words, nodes=args.nodes, processes=args.processes, options=options)
+    print(text if args.dry_run else slurm.submit(recipe.run.dir, text))
+    return Status.DONE
 
 
 def check(args: Namespace) -> int:
@@ -77,10 +96,33 @@ def mixture(args: Namespace) -> int:
 
 
 def report(args: Namespace) -> int:
-    from tiphys.launch.report import write_report
+    from tiphys.launch.report import write_comparison, write_report
 
-    print(write_report(args.run))
+    if len(args.runs) > 1:
+        print(write_comparison(args.runs, args.out or "comparison.html"))
+    else:
+        print(write_report(args.runs[0], args.out))
     return Status.DONE
+
+
+def checkpoint(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
+    from tiphys.launch import checkpoints
+
+    if args.action == "inspect":
+        found = checkpoints.inspected(args.run)
+        print(to_json(found, indent=1) if args.json else checkpoints.shown(found))
+        return Status.DONE
+    if args.action == "list":
+        rows = checkpoints.listed(args.run)
+        print(to_json(rows, indent=1) if args.json else checkpoints.table(rows))
+        return Status.DONE
+    damaged = 0
+    for folder, why in checkpoints.verified(args.run):
+        damaged += bool(why)
+        line = {"folder": str(folder), "damaged": why}
+        print(to_json(line) if args.json else f"{folder}: {why or 'every byte is as it was saved'}", flush=True)
+    return Status.REFUSED if damaged else Status.DONE
 
 
 def objectives(args: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted
+from tiphys.launch.account import Account
 from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
 from tiphys.launch.changed_data import settle
@@ -30,11 +32,13 @@ from tiphys.launch.plan import (
     text_lines,
 )
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
+from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
-from tiphys.pretrain.trainer import Diverged
+from tiphys.pretrain.phases import mark
+from tiphys.pretrain.trainer import Diverged, Spiked
 from tiphys.recipes.load import to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
@@ -82,7 +86,7 @@ def run(
     try:
         attendance.begin(recipe, world)
         attendance.times.add("meet")
-        objectives, stop, aside = _train(recipe, world, attendance, accept_changed_data)
+        objectives, stop, aside = _train_past_spikes(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
         if stop:
@@ -122,6 +126,17 @@ def _diverged(
     return Status.DIVERGED
 
 
+def _train_past_spikes(
+    recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
+) -> tuple[Objectives, int, Aside | None]:
+    """Train. After a rollback make everything again, as a command that resumes the run would do."""
+    while True:
+        with suppress(Spiked):
+            return _train(recipe, world, attendance, accept)
+        mark("start")
+        gc.collect()  # the engine's memory, before the next one is built
+
+
 def _train(
     recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
 ) -> tuple[Objectives, int, Aside | None]:
@@ -137,6 +152,7 @@ def _train(
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
+    events = _rollback_events(recipe, world)
     resume = Checkpoint.newest_whole(recipe.run.dir)
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
@@ -158,11 +174,22 @@ def _train(
             plan, world.home, **arguments, join=joining.loader, peers=cache.peers, stop=recipe.train.steps
         )
     with loader or nullcontext():
-        stages = [cache, Attending(attendance), *callbacks(recipe, objectives, indexes, world, attendance.permit)]
+        made = callbacks(recipe, objectives, indexes, world, plan, attendance.permit)
+        stages = [cache, Attending(attendance), *made]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
-        trainer.fit(resume=resume)
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier, events)
+        try:
+            trainer.fit(resume=resume)
+        except Spiked:
+            engine.destroy()
+            raise
     return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
+
+
+def _rollback_events(recipe: Recipe, world: ParallelDims) -> list[dict[str, Any]]:
+    """Rank 0 finishes a rollback that a crash cut off. Returns the events that the plan's log has since the last rollback."""
+    events = complete(recipe.run.dir) if world.rank == 0 else []
+    return list(world.gather(events)[0])
 
 
 def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
@@ -200,6 +227,7 @@ def callbacks(
     objectives: Objectives,
     indexes: list[EpisodeIndex],
     world: ParallelDims,
+    plan: SamplingPlan,
     permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
@@ -219,10 +247,13 @@ def callbacks(
         patience=recipe.checkpoint.patience,
         permit=permit,
     )
-    stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
+    guard = Guard(recipe.run.dir, recipe.train.rollbacks, checkpointer, plan, names)
+    # a checkpoint is written before the last validation
+    stages: list[Callback] = [writer, Account(writer, plan.describe), Progress(), checkpointer, guard]
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
-        stages.append(Validator(recipe.validate.every, held_out, writer))
+        every = recipe.validate.every or max(1, recipe.train.steps // 10)
+        stages.append(Validator(every, held_out, writer))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"
