@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.model.inputs import from_bits
-from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
+from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
 from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ class Head(Module):
         for name in self.names:
             target = inputs.get(f"regression/{name}")
             if target is None or len(target) == 0:
-                loss = (
-                    loss + 0.0 * self.predict(hidden[:1], name).sum()
-                )  # a gradient of every parameter in every backward pass
+                if not only_acts():  # a gradient of every parameter in every backward pass
+                    loss = loss + 0.0 * self.predict(hidden[:1], name).sum()
                 continue
             values = from_bits(target[:, 2:])
             error = (self.predict(hidden[target[:, 0]], name) - values[:, 1:]).square().mean(-1)
