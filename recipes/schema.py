@@ -124,7 +124,7 @@ class FieldTokens:
     encoding: str = key(
         "auto",
         "How the field becomes tokens; auto: as the scheme says",
-        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
+        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "integer", "sign", "skip"),
     )
     bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2, high=2**16)
     resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0, high=8192)
@@ -175,8 +175,11 @@ class Objective:
         "Continuous actions become tokens (yes) or are regressed as vectors (no); auto: as the paradigm does",
         choices=("auto", "yes", "no"),
     )
-    target_return: float = key(
-        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0, high=1e6
+    target_return: str = key(
+        "best",
+        "Return of an episode that the policy asks for, if the objective shows returns; `best` is 1x",
+        target=True,
+        resume=True,
     )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")

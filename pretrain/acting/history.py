@@ -131,16 +131,19 @@ class History:
         processor: Processor,
         layout: TimestepLayout,
         environments: int,
-        target_return: float,
+        target_return: float | Sequence[float],
         prompt: Window | None,
         hop: bool = False,
+        goal: Mapping[str, Any] | None = None,
     ):
-        self.processor, self.layout, self.target_return, self.hop = processor, layout, target_return, hop
+        self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
+        # What each environment is asked for, unless `reset` says otherwise
+        self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
-        self._episodes = [_Episode(target_return) for _ in range(environments)]
+        self._episodes = [_Episode(asked) for asked in self.target_return]
         self.asks_for_returns = any(e.role == "return" for e in layout.elements)
         self._warned = False
         # Names of the texts that an observation must give
@@ -149,8 +152,13 @@ class History:
         self._placeholders = {e.field: _any_value(e) for e in layout.elements if e.role in ("action", "reward")}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
-        """Forget the episode of an environment. Its next one is asked for `target_return` (None: that of the history)."""
-        self._episodes[environment] = _Episode(self.target_return if target_return is None else target_return)
+        """Forget the episode of an environment.
+
+        Its next one is asked for `target_return`, in rewards. None: for what was asked of this environment at first, whatever the
+        last episode was asked for.
+        """
+        asked = self.target_return[environment] if target_return is None else target_return
+        self._episodes[environment] = _Episode(asked)
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.

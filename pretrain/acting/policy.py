@@ -155,8 +155,9 @@ class Policy:
         environments: int = 1,
         *,
         objective: str = "",
-        target_return: float | None = None,
+        target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
+        goal: Any = None,
         instruction: str | Sequence[str] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
@@ -169,10 +170,14 @@ class Policy:
             Number of environments that `act` serves at once.
         objective : str
             The objective to act with; "": the first that the task was trained with.
-        target_return : float, optional
-            Return of an episode to ask for, in rewards, if the objective is conditioned on returns. None: as the recipe says.
+        target_return : float, str, or a sequence of these, optional
+            Return of an episode to ask for, if the objective is conditioned on returns: rewards (``450``), a multiple of the best
+            return in the data (``"1.2x"``) or a quantile of its returns (``"q0.9"``). A sequence has one for each environment.
+            None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        goal : observation, optional
+            An observation to reach, as the environment gives it, if the objective acts towards a goal.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
 
@@ -181,14 +186,22 @@ class Policy:
         KeyError
             If the policy was not trained on the task, or not with this objective.
         DataError
-            If the task has no actions, or was learned without any text and gets an instruction.
+            If the task has no actions, was learned without any text and gets an instruction, or if the objective takes no target
+            return or no goal and gets one.
         """
+        known = self.processor.tasks.get(task)
+        fields = {f.name: f for f in known.fields} if known is not None else {}
         self.history = self.processor.history(
-            task, environments, objective=objective, target_return=target_return, prompt=prompt, hop=self.hop
+            task,
+            environments,
+            objective=objective,
+            target_return=target_return,
+            prompt=prompt,
+            hop=self.hop,
+            goal=None if goal is None else given_fields(goal, fields)[0],
         )
-        self.task = task
+        self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)
-        self._fields = {f.name: f for f in self.processor.tasks[task].fields}
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
         self._streams = list(range(environments))
         self._steps = [0] * environments
@@ -200,7 +213,7 @@ class Policy:
         environment: int,
         *,
         stream: int | None = None,
-        target_return: float | None = None,
+        target_return: float | str | None = None,
         instruction: str | None = None,
     ) -> None:
         """Begin a new episode in one of the environments.
@@ -211,11 +224,13 @@ class Policy:
             Number of the environment.
         stream : int, optional
             Stream of the environment's random draws from now on. None: as before.
-        target_return : float, optional
-            Return to ask for, in rewards. None: as in `reset`.
+        target_return : float or str, optional
+            Return to ask for in this episode. None: as in `reset`.
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
+        if target_return is not None:
+            target_return = self.processor.asked(self.task, self._objective, target_return)
         self.history.reset(environment, target_return)
         self._steps[environment] = 0
         self._instruct(instruction, [environment])

@@ -73,7 +73,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> T
     for group in layout.groups:
         tokens = slice(group.start, group.stop)
         padded = (_pad(t[tokens], group) for t in (q, k, v))
-        mixed = attend(*padded, causal=group.causal, lengths=None if group.causal else group.lengths)
+        lengths = None if group.causal else group.lengths
+        mixed = attend(*padded, causal=group.causal, lengths=lengths, prefix=group.prefix)
         mixed = mixed.reshape(-1, *q.shape[1:])
         parts.append(mixed if group.places is None else mixed.index_select(0, group.places))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -100,22 +101,33 @@ class _Spread(torch.autograd.Function):
         return gradient.index_select(0, places), None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    lengths: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
     """Softmax(q kᵀ / √d) v over windows of equal length: q [n, S, H, d], k, v [n, Z, K, d] -> [n, S, H, d].
 
     With `causal`, the queries are the last S of the Z positions. `lengths` [n] hides the keys after a window's end; a causal
-    mask already hides them from every real query.
+    mask already hides them from every real query. `prefix` [n]: the first keys of a causal window, which all queries see.
     """
     n, s, heads, size = q.shape
     z, kv_heads = k.shape[1:3]
     mask = None
     if causal and s > 1:
         mask = torch.ones(s, z, dtype=torch.bool, device=q.device).tril(z - s)
+    if prefix is not None and mask is not None:
+        mask = mask | (torch.arange(z, device=q.device) < prefix[:, None, None])
+        mask = mask[:, None]
     if lengths is not None:
         mask = (torch.arange(z, device=q.device) < lengths[:, None])[:, None, None, :]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_cuda or z > SHORT.get(q.dtype, 0):
-        plain_causal = causal and s == z and s > 1
+        plain_causal = causal and s == z and s > 1 and prefix is None
         share = {"enable_gqa": True} if heads != kv_heads else {}
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if plain_causal else mask, is_causal=plain_causal, **share
@@ -160,4 +172,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
         mixed = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
         assert isinstance(mixed, Tensor)  # it would be a tuple only if more outputs were requested
         parts.append(mixed)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if (prefixes := layout.prefixes) is not None:
+        # A position behind a prefix sees all of it anyway; those of the prefix are computed once more, by themselves.
+        tokens, longest, ends = prefixes
+        options |= {"window_size": (-1, -1)} if "window_size" in VARLEN else {"is_causal": False}
+        a, b, c = (t.index_select(0, tokens) for t in (q, k, v))
+        out = out.index_copy(0, tokens, varlen_attn(a, b, c, ends, ends, longest, longest, **options))
+    return out
