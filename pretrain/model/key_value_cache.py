@@ -167,8 +167,7 @@ class Extension:
             )
         held = self.cache.memory(layer, k, int((self.past + self.new).max(initial=0)))
         row, column = self._tensor("row", 0, k.device), self._tensor("column", 0, k.device)
-        held[0][row, :, column] = k
-        held[1][row, :, column] = v
+        held[:, row, :, column] = torch.stack([k, v], 1)
         if len(self._parts) == 1 and self._parts[0].slots is None:
             return self._part(0, held, q, k, v).reshape(q.shape)
         out = torch.empty_like(q)
