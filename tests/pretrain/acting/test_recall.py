@@ -65,7 +65,10 @@ def anew(policy: Policy, history: Any, seen: Any, reward: float | None, taken: A
         hidden = unpack(policy.model(inputs).hidden, inputs, 1, acting.batch.length)[0]
         said = [hidden[acting.open[0] + i - 1][None] for i in range(len(acting.slots))]
         heads = [slot.head for slot in acting.slots]
-        out = [policy.model.regress(h, name) if name else policy.model.logits(h) for h, name in zip(said, heads, strict=True)]
+        out = [
+            policy.model.regress(h, name) if name else policy.model.logits(h)
+            for h, name in zip(said, heads, strict=True)
+        ]
     history.acted(fields)
     return [o[0] for o in out]
 
