@@ -125,12 +125,15 @@ def _model(seen: Examined) -> Iterator[str]:
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
-    from tiphys.pretrain.tokens.paradigms import PARADIGMS, paradigm_errors
+    from tiphys.pretrain.tokens.paradigms import PARADIGMS, hiding_errors, paradigm_errors
 
     named, where = _section(seen.raw, "objectives"), seen.where
     for name, options in named.items():
         paradigm = options.get("paradigm") if isinstance(options, dict) else None
         yield from _located(paradigm_errors(name, paradigm or ""), where)
+        known, more = PARADIGMS.get(paradigm or name), _section(options, "options") if isinstance(options, dict) else {}
+        if known is not None:
+            yield from _located(hiding_errors(name, known, more), where)
     mixture = _section(seen.raw, "data").get("mixture")
     if not mixture:
         yield f"{where('data.mixture')} is empty; write at least one entry {{dataset: …}}"

@@ -444,6 +444,15 @@ def _policy_commands(commands: Any) -> None:
     )
     p.set_defaults(command="evaluate")
 
+    p = commands.add_parser("label", help="write a dataset with the actions that a policy infers for episodes without")
+    p.add_argument(
+        "policy", help="policy with an objective that labels (paradigm idm): folder of a run or of a policy, or URL"
+    )
+    p.add_argument("dataset", help="dataset whose episodes are labelled")
+    p.add_argument("to", help="folder or URL of the new dataset")
+    p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
+    p.set_defaults(command="label")
+
     p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
     p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")
     p.add_argument("to", help="folder, s3://bucket/path, or hf://org/name")

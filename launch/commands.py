@@ -342,6 +342,16 @@ def evaluate(args: Namespace) -> int:
     return Status.DONE
 
 
+def label(args: Namespace) -> int:
+    from tiphys.pretrain.label import label
+    from tiphys.pretrain.policy_files import local_policy
+
+    print(
+        label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled"))
+    )
+    return Status.DONE
+
+
 def publish(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import whole_policy
     from tiphys.pretrain.publish import publish

@@ -14,7 +14,7 @@ from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, paradigm_errors, table
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, hiding_errors, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
@@ -422,6 +422,7 @@ class Objectives:
                     "target_return": _stored_target(entry),
                     "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
                     **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
+                    **_acting(entry),
                     "timesteps": {},
                 },
             )
@@ -461,6 +462,8 @@ def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Mixtur
     for key, reason in paradigm_errors(name, objective.paradigm):
         raise DataError(f"{key}: {reason}")
     paradigm = PARADIGMS[objective.paradigm or name]
+    for key, reason in hiding_errors(name, paradigm, objective.options):
+        raise DataError(f"{key}: {reason}")
     wanted = list(entry.tasks) or ["*"]
     tasks = tuple(i for i, t in enumerate(index.tasks) if any(fnmatchcase(t.name, pattern) for pattern in wanted))
     if not tasks:
@@ -579,6 +582,15 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
         return _Returns(0.0, 0.0)
     quantiles = np.quantile(returns, _RETURN_LEVELS)
     return _Returns(float(returns.max()), float(np.abs(returns).max()), tuple(quantiles.tolist()))
+
+
+def _acting(entry: _MixtureEntry) -> dict[str, str]:
+    """The rule that a policy acts by, if it is not that of policies of earlier versions, and its query."""
+    rule, options = entry.paradigm.acting
+    if rule in ("next", "ask"):
+        return {}
+    query = entry.objective.options.get("query", options.get("query", ""))
+    return {"acting": rule, **({"query": str(query)} if rule == "fill" else {})}
 
 
 def _prompt(line: _MixtureEntry) -> float:

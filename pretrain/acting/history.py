@@ -149,7 +149,7 @@ class History:
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._constants = tuple(e.field for e in layout.elements if e.constant)
-        self._placeholders = {e.field: _any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders = {e.field: any_value(e) for e in layout.elements if e.role in ("action", "reward")}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
         """Forget the episode of an environment.
@@ -413,7 +413,7 @@ def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[S
     return out
 
 
-def _any_value(element: Element) -> np.ndarray:
+def any_value(element: Element) -> np.ndarray:
     """Some valid value, as a placeholder for the one that is still unknown."""
     codec = element.codec
     assert codec is not None

@@ -18,6 +18,8 @@ from tiphys.paths import expand
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
+from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.tokens.timestep import BOTH
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -160,6 +162,7 @@ class Policy:
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
         goal: Any = None,
+        query: str = "",
         instruction: str | Sequence[str] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
@@ -180,6 +183,9 @@ class Policy:
             A demonstration of the task. Its last steps stand before each history.
         goal : observation, optional
             An observation to reach, as the environment gives it, if the objective acts towards a goal.
+        query : str
+            What an objective that fills in hidden parts is asked: ``bc``, ``rc`` or ``goal``; "": as the recipe says, or ``goal``
+            if there is one.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
 
@@ -201,6 +207,7 @@ class Policy:
             prompt=prompt,
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
+            query=query,
         )
         self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)
@@ -323,6 +330,13 @@ class Policy:
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
         """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
         rows = np.array(chosen)
+        if self.history.layout.mask == BOTH:  # all slots are hidden, and are answered where they stand
+            inputs = to_tensors(acting.batch, self.model.device)
+            found = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
+            return [
+                self._choose(acting, number, found[np.arange(len(rows)), acting.open + number], chosen)
+                for number in range(len(acting.slots))
+            ]
         start = self._recall.begin(acting, rows)
         answers: list[np.ndarray] = []
         for number in range(len(acting.slots)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
+from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
@@ -195,6 +196,7 @@ class Processor:
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
         hop: bool = False,
+        query: str = "",
         goal: Mapping[str, Any] | None = None,
     ) -> History:
         """An empty history of a batch of environments of one task.
@@ -217,6 +219,9 @@ class Processor:
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
 
+        query : str
+            What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
+
         Raises
         ------
         KeyError
@@ -229,9 +234,17 @@ class Processor:
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task].acting()
+        learnt = self.layouts[name][task]
+        layout = learnt.acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
+        where, rule = f"task {task!r}, objective {name!r}", self.objectives[name].get("acting", "")
+        if rule == "label":
+            raise DataError(
+                f"{where}: it needs what comes after an action, so it cannot act; let it label data: tiphys label"
+            )
+        if query and rule != "fill":
+            raise DataError(f"{where}: it takes no query, because it does not fill in hidden parts")
         asked = self.asked(task, name, target_return)
         if isinstance(asked, list) and len(asked) != environments:
             raise DataError(
@@ -241,6 +254,9 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
+        if rule == "fill":
+            query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
+            return Filling(self, layout, environments, asked, prompt, goal, query)
         return History(self, layout, environments, asked, prompt, hop, goal)
 
     def takes_goal(self, objective: str) -> bool:

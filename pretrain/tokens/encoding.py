@@ -36,6 +36,7 @@ from tiphys.pretrain.tokens.paradigms import (
     TEXT,
     Paradigm,
     Part,
+    hiding_of,
 )
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
@@ -49,6 +50,8 @@ _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes
 _RETURN_LIMIT = 10.0
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
+    "hiding": "schemes by which parts of a window are hidden, with their shares",
+    "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -141,7 +144,7 @@ class Encoding:
             window=self.objective.window if has_actions else 1,
             mask=self.paradigm.mask,
             tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions else (),
-            hiding=self.paradigm.hiding if has_actions else (),
+            hiding=hiding_of(self.paradigm, self.objective.options) if has_actions else (),
             future=self.paradigm.future if has_actions else 0,
             loss=self.paradigm.loss,
             prompt_parts=self.paradigm.prompt.parts,
