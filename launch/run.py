@@ -65,12 +65,16 @@ def run(recipe: Recipe, *, with_traceback: bool = False, accept_changed_data: bo
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.pretrained import pinned
+
     world = ParallelDims(recipe.parallel)
     last = LastStep()
     try:
         if world.rank == 0:
             rank_reports.remove(recipe.run.dir)
         world.barrier()  # no rank leaves a report before the old ones are removed
+        recipe = pinned(recipe, Checkpoint.newest_whole(recipe.run.dir), world)
         objectives, stop = _train(recipe, world, last, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         if stop:
@@ -104,9 +108,8 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.engine import build_engine
-    from tiphys.pretrain.model.config import DecisionConfig
-    from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.pretrained import begin, start_lines
     from tiphys.pretrain.trainer import Trainer
 
     indexes = open_datasets(recipe, world)
@@ -115,11 +118,12 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
-    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
+    model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
+        print("".join(f"begins with  {line}\n" for line in start_lines(model)), end="", flush=True)
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
