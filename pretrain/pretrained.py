@@ -253,6 +253,8 @@ class Pretrained:
         """Rows of the token table: texts by their pieces, values by their numbers, special tokens by their names."""
         pairs: list[tuple[int, int | None]] = []
         old, new = self._old_words, self._new_words
+        if replace(old, embedders={}, regressions={}, tasks=()) == replace(new, embedders={}, regressions={}, tasks=()):
+            return np.arange(new.size), np.arange(new.size)
         if old.text_tokenizer == new.text_tokenizer:
             low, high = new.range("text")
             pairs += [(i, i) for i in range(low, min(high, old.range("text")[1]))]

@@ -35,7 +35,11 @@ ACTING = {
     "ask": "a target return, lowered by each reward; then the action",
 }
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
-REQUIREMENTS = {"reward": "rewards"}
+REQUIREMENTS = {
+    "reward": "rewards",
+    "text": "texts that differ within a task",
+    "hidden task": "several tasks that only the prompt tells apart",
+}
 VIEWS = {"one": "each episode is one sequence"}
 
 
@@ -255,6 +259,35 @@ PARADIGMS: dict[str, Paradigm] = {
             prompt=Prompt(0.25),
             differs="discrete values have ids of their own; a prompt stands before the first window of a row only",
         ),
+        Paradigm(
+            "pdt",
+            "Cang et al. 2022 (Semi-supervised offline RL with pre-trained decision transformers)",
+            (
+                Part(TEXT),
+                Part(RETURN, "linear", source="to_go", shown=False),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            differs="the token `mask` stands for a return that is not known, because zero is a return; fine-tuning is `dt` with "
+            "`model.init`",
+        ),
+        Paradigm(
+            "prompt-dt",
+            "Xu et al. 2022 (Prompting decision transformer), algorithm 1",
+            (Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            head=(),
+            prompt=Prompt(1.0, steps=5, every_window=True, ends=1.0),
+            acting=("ask", {}),
+            requires=(REWARD, "hidden task"),
+            differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
+        ),
+        Paradigm(
+            "text-dt",
+            "Putterman et al. 2022 (Pretraining for language-conditioned imitation with transformers)",
+            (Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            requires=(TEXT,),
+            differs="the text is not learned; no text model is begun with; returns are shown by `dt`, which takes texts too",
+        ),
     )
 }
 
@@ -273,7 +306,7 @@ def table() -> list[dict[str, str]]:
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)),
+            "once": " ".join(map(str, p.head)) or "nothing",
             "each step": " ".join(map(str, p.timestep)),
             "at the end": " ".join(map(str, p.tail)) or "nothing",
             "scheme": p.scheme,
