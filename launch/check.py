@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
-from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
@@ -167,7 +167,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
         return
-    yield from _located(freeze_errors(recipe, objectives), seen.where)
+    yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
     yield from wrong
     if environments:

@@ -74,9 +74,12 @@ def check(args: Namespace) -> int:
         from tiphys.launch.checks.data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
+        from tiphys.pretrain.pretrained import begin, start_lines
 
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
+        if recipe.model.init:
+            print("\n".join(start_lines(begin(recipe, objectives.vocabulary, stages=2))))
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
             print(f"{found}; training leaves such episodes out")
         print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))

@@ -81,11 +81,15 @@ def run(
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.pretrained import pinned
+
     attendance.times.add("import")
     world = ParallelDims(recipe.parallel)
     try:
         attendance.begin(recipe, world)
         attendance.times.add("meet")
+        recipe = pinned(recipe, Checkpoint.newest_whole(recipe.run.dir), world)
         objectives, stop, aside = _train_past_spikes(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
@@ -145,9 +149,8 @@ def _train(
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.engine import build_engine
-    from tiphys.pretrain.model.config import DecisionConfig
-    from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.pretrained import begin, start_lines
     from tiphys.pretrain.trainer import Trainer
 
     indexes = open_datasets(recipe, world)
@@ -158,12 +161,13 @@ def _train(
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     attendance.times.add("data")
-    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
+    model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
     attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
+        print("".join(f"begins with  {line}\n" for line in start_lines(model)), end="", flush=True)
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)

@@ -220,6 +220,18 @@ class Experts:
 class Model:
     """The size of the model and its text tokenizer."""
 
+    init: str = key(
+        "",
+        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy or run, URL, or hf://org/name",
+        path=True,
+    )
+    init_map: dict[str, Any] = key(
+        dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
+    )
+    init_digest: str = key(
+        "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
+    )
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)

@@ -144,7 +144,7 @@ class History:
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
         self._episodes = [_Episode(asked) for asked in self.target_return]
-        self.asks_for_returns = any(e.role == "return" for e in layout.elements)
+        self.asks_for_returns = any(e.role == "return" and e.shown for e in layout.elements)
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))

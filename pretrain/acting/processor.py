@@ -286,7 +286,7 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(e.role == "return" for e in self.layouts[objective][task].elements):
+            if not any(e.role == "return" and e.shown for e in self.layouts[objective][task].elements):
                 raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")

@@ -50,8 +50,9 @@ class Experts(Module):
         count = count or config.num_experts
         self.up: nn.Parameter
         self.down: nn.Parameter
-        self.declare("up", count, size, 2 * inner, std=STD, first=first)
-        self.declare("down", count, inner, size, std=STD / (2 * config.num_hidden_layers) ** 0.5, first=first)
+        self.declare("up", count, size, 2 * inner, std=STD, first=first, whole=config.num_experts)
+        deep = STD / (2 * config.num_hidden_layers) ** 0.5
+        self.declare("down", count, inner, size, std=deep, first=first, whole=config.num_experts)
 
     def prepare(self, counts: Tensor) -> Any:
         """Start what `forward` needs to know of counts int64 [E], the rows of each expert, before the rows are sorted."""

@@ -105,7 +105,8 @@ class Encoding:
     def layout(self, number: int, weight: float) -> TimestepLayout:
         """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
-        preamble = tuple(f.name for f in texts if f.per == "episode")
+        said = any(part.kind == TEXT for part in self.paradigm.head)
+        preamble = tuple(f.name for f in texts if f.per == "episode" and said)
         has_actions = bool(self.shown("action"))
         if not has_actions and not (self.paradigm.predicts_text and preamble):
             raise DataError(

@@ -37,7 +37,11 @@ ACTING = {
     "label": "it does not act, but labels data without actions: tiphys label",
 }
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
-REQUIREMENTS = {"reward": "rewards"}
+REQUIREMENTS = {
+    "reward": "rewards",
+    "text": "texts that differ within a task",
+    "hidden task": "several tasks that only the prompt tells apart",
+}
 VIEWS = {"one": "each episode is one sequence"}
 
 
@@ -293,6 +297,35 @@ PARADIGMS: dict[str, Paradigm] = {
             differs="observations are encoded one by one, without convolutions over time; a window also shows the observation "
             "after its last action",
         ),
+        Paradigm(
+            "pdt",
+            "Cang et al. 2022 (Semi-supervised offline RL with pre-trained decision transformers)",
+            (
+                Part(TEXT),
+                Part(RETURN, "linear", source="to_go", shown=False),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            differs="the token `mask` stands for a return that is not known, because zero is a return; fine-tuning is `dt` with "
+            "`model.init`",
+        ),
+        Paradigm(
+            "prompt-dt",
+            "Xu et al. 2022 (Prompting decision transformer), algorithm 1",
+            (Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            head=(),
+            prompt=Prompt(1.0, steps=5, every_window=True, ends=1.0),
+            acting=("ask", {}),
+            requires=(REWARD, "hidden task"),
+            differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
+        ),
+        Paradigm(
+            "text-dt",
+            "Putterman et al. 2022 (Pretraining for language-conditioned imitation with transformers)",
+            (Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            requires=(TEXT,),
+            differs="the text is not learned; no text model is begun with; returns are shown by `dt`, which takes texts too",
+        ),
     )
 }
 
@@ -347,7 +380,7 @@ def table() -> list[dict[str, str]]:
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)),
+            "once": " ".join(map(str, p.head)) or "nothing",
             "each step": " ".join(map(str, p.timestep)),
             "at the end": " ".join(map(str, p.tail)) or "nothing",
             "scheme": p.scheme,
