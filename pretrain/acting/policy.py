@@ -220,9 +220,8 @@ class Policy:
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
-        if target_return is not None:
-            target_return = self.processor.asked(self.task, self._objective, target_return)
-        self.history.reset(environment, target_return)
+        asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
+        self.history.reset(environment, asked)
         self._steps[environment] = 0
         self._instruct(instruction, [environment])
         if stream is not None:
