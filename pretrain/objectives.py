@@ -12,7 +12,7 @@ import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
-from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
+from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "table"]
 
+VERSION = 2  # of processor.json
 LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
@@ -87,7 +88,7 @@ class Objectives:
     layouts : list of dict of int to TimestepLayout
         Mixture entry -> task (index into ``tasks``) -> how its timesteps become positions.
     prompts : list of float
-        For each mixture entry, the share of rows that begin with a prompt.
+        For each mixture entry, the share of rows that begin with a prompt, or of windows that have one of their own.
     text : TextTokenizer
         The text tokenizer of the run.
 
@@ -215,17 +216,18 @@ class Objectives:
         units, task_of = np.maximum(np.asarray(index.steps, np.int64), 0), np.asarray(index.task)
         fixed, costs = np.zeros(len(units), np.int64), [StepCost.plain(1)] * number
         window, prompt_units = np.ones(number, np.int32), np.ones(number, np.int32)
-        prompt = np.zeros(number, np.float32)
+        prompt, every = np.zeros((2, number), np.float32)
         for i in line.tasks:
             layout = self.layouts[entry][int(numbers[i])]
             mine = task_of == i if number > 1 else np.ones(len(units), bool)
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.text_last + self._preambles(line, layout, mine)
+            fixed[mine] = layout.extra + self._preambles(line, layout, mine)
             if layout.has_actions:  # a prompt is a demonstration
-                prompt[i] = self.prompts[entry]
-                prompt_units[i] = max(1, line.objective.prompt_steps or layout.fit(self.length // 2))
+                (every if layout.prompt_steps else prompt)[i] = self.prompts[entry]
+                most = line.objective.prompt_steps or line.paradigm.prompt.steps or layout.fit(self.length // 2)
+                prompt_units[i] = layout.prompt_steps or max(1, most)
             else:
                 units[mine] = 1
         return EntryLengths(
@@ -237,6 +239,8 @@ class Objectives:
             prompt=prompt,
             prompt_units=prompt_units,
             savings=self._savings(entry),
+            every=every if every.any() else None,
+            ends=np.full(number, line.paradigm.prompt.ends, np.float32) if every.any() or prompt.any() else None,
         )
 
     def step_texts(self, entry: int) -> dict[str, list[tuple[int, Element]]]:
@@ -313,12 +317,13 @@ class Objectives:
         return total
 
     def needs(self, entry: int) -> Needs:
-        """The fields that the tokens of a mixture entry are made from. Nothing else is fetched."""
+        """The fields that the tokens of a mixture entry are made from, and the rows after a window. Nothing else is fetched."""
         fields: dict[str, None] = {}
+        after = 0
         for layout in self.layouts[entry].values():
-            fields |= dict.fromkeys(layout.preamble)
-            fields |= dict.fromkeys(e.field for e in layout.elements if e.field)
-        return Needs(fields=tuple(fields))
+            fields |= dict.fromkeys(layout.fields)
+            after = max(after, layout.after)
+        return Needs(fields=tuple(fields), after=after)
 
     def make_batch(
         self,
@@ -415,8 +420,8 @@ class Objectives:
                 {
                     "paradigm": entry.paradigm.name,
                     "target_return": _stored_target(entry),
-                    "prompt_steps": entry.objective.prompt_steps,
-                    **({"takes_goal": True} if entry.paradigm.acting in TAKES_GOAL else {}),
+                    "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
+                    **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
                     "timesteps": {},
                 },
             )
@@ -425,7 +430,7 @@ class Objectives:
         asked = {n for o in objectives.values() for n, layout in o["timesteps"].items() if _shows_returns(layout)}
         quantiles = {name: list(r.quantiles) for name, r in self._returns.items() if name in asked and r.quantiles}
         return {
-            "version": 1,
+            "version": VERSION,
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks],
@@ -521,7 +526,7 @@ def _sizes(layouts: Layouts) -> tuple[int, int]:
     """Numbers of continuous and of discrete ids: Gato's, or more if the codecs need more."""
     continuous, discrete = CONTINUOUS_BINS, DISCRETE_VALUES
     for codec in _codecs(layouts):
-        if isinstance(codec, Discrete):
+        if isinstance(codec, Discrete | Integers | Sign):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
             continuous = max(continuous, codec.choices()[0][1] - codec.first)
@@ -577,4 +582,4 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
 
 
 def _prompt(line: _MixtureEntry) -> float:
-    return line.paradigm.prompt if line.objective.prompt < 0 else line.objective.prompt
+    return line.paradigm.prompt.share if line.objective.prompt < 0 else line.objective.prompt

@@ -22,6 +22,10 @@ from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 from tiphys.recipes.target_return import TargetReturn
 
+# Version 1 does not say where returns come from (they are returns to go), and has only causal windows in which nothing is hidden
+# and nothing stands after the last step. These are the defaults of what version 2 says.
+VERSIONS = (1, 2)
+
 
 @dataclass(frozen=True)
 class _File:
@@ -61,7 +65,7 @@ def _target(given: float | str, where: str) -> TargetReturn:
 
 
 class Processor:
-    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 1).
+    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 2).
 
     ``Processor.from_dict(objectives.processor())`` makes one from an `Objectives`.
 
@@ -111,12 +115,13 @@ class Processor:
         Raises
         ------
         DataError
-            If it has another version than 1, or a codec that this version does not have, or is not valid: the message names
-            the key.
+            If its version is not one of `VERSIONS`, or it has a codec that this version does not have, or is not valid: the
+            message names the key.
         """
-        if not isinstance(values, Mapping) or values.get("version") != 1:
-            version = values.get("version") if isinstance(values, Mapping) else None
-            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads version 1; update Tiphys")
+        version = values.get("version") if isinstance(values, Mapping) else None
+        if version not in VERSIONS or isinstance(version, bool):
+            known = " and ".join(map(str, VERSIONS))
+            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads {known}; update Tiphys")
         parts = stored(_File, values, "processor.json", tasks=values.get("tasks"), vocabulary=values.get("vocabulary"))
         tasks = task_specs(parts.tasks, "processor.json, tasks")
         vocabulary = Vocabulary.from_dict(parts.vocabulary)
@@ -144,7 +149,7 @@ class Processor:
             for name, objective in self.objectives.items()
         }
         return {
-            "version": 1,
+            "version": VERSIONS[-1],
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks.values()],
@@ -194,6 +199,7 @@ class Processor:
         objective: str = "",
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
+        hop: bool = False,
         goal: Mapping[str, Any] | None = None,
     ) -> History:
         """An empty history of a batch of environments of one task.
@@ -211,6 +217,8 @@ class Processor:
             quantile of its returns (``"q0.9"``); a sequence has one for each environment. None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        hop : bool
+            Whether a full window drops its older half, instead of its oldest steps.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
 
@@ -226,7 +234,7 @@ class Processor:
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task]
+        layout = self.layouts[name][task].acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
         asked = self.asked(task, name, target_return)
@@ -238,7 +246,7 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self.prompt(task, name, prompt)
-        return History(self, layout, environments, asked, prompt, goal)
+        return History(self, layout, environments, asked, prompt, hop, goal)
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""
