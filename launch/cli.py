@@ -126,6 +126,41 @@ def _verbose_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a policy is asked for. `Asking.from_words` reads the values."""
+    asked = parser.add_argument_group("what the policy is asked for, for every task or for TASK (a name or a glob)")
+    asked.add_argument(
+        "--objective",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="objectives to act with, each in the tasks that were trained with it (default: the first of each task)",
+    )
+    asked.add_argument(
+        "--target-return",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]R",
+        help="return to ask for: 450 (rewards), 1.2x (of the best in the data), q0.9 (a quantile of the data's returns) "
+        "(default: as the recipe said)",
+    )
+    asked.add_argument(
+        "--prompt",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]DATASET[:EPISODE]",
+        help="demonstration to show before each episode, by its number or id (default: none; without EPISODE: the one with the "
+        "highest return)",
+    )
+    asked.add_argument(
+        "--goal",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]GOAL",
+        help="observation to reach, as JSON, or as DATASET:EPISODE, whose last one is meant (default: none)",
+    )
+
+
 def _run_commands(commands: Any) -> None:
     p = commands.add_parser("quickstart", help="all steps once: demonstrations, training, evaluation, policy, report")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe `quickstart`")
@@ -274,6 +309,7 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="open the zip of --policy: it contains pickles, which can run any code",
     )
+    _asking_arguments(p)
     p.set_defaults(command="collect")
 
     p = commands.add_parser("environments", help="list the environments that are installed")
@@ -412,6 +448,14 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
+    )
+    _asking_arguments(p)
+    p.add_argument(
+        "--target-returns",
+        nargs="*",
+        default=[],
+        metavar="R",
+        help="further returns to ask for in turn, with as many episodes for each (default: none)",
     )
     p.add_argument(
         "--out",

@@ -160,13 +160,20 @@ def environments(args: Namespace) -> int:
 
 def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
+    from tiphys.dataio.episode import DataError
+    from tiphys.pretrain.acting.ask import Asking
 
     policy: Any = None
+    asking = Asking.from_words(args.objective, args.target_return, args.prompt, args.goal)
     if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
         from tiphys.pretrain.policy_files import local_policy
 
-        policy = PolicyExpert(str(local_policy(args.policy)))
+        policy = PolicyExpert(str(local_policy(args.policy)), asking)
+    elif asking != Asking():
+        raise DataError(
+            "--objective, --target-return, --prompt and --goal ask something of a policy of Tiphys; give its folder with --policy"
+        )
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
 
@@ -322,6 +329,7 @@ def loader_bench(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
@@ -334,6 +342,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
         out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,

@@ -11,6 +11,7 @@ from tiphys.dataio.atomic import write_json
 from tiphys.dataio.python_path import python
 from tiphys.launch.refusals import show, status_of
 from tiphys.launch.statuses import Status
+from tiphys.pretrain.acting.ask import Asking
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.recipes.load import digest, to_dict
 from tiphys.recipes.schema import Recipe
@@ -123,6 +124,7 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
         "sample": e.sample,
         "videos": e.videos,
         "modules": e.modules,
+        "asking": Asking.from_recipe(e),
         "demonstrations": sorted({entry.dataset for entry in recipe.data.mixture}),
     }
 
@@ -137,7 +139,9 @@ def evaluation_command(folder: str | Path, tasks: Sequence[str] = (), *, out: st
     """
     command = python("-m", "tiphys", "evaluate", str(folder), "--out", str(out))
     for name, value in options.items():
-        if value is True:
+        if isinstance(value, Asking):
+            command += value.words()
+        elif value is True:
             command.append(f"--{name}")
         elif isinstance(value, (list, tuple)):
             command += [f"--{name}", *map(str, value)] if value else []

@@ -176,15 +176,20 @@ class Processor:
                 return name
         raise KeyError(f"this policy has no task {task!r}; its tasks are {', '.join(self.tasks)}")
 
-    def used_fields(self, task: str) -> frozenset[str]:
+    def used_fields(self, task: str, objective: str = "") -> frozenset[str]:
         """Names of the fields that a policy sees and predicts when it acts in a task.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names; no objective: the first that the task was trained with.
 
         Raises
         ------
         KeyError
             If the policy was not trained on the task.
         """
-        layout = self.layouts[self.objective(task)][task]
+        layout = self.layouts[objective or self.objective(task)][task]
         return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
 
     def history(
@@ -253,7 +258,7 @@ class Processor:
         if goal is not None and not self.takes_goal(name):
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
-            prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
+            prompt = self.prompt(task, name, prompt)
         if rule == "fill":
             query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
@@ -316,8 +321,17 @@ class Processor:
                 f"{where}: a target return of {value:g} is beyond what the policy can be told, {low:g} to {high:g}"
             )
 
-    def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
-        """The last steps of a demonstration, as many as a prompt may have."""
+    def prompt(self, task: str, objective: str, window: Window) -> Window:
+        """The last steps of a demonstration, as many as a prompt may have.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names.
+        window : Window
+            The demonstration.
+        """
+        layout, steps = self.layouts[objective][task], int(self.objectives[objective]["prompt_steps"])
         most = min(
             steps or (self.length // 2) // layout.width,
             window.steps,
