@@ -27,23 +27,14 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
-    from tiphys.launch.changed_data import FLAG
-    from tiphys.launch.check import check
-    from tiphys.launch.hosts import ranks, read_hosts
-    from tiphys.launch.submit import devices, submit
+    from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit
 
+    if args.on == "slurm":
+        return submit_job(args)
     try:
         extra = shlex.split(args.launcher)
     except ValueError as error:
         raise ValueError(f"--launcher {args.launcher!r}: {error}") from None
-    hosts = read_hosts(args.hostfile) if args.hostfile else {"localhost": devices() or 2}
-    # with a hostfile, the environments are played on the first host, which may be another machine than this
-    check(
-        args.recipe,
-        args.overrides,
-        world=ranks(hosts, args.processes, extra),
-        environments=not args.hostfile,
-    )
     return submit(
         args.recipe,
         args.overrides,
@@ -52,9 +43,26 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=extra,
         verbose=args.verbose,
-        options=[FLAG] if args.accept_changed_data else [],
+        options=[ACCEPT_CHANGED_DATA] if args.accept_changed_data else [],
         with_traceback=args.traceback,
     )
+
+
+def submit_job(args: Namespace) -> int:
+    import shlex
+
+    from tiphys.launch import slurm
+    from tiphys.launch.check import check
+
+    recipe = check(args.recipe, args.overrides, world=args.nodes * args.processes, environments=False)
+    words = [args.recipe, *args.overrides]
+    try:
+        options = shlex.split(args.slurm)
+    except ValueError as error:
+        raise ValueError(f"--slurm {args.slurm!r}: {error}") from None
+    text = slurm.script(recipe.name, recipe.run.dir, words, nodes=args.nodes, processes=args.processes, options=options)
+    print(text if args.dry_run else slurm.submit(recipe.run.dir, text))
+    return Status.DONE
 
 
 def check(args: Namespace) -> int:
@@ -66,9 +74,12 @@ def check(args: Namespace) -> int:
         from tiphys.launch.checks.data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
+        from tiphys.pretrain.pretrained import begin, start_lines
 
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
+        if recipe.model.init:
+            print("\n".join(start_lines(begin(recipe, objectives.vocabulary, stages=2))))
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
             print(f"{found}; training leaves such episodes out")
         print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
@@ -88,10 +99,33 @@ def mixture(args: Namespace) -> int:
 
 
 def report(args: Namespace) -> int:
-    from tiphys.launch.report import write_report
+    from tiphys.launch.report import write_comparison, write_report
 
-    print(write_report(args.run))
+    if len(args.runs) > 1:
+        print(write_comparison(args.runs, args.out or "comparison.html"))
+    else:
+        print(write_report(args.runs[0], args.out))
     return Status.DONE
+
+
+def checkpoint(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
+    from tiphys.launch import checkpoints
+
+    if args.action == "inspect":
+        found = checkpoints.inspected(args.run)
+        print(to_json(found, indent=1) if args.json else checkpoints.shown(found))
+        return Status.DONE
+    if args.action == "list":
+        rows = checkpoints.listed(args.run)
+        print(to_json(rows, indent=1) if args.json else checkpoints.table(rows))
+        return Status.DONE
+    damaged = 0
+    for folder, why in checkpoints.verified(args.run):
+        damaged += bool(why)
+        line = {"folder": str(folder), "damaged": why}
+        print(to_json(line) if args.json else f"{folder}: {why or 'every byte is as it was saved'}", flush=True)
+    return Status.REFUSED if damaged else Status.DONE
 
 
 def objectives(args: Namespace) -> int:
@@ -126,13 +160,20 @@ def environments(args: Namespace) -> int:
 
 def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
+    from tiphys.dataio.episode import DataError
+    from tiphys.pretrain.acting.ask import Asking
 
     policy: Any = None
+    asking = Asking.from_words(args.objective, args.target_return, args.prompt, args.goal)
     if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
         from tiphys.pretrain.policy_files import local_policy
 
-        policy = PolicyExpert(str(local_policy(args.policy)))
+        policy = PolicyExpert(str(local_policy(args.policy)), asking)
+    elif asking != Asking():
+        raise DataError(
+            "--objective, --target-return, --prompt and --goal ask something of a policy of Tiphys; give its folder with --policy"
+        )
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
 
@@ -288,6 +329,7 @@ def loader_bench(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
@@ -300,6 +342,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
         out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,
@@ -308,6 +351,16 @@ def evaluate(args: Namespace) -> int:
         device=args.device,
     )
     print(scores(found))
+    return Status.DONE
+
+
+def label(args: Namespace) -> int:
+    from tiphys.pretrain.label import label
+    from tiphys.pretrain.policy_files import local_policy
+
+    print(
+        label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled"))
+    )
     return Status.DONE
 
 

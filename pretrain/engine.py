@@ -27,6 +27,7 @@ from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
+from tiphys.pretrain.phases import mark
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> E
     recipe : Recipe
     model : DecisionModel
         The whole model. With pipeline stages, or experts divided among ranks, a rank keeps only its part of the weights.
-        If the model is on the meta device, each rank draws the weights that it needs.
+        If the model is on the meta device, each rank draws the weights that it needs, or reads them from its `source`.
     world : ParallelDims
         The grid of this launch.
 
@@ -255,6 +256,7 @@ class Engine:
             `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4]: see
             `action_error`; zeros with a pipeline, whose last stage returns only the loss.
         """
+        mark("validate")
         self.module.eval()
         totals = self._totals()
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
@@ -292,7 +294,7 @@ class Engine:
         """This rank's part of the model, with its weights and the choice of frozen parameters."""
         if not any(p.is_meta for p in model.parameters()):
             return model
-        drawn = type(model)(self.config, seed=self.seed)
+        drawn = type(model)(self.config, seed=self.seed, source=model.source)
         for ours, theirs in zip(drawn.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         return drawn
@@ -302,12 +304,15 @@ class Engine:
         scale = self.world.data * self.accumulation
         norm = None
         for micro in self.micro_batches(batch, self.accumulation):
+            mark("forward")
             output = self.deepspeed(self.inputs(micro, training=True), **self._divisors(counts))
+            mark("backward")
             self.deepspeed.backward(output.loss)
             totals.add("loss", output.loss.detach() / scale)
             totals.add("by_task", output.loss_by_task.detach())
             if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = gradient_norm(self.deepspeed)
+            mark("step")
             self.deepspeed.step()
         return gradient_norm(self.deepspeed) if norm is None else norm
 

@@ -14,11 +14,12 @@ from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, hiding_errors, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
+from tiphys.recipes.target_return import TargetReturn
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -34,6 +35,7 @@ LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such epis
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
+_RETURN_LEVELS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class _MixtureEntry:
 
 @dataclass(frozen=True)
 class _Returns:
-    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count."""
+    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count.
+
+    `quantiles`: at _RETURN_LEVELS; empty if unknown (objectives of an earlier version).
+    """
 
     best: float
     largest: float
+    quantiles: tuple[float, ...] = ()
 
 
 class Objectives:
@@ -387,7 +393,7 @@ class Objectives:
         return {
             "vocabulary": self.vocabulary.to_dict(),
             "layouts": [[layout.to_dict() for layout in by_task.values()] for by_task in self.layouts],
-            "returns": {name: [returns.best, returns.largest] for name, returns in self._returns.items()},
+            "returns": {name: [r.best, r.largest, *r.quantiles] for name, r in self._returns.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -402,7 +408,7 @@ class Objectives:
         self.text = TextTokenizer(self.vocabulary.text_tokenizer)
         layouts = [[TimestepLayout.from_dict(values) for values in by_task] for by_task in state["layouts"]]
         self.layouts = [{layout.number: layout for layout in by_task} for by_task in layouts]
-        self._returns = {name: _Returns(best, largest) for name, (best, largest) in state["returns"].items()}
+        self._returns = {name: _Returns(r[0], r[1], tuple(r[2:])) for name, r in state["returns"].items()}
 
     def processor(self) -> dict[str, Any]:
         """Everything that a policy needs to act besides its weights, as JSON: the content of processor.json.
@@ -416,21 +422,39 @@ class Objectives:
                 entry.name,
                 {
                     "paradigm": entry.paradigm.name,
-                    "target_return": entry.objective.target_return or 1.0,
+                    "target_return": _stored_target(entry),
                     "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
+                    **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
+                    **_acting(entry),
                     "timesteps": {},
                 },
             )
             for layout in layouts.values():
                 mine["timesteps"].setdefault(layout.task, layout.to_dict())
+        asked = {n for o in objectives.values() for n, layout in o["timesteps"].items() if _shows_returns(layout)}
+        quantiles = {name: list(r.quantiles) for name, r in self._returns.items() if name in asked and r.quantiles}
         return {
             "version": VERSION,
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks],
             "best_return": {name: returns.best for name, returns in self._returns.items()},
+            **({"return_quantiles": quantiles} if quantiles else {}),
             "objectives": objectives,
         }
+
+
+def _shows_returns(layout: Mapping[str, Any]) -> bool:
+    return any(element["role"] == "return" for element in layout["elements"])
+
+
+def _stored_target(entry: _MixtureEntry) -> float | str:
+    """The target return in processor.json: a number is a multiple of the best return there."""
+    try:
+        target = TargetReturn.parse(entry.objective.target_return)
+    except ValueError as error:
+        raise DataError(f"objectives.{entry.name}.target_return: {error}") from None
+    return target.value if target.kind == "best" else str(entry.objective.target_return)
 
 
 def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _MixtureEntry:
@@ -441,6 +465,8 @@ def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _Mixtur
     for key, reason in paradigm_errors(name, objective.paradigm):
         raise DataError(f"{key}: {reason}")
     paradigm = PARADIGMS[objective.paradigm or name]
+    for key, reason in hiding_errors(name, paradigm, objective.options):
+        raise DataError(f"{key}: {reason}")
     wanted = list(entry.tasks) or ["*"]
     tasks = tuple(i for i, t in enumerate(index.tasks) if any(fnmatchcase(t.name, pattern) for pattern in wanted))
     if not tasks:
@@ -547,15 +573,27 @@ def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldSt
 
 
 def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
-    best, largest = -np.inf, 0.0
+    parts, seen = [], set()
     for entry in entries:
         for i, task in entry:
-            if task.name == name:
-                returns = np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i]
-                returns = returns[np.isfinite(returns)]  # one NaN would make both numbers NaN
-                if len(returns):
-                    best, largest = max(best, float(returns.max())), max(largest, float(np.abs(returns).max()))
-    return _Returns(best if np.isfinite(best) else 0.0, largest)
+            if task.name == name and (entry.index.fingerprint, i) not in seen:
+                seen.add((entry.index.fingerprint, i))
+                parts.append(np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i])
+    returns = np.concatenate(parts)
+    returns = returns[np.isfinite(returns)]  # one NaN would make all numbers NaN
+    if not len(returns):
+        return _Returns(0.0, 0.0)
+    quantiles = np.quantile(returns, _RETURN_LEVELS)
+    return _Returns(float(returns.max()), float(np.abs(returns).max()), tuple(quantiles.tolist()))
+
+
+def _acting(entry: _MixtureEntry) -> dict[str, str]:
+    """The rule that a policy acts by, if it is not that of policies of earlier versions, and its query."""
+    rule, options = entry.paradigm.acting
+    if rule in ("next", "ask"):
+        return {}
+    query = entry.objective.options.get("query", options.get("query", ""))
+    return {"acting": rule, **({"query": str(query)} if rule == "fill" else {})}
 
 
 def _prompt(line: _MixtureEntry) -> float:

@@ -51,12 +51,15 @@ def _type(leaf: Leaf) -> str:
     """In words of YAML, with the unit of a number."""
     if leaf.key.size:
         return "size"
+    if leaf.key.target:
+        return {str: "target return", list[str]: "list of target returns"}.get(leaf.type, "section of target returns")
     words: dict[Any, str] = {
         int: "whole number",
         float: "number",
         str: "text",
         bool: "true or false",
         list[str]: "list of texts",
+        dict[str, str]: "section of texts",
     }
     return words.get(leaf.type, "section") + (f" ({leaf.key.unit})" if leaf.key.unit else "")
 

@@ -175,8 +175,11 @@ class Objective:
         "Continuous actions become tokens (yes) or are regressed as vectors (no); auto: as the paradigm does",
         choices=("auto", "yes", "no"),
     )
-    target_return: float = key(
-        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0, high=1e6
+    target_return: str = key(
+        "best",
+        "Return of an episode that the policy asks for, if the objective shows returns; `best` is 1x",
+        target=True,
+        resume=True,
     )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
@@ -217,6 +220,18 @@ class Experts:
 class Model:
     """The size of the model and its text tokenizer."""
 
+    init: str = key(
+        "",
+        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy or run, URL, or hf://org/name",
+        path=True,
+    )
+    init_map: dict[str, Any] = key(
+        dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
+    )
+    init_digest: str = key(
+        "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
+    )
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)
@@ -280,6 +295,14 @@ class Train:
         high=STEPS,
         resume=True,
     )
+    rollbacks: int = key(
+        3,
+        "Times that a run goes back to a checkpoint from before a spike of the loss, until it is past it; 0: never",
+        unit="times",
+        low=0,
+        high=1000,
+        resume=True,
+    )
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
@@ -290,8 +313,46 @@ class Checkpoints:
     every: int = key(
         1000, "Training steps between two checkpoints; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
     )
+    minutes: float = key(
+        10.0,
+        "Minutes between two checkpoints, beside `every`: what comes first; 0: only `every`",
+        unit="minutes",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
     keep: int = key(3, "Newest checkpoints that are kept", unit="checkpoints", low=1, high=10**6, resume=True)
     asynchronous: bool = key(True, "Write checkpoints in the background while training goes on", resume=True)
+    patience: float = key(
+        30.0,
+        "Minutes that training goes on while no checkpoint can be written, for example because the disk is full",
+        unit="minutes",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
+    deadline: float = key(
+        25.0,
+        "Time from SIGTERM or Ctrl-C until the run must be saved; it is killed a little later",
+        unit="seconds",
+        above=0,
+        high=86400,
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What happens when a process of the run is lost."""
+
+    attempts: int = key(
+        5,
+        "How often the run is started again without a newer whole checkpoint; 0: never",
+        unit="restarts",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -300,7 +361,7 @@ class Validation:
 
     every: int = key(
         0,
-        "Training steps between two validations; 0: only at the end, if episodes are held out",
+        "Training steps between two validations, if episodes are held out; 0: a tenth of the run",
         unit="steps",
         low=0,
         high=STEPS,
@@ -322,6 +383,38 @@ class Evaluation:
         resume=True,
     )
     tasks: list[str] = key(list, "Tasks to act in; empty: no evaluation", text="task names", resume=True)
+    objectives: list[str] = key(
+        list,
+        "Objectives to act with, each in the tasks that it is learned from; empty: the first objective of each task",
+        text="keys of `objectives`, or names of paradigms",
+        resume=True,
+    )
+    target_return: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, the return to ask for; `*` stands for every task; otherwise "
+        "`objectives.*.target_return` is asked for",
+        target=True,
+        resume=True,
+    )
+    target_returns: list[str] = key(
+        list,
+        "Further returns to ask for in turn, with as many episodes for each; the report draws the achieved returns over them",
+        target=True,
+        resume=True,
+    )
+    prompt: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, a demonstration that stands before each history; without an episode: the best one of "
+        "the task",
+        text="dataset, or dataset:episode",
+        resume=True,
+    )
+    goal: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, the observation to reach, for objectives that act towards a goal",
+        text="JSON, or dataset:episode (its last observation)",
+        resume=True,
+    )
     modules: list[str] = key(
         list,
         "Python modules that environments named `module:EnvId` may import, beside those named in `tasks`",
@@ -332,6 +425,14 @@ class Evaluation:
     processes: int = key(0, "Processes that play; 0: as many as cores", unit="processes", low=0, high=4096, resume=True)
     seed: int = key(
         1_000_000, "First seed of the environments; demonstrations use seeds below it", low=0, high=SEEDS, resume=True
+    )
+    minutes: float = key(
+        60.0,
+        "Longest time of an evaluation, or of a publication, beside training; it is then ended",
+        unit="minutes",
+        above=0,
+        high=1e6,
+        resume=True,
     )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
     videos: int = key(
@@ -352,6 +453,12 @@ class Publish:
     )
     every: int = key(
         0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
+    )
+    dtype: str = key(
+        "bf16",
+        "Type of the policy's weights; training keeps fp32 masters beside them",
+        choices=("bf16", "fp32"),
+        resume=True,
     )
     keep: str = key(
         "last",
@@ -382,6 +489,7 @@ class Recipe:
     deepspeed: dict[str, Any] = key(dict, "DeepSpeed's own section, passed on as it is")
     train: Train = key(Train, "How long to train")
     checkpoint: Checkpoints = key(Checkpoints, "When checkpoints are saved")
+    restart: Restart = key(Restart, "What happens when a process of the run is lost")
     validate: Validation = key(Validation, "The loss on held-out episodes")
     evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
     publish: Publish = key(Publish, "Where the policy goes")

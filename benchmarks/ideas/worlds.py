@@ -66,6 +66,7 @@ class Played:
             fields: dict[str, Any] = {k: v[i] for k, v in self.fields.items()}
             fields |= {k: v[i] for k, v in (texts or {}).items()}
             fields |= {"action": self.actions[i], "reward": self.rewards[i].astype(np.float32)}
+            fields = {spec.name: fields[spec.name] for spec in task.fields}
             out.append(Episode(f"{name}-{i}", task.name, fields, self.actions.shape[1]))
         return out
 
@@ -219,3 +220,67 @@ class Goal:
     def expert(self, random: np.random.Generator) -> Behaviour:
         """Always takes the action that is the goal."""
         return lambda fields, step: np.full(len(fields["observation"]), self.goal)
+
+
+class Cued:
+    """A reward of 1 for each action that equals the cue, which is drawn anew at each step. `rewarded`: the task has rewards."""
+
+    def __init__(self, steps: int = 10, values: int = 3, rewarded: bool = True) -> None:
+        self.steps, self.values = steps, values
+        fields = [discrete("observation", "observation", values), discrete("action", "action", values)]
+        self.task = TaskSpec("cued", tuple([*fields, REWARD] if rewarded else fields))
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.random = random
+        return self._show(n)
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        earned = (actions == self.cue).astype(np.float64)
+        return self._show(len(actions)), earned
+
+    def _show(self, n: int) -> dict[str, np.ndarray]:
+        self.cue = self.random.integers(0, self.values, n)
+        return {"observation": self.cue}
+
+    def competent(self, random: np.random.Generator) -> Behaviour:
+        """Acts as the cue says with a probability that is drawn for each episode."""
+        skill = np.zeros(0)
+
+        def act(fields: Mapping[str, np.ndarray], step: int) -> np.ndarray:
+            nonlocal skill
+            cue = fields["observation"]
+            if step == 0:
+                skill = random.random(len(cue))
+            other = (cue + random.integers(1, self.values, len(cue))) % self.values
+            return np.where(random.random(len(cue)) < skill, cue, other)
+
+        return act
+
+
+class Told:
+    """As `Goal`, but each episode has a goal of its own, which only its instruction tells."""
+
+    WORDS = ("red", "green", "blue", "grey", "purple", "yellow")
+
+    def __init__(self, goals: np.ndarray, steps: int = 5) -> None:
+        self.goals, self.steps = goals, steps
+        mission = FieldSpec("mission", "text", "text", "str", per="episode")
+        count = len(self.WORDS)
+        fields = (discrete("observation", "observation", 4), discrete("action", "action", count), REWARD, mission)
+        self.task = TaskSpec("told", fields)
+
+    @property
+    def missions(self) -> list[str]:
+        """The instruction of each episode."""
+        return [f"go to the {self.WORDS[goal]} ball" for goal in self.goals]
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.random = random
+        return {"observation": random.integers(0, 4, n)}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return {"observation": self.random.integers(0, 4, len(actions))}, (actions == self.goals).astype(np.float64)
+
+    def expert(self, random: np.random.Generator) -> Behaviour:
+        """Does what the instruction says."""
+        return lambda fields, step: self.goals

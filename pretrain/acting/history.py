@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,19 @@ class Slot:
     shown: bool = True
 
 
+class Head(NamedTuple):
+    """The beginning of a window: its tokens are the same wherever these three are the same.
+
+    tokens   number of tokens, from the window's first on
+    said     what it says: the texts of an instruction; None: the demonstration of the history
+    number   number of the window's first step in its episode; 0 if the tokens do not depend on it
+    """
+
+    tokens: int
+    said: tuple[str, ...] | None
+    number: int
+
+
 @dataclass(frozen=True)
 class Acting:
     """Histories whose next action is still to be chosen, one row for each environment.
@@ -44,8 +57,7 @@ class Acting:
     slots  the answers that make up the action, in order
     start  int64 [R]: column of the first token that the model has not seen yet; 0 for a row that holds a whole window
     past   int64 [R]: number of tokens of the window before that column
-    heads  for each row, the beginnings of its window that other rows may share, the longest last: (number of tokens, key).
-           Beginnings with the same key are equal. Empty if `past` is not 0
+    heads  for each row, the beginnings of its window that other windows may share, the longest last. Empty if `past` is not 0
     """
 
     batch: TokenBatch
@@ -53,7 +65,7 @@ class Acting:
     slots: tuple[Slot, ...]
     start: np.ndarray
     past: np.ndarray
-    heads: tuple[tuple[tuple[int, Any], ...], ...]
+    heads: tuple[tuple[Head, ...], ...]
 
     def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
@@ -119,26 +131,34 @@ class History:
         processor: Processor,
         layout: TimestepLayout,
         environments: int,
-        target_return: float,
+        target_return: float | Sequence[float],
         prompt: Window | None,
         hop: bool = False,
+        goal: Mapping[str, Any] | None = None,
     ):
-        self.processor, self.layout, self.target_return, self.hop = processor, layout, target_return, hop
+        self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
+        # What each environment is asked for, unless `reset` says otherwise
+        self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
-        self._episodes = [_Episode(target_return) for _ in range(environments)]
-        self.asks_for_returns = any(e.role == "return" for e in layout.elements)
+        self._episodes = [_Episode(asked) for asked in self.target_return]
+        self.asks_for_returns = any(e.role == "return" and e.shown for e in layout.elements)
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._constants = tuple(e.field for e in layout.elements if e.constant)
-        self._placeholders = {e.field: _any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders = {e.field: any_value(e) for e in layout.elements if e.role in ("action", "reward")}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
-        """Forget the episode of an environment. Its next one is asked for `target_return` (None: that of the history)."""
-        self._episodes[environment] = _Episode(self.target_return if target_return is None else target_return)
+        """Forget the episode of an environment.
+
+        Its next one is asked for `target_return`, in rewards. None: for what was asked of this environment at first, whatever the
+        last episode was asked for.
+        """
+        asked = self.target_return[environment] if target_return is None else target_return
+        self._episodes[environment] = _Episode(asked)
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -186,7 +206,7 @@ class History:
         base = np.array([base for _, base, _, _ in laid], np.int64)
         for row, (i, (_, at, first, heads)) in enumerate(zip(chosen, laid, strict=True)):
             episode = self._episodes[i]
-            head = heads[-1][0] if heads else 0
+            head = heads[-1].tokens if heads else 0
             numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
             body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
             episode.begins[first:] = (at + head + body).tolist()
@@ -209,7 +229,7 @@ class History:
         episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
 
-    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[tuple[int, Any], ...]]:
+    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
         """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.
 
         After a step whose tokens the model has seen, only the last tokens of the step before it and those of the new step are
@@ -230,9 +250,9 @@ class History:
             return [self._window(environment, episode, first, {})], episode.begins[first], first, ()
         window = self._window(environment, episode, 0, dict(zip(layout.preamble, texts, strict=True)))
         before = self._prompt_tokens
-        heads: list[tuple[int, Any]] = [(before, "prompt")] if before else []
+        heads = [Head(before, None, 0)] if before else []
         if preamble:
-            heads.append((before + preamble, (episode.number, *texts)))
+            heads.append(Head(before + preamble, tuple(texts), episode.number))
         return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads)
 
     def _warn(self) -> None:
@@ -317,7 +337,7 @@ class History:
             elif element.role == "reward":
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
-        fields |= dict.fromkeys(layout.preamble, "") | texts
+        fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
         return Window(
             entry=0,
             task=0,
@@ -393,7 +413,7 @@ def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[S
     return out
 
 
-def _any_value(element: Element) -> np.ndarray:
+def any_value(element: Element) -> np.ndarray:
     """Some valid value, as a placeholder for the one that is still unknown."""
     codec = element.codec
     assert codec is not None

@@ -18,6 +18,8 @@ from tiphys.paths import expand
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
+from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.tokens.timestep import BOTH
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -65,6 +67,8 @@ class Policy:
     ) -> Policy:
         """Load a policy. It acts with the code of this installation, not with the code in its folder.
 
+        On a CPU it computes in float32, whatever the type of its weights; elsewhere in the type of its weights.
+
         Parameters
         ----------
         folder : str or Path
@@ -95,7 +99,7 @@ class Policy:
         folder = expand(folder)
         _check_kind(Path(folder))
         try:
-            model: Any = DecisionModel.from_pretrained(folder, device_map=device if device == "auto" else None)
+            model: Any = DecisionModel.from_pretrained(folder, **_placement(device))
         except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # transformers and safetensors raise errors of many classes
@@ -155,8 +159,10 @@ class Policy:
         environments: int = 1,
         *,
         objective: str = "",
-        target_return: float | None = None,
+        target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
+        goal: Any = None,
+        query: str = "",
         instruction: str | Sequence[str] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
@@ -169,10 +175,17 @@ class Policy:
             Number of environments that `act` serves at once.
         objective : str
             The objective to act with; "": the first that the task was trained with.
-        target_return : float, optional
-            Return of an episode to ask for, in rewards, if the objective is conditioned on returns. None: as the recipe says.
+        target_return : float, str, or a sequence of these, optional
+            Return of an episode to ask for, if the objective is conditioned on returns: rewards (``450``), a multiple of the best
+            return in the data (``"1.2x"``) or a quantile of its returns (``"q0.9"``). A sequence has one for each environment.
+            None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        goal : observation, optional
+            An observation to reach, as the environment gives it, if the objective acts towards a goal.
+        query : str
+            What an objective that fills in hidden parts is asked: ``bc``, ``rc`` or ``goal``; "": as the recipe says, or ``goal``
+            if there is one.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
 
@@ -181,14 +194,23 @@ class Policy:
         KeyError
             If the policy was not trained on the task, or not with this objective.
         DataError
-            If the task has no actions, or was learned without any text and gets an instruction.
+            If the task has no actions, was learned without any text and gets an instruction, or if the objective takes no target
+            return or no goal and gets one.
         """
+        known = self.processor.tasks.get(task)
+        fields = {f.name: f for f in known.fields} if known is not None else {}
         self.history = self.processor.history(
-            task, environments, objective=objective, target_return=target_return, prompt=prompt, hop=self.hop
+            task,
+            environments,
+            objective=objective,
+            target_return=target_return,
+            prompt=prompt,
+            hop=self.hop,
+            goal=None if goal is None else given_fields(goal, fields)[0],
+            query=query,
         )
-        self.task = task
+        self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)
-        self._fields = {f.name: f for f in self.processor.tasks[task].fields}
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
         self._streams = list(range(environments))
         self._steps = [0] * environments
@@ -200,7 +222,7 @@ class Policy:
         environment: int,
         *,
         stream: int | None = None,
-        target_return: float | None = None,
+        target_return: float | str | None = None,
         instruction: str | None = None,
     ) -> None:
         """Begin a new episode in one of the environments.
@@ -211,12 +233,13 @@ class Policy:
             Number of the environment.
         stream : int, optional
             Stream of the environment's random draws from now on. None: as before.
-        target_return : float, optional
-            Return to ask for, in rewards. None: as in `reset`.
+        target_return : float or str, optional
+            Return to ask for in this episode. None: as in `reset`.
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
-        self.history.reset(environment, target_return)
+        asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
+        self.history.reset(environment, asked)
         self._steps[environment] = 0
         self._instruct(instruction, [environment])
         if stream is not None:
@@ -307,6 +330,13 @@ class Policy:
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
         """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
         rows = np.array(chosen)
+        if self.history.layout.mask == BOTH:  # all slots are hidden, and are answered where they stand
+            inputs = to_tensors(acting.batch, self.model.device)
+            found = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
+            return [
+                self._choose(acting, number, found[np.arange(len(rows)), acting.open + number], chosen)
+                for number in range(len(acting.slots))
+            ]
         start = self._recall.begin(acting, rows)
         answers: list[np.ndarray] = []
         for number in range(len(acting.slots)):
@@ -331,6 +361,13 @@ class Policy:
         draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
         below = logits.double().softmax(-1).cumsum(-1)
         return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained`. Most CPUs compute several times as slowly in bf16 as in float32."""
+    if device == "auto":
+        return {"device_map": device}
+    return {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
 
 
 def check_device(name: str) -> None:

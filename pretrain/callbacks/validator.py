@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tiphys.pretrain.callbacks.base import Callback, Every
+from tiphys.pretrain.phases import mark
 
 if TYPE_CHECKING:
     from tiphys.pretrain.callbacks.metrics_writer import MetricsWriter
@@ -37,6 +38,7 @@ class Validator(Callback):
     def run(self, trainer: Trainer) -> None:
         from tiphys.pretrain.validate import validate
 
+        mark("validate")
         if self._batches is None:
             self._batches = list(self._load())
         result = validate(trainer.engine, self._batches)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
-from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
+from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
 from tiphys.pretrain.model.targets import TARGETS, targets_of
 from tiphys.pretrain.model.token_layout import TokenLayout
 
@@ -75,9 +75,8 @@ class Head(Module):
         for name in self.names:
             targets = targets_of(inputs, f"regression/{name}")
             if targets is None:
-                loss = (
-                    loss + 0.0 * self.predict(hidden[:1], name).sum()
-                )  # a gradient of every parameter in every backward pass
+                if not only_acts():  # a gradient of every parameter in every backward pass
+                    loss = loss + 0.0 * self.predict(hidden[:1], name).sum()
                 continue
             error = TARGETS["regression"].losses(self.predict(hidden[targets.place], name), targets.payload, 0)
             loss = loss + (error * targets.weight).sum() / layout.divisors[0]

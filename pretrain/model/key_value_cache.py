@@ -61,7 +61,9 @@ class KeyValueCache:
             If a row would have more than `capacity` tokens.
         """
         rows = np.arange(len(new)) if rows is None else np.asarray(rows)
-        order = np.argsort(new, kind="stable")  # the model's compact order: by number of tokens, then by row of the batch
+        order = np.argsort(
+            new, kind="stable"
+        )  # the model's compact order: by number of tokens, then by row of the batch
         order = order[new[order] > 0]
         rows, new = rows[order], np.asarray(new, np.int64)[order]
         past = self.lengths[rows]
@@ -143,7 +145,9 @@ class Extension:
             slots: np.ndarray | None = (first[:, None] + np.minimum(np.arange(width), sizes[:, None] - 1)).reshape(-1)
             owner = np.repeat(np.arange(len(chosen)), sizes)
             tokens = np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner] + first[owner]
-            places: np.ndarray | None = np.arange(len(owner)) + (np.arange(len(chosen)) * width - np.cumsum(sizes) + sizes)[owner]
+            places: np.ndarray | None = (
+                np.arange(len(owner)) + (np.arange(len(chosen)) * width - np.cumsum(sizes) + sizes)[owner]
+            )
             if (sizes == width).all():
                 places = None
                 if (np.diff(first) == width).all() and len(chosen) == len(self.new):
@@ -158,11 +162,12 @@ class Extension:
         """
         windows = layout.windows.numpy()
         if len(windows) != len(self.new) or (windows[:, 0] != self.new).any() or not windows[:, 1].all():
-            raise ValueError("a key-value cache needs causal rows of one window each, with the lengths that `extend` got")
+            raise ValueError(
+                "a key-value cache needs causal rows of one window each, with the lengths that `extend` got"
+            )
         held = self.cache.memory(layer, k, int((self.past + self.new).max(initial=0)))
         row, column = self._tensor("row", 0, k.device), self._tensor("column", 0, k.device)
-        held[0][row, :, column] = k
-        held[1][row, :, column] = v
+        held[:, row, :, column] = torch.stack([k, v], 1)
         if len(self._parts) == 1 and self._parts[0].slots is None:
             return self._part(0, held, q, k, v).reshape(q.shape)
         out = torch.empty_like(q)

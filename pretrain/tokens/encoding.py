@@ -36,6 +36,7 @@ from tiphys.pretrain.tokens.paradigms import (
     TEXT,
     Paradigm,
     Part,
+    hiding_of,
 )
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.views import ONE
@@ -50,6 +51,8 @@ _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes
 _RETURN_LIMIT = 10.0
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
+    "hiding": "schemes by which parts of a window are hidden, with their shares",
+    "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -103,7 +106,8 @@ class Encoding:
     def layout(self, number: int, weight: float) -> TimestepLayout:
         """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
-        preamble = tuple(f.name for f in texts if f.per == "episode")
+        said = any(part.kind == TEXT for part in self.paradigm.head)
+        preamble = tuple(f.name for f in texts if f.per == "episode" and said)
         has_actions, pairs = bool(self.shown("action")), self.paradigm.loss == "pairs"
         if pairs:
             self.check_pairs(preamble)
@@ -144,7 +148,7 @@ class Encoding:
             window=self.objective.window or self.paradigm.window if has_actions or pairs else 1,
             mask=self.paradigm.mask,
             tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions or pairs else (),
-            hiding=self.paradigm.hiding if has_actions else (),
+            hiding=hiding_of(self.paradigm, self.objective.options) if has_actions else (),
             future=self.paradigm.future if has_actions else 0,
             loss=self.paradigm.loss,
             prompt_parts=self.paradigm.prompt.parts,

@@ -14,7 +14,7 @@ from typing import Any
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.derived import source_of
-from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.hiding import HIDING, QUERIES
 from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
 from tiphys.pretrain.tokens.views import ONE, VIEWS, WINDOW_TEXT
 
@@ -34,9 +34,16 @@ _CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
-    "match": "not at all: `Policy.match` says how well texts fit what was seen",
+    "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
+    "match": "it does not act: Policy.match says how well texts fit what was seen",
+    "label": "it does not act, but labels data without actions: tiphys label",
 }
-REQUIREMENTS = {"reward": "rewards", "text": "a text for each episode"}
+TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
+REQUIREMENTS = {
+    "reward": "rewards",
+    "text": "texts that differ within a task",
+    "hidden task": "several tasks that only the prompt tells apart",
+}
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,71 @@ PARADIGMS: dict[str, Paradigm] = {
             differs="discrete values have ids of their own; a prompt stands before the first window of a row only",
         ),
         Paradigm(
+            "unimask",
+            "Carroll et al. 2022, sec. 4",
+            (
+                Part(TEXT),
+                Part(RETURN, "integer", weight=1.0),
+                Part(OBSERVATION, weight=1.0),
+                Part(ACTION, weight=1.0),
+            ),
+            scheme="gato",
+            mask=BOTH,
+            hiding=(
+                ("random", 0.5),
+                ("bc", 0.1),
+                ("rc", 0.1),
+                ("goal", 0.1),
+                ("waypoint", 0.1),
+                ("past", 0.05),
+                ("future", 0.05),
+            ),
+            loss="factors",
+            acting=("fill", {"query": "bc"}),
+            requires=(REWARD,),
+            differs="what is hidden is a token of its own, not zeros; ids are predicted over their range; the kinds of parts "
+            "have equal shares in the loss of a row, not of a batch; hidden numbers are predicted independently of each other",
+        ),
+        Paradigm(
+            "idm",
+            "Baker et al. 2022, sec. 4.1",
+            (Part(TEXT), Part(OBSERVATION), Part(ACTION, weight=1.0, shown=False)),
+            mask=BOTH,
+            future=1,
+            acting=("label", {}),
+            differs="observations are encoded one by one, without convolutions over time; a window also shows the observation "
+            "after its last action",
+        ),
+        Paradigm(
+            "pdt",
+            "Cang et al. 2022 (Semi-supervised offline RL with pre-trained decision transformers)",
+            (
+                Part(TEXT),
+                Part(RETURN, "linear", source="to_go", shown=False),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            differs="the token `mask` stands for a return that is not known, because zero is a return; fine-tuning is `dt` with "
+            "`model.init`",
+        ),
+        Paradigm(
+            "prompt-dt",
+            "Xu et al. 2022 (Prompting decision transformer), algorithm 1",
+            (Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            head=(),
+            prompt=Prompt(1.0, steps=5, every_window=True, ends=1.0),
+            acting=("ask", {}),
+            requires=(REWARD, "hidden task"),
+            differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
+        ),
+        Paradigm(
+            "text-dt",
+            "Putterman et al. 2022 (Pretraining for language-conditioned imitation with transformers)",
+            (Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            requires=(TEXT,),
+            differs="the text is not learned; no text model is begun with; returns are shown by `dt`, which takes texts too",
+        ),
+        Paradigm(
             "reward",
             "MineCLIP: Fan et al. 2022 (MineDojo), sec. 4.1 and app. C",
             (Part(OBSERVATION),),
@@ -282,6 +354,42 @@ PARADIGMS: dict[str, Paradigm] = {
 }
 
 
+def hiding_of(paradigm: Paradigm, options: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The schemes that an objective hides by: those of its option `hiding`, else of the paradigm."""
+    given = options.get("hiding")
+    return paradigm.hiding if given is None else tuple((str(k), float(v)) for k, v in given.items())
+
+
+def hiding_errors(name: str, paradigm: Paradigm, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key path, reason) of what is wrong with the options `hiding` and `query` of an objective `name`."""
+    where, given, query = f"objectives.{name}.options", options.get("hiding"), options.get("query")
+    if given is not None:
+        if not paradigm.hiding:
+            yield f"{where}.hiding", f"paradigm {paradigm.name!r} hides nothing"
+            return
+        valid = isinstance(given, Mapping) and all(
+            isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < float("inf")
+            for share in given.values()
+        )
+        if not valid or not sum(given.values()) > 0:
+            yield f"{where}.hiding", "give the schemes with their shares, such as {random: 0.5, bc: 0.5}"
+            return
+        for scheme in given:
+            if scheme not in HIDING:
+                yield f"{where}.hiding", f"no scheme is called {scheme!r}; there are {', '.join(HIDING)}"
+    if query is not None:
+        learnt = {scheme for scheme, share in hiding_of(paradigm, options) if share > 0}
+        if paradigm.acting[0] != "fill":
+            yield f"{where}.query", f"paradigm {paradigm.name!r} does not act by filling in hidden parts"
+        elif query not in QUERIES:
+            yield f"{where}.query", f"no query is called {query!r}; there are {', '.join(QUERIES)}"
+        elif not learnt & {query, "random"}:
+            yield (
+                f"{where}.query",
+                f"{query!r} would not be trained: the objective hides by {', '.join(sorted(learnt))}",
+            )
+
+
 def paradigm_errors(name: str, paradigm: str = "") -> Iterator[tuple[str, str]]:
     """(key path, reason) if an objective `name` of a recipe names no paradigm; without `paradigm`, its own name is meant."""
     wanted = paradigm or name
@@ -296,7 +404,7 @@ def table() -> list[dict[str, str]]:
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)),
+            "once": " ".join(map(str, p.head)) or "nothing",
             "each step": " ".join(map(str, p.timestep)),
             "at the end": " ".join(map(str, p.tail)) or "nothing",
             "scheme": p.scheme,

@@ -63,6 +63,10 @@ class TextTokenizer:
                 self._ids = known
         return [known[t][:limit] if limit else known[t] for t in wanted]
 
+    def pieces(self) -> dict[str, int]:
+        """Every piece of the tokenizer, as the library writes it, with its id; empty without a tokenizer."""
+        return dict(self._native.get_vocab(with_added_tokens=True)) if self.definition else {}
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(_safely(self._native.decode, [int(i) for i in ids], skip_special_tokens=False))
 

@@ -223,3 +223,15 @@ def make(tasks: Sequence[TaskSpec], paradigm: str, text: int = 600, **options: A
         run=Run(dir="unused"),
     )
     return Objectives(recipe, [FakeIndex(tasks)])
+
+
+def make_each(tasks: Sequence[TaskSpec], paradigms: Sequence[str], **options: Any) -> Objectives:
+    """Objectives over one dataset, with an objective for each of these paradigms, named like it."""
+    recipe = Recipe(
+        name="test",
+        data=Data(mixture=[Entry(dataset="fake", objective=name) for name in paradigms]),
+        objectives={name: Objective(**options) for name in paradigms},
+        model=Model(text_vocabulary=600),
+        run=Run(dir="unused"),
+    )
+    return Objectives(recipe, [FakeIndex(tasks)] * len(paradigms))

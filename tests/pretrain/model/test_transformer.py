@@ -127,7 +127,6 @@ def test_a_saved_model_gives_the_same_loss(tmp_path, tie):
     assert torch.equal(mixtures(again)[0].previous, torch.tensor([5, 1, 9, 2]))
 
 
-
 def test_loss_by_task_adds_up():
     model = DecisionModel(make_config(), seed=2).eval()
     batch = make_batch(seed=9)
