@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.heads import match
-from tiphys.pretrain.model.targets import TARGETS, targets_of
+from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
@@ -27,14 +27,14 @@ def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[
             continue
         hidden, low = output.hidden[targets.place], 0
         # Do not call the modules: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
-        if kind == "target":
+        if kind in IDS:
             low = model.output.bounds[int(head)][0]
             guess = model.logits(hidden, int(head))
         elif kind == "pairs":
             part = model.head.match
             assert part is not None
             texts = output.hidden[targets.payload[:, 0]]
-            guess = match(hidden, texts, part.window.weight, part.text.weight, part.scale)
+            guess = match(part, hidden, texts)
         else:
             layer = model.head.regressions[model.head.names[head]]
             guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]

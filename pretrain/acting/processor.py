@@ -211,7 +211,7 @@ class Processor:
         task : str
             Name of the task.
         environments : int
-            Number of environments.
+            Number of environments; for a task of several agents, of agents: those of an environment follow each other.
         objective : str
             The objective to act with; "": the first that the task was trained with.
         target_return : float, str, or a sequence of these, optional
@@ -259,10 +259,11 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self.prompt(task, name, prompt)
+        available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
             query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
-        return History(self, layout, environments, asked, prompt, hop, goal)
+        return History(self, layout, environments, asked, prompt, hop, goal, available)
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""

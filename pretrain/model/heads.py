@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
-from tiphys.pretrain.model.targets import TARGETS, targets_of
+from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -34,15 +34,18 @@ class Match(Module):
 
     def forward(self, windows: Tensor, texts: Tensor) -> Tensor:
         """Normed hidden states [n, D] and [m, D] -> logits float32 [n, m]."""
-        return match(windows, texts, self.window.weight, self.text.weight, self.scale)
+        return match(self, windows, texts)
+
+    def cosines(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """Normed hidden states [n, D] and [m, D] -> cosines of their vectors, float32 [n, m]."""
+        maps = ((windows, self.window.weight), (texts, self.text.weight))
+        one, other = (F.normalize(F.linear(x, weight).float(), dim=-1) for x, weight in maps)
+        return one @ other.T
 
 
-def match(windows: Tensor, texts: Tensor, of_window: Tensor, of_text: Tensor, scale: Tensor) -> Tensor:
-    """What `Match` computes, from its parameters: cosines · temperature⁻¹, float32 [n, m]."""
-    one, other = (
-        F.normalize(F.linear(x, w).float(), dim=-1) for x, w in ((windows, of_window), (texts, of_text))
-    )
-    return one @ other.T * scale.float().clamp(max=math.log(100)).exp()
+def match(module: Match, windows: Tensor, texts: Tensor) -> Tensor:
+    """What a `Match` computes, without a call of a module."""
+    return module.cosines(windows, texts) * module.scale.float().clamp(max=math.log(100)).exp()
 
 
 class Head(Module):
@@ -133,12 +136,12 @@ def output_loss(
 ) -> tuple[Tensor, Tensor]:
     """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task."""
     total, any_target = loss.sum(), False
-    for i, (low, high) in enumerate(bounds):
-        targets = targets_of(inputs, f"target/{i}")
+    for kind, i in ((kind, i) for kind in IDS for i in range(len(bounds))):
+        targets, (low, high) = targets_of(inputs, f"{kind}/{i}"), bounds[i]
         if targets is None:
             continue
         logits = F.linear(hidden[targets.place], weight[low:high]).float()
-        losses = TARGETS["target"].losses(logits, targets.payload, low)
+        losses = TARGETS[kind].losses(logits, targets.payload, low)
         total = total + (losses * targets.weight).sum() / layout.divisors[0]
         sums = add_by_task(sums, targets.task, losses, targets.weight)
         any_target = True

@@ -21,6 +21,7 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
+IDS = ("target", "allowed")  # kinds of targets that are ids
 COMMON = 3  # columns before the payload
 Found = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
@@ -48,11 +49,27 @@ class TargetKind:
 
 def _ids(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
     target, weight = batch.target.reshape(-1), batch.weight.reshape(-1)
-    flat = np.flatnonzero(target >= 0)
+    free = target >= 0
+    for a in batch.allowed.values():
+        free[a.index] = False
+    flat = np.flatnonzero(free)
     softmax = batch.softmax.reshape(-1)[flat]
     for number in np.unique(softmax):
         at = flat[softmax == number]
         yield str(number), at, weight[at], target[at, None]
+
+
+def _some_ids(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
+    target, weight = batch.target.reshape(-1), batch.weight.reshape(-1)
+    for name, a in batch.allowed.items():
+        if len(a.index):
+            yield name, a.index, weight[a.index], np.concatenate([target[a.index, None], a.bits], axis=1)
+
+
+def only_allowed(logits: Tensor, payload: Tensor) -> Tensor:
+    """Logits [n, ids], with -inf for the ids that the payload (id, words of bits) does not allow."""
+    bits = (payload[:, 1:, None] >> torch.arange(32, device=payload.device, dtype=torch.int32)) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def _vectors(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
@@ -91,7 +108,11 @@ def _mistaken(logits: Tensor, pairs: Tensor, low: int) -> Tensor:
     return (logits.masked_fill(~candidates(pairs), -torch.inf).argmax(-1) != own).double()
 
 
-# Ids are predicted over a range of the vocabulary. Vectors are regressed, with the mean square over their dimensions (Chen et
+def _ids_of(config: DecisionConfig, softmax: int) -> int:
+    return config.vocab_size if softmax == 0 else int(config.ranges[softmax - 1][2] - config.ranges[softmax - 1][1])
+
+
+# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over their dimensions (Chen et
 # al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021, fig. 3), so the loss does not
 # depend on how rows are distributed.
 TARGETS: dict[str, TargetKind] = {
@@ -101,6 +122,16 @@ TARGETS: dict[str, TargetKind] = {
         collect=_ids,
         losses=lambda logits, ids, low: F.cross_entropy(logits, ids[:, 0].long() - low, reduction="none"),
         errors=lambda logits, ids, low: (logits.argmax(-1) + low != ids[:, 0]).double(),
+        column=0,
+    ),
+    "allowed": TargetKind(
+        heads=lambda config: [str(i) for i in range(len(config.ranges) + 1)],
+        payload=lambda config, head: 1 + -(-_ids_of(config, int(head)) // 32),
+        collect=_some_ids,
+        losses=lambda logits, ids, low: F.cross_entropy(
+            only_allowed(logits, ids), ids[:, 0].long() - low, reduction="none"
+        ),
+        errors=lambda logits, ids, low: (only_allowed(logits, ids).argmax(-1) + low != ids[:, 0]).double(),
         column=0,
     ),
     "regression": TargetKind(

@@ -73,8 +73,24 @@ class Pairs:
     weight: np.ndarray
 
 
-Sparse = Embedded | Regression | Pairs
-SPARSE: dict[str, type[Sparse]] = {"embedded": Embedded, "regression": Regression, "pairs": Pairs}
+@dataclass(frozen=True)
+class Allowed:
+    """Targets that are normalised over some ids of their softmax only.
+
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position, ascending.
+    bits : ndarray, int32 [n, ⌈ids / 32⌉]
+        Bit b of word w says whether the id 32 · w + b of the softmax's range can be.
+    """
+
+    index: np.ndarray
+    bits: np.ndarray
+
+
+Sparse = Embedded | Regression | Pairs | Allowed
+SPARSE: dict[str, type[Sparse]] = {"embedded": Embedded, "regression": Regression, "pairs": Pairs, "allowed": Allowed}
 
 
 def _arrays(part: Sparse, of: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> Sparse:
@@ -125,6 +141,8 @@ class TokenBatch:
         Regression head -> its targets.
     pairs : mapping of str to Pairs
         Head -> the pairs that it tells from each other.
+    allowed : mapping of str to Allowed
+        Number of a softmax -> the ids that some of its targets are normalised over.
     """
 
     DENSE: ClassVar[Mapping[str, Any]] = {
@@ -158,6 +176,7 @@ class TokenBatch:
     embedded: Mapping[str, Embedded] = field(default_factory=dict)
     regression: Mapping[str, Regression] = field(default_factory=dict)
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
+    allowed: Mapping[str, Allowed] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -229,7 +248,7 @@ class TokenBatch:
         return replace(self, **dense, **self._parts(taken))
 
     def _parts(self, of: Callable[[Sparse], Sparse]) -> dict[str, Any]:
-        """`of(part)` of the embedded values, the regression targets and the pairs, by kind and name."""
+        """`of(part)` of everything that only some positions have, by kind and name."""
         return {kind: {name: of(p) for name, p in getattr(self, kind).items()} for kind in SPARSE}
 
     def without_targets(self) -> TokenBatch:
@@ -241,6 +260,7 @@ class TokenBatch:
             weight=np.zeros_like(self.weight),
             regression={},
             pairs={},
+            allowed={},
         )
 
     def fill(self, rows: int) -> TokenBatch:

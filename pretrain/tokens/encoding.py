@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent, statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import (
     Affine,
     Bins,
@@ -28,6 +29,7 @@ from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.paradigms import (
     ACTION,
+    AGENT,
     END,
     OBSERVATION,
     RETURN,
@@ -39,7 +41,7 @@ from tiphys.pretrain.tokens.paradigms import (
     hiding_of,
 )
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
-from tiphys.pretrain.tokens.views import ONE
+from tiphys.pretrain.tokens.views import AGENTS, ONE
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
     "hiding": "schemes by which parts of a window are hidden, with their shares",
     "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
+    "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
+    "available": "field that tells of each value of a discrete action whether it can be taken; agents: the one with the role mask",
+    "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -81,6 +86,8 @@ class Encoding:
     ranges: Ranges
     largest_return: float  # largest absolute return in the data
     superset: bool = False  # the statistics also count episodes that are not in the data
+    agents: int = 0  # > 0: task and statistics are those of one of so many agents
+    agent_fields: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -105,11 +112,13 @@ class Encoding:
 
     def layout(self, number: int, weight: float) -> TimestepLayout:
         """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
+        if self.paradigm.views == AGENTS and not self.agents:
+            return self.of_agents().layout(number, weight)
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
         said = any(part.kind == TEXT for part in self.paradigm.head)
         preamble = tuple(f.name for f in texts if f.per == "episode" and said)
         has_actions, pairs = bool(self.shown("action")), self.paradigm.loss == "pairs"
-        if pairs:
+        if pairs or self.paradigm.swap:
             self.check_pairs(preamble)
         elif not has_actions and not (self.paradigm.predicts_text and preamble):
             raise DataError(
@@ -128,6 +137,9 @@ class Encoding:
                 made = [self.step_text(f) for f in texts if f.per == "step"]
             elif part.kind == REWARD:
                 made = self.rewards(part)
+            elif part.kind == AGENT:
+                number_of = Discrete("", (), self.ranges.discrete, (self.agents,), (0,), "int64")
+                made = [Element("agent", codec=number_of, source="agent")]
             elif part.kind == RETURN:
                 made = [self.returns(part)] if has_actions else []
             else:
@@ -154,9 +166,41 @@ class Encoding:
             prompt_parts=self.paradigm.prompt.parts,
             prompt_reverse=self.paradigm.prompt.reverse,
             views=self.paradigm.views,
+            swap=float(self.option("swap", self.paradigm.swap)) if has_actions else 0.0,
+            agents=self.agents,
+            agent_fields=self.agent_fields,
         )
         layout = self.with_prompts(layout)
         return self.with_text_limit(layout)
+
+    def of_agents(self) -> Encoding:
+        """The encoding of what one agent sees and does. Raises DataError if the task's actions are not those of several agents."""
+        agents = int(self.option("agents", 0))
+        names = agent_fields(self.task, agents)
+        task, statistics = of_one_agent(self.task, names, agents), statistics_of_one_agent(self.statistics, names, agents)
+        return replace(self, task=task, statistics=statistics, agents=agents, agent_fields=names)
+
+    def available(self, field: FieldSpec, codec: Codec) -> str:
+        """The field that tells which values of an action can be taken; empty if there is none. Raises DataError if it cannot."""
+        given = self.option("available", "")
+        if not given and self.paradigm.views != AGENTS:
+            return ""
+        masks = [f.name for f in self.task.fields if f.name == given or (not given and f.role == "mask")]
+        if given and not masks:
+            raise DataError(
+                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it has "
+                f"{', '.join(f.name for f in self.task.fields)}"
+            )
+        for name in masks:
+            values = codec.values[0] if isinstance(codec, Discrete) and codec.tokens == 1 else 0
+            if self.task.field(name).shape == (values,):
+                return name
+            if given:
+                raise DataError(
+                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of each "
+                    f"value of one discrete action whether it can be taken, so its shape must be ({values or 'number of values'},)"
+                )
+        return ""
 
     def check_pairs(self, preamble: Sequence[str]) -> None:
         """Raises DataError if the task has no texts, or no observations, that windows can be told from each other by."""
@@ -283,7 +327,10 @@ class Encoding:
 
     def actions(self, part: Part) -> list[Element]:
         codecs = [(field, self.action(field, part)) for field in self.shown("action")]
-        return [Element("action", field.name, codec, codec.tokens) for field, codec in codecs]
+        return [
+            Element("action", field.name, codec, codec.tokens, available=self.available(field, codec))
+            for field, codec in codecs
+        ]
 
     # the codec of one field
 

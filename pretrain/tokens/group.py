@@ -31,6 +31,7 @@ class Group:
     tails       G arrays of ids: what stands once, after them
     step_texts  the ids of each element that is a text of a step, in order: int32 [N, element.size]
     present     bool [N, W]: the columns that a timestep has; None: all
+    swapped     bool [G]: the windows whose texts are those of another window
     """
 
     layout: TimestepLayout
@@ -42,6 +43,11 @@ class Group:
     tails: list[np.ndarray]
     step_texts: list[np.ndarray] = field(default_factory=list)
     present: np.ndarray | None = None
+    swapped: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.swapped):
+            self.swapped = np.zeros(len(self.windows), bool)
 
     @property
     def owner(self) -> np.ndarray:

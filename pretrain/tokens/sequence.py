@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Embedded, Pairs, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Embedded, Pairs, Regression, TokenBatch
+from tiphys.pretrain.tokens.codecs import Discrete, NoEncoding, Patches
 from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
+from tiphys.pretrain.tokens.swap import swaps
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, BOTH, PREFIX, Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
@@ -78,6 +79,9 @@ def assemble(
     of = np.array([piece.of for piece in pieces], np.int64)
     row_of, slot = row_of[of], slot[of]
     groups = make_groups(pieces, vocabulary, text)
+    keys = [(seed, step if training else 0, np.asarray(rows)[row_of[g.number]], slot[g.number]) for g in groups]
+    for group, key in zip(groups, keys, strict=True):
+        _swap(group, row_of[group.number], key)
     size = sizes(groups, len(pieces))
     used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
     length = int(used.max(initial=1)) if length is None else length
@@ -87,11 +91,20 @@ def assemble(
     start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
     draft.lay_windows(pieces, size, start, row_of)
-    for group in groups:
-        keys = (seed, step if training else 0, draft.rows[row_of[group.number]], slot[group.number])
-        draft.lay(group, start[group.number], _concealed(group, keys))
+    for group, key in zip(groups, keys, strict=True):
+        draft.lay(group, start[group.number], _concealed(group, key))
     draft.pair(groups, of, row_of, start + size - 1)
     return draft.finish(step, seed, training)
+
+
+def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np.ndarray]) -> None:
+    """Lets windows of a group show each other's texts, if their layout says so."""
+    if not group.layout.swap:
+        return
+    texts = [ids.tobytes() for ids in group.heads]
+    given = swaps(texts, row_of, group.layout.swap, keys)
+    group.heads = [group.heads[i] for i in given.tolist()]
+    group.swapped = given != np.arange(len(given))
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,7 @@ class _Draft:
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.pairs: Pairs | None = None
+        self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
 
@@ -230,13 +244,13 @@ class _Draft:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
         layout = group.layout
         self._lay_frame(group, cell)
-        step_texts = iter(group.step_texts)
+        step_texts, own = iter(group.step_texts), ~group.swapped[group.owner]
         for number, (element, column) in enumerate(zip(layout.elements, layout.columns, strict=True)):
             at = cell[:, column : column + element.size]
             hidden = concealed.hidden.get(element.role)
             if not element.shown or hidden is None:
                 hidden = np.full(len(at), not element.shown)
-            learnt = concealed.learnt.get(element.role, np.True_) & (hidden | (layout.mask != BOTH))
+            learnt = concealed.learnt.get(element.role, np.True_) & (hidden | (layout.mask != BOTH)) & own
             if element.role == "text":
                 self.dense["tokens"][at] = next(step_texts)
             elif element.role == "separator":
@@ -244,6 +258,8 @@ class _Draft:
             else:
                 self._lay_values(group, element, at, hidden, learnt)
             if element.predicted and not element.head:
+                if element.available:
+                    self._restrict(group, element, at[:, 0], np.broadcast_to(learnt, len(at)))
                 self._predict(at[learnt].ravel(), layout, element.weight, element.role)
                 if number == 0 and layout.predicts_end:  # the next step stands against the episode's end
                     self._against_all(at[learnt, 0])
@@ -269,7 +285,7 @@ class _Draft:
             if group.layout.mask == PREFIX:
                 self.dense["causal"][cell] = False
             if group.layout.predict_text:
-                self._predict(cell, group.layout, 1.0, "text")
+                self._predict(cell[np.repeat(~group.swapped, size)], group.layout, 1.0, "text")
 
     def _lay_tail(self, group: Group, start: np.ndarray) -> None:
         """What stands once after the timesteps: texts, and special tokens, which come last."""
@@ -282,12 +298,21 @@ class _Draft:
         for element in layout.tail:
             mine = ids == self.vocabulary.special(element.role)
             special |= mine
-            if element.predicted:
+            if element.role == "summary":
+                if element.predicted:
+                    self._judge(cell[mine], ~group.swapped, layout, element)
+            elif element.predicted:
                 self._predict(cell[mine], layout, element.weight, element.role)
                 self._against_all(cell[mine])
         self.dense["modality"][cell[special]] = SEPARATOR
         if layout.predict_text:
             self._predict(cell[~special], layout, 1.0, "text")
+
+    def _judge(self, cell: np.ndarray, fits: np.ndarray, layout: TimestepLayout, element: Element) -> None:
+        """Makes 1 the answer that is read at the summaries in `cell` whose texts fit, and 0 that at the others."""
+        self.dense["target"][cell] = self.vocabulary.answers[0] + fits
+        self.dense["weight"][cell] = layout.weight * element.weight
+        self.dense["softmax"][cell] = self.vocabulary.softmax("discrete")
 
     def _lay_once(
         self, group: Group, ids: list[np.ndarray], start: np.ndarray, size: np.ndarray, local: int
@@ -358,6 +383,28 @@ class _Draft:
             dense["softmax"][at] = np.searchsorted(highs, ids, side="right") + 1
         self._count(at, layout, role)
 
+    def _restrict(self, group: Group, element: Element, at: np.ndarray, learnt: np.ndarray) -> None:
+        """Normalises the targets of a discrete action in cells `at` [N] over the values that can be taken."""
+        codec, layout, vocabulary = element.codec, group.layout, self.vocabulary
+        assert isinstance(codec, Discrete)
+        can = group.gather(element.available).astype(bool)[:, : codec.values[0]]
+        taken = self.dense["tokens"][at] - codec.choices()[0][0]
+        wrong = learnt & (at < self.cells) & ~can[np.arange(len(at)), taken]
+        if wrong.any():
+            step = int(wrong.argmax())
+            value = int(taken[step]) + codec.low[0]
+            raise group.refuse(
+                element.field, NoEncoding(step, f"its value is {value}, which field {element.available!r} says cannot be taken")
+            )
+        kept = learnt & self._can_be_target(at, layout)
+        number = vocabulary.softmax("discrete") if layout.softmax == "range" else 0
+        low, high = vocabulary.range("discrete") if number else (0, vocabulary.size)
+        bits = np.zeros((int(kept.sum()), -(-(high - low) // 32) * 32), np.uint8)
+        first = codec.choices()[0][0] - low
+        bits[:, first : first + can.shape[1]] = can[kept]
+        packed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+        self.allowed.setdefault(str(number), []).append((at[kept] - layout.shift, packed))
+
     def _against_all(self, cell: np.ndarray) -> None:
         """Normalises the targets of these cells, which are read at the cell before, over the whole vocabulary."""
         self.dense["softmax"][cell[self.dense["position"][cell] > 0] - 1] = 0
@@ -403,7 +450,12 @@ class _Draft:
             }
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
+        allowed = {}
+        for name in sorted(self.allowed):
+            cell, bits = (np.concatenate(part) for part in zip(*self.allowed[name], strict=True))
+            order = np.argsort(cell, kind="stable")
+            allowed[name] = Allowed(cell[order], bits[order])
         pairs = {} if self.pairs is None else {"match": self.pairs}
         return TokenBatch(
-            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, **dense
+            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, allowed=allowed, **dense
         )

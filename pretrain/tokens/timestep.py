@@ -53,12 +53,14 @@ _ROLES = {
     "reward": REWARD,
 }
 _VERSION_2: dict[str, Any] = {"mask": CAUSAL, "tail": [], "hiding": (), "future": 0, "loss": "targets"}
-_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False, "views": ONE}
+_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False, "views": ONE, "swap": 0.0}
+_VERSION_2 |= {"agents": 0, "agent_fields": ()}
 _OPTIONAL: dict[str, Any] = {
     "weight": 1.0,
     "shown": True,
     "source": "",
     "options": {},
+    "available": "",
 }  # keys of an element that processor.json may lack
 
 
@@ -66,7 +68,7 @@ _OPTIONAL: dict[str, Any] = {
 class Element:
     """One element of a timestep.
 
-    role       text (a text that changes from step to step) | observation | separator | return | reward | action
+    role       agent (its number) | text (a text that changes from step to step) | observation | separator | return | reward | action
     field      the field that it shows; empty for a separator and a return
     codec      its encoding; None for text and the separator
     size       positions that it takes; for text: at most
@@ -78,6 +80,7 @@ class Element:
     constant   the field has one array for the whole episode, which is shown at every step
     source     the rule that its values come from (`derived.SOURCES`); empty: its field
     options    options of that rule
+    available  for an action: the field that tells, for each of its values, whether it can be taken; empty: all can
     """
 
     role: str
@@ -92,6 +95,7 @@ class Element:
     shown: bool = True
     source: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    available: str = ""
 
     @property
     def rule(self) -> str:
@@ -118,7 +122,7 @@ class Element:
 
     def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
         """Raises DataError if the element cannot be laid out, or its codec does not work or fit the vocabulary."""
-        if self.role not in ("text", "observation", "separator", "return", "reward", "action"):
+        if self.role not in ("text", "observation", "separator", "return", "reward", "action", "agent"):
             raise DataError(f"{where}: role {self.role!r} is unknown")
         number(self.size, f"{where}, size", 0 if self.role == "text" else 1, length)
         number(self.stride, f"{where}, stride", 1, 1 << 24)
@@ -162,6 +166,8 @@ class TimestepLayout:
     prompt_parts  the kinds of parts that a prompt shows; empty: all
     prompt_reverse  the last step of a prompt stands first
     views         how a window becomes sequences: a key of `views.VIEWS`. Everything else here is said of the whole window
+    swap          share of the windows that show the texts of another window of their row; the summary tells which, and nothing else
+                  is learned from them
     """
 
     task: str
@@ -185,6 +191,9 @@ class TimestepLayout:
     prompt_parts: tuple[str, ...] = ()
     prompt_reverse: bool = False
     views: str = ONE
+    swap: float = 0.0
+    agents: int = 0
+    agent_fields: tuple[str, ...] = ()
 
     @cached_property
     def sequences(self) -> tuple[TimestepLayout, ...]:
@@ -223,8 +232,9 @@ class TimestepLayout:
         return sum(size * -(-steps // period) for size, period in self.cadence)
 
     def acting(self) -> TimestepLayout:
-        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step."""
-        return replace(self, tail=(), hiding=())
+        """The layout of a history: nothing is drawn to be hidden, nothing stands after the last step, and each agent has its own."""
+        elements = tuple(replace(e, available="") for e in self.elements)  # what is available has no targets to act on
+        return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, views=ONE)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -253,6 +263,7 @@ class TimestepLayout:
         for e in self.elements:
             known |= dict.fromkeys([e.field] if e.field else fields_of(e.rule) if e.rule else [])
         known |= dict.fromkeys(e.field for e in self.tail if e.field)
+        known |= dict.fromkeys(e.available for e in self.elements if e.available)
         return tuple(known)
 
     @cached_property
@@ -335,7 +346,7 @@ class TimestepLayout:
         }
         out = stored(cls, flat, where, **made)
         hiding = tuple((str(name), float(share)) for name, share in out.hiding)
-        return replace(out, preamble=tuple(out.preamble), hiding=hiding, prompt_parts=tuple(out.prompt_parts))
+        return replace(out, preamble=tuple(out.preamble), hiding=hiding, prompt_parts=tuple(out.prompt_parts), agent_fields=tuple(out.agent_fields))
 
     def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
         """Raises DataError if the layout does not fit the vocabulary and rows of `length` positions."""
@@ -355,6 +366,8 @@ class TimestepLayout:
             if scheme not in HIDING:
                 raise DataError(f"{where}: the hiding scheme {scheme!r} is unknown")
             number(share, f"{where}, share of {scheme}", 0, 1e6)
+        number(self.swap, f"{where}, swap", 0, 1)
+        number(self.agents, f"{where}, agents", 0, 1 << 16)
         number(self.future, f"{where}, future", 0, 1 << 24)
         number(self.prompt_steps, f"{where}, prompt_steps", 0, 1 << 24)
         number(self.width, f"{where}: positions of a timestep", 0, length)

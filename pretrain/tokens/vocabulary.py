@@ -157,6 +157,12 @@ class Vocabulary:
         """The id of a special token: one of SPECIALS, `end` (of an episode) or `summary` (of a window)."""
         return self.range("special")[0] + (*SPECIALS, *_MORE_SPECIALS).index(name)
 
+    @property
+    def answers(self) -> tuple[int, int]:
+        """The ids that say whether a text fits a window: no and yes, the discrete values 0 and 1."""
+        low = self.range("discrete")[0]
+        return low, low + 1
+
     def range(self, name: str) -> tuple[int, int]:
         """[low, high) of a range. Raises KeyError if there is no such range."""
         for known, low, high in self.ranges:
