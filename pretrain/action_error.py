@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.heads import match
 from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[
         elif kind == "pairs":
             part = model.head.match
             assert part is not None
-            texts = output.hidden[targets.payload[:, 0]]
-            guess = match(part, hidden, texts)
+            guess = part.without_hooks(hidden, output.hidden[targets.payload[:, 0]])
         else:
             layer = model.head.regressions[model.head.names[head]]
             guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]

@@ -34,18 +34,24 @@ class Match(Module):
 
     def forward(self, windows: Tensor, texts: Tensor) -> Tensor:
         """Normed hidden states [n, D] and [m, D] -> logits float32 [n, m]."""
-        return match(self, windows, texts)
+        return _tempered(self.cosines(windows, texts), self.scale)
 
     def cosines(self, windows: Tensor, texts: Tensor) -> Tensor:
         """Normed hidden states [n, D] and [m, D] -> cosines of their vectors, float32 [n, m]."""
-        maps = ((windows, self.window.weight), (texts, self.text.weight))
-        one, other = (F.normalize(F.linear(x, weight).float(), dim=-1) for x, weight in maps)
-        return one @ other.T
+        return _cosines(self.window(windows), self.text(texts))
+
+    def without_hooks(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """As `forward`, without a call of a module."""
+        found = _cosines(F.linear(windows, self.window.weight), F.linear(texts, self.text.weight))
+        return _tempered(found, self.scale)
 
 
-def match(module: Match, windows: Tensor, texts: Tensor) -> Tensor:
-    """What a `Match` computes, without a call of a module."""
-    return module.cosines(windows, texts) * module.scale.float().clamp(max=math.log(100)).exp()
+def _cosines(one: Tensor, other: Tensor) -> Tensor:
+    return F.normalize(one.float(), dim=-1) @ F.normalize(other.float(), dim=-1).T
+
+
+def _tempered(cosines: Tensor, scale: Tensor) -> Tensor:
+    return cosines * scale.float().clamp(max=math.log(100)).exp()
 
 
 class Head(Module):

@@ -133,11 +133,21 @@ def _concealed(group: Group, keys: tuple[int, int, np.ndarray, np.ndarray]) -> _
 
 
 def placements(
-    windows: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
+    windows: Sequence[Window],
+    layouts: Layouts,
+    vocabulary: Vocabulary,
+    text: TextTokenizer,
+    drawn: tuple[int, int, int] = (0, 0, 0),
 ) -> list[Placed]:
-    """Where `assemble` puts every element of the windows of one row, by position."""
+    """Where `assemble` puts every element of the windows of one row, by position.
+
+    drawn  seed, training step (0 if not in training) and number of the row, if texts are swapped
+    """
     pieces = split(windows, layouts)
     groups = make_groups(pieces, vocabulary, text)
+    for group in groups:
+        slot = np.array([pieces[i].of for i in group.number.tolist()], np.int64)
+        _swap(group, np.zeros_like(slot), (drawn[0], drawn[1], np.full_like(slot, drawn[2]), slot))
     size = sizes(groups, len(pieces))
     start = np.cumsum(size) - size
     found: list[Placed] = []

@@ -52,7 +52,13 @@ def model_of(job: dict[str, Any]) -> DecisionModel:
     return model
 
 
-def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH) -> TokenBatch:
+def has_pairs(job: dict[str, Any]) -> bool:
+    return bool(job.get("config", {}).get("pairs"))
+
+
+def rows_for(
+    world: ParallelDims, step: int, order: str = "", batch: int = BATCH, pairs: bool = False
+) -> TokenBatch:
     """This rank's rows of a step. `order` distributes the same global batch in another way."""
     if not world.is_first_stage:
         return TokenBatch.empty(step, 0)
@@ -61,7 +67,8 @@ def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH
         everything.reverse()
     if order == "interleaved":
         everything = everything[::2] + everything[1::2]
-    return synthetic.rows_of(step, [everything[i] for i in synthetic.mine(batch, world.replica, world.data)])
+    mine = [everything[i] for i in synthetic.mine(batch, world.replica, world.data)]
+    return synthetic.rows_of(step, mine, pairs=pairs)
 
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
@@ -75,12 +82,14 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("resave"):
         save(engine, job["resave"])
     steps, result = [], None  # None if the checkpoint is of the last step
+    pairs = has_pairs(job)
     for step in range(engine.step, job.get("steps", STEPS)):
-        result = engine.train_step(rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"]))
+        batch = rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"], pairs)
+        result = engine.train_step(batch)
         steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
         if result.step == job.get("save_at"):
             save(engine, job["run"])
-    held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999)).items()}
+    held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999, pairs=pairs)).items()}
     engine.destroy()
     measured = result and {name: getattr(result, name) for name in ("memory", "all_to_all", "bubble", "bubble_bound")}
     return {"steps": steps, "held_out": held_out, "measured": measured, "seconds": round(time.time() - started, 1)}
@@ -109,7 +118,7 @@ def plain(job: dict[str, Any]) -> Plain:
     model.train()
     out = []
     for step in range(job.get("steps", STEPS)):
-        batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])))
+        batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])), pairs=has_pairs(job))
         inputs = to_tensors(batch, task_dropout=model.config.task_dropout, seed=recipe.train.seed)
         loss = model(inputs, batch.targets, batch.real_tokens).loss
         optimizer.zero_grad()
