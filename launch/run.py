@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import printable, redacted, say
 from tiphys.launch import rank_reports
 from tiphys.launch.changed_data import settle
 from tiphys.launch.checks.data import bad_fields
@@ -143,7 +142,7 @@ def _lost(run_dir: str, error: Exception, step: int) -> Status:
 
     saved = Checkpoint.newest_whole(run_dir)
     reports = rank_reports.read(run_dir)
-    print(lost(error, step, saved.step if saved else 0, reports), file=sys.stderr, flush=True)
+    say(lost(error, step, saved.step if saved else 0, reports), error=True)
     return reports[0].status if reports else Status.TRY_AGAIN
 
 
@@ -214,7 +213,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def write_recipe(recipe: Recipe) -> None:

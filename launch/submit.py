@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import child_environment
 from tiphys.launch.hosts import check_choice, read_hosts
 from tiphys.launch.statuses import Status, stopped_by
@@ -211,10 +212,9 @@ def explain(status: int, asked: int = 0) -> int:
         name = signal.Signals(killed).name
     except ValueError:
         name = f"signal {killed}"
-    print(
+    say(
         f"tiphys: a process of the run was killed by {name}"
         + ("; the machine may be short of memory. The same command resumes" if killed == signal.SIGKILL else ""),
-        file=sys.stderr,
-        flush=True,
+        error=True,
     )
     return Status.TRY_AGAIN if killed == signal.SIGKILL else Status.CRASHED

@@ -18,6 +18,7 @@ import logging
 import signal
 from collections.abc import Sequence
 
+from tiphys.dataio.messages import say
 from tiphys.launch.changed_data import FLAG
 from tiphys.launch.check import check
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
@@ -40,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> Status:
     recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback", FLAG)]
     if not recipe_and_overrides:
         usage = f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback] [{FLAG}]"
-        print(usage, file=sys.stderr)
+        say(usage, error=True)
         return Status.USAGE
     if "--verbose" not in words:
-        logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)  # noqa: TID251
     try:
         recipe = check(recipe_and_overrides[0], recipe_and_overrides[1:], data=False)
     except Exception as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain import checkpoint_files
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.checkpoint import Writer
@@ -57,10 +58,7 @@ class Checkpointer(Callback):
         self._notify_listeners(trainer)
         if trainer.stopped:
             if trainer.world.rank == 0:
-                print(
-                    f"stopped after step {trainer.step}, which is saved; the same command resumes from there",
-                    flush=True,
-                )
+                say(f"stopped after step {trainer.step}, which is saved; the same command resumes from there")
             trainer.world.barrier()  # a launcher ends the other ranks as soon as one has ended
 
     def save(self, trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ class Evaluator(Callback):
             return
         self._collect()
         if self._running is not None:
-            print(
-                f"step {step}: not evaluated, because the evaluation of step {self._running[2]} is still running",
-                flush=True,
-            )
+            say(f"step {step}: not evaluated, because the evaluation of step {self._running[2]} is still running")
             return
         release = self.checkpointer.protect(folder)
         self._running = (self.start(folder, step), release, step)
@@ -62,4 +60,4 @@ class Evaluator(Callback):
             release()
             self._running = None
             if status:
-                print(f"the evaluation of step {step} failed with exit status {status}; training continues", flush=True)
+                say(f"the evaluation of step {step} failed with exit status {status}; training continues")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.errors import Explained
+from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Publisher(Callback):
         ):  # the last one is published with its evaluation, after training
             return
         if self._thread is not None and self._thread.is_alive():
-            print(f"step {step}: not published, because the previous publication is still running", flush=True)
+            say(f"step {step}: not published, because the previous publication is still running")
             return
         release = self.checkpointer.protect(folder)
         self._thread = threading.Thread(target=self._run, args=(folder, step, release), name="publish")
@@ -41,7 +41,7 @@ class Publisher(Callback):
             self.publish(folder, step)
         except Exception as error:
             kind = "" if isinstance(error, (Explained, ValueError, OSError)) else f"{type(error).__name__}: "
-            print(f"step {step} was not published: {kind}{error}", file=sys.stderr, flush=True)
+            say(f"step {step} was not published: {kind}{error}", error=True)
         finally:
             release()
 
