@@ -1,4 +1,4 @@
-"""Real launches whose processes are killed or stopped: each end has its status, and the weights are those of an undisturbed run."""
+"""Real launches whose processes are killed or stopped: each end has its status, and the weights are those of a quiet run."""
 
 from __future__ import annotations
 
