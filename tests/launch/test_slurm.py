@@ -1,4 +1,5 @@
-"""A Slurm job passes signals on, and is queued again exactly after the statuses 70, 75 and 143. `sbatch` and `scontrol` are fakes."""
+"""A Slurm job passes signals on, and is queued again exactly after the statuses 70, 75 and 143. `sbatch` and `scontrol` are
+fakes."""
 
 from __future__ import annotations
 
