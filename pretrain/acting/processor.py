@@ -16,7 +16,7 @@ from tiphys.dataio.stored import number, stored, task_specs
 from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -311,6 +311,8 @@ class Processor:
             low, high = from_unit(ends, np.asarray(codec.low, np.float64), np.asarray(codec.high, np.float64))
         elif isinstance(codec, Bins) and not codec.companded:
             low, high = codec.low[0], codec.high[0]
+        elif isinstance(codec, Integers):
+            low, high = codec.low, codec.high
         elif isinstance(codec, Quantiles):
             low, high = codec.edges[0][0], codec.edges[0][-1]
         else:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 CLIPPED = 1e-3  # share of an action field's values that may be outside the range of its tokens
 _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token
 _RETURN_LIMIT = 10.0
+_RETURN_BINS = 100  # of a return whose bins are quantiles (Janner et al. 2021)
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
     "hiding": "schemes by which parts of a window are hidden, with their shares",
@@ -402,7 +403,7 @@ class Encoding:
                 "", field.shape, self.ranges.continuous, bins, _numbers(low), _numbers(high), False, field.dtype
             )
         edges = np.stack(_quantiles(found, np.linspace(0, 1, bins + 1), field), axis=1)  # type: ignore[arg-type]
-        return Quantiles("", field.shape, self.ranges.continuous, tuple(_numbers(row) for row in edges), field.dtype)
+        return Quantiles("", field.shape, self.ranges.continuous, tuple(map(Quantiles.merged, edges)), field.dtype)
 
     def patches(self, field: FieldSpec) -> Codec:
         tokens, shape = self.tokens(field), field.shape
@@ -521,6 +522,17 @@ class Encoding:
         if part.code == "uniform":
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
         where = f"task {self.task.name!r}, return"
+        if part.code == "quantile" and part.rule == "to_go":
+            from tiphys.dataio.statistics import RETURN_TO_GO
+
+            found = self.statistics.get(RETURN_TO_GO)
+            if found is None or not found.count:
+                raise DataError(
+                    f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
+                    "write the dataset again, or use the code 'uniform'"
+                )
+            edges = found.at(np.linspace(0, 1, int(part.options.get("bins", _RETURN_BINS)) + 1))[:, 0]
+            return Quantiles("", (), self.ranges.continuous, (Quantiles.merged(edges),))
         if part.code == "integer":
             return self.integers(where, (), part, (-scale, scale))
         if part.code == "sign":
@@ -548,16 +560,7 @@ def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:
-    """[len(shares)] arrays [numbers]: quantiles of the data, interpolated between those of the statistics."""
-    from tiphys.dataio.statistics import QUANTILES
-
+    """[len(shares)] arrays [numbers]: quantiles of the data."""
     numbers = int(np.prod(field.shape, dtype=np.int64))
-    known = np.concatenate([[0.0], QUANTILES, [1.0]])
-    parts = [
-        np.reshape(found.min, (1, -1)),
-        np.reshape(found.quantiles, (len(QUANTILES), -1)),
-        np.reshape(found.max, (1, -1)),
-    ]
-    levels = np.concatenate(parts)
-    out = np.stack([np.interp(shares, known, levels[:, d]) for d in range(levels.shape[1])], axis=1)
+    out = found.at(shares)
     return list(np.broadcast_to(out, (len(out), numbers)))
