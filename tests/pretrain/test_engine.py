@@ -44,7 +44,9 @@ def _oracle(job: str) -> Plain:
 
 def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
-    return _oracle(json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite")}))
+    return _oracle(
+        json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm")})
+    )
 
 
 def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: float = 1e-5) -> None:
@@ -109,6 +111,11 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
         {"name": "strong-auxiliary-expert", "expert": 2, "config": STRONG},
         {"name": "strong-auxiliary-pipeline", "pipeline": 2, "config": STRONG},
+        # Windows that are seen from both sides with hidden parts; windows with prefixes
+        {"name": "unimask-zero-2", "stage": 2, "order": "interleaved", "micro": 2, "paradigm": "unimask"},
+        {"name": "unimask-expert", "expert": 2, "paradigm": "unimask"},
+        {"name": "unimask-pipeline", "pipeline": 2, "paradigm": "unimask"},
+        {"name": "prefix-pipeline", "pipeline": 2, "paradigm": "turned"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
     compare(jobs, results)
