@@ -161,6 +161,8 @@ class Policy:
         prompt: Window | None = None,
         goal: Any = None,
         instruction: str | Sequence[str] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -182,6 +184,11 @@ class Policy:
             An observation to reach, as the environment gives it, if the objective acts towards a goal.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, if the objective shows histograms of the future (gdt); a sequence
+            has one for each environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
         Raises
         ------
@@ -201,6 +208,8 @@ class Policy:
             prompt=prompt,
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
+            future=future,
+            remainder=remainder,
         )
         self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)
