@@ -149,7 +149,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors
+    from tiphys.launch.checks.data import data_errors, requirement_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
@@ -169,6 +169,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
         return
     yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:
         yield from environment_errors(recipe, objectives, seen.where)

@@ -10,6 +10,7 @@ import numpy as np
 
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -61,6 +62,50 @@ def data_errors(
                 f"{where(f'data.mixture[{i}].prefer')}: {entry.prefer!r} prefers episodes by their returns, but these tasks of "
                 f"{entry.dataset} have no rewards: {', '.join(without[:20])}; leave them out with `tasks`, or set prefer: uniform"
             )
+
+
+def requirement_errors(
+    recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives, where: Callable[[str], str]
+) -> Iterator[str]:
+    """What the paradigms of a recipe require of the data, and the data lack."""
+    hidden: dict[str, set[str]] = {}  # objective -> tasks that only the prompt tells apart
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        objective = recipe.objectives.get(entry.objective)
+        paradigm = PARADIGMS[(objective.paradigm if objective else "") or entry.objective]
+        at = where(f"data.mixture[{i}].objective")
+        for task in _trained(index, objectives, i):
+            mine = np.asarray(index.task) == index.tasks.index(task)
+            if "text" in paradigm.requires and not _texts_differ(index, task, mine):
+                yield (
+                    f"{at}: {entry.objective!r} learns what an instruction means, but task {task.name!r} of {entry.dataset} has "
+                    "no text that differs between its episodes; use another paradigm, or leave it out with `tasks`"
+                )
+            if "hidden task" in paradigm.requires:
+                hidden.setdefault(entry.objective, set()).add(task.name)
+                if mine.sum() < 2:
+                    yield (
+                        f"{at}: {entry.objective!r} shows another episode of the same task, but task {task.name!r} of "
+                        f"{entry.dataset} has {mine.sum()}; leave it out with `tasks`"
+                    )
+    for name, tasks in hidden.items():
+        if len(tasks) < 2:
+            yield (
+                f"{where(f'objectives.{name}')}: it tells tasks apart by a demonstration, but there is only {', '.join(tasks)}; "
+                "train it on several tasks, or use dt"
+            )
+        if recipe.model.moe.experts and recipe.model.moe.task:
+            yield (
+                f"{where('model.moe.task')}: the router sees the task, so objective {name!r} need not look at its demonstration; "
+                "set it to false"
+            )
+
+
+def _texts_differ(index: EpisodeIndex, task: Any, mine: np.ndarray) -> bool:
+    """Whether a text of the task differs between its episodes."""
+    for field in task.with_role("observation", "text"):
+        if field.modality == "text" and (field.per == "step" or len(np.unique(index.text(field.name)[0][mine])) > 1):
+            return True
+    return False
 
 
 def bad_fields(recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives) -> Iterator[BadField]:

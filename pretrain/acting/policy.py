@@ -164,6 +164,8 @@ class Policy:
         goal: Any = None,
         query: str = "",
         instruction: str | Sequence[str] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -188,6 +190,11 @@ class Policy:
             if there is one.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, if the objective shows histograms of the future (gdt); a sequence
+            has one for each environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
         Raises
         ------
@@ -208,6 +215,8 @@ class Policy:
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
             query=query,
+            future=future,
+            remainder=remainder,
         )
         self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments, self.processor.length)

@@ -55,6 +55,7 @@ OPTIONS = {
     "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
+    "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
 }
 _IMAGES, _REST = 0, 1
@@ -488,10 +489,11 @@ class Encoding:
         """The element of a return, or of what else a source computes from the future."""
         source, argument = source_of(part.rule)
         if source.argument == "field":
-            options = self.histogram_range(part, argument)
+            chosen = str(self.option("histogram", argument))
+            rule, options = f"{part.rule.partition(':')[0]}:{chosen}", self.histogram_range(part, chosen)
             shape = (int(options["bins"]) * len(options["low"]),)
-            codec: Codec = Histogram(f"vector:{part.rule}:{shape[0]}", shape)
-            return Element("return", codec=codec, source=part.rule, options=options)
+            codec: Codec = Histogram(f"vector:{rule}:{shape[0]}", shape)
+            return Element("return", codec=codec, source=rule, options=options)
         codec = self.return_codec(part)
         return Element("return", codec=codec, size=codec.tokens, source=part.rule)
 

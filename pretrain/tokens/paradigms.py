@@ -35,6 +35,7 @@ ACTING = {
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
     "label": "it does not act, but labels data without actions: tiphys label",
+    "match": "what is left of a reference episode's histogram, less what was done; then the action",
 }
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {
@@ -318,6 +319,18 @@ PARADIGMS: dict[str, Paradigm] = {
             acting=("ask", {}),
             requires=(REWARD, "hidden task"),
             differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
+        ),
+        Paradigm(
+            "gdt",
+            "Furuta et al. 2022 (Generalized decision transformer), sec. 4: its categorical form",
+            (
+                Part(TEXT),
+                Part(RETURN, "histogram", source="histogram:reward"),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            acting=("match", {}),
+            differs="shares are given as they are; acting subtracts what was done, or follows the reference's own remainder",
         ),
         Paradigm(
             "text-dt",

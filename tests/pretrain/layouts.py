@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import ParallelDims
+from tiphys.pretrain.pretrained import PolicyWeights, Pretrained
 from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.vocabulary import Vocabulary
 from tiphys.recipes.schema import Parallel, Recipe
 
 BATCH, STEPS = 13, 20
@@ -50,9 +53,20 @@ def rows_of(job: dict[str, Any], step: int, rows: list[int]) -> TokenBatch:
     return synthetic.rows_of(step, rows)
 
 
+def source_of(job: dict[str, Any]) -> Pretrained | None:
+    """The weights that a job begins with. `init`: a folder with model.safetensors of a model of the same config."""
+    if "init" not in job:
+        return None
+    words = Vocabulary((n := 48), (("text", 0, 32), ("action", 32, n)), 32, 33, 34, 35)
+    same = (config_of(job), words)
+    return Pretrained(PolicyWeights(Path(job["init"])), same, same)
+
+
 def model_of(job: dict[str, Any]) -> DecisionModel:
     """The model before training. `favourite` of a job: an expert that every router prefers for every token."""
-    model = DecisionModel(config_of(job), seed=3)
+    source = source_of(job)
+    with torch.device("meta") if source is not None and job.get("pipeline", 1) > 1 else nullcontext():
+        model = DecisionModel(config_of(job), seed=3, source=source)
     if "favourite" in job:
         with torch.no_grad():
             for layer in mixtures(model):
