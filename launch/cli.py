@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = getattr(commands, name)
         return command(args)
     except KeyboardInterrupt:
-        print("tiphys: stopped", file=sys.stderr)
+        say("tiphys: stopped", error=True)
         return Status.INTERRUPTED
     except BrokenPipeError:
         return Status.BROKEN_PIPE

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import say
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.health import TRUST, Spike
@@ -114,14 +115,13 @@ class Guard(Callback):
             plan,
             tasks,
         )
-        self._known: list[tuple[int, Path]] = []
-        self._trusted = -1
-        self._release: Callable[[], None] = lambda: None
-        checkpointer.listen(lambda trainer, folder, step: self._known.append((step, folder)))
+        self._known: dict[int, Path] = {}  # checkpoints that are protected, and newer ones
+        self._held: dict[int, Callable[[], None]] = {}
+        checkpointer.listen(self._checkpointed)
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.world.rank == 0:
-            self._known = sorted((files.step_of(folder), folder) for folder, _ in files.whole(self.run_dir))
+            self._known = {files.step_of(folder): folder for folder, _ in files.whole(self.run_dir)}
             self._protect(trainer)
 
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -136,15 +136,20 @@ class Guard(Callback):
         if message := str(trainer.world.gather(message)[0]):
             raise Diverged(message)
 
+    def _checkpointed(self, trainer: Trainer, folder: Path, step: int) -> None:
+        # others may be removed from now on: by the checkpointer, which keeps the newest ones
+        self._known = {known: path for known, path in self._known.items() if known in self._held} | {step: folder}
+
     def _protect(self, trainer: Trainer) -> None:
-        """Protect the newest trusted checkpoint instead of the one before."""
-        trusted = [(step, folder) for step, folder in self._known if trainer.health.trusts(step)]
-        if not trusted or trusted[-1][0] <= self._trusted:
-            return
-        before, (self._trusted, folder) = self._release, trusted[-1]
-        self._release = self.checkpointer.protect(folder)
-        before()
-        self._known = [(step, folder) for step, folder in self._known if step >= self._trusted]
+        """Protect the newest trusted checkpoint, and one later checkpoint until it is trusted and takes its place."""
+        trusted = [step for step in self._known if trainer.health.trusts(step)]
+        later = [step for step in self._known if not trainer.health.trusts(step)]
+        waiting = [step for step in later if step in self._held] or later
+        wanted = {max(steps) for steps in (trusted, waiting) if steps}
+        for step in wanted - self._held.keys():
+            self._held[step] = self.checkpointer.protect(self._known[step])
+        for step in self._held.keys() - wanted:
+            self._held.pop(step)()
 
     def _go_back(self, trainer: Trainer, spike: Spike) -> str:
         """Write the rollback, then remove what it leaves behind. Returns why it gives up instead, or nothing."""
@@ -152,6 +157,9 @@ class Guard(Callback):
         failed = chain(before, spike)
         episodes = self._episodes(spike)
         if len(failed) >= self.most:
+            for step, folder in files.folders(self.run_dir):
+                if step >= spike.first:
+                    files.remove(folder)
             return given_up(spike, failed, episodes)
         to = self._target(trainer, spike, failed)
         first = max(spike.first - 1, to)  # steps of the plan are counted from 0
@@ -161,11 +169,10 @@ class Guard(Callback):
         append(self.run_dir, line)
         complete(self.run_dir)
         where = f"the checkpoint of step {to}" if to else "the beginning"
-        print(
+        say(
             f"step {spike.last}: {spike.why}. Going back to {where}; the rows of "
             f"{spike.last - first} steps, from step {first + 1} on, are skipped, the schedule is not "
-            f"(rollback {len(failed) + 1} of at most {self.most})",
-            flush=True,
+            f"(rollback {len(failed) + 1} of at most {self.most})"
         )
         return ""
 

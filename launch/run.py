@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import printable, redacted, say
 from tiphys.launch.account import Account
 from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
@@ -70,7 +69,7 @@ class Attending(Callback):
             self._first = False
             self.attendance.times.add("first step")
             if trainer.world.rank == 0:
-                print(self.attendance.times.line(), flush=True)
+                say(self.attendance.times.line())
 
 
 def run(
@@ -167,7 +166,7 @@ def _train(
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
-        print("".join(f"begins with  {line}\n" for line in start_lines(model)), end="", flush=True)
+        say("".join(f"begins with  {line}\n" for line in start_lines(model)), end="")
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
@@ -205,7 +204,7 @@ def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
     said = lost(error, attendance.step, saved.step if saved else 0, reports)
     status = reports[0].status if reports else Status.GAVE_UP
     attendance.report(status, said, lost=True)
-    print(said, file=sys.stderr, flush=True)
+    say(said, error=True)
     return status
 
 
@@ -294,7 +293,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -14,7 +14,9 @@ from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
 
-COLUMNS = 4  # predicted tokens and pairs, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+COLUMNS = (
+    4  # predicted tokens and pairs, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+)
 
 
 def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -121,7 +121,12 @@ class Objectives:
         embedders, regressions = _heads(self.layouts)
         pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
-            plain, embedders=embedders, regressions=regressions, tasks=tuple(number), text_tokenizer=definition, pairs=pairs
+            plain,
+            embedders=embedders,
+            regressions=regressions,
+            tasks=tuple(number),
+            text_tokenizer=definition,
+            pairs=pairs,
         )
         self.text = TextTokenizer(definition)
         self.prompts = [_prompt(entry) for entry in entries]
@@ -535,7 +540,7 @@ def _sizes(layouts: Layouts) -> tuple[int, int]:
         if isinstance(codec, Discrete | Integers | Sign):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
-            continuous = max(continuous, codec.choices()[0][1] - codec.first)
+            continuous = max(continuous, *(high - codec.first for _, high in codec.choices()))
     return continuous, discrete
 
 
@@ -556,17 +561,26 @@ def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
     return embedders, {head: codec.embedder_spec().shape[0] for head, codec in heads.items() if codec is not None}
 
 
+def _needs_quantiles(entry: _MixtureEntry) -> bool:
+    """Whether it needs more quantiles than dataset.json has."""
+    coded = (tokens.encoding == "quantile" for tokens in entry.objective.fields.values())
+    return any(coded) or any(part.code == "quantile" for part in entry.paradigm.timestep)
+
+
 def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldStatistics]]:
     """Task -> field -> statistics over all datasets that have the task."""
     from tiphys.dataio.statistics import pooled
 
     found: dict[str, dict[str, list[FieldStatistics]]] = {}
     seen = set()
+    exact = any(map(_needs_quantiles, entries))
     for entry in entries:
         for i, task in entry:
             mine = found.setdefault(task.name, {})
             if (entry.index.fingerprint, i) not in seen:
-                for field, statistics in entry.index.statistics.get(task.name, {}).items():
+                index = entry.index
+                known = index.statistics_with_histograms if exact else index.statistics
+                for field, statistics in known.get(task.name, {}).items():
                     mine.setdefault(field, []).append(statistics)
             seen.add((entry.index.fingerprint, i))
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}

@@ -53,7 +53,10 @@ _TABLES = ("token.weight", "output.weight")
 class Weights(Protocol):
     """Tensors by their names in the whole model, read when they are asked for."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        ...
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """The rows [first, first + count) of a tensor; None: all from `first` on."""
@@ -183,7 +186,7 @@ class Pretrained:
             if f is not None and f.new is not None and n not in whole
         ]
         used = {f.name for f in found.values() if f is not None}
-        out = [f"{len(whole)} of {len(found)} parameters come from {self.where}"]
+        out = [f"{len(whole)} of {len(found)} tensors come from {self.where}"]
         for what, names in (
             ("in part", partly),
             ("drawn", _folded(n for n, f in found.items() if f is None)),
@@ -375,7 +378,7 @@ def start_lines(model: DecisionModel) -> list[str]:
     """What of a model is taken over from `model.init`, drawn and left out, for people; empty: everything is drawn."""
     if not isinstance(model.source, Pretrained):
         return []
-    return model.source.lines({name: tuple(p.shape) for name, p in model.named_parameters()})
+    return model.source.lines({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
 
 
 def pinned(recipe: Recipe, resume: Checkpoint | None, world: ParallelDims | None = None) -> Recipe:

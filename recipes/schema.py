@@ -434,6 +434,12 @@ class Evaluation:
         high=1e6,
         resume=True,
     )
+    devices: str = key(
+        "",
+        "GPUs for evaluations beside training; empty: none, because training needs them",
+        text="GPU numbers, such as 6,7",
+        resume=True,
+    )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
     videos: int = key(
         1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True

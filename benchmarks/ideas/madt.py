@@ -39,7 +39,9 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     if control:
         forgetful = play(learnt(dataset, seed, 1), seed)[0]
         unmasked = play(policy, seed, masked=False)[1]
-    yield Mark("share that keeps the convention", agreed, at_least(0.95), forgetful, at_most(0.65), "windows of one step")
+    yield Mark(
+        "share that keeps the convention", agreed, at_least(0.95), forgetful, at_most(0.65), "windows of one step"
+    )
     yield Mark("share of actions not available", illegal, at_most(0.0), unmasked, at_least(0.05), "all seem available")
 
 

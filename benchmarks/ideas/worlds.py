@@ -284,3 +284,32 @@ class Told:
     def expert(self, random: np.random.Generator) -> Behaviour:
         """Does what the instruction says."""
         return lambda fields, step: self.goals
+
+
+class Choice:
+    """Three actions, of which none is rewarded. The observation is the number of the step."""
+
+    def __init__(self, steps: int = 9, values: int = 3) -> None:
+        self.steps, self.values = steps, values
+        fields = (discrete("observation", "observation", steps + 1), discrete("action", "action", values), REWARD)
+        self.task = TaskSpec("choice", fields)
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.at = np.zeros(n, np.int64)
+        return {"observation": self.at}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        self.at = self.at + 1
+        return {"observation": self.at}, np.zeros(len(actions))
+
+    def habitual(self, random: np.random.Generator) -> Behaviour:
+        """Takes each action with a probability that is drawn for each episode."""
+        habit = np.zeros((0, self.values))
+
+        def act(fields: Mapping[str, np.ndarray], step: int) -> np.ndarray:
+            nonlocal habit
+            if step == 0:
+                habit = random.dirichlet(np.ones(self.values), len(fields["observation"]))
+            return (habit.cumsum(1) < random.random((len(habit), 1))).sum(1).clip(max=self.values - 1)
+
+        return act

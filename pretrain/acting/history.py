@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
+from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
 from tiphys.pretrain.tokens.agents import one_agent
 from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
 from tiphys.pretrain.tokens.codecs import Discrete
+from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
@@ -111,11 +113,13 @@ class _Episode:
     """
 
     asked: float
+    demand: Demand | None = None
     number: int = 0
     observations: list[Mapping[str, Any]] = field(default_factory=list)
     actions: list[Mapping[str, np.ndarray]] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)  # return-to-go at each step
     rewards: list[float] = field(default_factory=list)  # of each action, as far as they are known
+    demanded: list[np.ndarray] = field(default_factory=list)  # what `demand` was at each step
     held: int = 0
     begins: list[int] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
@@ -141,6 +145,7 @@ class History:
         prompt: Window | None,
         hop: bool = False,
         goal: Mapping[str, Any] | None = None,
+        demands: Sequence[Demand] = (),
         available: Mapping[str, str] | None = None,
     ):
         self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
@@ -151,8 +156,13 @@ class History:
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
+        self._demands = tuple(demands)
         self._episodes = [_Episode(asked) for asked in self.target_return]
-        self.asks_for_returns = any(e.role == "return" and e.shown for e in layout.elements)
+        for i in range(environments):
+            self.reset(i)
+        self.asks_for_returns = any(map(shows_return, layout.elements)) or any(
+            d.field == REWARD_FIELD for d in self._demands
+        )
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
@@ -166,7 +176,8 @@ class History:
         last episode was asked for.
         """
         asked = self.target_return[environment] if target_return is None else target_return
-        self._episodes[environment] = _Episode(asked)
+        demand = self._demands[environment].again() if self._demands else None
+        self._episodes[environment] = _Episode(asked, demand)
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -240,7 +251,9 @@ class History:
                 out[number] = can[:, first : first + slot.high - slot.low]
                 if not out[number].any(axis=1).all():
                     row = int(out[number].any(axis=1).argmin())
-                    raise DataError(f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken")
+                    raise DataError(
+                        f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken"
+                    )
         return out
 
     def _add(self, environment: int, observation: Mapping[str, Any], reward: float) -> None:
@@ -251,6 +264,11 @@ class History:
             )
         if episode.returns:
             episode.rewards.append(reward)
+        if episode.demand is not None:
+            if episode.actions:
+                before, did = episode.observations[-1], episode.actions[-1]
+                episode.demand.took(value_of(episode.demand.field, before, did, reward))
+            episode.demanded.append(episode.demand.shares())
         episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
 
@@ -375,7 +393,9 @@ class History:
             step=np.arange(number, number + count),
             returns_to_go=np.array(episode.returns[first:], np.float32),
             valid=np.ones(count, bool),
-            given=agent,
+            given=agent
+            if episode.demand is None
+            else {episode.demand.element.rule: np.stack(episode.demanded[first:])},
         )
 
     def _forget(self, episode: _Episode, preamble: int) -> bool:
@@ -392,8 +412,9 @@ class History:
             return False
         kept = max(1, most // 2) if self.hop else most
         drop = min(-(-(count - kept) // layout.chunk) * layout.chunk, count - 1)
-        for steps in (episode.observations, episode.actions, episode.returns, episode.rewards, episode.begins):
-            del steps[:drop]  # type: ignore[attr-defined]
+        kept_by_step: tuple[list[Any], ...] = (episode.observations, episode.actions, episode.returns)
+        for steps in (*kept_by_step, episode.rewards, episode.demanded, episode.begins):
+            del steps[:drop]
         episode.number += drop
         return True
 

@@ -165,6 +165,8 @@ class Policy:
         goal: Any = None,
         query: str = "",
         instruction: str | Sequence[str] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -189,6 +191,11 @@ class Policy:
             if there is one.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, if the objective shows histograms of the future (gdt); a sequence
+            has one for each environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
         Raises
         ------
@@ -213,6 +220,8 @@ class Policy:
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
             query=query,
+            future=future,
+            remainder=remainder,
         )
         self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
         self._recall = Recall(self.model, environments * self._agents, self.processor.length)
@@ -359,7 +368,9 @@ class Policy:
         if not layouts or (objective and objective not in layouts):
             known = f"objectives {', '.join(layouts)}" if layouts else f"tasks {', '.join(self.processor.tasks)}"
             raise KeyError(f"the policy was not trained on task {task!r} with objective {objective!r}; it has {known}")
-        layout = layouts[objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))]
+        layout = layouts[
+            objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))
+        ]
         fields = {f.name: f for f in self.processor.tasks[task].fields}
         given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
         return fits(self.model, self.processor, layout, given, texts)
@@ -429,7 +440,9 @@ class Policy:
         draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
         below = logits.double().softmax(-1).cumsum(-1)
         if number in acting.allowed:
-            below /= below[:, -1:]  # rounded to less than 1, it would leave a chance to the last answer, even if that is not allowed
+            below /= below[
+                :, -1:
+            ]  # rounded to less than 1, it would leave a chance to the last answer, even if that is not allowed
         return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
 
 

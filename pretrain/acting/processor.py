@@ -13,10 +13,11 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
+from tiphys.pretrain.acting.demand import Demand, shows_histogram, shows_return
 from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -203,6 +204,8 @@ class Processor:
         hop: bool = False,
         query: str = "",
         goal: Mapping[str, Any] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -223,6 +226,11 @@ class Processor:
             Whether a full window drops its older half, instead of its oldest steps.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, for objectives that show histograms; a sequence has one for each
+            environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
         query : str
             What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
@@ -263,7 +271,27 @@ class Processor:
         if rule == "fill":
             query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
-        return History(self, layout, environments, asked, prompt, hop, goal, available)
+        demands = self._demands(task, name, future, remainder, environments)
+        return History(self, layout, environments, asked, prompt, hop, goal, demands, available)
+
+    def _demands(
+        self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
+    ) -> list[Demand]:
+        """What each environment is asked for; none if the objective shows no histograms."""
+        where = f"task {task!r}, objective {objective!r}"
+        element = next(filter(shows_histogram, self.layouts[objective][task].elements), None)
+        if element is None:
+            if future is not None:
+                raise DataError(f"{where}: it shows the model no histogram of the future, so it takes no `future`")
+            return []
+        if future is None:
+            raise DataError(
+                f"{where}: it acts on what is to come; give an episode to match: `policy.reset(task, future=window)`"
+            )
+        each = [future] * environments if isinstance(future, Window) else list(future)
+        if len(each) != environments:
+            raise DataError(f"{where}: {len(each)} futures for {environments} environments; give one for each")
+        return [Demand(element, one, remainder) for one in each]
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""
@@ -292,7 +320,7 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(e.role == "return" and e.shown for e in self.layouts[objective][task].elements):
+            if not any(map(shows_return, self.layouts[objective][task].elements)):
                 raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
@@ -312,6 +340,8 @@ class Processor:
             low, high = from_unit(ends, np.asarray(codec.low, np.float64), np.asarray(codec.high, np.float64))
         elif isinstance(codec, Bins) and not codec.companded:
             low, high = codec.low[0], codec.high[0]
+        elif isinstance(codec, Integers):
+            low, high = codec.low, codec.high
         elif isinstance(codec, Quantiles):
             low, high = codec.edges[0][0], codec.edges[0][-1]
         else:

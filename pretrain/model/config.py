@@ -224,7 +224,14 @@ class DecisionConfig(PretrainedConfig):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, not a whole number")
         for name, (least, most) in bounds.items():
             number(getattr(self, name), f"config: {name}", least, most)
-        for name in ("shared_expert", "router_modality", "router_task", "checkpointing", "tie_word_embeddings", "pairs"):
+        for name in (
+            "shared_expert",
+            "router_modality",
+            "router_task",
+            "checkpointing",
+            "tie_word_embeddings",
+            "pairs",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, neither true nor false")
         if not all(isinstance(task, str) for task in self.tasks):

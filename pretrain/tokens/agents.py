@@ -32,8 +32,8 @@ def agent_fields(task: TaskSpec, agents: int) -> tuple[str, ...]:
     lacking = [f for f in task.with_role("action") if not _has(f, agents)]
     if lacking:
         raise DataError(
-            f"task {task.name!r}: the action {lacking[0].name!r} has shape {lacking[0].shape}, but with {agents} agents its first "
-            "axis must have as many entries; correct `options: {agents: …}` of the objective"
+            f"task {task.name!r}: the action {lacking[0].name!r} has shape {lacking[0].shape}, but with {agents} agents its "
+            "first axis must have as many entries; correct `options: {agents: …}` of the objective"
         )
     return tuple(f.name for f in task.with_role(*_ROLES) if _has(f, agents))
 

@@ -51,15 +51,17 @@ if TYPE_CHECKING:
 CLIPPED = 1e-3  # share of an action field's values that may be outside the range of its tokens
 _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token
 _RETURN_LIMIT = 10.0
+_RETURN_BINS = 100  # of a return whose bins are quantiles (Janner et al. 2021)
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
     "hiding": "schemes by which parts of a window are hidden, with their shares",
     "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
     "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
-    "available": "field that tells of each value of a discrete action whether it can be taken; agents: the one with the role mask",
+    "available": "field that tells which values of a discrete action can be taken; for several agents: that with the role mask",
     "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
+    "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
 }
 _IMAGES, _REST = 0, 1
@@ -174,10 +176,13 @@ class Encoding:
         return self.with_text_limit(layout)
 
     def of_agents(self) -> Encoding:
-        """The encoding of what one agent sees and does. Raises DataError if the task's actions are not those of several agents."""
+        """The encoding of what one agent sees and does. Raises DataError if the actions are not those of several agents."""
         agents = int(self.option("agents", 0))
         names = agent_fields(self.task, agents)
-        task, statistics = of_one_agent(self.task, names, agents), statistics_of_one_agent(self.statistics, names, agents)
+        task, statistics = (
+            of_one_agent(self.task, names, agents),
+            statistics_of_one_agent(self.statistics, names, agents),
+        )
         return replace(self, task=task, statistics=statistics, agents=agents, agent_fields=names)
 
     def available(self, field: FieldSpec, codec: Codec) -> str:
@@ -188,8 +193,8 @@ class Encoding:
         masks = [f.name for f in self.task.fields if f.name == given or (not given and f.role == "mask")]
         if given and not masks:
             raise DataError(
-                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it has "
-                f"{', '.join(f.name for f in self.task.fields)}"
+                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it "
+                f"has {', '.join(f.name for f in self.task.fields)}"
             )
         for name in masks:
             values = codec.values[0] if isinstance(codec, Discrete) and codec.tokens == 1 else 0
@@ -197,8 +202,9 @@ class Encoding:
                 return name
             if given:
                 raise DataError(
-                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of each "
-                    f"value of one discrete action whether it can be taken, so its shape must be ({values or 'number of values'},)"
+                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of "
+                    f"each value of one discrete action whether it can be taken, so its shape must be "
+                    f"({values or 'number of values'},)"
                 )
         return ""
 
@@ -238,7 +244,8 @@ class Encoding:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field "
+                "as one token"
             )
         if not layout.preamble:
             return layout
@@ -468,7 +475,7 @@ class Encoding:
                 "", field.shape, self.ranges.continuous, bins, _numbers(low), _numbers(high), False, field.dtype
             )
         edges = np.stack(_quantiles(found, np.linspace(0, 1, bins + 1), field), axis=1)  # type: ignore[arg-type]
-        return Quantiles("", field.shape, self.ranges.continuous, tuple(_numbers(row) for row in edges), field.dtype)
+        return Quantiles("", field.shape, self.ranges.continuous, tuple(map(Quantiles.merged, edges)), field.dtype)
 
     def patches(self, field: FieldSpec) -> Codec:
         tokens, shape = self.tokens(field), field.shape
@@ -553,10 +560,11 @@ class Encoding:
         """The element of a return, or of what else a source computes from the future."""
         source, argument = source_of(part.rule)
         if source.argument == "field":
-            options = self.histogram_range(part, argument)
+            chosen = str(self.option("histogram", argument))
+            rule, options = f"{part.rule.partition(':')[0]}:{chosen}", self.histogram_range(part, chosen)
             shape = (int(options["bins"]) * len(options["low"]),)
-            codec: Codec = Histogram(f"vector:{part.rule}:{shape[0]}", shape)
-            return Element("return", codec=codec, source=part.rule, options=options)
+            codec: Codec = Histogram(f"vector:{rule}:{shape[0]}", shape)
+            return Element("return", codec=codec, source=rule, options=options)
         codec = self.return_codec(part)
         return Element("return", codec=codec, size=codec.tokens, source=part.rule)
 
@@ -587,6 +595,17 @@ class Encoding:
         if part.code == "uniform":
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
         where = f"task {self.task.name!r}, return"
+        if part.code == "quantile" and part.rule == "to_go":
+            from tiphys.dataio.statistics import RETURN_TO_GO
+
+            found = self.statistics.get(RETURN_TO_GO)
+            if found is None or not found.count:
+                raise DataError(
+                    f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
+                    "write the dataset again, or use the code 'uniform'"
+                )
+            edges = found.at(np.linspace(0, 1, int(part.options.get("bins", _RETURN_BINS)) + 1))[:, 0]
+            return Quantiles("", (), self.ranges.continuous, (Quantiles.merged(edges),))
         if part.code == "integer":
             return self.integers(where, (), part, (-scale, scale))
         if part.code == "sign":
@@ -614,16 +633,7 @@ def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:
-    """[len(shares)] arrays [numbers]: quantiles of the data, interpolated between those of the statistics."""
-    from tiphys.dataio.statistics import QUANTILES
-
+    """[len(shares)] arrays [numbers]: quantiles of the data."""
     numbers = int(np.prod(field.shape, dtype=np.int64))
-    known = np.concatenate([[0.0], QUANTILES, [1.0]])
-    parts = [
-        np.reshape(found.min, (1, -1)),
-        np.reshape(found.quantiles, (len(QUANTILES), -1)),
-        np.reshape(found.max, (1, -1)),
-    ]
-    levels = np.concatenate(parts)
-    out = np.stack([np.interp(shares, known, levels[:, d]) for d in range(levels.shape[1])], axis=1)
+    out = found.at(shares)
     return list(np.broadcast_to(out, (len(out), numbers)))

@@ -36,8 +36,9 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
-    "match": "it does not act: Policy.match says how well texts fit what was seen",
+    "score": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
+    "match": "what is left of a reference episode's histogram, less what was done; then the action",
 }
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {
@@ -55,8 +56,8 @@ class Part:
     Attributes
     ----------
     kind : str
-        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: the number of the agent. `end`
-        (of an episode) and `summary` are tokens of their own, which stand after the last step.
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: its number.
+        `end` (of an episode) and `summary` are tokens of their own, which stand after the last step.
     code : str
         How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the
         scheme; `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins; `integer`,
@@ -179,8 +180,8 @@ class Paradigm:
     loss : str
         What the targets count: a key of `timestep.LOSSES`.
     swap : float
-        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is learned
-        from them.
+        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is
+        learned from them.
     acting : (str, mapping)
         How its policy acts: a name in `ACTING`, and the options of that rule.
     requires : tuple of str
@@ -342,6 +343,18 @@ PARADIGMS: dict[str, Paradigm] = {
             differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
         ),
         Paradigm(
+            "gdt",
+            "Furuta et al. 2022 (Generalized decision transformer), sec. 4: its categorical form",
+            (
+                Part(TEXT),
+                Part(RETURN, "histogram", source="histogram:reward"),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            acting=("match", {}),
+            differs="shares are given as they are; acting subtracts what was done, or follows the reference's own remainder",
+        ),
+        Paradigm(
             "text-dt",
             "Putterman et al. 2022 (Pretraining for language-conditioned imitation with transformers)",
             (Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
@@ -355,8 +368,8 @@ PARADIGMS: dict[str, Paradigm] = {
             views=AGENTS,
             acting=("ask", {}),
             requires=(REWARD, "agents"),
-            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and do "
-            "not cross episodes; online fine-tuning is not part of it",
+            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and "
+            "do not cross episodes; online fine-tuning is not part of it",
         ),
         Paradigm(
             "mia",
@@ -365,8 +378,8 @@ PARADIGMS: dict[str, Paradigm] = {
             tail=(Part(SUMMARY, weight=1.0),),
             swap=0.5,
             requires=(TEXT,),
-            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show the "
-            "text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
+            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show "
+            "the text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
             "the window's end",
         ),
         Paradigm(
@@ -378,10 +391,10 @@ PARADIGMS: dict[str, Paradigm] = {
             views=WINDOW_TEXT,
             window=16,
             loss="pairs",
-            acting=("match", {}),
+            acting=("score", {}),
             requires=(TEXT,),
-            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
-            "with equal texts are no negatives of each other",
+            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and "
+            "windows with equal texts are no negatives of each other",
         ),
     )
 }

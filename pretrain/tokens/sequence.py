@@ -242,7 +242,7 @@ class _Draft:
             return
         known: dict[bytes, int] = {}
         at = last[numbers - 1]
-        assert (of[numbers - 1] == of[numbers]).all() and (np.diff(row_of[numbers]) >= 0).all()
+        assert (of[numbers - 1] == of[numbers]).all()
         self.pairs = Pairs(
             at,
             (last[numbers] - at).astype(np.int32),
@@ -404,7 +404,8 @@ class _Draft:
             step = int(wrong.argmax())
             value = int(taken[step]) + codec.low[0]
             raise group.refuse(
-                element.field, NoEncoding(step, f"its value is {value}, which field {element.available!r} says cannot be taken")
+                element.field,
+                NoEncoding(step, f"its value is {value}, which field {element.available!r} says cannot be taken"),
             )
         kept = learnt & self._can_be_target(at, layout)
         number = vocabulary.softmax("discrete") if layout.softmax == "range" else 0

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,29 @@ def test_a_rollback_that_a_crash_cut_off_is_finished(tmp_path: Path) -> None:
     assert [files.step_of(folder) for folder, _ in files.whole(tmp_path)] == [12, 4]  # 12 came after the rollback
     append(tmp_path, Rollback(10, 10, 4, [skip], []))
     assert len(read(tmp_path)) == 2
+
+
+def test_a_trusted_checkpoint_is_kept_beyond_keep_however_often_is_saved(tmp_path: Path) -> None:
+    """A save at every step, `keep: 1`: without the guard, every checkpoint would be gone long before it is trusted."""
+    from tests.pretrain.test_checkpoint import part
+    from tiphys.pretrain import checkpoint as ck
+    from tiphys.pretrain.callbacks import Checkpointer
+
+    keeper = Checkpointer(tmp_path, 1, keep=1)
+    guard = rollback.Guard(tmp_path, 3, keeper, None, [])  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(world=SimpleNamespace(rank=0), health=health.Health(), step=0)
+    guard.on_start(trainer)
+    for step in range(1, 40):
+        trainer.health.observe(step, 1.0, 1.0)
+        keeper._committed.append(ck.write(part(step), tmp_path))
+        keeper._notify_listeners(trainer)
+        guard.on_step(trainer, None)  # type: ignore[arg-type]
+        there = [found.step for found in Checkpoint.all(tmp_path)]
+        assert len(there) <= 3
+        if step > 2 * health.TRUST:
+            trusted = [found for found in there if trainer.health.trusts(found)]
+            assert len(trusted) >= 1
+            assert step - trusted[0] <= 3 * health.TRUST
 
 
 def test_rollbacks_count_until_the_run_is_past_the_bad_steps() -> None:

@@ -90,7 +90,10 @@ def answers(model, objectives, windows):
         packed = model(inputs).hidden
     hidden = torch.zeros(batch.length, packed.shape[-1])
     hidden[inputs["index"]] = packed  # the model sorts windows by length
-    assert all(len(a.index) == len(np.intersect1d(a.index, np.flatnonzero(batch.target[0] >= 0))) for a in batch.allowed.values())
+    assert all(
+        len(a.index) == len(np.intersect1d(a.index, np.flatnonzero(batch.target[0] >= 0)))
+        for a in batch.allowed.values()
+    )
     targets = {(p, "id"): int(batch.target[0, p]) for p in np.flatnonzero(batch.target[0] >= 0)}
     for name, part in batch.regression.items():
         targets |= {(int(i), name): tuple(v) for i, v in zip(part.index, part.value, strict=True)}

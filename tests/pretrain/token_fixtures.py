@@ -149,7 +149,9 @@ class FakeIndex:
         self.hash = rng.integers(0, 1 << 63, episodes).astype(np.uint64)
         self.codes = rng.integers(0, len(TEXTS), episodes).astype(np.int32)
         known = {t.name: [f for f in t.fields if f.modality not in ("text", "image")] for t in tasks}
-        self.statistics = {name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()}
+        self.statistics = self.statistics_with_histograms = {
+            name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()
+        }
 
     def text(self, field: str) -> tuple[np.ndarray, list[str]]:
         has = np.array([any(f.name == field for f in t.fields) for t in self.tasks])
