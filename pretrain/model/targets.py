@@ -112,8 +112,8 @@ def _ids_of(config: DecisionConfig, softmax: int) -> int:
     return config.vocab_size if softmax == 0 else int(config.ranges[softmax - 1][2] - config.ranges[softmax - 1][1])
 
 
-# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over their
-# dimensions (Chen et al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021,
+# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over
+# their dimensions (Chen et al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021,
 # fig. 3), so the loss does not depend on how rows are distributed.
 TARGETS: dict[str, TargetKind] = {
     "target": TargetKind(
