@@ -379,8 +379,8 @@ PARADIGMS: dict[str, Paradigm] = {
             swap=0.5,
             requires=(TEXT,),
             differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show "
-            "the text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
-            "the window's end",
+            "the text of another window of their row, so a row needs several windows of a task; the match is read at one token, "
+            "at the window's end",
         ),
         Paradigm(
             "reward",

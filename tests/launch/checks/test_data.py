@@ -144,3 +144,30 @@ def test_a_dataset_of_two_entries_is_counted_once(tmp_path, capsys):
     engine.micro_batch, engine.derived = 4, {}
     announce(settings, objectives, plan, engine)
     assert "1 tasks, 8 episodes" in capsys.readouterr().out
+
+
+def told(folder: Any, *texts: str) -> str:
+    """A dataset of eight episodes, of which each has one of these texts."""
+    task = TaskSpec("told", (*FIELDS, FieldSpec("mission", "text", "text", "str", per="episode")))
+    random = np.random.default_rng(0)
+    with ShardWriter(str(folder / "told"), [task]) as writer:
+        for number in range(8):
+            fields = {
+                "observation": random.normal(size=(20, 3)).astype(np.float32),
+                "gear": random.integers(0, 5, 20),
+                "action": random.uniform(-1, 1, (20, 2)).astype(np.float32),
+                "mission": texts[number % len(texts)],
+            }
+            writer.write(Episode(f"e{number}", task.name, fields, 20))
+    return str(folder / "told")
+
+
+@pytest.mark.parametrize(("name", "few", "enough", "least"), [("reward", 60, 300, 8), ("mia", 30, 90, 2)])
+def test_rows_with_too_few_windows_to_tell_apart_are_refused(tmp_path, name, few, enough, least):
+    file = recipe(tmp_path, told(tmp_path, "go left", "go right"))
+    given = ["data.mixture[0].objective=it", f"objectives.it.paradigm={name}", "objectives.it.window=4"]
+    with pytest.raises(RecipeError, match=rf"objectives.it.context.*needs at least {least}"):
+        check(file, [*given, f"objectives.it.context={few}"])
+    check(file, [*given, f"objectives.it.context={enough}"])
+    with pytest.raises(RecipeError, match="no text that differs"):
+        check(file, [*given, f"objectives.it.context={enough}", f"data.mixture[0].dataset={told(tmp_path / 'same', 'go')}"])
