@@ -162,7 +162,7 @@ def told(folder: Any, *texts: str) -> str:
     return str(folder / "told")
 
 
-@pytest.mark.parametrize(("name", "few", "enough", "least"), [("reward", 60, 300, 8), ("mia", 30, 90, 2)])
+@pytest.mark.parametrize(("name", "few", "enough", "least"), [("reward", 60, 300, 8), ("mia", 18, 90, 2)])
 def test_rows_with_too_few_windows_to_tell_apart_are_refused(tmp_path, name, few, enough, least):
     file = recipe(tmp_path, told(tmp_path, "go left", "go right"))
     given = ["data.mixture[0].objective=it", f"objectives.it.paradigm={name}", "objectives.it.window=4"]
