@@ -140,7 +140,7 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
         whole_window(policy, twin, seen, taken(policy), False)
     cached: list[float] = []
     whole: list[float] = []
-    worst, before = 0.0, policy._recall.tokens
+    worst, before = 0.0, policy.recall.tokens
     places = set(np.linspace(0, cycle - 1, PLACES).astype(int).tolist())
     for step in range(cycle):
         seen = observations(task, rows, rng)
@@ -154,7 +154,7 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
             begin = time.process_time()
             other.act(seen, zeros)
             whole.append(time.process_time() - begin)
-    tokens = policy._recall.tokens - before
+    tokens = policy.recall.tokens - before
     ms, slow = 1e3 * statistics.mean(cached), 1e3 * statistics.median(whole)
     return {
         "step_width": layout.width,
@@ -164,7 +164,7 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
         "actions_a_second": 1e3 * rows / ms,
         "times_as_fast": slow / ms,
         "tokens_an_action": tokens / (cycle * rows),
-        "resident_mb": policy._recall.bytes / 1e6,
+        "resident_mb": policy.recall.bytes / 1e6,
         "largest_difference": worst,
     }
 

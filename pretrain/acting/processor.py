@@ -40,6 +40,9 @@ class _File:
     return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+ANSWERS_RETURN = "sample"  # the rule of acting that chooses a return before each action
+
+
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
@@ -50,6 +53,9 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     else:
         _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    acting = objective.get("acting", ["next", {}])
+    if not (isinstance(acting, (list, tuple)) and len(acting) == 2 and isinstance(acting[1], Mapping)):
+        raise DataError(f"{where}, acting: it is {acting!r}, not the name of a rule and its options")
     out = {}
     for task, values in objective["timesteps"].items():
         out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
@@ -79,7 +85,8 @@ class Processor:
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
         Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
-        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal. `acting` is
+        there, the name of its rule and its options, if the action is not simply answered one token after another.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
@@ -196,6 +203,7 @@ class Processor:
         prompt: Window | None = None,
         hop: bool = False,
         goal: Mapping[str, Any] | None = None,
+        reserve: int = 0,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -216,6 +224,8 @@ class Processor:
             Whether a full window drops its older half, instead of its oldest steps.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
+        reserve : int
+            Steps that a full window keeps free, for a plan.
 
         Raises
         ------
@@ -241,7 +251,23 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
-        return History(self, layout, environments, asked, prompt, hop, goal)
+        return History(
+            self,
+            layout,
+            environments,
+            asked,
+            prompt,
+            hop,
+            goal,
+            answers_return=self.rule(name)[0] == ANSWERS_RETURN,
+            reserve=reserve,
+            predicts_end=self.layouts[name][task].predicts_end,
+        )
+
+    def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:
+        """The rule that an objective acts by, and its options."""
+        name, options = self.objectives[objective].get("acting", ("next", {}))
+        return name, options
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""
@@ -270,8 +296,10 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(e.role == "return" for e in self.layouts[objective][task].elements):
-                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            shown = any(e.role == "return" and e.shown for e in self.layouts[objective][task].elements)
+            if not shown or self.rule(objective)[0] == ANSWERS_RETURN:
+                why = "it chooses the returns itself" if shown else "it shows the model no returns"
+                raise DataError(f"{where}: {why}, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
         try:

@@ -128,8 +128,8 @@ def test_a_demonstration_is_read_once(setup):
     episode = fixtures.window(of, task, 1, rng, start=0).fields
     policy.act([native(task, episode, 0)] * 6)
     beginning = policy.history._prompt_tokens
-    assert policy._recall.tokens < 4 * beginning  # of six
-    assert policy._recall.cache.lengths.min() > beginning > 20
+    assert policy.recall.tokens < 4 * beginning  # of six
+    assert policy.recall.cache.lengths.min() > beginning > 20
 
 
 def test_windows_that_always_show_the_most_are_computed_anew():
@@ -144,7 +144,7 @@ def test_windows_that_always_show_the_most_are_computed_anew():
             one.act(rng.normal(size=5), 0.1)
     assert len(policy.history._episodes[0].observations) == 7
     assert 3 <= len(hopping.history._episodes[0].observations) <= 7
-    assert hopping._recall.tokens <= 40 * 2 * 3 < policy._recall.tokens
+    assert hopping.recall.tokens <= 40 * 2 * 3 < policy.recall.tokens
 
 
 def test_an_action_that_is_encoded_differently_is_read_again(monkeypatch):
