@@ -203,6 +203,11 @@ class Sketch:
             raise DataError("the count, the moments and the shape of a sketch do not agree")
         if self.count and not (self.min <= self.max).all():
             raise DataError("a sketch has a count, but no extremes")
+        numbers = (self.outside, self.elements, *(getattr(self, name) or 0 for name in _BAD))
+        if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
+            raise DataError("a sketch counts values with something else than numbers")
+        if not all(isinstance(episode, str) for episode in self.first_bad):
+            raise DataError("a sketch names episodes by something else than their ids")
         keys, counts = self.keys, self.counts
         known = len(keys) == len(counts) and bool((keys[1:] > keys[:-1]).all() and (counts > 0).all())
         if not known or (len(keys) and int(keys[-1]) >= dimensions * _CELLS):
@@ -346,11 +351,13 @@ class Statistics:
 
     @classmethod
     def read(cls, source: Any) -> Statistics:
-        """Read what `write` wrote, from a path or a file object."""
+        """Read what `write` wrote, from a path or a file object. Raises ValueError or TypeError if it is damaged."""
         import pyarrow.parquet as pq
 
         out = cls()
         for row in pq.read_table(source).to_pylist():
+            if not (isinstance(row["task"], str) and isinstance(row["field"], str)):
+                raise ValueError(f"a row is of task {row['task']!r} and field {row['field']!r}, which are no names")
             arrays = {n: np.asarray(row[n], kind) for n, kind in _ARRAYS.items()}
             # An earlier version did not write all counts of bad values: these are unknown
             parts: dict[str, Any] = {n: int(row[n]) for n in _SCALARS} | {n: row.get(n) for n in _BAD} | arrays

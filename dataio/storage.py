@@ -80,6 +80,8 @@ class Store:
         A request has stalled, and is repeated, if no byte arrives for this many seconds.
     gap : int
         Two ranges of one read are fetched by one request if at most this many bytes lie between them.
+    by_data : bool
+        Data chose the URL, not the user: a web server may redirect only to hosts that TIPHYS_SHARD_HOSTS lists.
 
     Attributes
     ----------
@@ -103,7 +105,16 @@ class Store:
         The store could not be read or written, even after repeated tries.
     """
 
-    def __init__(self, url: str, *, requests: int = 64, attempts: int = 8, timeout: float = 30.0, gap: int = GAP):
+    def __init__(
+        self,
+        url: str,
+        *,
+        requests: int = 64,
+        attempts: int = 8,
+        timeout: float = 30.0,
+        gap: int = GAP,
+        by_data: bool = False,
+    ):
         try:
             url = expand(url)
         except ValueError as error:
@@ -111,7 +122,8 @@ class Store:
         self.url = url.rstrip("/") or url
         self.requests, self.attempts, self.timeout, self.gap = requests, attempts, timeout, gap
         self.traffic = Traffic()
-        self._backend = backend(self.url, timeout)
+        self._by_data = by_data
+        self._backend = backend(self.url, timeout, by_data)
         self._etags: dict[str, str] = {}
         self._missed: dict[
             str, float
@@ -120,7 +132,7 @@ class Store:
         self._elsewhere: dict[str, Store] = {}
 
     def __reduce__(self) -> Any:  # a spawned process gets only the settings
-        return _restore, (self.url, self.requests, self.attempts, self.timeout, self.gap)
+        return _restore, (self.url, self.requests, self.attempts, self.timeout, self.gap, self._by_data)
 
     @property
     def local(self) -> bool:
@@ -433,9 +445,7 @@ class Store:
                 raise DataError(f"{redacted(self.url)}: a dataset in a store may not point to the local disk: {path}")
             other = self._elsewhere.get(folder)
             if other is None:
-                other = Store(
-                    folder, requests=self.requests, attempts=self.attempts, timeout=self.timeout, gap=self.gap
-                )
+                other = _restore(folder, self.requests, self.attempts, self.timeout, self.gap, by_data=True)
                 other.traffic = self.traffic
                 self._elsewhere[folder] = other
             return other, name
@@ -471,8 +481,8 @@ class Store:
         return _wait(place._patiently(key, "", lambda: place._backend.keys(key)))
 
 
-def _restore(url: str, requests: int, attempts: int, timeout: float, gap: int) -> Store:
-    return Store(url, requests=requests, attempts=attempts, timeout=timeout, gap=gap)
+def _restore(url: str, requests: int, attempts: int, timeout: float, gap: int, by_data: bool) -> Store:
+    return Store(url, requests=requests, attempts=attempts, timeout=timeout, gap=gap, by_data=by_data)
 
 
 def _first_line(text: str) -> str:

@@ -143,9 +143,9 @@ class Reader:
                         f"{self._source}, piece {piece.name}: {error}; this happened three times in a row"
                     ) from None
 
-    def decode_table(self, operation: str, file: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Run an operation of the target, `format.limited:execute`, on a Parquet file of a dataset."""
-        return dict(self._request_one("table", table=operation, file=file, arguments=dict(arguments)))
+    def parse_file(self, operation: str, file: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Run an operation of the target, `format.limited:execute`, on a file of a dataset."""
+        return dict(self._request_one("file", parse=operation, file=file, arguments=dict(arguments)))
 
     def close(self) -> None:
         if self._child is not None:
@@ -254,9 +254,9 @@ class Reader:
 
 
 def _answer(request: dict[str, Any], out: BinaryIO) -> None:
-    if request["operation"] == "table":
+    if request["operation"] == "file":
         execute: Any = pkgutil.resolve_name(request["target"])
-        _send(out, _RESULT, execute(request["table"], request["file"], request["arguments"]))
+        _send(out, _RESULT, execute(request["parse"], request["file"], request["arguments"]))
         return
     source = Source(request["source"])
     try:

@@ -22,12 +22,12 @@ from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.stored import task_specs
 from tiphys.dataio.stores.schemes import HOST_SCHEMES, check_url
+from tiphys.dataio.stores.web import HOSTS, allowed_hosts
 from tiphys.paths import expand
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
-_HOSTS = "TIPHYS_SHARD_HOSTS"  # hosts, separated by commas, that a dataset may name beside its own
 log = logging.getLogger(__name__)
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
@@ -66,9 +66,9 @@ def check_shard(shard: table.Shard, where: str) -> None:
     check_url(shard.name)
     scheme = urlsplit(shard.name).scheme
     host = urlsplit(shard.name).hostname or ""
-    if scheme in HOST_SCHEMES and host not in (urlsplit(where).hostname, *os.environ.get(_HOSTS, "").split(",")):
+    if scheme in HOST_SCHEMES and host not in (urlsplit(where).hostname, *allowed_hosts()):
         raise DataError(
-            f"{where}: shard {shard.name!r} lies on another host; if you trust this dataset, allow it: {_HOSTS}={host}"
+            f"{where}: shard {shard.name!r} lies on another host; if you trust this dataset, allow it: {HOSTS}={host}"
         )
     inside = not scheme and not shard.name.startswith("/") and ".." not in shard.name.split("/")
     elsewhere = scheme and (scheme != "file" or urlsplit(where).scheme in ("", "file"))

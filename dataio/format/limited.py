@@ -1,21 +1,23 @@
-"""`index.parquet` and `statistics.parquet` that are not trusted: they are decoded in a reader process with limits.
+"""Files of a dataset that are not trusted: index.parquet, statistics.parquet and tars are parsed in a reader process with limits.
 
 A few kilobytes of Parquet can claim to hold terabytes, and only the decoder finds out. So it runs where running out of memory
-hurts nobody. A file that was decoded there within the limits may then be read in this process too.
+hurts nobody. A table that was decoded there within the limits may then be read in this process too.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.format import arrays, table
+from tiphys.dataio.format import arrays, table, tar
 from tiphys.dataio.statistics import Statistics
 
 _MEMORY, _FOR_EACH_BYTE, _MOST = (
@@ -47,6 +49,25 @@ def read_statistics(file: Path, where: str) -> Statistics:
     return Statistics.read(file)
 
 
+def samples(file: Path) -> Iterator[tar.Sample]:
+    """`tar.samples`, parsed in the reader process. Raises DataError after the last sample before a fault, and if parsing needs
+    too much memory or time."""
+    size = file.stat().st_size
+    with tempfile.TemporaryDirectory(prefix="tiphys-tar-") as folder:
+        listing = Path(folder) / "samples"
+        _call("samples", "", file, out=str(listing))
+        with open(listing, encoding="ascii") as lines:
+            for line in lines:
+                found = json.loads(line)
+                if isinstance(found, str):
+                    raise DataError(found)
+                key, members, begin, end = found
+                own = {extension: tar.Member(*one) for extension, one in members.items()}
+                if not all(0 <= m.header <= m.offset <= m.offset + m.size <= size for m in own.values()):
+                    raise DataError(f"byte {begin}: the sample {key!r} does not lie within the tar")
+                yield tar.Sample(key, own, begin, end)
+
+
 def _decode(file: Path, out: str, tasks: list[str], shards: list[str]) -> None:
     arrays.decode(file, Path(out), tasks, shards)
 
@@ -65,7 +86,22 @@ def _statistics(file: Path) -> None:
         sketch.check()
 
 
-_OPERATIONS: dict[str, Callable[..., None]] = {"decode": _decode, "table": _table, "statistics": _statistics}
+def _samples(file: Path, out: str) -> None:
+    """One line of JSON for each sample, and one with what is wrong with the tar if it is damaged."""
+    with open(out, "w", encoding="ascii") as lines:
+        try:
+            for sample in tar.samples(file):
+                lines.write(json.dumps([sample.key, sample.members, sample.begin, sample.end]) + "\n")
+        except DataError as error:
+            lines.write(json.dumps(str(error)) + "\n")
+
+
+_OPERATIONS: dict[str, Callable[..., None]] = {
+    "decode": _decode,
+    "table": _table,
+    "statistics": _statistics,
+    "samples": _samples,
+}
 
 
 def execute(operation: str, file: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +143,10 @@ def _call(operation: str, where: str, file: Path, **arguments: Any) -> None:
         if _reader is None:
             _reader = Reader("", f"{__name__}:execute", memory=_MOST, timeout=_TIMEOUT)
         try:
-            answer = _reader.decode_table(operation, str(file), arguments)
+            answer = _reader.parse_file(operation, str(file), arguments)
         except DataError as error:
-            raise DataError(f"{where} cannot be decoded: {str(error).removeprefix(': ')}") from None
+            reason = str(error).removeprefix(": ")
+            raise DataError(f"{where} cannot be decoded: {reason}" if where else reason) from None
         finally:
             _timer = threading.Timer(_IDLE, _stop)
             _timer.daemon = True
@@ -117,7 +154,7 @@ def _call(operation: str, where: str, file: Path, **arguments: Any) -> None:
     if "errno" in answer:
         raise OSError(answer["errno"], answer["text"], str(file))
     if "wrong" in answer:
-        raise DataError(f"{where}: {answer['wrong']}")
+        raise DataError(f"{where}: {answer['wrong']}" if where else answer["wrong"])
 
 
 def _stop() -> None:

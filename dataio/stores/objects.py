@@ -93,9 +93,9 @@ class ObjectBackend:
         if etag and not etag.startswith("W/"):  # a weak tag never matches (RFC 9110, 13.1.1); the caller compares it
             options["if_match"] = etag
         store = self.store
-        ends = asyncio.get_running_loop().time() + self._patience(size)
+        ends = asyncio.get_running_loop().time() + threads.patience(size, self._timeout)
         try:
-            return await _by(ends, threads.call(self._get, store, key, options, size))
+            return await threads.by(ends, threads.call(self._get, store, key, options, size))
         except Exception as error:
             raise await self._failed(error, key, store) from error
 
@@ -106,16 +106,14 @@ class ObjectBackend:
         meta = result.meta
         return data, ObjectInfo(meta["size"], meta["e_tag"] or "")
 
-    def _patience(self, size: int) -> float:
-        """Most seconds for an answer of so many bytes. The client's timeout does not notice a body that arrives byte by byte."""
-        return 3 * self._timeout + size / _SLOWEST
-
     async def fetch_many(self, key: str, starts: Sequence[int], sizes: Sequence[int]) -> Sequence[Buffer]:
         """Several ranges, ten in flight, with half the CPU time of as many `fetch`. No ETag is checked; one failure fails all."""
         store = self.store
-        ends = asyncio.get_running_loop().time() + self._patience(sum(sizes))
+        ends = asyncio.get_running_loop().time() + threads.patience(sum(sizes), self._timeout)
         try:
-            return await _by(ends, self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0))
+            return await threads.by(
+                ends, self.obstore.get_ranges_async(store, key, starts=starts, lengths=sizes, coalesce=0)
+            )
         except Exception as error:
             raise await self._failed(error, key, store) from error
 
@@ -149,26 +147,6 @@ class ObjectBackend:
             await self.obstore.delete_async(store, key)
         except Exception as error:
             raise await self._failed(error, key, store) from error
-
-
-_SLOWEST = 64 << 10  # bytes a second; a body that arrives more slowly is requested again
-
-
-async def _by(ends: float, answer: Any) -> Any:
-    """The result of a future; raises Transient if it is not there at the time `ends` of the event loop.
-
-    A result that has arrived is never discarded, even if the event loop notices it late.
-    """
-    timer = asyncio.get_running_loop().call_at(ends, answer.cancel)
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        raise Transient("the answer came too slowly") from None
-    finally:
-        timer.cancel()
 
 
 _STATUS = re.compile(r"status code: (\d{3})")

@@ -12,6 +12,7 @@ from tiphys.dataio.stores.backend import Backend
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.filesystems import FsspecBackend
 from tiphys.dataio.stores.objects import ObjectBackend
+from tiphys.dataio.stores.web import WebBackend
 from tiphys.paths import local
 
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "http", "https")
@@ -43,8 +44,11 @@ def check_url(url: str) -> None:
         )
 
 
-def backend(url: str, timeout: float) -> Backend:
-    """The backend for a folder's URL. Raises DataError if its scheme may not be opened, or if it contains credentials."""
+def backend(url: str, timeout: float, by_data: bool = False) -> Backend:
+    """The backend for a folder's URL. Raises DataError if its scheme may not be opened, or if it contains credentials.
+
+    by_data   data chose the URL: a web server may not redirect to other hosts
+    """
     check_url(url)
     scheme = urlsplit(url).scheme.lower() if "://" in url or re.match(r"[a-z0-9+.-]{2,}:", url) else ""
     if "::" in url or (scheme and scheme not in (*OBJECT_SCHEMES, *FSSPEC_SCHEMES, "file")):
@@ -55,4 +59,6 @@ def backend(url: str, timeout: float) -> Backend:
             return LocalBackend(Path(local(url)).absolute())
         except ValueError as error:
             raise DataError(str(error)) from None
+    if by_data and scheme in ("http", "https"):
+        return WebBackend(url, timeout)
     return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)

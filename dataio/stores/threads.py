@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from tiphys.dataio.stores.backend import Transient
+
 T = TypeVar("T")
 
 
@@ -58,6 +60,31 @@ _threads = Threads()
 def call(function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
     """`Threads.call` in the pool of this process."""
     return _threads.call(function, *arguments)
+
+
+_SLOWEST = 64 << 10  # bytes a second; a body that arrives more slowly is requested again
+
+
+def patience(size: int, timeout: float) -> float:
+    """Most seconds for an answer of so many bytes. A client's timeout does not notice a body that arrives byte by byte."""
+    return 3 * timeout + size / _SLOWEST
+
+
+async def by(ends: float, answer: Any) -> Any:
+    """The result of a future; raises Transient if it is not there at the time `ends` of the event loop.
+
+    A result that has arrived is never discarded, even if the event loop notices it late.
+    """
+    timer = asyncio.get_running_loop().call_at(ends, answer.cancel)
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise Transient("the answer came too slowly") from None
+    finally:
+        timer.cancel()
 
 
 def _renew() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
-from tiphys.dataio.format import captions, tar
+from tiphys.dataio.format import captions, limited, tar
 from tiphys.dataio.format.document import DATASET, INDEX, fetch, publish
 from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
 from tiphys.dataio.index import EpisodeIndex
@@ -131,7 +131,7 @@ def _records(file: Path, shard: str, stem: str, task: str) -> Iterator[tuple[Rec
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         data = memoryview(mapped)
         try:
-            for sample in tar.samples(file):
+            for sample in limited.samples(file):
                 yield _record(sample, data, shard, stem, task)
         except DataError as error:
             raise DataError(f"{shard}: {error}") from None

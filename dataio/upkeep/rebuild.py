@@ -12,10 +12,12 @@ import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec
-from tiphys.dataio.format import encodings, tar
+from tiphys.dataio.format import encodings, limited, tar
 from tiphys.dataio.format.encodings import Encoding
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.format.table import Chunks, Record
+
+_JSON = 256 << 20  # most bytes of the .json member of a sample
 
 
 def records(file: Path, shard: str, layouts: Mapping[str, RowLayout]) -> Iterator[Record | DataError]:
@@ -25,7 +27,7 @@ def records(file: Path, shard: str, layouts: Mapping[str, RowLayout]) -> Iterato
     """
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            for sample in tar.samples(file):
+            for sample in limited.samples(file):
                 try:
                     yield _record(sample, memoryview(data), shard, layouts)
                 except DataError as error:
@@ -79,6 +81,8 @@ def member_bytes(data: memoryview, member: tar.Member) -> bytes:
 
 def parse_sample_json(raw: bytes) -> dict[str, Any]:
     """The content of the `.json` member of a sample that ShardWriter wrote. Raises DataError if it is damaged."""
+    if len(raw) > _JSON:
+        raise DataError(f"its .json member has {len(raw):,} bytes; at most {_JSON:,} are read")
     try:
         own = json.loads(raw)
         if not (isinstance(own["id"], str) and isinstance(own["task"], str) and isinstance(own["steps"], int)):

@@ -262,7 +262,7 @@ def _verify_shard(
     samples = dict[int, tar.Sample]()
     end, whole = 0, True
     try:
-        for sample in tar.samples(file):
+        for sample in limited.samples(file):
             samples[sample.begin] = sample
             end = sample.end
     except DataError as error:

@@ -360,7 +360,7 @@ class History:
             elif element.role == "reward":
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
-        fields |= dict.fromkeys(layout.preamble, "") | texts
+        fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
         return Window(
             entry=0,
             task=0,

@@ -66,6 +66,8 @@ class Policy:
     ) -> Policy:
         """Load a policy. It acts with the code of this installation, not with the code in its folder.
 
+        On a CPU it computes in float32, whatever the type of its weights; elsewhere in the type of its weights.
+
         Parameters
         ----------
         folder : str or Path
@@ -96,7 +98,7 @@ class Policy:
         folder = expand(folder)
         _check_kind(Path(folder))
         try:
-            model: Any = DecisionModel.from_pretrained(folder, device_map=device if device == "auto" else None)
+            model: Any = DecisionModel.from_pretrained(folder, **_placement(device))
         except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # transformers and safetensors raise errors of many classes
@@ -248,9 +250,8 @@ class Policy:
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
-        if target_return is not None:
-            target_return = self.processor.asked(self.task, self._objective, target_return)
-        self.history.reset(environment, target_return)
+        asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
+        self.history.reset(environment, asked)
         self._steps[environment] = 0
         self._instruct(instruction, [environment])
         if stream is not None:
@@ -364,6 +365,13 @@ class Policy:
         if not self.sample:
             return logits.argmax(-1).numpy() + slot.low
         return drawn(logits, self.uniform(environments, number)) + slot.low
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained`. Most CPUs compute several times as slowly in bf16 as in float32."""
+    if device == "auto":
+        return {"device_map": device}
+    return {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
 
 
 def check_device(name: str) -> None:

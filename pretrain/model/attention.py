@@ -178,5 +178,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
         tokens, longest, ends = prefixes
         options |= {"window_size": (-1, -1)} if "window_size" in VARLEN else {"is_causal": False}
         a, b, c = (t.index_select(0, tokens) for t in (q, k, v))
-        out = out.index_copy(0, tokens, varlen_attn(a, b, c, ends, ends, longest, longest, **options))
+        again = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
+        assert isinstance(again, Tensor)
+        out = out.index_copy(0, tokens, again)
     return out

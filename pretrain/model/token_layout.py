@@ -64,7 +64,7 @@ def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
             parts = [to_device(torch.from_numpy(x), device) for x in (slots, places, sizes)]
         ahead = windows[a:b, 2].astype(np.int64)
         prefix = to_device(torch.from_numpy(ahead), device) if ahead.any() else None
-        groups.append(Group(start, stop, int(b - a), widest, bool(causal[a]), *parts, prefix))
+        groups.append(Group(start, stop, int(b - a), widest, bool(causal[a]), parts[0], parts[1], parts[2], prefix))
     return groups
 
 

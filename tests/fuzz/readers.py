@@ -69,7 +69,7 @@ def make(folder: Path) -> dict[str, Callable[[], Reader]]:
         "tar": lambda: Reader(((dataset() / "shards/000000.tar").read_bytes(), _pax()), _tar, _read_tar),
         "steps.npy": lambda: Reader((_rows(),), _damaged_rows, _read_rows),
         "processor.json": lambda: Reader((_PROCESSOR.read_bytes(),), _json, _read_processor),
-        "config.json": lambda: Reader((_config(),), _json, _read_config, (ValueError,)),
+        "config.json": lambda: Reader((_config(),), _json, _read_config),
         "checkpoint": lambda: _checkpoint(folder),
         "recipe": _recipe,
         "mapping": lambda: Reader((_MAPPING,), _yaml, _read_mapping),
@@ -131,7 +131,12 @@ def _read_statistics(data: bytes, folder: Path) -> None:
 
     file = folder / "statistics.parquet"
     file.write_bytes(data)
-    read_statistics(file, "x").result(["rich"])
+    found, merged = read_statistics(file, "x"), Statistics()
+    merged.merge(found)
+    merged.merge(read_statistics(file, "x"))
+    for fields in merged.result(["rich"]).values():
+        for one in fields.values():
+            json.dumps(one.to_dict())
 
 
 # -- Shards -----------------------------------------------------------------------------------------------------------
@@ -177,9 +182,8 @@ def _tar(data: bytes, rng: random.Random) -> bytes:
 def _read_tar(data: bytes, folder: Path) -> None:
     file = folder / "shard.tar"
     file.write_bytes(data)
-    for sample in tar.samples(file):
-        for member in sample.members.values():
-            assert 0 <= member.offset <= member.offset + member.size <= len(data)
+    for member in tar.members(file):
+        assert 0 <= member.offset <= member.offset + member.size <= len(data)
     layouts = {RICH.name: RowLayout(RICH)}
     for _ in rebuild.records(file, "shard.tar", layouts) if data else ():
         pass
@@ -250,7 +254,10 @@ def _config() -> bytes:
 def _read_config(data: bytes, _: Path) -> None:
     from tiphys.pretrain.model.config import DecisionConfig
 
-    values = json.loads(data)
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DataError("not JSON") from None
     if isinstance(values, dict):  # transformers reads nothing else
         DecisionConfig.from_dict(values)
 
@@ -292,13 +299,13 @@ def _checkpoint(folder: Path) -> Reader:
 
 
 def _recipe() -> Reader:
-    from tiphys.recipes.load import FOLDER, load_recipe
+    from tiphys.recipes.load import FOLDER, RecipeError, load_recipe
 
     def read(data: bytes, folder: Path) -> None:
         (folder / "r.yaml").write_bytes(data)
         load_recipe(folder / "r.yaml")
 
-    return Reader(tuple(p.read_bytes() for p in sorted(FOLDER.glob("*.yaml"))), _yaml, read, (ValueError,))
+    return Reader(tuple(p.read_bytes() for p in sorted(FOLDER.glob("*.yaml"))), _yaml, read, (RecipeError,))
 
 
 _MAPPING = b"""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,11 @@ import pytest
 from crc32c import crc32c
 
 from tests.dataio.making import SMALL, small_dataset
-from tiphys.dataio.dataset import merge, verify
+from tiphys.dataio.dataset import index_foreign, merge, verify
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.format import table
+from tiphys.dataio.format import limited, table
 from tiphys.dataio.format.document import INDEX, STATISTICS, sha256
+from tiphys.dataio.format.tar import samples
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.shards import merge_pieces
 
@@ -97,6 +100,8 @@ def change_statistics(url: str, name: str, change: Callable[[dict[str, Any]], No
         {"keys": [5, 4], "counts": [1, 1]},
         {"counts": None},
         {"task": None, "shape": None},
+        {"task": None},
+        {"field": None},
     ],
 )
 def test_statistics_that_are_not_possible_are_refused(tmp_path: Path, values: dict[str, Any]) -> None:
@@ -128,3 +133,35 @@ def test_merge_compares_the_digests(tmp_path: Path, name: str) -> None:
     pq.write_table(content, file)
     with pytest.raises(DataError, match=f"{name} does not have the SHA-256"):
         merge([url], str(tmp_path / "m"))
+
+
+def test_tars_are_parsed_in_the_reader_process_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, foreign = str(tmp_path / "d"), tmp_path / "foreign"
+    small_dataset(url, 3)
+    foreign.mkdir()
+    with tarfile.open(foreign / "0.tar", "w") as tar:
+        for name, content in (("a.png", b"\x89PNG\r\n\x1a\n"), ("a.txt", b"a picture")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (Path(url) / INDEX).unlink()  # so that --repair makes it from the tars
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a tar was opened in this process")
+
+    monkeypatch.setattr(tarfile, "open", refuse)
+    assert verify(url, repair=True).repairs
+    assert verify(url).ok
+    assert index_foreign(str(foreign)).episodes == 1
+
+
+def test_samples_in_the_reader_process_are_those_of_the_tar(tmp_path: Path) -> None:
+    url = str(tmp_path / "d")
+    small_dataset(url, 5)
+    (file,) = (Path(url) / "shards").iterdir()
+    assert list(limited.samples(file)) == list(samples(file))
+    file.write_bytes(file.read_bytes()[: -(12 << 10)])
+    read = limited.samples(file)
+    assert next(read).begin == 0
+    with pytest.raises(DataError, match="cut off"):
+        list(read)
