@@ -15,10 +15,11 @@ from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
+from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
-from tiphys.pretrain.acting.rules import RULES, drawn, resolved
+from tiphys.pretrain.acting.rules import RULES, resolved
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -356,13 +357,25 @@ class Policy:
             steps, streams = steps[:, None], streams[:, None]
         return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
 
-    def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
-        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it."""
+    def _choose(
+        self,
+        acting: Acting,
+        number: int,
+        hidden: torch.Tensor,
+        environments: list[int],
+        tilt: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it.
+
+        `tilt` is added to the logits; then the answer is always drawn.
+        """
         slot = acting.slots[number]
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()
-        if not self.sample:
+        if tilt is not None:
+            logits = logits.double() + torch.from_numpy(tilt)
+        elif not self.sample:
             return logits.argmax(-1).numpy() + slot.low
         return drawn(logits, self.uniform(environments, number)) + slot.low
 

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number
-from tiphys.pretrain.acting.beam import Beam, drawn
+from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.tokens.paradigms import ACTING_OPTIONS
 
 if TYPE_CHECKING:
@@ -31,27 +30,22 @@ def one_after_another(
     for slot in range(len(acting.slots)):
         stop = acting.open + slot  # the hidden state before this column answers the slot
         hidden = policy.recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
-        if acting.slots[slot].field == "return":
-            answers.append(_likely_return(policy, acting, hidden, chosen, options["kappa"]))
-        else:
-            answers.append(policy._choose(acting, slot, hidden, chosen))
+        tilt = _tilt(policy, options["kappa"]) if acting.slots[slot].field == "return" else None
+        answers.append(policy._choose(acting, slot, hidden, chosen, tilt))
         acting.answer(slot, answers[-1])
         start = stop
     policy.recall.end(acting, rows)
     return answers, len(acting.slots) - 1
 
 
-def _likely_return(policy: Policy, acting: Acting, hidden: torch.Tensor, chosen: list[int], kappa: float) -> np.ndarray:
-    """Ids drawn from P(return) · exp(κ (return − low) / (high − low)) (Lee et al. 2022, sec. 3.4).
+def _tilt(policy: Policy, kappa: float) -> np.ndarray:
+    """What is added to the logits of returns, so that they are drawn from P(R) · exp(κ (R − low) / (high − low)).
 
-    low … high is the range of the data's returns, not that of the ids, which may be able to say much more.
+    (Lee et al. 2022, sec. 3.4.) low … high is the range of the data's returns; ids may be able to say much more.
     """
-    slot, values = acting.slots[0], policy.history.return_values()
+    values = policy.history.return_values()
     known = policy.processor.return_quantiles.get(policy.task, values)
-    reach = float(known[-1] - known[0]) or float(values.max() - values.min())
-    bonus = torch.from_numpy(kappa * values / reach)
-    logits = policy.model.logits(hidden)[:, slot.low : slot.high].cpu().double() + bonus
-    return drawn(logits, policy.uniform(chosen, 0)) + slot.low
+    return kappa * values / (float(known[-1] - known[0]) or float(values.max() - values.min()))
 
 
 def beam(

@@ -33,10 +33,10 @@ TASKS = [fixtures.GRID, fixtures.ARM, fixtures.CAMERA]
 class Recorded(Policy):
     """Keeps what the model said at each slot, and what was answered: (environment, slot) -> a vector, of the last step."""
 
-    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
+    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any) -> np.ndarray:
         slot = acting.slots[number]
         said = self.model.regress(hidden, slot.head) if slot.head else self.model.logits(hidden)
-        found = super()._choose(acting, number, hidden, environments)
+        found = super()._choose(acting, number, hidden, environments, *tilt)
         self.said = getattr(self, "said", {}) | {(e, number): s for e, s in zip(environments, said, strict=True)}
         self.found = getattr(self, "found", {}) | {(e, number): f for e, f in zip(environments, found, strict=True)}
         return found
@@ -64,6 +64,7 @@ def anew(policy: Recorded, history: Any, seen: Any, reward: float, i: int) -> li
         acting.answer(number, np.asarray(policy.found[i, number])[None])
     taken = policy.history._episodes[i].actions[-1]
     fields = {e.field: np.asarray(taken[e.field])[None] for e in history.actions}
+    fields["return"] = np.array([policy.history._episodes[i].returns[-1]])
     inputs = to_tensors(acting.batch)
     with torch.no_grad():
         hidden = unpack(policy.model(inputs).hidden, inputs, 1, acting.batch.length)[0]

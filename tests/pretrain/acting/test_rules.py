@@ -114,6 +114,7 @@ def test_a_wide_search_finds_what_dynamic_programming_finds(monkeypatch, seed):
         recall = SimpleNamespace(begin=lambda *_: 0, read=lambda *_: torch.zeros(1, 1), end=lambda *_: None, cache=None)
         search.policy = SimpleNamespace(recall=recall, starts=[start])
         search.acting = SimpleNamespace(batch=SimpleNamespace(part=lambda *_: None), open=0)
+        search.mask = 0
         search.chosen, search.layout = [0], SimpleNamespace(width=4)
         search.horizon, search.width, search.expand, search.gamma = horizon, actions**horizon, actions, gamma
         search.parts = {"observation": [0], "action": [1], "reward": [2], "return": [3]}
