@@ -71,7 +71,9 @@ class Recorded(Policy):
 
     hidden: torch.Tensor | None = None
 
-    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any) -> np.ndarray:
+    def _choose(
+        self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any
+    ) -> np.ndarray:
         self.hidden = hidden
         return super()._choose(acting, number, hidden, environments, *tilt)
 

@@ -25,7 +25,8 @@ class Beam:
     A plan's step: actions are drawn, `expand` for each plan, from the distribution without its least probable values, which
     together hold the share `cdf`. The model then says the reward and the value (the discounted sum of later rewards), of which
     the expected values count, and the next observation, whose most probable ids are taken. The `width` plans with the highest
-    Σ γⁱ r + γᵗ⁺¹ V stay. A plan whose most probable next token is the end of the episode earns nothing more.
+    Σ γⁱ r + γᵗ⁺¹ V stay; of plans with the same actions only one, as long as there are others. A plan whose most probable next
+    token is the end of the episode earns nothing more.
 
     Parameters
     ----------
@@ -69,14 +70,16 @@ class Beam:
         hidden = hidden.repeat_interleave(each, 0)
         first = np.zeros((len(hidden), len(self.parts["action"])), np.int64)
         earned, alive = np.zeros(len(hidden)), np.ones(len(hidden), bool)
+        plan = np.repeat(everyone, each)  # a number for each sequence of actions
         for step in range(self.horizon):
             if step:
                 again = np.repeat(np.arange(len(hidden)), self.expand)
                 self.branches.select(again)
                 hidden = hidden[torch.from_numpy(again).to(hidden.device)]
-                first, earned, alive = first[again], earned[again], alive[again]
+                first, earned, alive, plan = first[again], earned[again], alive[again], plan[again]
             for slot, column in enumerate(self.parts["action"]):
                 ids = self._drawn(hidden, column, step, slot)
+                plan = np.unique(np.stack([plan, ids]), axis=1, return_inverse=True)[1].reshape(-1)
                 first[:, slot] = ids if step == 0 else first[:, slot]
                 hidden = self._read(ids[:, None], [column], step)[:, -1]
             reward, said = self._expected(hidden, self.parts["reward"][0])
@@ -88,14 +91,14 @@ class Beam:
             hidden = two[:, 1]
             earned = earned + alive * self.gamma**step * reward
             score = earned + alive * self.gamma ** (step + 1) * value
-            kept = self._best(score, self.width)
+            kept = self._best(score, self.width, plan)
             self.branches.select(kept)
             hidden = hidden[torch.from_numpy(kept).to(hidden.device)]
-            first, earned, alive, score = first[kept], earned[kept], alive[kept], score[kept]
+            first, earned, alive, score, plan = first[kept], earned[kept], alive[kept], score[kept], plan[kept]
             if step + 1 < self.horizon:
                 hidden, ended = self._observed(hidden, step + 1)
                 alive = alive & ~ended
-        best = first[self._best(score, 1)]
+        best = first[self._best(score, 1, plan)]
         return [best[:, slot] for slot in range(best.shape[1])]
 
     def _observed(self, hidden: torch.Tensor, step: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -132,11 +135,15 @@ class Beam:
     def _element(self, column: int) -> int:
         return int(np.searchsorted(self.layout.columns, column, side="right")) - 1
 
-    def _best(self, score: np.ndarray, count: int) -> np.ndarray:
-        """The branches with the highest scores, `count` of each environment; of equal ones the first."""
+    def _best(self, score: np.ndarray, count: int, plan: np.ndarray) -> np.ndarray:
+        """The branches with the highest scores, `count` of each environment. Repeated plans come after all others."""
         each = len(score) // len(self.chosen)
-        order = np.argsort(-score.reshape(-1, each), axis=1, kind="stable")[:, : min(count, each)]
-        return (order + np.arange(len(order))[:, None] * each).reshape(-1)
+        owner = np.arange(len(score)) // each
+        order = np.lexsort((-score, owner))
+        repeated = np.ones(len(score), bool)
+        repeated[order[np.unique(plan[order], return_index=True)[1]]] = False
+        order = np.lexsort((-score, repeated, owner)).reshape(-1, each)
+        return order[:, : min(count, each)].reshape(-1)
 
     def _read(self, ids: np.ndarray, columns: list[int], step: int) -> torch.Tensor:
         """The hidden states [n, k, D] of new tokens [n, k] of all branches, which stand in these columns of a plan's step."""

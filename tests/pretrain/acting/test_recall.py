@@ -33,7 +33,9 @@ TASKS = [fixtures.GRID, fixtures.ARM, fixtures.CAMERA]
 class Recorded(Policy):
     """Keeps what the model said at each slot, and what was answered: (environment, slot) -> a vector, of the last step."""
 
-    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any) -> np.ndarray:
+    def _choose(
+        self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any
+    ) -> np.ndarray:
         slot = acting.slots[number]
         said = self.model.regress(hidden, slot.head) if slot.head else self.model.logits(hidden)
         found = super()._choose(acting, number, hidden, environments, *tilt)
