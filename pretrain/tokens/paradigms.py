@@ -36,6 +36,15 @@ ACTING = {
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
     "label": "it does not act, but labels data without actions: tiphys label",
     "match": "what is left of a reference episode's histogram, less what was done; then the action",
+    "sample": "a return is drawn, high ones more often; then the action",
+    "beam": "the first action of the best of many plans",
+}
+ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smallest and largest value
+    "kappa": ("sample: how much more often high returns are drawn; 0: as the model says", -1e4, 1e4),
+    "horizon": ("beam: most steps of a plan", 1, 1 << 12),
+    "width": ("beam: plans that are kept", 1, 1 << 16),
+    "expand": ("beam: actions that are drawn for each plan at each step", 1, 1 << 10),
+    "cdf": ("beam: share of the least probable actions that are never drawn", 0, 0.999),
 }
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {
@@ -213,6 +222,8 @@ class Paradigm:
             for name in given:
                 if name not in known:
                     yield f"the {what} {name!r} is unknown; known are {', '.join(known)}"
+        if set(self.acting[1]) - set(ACTING_OPTIONS):
+            yield f"acting has the options {sorted(self.acting[1])}, but known are {', '.join(ACTING_OPTIONS)}"
         if any(part.kind != TEXT or not part.shown for part in self.head):
             yield "only texts that are shown can stand before the first timestep"
         if any(part.kind not in (END, SUMMARY) or not part.shown for part in self.tail):
@@ -251,6 +262,37 @@ PARADIGMS: dict[str, Paradigm] = {
             requires=(REWARD,),
             differs="returns are divided by the task's largest absolute return; the target is a multiple of the best return in "
             "the data; positions count tokens of the window and steps of the episode",
+        ),
+        Paradigm(
+            "tt",
+            "Janner et al. 2021, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION, "quantile", weight=1.0),
+                Part(ACTION, "quantile", weight=5.0),
+                Part(REWARD, "quantile", weight=1.0),
+                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+            ),
+            tail=(Part(END, weight=1.0),),
+            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            requires=(REWARD,),
+            differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
+            "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+        ),
+        Paradigm(
+            "mgdt",
+            "Lee et al. 2022, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION),
+                Part(RETURN, "uniform", weight=1.0, source="to_go"),
+                Part(ACTION, "uniform", weight=1.0),
+                Part(REWARD, "sign", weight=1.0),
+            ),
+            acting=("sample", {"kappa": 10.0}),
+            requires=(REWARD,),
+            differs="returns are bins over the range of the data instead of integers from -20 to 100; kappa counts in that "
+            "range; patches are causal; past returns stay as they were drawn",
         ),
         Paradigm(
             "gato",

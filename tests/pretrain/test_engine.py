@@ -47,7 +47,9 @@ def _oracle(job: str) -> Plain:
 def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(
-        json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")})
+        json.dumps(
+            {"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")}
+        )
     )
 
 
