@@ -149,7 +149,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors, requirement_errors
+    from tiphys.launch.checks.data import data_errors, requirement_errors, text_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
@@ -176,7 +176,8 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     if wrong:
         return
     try:
-        make_plan(recipe, indexes, objectives)
+        plan = make_plan(recipe, indexes, objectives)
+        yield from text_errors(recipe, indexes, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
             make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
     except ValueError as error:

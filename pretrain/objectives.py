@@ -128,8 +128,14 @@ class Objectives:
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
         self.layouts = self._layouts(entries, number, ranges)
         embedders, regressions = _heads(self.layouts)
+        pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
-            plain, embedders=embedders, regressions=regressions, tasks=tuple(number), text_tokenizer=definition
+            plain,
+            embedders=embedders,
+            regressions=regressions,
+            tasks=tuple(number),
+            text_tokenizer=definition,
+            pairs=pairs,
         )
         self.text = TextTokenizer(definition)
         self.prompts = [_prompt(entry) for entry in entries]
@@ -232,13 +238,15 @@ class Objectives:
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.extra + self._preambles(line, layout, mine)
-            if layout.has_actions:  # a prompt is a demonstration
+            fixed[mine] = layout.extra + layout.copies * self._preambles(line, layout, mine)
+            if layout.text_last:
+                units[mine] = 1
+            elif not layout.has_actions:
+                units[mine] = np.maximum(units[mine], 1)
+            else:  # a prompt is a demonstration
                 (every if layout.prompt_steps else prompt)[i] = self.prompts[entry]
                 most = line.objective.prompt_steps or line.paradigm.prompt.steps or layout.fit(self.length // 2)
                 prompt_units[i] = layout.prompt_steps or max(1, most)
-            else:
-                units[mine] = 1
         return EntryLengths(
             units=units,
             window=window,

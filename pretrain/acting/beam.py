@@ -209,6 +209,9 @@ def values_of(element: Element) -> np.ndarray:
 
 
 def drawn(logits: torch.Tensor, uniform: np.ndarray) -> np.ndarray:
-    """Indices [n] drawn from the softmax of logits [n, m] by uniform numbers [n]."""
+    """Indices [n] drawn from the softmax of logits [n, m] by uniform numbers [n]. One whose logit is −∞ is never drawn."""
     below = logits.double().softmax(-1).cumsum(-1)
-    return (below < torch.from_numpy(uniform)[:, None]).sum(-1).clamp(max=logits.shape[1] - 1).numpy()
+    last = (
+        logits.shape[1] - 1 - logits.isneginf().flip(-1).int().argmin(-1)
+    )  # the cumulated sum may round to less than 1
+    return (below < torch.from_numpy(uniform)[:, None]).sum(-1).minimum(last).numpy()

@@ -11,6 +11,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
+from tiphys.pretrain.tokens.agents import one_agent
 from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
 from tiphys.pretrain.tokens.codecs import Discrete
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
@@ -60,6 +61,7 @@ class Acting:
     start  int64 [R]: column of the first token that the model has not seen yet; 0 for a row that holds a whole window
     past   int64 [R]: number of tokens of the window before that column
     heads  for each row, the beginnings of its window that other windows may share, the longest last. Empty if `past` is not 0
+    allowed  slot -> bool [R, its ids]: the answers that can be given. Slots that are not in it have no limits but their own
     """
 
     batch: TokenBatch
@@ -68,6 +70,10 @@ class Acting:
     start: np.ndarray
     past: np.ndarray
     heads: tuple[tuple[Head, ...], ...]
+    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def _restricted(self, allowed: Mapping[int, np.ndarray]) -> Acting:
+        return replace(self, allowed=allowed)
 
     def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
@@ -144,10 +150,12 @@ class History:
         answers_return: bool = False,
         reserve: int = 0,
         predicts_end: bool = False,
+        available: Mapping[str, str] | None = None,
     ):
         """answers_return: the return of each step is answered too, before the action. reserve: steps that a full window keeps
         free, for a plan. predicts_end: the model says where an episode ends."""
         self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
+        self.available = dict(available or {})  # action field -> the field that tells which of its values can be taken
         # What each environment is asked for, unless `reset` says otherwise
         self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
@@ -187,7 +195,9 @@ class History:
 
         Raises DataError if an entry of an action field has no value that both the policy and the environment know.
         """
-        fields = {f.name: f for f in declared if f.modality == "discrete"}
+        agents, mine_of = self.layout.agents, self.layout.agent_fields
+        each = [one_agent(f, agents) if f.name in mine_of else f for f in declared]
+        fields = {f.name: f for f in each if f.modality == "discrete"}
         slots: list[Slot] = []
         for element in self.answered:
             mine, field = _slots(element), fields.get(element.field)
@@ -236,7 +246,24 @@ class History:
         after = batch.length - is_action[:, ::-1].argmax(axis=1)  # the column after the last action
         return Acting(
             batch, after - len(self.slots), self.slots, past - base, past, tuple(heads for _, _, _, heads in laid)
-        )
+        )._restricted(self._allowed(observations))
+
+    def _allowed(self, observations: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+        """Slot -> bool [R, ids of the slot]: which can be answered. Raises DataError if none can."""
+        out = {}
+        for number, slot in enumerate(self.slots):
+            if name := self.available.get(slot.field):
+                codec = next(e.codec for e in self.actions if e.field == slot.field)
+                assert codec is not None
+                first = slot.low - codec.choices()[0][0]
+                can = np.stack([np.asarray(given(o, name)).astype(bool) for o in observations])
+                out[number] = can[:, first : first + slot.high - slot.low]
+                if not out[number].any(axis=1).all():
+                    row = int(out[number].any(axis=1).argmin())
+                    raise DataError(
+                        f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken"
+                    )
+        return out
 
     def _add(self, environment: int, observation: Mapping[str, Any], reward: float) -> None:
         episode = self._episodes[environment]
@@ -265,10 +292,10 @@ class History:
         """
         episode, layout = self._episodes[environment], self.layout
         last = episode.observations[-1]
-        texts = [str(_given(last, name, text=True)) for name in layout.preamble]
+        texts = [str(given(last, name, text=True)) for name in layout.preamble]
         ids = self.processor.text.encode(texts, layout.text_limit)
         preamble = sum(len(part) for part in ids)
-        fixed = (*texts, *(_given(last, name) for name in self._constants))
+        fixed = (*texts, *(given(last, name) for name in self._constants))
         same = len(fixed) == len(episode.fixed) and all(map(np.array_equal, fixed, episode.fixed))
         if self._forget(episode, preamble) or not new or not same:
             episode.held = 0
@@ -369,7 +396,7 @@ class History:
             name = element.field
             if element.role in ("observation", "text"):
                 constant = element.constant
-                rows = [_given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
+                rows = [given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
                 fields[name] = rows[0] if constant else np.stack([np.asarray(r) for r in rows])
             elif element.role == "action":
                 fields[name] = np.stack([*(a[name] for a in episode.actions[first:]), self._placeholders[name]])
@@ -377,6 +404,7 @@ class History:
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
         fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
+        agent = {"agent": np.full(count, environment % layout.agents)} if layout.agents else {}
         return Window(
             entry=0,
             task=0,
@@ -388,7 +416,9 @@ class History:
             step=np.arange(number, number + count),
             returns_to_go=np.array(episode.returns[first:], np.float32),
             valid=np.ones(count, bool),
-            given={} if episode.demand is None else {episode.demand.element.rule: np.stack(episode.demanded[first:])},
+            given=agent
+            if episode.demand is None
+            else {**agent, episode.demand.element.rule: np.stack(episode.demanded[first:])},
         )
 
     def _forget(self, episode: _Episode, preamble: int) -> bool:
@@ -412,7 +442,7 @@ class History:
         return True
 
 
-def _given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
+def given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
     try:
         return observation[name]
     except KeyError:

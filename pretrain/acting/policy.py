@@ -17,6 +17,7 @@ from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.history import Acting
+from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
@@ -215,9 +216,13 @@ class Policy:
         rule, stored = self.processor.rule(name) if name in self.processor.objectives else ("next", {})
         options = resolved(rule, stored, acting or {})
         reserve = int(options.get("horizon", 1)) - 1
+        layouts = self.processor.layouts.get(name, {})
+        self._agents = max(1, layouts[task].agents) if task in layouts else 1
+        if isinstance(target_return, Sequence) and not isinstance(target_return, str):
+            target_return = [one for one in target_return for _ in range(self._agents)]
         self.history = self.processor.history(
             task,
-            environments,
+            environments * self._agents,
             objective=objective,
             reserve=reserve,
             target_return=target_return,
@@ -237,10 +242,10 @@ class Policy:
             options["horizon"] = self.history.reserve + 1
         self.task, self._objective, self._fields = task, name, fields
         self._rule, self._options = rule, options
-        self.recall = Recall(self.model, environments, self.processor.length)
+        self.recall = Recall(self.model, environments * self._agents, self.processor.length)
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
-        self._streams = list(range(environments))
-        self._steps = [0] * environments
+        self._streams = list(range(environments * self._agents))
+        self._steps = [0] * environments * self._agents
         self._instructions: list[str | None] = [None] * environments
         self._instruct(instruction, list(range(environments)))
 
@@ -266,11 +271,12 @@ class Policy:
             What is to be done, in words. None: as before.
         """
         asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
-        self.history.reset(environment, asked)
-        self._steps[environment] = 0
         self._instruct(instruction, [environment])
-        if stream is not None:
-            self._streams[environment] = stream
+        for agent, row in enumerate(self._rows([environment])):
+            self.history.reset(row, asked)
+            self._steps[row] = 0
+            if stream is not None:
+                self._streams[row] = stream * self._agents + agent
 
     def act(
         self,
@@ -313,18 +319,80 @@ class Policy:
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments, text=text)[0]
-        chosen = list(range(len(self._streams))) if environments is None else list(environments)
+        chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
-        acting = self.history.observe(given, rewards, chosen, new=self.hop)  # type: ignore[arg-type]
-        answers, read = self._answer(acting, chosen)
+        rows, agents = self._rows(chosen), self._agents
+        each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
+        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=self.hop)
+        answers, read = self._answer(acting, rows)
         fields = self.history.decode(answers)
-        self.history.acted(fields, chosen, acting, read)
-        for i in chosen:
-            self._steps[i] += 1
+        self.history.acted(fields, rows, acting, read)
+        for row in rows:
+            self._steps[row] += 1
+        if self.history.layout.agents:
+            fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def _rows(self, environments: Sequence[int]) -> list[int]:
+        """The rows of the history that belong to these environments: one for each of their agents."""
+        return [i * self._agents + agent for i in environments for agent in range(self._agents)]
+
+    def _members(self, team: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each agent of an environment observes. Raises DataError if a field does not have the values of all agents."""
+        layout = self.history.layout
+        if not layout.agents:
+            return [team]
+        for name in layout.agent_fields:
+            if name in team and np.shape(team[name])[:1] != (layout.agents,):
+                raise DataError(
+                    f"the observation's field {name!r} has shape {np.shape(team[name])}, but its first axis must be over the "
+                    f"{layout.agents} agents"
+                )
+        mine = layout.agent_fields
+        return [{n: v[i] if n in mine else v for n, v in team.items()} for i in range(layout.agents)]
+
+    def match(
+        self, task: str, clips: Sequence[Sequence[Any]], texts: Sequence[str], *, objective: str = ""
+    ) -> np.ndarray:
+        """How well each text fits each clip, if the policy has learned that.
+
+        Parameters
+        ----------
+        task : str
+            Name of the task.
+        clips : sequence of sequence of observations
+            Consecutive observations, as for `act`; at most as many as a window of training had.
+        texts : sequence of str
+            The texts.
+        objective : str
+            The objective that taught it; "": the first of the task that did.
+
+        Returns
+        -------
+        ndarray, float64 [clips, texts]
+            The cosine of their vectors (objectives such as `reward`), or the probability that the text belongs to the clip
+            (objectives such as `mia`).
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If no objective of the task taught which texts fit, or an observation lacks a field.
+        """
+        layouts = {name: by_task[task] for name, by_task in self.processor.layouts.items() if task in by_task}
+        if not layouts or (objective and objective not in layouts):
+            known = f"objectives {', '.join(layouts)}" if layouts else f"tasks {', '.join(self.processor.tasks)}"
+            raise KeyError(f"the policy was not trained on task {task!r} with objective {objective!r}; it has {known}")
+        layout = layouts[
+            objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))
+        ]
+        fields = {f.name: f for f in self.processor.tasks[task].fields}
+        given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
+        return fits(self.model, self.processor, layout, given, texts)
 
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""
@@ -387,6 +455,8 @@ class Policy:
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()
+        if number in acting.allowed:
+            logits = logits.masked_fill(~torch.from_numpy(acting.allowed[number]), -torch.inf)
         if tilt is not None:
             logits = logits.double() + torch.from_numpy(tilt)
         elif not self.sample:

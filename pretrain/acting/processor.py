@@ -222,7 +222,7 @@ class Processor:
         task : str
             Name of the task.
         environments : int
-            Number of environments.
+            Number of environments; for a task of several agents, of agents: those of an environment follow each other.
         objective : str
             The objective to act with; "": the first that the task was trained with.
         target_return : float, str, or a sequence of these, optional
@@ -277,6 +277,7 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self.prompt(task, name, prompt)
+        available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
             query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
@@ -293,6 +294,7 @@ class Processor:
             answers_return=rule == ANSWERS_RETURN,
             reserve=reserve,
             predicts_end=learnt.predicts_end,
+            available=available,
         )
 
     def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:

@@ -16,11 +16,13 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.hiding import HIDING, QUERIES
 from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
+from tiphys.pretrain.tokens.views import AGENTS, ONE, VIEWS, WINDOW_TEXT
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
-END, SUMMARY = "end", "summary"
+END, SUMMARY, AGENT = "end", "summary", "agent"
 CODES = {  # kind -> the codes that its parts may have
     TEXT: ("auto",),
+    AGENT: ("auto",),
     OBSERVATION: ("auto", "gato", "vector", "grid", "uniform", "quantile"),
     SEPARATOR: ("auto",),
     RETURN: ("auto", "linear", "uniform", "quantile", "integer", "sign", "histogram"),
@@ -34,6 +36,7 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
+    "match": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
     "match": "what is left of a reference episode's histogram, less what was done; then the action",
     "sample": "a return is drawn, high ones more often; then the action",
@@ -50,9 +53,9 @@ TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation
 REQUIREMENTS = {
     "reward": "rewards",
     "text": "texts that differ within a task",
+    "agents": "actions of several agents at each step",
     "hidden task": "several tasks that only the prompt tells apart",
 }
-VIEWS = {"one": "each episode is one sequence"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Part:
     Attributes
     ----------
     kind : str
-        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `end`
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: the number of the agent. `end`
         (of an episode) and `summary` are tokens of their own, which stand after the last step.
     code : str
         How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the
@@ -103,7 +106,7 @@ class Part:
             raise ValueError(
                 f"a part of kind {self.kind!r} has options {sorted(self.options)}, but knows {sorted(known)}"
             )
-        if not self.weight >= 0 or (self.weight and self.kind in (SEPARATOR, SUMMARY)):
+        if not self.weight >= 0 or (self.weight and self.kind in (SEPARATOR, AGENT)):
             raise ValueError(f"a part of kind {self.kind!r} cannot have the weight {self.weight}")
 
     @property
@@ -176,13 +179,18 @@ class Paradigm:
     hiding : tuple of (str, float)
         Schemes of `hiding.HIDING` with their shares. Each window draws one, which says which parts are hidden and learnt.
     views : str
-        How an episode becomes sequences: a key of `VIEWS`.
+        How a window becomes sequences: a key of `views.VIEWS`.
+    window : int
+        Most steps of a window, unless the recipe says otherwise; 0: as many as fit the context.
     future : int
         Most rows after a window's last step whose observations are shown.
     prompt : Prompt
         The demonstration before a window.
     loss : str
         What the targets count: a key of `timestep.LOSSES`.
+    swap : float
+        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is learned
+        from them.
     acting : (str, mapping)
         How its policy acts: a name in `ACTING`, and the options of that rule.
     requires : tuple of str
@@ -198,10 +206,12 @@ class Paradigm:
     softmax: str = "range"
     mask: str = CAUSAL
     hiding: tuple[tuple[str, float], ...] = ()
-    views: str = "one"
+    views: str = ONE
+    window: int = 0
     future: int = 0
     prompt: Prompt = Prompt()
     loss: str = "targets"
+    swap: float = 0.0
     acting: tuple[str, Mapping[str, Any]] = ("next", {})
     requires: tuple[str, ...] = ()
     differs: str = ""
@@ -237,6 +247,18 @@ class Paradigm:
             yield "all positions see each other, so a part that is predicted must be hidden"
         if self.mask == PREFIX and any(part.weight for part in self.head):
             yield "the texts before the first timestep see each other, so they cannot be predicted"
+        if (self.loss == "pairs") != (self.views == WINDOW_TEXT):
+            yield f"the loss `pairs` and the view `{WINDOW_TEXT}` belong together"
+        if self.loss == "pairs" and (predicted or [part.kind for part in self.tail] != [SUMMARY]):
+            yield "pairs are read at a `summary`, which ends each sequence, and nothing else is predicted"
+        if not 0 <= self.swap < 1 or any(part.weight for part in self.tail if part.kind == SUMMARY) != (self.swap > 0):
+            yield "a `summary` is predicted if texts are swapped, and only then; the share is at least 0 and less than 1"
+        if self.swap and (self.mask == BOTH or any(p.shown for p in self.timestep if p.kind == ACTION)):
+            yield "texts are swapped: actions that are shown tell which fit, so they must be hidden, and the mask causal"
+        if any(part.kind == AGENT for part in self.timestep) and self.views != AGENTS:
+            yield f"the number of an agent is known in the view `{AGENTS}` only"
+        if self.views != ONE and self.prompt.share:
+            yield f"windows of the view `{self.views}` cannot have prompts"
         if self.future < 0:
             yield "future is the number of rows after a window, at least 0"
 
@@ -381,6 +403,41 @@ PARADIGMS: dict[str, Paradigm] = {
             requires=(TEXT,),
             differs="the text is not learned; no text model is begun with; returns are shown by `dt`, which takes texts too",
         ),
+        Paradigm(
+            "madt",
+            "Meng et al. 2021 (Offline pre-trained multi-agent decision transformer), sec. 3",
+            (Part(RETURN, "linear", source="to_go"), Part(AGENT), Part(OBSERVATION), Part(ACTION, weight=1.0)),
+            views=AGENTS,
+            acting=("ask", {}),
+            requires=(REWARD, "agents"),
+            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and do "
+            "not cross episodes; online fine-tuning is not part of it",
+        ),
+        Paradigm(
+            "mia",
+            "Multimodal interactive agent: Abramson et al. 2021, sec. 3.3 (language matching)",
+            (Part(TEXT), Part(OBSERVATION), Part(ACTION, weight=1.0, shown=False)),
+            tail=(Part(SUMMARY, weight=1.0),),
+            swap=0.5,
+            requires=(TEXT,),
+            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show the "
+            "text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
+            "the window's end",
+        ),
+        Paradigm(
+            "reward",
+            "MineCLIP: Fan et al. 2022 (MineDojo), sec. 4.1 and app. C",
+            (Part(OBSERVATION),),
+            tail=(Part(SUMMARY),),
+            mask=BOTH,
+            views=WINDOW_TEXT,
+            window=16,
+            loss="pairs",
+            acting=("match", {}),
+            requires=(TEXT,),
+            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
+            "with equal texts are no negatives of each other",
+        ),
     )
 }
 
@@ -441,6 +498,8 @@ def table() -> list[dict[str, str]]:
             "scheme": p.scheme,
             "softmax": p.softmax,
             "mask": f"{p.mask}: {MASKS[p.mask]}",
+            "views": VIEWS[p.views].about,
+            "loss": LOSSES[p.loss] + (f"; {p.swap:g} of the windows show another text" if p.swap else ""),
             "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
             "prompt": str(p.prompt),
             "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",
