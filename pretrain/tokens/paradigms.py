@@ -36,7 +36,7 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
-    "match": "it does not act: Policy.match says how well texts fit what was seen",
+    "compare": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
     "match": "what is left of a reference episode's histogram, less what was done; then the action",
     "sample": "a return is drawn, high ones more often; then the action",
@@ -49,6 +49,7 @@ ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smal
     "expand": ("beam: actions that are drawn for each plan at each step", 1, 1 << 10),
     "cdf": ("beam: share of the least probable actions that are never drawn", 0, 0.999),
 }
+QUERY = "query"  # option of `fill`: what it is asked, unless `Policy.reset` says otherwise
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {
     "reward": "rewards",
@@ -232,8 +233,8 @@ class Paradigm:
             for name in given:
                 if name not in known:
                     yield f"the {what} {name!r} is unknown; known are {', '.join(known)}"
-        if set(self.acting[1]) - set(ACTING_OPTIONS):
-            yield f"acting has the options {sorted(self.acting[1])}, but known are {', '.join(ACTING_OPTIONS)}"
+        if unknown := sorted(set(self.acting[1]) - {*ACTING_OPTIONS, QUERY}):
+            yield f"acting has the options {unknown}, but known are {', '.join([*ACTING_OPTIONS, QUERY])}"
         if any(part.kind != TEXT or not part.shown for part in self.head):
             yield "only texts that are shown can stand before the first timestep"
         if any(part.kind not in (END, SUMMARY) or not part.shown for part in self.tail):
@@ -347,7 +348,7 @@ PARADIGMS: dict[str, Paradigm] = {
                 ("future", 0.05),
             ),
             loss="factors",
-            acting=("fill", {"query": "bc"}),
+            acting=("fill", {QUERY: "bc"}),
             requires=(REWARD,),
             differs="what is hidden is a token of its own, not zeros; ids are predicted over their range; the kinds of parts "
             "have equal shares in the loss of a row, not of a batch; hidden numbers are predicted independently of each other",
@@ -433,7 +434,7 @@ PARADIGMS: dict[str, Paradigm] = {
             views=WINDOW_TEXT,
             window=16,
             loss="pairs",
-            acting=("match", {}),
+            acting=("compare", {}),
             requires=(TEXT,),
             differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
             "with equal texts are no negatives of each other",
