@@ -1,13 +1,14 @@
 """Speed of acting with a key-value cache against computing the whole window at every step, side by side in one run.
 
-    python -m benchmarks.act [--rows 1,10,64] [--contexts 64,256,1024] [--paradigms dt,gato] [--json FILE]
+    python -m benchmarks.act [--rows 1,10,64] [--contexts 64,256,1024] [--paradigms dt,gato,tt] [--json FILE]
 
 The model has 4 layers of width 256, every other one a mixture of 4 experts, with random weights, and acts on one core with 5
 tokens a step. Times are the process's own on one core.
 All of an action's time is counted: fields to tokens, forward passes, and the decoded action. Windows are full. The cached policy
 plays a whole cycle, from one hop to the next, so its rate holds the prefill of the hop. Between its steps, at a few places of
 the cycle, the other policy (`hop=False`) acts with the largest window, as often as it takes to see its median time. At the same
-places a forward pass over the whole window of the cached policy says by how much its logits differ.
+places a forward pass over the whole window of the cached policy says by how much its logits differ. `tt` plans 5 steps with 32
+plans, 2 actions each; both policies share the history among the plans, and its tokens are those of all plans.
 """
 
 from __future__ import annotations
@@ -52,18 +53,29 @@ TASKS = {  # 5 tokens a step each
             FieldSpec("action", "action", "discrete", "int64", values=7),
         ),
     ),
+    "tt": TaskSpec(
+        "tt",
+        (
+            FieldSpec("observation", "observation", "continuous", "float32", (2,)),
+            FieldSpec("action", "action", "discrete", "int64", values=7),
+            FieldSpec("reward", "reward", "continuous", "float32"),
+        ),
+    ),
 }
+OPTIONS = {"tt": {"horizon": 5, "width": 32, "expand": 2}}
 PLACES = 4  # of a cycle, at which the whole window is computed
 
 
 class Recorded(Policy):
     """Keeps the last hidden states."""
 
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None = None
 
-    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
+    def _choose(
+        self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any
+    ) -> np.ndarray:
         self.hidden = hidden
-        return super()._choose(acting, number, hidden, environments)
+        return super()._choose(acting, number, hidden, environments, *tilt)
 
 
 def answer(model: DecisionModel, slot: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -81,7 +93,7 @@ def policies(paradigm: str, context: int, folder: Path) -> tuple[Recorded, Polic
     recipe = Recipe(
         name="act",
         data=Data(mixture=[Entry(dataset=str(folder), objective="it")]),
-        objectives={"it": Objective(paradigm=paradigm, context=context)},
+        objectives={"it": Objective(paradigm=paradigm, context=context, options=OPTIONS.get(paradigm, {}))},
         model=sizes,
         run=Run(dir="unused"),
     )
@@ -129,9 +141,9 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
     policy.reset(task.name, rows)
     other.reset(task.name, rows)
     layout = policy.history.layout
-    most = layout.steps(0, context)
+    most = layout.steps(0, context) - policy.history.reserve
     cycle = most - most // 2 + 1
-    twin = policy.processor.history(task.name, rows, hop=True)
+    twin = policy.processor.history(task.name, rows, hop=True, reserve=policy.history.reserve)
     skip(other.history, task, rows, most, rng)
     other.act(observations(task, rows, rng), zeros)
     for _ in range(most):  # until the window is full, with the first hop ahead
@@ -140,7 +152,7 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
         whole_window(policy, twin, seen, taken(policy), False)
     cached: list[float] = []
     whole: list[float] = []
-    worst, before = 0.0, policy._recall.tokens
+    worst, before = 0.0, policy.recall.tokens
     places = set(np.linspace(0, cycle - 1, PLACES).astype(int).tolist())
     for step in range(cycle):
         seen = observations(task, rows, rng)
@@ -149,12 +161,13 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
         cached.append(time.process_time() - begin)
         said = whole_window(policy, twin, seen, taken(policy), step in places)
         if step in places:
-            mine = answer(policy.model, policy.history.slots[0], policy.hidden)
-            worst = max(worst, float((said - mine).abs().max()))
+            if policy.hidden is not None:
+                mine = answer(policy.model, policy.history.slots[0], policy.hidden)
+                worst = max(worst, float((said - mine).abs().max()))
             begin = time.process_time()
             other.act(seen, zeros)
             whole.append(time.process_time() - begin)
-    tokens = policy._recall.tokens - before
+    tokens = policy.recall.tokens - before
     ms, slow = 1e3 * statistics.mean(cached), 1e3 * statistics.median(whole)
     return {
         "step_width": layout.width,
@@ -164,7 +177,7 @@ def measure(paradigm: str, rows: int, context: int, folder: Path) -> dict[str, f
         "actions_a_second": 1e3 * rows / ms,
         "times_as_fast": slow / ms,
         "tokens_an_action": tokens / (cycle * rows),
-        "resident_mb": policy._recall.bytes / 1e6,
+        "resident_mb": policy.recall.bytes / 1e6,
         "largest_difference": worst,
     }
 
@@ -179,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="1,10,64")
     parser.add_argument("--contexts", default="64,256,1024")
-    parser.add_argument("--paradigms", default="dt,gato")
+    parser.add_argument("--paradigms", default="dt,gato,tt")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

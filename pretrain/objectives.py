@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
+from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, hiding_errors, paradigm_errors, table
+from tiphys.pretrain.tokens.paradigms import (
+    ACTING_OPTIONS,
+    PARADIGMS,
+    TAKES_GOAL,
+    Paradigm,
+    hiding_errors,
+    paradigm_errors,
+    table,
+)
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
@@ -430,7 +439,7 @@ class Objectives:
                     "target_return": _stored_target(entry),
                     "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
                     **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
-                    **_acting(entry),
+                    **_stored_acting(entry),
                     "timesteps": {},
                 },
             )
@@ -451,6 +460,13 @@ class Objectives:
 
 def _shows_returns(layout: Mapping[str, Any]) -> bool:
     return any(element["role"] == "return" for element in layout["elements"])
+
+
+def _stored_acting(entry: _MixtureEntry) -> dict[str, Any]:
+    """The rule of acting in processor.json, and its options; nothing if the tokens of an action are simply answered in order."""
+    rule, options = entry.paradigm.acting
+    given = {name: value for name, value in entry.objective.options.items() if name in options}
+    return {} if rule in ("next", "ask") else {"acting": [rule, {**options, **given}]}
 
 
 def _stored_target(entry: _MixtureEntry) -> float | str:
@@ -502,11 +518,19 @@ def _check_names(entries: Sequence[_MixtureEntry]) -> None:
     for entry in entries:
         fields.setdefault(entry.name, set()).update(f.name for _, task in entry for f in task.fields)
     for entry in entries:
-        for option in entry.objective.options:
+        rule, acting = entry.paradigm.acting
+        for option, value in entry.objective.options.items():
             if option not in OPTIONS:
                 raise DataError(
                     f"objectives.{entry.name}.options: no option {option!r}; the options are {', '.join(OPTIONS)}"
                 )
+            if option in ACTING_OPTIONS:
+                where = f"objectives.{entry.name}.options.{option}"
+                if option not in acting:
+                    raise DataError(
+                        f"{where}: paradigm {entry.paradigm.name!r} acts by {rule!r}, which has no such option"
+                    )
+                within(value, where, *ACTING_OPTIONS[option][1:])
         for pattern in entry.objective.fields:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[entry.name]):
                 has = ", ".join(sorted(fields[entry.name]))
@@ -599,15 +623,6 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
         return _Returns(0.0, 0.0)
     quantiles = np.quantile(returns, _RETURN_LEVELS)
     return _Returns(float(returns.max()), float(np.abs(returns).max()), tuple(quantiles.tolist()))
-
-
-def _acting(entry: _MixtureEntry) -> dict[str, str]:
-    """The rule that a policy acts by, if it is not that of policies of earlier versions, and its query."""
-    rule, options = entry.paradigm.acting
-    if rule in ("next", "ask"):
-        return {}
-    query = entry.objective.options.get("query", options.get("query", ""))
-    return {"acting": rule, **({"query": str(query)} if rule == "fill" else {})}
 
 
 def _prompt(line: _MixtureEntry) -> float:

@@ -45,7 +45,7 @@ class Filling(History):
     ):
         super().__init__(processor, layout, environments, target_return, prompt, hop=True, goal=goal)
         self.query = query
-        self.asks_for_returns = self.asks_for_returns and query == "rc"
+        self.needs_rewards = self.needs_rewards and query == "rc"
 
     def observe(
         self,
@@ -57,7 +57,7 @@ class Filling(History):
     ) -> Acting:
         """As `History.observe`. The answer to slot i is read at column open + i itself; `new` makes no difference."""
         chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.asks_for_returns and any(self._episodes[i].returns for i in chosen):
+        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
             self._warn()
         earned = [0.0] * len(observations) if rewards is None else rewards
         rows, numbers = [], []
@@ -120,6 +120,7 @@ class Filling(History):
         actions: Mapping[str, np.ndarray],
         environments: Sequence[int] | None = None,
         seen: Acting | None = None,
+        read: int = 0,
     ) -> None:
         """As `History.acted`; nothing is remembered."""
         super().acted(actions, environments)

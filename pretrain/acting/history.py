@@ -146,28 +146,37 @@ class History:
         hop: bool = False,
         goal: Mapping[str, Any] | None = None,
         demands: Sequence[Demand] = (),
+        *,
+        answers_return: bool = False,
+        reserve: int = 0,
+        predicts_end: bool = False,
         available: Mapping[str, str] | None = None,
     ):
+        """answers_return: the return of each step is answered too, before the action. reserve: steps that a full window keeps
+        free, for a plan. predicts_end: the model says where an episode ends."""
         self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
         self.available = dict(available or {})  # action field -> the field that tells which of its values can be taken
         # What each environment is asked for, unless `reset` says otherwise
         self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
+        self.reserve, self.predicts_end = min(reserve, layout.steps(0, processor.length) - 1), predicts_end
         self.actions = tuple(e for e in layout.elements if e.role == "action")
-        self.slots = tuple(slot for e in self.actions for slot in _slots(e))
+        self.answered = tuple(e for e in layout.elements if answers_return and e.role == "return") + self.actions
+        self.slots = tuple(slot for e in self.answered for slot in _slots(e))
         self._demands = tuple(demands)
         self._episodes = [_Episode(asked) for asked in self.target_return]
         for i in range(environments):
             self.reset(i)
-        self.asks_for_returns = any(map(shows_return, layout.elements)) or any(
+        self.needs_rewards = any(shows_return(e) or (e.role == "reward" and e.shown) for e in layout.elements) or any(
             d.field == REWARD_FIELD for d in self._demands
         )
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._constants = tuple(e.field for e in layout.elements if e.constant)
-        self._placeholders = {e.field: any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders = {_name(e): any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders |= {_name(e): any_value(e) for e in self.answered}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
         """Forget the episode of an environment.
@@ -190,7 +199,7 @@ class History:
         each = [one_agent(f, agents) if f.name in mine_of else f for f in declared]
         fields = {f.name: f for f in each if f.modality == "discrete"}
         slots: list[Slot] = []
-        for element in self.actions:
+        for element in self.answered:
             mine, field = _slots(element), fields.get(element.field)
             if field is not None and isinstance(element.codec, Discrete):
                 mine = _limited(mine, element.codec, field)
@@ -215,7 +224,7 @@ class History:
         observation.
         """
         chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.asks_for_returns and any(self._episodes[i].returns for i in chosen):
+        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
             self._warn()
         earned = [0.0] * len(observations) if rewards is None else rewards
         for i, observation, reward in zip(chosen, observations, earned, strict=True):
@@ -269,7 +278,10 @@ class History:
                 before, did = episode.observations[-1], episode.actions[-1]
                 episode.demand.took(value_of(episode.demand.field, before, did, reward))
             episode.demanded.append(episode.demand.shares())
-        episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
+        if "return" in self._placeholders:
+            episode.returns.append(float(self._placeholders["return"]))  # until it is answered
+        else:
+            episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
 
     def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
@@ -299,11 +311,11 @@ class History:
         return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads)
 
     def _warn(self) -> None:
-        """Say once that the return that is asked for stays the same at every step."""
+        """Say once that the model is not told what its actions earned."""
         if not self._warned:
             warnings.warn(
-                f"task {self.layout.task!r}: this objective asks for a return, but `act` was given no `rewards`, so the return "
-                "that is still asked for never falls; give it the rewards of the last actions",
+                f"task {self.layout.task!r}: this objective depends on rewards, but `act` was given no `rewards`, so all count "
+                "as 0, and a return that is asked for never falls; give it the rewards of the last actions",
                 stacklevel=4,
             )
         self._warned = True
@@ -313,36 +325,38 @@ class History:
         actions: Mapping[str, np.ndarray],
         environments: Sequence[int] | None = None,
         seen: Acting | None = None,
+        read: int = 0,
     ) -> None:
         """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them.
 
-        seen  the layout that `observe` gave, if the model has seen all of it but the action's last position
+        seen  the layout that `observe` gave, if the model has seen all of it up to the action
+        read  the number of slots that it has seen too
         """
         chosen = range(len(self._episodes)) if environments is None else environments
-        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen)
+        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen, read)
         for row, i in enumerate(chosen):
             episode = self._episodes[i]
             episode.actions.append({e.field: np.asarray(actions[e.field][row]) for e in self.actions})
+            if "return" in self._placeholders:
+                episode.returns[-1] = float(actions["return"][row])
             if seen is not None:
                 episode.held = int(seen.past[row] + seen.open[row] - seen.start[row] + agree[row])
             else:
                 episode.held = 0
 
-    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting) -> np.ndarray:
-        """[R]: how many of the slots that the model has seen hold what the action's own encoding is.
+    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting, read: int) -> np.ndarray:
+        """[R]: how many of the first `read` slots hold what the action's own encoding is.
 
         An action that was decoded may be encoded differently, for instance if it was clamped.
         """
         agree = np.zeros(len(seen.open), np.int64)
         still, number = np.ones(len(agree), bool), 0
-        for element in self.actions:
+        for element in self.answered:
             assert element.codec is not None
-            if number >= len(self.slots) - 1:
+            if number >= read:
                 break
-            encoded = element.codec.encode(np.asarray(actions[element.field]))
-            for column in range(element.size):
-                if number >= len(self.slots) - 1:
-                    break
+            encoded = element.codec.encode(np.asarray(actions[_name(element)]))
+            for column in range(min(element.size, read - number)):
                 if self.slots[number].shown:
                     mine = encoded[:, column].reshape(len(agree), -1)
                     still &= np.isclose(seen.written(number), mine, rtol=1e-6, atol=1e-6).all(axis=1)
@@ -351,15 +365,24 @@ class History:
         return agree
 
     def decode(self, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset."""
+        """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset.
+
+        If returns are answered too, `return` [R] is among the fields.
+        """
         out, at = {}, 0
-        for element in self.actions:
+        for element in self.answered:
             codec = element.codec
             assert codec is not None
             mine = [np.asarray(a) for a in answers[at : at + element.size]]
-            out[element.field] = codec.decode(np.stack(mine, axis=1))
+            out[_name(element)] = codec.decode(np.stack(mine, axis=1))
             at += element.size
         return out
+
+    def return_values(self) -> np.ndarray:
+        """float64 [ids]: the returns that the answers to the first slot stand for."""
+        codec, slot = self.answered[0].codec, self.slots[0]
+        assert codec is not None
+        return np.asarray(codec.decode(np.arange(slot.low, slot.high)[:, None]), np.float64).reshape(-1)
 
     def _window(self, environment: int, episode: _Episode, first: int, texts: Mapping[str, str]) -> Window:
         """The kept steps from `first` on; the last of them has a placeholder as its action, and as its reward.
@@ -395,7 +418,7 @@ class History:
             valid=np.ones(count, bool),
             given=agent
             if episode.demand is None
-            else {episode.demand.element.rule: np.stack(episode.demanded[first:])},
+            else {**agent, episode.demand.element.rule: np.stack(episode.demanded[first:])},
         )
 
     def _forget(self, episode: _Episode, preamble: int) -> bool:
@@ -407,7 +430,7 @@ class History:
         """
         layout, count = self.layout, len(episode.observations)
         prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
-        most = layout.steps(preamble, self.processor.length - prompt)
+        most = max(1, layout.steps(preamble, self.processor.length - prompt) - self.reserve)
         if count <= most:
             return False
         kept = max(1, most // 2) if self.hop else most
@@ -432,12 +455,16 @@ def given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
         raise DataError(f"the observation has no field {name!r}; it has {there}") from None
 
 
+def _name(element: Element) -> str:
+    return element.field or element.role
+
+
 def _slots(element: Element) -> list[Slot]:
     codec = element.codec
     assert codec is not None
     if element.head:
-        return [Slot(element.field, 0, 0, element.head, element.shown)]
-    return [Slot(element.field, low, high, shown=element.shown) for low, high in codec.choices()]
+        return [Slot(_name(element), 0, 0, element.head, element.shown)]
+    return [Slot(_name(element), low, high, shown=element.shown) for low, high in codec.choices()]
 
 
 def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[Slot]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
+from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
-from tiphys.pretrain.model.inputs import to_tensors, unpack
-from tiphys.pretrain.tokens.timestep import BOTH
+from tiphys.pretrain.acting.rules import RULES, resolved
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -167,6 +167,7 @@ class Policy:
         instruction: str | Sequence[str] | None = None,
         future: Window | Sequence[Window] | None = None,
         remainder: bool = True,
+        acting: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -196,6 +197,9 @@ class Policy:
             has one for each environment.
         remainder : bool
             What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
+        acting : mapping, optional
+            Options of the rule that the objective acts by, instead of its own: `horizon`, `width`, `expand` and `cdf` of a beam
+            search, `kappa` of returns that are drawn.
 
         Raises
         ------
@@ -203,11 +207,16 @@ class Policy:
             If the policy was not trained on the task, or not with this objective.
         DataError
             If the task has no actions, was learned without any text and gets an instruction, or if the objective takes no target
-            return or no goal and gets one.
+            return or no goal and gets one; if an option of `acting` is unknown or out of range, or a plan is longer than the
+            window.
         """
         known = self.processor.tasks.get(task)
         fields = {f.name: f for f in known.fields} if known is not None else {}
-        layouts = self.processor.layouts.get(objective or self.processor.objective(task), {})
+        name = objective or self.processor.objective(task)
+        rule, stored = self.processor.rule(name) if name in self.processor.objectives else ("next", {})
+        options = resolved(rule, stored, acting or {})
+        reserve = int(options.get("horizon", 1)) - 1
+        layouts = self.processor.layouts.get(name, {})
         self._agents = max(1, layouts[task].agents) if task in layouts else 1
         if isinstance(target_return, Sequence) and not isinstance(target_return, str):
             target_return = [one for one in target_return for _ in range(self._agents)]
@@ -215,6 +224,7 @@ class Policy:
             task,
             environments * self._agents,
             objective=objective,
+            reserve=reserve,
             target_return=target_return,
             prompt=prompt,
             hop=self.hop,
@@ -223,8 +233,16 @@ class Policy:
             future=future,
             remainder=remainder,
         )
-        self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
-        self._recall = Recall(self.model, environments * self._agents, self.processor.length)
+        most = self.history.layout.steps(0, self.processor.length)
+        if reserve >= most > 0 and reserve:
+            if acting and "horizon" in acting:
+                raise DataError(
+                    f"task {task!r}: a plan of {reserve + 1} steps is longer than the policy's window of {most}"
+                )
+            options["horizon"] = self.history.reserve + 1
+        self.task, self._objective, self._fields = task, name, fields
+        self._rule, self._options = rule, options
+        self.recall = Recall(self.model, environments * self._agents, self.processor.length)
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
         self._streams = list(range(environments * self._agents))
         self._steps = [0] * environments * self._agents
@@ -309,8 +327,9 @@ class Policy:
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
         acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=self.hop)
-        fields = self.history.decode(self._answer(acting, rows))
-        self.history.acted(fields, rows, acting)
+        answers, read = self._answer(acting, rows)
+        fields = self.history.decode(answers)
+        self.history.acted(fields, rows, acting, read)
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
@@ -401,49 +420,48 @@ class Policy:
             self._instructions[environment] = one
 
     def _native(self, fields: dict[str, np.ndarray], row: int) -> Any:
-        return native({name: _value(values[row], self._actions[name]) for name, values in fields.items()})
+        return native(
+            {name: _value(fields[name][row], field) for name, field in self._actions.items() if name in fields}
+        )
 
     @torch.inference_mode()
-    def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
-        rows = np.array(chosen)
-        if self.history.layout.mask == BOTH:  # all slots are hidden, and are answered where they stand
-            inputs = to_tensors(acting.batch, self.model.device)
-            found = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
-            return [
-                self._choose(acting, number, found[np.arange(len(rows)), acting.open + number], chosen)
-                for number in range(len(acting.slots))
-            ]
-        start = self._recall.begin(acting, rows)
-        answers: list[np.ndarray] = []
-        for number in range(len(acting.slots)):
-            stop = acting.open + number  # the hidden state before this column answers the slot
-            hidden = self._recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
-            answers.append(self._choose(acting, number, hidden, chosen))
-            acting.answer(number, answers[-1])
-            start = stop
-        self._recall.end(acting, rows)
-        return answers
+    def _answer(self, acting: Acting, chosen: list[int]) -> tuple[list[np.ndarray], int]:
+        """The answers to all slots, and how many of them the model has read."""
+        return RULES[self._rule](self, acting, chosen, self._options)
 
-    def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
-        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it."""
+    def uniform(self, environments: Sequence[int], slot: int, attempt: int | np.ndarray = 0) -> np.ndarray:
+        """Random numbers in (0, 1) for a slot of the next action of environments [R]: [R], or [R, n] for n attempts.
+
+        They depend on the seed, the environment's stream and its step, the slot and the attempt.
+        """
+        steps, streams = (np.array([of[i] for i in environments]) for of in (self._steps, self._streams))
+        if np.ndim(attempt):
+            steps, streams = steps[:, None], streams[:, None]
+        return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
+
+    def _choose(
+        self,
+        acting: Acting,
+        number: int,
+        hidden: torch.Tensor,
+        environments: list[int],
+        tilt: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it.
+
+        `tilt` is added to the logits; then the answer is always drawn.
+        """
         slot = acting.slots[number]
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()
         if number in acting.allowed:
             logits = logits.masked_fill(~torch.from_numpy(acting.allowed[number]), -torch.inf)
-        if not self.sample:
+        if tilt is not None:
+            logits = logits.double() + torch.from_numpy(tilt)
+        elif not self.sample:
             return logits.argmax(-1).numpy() + slot.low
-        steps = np.array([self._steps[i] for i in environments])
-        streams = np.array([self._streams[i] for i in environments])
-        draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
-        below = logits.double().softmax(-1).cumsum(-1)
-        if number in acting.allowed:
-            below /= below[
-                :, -1:
-            ]  # rounded to less than 1, it would leave a chance to the last answer, even if that is not allowed
-        return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+        return drawn(logits, self.uniform(environments, number)) + slot.low
 
 
 def _placement(device: str) -> dict[str, Any]:

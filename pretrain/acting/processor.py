@@ -42,6 +42,9 @@ class _File:
     return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+ANSWERS_RETURN = "sample"  # the rule of acting that chooses a return before each action
+
+
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
@@ -52,6 +55,9 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     else:
         _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    acting = objective.get("acting", ["next", {}])
+    if not (isinstance(acting, (list, tuple)) and len(acting) == 2 and isinstance(acting[1], Mapping)):
+        raise DataError(f"{where}, acting: it is {acting!r}, not the name of a rule and its options")
     out = {}
     for task, values in objective["timesteps"].items():
         out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
@@ -81,7 +87,8 @@ class Processor:
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
         Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
-        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal. `acting` is
+        there, the name of its rule and its options, if the action is not simply answered one token after another.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
@@ -206,6 +213,7 @@ class Processor:
         goal: Mapping[str, Any] | None = None,
         future: Window | Sequence[Window] | None = None,
         remainder: bool = True,
+        reserve: int = 0,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -234,6 +242,8 @@ class Processor:
 
         query : str
             What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
+        reserve : int
+            Steps that a full window keeps free, for a plan.
 
         Raises
         ------
@@ -251,7 +261,7 @@ class Processor:
         layout = learnt.acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
-        where, rule = f"task {task!r}, objective {name!r}", self.objectives[name].get("acting", "")
+        where, (rule, stated) = f"task {task!r}, objective {name!r}", self.rule(name)
         if rule == "label":
             raise DataError(
                 f"{where}: it needs what comes after an action, so it cannot act; let it label data: tiphys label"
@@ -269,10 +279,28 @@ class Processor:
             prompt = self.prompt(task, name, prompt)
         available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
-            query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
+            query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
         demands = self._demands(task, name, future, remainder, environments)
-        return History(self, layout, environments, asked, prompt, hop, goal, demands, available)
+        return History(
+            self,
+            layout,
+            environments,
+            asked,
+            prompt,
+            hop,
+            goal,
+            demands,
+            answers_return=rule == ANSWERS_RETURN,
+            reserve=reserve,
+            predicts_end=learnt.predicts_end,
+            available=available,
+        )
+
+    def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:
+        """The rule that an objective acts by, and its options."""
+        name, options = self.objectives[objective].get("acting", ("next", {}))
+        return name, options
 
     def _demands(
         self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
@@ -320,8 +348,10 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(map(shows_return, self.layouts[objective][task].elements)):
-                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            shown = any(map(shows_return, self.layouts[objective][task].elements))
+            if not shown or self.rule(objective)[0] == ANSWERS_RETURN:
+                why = "it chooses the returns itself" if shown else "it shows the model no returns"
+                raise DataError(f"{where}: {why}, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
         try:

@@ -28,6 +28,7 @@ from tiphys.pretrain.tokens.codecs import (
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.paradigms import (
+    ACTING_OPTIONS,
     ACTION,
     AGENT,
     END,
@@ -63,7 +64,7 @@ OPTIONS = {
     "allow_clipped": "share of an action field's values that may be clamped",
     "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
-}
+} | {name: meaning for name, (meaning, _, _) in ACTING_OPTIONS.items()}
 _IMAGES, _REST = 0, 1
 
 

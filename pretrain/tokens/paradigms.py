@@ -36,10 +36,20 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
-    "score": "it does not act: Policy.match says how well texts fit what was seen",
+    "compare": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
     "match": "what is left of a reference episode's histogram, less what was done; then the action",
+    "sample": "a return is drawn, high ones more often; then the action",
+    "beam": "the first action of the best of many plans",
 }
+ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smallest and largest value
+    "kappa": ("sample: how much more often high returns are drawn; 0: as the model says", -1e4, 1e4),
+    "horizon": ("beam: most steps of a plan", 1, 1 << 12),
+    "width": ("beam: plans that are kept", 1, 1 << 16),
+    "expand": ("beam: actions that are drawn for each plan at each step", 1, 1 << 10),
+    "cdf": ("beam: share of the least probable actions that are never drawn", 0, 0.999),
+}
+QUERY = "query"  # option of `fill`: what it is asked, unless `Policy.reset` says otherwise
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {
     "reward": "rewards",
@@ -223,6 +233,8 @@ class Paradigm:
             for name in given:
                 if name not in known:
                     yield f"the {what} {name!r} is unknown; known are {', '.join(known)}"
+        if unknown := sorted(set(self.acting[1]) - {*ACTING_OPTIONS, QUERY}):
+            yield f"acting has the options {unknown}, but known are {', '.join([*ACTING_OPTIONS, QUERY])}"
         if any(part.kind != TEXT or not part.shown for part in self.head):
             yield "only texts that are shown can stand before the first timestep"
         if any(part.kind not in (END, SUMMARY) or not part.shown for part in self.tail):
@@ -275,6 +287,37 @@ PARADIGMS: dict[str, Paradigm] = {
             "the data; positions count tokens of the window and steps of the episode",
         ),
         Paradigm(
+            "tt",
+            "Janner et al. 2021, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION, "quantile", weight=1.0),
+                Part(ACTION, "quantile", weight=5.0),
+                Part(REWARD, "quantile", weight=1.0),
+                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+            ),
+            tail=(Part(END, weight=1.0),),
+            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            requires=(REWARD,),
+            differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
+            "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+        ),
+        Paradigm(
+            "mgdt",
+            "Lee et al. 2022, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION),
+                Part(RETURN, "uniform", weight=1.0, source="to_go"),
+                Part(ACTION, "uniform", weight=1.0),
+                Part(REWARD, "sign", weight=1.0),
+            ),
+            acting=("sample", {"kappa": 10.0}),
+            requires=(REWARD,),
+            differs="returns are bins over the range of the data instead of integers from -20 to 100; kappa counts in that "
+            "range; patches are causal; past returns stay as they were drawn",
+        ),
+        Paradigm(
             "gato",
             "Reed et al. 2022, sec. 2 and app. B, C",
             (Part(TEXT, weight=1.0), Part(OBSERVATION), Part(SEPARATOR), Part(ACTION, weight=1.0)),
@@ -305,7 +348,7 @@ PARADIGMS: dict[str, Paradigm] = {
                 ("future", 0.05),
             ),
             loss="factors",
-            acting=("fill", {"query": "bc"}),
+            acting=("fill", {QUERY: "bc"}),
             requires=(REWARD,),
             differs="what is hidden is a token of its own, not zeros; ids are predicted over their range; the kinds of parts "
             "have equal shares in the loss of a row, not of a batch; hidden numbers are predicted independently of each other",
@@ -391,7 +434,7 @@ PARADIGMS: dict[str, Paradigm] = {
             views=WINDOW_TEXT,
             window=16,
             loss="pairs",
-            acting=("score", {}),
+            acting=("compare", {}),
             requires=(TEXT,),
             differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and "
             "windows with equal texts are no negatives of each other",

@@ -170,4 +170,7 @@ def test_rows_with_too_few_windows_to_tell_apart_are_refused(tmp_path, name, few
         check(file, [*given, f"objectives.it.context={few}"])
     check(file, [*given, f"objectives.it.context={enough}"])
     with pytest.raises(RecipeError, match="no text that differs"):
-        check(file, [*given, f"objectives.it.context={enough}", f"data.mixture[0].dataset={told(tmp_path / 'same', 'go')}"])
+        check(
+            file,
+            [*given, f"objectives.it.context={enough}", f"data.mixture[0].dataset={told(tmp_path / 'same', 'go')}"],
+        )

@@ -33,10 +33,12 @@ TASKS = [fixtures.GRID, fixtures.ARM, fixtures.CAMERA]
 class Recorded(Policy):
     """Keeps what the model said at each slot, and what was answered: (environment, slot) -> a vector, of the last step."""
 
-    def _choose(self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
+    def _choose(
+        self, acting: Any, number: int, hidden: torch.Tensor, environments: list[int], *tilt: Any
+    ) -> np.ndarray:
         slot = acting.slots[number]
         said = self.model.regress(hidden, slot.head) if slot.head else self.model.logits(hidden)
-        found = super()._choose(acting, number, hidden, environments)
+        found = super()._choose(acting, number, hidden, environments, *tilt)
         self.said = getattr(self, "said", {}) | {(e, number): s for e, s in zip(environments, said, strict=True)}
         self.found = getattr(self, "found", {}) | {(e, number): f for e, f in zip(environments, found, strict=True)}
         return found
@@ -64,6 +66,7 @@ def anew(policy: Recorded, history: Any, seen: Any, reward: float, i: int) -> li
         acting.answer(number, np.asarray(policy.found[i, number])[None])
     taken = policy.history._episodes[i].actions[-1]
     fields = {e.field: np.asarray(taken[e.field])[None] for e in history.actions}
+    fields["return"] = np.array([policy.history._episodes[i].returns[-1]])
     inputs = to_tensors(acting.batch)
     with torch.no_grad():
         hidden = unpack(policy.model(inputs).hidden, inputs, 1, acting.batch.length)[0]
@@ -128,8 +131,8 @@ def test_a_demonstration_is_read_once(setup):
     episode = fixtures.window(of, task, 1, rng, start=0).fields
     policy.act([native(task, episode, 0)] * 6)
     beginning = policy.history._prompt_tokens
-    assert policy._recall.tokens < 4 * beginning  # of six
-    assert policy._recall.cache.lengths.min() > beginning > 20
+    assert policy.recall.tokens < 4 * beginning  # of six
+    assert policy.recall.cache.lengths.min() > beginning > 20
 
 
 def test_windows_that_always_show_the_most_are_computed_anew():
@@ -144,7 +147,7 @@ def test_windows_that_always_show_the_most_are_computed_anew():
             one.act(rng.normal(size=5), 0.1)
     assert len(policy.history._episodes[0].observations) == 7
     assert 3 <= len(hopping.history._episodes[0].observations) <= 7
-    assert hopping._recall.tokens <= 40 * 2 * 3 < policy._recall.tokens
+    assert hopping.recall.tokens <= 40 * 2 * 3 < policy.recall.tokens
 
 
 def test_an_action_that_is_encoded_differently_is_read_again(monkeypatch):
