@@ -86,7 +86,7 @@ def test_each_agent_has_a_sequence_of_its_own_and_the_return_is_that_of_the_team
     assert batch.segment[0, : 6 * width].tolist() == [1] * (3 * width) + [2] * (3 * width)
     returns = batch.embedded["vector:return:1"].value.reshape(2, 3)
     assert (returns[0] == returns[1]).all()
-    own = batch.embedded["vector:observation.own:3"].value.reshape(2, 3, 3)
+    own = batch.embedded["vector:observation.own:3"].value.reshape(2, 3, -1)
     assert not np.allclose(own[0], own[1])
     first = objectives.vocabulary.range("discrete")[0]
     assert batch.tokens[0, [1, 3 * width + 1]].tolist() == [first, first + 1]  # the agent's number
