@@ -19,7 +19,7 @@ from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.model.inputs import to_tensors, unpack
-from tiphys.pretrain.tokens.timestep import BOTH
+from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -291,7 +291,8 @@ class Policy:
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
-        acting = self.history.observe(given, rewards, chosen, new=self.hop)  # type: ignore[arg-type]
+        new = self.hop and self.history.layout.mask == CAUSAL
+        acting = self.history.observe(given, rewards, chosen, new=new)  # type: ignore[arg-type]
         fields = self.history.decode(self._answer(acting, chosen))
         self.history.acted(fields, chosen, acting)
         for i in chosen:
@@ -330,13 +331,8 @@ class Policy:
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
         """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
         rows = np.array(chosen)
-        if self.history.layout.mask == BOTH:  # all slots are hidden, and are answered where they stand
-            inputs = to_tensors(acting.batch, self.model.device)
-            found = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
-            return [
-                self._choose(acting, number, found[np.arange(len(rows)), acting.open + number], chosen)
-                for number in range(len(acting.slots))
-            ]
+        if self.history.layout.mask != CAUSAL:
+            return self._answer_anew(acting, chosen)
         start = self._recall.begin(acting, rows)
         answers: list[np.ndarray] = []
         for number in range(len(acting.slots)):
@@ -346,6 +342,23 @@ class Policy:
             acting.answer(number, answers[-1])
             start = stop
         self._recall.end(acting, rows)
+        return answers
+
+    def _answer_anew(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
+        """The answers to all slots, from whole windows: what sees tokens that come after it cannot be remembered.
+
+        If all positions see each other, all slots are hidden, and are answered where they stand; else one after the other.
+        """
+        rows, shift = np.arange(len(chosen)), self.history.layout.shift
+        answers: list[np.ndarray] = []
+        hidden = None
+        for number in range(len(acting.slots)):
+            if hidden is None or shift:
+                inputs = to_tensors(acting.batch, self.model.device)
+                hidden = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
+            answers.append(self._choose(acting, number, hidden[rows, acting.open + number - shift], chosen))
+            if shift:
+                acting.answer(number, answers[-1])
         return answers
 
     def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
