@@ -223,12 +223,7 @@ class History:
         Raises DataError if a field is missing or a value has no encoding, or if an environment has not acted since its last
         observation.
         """
-        chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
-            self._warn()
-        earned = [0.0] * len(observations) if rewards is None else rewards
-        for i, observation, reward in zip(chosen, observations, earned, strict=True):
-            self._add(i, observation, float(reward))
+        chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
         batch = self.processor.encode(self.layout, [windows for windows, _, _, _ in laid])
         count = (batch.segment > 0).sum(axis=1)
@@ -264,6 +259,21 @@ class History:
                         f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken"
                     )
         return out
+
+    def _add_step(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        rewards: Sequence[float] | None,
+        environments: Sequence[int] | None,
+    ) -> list[int]:
+        """Add a step of these environments (None: all). Returns their numbers."""
+        chosen = list(range(len(self._episodes)) if environments is None else environments)
+        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
+            self._warn()
+        earned = [0.0] * len(observations) if rewards is None else rewards
+        for i, observation, reward in zip(chosen, observations, earned, strict=True):
+            self._add(i, observation, float(reward))
+        return chosen
 
     def _add(self, environment: int, observation: Mapping[str, Any], reward: float) -> None:
         episode = self._episodes[environment]
@@ -316,7 +326,7 @@ class History:
             warnings.warn(
                 f"task {self.layout.task!r}: this objective depends on rewards, but `act` was given no `rewards`, so all count "
                 "as 0, and a return that is asked for never falls; give it the rewards of the last actions",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._warned = True
 
