@@ -14,8 +14,8 @@ from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.tokens.paradigms import ACTING, ACTING_OPTIONS
 
 if TYPE_CHECKING:
-    from tiphys.pretrain.acting.history import Acting
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.slots import Acting
 
 # (policy, histories, their environments, options) -> the answers to all slots, and how many of the slots the model has read
 Answers = Callable[["Policy", "Acting", "list[int]", Mapping[str, float]], "tuple[list[np.ndarray], int]"]
