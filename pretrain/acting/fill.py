@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.acting.history import Acting, History
+from tiphys.pretrain.acting.history import History
+from tiphys.pretrain.acting.slots import Acting
 from tiphys.pretrain.tokens.batch import ACTION
 from tiphys.pretrain.tokens.hiding import QUERIES
 from tiphys.pretrain.tokens.timestep import TimestepLayout

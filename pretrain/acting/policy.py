@@ -16,11 +16,11 @@ from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
-from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
+from tiphys.pretrain.acting.slots import Acting
 from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from tiphys.pretrain.tokens.paradigms import ACTING, ACTING_OPTIONS
 from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
-    from tiphys.pretrain.acting.history import Acting
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.slots import Acting
 
 # (policy, histories, their environments, options) -> the answers to all slots, and how many of the slots the model has read
 Answers = Callable[["Policy", "Acting", "list[int]", Mapping[str, float]], "tuple[list[np.ndarray], int]"]
