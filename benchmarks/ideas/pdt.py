@@ -17,7 +17,7 @@ from benchmarks.ideas.toys import write
 from benchmarks.ideas.training import publish, train
 from benchmarks.ideas.worlds import Cued, Played, behave, play
 
-ASKED = np.repeat(np.arange(11.0), 30)
+ASKED = np.repeat(np.arange(11.0), 15)
 
 
 def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
