@@ -53,7 +53,8 @@ _TABLES = ("token.weight", "output.weight")
 class Weights(Protocol):
     """Tensors by their names in the whole model, read when they are asked for."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """The rows [first, first + count) of a tensor; None: all from `first` on."""

@@ -27,6 +27,7 @@ CASES = {
     "bc regressed": ("bc", [ARM], {"discretise": "no"}),
     "dt": ("dt", [GRID, ARM, CAMERA], {}),
     "gato": ("gato", [ARM, CAMERA], {"fields": {"*.front": FieldTokens(resize=16)}}),
+    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt")},
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
