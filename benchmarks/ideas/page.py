@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib
+import ast
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from tiphys.recipes.load import FOLDER
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "paradigms.md"
+ABOUT = Path(__file__).with_name("about")  # what is to be said of rows beside the table
 FIGURES = Path(__file__).with_name("figures.json")
 INTRODUCTION = """# Paradigms
 
@@ -60,7 +61,8 @@ def figures() -> dict[str, list[dict[str, Any]]]:
 def page() -> str:
     """The content of docs/paradigms.md."""
     found = figures()
-    return "\n".join([INTRODUCTION, *(_section(row, found.get(row["name"], [])) for row in table())])
+    declaration = (ABOUT / "declaration.md").read_text(encoding="utf-8")
+    return "\n".join([INTRODUCTION, declaration, *(_section(row, found.get(row["name"], [])) for row in table())])
 
 
 def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
@@ -81,7 +83,10 @@ def _about(name: str) -> list[str]:
     """What the experiment is about: the docstring of its module."""
     if name not in marks.rows():
         return ["It has no experiment yet."]
-    return (importlib.import_module(f"benchmarks.ideas.{name.replace('-', '_')}").__doc__ or "").strip().splitlines()
+    source = (Path(__file__).parent / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+    lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()  # read, because an import would load torch
+    more = ABOUT / f"{name}.md"
+    return [*lines, "", *more.read_text(encoding="utf-8").splitlines()] if more.exists() else lines
 
 
 def _head(name: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from benchmarks.ideas.toys import write
 from benchmarks.ideas.training import publish, train
 from benchmarks.ideas.worlds import Cued, Played, behave, play
 
-ASKED = np.repeat(np.arange(11.0), 30)
+ASKED = np.repeat(np.arange(11.0), 15)
 
 
 def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
@@ -28,7 +29,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
 
     def reached(init: str) -> float:
         objective = {"paradigm": "dt", "context": 64, "window": 10}
-        options = {"model": {"init": init}, "data": {"starts": "windows"}}
+        options: dict[str, Any] = {"model": {"init": init}, "data": {"starts": "windows"}}
         policy = train([{"dataset": labelled}], objective, steps=60, seed=seed, rate=4e-3, **options)
         returns = play(policy, world, len(ASKED), seed, asked=ASKED).returns
         return float(np.polyfit(ASKED, returns, 1)[0])

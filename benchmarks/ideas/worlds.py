@@ -107,7 +107,7 @@ def play(
     seed: int,
     *,
     rewards: bool = True,
-    asked: Sequence[float] | None = None,
+    asked: Sequence[float] | np.ndarray | None = None,
     **reset: Any,
 ) -> Played:
     """n episodes of a policy.

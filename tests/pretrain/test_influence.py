@@ -30,6 +30,7 @@ CASES = {
     "reward": ("reward", [GRID], {}),
     "mia": ("mia", [GRID], {}),
     "madt": ("madt", [TEAM], {"options": {"agents": 2}}),
+    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt")},
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
