@@ -96,6 +96,9 @@ class Phases:
         now = time.monotonic()
         self._spent[self._phase] += now - self._marked
         self._marked = now
+        if phase == "start":  # again after a rollback: whatever is compiled is compiled again
+            self._step, self._usual = 0, FIRST
+            self._seconds.clear()
         if step and step != self._step:
             self._begin(step)
         self._counter += 1
