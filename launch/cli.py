@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = getattr(commands, name)
         return command(args)
     except KeyboardInterrupt:
-        print("tiphys: stopped", file=sys.stderr)
+        say("tiphys: stopped", error=True)
         return Status.INTERRUPTED
     except BrokenPipeError:
         return Status.BROKEN_PIPE
@@ -123,6 +124,41 @@ def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
 def _verbose_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="also show DeepSpeed's own log lines and harmless warnings"
+    )
+
+
+def _asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a policy is asked for. `Asking.from_words` reads the values."""
+    asked = parser.add_argument_group("what the policy is asked for, for every task or for TASK (a name or a glob)")
+    asked.add_argument(
+        "--objective",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="objectives to act with, each in the tasks that were trained with it (default: the first of each task)",
+    )
+    asked.add_argument(
+        "--target-return",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]R",
+        help="return to ask for: 450 (rewards), 1.2x (of the best in the data), q0.9 (a quantile of the data's returns) "
+        "(default: as the recipe said)",
+    )
+    asked.add_argument(
+        "--prompt",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]DATASET[:EPISODE]",
+        help="demonstration to show before each episode, by its number or id (default: none; without EPISODE: the one with the "
+        "highest return)",
+    )
+    asked.add_argument(
+        "--goal",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]GOAL",
+        help="observation to reach, as JSON, or as DATASET:EPISODE, whose last one is meant (default: none)",
     )
 
 
@@ -274,6 +310,7 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="open the zip of --policy: it contains pickles, which can run any code",
     )
+    _asking_arguments(p)
     p.set_defaults(command="collect")
 
     p = commands.add_parser("environments", help="list the environments that are installed")
@@ -413,6 +450,14 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
     )
+    _asking_arguments(p)
+    p.add_argument(
+        "--target-returns",
+        nargs="*",
+        default=[],
+        metavar="R",
+        help="further returns to ask for in turn, with as many episodes for each (default: none)",
+    )
     p.add_argument(
         "--out",
         default="",
@@ -443,6 +488,15 @@ def _policy_commands(commands: Any) -> None:
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
     )
     p.set_defaults(command="evaluate")
+
+    p = commands.add_parser("label", help="write a dataset with the actions that a policy infers for episodes without")
+    p.add_argument(
+        "policy", help="policy with an objective that labels (paradigm idm): folder of a run or of a policy, or URL"
+    )
+    p.add_argument("dataset", help="dataset whose episodes are labelled")
+    p.add_argument("to", help="folder or URL of the new dataset")
+    p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
+    p.set_defaults(command="label")
 
     p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
     p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")

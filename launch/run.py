@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import printable, redacted, say
 from tiphys.launch.account import Account
 from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
@@ -70,7 +69,7 @@ class Attending(Callback):
             self._first = False
             self.attendance.times.add("first step")
             if trainer.world.rank == 0:
-                print(self.attendance.times.line(), flush=True)
+                say(self.attendance.times.line())
 
 
 def run(
@@ -81,11 +80,15 @@ def run(
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.pretrained import pinned
+
     attendance.times.add("import")
     world = ParallelDims(recipe.parallel)
     try:
         attendance.begin(recipe, world)
         attendance.times.add("meet")
+        recipe = pinned(recipe, Checkpoint.newest_whole(recipe.run.dir), world)
         objectives, stop, aside = _train_past_spikes(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
@@ -145,9 +148,8 @@ def _train(
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.engine import build_engine
-    from tiphys.pretrain.model.config import DecisionConfig
-    from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.pretrained import begin, start_lines
     from tiphys.pretrain.trainer import Trainer
 
     indexes = open_datasets(recipe, world)
@@ -158,12 +160,13 @@ def _train(
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     attendance.times.add("data")
-    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
+    model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
     attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
+        say("".join(f"begins with  {line}\n" for line in start_lines(model)), end="")
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
@@ -201,7 +204,7 @@ def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
     said = lost(error, attendance.step, saved.step if saved else 0, reports)
     status = reports[0].status if reports else Status.GAVE_UP
     attendance.report(status, said, lost=True)
-    print(said, file=sys.stderr, flush=True)
+    say(said, error=True)
     return status
 
 
@@ -290,7 +293,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -13,7 +13,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import python
 from tiphys.launch.attendance import STACKS, option
 from tiphys.launch.launches import Launch
@@ -213,7 +213,7 @@ class Supervisor:
             verdict = self._launch(node, times)
             if not verdict.failed:
                 if verdict.why:
-                    say(verdict.why)
+                    _tell(verdict.why)
                 return verdict.status
             times = StartTimes()
             progress = newest(self.settings.run_dir) > saved
@@ -222,7 +222,7 @@ class Supervisor:
                 self._give_up(verdict)
                 return Status.GAVE_UP
             self.restarts += 1
-            say(restart_line(self.restarts, verdict, newest(self.settings.run_dir)))
+            _tell(restart_line(self.restarts, verdict, newest(self.settings.run_dir)))
             node.end()
             node = Node(self.job)
             try:
@@ -252,7 +252,7 @@ class Supervisor:
                 if self.stops.insists or time.monotonic() > until:
                     node.kill()
                 elif not stalled and (stalled := watchdog.look()):
-                    say(stalled)
+                    _tell(stalled)
                     self._ask_for_stacks(node, launch)
                     node.kill()
                 time.sleep(_TICK)
@@ -285,7 +285,7 @@ class Supervisor:
 
     def _give_up(self, verdict: Verdict) -> None:
         times = f"{self.failures} times" if self.failures > 1 else "once"
-        say(
+        _tell(
             f"{verdict.why}. The run failed {times} without a newer checkpoint, so it is not started again "
             f"(restart.attempts: {self.settings.attempts}); {resuming(newest(self.settings.run_dir))} with the same command"
         )
@@ -312,15 +312,15 @@ def newest(run_dir: str | Path) -> int:
     return next((int(manifest["step"]) for _, manifest in checkpoint_files.whole(run_dir)), 0)
 
 
-def say(text: str) -> None:
-    print(f"tiphys: {text}", file=sys.stderr, flush=True)
+def _tell(text: str) -> None:
+    say(f"tiphys: {text}", error=True)
 
 
 def _status_of_check(code: int) -> Status:
     try:
         return Status(code) if code else Status.CRASHED
     except ValueError:  # it was killed, so it has said nothing
-        say(f"the check of the recipe was killed (signal {-code})")
+        _tell(f"the check of the recipe was killed (signal {-code})")
         return Status.GAVE_UP
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.phases import mark
 
@@ -46,6 +47,6 @@ class Validator(Callback):
         if trainer.world.rank == 0:
             tasks = self._writer.tasks if self._writer is not None else ()
             line = {"kind": "validation", "step": trainer.step, **result.to_json(tasks)}
-            print(f"step {trainer.step}  held-out loss {result.loss:.4f}", flush=True)
+            say(f"step {trainer.step}  held-out loss {result.loss:.4f}")
             if self._writer is not None:
                 self._writer.write(line)
