@@ -134,7 +134,7 @@ class Histogram:
     def check(self, count: int) -> None:
         """Raises DataError if the values, which come from a file, do not belong together, or a dimension has not `count`."""
         sizes = {len(getattr(self, name)) for name in CELLS}
-        known = len(sizes) == 1 and len(self.shift) == self.dimensions and (self.shift <= MOST_SHIFT).all()
+        known = len(sizes) == 1 and len(self.shift) == self.dimensions and bool((self.shift <= MOST_SHIFT).all())
         known = known and bool((self.keys[1:] > self.keys[:-1]).all() and (self.counts > 0).all())
         if not known or (len(self.keys) and int(self.keys[-1]) >> 32 >= self.dimensions):
             raise DataError("the histogram of a sketch is not valid")

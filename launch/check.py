@@ -148,7 +148,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.launch.checks.data import data_errors
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan
+    from tiphys.launch.plan import make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -174,6 +174,6 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     try:
         make_plan(recipe, indexes, objectives)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
-            make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+            make_plan(recipe, indexes, objectives, held_out=True, rows=validation_rows(recipe))
     except ValueError as error:
         yield f"{seen.where('data.mixture')}: {error}"

@@ -18,6 +18,7 @@ from tiphys.dataio.plan.log import described
 from tiphys.launch.report import svg
 from tiphys.launch.report.svg import Points
 from tiphys.plain_yaml import read
+from tiphys.pretrain.acting.scores import by_objective
 
 # Even if a name in the data became markup, the page would run no script and load nothing
 CONTENT_POLICY = (
@@ -116,26 +117,22 @@ def _number(value: float) -> str:
 def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return ""
+    rows = list(by_objective(evaluation))
+    asked = any("target_return" in scores for _, _, scores in rows)
     header = (
-        "task",
-        "normalised",
-        "",
-        "95 % interval",
-        "return",
-        "success",
-        "random",
-        "expert",
-        "episodes",
-        "seen states",
+        *("task", "objective", *(["asked return"] if asked else []), "normalised", "", "95 % interval", "return"),
+        *("success", "random", "expert", "episodes", "seen states"),
     )
     body = []
-    for name, task in evaluation["tasks"].items():
+    for name, objective, task in rows:
         score = task["expert_normalized"]
         width = 0 if score is None else max(0.0, min(1.2, score)) * 80
         low = "" if score is not None and score >= 0.75 else " low"
         interval = task.get("expert_normalized_interval")
         cells = [
             html.escape(name),
+            html.escape(objective) or "–",
+            *([_cell(task.get("target_return"))] if asked else []),
             _cell(score),
             f"<span class='bar{low}' style='width:{width:.0f}px'></span>",
             f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "–",
@@ -153,7 +150,25 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
         f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class='sub'>Normalised: 0 is the score of random actions, 1 that of the expert. Seen states: share of the states of "
         "the evaluation that also occur in the demonstrations (only for small, discrete observations).</p>"
+        + _achieved(rows)
     )
+
+
+def _achieved(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> str:
+    """For each task and objective that was asked for several returns: the mean return over the return that was asked for."""
+    cards = []
+    for name, objective, task in rows:
+        if not task.get("curve"):
+            continue
+        points = sorted({(one["target_return"], one["mean_return"]) for one in (task, *task["curve"])})
+        ends = [points[0][0], points[-1][0]]
+        series = {"achieved": points, "as asked": [(a, a) for a in ends]}
+        for i, bound in enumerate(("95 % interval, low", "high")):
+            known = (one for one in (task, *task["curve"]) if one.get("mean_return_interval"))
+            series[bound] = sorted({(one["target_return"], one["mean_return_interval"][i]) for one in known})
+        title = html.escape(f"{name}, {objective}: achieved return over asked return")
+        cards.append(f"<div class='card'><h3>{title}</h3>{svg.lines(series, x='asked return')}</div>")
+    return f"<div class='cards'>{''.join(cards)}</div>" if cards else ""
 
 
 def _cell(value: Any) -> str:
@@ -179,11 +194,25 @@ def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any
         ("Cache", svg.lines(_cache(train))),
         ("Peak memory of a process, GiB", svg.lines({"peak": _memory(train)})),
     ]
+    charts += [
+        (f"Open-loop action error of {html.escape(task)}, held out", svg.lines(by_field))
+        for task, by_field in _action_errors(lines).items()
+    ]
     layout = {name: svg.smooth(_series(train, name)) for name in ("bubble", "bubble_bound", "all_to_all")}
     if any(layout.values()):
         charts.append(("Pipeline bubble and all-to-all, shares", svg.lines({n: p for n, p in layout.items() if p})))
     cards = "".join(f"<div class='card'><h3>{title}</h3>{chart}</div>" for title, chart in charts)
     return f"<div class='cards'>{cards}</div>"
+
+
+def _action_errors(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Task -> field -> points (step, error in the units of the data)."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in lines:
+        for task, by_field in line.get("action_error", {}).items() if line.get("kind") == "validation" else ():
+            for field, error in by_field.items():
+                found.setdefault(task, {}).setdefault(field, []).append((line["step"], error))
+    return found
 
 
 def _changes(lines: Sequence[Mapping[str, Any]]) -> str:
