@@ -131,6 +131,13 @@ def _objectives(seen: Examined) -> Iterator[str]:
     for name, options in named.items():
         paradigm = options.get("paradigm") if isinstance(options, dict) else None
         yield from _located(paradigm_errors(name, paradigm or ""), where)
+        known = PARADIGMS.get(str(paradigm or name))
+        asked = isinstance(options, dict) and options.get("target_return", Objective.target_return)
+        if known is not None and asked not in (False, Objective.target_return) and not known.shows_returns:
+            yield (
+                f"{where(f'objectives.{name}.target_return')}: paradigm {known.name!r} shows the model no returns, so its policy "
+                "cannot be asked for one; remove the key"
+            )
     mixture = _section(seen.raw, "data").get("mixture")
     if not mixture:
         yield f"{where('data.mixture')} is empty; write at least one entry {{dataset: …}}"
@@ -146,7 +153,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors
+    from tiphys.launch.checks.data import data_errors, reward_errors, target_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
@@ -159,12 +166,17 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
             yield f"{seen.where(f'data.mixture[{i}].dataset')}: {error}"
     if len(indexes) < len(recipe.data.mixture):
         return
+    unrewarded = list(reward_errors(recipe, indexes, seen.where))
+    yield from unrewarded
+    if unrewarded:
+        return
     try:
         objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
         return
     yield from _located(freeze_errors(recipe, objectives), seen.where)
+    yield from target_errors(recipe, objectives, seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
     yield from wrong
     if environments:
