@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
-from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
@@ -125,13 +125,15 @@ def _model(seen: Examined) -> Iterator[str]:
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
-    from tiphys.pretrain.tokens.paradigms import PARADIGMS, paradigm_errors
+    from tiphys.pretrain.tokens.paradigms import PARADIGMS, hiding_errors, paradigm_errors
 
     named, where = _section(seen.raw, "objectives"), seen.where
     for name, options in named.items():
         paradigm = options.get("paradigm") if isinstance(options, dict) else None
         yield from _located(paradigm_errors(name, paradigm or ""), where)
-        known = PARADIGMS.get(str(paradigm or name))
+        known, more = PARADIGMS.get(paradigm or name), _section(options, "options") if isinstance(options, dict) else {}
+        if known is not None:
+            yield from _located(hiding_errors(name, known, more), where)
         asked = isinstance(options, dict) and options.get("target_return", Objective.target_return)
         if known is not None and asked not in (False, Objective.target_return) and not known.shows_returns:
             yield (
@@ -153,7 +155,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors, reward_errors, target_errors
+    from tiphys.launch.checks.data import data_errors, requirement_errors, reward_errors, target_errors, text_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
@@ -175,16 +177,18 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
         return
-    yield from _located(freeze_errors(recipe, objectives), seen.where)
+    yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     yield from target_errors(recipe, objectives, seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:
         yield from environment_errors(recipe, objectives, seen.where)
     if wrong:
         return
     try:
-        make_plan(recipe, indexes, objectives)
+        plan = make_plan(recipe, indexes, objectives)
+        yield from text_errors(recipe, indexes, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
             make_plan(recipe, indexes, objectives, held_out=True, rows=validation_rows(recipe))
     except ValueError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import python
 from tiphys.launch.refusals import show, status_of
 from tiphys.launch.statuses import Status
@@ -40,7 +41,7 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     (run / EVALUATION).unlink(missing_ok=True)  # of an earlier policy
     config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
     folder = export_policy(recipe, config, objectives.processor(), checkpoint, run / "policy")
-    print(f"policy       {folder}", flush=True)
+    say(f"policy       {folder}")
     write_report_of(run, announce=not recipe.evaluate.tasks)
     status, found = Status.DONE, None
     if recipe.evaluate.tasks:
@@ -67,7 +68,7 @@ def _evaluate(recipe: Recipe, run: Path, folder: Path) -> dict[str, Any]:
     options = evaluation_options(recipe)
     found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / EVALUATION, pictures=run / "pictures")
     add_evaluation(folder, found)
-    print(scores(found), flush=True)
+    say(scores(found))
     return found
 
 
@@ -85,7 +86,7 @@ def write_report_of(run: str | Path, *, announce: bool = True) -> None:
         _show_step("no report: ", error, False)
     else:
         if announce:
-            print(f"report       {file}", flush=True)
+            say(f"report       {file}")
 
 
 def export_policy(
@@ -159,9 +160,9 @@ def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None
     if recipe.publish.keep == "best" and record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))["score"]
         if before is not None and (score is None or score <= before):
-            print(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}", flush=True)
+            say(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}")
             return
-    print(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}", flush=True)
+    say(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}")
     write_json(record, {"to": recipe.publish.to, "score": score})
 
 

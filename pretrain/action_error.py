@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.bits import from_bits
-from tiphys.pretrain.model.targets import TARGETS, Targets, targets_of
+from tiphys.pretrain.model.targets import IDS, TARGETS, Targets, targets_of
 from tiphys.pretrain.tokens.codecs import Affine, Discrete
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tiphys.pretrain.tokens.sequence import Layouts
     from tiphys.pretrain.tokens.timestep import TimestepLayout
 
-COLUMNS = 4  # predicted tokens, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+COLUMNS = (
+    4  # predicted tokens and pairs, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class NativeErrors:
             mine = targets.task == task
             if kind == "regression":
                 self._vectors(sums, self._heads.get((task, head)), guess[mine], targets.payload[mine])
-            elif task in self._entries:
+            elif kind == "target" and task in self._entries:
                 self._ids(sums, self._entries[task], guess[mine], targets.payload[mine, 0].long(), low)
 
     def _vectors(self, sums: Tensor, head: _Head | None, guess: Tensor, payload: Tensor) -> None:
@@ -168,11 +170,15 @@ def action_errors(
         if kind not in TARGETS or (targets := targets_of(inputs, name)) is None:
             continue
         hidden, low = output.hidden[targets.place], 0
-        if kind == "target":
+        # Do not call the modules: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
+        if kind in IDS:
             low = model.output.bounds[int(head)][0]
             guess = model.logits(hidden, int(head))
+        elif kind == "pairs":
+            part = model.head.match
+            assert part is not None
+            guess = part.without_hooks(hidden, output.hidden[targets.payload[:, 0]])
         else:
-            # Do not call the module: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
             layer = model.head.regressions[model.head.names[head]]
             guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]
         _add(sums, targets.task, TARGETS[kind].column, TARGETS[kind].errors(guess, targets.payload, low))

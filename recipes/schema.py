@@ -220,6 +220,18 @@ class Experts:
 class Model:
     """The size of the model and its text tokenizer."""
 
+    init: str = key(
+        "",
+        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy or run, URL, or hf://org/name",
+        path=True,
+    )
+    init_map: dict[str, Any] = key(
+        dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
+    )
+    init_digest: str = key(
+        "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
+    )
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)
@@ -281,6 +293,14 @@ class Train:
         unit="steps",
         low=0,
         high=STEPS,
+        resume=True,
+    )
+    rollbacks: int = key(
+        3,
+        "Times that a run goes back to a checkpoint from before a spike of the loss, until it is past it; 0: never",
+        unit="times",
+        low=0,
+        high=1000,
         resume=True,
     )
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
@@ -420,6 +440,12 @@ class Evaluation:
         unit="minutes",
         above=0,
         high=1e6,
+        resume=True,
+    )
+    devices: str = key(
+        "",
+        "GPUs for evaluations beside training; empty: none, because training needs them",
+        text="GPU numbers, such as 6,7",
         resume=True,
     )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)

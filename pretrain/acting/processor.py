@@ -13,6 +13,8 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
+from tiphys.pretrain.acting.demand import Demand, shows_histogram, shows_return
+from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
@@ -40,6 +42,9 @@ class _File:
     return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+ANSWERS_RETURN = "sample"  # the rule of acting that chooses a return before each action
+
+
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
@@ -50,6 +55,9 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     else:
         _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    acting = objective.get("acting", ["next", {}])
+    if not (isinstance(acting, (list, tuple)) and len(acting) == 2 and isinstance(acting[1], Mapping)):
+        raise DataError(f"{where}, acting: it is {acting!r}, not the name of a rule and its options")
     out = {}
     for task, values in objective["timesteps"].items():
         out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
@@ -79,7 +87,8 @@ class Processor:
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
         Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
-        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal. `acting` is
+        there, the name of its rule and its options, if the action is not simply answered one token after another.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
@@ -200,7 +209,11 @@ class Processor:
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
         hop: bool = False,
+        query: str = "",
         goal: Mapping[str, Any] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
+        reserve: int = 0,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -209,7 +222,7 @@ class Processor:
         task : str
             Name of the task.
         environments : int
-            Number of environments.
+            Number of environments; for a task of several agents, of agents: those of an environment follow each other.
         objective : str
             The objective to act with; "": the first that the task was trained with.
         target_return : float, str, or a sequence of these, optional
@@ -221,6 +234,16 @@ class Processor:
             Whether a full window drops its older half, instead of its oldest steps.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, for objectives that show histograms; a sequence has one for each
+            environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
+
+        query : str
+            What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
+        reserve : int
+            Steps that a full window keeps free, for a plan.
 
         Raises
         ------
@@ -234,9 +257,17 @@ class Processor:
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task].acting()
+        learnt = self.layouts[name][task]
+        layout = learnt.acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
+        where, (rule, stated) = f"task {task!r}, objective {name!r}", self.rule(name)
+        if rule == "label":
+            raise DataError(
+                f"{where}: it needs what comes after an action, so it cannot act; let it label data: tiphys label"
+            )
+        if query and rule != "fill":
+            raise DataError(f"{where}: it takes no query, because it does not fill in hidden parts")
         asked = self.asked(task, name, target_return)
         if isinstance(asked, list) and len(asked) != environments:
             raise DataError(
@@ -246,7 +277,49 @@ class Processor:
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self.prompt(task, name, prompt)
-        return History(self, layout, environments, asked, prompt, hop, goal)
+        available = {e.field: e.available for e in learnt.elements if e.available}
+        if rule == "fill":
+            query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
+            return Filling(self, layout, environments, asked, prompt, goal, query)
+        demands = self._demands(task, name, future, remainder, environments)
+        return History(
+            self,
+            layout,
+            environments,
+            asked,
+            prompt,
+            hop,
+            goal,
+            demands,
+            answers_return=rule == ANSWERS_RETURN,
+            reserve=reserve,
+            predicts_end=learnt.predicts_end,
+            available=available,
+        )
+
+    def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:
+        """The rule that an objective acts by, and its options."""
+        name, options = self.objectives[objective].get("acting", ("next", {}))
+        return name, options
+
+    def _demands(
+        self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
+    ) -> list[Demand]:
+        """What each environment is asked for; none if the objective shows no histograms."""
+        where = f"task {task!r}, objective {objective!r}"
+        element = next(filter(shows_histogram, self.layouts[objective][task].elements), None)
+        if element is None:
+            if future is not None:
+                raise DataError(f"{where}: it shows the model no histogram of the future, so it takes no `future`")
+            return []
+        if future is None:
+            raise DataError(
+                f"{where}: it acts on what is to come; give an episode to match: `policy.reset(task, future=window)`"
+            )
+        each = [future] * environments if isinstance(future, Window) else list(future)
+        if len(each) != environments:
+            raise DataError(f"{where}: {len(each)} futures for {environments} environments; give one for each")
+        return [Demand(element, one, remainder) for one in each]
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""
@@ -275,8 +348,10 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(e.role == "return" for e in self.layouts[objective][task].elements):
-                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            shown = any(map(shows_return, self.layouts[objective][task].elements))
+            if not shown or self.rule(objective)[0] == ANSWERS_RETURN:
+                why = "it chooses the returns itself" if shown else "it shows the model no returns"
+                raise DataError(f"{where}: {why}, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
         try:

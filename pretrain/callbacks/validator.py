@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
+from tiphys.pretrain.phases import mark
 
 if TYPE_CHECKING:
     from tiphys.pretrain.action_error import NativeErrors
@@ -46,6 +48,7 @@ class Validator(Callback):
     def run(self, trainer: Trainer) -> None:
         from tiphys.pretrain.validate import validate
 
+        mark("validate")
         if self._batches is None:
             self._batches = list(self._load())
         trainer.engine.native = self._native
@@ -54,6 +57,6 @@ class Validator(Callback):
         if trainer.world.rank == 0:
             tasks = self._writer.tasks if self._writer is not None else ()
             line = {"kind": "validation", "step": trainer.step, **result.to_json(tasks)}
-            print(f"step {trainer.step}  held-out loss {result.loss:.4f}", flush=True)
+            say(f"step {trainer.step}  held-out loss {result.loss:.4f}")
             if self._writer is not None:
                 self._writer.write(line)

@@ -56,6 +56,17 @@ CAMERA = TaskSpec(
         FieldSpec("action.hand", "action", "discrete", "int64", values=2),
     ),
 )
+TEAM = TaskSpec(  # two agents; the third field is the team's
+    "team",
+    (
+        FieldSpec("observation.own", "observation", "continuous", "float32", (2, 3)),
+        FieldSpec("observation.seen", "observation", "discrete", "int64", (2,), values=4),
+        FieldSpec("observation.state", "observation", "continuous", "float32", (4,)),
+        FieldSpec("mask", "mask", "discrete", "bool", (2, 5), values=2),
+        FieldSpec("action", "action", "discrete", "int64", (2,), values=5),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+    ),
+)
 CAPTION = TaskSpec(
     "caption",
     (
@@ -196,6 +207,8 @@ def window(
     for f in task.fields:
         found = values(f, rows, rng)
         fields[f.name] = (str(found[0]) if f.dtype == "str" else found[0]) if f.per == "episode" else found
+    if task.name == "team":  # an action that was taken was available
+        fields["mask"] = np.where(fields["action"][..., None] == np.arange(5), True, fields["mask"].astype(bool))
     valid = np.ones(rows, bool)
     valid[-1] = not last_without_action and not after
     return Window(
