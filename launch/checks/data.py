@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.acting.demand import shows_return
+from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
+from tiphys.pretrain.tokens.encoding import without_rewards
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Recipe
+from tiphys.recipes.schema import Objective, Recipe
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -90,6 +95,29 @@ def pairing_errors(
                 f"of this objective on average, but it learns by telling them apart and needs at least {least}; raise `context`, "
                 "lower `window`, or give it a run of its own"
             )
+
+
+def reward_errors(recipe: Recipe, indexes: Sequence[EpisodeIndex], where: Callable[[str], str]) -> Iterator[str]:
+    """Entries of the mixture whose objective requires rewards that a task's data lack."""
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        objective = recipe.objectives.get(entry.objective, Objective())
+        paradigm = PARADIGMS[objective.paradigm or entry.objective]
+        mine = (t for t in index.tasks if any(fnmatchcase(t.name, pattern) for pattern in entry.tasks or ["*"]))
+        for reason in filter(None, (without_rewards(task, objective, paradigm) for task in mine)):
+            yield f"{where(f'data.mixture[{i}].objective')}: {entry.dataset}: {reason}"
+
+
+def target_errors(recipe: Recipe, objectives: Objectives, where: Callable[[str], str]) -> Iterator[str]:
+    """Target returns of objectives that make no sense for a task's data, or that its policy could not be told."""
+    processor = Processor.from_dict(objectives.processor())
+    for name, by_task in processor.layouts.items():
+        given = recipe.objectives.get(name, Objective()).target_return
+        for task, layout in by_task.items():
+            if any(map(shows_return, layout.elements)) and processor.rule(name)[0] != ANSWERS_RETURN:
+                try:
+                    processor.asked(task, name, given)
+                except DataError as error:
+                    yield f"{where(f'objectives.{name}.target_return')}: {error}"
 
 
 def requirement_errors(

@@ -525,12 +525,8 @@ class Encoding:
 
     def check_rewards(self) -> None:
         """Raises DataError if every return of the task would be 0, because its data have no rewards."""
-        if all(field.name != "reward" for field in self.task.fields) and not self.option("without_rewards", False):
-            raise DataError(
-                f"task {self.task.name!r} has no field 'reward', so paradigm {self.paradigm.name!r} would be told a return of 0 "
-                "at every step; use another objective for it, leave it out with `tasks` of the mixture entry, or set `options: "
-                "{without_rewards: true}` of the objective"
-            )
+        if reason := without_rewards(self.task, self.objective, self.paradigm):
+            raise DataError(reason)
 
     def reward(self, field: FieldSpec, part: Part, kind: str) -> Codec:
         """The codec of a reward."""
@@ -612,6 +608,19 @@ class Encoding:
         if part.code == "sign":
             return Sign("", (), self.ranges.discrete)
         raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+
+def without_rewards(task: TaskSpec, objective: Objective, paradigm: Paradigm) -> str:
+    """Why an objective cannot be learned from a task's data, if it requires rewards and they have none; empty if it can."""
+    if REWARD not in paradigm.requires or objective.options.get("without_rewards", False):
+        return ""
+    if not task.with_role("action") or any(field.name == "reward" for field in task.fields):
+        return ""
+    return (
+        f"task {task.name!r} has no field 'reward', so paradigm {paradigm.name!r} would be told a return of 0 at every step; "
+        "use another objective for it, leave it out with `tasks` of the mixture entry, or set `options: {without_rewards: true}` "
+        "of the objective"
+    )
 
 
 def _numbers(array: np.ndarray) -> tuple[float, ...]:

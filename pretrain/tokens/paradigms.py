@@ -264,6 +264,11 @@ class Paradigm:
             yield "future is the number of rows after a window, at least 0"
 
     @property
+    def shows_returns(self) -> bool:
+        """Whether its policy can be asked for a return."""
+        return any(part.kind == RETURN for part in self.timestep)
+
+    @property
     def predicts_text(self) -> bool:
         """Whether it learns from texts alone."""
         return any(part.weight > 0 for part in self.head)
