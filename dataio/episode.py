@@ -272,6 +272,10 @@ class Window:
         True: the window is a prompt (a demonstration of the same task), on which no loss is computed.
     tokens : int
         Tokens that the plan reserved for the window.
+    given : Mapping[str, ndarray]
+        While acting: values [R, …] by the name of the rule that would compute them from the episode's future.
+    hidden : Mapping[str, ndarray]
+        While acting: bool [R] by kind of part (`observation`, `action`, …): the rows at which it is not known.
     """
 
     entry: int
@@ -286,6 +290,8 @@ class Window:
     valid: np.ndarray
     prompt: bool = False
     tokens: int = 0
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    hidden: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,7 @@ class Needs:
     """What an objective needs of an episode for a window."""
 
     fields: tuple[str, ...]  # names of the fields; other fields are never fetched
-    after: int = 0  # rows after the window's last step
+    after: int = 0  # rows after the window's last step; at most those that the episode has
 
 
 def _size(shape: tuple[int, ...]) -> int:

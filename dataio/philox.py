@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Purposes keep streams apart: two different purposes never share a counter.
-WINDOW, BUCKET, PROMPT, EPOCH, PLACE, MASK, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
+WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
+# HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
 SAMPLE = 32  # actions that a policy draws
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -5,7 +5,7 @@ All windows of a row, its prompt included, come from one bucket of episodes, so 
 line at even distances, from an offset that moves by the golden ratio from step to step. So in any span of steps each bucket gets
 its share of the rows, up to one or two.
 
-Slot 0 of a row is its prompt, if it has one. The slots of its windows count from 1.
+Slot 0 of a row is its prompt, if it has one. The slots of its windows count from 1. A window's own prompt stands before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.philox import BUCKET, words
 from tiphys.dataio.plan.draws import Columns, Drawer, Ints, Quarantine
-from tiphys.dataio.plan.entries import EntryLengths, PlanEntry, PlannedWindows
+from tiphys.dataio.plan.entries import OWN, EntryLengths, PlanEntry, PlannedWindows
 from tiphys.dataio.plan.epochs import EpochDrawer, epoch_mix
 from tiphys.dataio.plan.index import STARTS, Drawing, PlanIndex, digest, drawable_episodes
 from tiphys.dataio.plan.log import Event, PlanLog
@@ -177,6 +177,8 @@ class SamplingPlan:
         for entry in self._first_entries:
             counts = drawable_episodes(entry, self.validation, self.held_out)
             share = np.asarray(entry.lengths.prompt)[list(entry.tasks)]
+            if entry.lengths.every is not None:
+                share = share + np.asarray(entry.lengths.every)[list(entry.tasks)]
             if entry.weight > 0 and (counts > 0).any():
                 smallest = min(smallest, int(counts[counts > 0].min()))
                 if (with_prompts := counts[(counts > 0) & (share > 0)]).size:
@@ -362,13 +364,17 @@ class SamplingPlan:
         counter = step + phase.skipped
         segment = phase.segment(self.positions(counter, row))
         windows, prompts = phase.drawer.rows(counter, row, segment)
+        if phase.index.strata.every.any():
+            own = phase.drawer.own_prompts(windows, counter, row)
+            prompts = {k: np.concatenate([prompts[k], own[k]]) for k in prompts}
         windows["attempt"] = np.zeros(len(windows["at"]), np.int64)
         prompts["attempt"] = np.zeros(len(prompts["at"]), np.int64)
         if attempts or len(self._quarantine):
             windows, prompts = self._readable(phase, windows, prompts, step, row, segment, attempts)
         columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
         at = order[columns["at"]]
-        arranged = np.argsort(at << 16 | columns["slot"])
+        slot = columns["slot"]
+        arranged = np.argsort(at << 17 | slot % OWN << 1 | (slot < OWN))  # a window's own prompt stands before it
         columns = {k: v[arranged] for k, v in columns.items()}
         stratum, place = columns["cell"] % len(phase.index.strata), columns["place"]
         return at[arranged], PlannedWindows(
@@ -380,7 +386,7 @@ class SamplingPlan:
             start=columns["start"],
             units=columns["units"],
             tokens=columns["tokens"],
-            prompt=columns["slot"] == 0,
+            prompt=(columns["slot"] == 0) | (columns["slot"] >= OWN),
             attempt=columns["attempt"],
         )
 
@@ -396,22 +402,22 @@ class SamplingPlan:
     ) -> tuple[Columns, Columns]:
         """Replaces the windows and prompts that are quarantined or were reported as unreadable.
 
-        A prompt belongs to the first window of its row: if that window is drawn again, the prompt is too. Windows and prompts
-        for which no substitute is found are left out.
+        A prompt belongs to a window, that of a row to its first: if that window is drawn again, the prompt is too. Windows and
+        prompts for which no substitute is found are left out.
         """
         needed = self._needed(phase, windows, step, row, attempts)
         changed = np.flatnonzero(needed)
         windows = self._redrawn(phase, windows, None, changed, needed, step, row, segment)
-        first = np.zeros(len(windows["at"]), bool)
-        first[np.unique(windows["at"], return_index=True)[1]] = True
-        heads = {k: v[first] for k, v in windows.items()}
-        place = np.searchsorted(heads["at"], prompts["at"])
-        alive = (place < len(heads["at"])) & (windows["units"][first][np.minimum(place, len(heads["at"]) - 1)] > 0)
+        rows, first = np.unique(windows["at"], return_index=True)
+        key = windows["at"] << 16 | windows["slot"]
+        row_first = first[np.minimum(np.searchsorted(rows, prompts["at"]), len(first) - 1)] if len(first) else first
+        wanted = np.where(prompts["slot"] == 0, key[row_first], prompts["at"] << 16 | prompts["slot"] % OWN)
+        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)  # the window that each prompt belongs to
+        alive = (key[place] == wanted) & (windows["at"][place] == prompts["at"]) & (windows["units"][place] > 0)
         prompts, place = {k: v[alive] for k, v in prompts.items()}, place[alive]
-        heads = {k: v[place] for k, v in heads.items()}
+        heads = {k: v[place] for k, v in windows.items()}
         needed = self._needed(phase, prompts, step, row, attempts)
-        moved = np.isin(prompts["at"], windows["at"][changed][first[changed]])
-        needed = np.where(moved, np.maximum(needed, 1), needed)
+        needed = np.where(np.isin(place, changed), np.maximum(needed, 1), needed)
         prompts = self._redrawn(phase, prompts, heads, np.flatnonzero(needed), needed, step, row, segment)
         some, kept = windows["units"] > 0, prompts["units"] > 0
         return {k: v[some] for k, v in windows.items()}, {k: v[kept] for k, v in prompts.items()}

@@ -19,6 +19,7 @@ from tiphys.dataio.atomic import finite, write_json
 from tiphys.dataio.messages import say
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.launch.mixture import REQUESTS, names
+from tiphys.launch.submit import ACCEPT_CHANGED_DATA
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.recipes.schema import Recipe
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from tiphys.pretrain.parallel import ParallelDims
 
 RECORD = "objectives.json"
-FLAG = "--accept-changed-data"
 _VERSION = 1
 
 
@@ -65,7 +65,7 @@ def settle(
         if resume is not None and accept and resume.state()["datasets"] != now:
             raise CheckpointError(
                 f"{file}: missing or of another version, so it is not known what the datasets looked like when the run began; "
-                f"restore the old datasets, or use another run.dir instead of {FLAG}"
+                f"restore the old datasets, or use another run.dir instead of {ACCEPT_CHANGED_DATA}"
             )
         if writes and resume is None:
             described = [describe(index) for index in indexes]
@@ -78,7 +78,7 @@ def settle(
         found = [line for i, index in enumerate(indexes) for line in differences(record["data"][i], index)]
         if found:
             raise CheckpointError(
-                f"{recipe.run.dir}: {FLAG} is for datasets of which only values were corrected, but\n  "
+                f"{recipe.run.dir}: {ACCEPT_CHANGED_DATA} is for datasets of which only values were corrected, but\n  "
                 + "\n  ".join(found)
             )
         earlier = [*record["earlier"], record["datasets"]]

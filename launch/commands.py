@@ -28,23 +28,12 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
-    from tiphys.launch.changed_data import FLAG
-    from tiphys.launch.check import check
-    from tiphys.launch.hosts import ranks, read_hosts
-    from tiphys.launch.submit import devices, submit
+    from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit
 
     try:
         extra = shlex.split(args.launcher)
     except ValueError as error:
         raise ValueError(f"--launcher {args.launcher!r}: {error}") from None
-    hosts = read_hosts(args.hostfile) if args.hostfile else {"localhost": devices() or 2}
-    # with a hostfile, the environments are played on the first host, which may be another machine than this
-    check(
-        args.recipe,
-        args.overrides,
-        world=ranks(hosts, args.processes, extra),
-        environments=not args.hostfile,
-    )
     return submit(
         args.recipe,
         args.overrides,
@@ -53,7 +42,7 @@ def train(args: Namespace) -> int:
         hostfile=args.hostfile,
         extra=extra,
         verbose=args.verbose,
-        options=[FLAG] if args.accept_changed_data else [],
+        options=[ACCEPT_CHANGED_DATA] if args.accept_changed_data else [],
         with_traceback=args.traceback,
     )
 

@@ -1,18 +1,15 @@
-"""What rank 0 does after training, and beside it: export a checkpoint as a policy, evaluate it, publish it, write the report."""
+"""What rank 0 does after training: export a checkpoint as a policy, evaluate it, publish it, write the report."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_json
-from tiphys.dataio.errors import Explained
 from tiphys.dataio.messages import say
-from tiphys.dataio.python_path import child_environment, python
+from tiphys.dataio.python_path import python
 from tiphys.launch.refusals import show, status_of
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint_files import CheckpointError
@@ -20,14 +17,11 @@ from tiphys.recipes.load import digest, to_dict
 from tiphys.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.objectives import Objectives
 
-
-# What the launcher tells a rank about the other ranks. A process outside the training must not see it.
-_RANK_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
-)
+EVALUATION = "evaluation.json"
 
 
 def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False) -> Status:
@@ -37,13 +31,15 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     Raises CheckpointError if no training step was done.
     """
     from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.model.config import DecisionConfig
 
     run = Path(recipe.run.dir)
     checkpoint = Checkpoint.newest_whole(run)
     if checkpoint is None or checkpoint.step < 1:
         raise CheckpointError(f"{run}: no training step was done, so there is no policy to publish")
-    (run / "evaluation.json").unlink(missing_ok=True)  # of an earlier policy
-    folder = export_policy(recipe, objectives, checkpoint.path, run / "policy")
+    (run / EVALUATION).unlink(missing_ok=True)  # of an earlier policy
+    config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+    folder = export_policy(recipe, config, objectives.processor(), checkpoint, run / "policy")
     say(f"policy       {folder}")
     write_report_of(run, announce=not recipe.evaluate.tasks)
     status, found = Status.DONE, None
@@ -69,7 +65,7 @@ def _evaluate(recipe: Recipe, run: Path, folder: Path) -> dict[str, Any]:
     from tiphys.pretrain.publish import add_evaluation
 
     options = evaluation_options(recipe)
-    found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / "evaluation.json", pictures=run / "pictures")
+    found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / EVALUATION, pictures=run / "pictures")
     add_evaluation(folder, found)
     say(scores(found))
     return found
@@ -92,24 +88,30 @@ def write_report_of(run: str | Path, *, announce: bool = True) -> None:
             say(f"report       {file}")
 
 
-def export_policy(recipe: Recipe, objectives: Objectives, checkpoint: Path, folder: Path) -> Path:
-    """Write a checkpoint as a policy in the Hugging Face format. Returns the folder."""
-    from tiphys.pretrain.checkpoint import Checkpoint, export_weights
-    from tiphys.pretrain.model.config import DecisionConfig
+def export_policy(
+    recipe: Recipe, config: DecisionConfig, processor: Mapping[str, Any], source: Checkpoint, to: Path
+) -> Path:
+    """Write a checkpoint as a policy in the Hugging Face format. Returns the folder.
+
+    processor   `Objectives.processor()`
+    """
+    import torch
+
+    from tiphys.pretrain.checkpoint import RangeReader, SavedWeights
     from tiphys.pretrain.publish import save_policy
 
-    source = Checkpoint.open(checkpoint)
-    save_policy(
-        folder,
-        export_weights(source),
-        DecisionConfig.from_recipe(recipe.model, objectives.vocabulary),
-        objectives.processor(),
-        recipe=to_dict(recipe),
-        step=source.step,
-        recipe_digest=digest(recipe),
-        license=recipe.publish.license,
-    )
-    return folder
+    dtype = torch.bfloat16 if recipe.publish.dtype == "bf16" else torch.float32
+    with RangeReader(source) as reader:
+        return save_policy(
+            to,
+            SavedWeights(source, reader, dtype),
+            config,
+            processor,
+            recipe=to_dict(recipe),
+            step=source.step,
+            recipe_digest=digest(recipe),
+            license=recipe.publish.license,
+        )
 
 
 def evaluation_options(recipe: Recipe) -> dict[str, Any]:
@@ -126,25 +128,13 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def start_evaluation(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> subprocess.Popen[bytes]:
-    """Start the evaluation of a checkpoint, which writes `<run.dir>/evaluations/step-…/evaluation.json`. Training goes on."""
-    folder = Path(recipe.run.dir) / "evaluations" / f"step-{step:08d}"
-    export_policy(recipe, objectives, checkpoint, folder)
-    options = evaluation_options(recipe) | {"videos": 0}
-    return evaluate_apart(folder, recipe.evaluate.tasks, out=folder / "evaluation.json", **options)
-
-
-def evaluate_apart(
-    folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any
-) -> subprocess.Popen[bytes]:
-    """Start `tiphys evaluate` in a process of its own; the caller polls it or waits for it.
+def evaluation_command(folder: str | Path, tasks: Sequence[str] = (), *, out: str | Path, **options: Any) -> list[str]:
+    """The command line of `tiphys evaluate`.
 
     folder   a policy
     tasks    empty: every task of the policy that has an environment
     out      file for the result
     options  those of `tiphys.pretrain.evaluate.evaluate`
-
-    The process gets no GPU unless CUDA_VISIBLE_DEVICES is set, and does not see that it was started by a rank.
     """
     command = python("-m", "tiphys", "evaluate", str(folder), "--out", str(out))
     for name, value in options.items():
@@ -154,32 +144,7 @@ def evaluate_apart(
             command += [f"--{name}", *map(str, value)] if value else []
         elif value is not None and value is not False and value != "":
             command += [f"--{name}", str(value)]
-    if tasks:
-        command += ["--tasks", *tasks]
-    environment = {k: v for k, v in child_environment().items() if k not in _RANK_VARIABLES}
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
-    # Its table of scores would come between the lines of the training; errors go to stderr and are shown.
-    return subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-
-
-def publish_checkpoint(recipe: Recipe, objectives: Objectives, checkpoint: Path, step: int) -> None:
-    """Publish a checkpoint's policy while training goes on. With `publish.keep: best` it is evaluated first."""
-    from tiphys.pretrain.publish import add_evaluation
-
-    folder = Path(recipe.run.dir) / "publishing"
-    try:
-        export_policy(recipe, objectives, checkpoint, folder)
-        found = None
-        if recipe.publish.keep == "best":
-            out = folder / "evaluation.json"
-            options = evaluation_options(recipe) | {"videos": 0}
-            if evaluate_apart(folder, recipe.evaluate.tasks, out=out, **options).wait():
-                raise Explained("its evaluation failed, see above")
-            found = json.loads(out.read_text(encoding="utf-8"))
-            add_evaluation(folder, found)
-        publish_policy(recipe, folder, found)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return [*command, "--tasks", *tasks] if tasks else command
 
 
 def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None) -> None:

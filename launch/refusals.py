@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import traceback
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.messages import redacted, say
+from tiphys.launch.lease import FolderInUse
 from tiphys.launch.statuses import Status
+from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.recipes.load import RecipeError
 
 # A command reads what its user names, so these come from there, whoever raises them.
 OF_A_COMMAND = (Explained, ValueError, OSError, ImportError, LookupError, MemoryError)
 # A rank computes: a ValueError of NumPy or torch is a defect there.
 OF_A_RANK = (Explained, RecipeError, DataError, OSError, ImportError, MemoryError)
+# What another launch may not meet again: networks, stores, file servers, the lost process of a loader.
+_PASSING = (ConnectionError, TimeoutError)
+_PASSING_NAMES = {  # their modules need not be imported to ask
+    ("tiphys.dataio.storage", "StoreError"),
+    ("tiphys.dataio.loader", "LoaderLost"),
+    ("torch", "AcceleratorError"),
+}
+_LASTING_NAMES = {("tiphys.dataio.storage", "ObjectChanged"), ("tiphys.dataio.storage", "AccessError")}
+_PASSING_NUMBERS = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EREMOTEIO,
+    errno.EAGAIN,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+)
 _NOT_SENTENCES = (LookupError, MemoryError, UnicodeError)  # such a message may be one word, or none
 
 
@@ -24,9 +44,24 @@ def status_of(error: BaseException, expected: tuple[type[BaseException], ...] = 
         return Status.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return Status.BROKEN_PIPE
+    if isinstance(error, FolderInUse):
+        return Status.IN_USE
+    if isinstance(error, StorageFull):
+        return Status.STORAGE_FULL
+    if expected is OF_A_RANK and passing(error):
+        return Status.GAVE_UP
     if isinstance(error, expected) or _device_memory(error):
         return Status.REFUSED
     return Status.CRASHED
+
+
+def passing(error: BaseException) -> bool:
+    """Whether what a rank met may be gone at the next launch. The class of the error decides, never its words."""
+    names = {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
+    if isinstance(error, PermissionError | FileNotFoundError) or names & _LASTING_NAMES:
+        return False
+    numbered = isinstance(error, OSError) and error.errno in _PASSING_NUMBERS
+    return isinstance(error, _PASSING) or bool(names & _PASSING_NAMES) or numbered
 
 
 def sentence(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
 from tiphys.dataio.messages import printable, redacted, say
-from tiphys.launch import rank_reports
+from tiphys.launch.aside import Aside
+from tiphys.launch.attendance import Attendance
 from tiphys.launch.changed_data import settle
 from tiphys.launch.checks.data import bad_fields
-from tiphys.launch.finish import finish, start_evaluation, write_report_of
+from tiphys.launch.finish import finish, write_report_of
+from tiphys.launch.launches import RankReport
+from tiphys.launch.lease import FolderInUse
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
     Joining,
@@ -24,10 +28,10 @@ from tiphys.launch.plan import (
     step_rate_lines,
     text_lines,
 )
-from tiphys.launch.rank_reports import RankReport
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
+from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
 from tiphys.pretrain.trainer import Diverged
 from tiphys.recipes.load import to_yaml
@@ -45,50 +49,70 @@ if TYPE_CHECKING:
 _CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|[Rr]emote")
 
 
-class LastStep(Callback):
-    """Remembers how many training steps are done, for the report of an error."""
+class Attending(Callback):
+    """Tells the rank's attendance how many training steps are done, and prints where the time until the first one went."""
 
-    def __init__(self) -> None:
-        self.step = 0
+    def __init__(self, attendance: Attendance) -> None:
+        self.attendance, self._first = attendance, True
 
     def on_start(self, trainer: Trainer) -> None:
-        self.step = trainer.step
+        self.attendance.step = trainer.step
+        self.attendance.times.add("load")
 
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        self.step = trainer.step
+        self.attendance.step = trainer.step
+        if self._first:
+            self._first = False
+            self.attendance.times.add("first step")
+            if trainer.world.rank == 0:
+                say(self.attendance.times.line())
 
 
-def run(recipe: Recipe, *, with_traceback: bool = False, accept_changed_data: bool = False) -> Status:
-    """Train, evaluate, report, publish. An error of a rank is printed and left as a `RankReport`.
+def run(
+    recipe: Recipe, attendance: Attendance, *, with_traceback: bool = False, accept_changed_data: bool = False
+) -> Status:
+    """Train, evaluate, report, publish. How this rank ended is left as a `RankReport`; an error is printed as well.
 
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    attendance.times.add("import")
     world = ParallelDims(recipe.parallel)
-    last = LastStep()
     try:
-        if world.rank == 0:
-            rank_reports.remove(recipe.run.dir)
-        world.barrier()  # no rank leaves a report before the old ones are removed
-        objectives, stop = _train(recipe, world, last, accept_changed_data)
+        attendance.begin(recipe, world)
+        attendance.times.add("meet")
+        objectives, stop, aside = _train(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
+        status = Status.DONE
         if stop:
-            return stopped_by(stop)
-        return finish(recipe, objectives, with_traceback=with_traceback) if world.rank == 0 else Status.DONE
+            status = stopped_by(stop)
+        elif world.rank == 0:
+            if aside is not None:
+                aside.drain()
+            status = finish(recipe, objectives, with_traceback=with_traceback)
+        attendance.report(status)
+        return status
     except Diverged as error:
-        return _diverged(recipe.run.dir, error, world, with_traceback)
+        return _diverged(recipe.run.dir, error, world, attendance, with_traceback)
     except Exception as error:
         if lost_peer(error):
-            return _lost(recipe.run.dir, error, last.step)
+            return _lost(recipe.run.dir, error, attendance)
         status = status_of(error, OF_A_RANK)
-        cause = redacted(printable(f"{type(error).__name__}: {error}"))
-        rank_reports.write(recipe.run.dir, RankReport(world.rank, last.step, cause, status))
-        show(error, status, with_traceback=with_traceback)
+        attendance.report(status, redacted(printable(f"{type(error).__name__}: {error}")))
+        if world.rank == 0 or not _same_on_all_ranks(error):
+            show(error, status, with_traceback=with_traceback)
         return status
 
 
-def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_traceback: bool) -> Status:
+def _same_on_all_ranks(error: Exception) -> bool:
+    return isinstance(error, FolderInUse | StorageFull)
+
+
+def _diverged(
+    run_dir: str, error: Exception, world: ParallelDims, attendance: Attendance, with_traceback: bool
+) -> Status:
     """All ranks have the same loss: one says so, and writes the report, before the launcher ends the others."""
+    attendance.report(Status.DIVERGED, str(error))
     if world.rank == 0:
         show(error, Status.DIVERGED, with_traceback=with_traceback)
         write_report_of(run_dir)
@@ -97,8 +121,10 @@ def _diverged(run_dir: str, error: Exception, world: ParallelDims, with_tracebac
     return Status.DIVERGED
 
 
-def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) -> tuple[Objectives, int]:
-    """Train on every rank. Returns the signal that stopped the run early, or 0."""
+def _train(
+    recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
+) -> tuple[Objectives, int, Aside | None]:
+    """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -114,8 +140,10 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
+    attendance.times.add("data")
     model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
     engine = build_engine(recipe, model, world)
+    attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
@@ -129,21 +157,24 @@ def _train(recipe: Recipe, world: ParallelDims, last: LastStep, accept: bool) ->
             plan, world.home, **arguments, join=joining.loader, peers=cache.peers, stop=recipe.train.steps
         )
     with loader or nullcontext():
-        stages = [cache, last, *callbacks(recipe, objectives, indexes, world)]
+        stages = [cache, Attending(attendance), *callbacks(recipe, objectives, indexes, world, attendance.permit)]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
         trainer.fit(resume=resume)
-    return objectives, trainer.stop_signal
+    return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
 
 
-def _lost(run_dir: str, error: Exception, step: int) -> Status:
-    """Say that another rank is gone, and why if it left a report. Its status if it did, else TRY_AGAIN."""
+def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
+    """Say that another rank is gone, and why if it left a report. Its status if it did, else GAVE_UP."""
     from tiphys.pretrain.checkpoint import Checkpoint
 
     saved = Checkpoint.newest_whole(run_dir)
-    reports = rank_reports.read(run_dir)
-    say(lost(error, step, saved.step if saved else 0, reports), error=True)
-    return reports[0].status if reports else Status.TRY_AGAIN
+    reports = [report for report in attendance.others() if not report.lost]
+    said = lost(error, attendance.step, saved.step if saved else 0, reports)
+    status = reports[0].status if reports else Status.GAVE_UP
+    attendance.report(status, said, lost=True)
+    say(said, error=True)
+    return status
 
 
 def lost(error: Exception, step: int, saved: int, reports: list[RankReport]) -> str:
@@ -164,32 +195,46 @@ def lost(error: Exception, step: int, saved: int, reports: list[RankReport]) -> 
 
 
 def callbacks(
-    recipe: Recipe, objectives: Objectives, indexes: list[EpisodeIndex], world: ParallelDims
+    recipe: Recipe,
+    objectives: Objectives,
+    indexes: list[EpisodeIndex],
+    world: ParallelDims,
+    permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
-    """The callbacks of a run, in the order in which they act."""
-    from tiphys.pretrain.callbacks import Checkpointer, Evaluator, Every, MetricsWriter, Progress, Publisher, Validator
+    """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
+    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
-    also = [Every(recipe.evaluate.every), Every(recipe.publish.every if recipe.publish.to else 0)]
+    evaluate = Every(recipe.evaluate.every if recipe.evaluate.tasks else 0)
+    publish = Every(recipe.publish.every if recipe.publish.to else 0)
     checkpointer = Checkpointer(
         recipe.run.dir,
         recipe.checkpoint.every,
         recipe.checkpoint.keep,
         asynchronous=recipe.checkpoint.asynchronous,
-        also=also,
+        also=[evaluate, publish],
+        minutes=recipe.checkpoint.minutes,
+        patience=recipe.checkpoint.patience,
+        permit=permit,
     )
     stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         stages.append(Validator(recipe.validate.every, held_out, writer))
-    if recipe.evaluate.every and recipe.evaluate.tasks:
-        stages.append(Evaluator(recipe.evaluate.every, partial(start_evaluation, recipe, objectives), checkpointer))
-    if recipe.publish.every and recipe.publish.to:
-        from tiphys.launch.finish import publish_checkpoint
-
-        stages.append(Publisher(recipe.publish.every, partial(publish_checkpoint, recipe, objectives), checkpointer))
+    if evaluate.steps or publish.steps:
+        policy = partial(policy_parts, recipe, objectives)
+        best = recipe.publish.keep == "best"
+        stages.append(Aside(recipe.run.dir, evaluate, publish, policy, checkpointer, writer, evaluates_published=best))
     return stages
+
+
+def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
+    """What the side process needs to make policies of checkpoints, beside the recipe."""
+    from tiphys.pretrain.model.config import DecisionConfig
+
+    config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+    return {"config": config.to_dict(), "processor": objectives.processor()}
 
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:

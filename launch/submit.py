@@ -6,20 +6,22 @@ import base64
 import json
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import child_environment
-from tiphys.launch.hosts import check_choice, read_hosts
-from tiphys.launch.statuses import Status, stopped_by
+from tiphys.launch.hosts import check_choice, ranks, read_hosts
+from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
+if TYPE_CHECKING:
+    from tiphys.launch.supervise import Job
+
 TRAIN = ("--module", "tiphys.launch.train")
+ACCEPT_CHANGED_DATA = "--accept-changed-data"
 PACKED = "--packed="
 EMPTY = "/"  # where the launcher starts for several hosts: a folder that they all have, without Python modules
 _EXPORTED = (
@@ -55,9 +57,24 @@ def launcher(
     else:
         # No hostfile: by default DeepSpeed would use /job/hostfile if there is one.
         command += ["--hostfile", os.devnull, "--num_accelerators", str(processes or devices() or 2)]
-    # Even at the level "error" the launcher reports a run that was stopped and saved as an error; `explain` speaks in its place.
+    # Even at the level "error" the launcher reports a run that was stopped and saved as an error; the supervisor speaks instead.
     level = "info" if verbose else "critical"
     return [*command, "--master_port", str(port or free_port()), "--no_local_rank", "--log_level", level, *extra]
+
+
+def local_launcher(processes: int, *, port: int = 0, verbose: bool = False) -> list[str]:
+    """Options of DeepSpeed's launcher of one machine, up to the script. The command `deepspeed` would import as much again."""
+    visible = [d.strip() for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    places = visible[:processes] if len(visible) >= processes else list(range(processes))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": places}).encode()).decode()
+    level = "info" if verbose else "critical"
+    return [
+        f"--world_info={world}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port or free_port()}",
+        "--no_local_rank",
+        f"--log_level={level}",
+    ]
 
 
 def devices() -> int:
@@ -140,81 +157,73 @@ def submit(
     verbose: bool = False,
     options: Sequence[str] = (),
     with_traceback: bool = False,
-) -> int:
-    """Run `tiphys.launch.train` under the launcher and wait for it. Returns a `Status`, or the launcher's own status.
+) -> Status:
+    """Check a recipe, train it under DeepSpeed's launcher, and start it again if a process was lost (`launch/supervise.py`).
 
     options   further options of `tiphys.launch.train`
 
-    The first Ctrl-C (or SIGTERM) is passed on to the ranks, which save and end by themselves. The second one kills them.
+    The first Ctrl-C (or SIGTERM) is passed on to the ranks, which save and end by themselves. A second Ctrl-C kills them.
     """
+    from tiphys.launch.supervise import supervise
+
+    return supervise(
+        job(
+            recipe,
+            overrides,
+            processes=processes,
+            port=port,
+            hostfile=hostfile,
+            extra=extra,
+            verbose=verbose,
+            options=options,
+            with_traceback=with_traceback,
+        )
+    )
+
+
+def job(
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    processes: int,
+    port: int,
+    hostfile: str,
+    extra: Sequence[str],
+    verbose: bool,
+    options: Sequence[str],
+    with_traceback: bool,
+) -> Job:
+    """What the supervisor runs for these arguments of `submit`."""
+    from tiphys.launch.supervise import Job
+
     if port and port_in_use(port):
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
-    words = [
-        recipe,
-        *overrides,
-        *(["--verbose"] if verbose else []),
-        *(["--traceback"] if with_traceback else []),
-        *options,
-    ]
     hosts = os.path.abspath(os.path.expanduser(hostfile)) if hostfile else ""
-    command = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
-    env, folder = environment(verbose), None
-    if hostfile or extra:
-        # To other hosts all words go through shells. The launcher also puts its current folder on their Python path.
-        _exported(env)
-        words, folder = [packed(words)], EMPTY
-    # A session of its own: the terminal's Ctrl-C then reaches only this process, which passes it on to the ranks alone.
-    child = subprocess.Popen([*command, *words], env=env, cwd=folder, start_new_session=True)
-    return wait(child)
-
-
-def wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for the launcher; see `submit`."""
-    import psutil
-
-    asked: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            os.killpg(child.pid, signal.SIGKILL)
-            return
-        for process in psutil.Process(child.pid).children(recursive=True):
-            try:
-                if TRAIN[1] in process.cmdline() and "deepspeed.launcher.launch" not in process.cmdline():
-                    process.send_signal(number)
-            except psutil.Error:
-                continue  # it has just ended
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return explain(child.wait(), asked[0] if asked else 0)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-def explain(status: int, asked: int = 0) -> int:
-    """The launcher's exit status as one of `Status`, if it can be told; says which signal killed a rank.
-
-    asked  the signal that was passed on to the ranks, or 0
-
-    The launcher exits with the status of the first rank that ended badly. If a signal killed that rank, this is 256 − signal.
-    """
-    killed = 256 - status if 192 <= status < 256 else max(0, -status)
-    if asked and (killed or status == Status.TRY_AGAIN):
-        return stopped_by(
-            asked
-        )  # outside the training loop the signal ends a rank at once: there is nothing new to save
-    if not killed:
-        return status
-    try:
-        name = signal.Signals(killed).name
-    except ValueError:
-        name = f"signal {killed}"
-    say(
-        f"tiphys: a process of the run was killed by {name}"
-        + ("; the machine may be short of memory. The same command resumes" if killed == signal.SIGKILL else ""),
-        error=True,
+    env = environment(verbose)
+    known = read_hosts(hosts) if hosts else {"localhost": devices() or 2}
+    world = ranks(known, processes, extra)
+    more = [*(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else []), *options]
+    several = bool(hostfile or extra)
+    if several:
+        _exported(env)  # to other hosts all words go through shells
+        words = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
+    else:
+        words = [*local_launcher(world, port=port, verbose=verbose), *TRAIN]
+    return Job(
+        check={
+            "recipe": recipe,
+            "overrides": list(overrides),
+            "world": world,
+            # with a hostfile, the environments are played on the first host, which may be another machine than this
+            "environments": not hostfile,
+            "traceback": with_traceback,
+        },
+        module=None if several else "deepspeed.launcher.launch",
+        words=words,
+        ranks=[recipe, *overrides, *more],
+        # The launcher also puts its current folder on the Python path of other hosts.
+        packed=(lambda words: [packed(words)]) if several else list,
+        folder=EMPTY if several else "",
+        world=world,
+        environment=env,
     )
-    return Status.TRY_AGAIN if killed == signal.SIGKILL else Status.CRASHED

@@ -1,5 +1,5 @@
 """What `deepspeed` starts as every rank: `deepspeed launch/train.py RECIPE [key=value …] [OPTIONS]`, with the options --verbose,
---traceback and --accept-changed-data."""
+--traceback and --accept-changed-data. `tiphys train` adds --launch (`launch/attendance.py`)."""
 
 import os
 import sys
@@ -19,11 +19,12 @@ import signal
 from collections.abc import Sequence
 
 from tiphys.dataio.messages import say
-from tiphys.launch.changed_data import FLAG
+from tiphys.launch.attendance import Attendance, taken
 from tiphys.launch.check import check
+from tiphys.launch.parents import PARENT, die_with_parent
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.statuses import Status
-from tiphys.launch.submit import PACKED, unpacked
+from tiphys.launch.submit import ACCEPT_CHANGED_DATA, PACKED, unpacked
 
 # DeepSpeed warns of this on every rank at every start with a schedule, although nothing is wrong.
 _HARMLESS = "Attempting to get learning rate from scheduler before it has started"
@@ -38,9 +39,22 @@ def main(argv: Sequence[str] | None = None) -> Status:
         except OSError as error:
             show(error, Status.REFUSED, what="the folder in which the command was started: ")
             return Status.REFUSED
-    recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback", FLAG)]
+    words, launch = taken(words)
+    attendance = Attendance(launch)
+    try:
+        status = _train(words, attendance)
+        attendance.report(status, "it ended before training began")
+        return status
+    finally:
+        attendance.close()
+
+
+def _train(words: Sequence[str], attendance: Attendance) -> Status:
+    recipe_and_overrides = [a for a in words if a not in ("--verbose", "--traceback", ACCEPT_CHANGED_DATA)]
     if not recipe_and_overrides:
-        usage = f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback] [{FLAG}]"
+        usage = (
+            f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback] [{ACCEPT_CHANGED_DATA}]"
+        )
         say(usage, error=True)
         return Status.USAGE
     if "--verbose" not in words:
@@ -49,14 +63,21 @@ def main(argv: Sequence[str] | None = None) -> Status:
         recipe = check(recipe_and_overrides[0], recipe_and_overrides[1:], data=False)
     except Exception as error:
         status = status_of(error, OF_A_RANK)
+        attendance.report(status, str(error))
         show(error, status, with_traceback="--traceback" in words)
         return status
     from tiphys.launch.run import run
 
-    return run(recipe, with_traceback="--traceback" in words, accept_changed_data=FLAG in words)
+    return run(
+        recipe, attendance, with_traceback="--traceback" in words, accept_changed_data=ACCEPT_CHANGED_DATA in words
+    )
 
 
 if __name__ == "__main__":
+    if PARENT in os.environ:
+        die_with_parent(int(os.environ[PARENT]))
+    elif "CROSS_RANK" in os.environ:  # DeepSpeed's launcher started this rank
+        die_with_parent()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C outside the training loop ends a rank without a traceback
     sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.inputs import from_bits
+from tiphys.pretrain.model.targets import TARGETS, targets_of
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
@@ -20,17 +20,19 @@ COLUMNS = 4  # predicted tokens, wrong ones among them, regressed vectors, and t
 def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[str, Tensor]) -> Tensor:
     """float64 [tasks, 4], see COLUMNS. A token is wrong if another id of its softmax has a higher probability."""
     sums = torch.zeros(max(1, len(model.config.tasks)), COLUMNS, dtype=torch.float64, device=output.hidden.device)
-    for name, target in inputs.items():
-        kind, _, rest = name.partition("/")
+    for name in inputs:
+        kind, _, head = name.partition("/")
+        if kind not in TARGETS or (targets := targets_of(inputs, name)) is None:
+            continue
+        hidden, low = output.hidden[targets.place], 0
         if kind == "target":
-            low = model.output.bounds[int(rest)][0]
-            guess = model.logits(output.hidden[target[:, 0]], int(rest)).argmax(-1) + low
-            _add(sums, target[:, 2], 0, (guess != target[:, 1]).double())
-        elif kind == "regression":
+            low = model.output.bounds[int(head)][0]
+            guess = model.logits(hidden, int(head))
+        else:
             # Do not call the module: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
-            layer = model.head.regressions[model.head.names[rest]]
-            guess = F.linear(output.hidden[target[:, 0]], layer.weight, layer.bias).float()  # type: ignore[arg-type]
-            _add(sums, target[:, 1], 2, (guess - from_bits(target[:, 3:])).abs().mean(-1).double())
+            layer = model.head.regressions[model.head.names[head]]
+            guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]
+        _add(sums, targets.task, TARGETS[kind].column, TARGETS[kind].errors(guess, targets.payload, low))
     return sums
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiphys.dataio.messages import printable
+from tiphys.recipes.target_return import TargetReturn
 
 _ACTING = """```python
 {imports}
@@ -127,7 +128,9 @@ def _asks_for_returns(processor: Mapping[str, Any], task: str) -> bool:
 
 def _returns(processor: Mapping[str, Any], task: str) -> str:
     objective = next(o for o in processor["objectives"].values() if task in o["timesteps"])
-    asked = objective["target_return"] * processor["best_return"][task]
+    stated, quantiles = objective["target_return"], processor.get("return_quantiles", {}).get(task, ())
+    target = TargetReturn.parse(stated if isinstance(stated, str) else f"{stated}x")
+    asked = target.of(processor["best_return"][task], quantiles)
     return (
         "The policy asks for a return. Give `act` the rewards of the last actions (`rewards=`): they lower the return that is "
         f"still asked for. {_code(f'policy.reset({_literal(task)}, target_return=…)')} chooses the return of an episode, in "

@@ -1,17 +1,15 @@
 """Checkpoints that do not depend on the layout: saved on one layout, they load on any other, bit for bit.
 
 Each rank saves the flat ranges of masters and moments that it owns, under canonical parameter names (`deepspeed_state`).
-Saving copies them to host memory, then a thread writes them, without a collective; `checkpoint_files` says when the result
-counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files are safetensors
-and JSON.
+Saving copies them to host memory, then a thread writes them (`checkpoint_writer`), without a collective; `checkpoint_files`
+says when the result counts. Loading reads only those parts of all ranks' files that overlap the ranges of this rank. The files
+are safetensors and JSON.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,7 @@ from safetensors.torch import save_file
 from tiphys.dataio.atomic import atomic_path, write_json
 from tiphys.dataio.messages import logger
 from tiphys.pretrain import checkpoint_files as files
-from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.checkpoint_files import CheckpointError, WriteError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
 from tiphys.recipes.load import differences, digest, from_dict, to_dict
 from tiphys.recipes.resume import may_change
@@ -57,8 +55,42 @@ class _Piece(NamedTuple):
     step: float
 
 
-def snapshot(engine: Engine, save: str, state: Mapping[str, Any]) -> Snapshot:
-    """Copy what this rank owns. Not collective. Raises CheckpointError if the engine's state cannot be saved now."""
+class Buffers:
+    """Host memory that snapshots are copied to. It is allocated once and used by every snapshot of an engine.
+
+    New memory for each snapshot would raise the peak: the allocator cannot always use what an earlier snapshot gave back.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def allocate(self, name: str, view: torch.Tensor) -> torch.Tensor:
+        """The buffer of this name, with the shape and type of `view`."""
+        held = self._held.get(name)
+        if held is None or held.shape != view.shape or held.dtype != view.dtype:
+            # a GPU copies to pinned memory several times as fast
+            held = torch.zeros(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+            self._held[name] = held
+        return held
+
+    def copy(self, name: str, view: torch.Tensor) -> torch.Tensor:
+        return self.allocate(name, view).copy_(view.detach())
+
+
+def allocate(engine: Engine, buffers: Buffers) -> None:
+    """Allocate what the snapshots of an engine need. Not collective. Raises UnknownState if the engine cannot be saved."""
+    state_of.materialise(engine.deepspeed)
+    for fragment in state_of.fragments(engine.deepspeed, engine.address):
+        for key, view in fragment.views.items() if fragment.owner else ():
+            buffers.allocate(_tensor_name(fragment.name, fragment.start, key), view)
+
+
+def snapshot(engine: Engine, save: str, state: Mapping[str, Any], buffers: Buffers | None = None) -> Snapshot:
+    """Copy what this rank owns. Not collective. Raises CheckpointError if the engine's state cannot be saved now.
+
+    buffers   where to; the snapshot is valid until the next one with the same buffers
+    """
+    buffers = buffers or Buffers()
     if state_of.inside_accumulation(engine.deepspeed):
         raise CheckpointError(
             "a checkpoint between the micro-batches of a step would lose their gradients; save after the step"
@@ -71,16 +103,21 @@ def snapshot(engine: Engine, save: str, state: Mapping[str, Any]) -> Snapshot:
         if not fragment.owner:
             continue
         step = float(fragment.slot["step"]) if fragment.slot is not None else None
-        _add(tensors, index, fragment.name, fragment.shape, fragment.start, fragment.views, step)
+        _add(buffers, tensors, index, fragment.name, fragment.shape, fragment.start, fragment.views, step)
     if engine.world.replica == 0:
         for name, buffer in engine.buffers():
-            _add(tensors, index, name, tuple(buffer.shape), 0, {"buffer": buffer.reshape(-1)}, None)
+            _add(buffers, tensors, index, name, tuple(buffer.shape), 0, {"buffer": buffer.reshape(-1)}, None)
     progress = state_of.progress(engine.deepspeed) if engine.world.rank == 0 else {}
     meta = {**state, "engine": progress} if engine.world.rank == 0 else {}
     return Snapshot(engine.step, engine.world.rank, engine.world.world, save, tensors, index, _rng(), meta)
 
 
+def _tensor_name(name: str, start: int, key: str) -> str:
+    return f"{name}@{start}|{key}"
+
+
 def _add(
+    buffers: Buffers,
     tensors: dict[str, torch.Tensor],
     index: list[dict[str, Any]],
     name: str,
@@ -91,7 +128,8 @@ def _add(
 ) -> None:
     numel = 0
     for key, view in views.items():
-        tensors[f"{name}@{start}|{key}"] = view.detach().to("cpu", copy=True)
+        tensor = _tensor_name(name, start, key)
+        tensors[tensor] = buffers.copy(tensor, view)
         numel = view.numel()
     index.append(
         {"name": name, "shape": list(shape), "start": start, "numel": numel, "keys": list(views), "step": step}
@@ -113,8 +151,18 @@ def _check_weight(fragment: state_of.Fragment) -> None:
         )
 
 
-def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
-    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on."""
+def write(
+    snap: Snapshot,
+    run_dir: str | Path,
+    timeout: float = 1800.0,
+    *,
+    permit: Callable[[], None] = lambda: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Write one rank's part. Rank 0 then waits for the other ranks and commits; the folder counts from then on.
+
+    `permit` and `cancelled` are those of `checkpoint_files.commit`. Raises WriteError if a file cannot be written.
+    """
     folder = files.folder_of(run_dir, snap.step)
     tensors, name = files.rank_files(snap.rank)
     try:
@@ -127,10 +175,12 @@ def write(snap: Snapshot, run_dir: str | Path, timeout: float = 1800.0) -> Path:
         index = {"save": snap.save, "file": files.digest(folder / tensors), "fragments": snap.index, "rng": snap.rng}
         write_json(folder / name, index)
         if snap.rank == 0:
-            files.commit(folder, snap.step, snap.world, snap.save, snap.state, timeout)
+            files.commit(
+                folder, snap.step, snap.world, snap.save, snap.state, timeout, permit=permit, cancelled=cancelled
+            )
     except (OSError, SafetensorError) as error:
         report_failure(folder / name, snap.save, error)
-        raise CheckpointError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
+        raise WriteError(f"{folder}: not written, so this checkpoint does not exist: {error}") from error
     return folder
 
 
@@ -140,64 +190,6 @@ def report_failure(path: Path, save: str, error: Exception) -> None:
         write_json(path, {"save": save, "error": str(error)})
     except OSError:
         return
-
-
-class Writer:
-    """Saves checkpoints, one at a time, in a thread. Each process has one writer.
-
-    launch    identifies this launch; the same on all ranks
-    stall     seconds that the last save stopped training
-    """
-
-    def __init__(self, run_dir: str | Path, launch: str, *, asynchronous: bool = True, timeout: float = 1800.0) -> None:
-        self.run_dir, self.launch = Path(run_dir), launch
-        self.asynchronous, self.timeout = asynchronous, timeout
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._saves = 0
-        self.stall = 0.0
-
-    def save(
-        self,
-        engine: Engine,
-        state: Mapping[str, Any],
-        then: Callable[[Path], None] | None = None,
-        *,
-        wait: bool = False,
-    ) -> None:
-        """Copy now and write in the background. `then` is called with the folder when it is written (on rank 0: committed).
-
-        Raises the error of the previous save, or of this one's copy.
-        """
-        self.wait()
-        start = time.perf_counter()
-        self._saves += 1
-        snap = snapshot(engine, f"{self.launch}-{self._saves}", state)
-        self.stall = time.perf_counter() - start
-        self._thread = threading.Thread(target=self._run, args=(snap, then), name="checkpoint")
-        self._thread.start()
-        if wait or not self.asynchronous:
-            self.wait()
-
-    def _run(self, snap: Snapshot, then: Callable[[Path], None] | None) -> None:
-        try:
-            folder = write(snap, self.run_dir, self.timeout)
-            if then is not None:
-                then(folder)
-        except BaseException as error:
-            self._error = error
-
-    def check(self) -> None:
-        """Raise the error of the background thread, if there is one."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
 
 
 class Checkpoint:
@@ -402,7 +394,9 @@ class RangeReader:
         for piece in self.pieces[name][key]:
             low, high = max(piece.start, start), min(piece.stop, stop)
             if low < high:
-                part = self._slice(piece.rank, f"{name}@{piece.start}|{key}", low - piece.start, high - piece.start)
+                part = self._slice(
+                    piece.rank, _tensor_name(name, piece.start, key), low - piece.start, high - piece.start
+                )
                 into[low - start : high - start].copy_(part)
                 found += high - low
                 self.bytes += part.numel() * part.element_size()
@@ -417,13 +411,16 @@ class RangeReader:
     def whole(self, name: str, key: str) -> torch.Tensor:
         """A whole parameter, moment or buffer, in its canonical shape."""
         shape = self.shapes[name]
-        first, saved = self.pieces[name][key][0], max(piece.stop for piece in self.pieces[name][key])
+        saved = max(piece.stop for piece in self.pieces[name][key])
         if math.prod(shape) != saved:
             raise CheckpointError(f"{self.path}: {name}|{key} has shape {shape}, but {saved} elements were saved")
-        dtype = self._slice(first.rank, f"{name}@{first.start}|{key}", 0, 0).dtype
-        out = torch.empty(int(torch.Size(shape).numel()), dtype=dtype)
+        out = torch.empty(int(torch.Size(shape).numel()), dtype=self.dtype(name, key))
         self.copy(name, key, shape, 0, out)
         return out.view(shape)
+
+    def dtype(self, name: str, key: str) -> torch.dtype:
+        first = self.pieces[name][key][0]
+        return self._slice(first.rank, _tensor_name(name, first.start, key), 0, 0).dtype
 
     def _slice(self, rank: int, key: str, low: int, high: int) -> torch.Tensor:
         file = self.path / files.rank_files(rank)[0]
@@ -446,20 +443,48 @@ class RangeReader:
         self._files.clear()
 
 
-def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Masters are cast to `dtype` if it is given."""
-    return dict(iterate(checkpoint, dtype))
+class SavedWeights(Mapping[str, torch.Tensor]):
+    """Canonical name -> whole tensor: masters, frozen parameters and buffers. Each is read when it is asked for.
 
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    reader : RangeReader
+        Of this checkpoint.
+    dtype : torch.dtype, optional
+        Masters are cast to it.
+    """
 
-def iterate(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Like `export_weights`, one tensor at a time."""
-    with RangeReader(checkpoint) as reader:
+    def __init__(self, checkpoint: Checkpoint, reader: RangeReader, dtype: torch.dtype | None = None) -> None:
+        self._reader, self._dtype = reader, dtype
+        self._keys: dict[str, str] = {}
         for name, keys in reader.pieces.items():
             key = next((k for k in ("master", "frozen", "buffer") if k in keys), "")
             if not key:
                 raise CheckpointError(f"{checkpoint.path}: {name} was saved without its weights")
-            tensor = reader.whole(name, key)
-            yield name, tensor.to(dtype) if dtype is not None and key == "master" else tensor
+            self._keys[name] = key
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._reader.whole(name, self._keys[name])
+        return tensor.to(self._dtype) if self._dtype is not None and self._keys[name] == "master" else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def describe(self, name: str) -> torch.Tensor:
+        """A tensor without data of the same shape and type."""
+        key = self._keys[name]
+        dtype = self._dtype if self._dtype is not None and key == "master" else self._reader.dtype(name, key)
+        return torch.empty(self._reader.shapes[name], dtype=dtype, device="meta")
+
+
+def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """All of `SavedWeights` in memory."""
+    with RangeReader(checkpoint) as reader:
+        return dict(SavedWeights(checkpoint, reader, dtype))
 
 
 def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:

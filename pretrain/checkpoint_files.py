@@ -39,6 +39,14 @@ class CheckpointError(Explained, RuntimeError):
     """A checkpoint cannot be written, read or continued. The message names the file and says what to do."""
 
 
+class WriteError(CheckpointError):
+    """A checkpoint could not be written. A later one may succeed."""
+
+
+class StorageFull(CheckpointError):
+    """No checkpoint could be written for longer than the run may go on without one."""
+
+
 def folder_of(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
@@ -80,11 +88,20 @@ def digest(path: Path) -> dict[str, Any]:
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: float = 0.02) -> list[dict[str, Any]]:
+def await_indexes(
+    folder: Path,
+    world: int,
+    save: str,
+    timeout: float,
+    pause: float = 0.02,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
     """Wait until the indexes of all ranks belong to this save, and return them.
 
+    `cancelled` says that a rank could not write its part, and could not even leave a file that says so.
+
     `save` identifies a save: the same on all its ranks, different in every other save. So files that a crashed save left are
-    not used. Raises CheckpointError if a rank reports a failure, or after `timeout` seconds.
+    not used. Raises WriteError if a rank reports a failure, or after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
     found: dict[int, dict[str, Any]] = {}
@@ -95,12 +112,14 @@ def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: fl
                 index = read_json(path)
                 if index.get("save") == save:
                     if "error" in index:
-                        raise CheckpointError(f"{folder}: rank {rank} could not write its part: {index['error']}")
+                        raise WriteError(f"{folder}: rank {rank} could not write its part: {index['error']}")
                     found[rank] = index
         if len(found) < world:
+            if cancelled():
+                raise WriteError(f"{folder}: another rank could not write its part; the log of that rank says why")
             if time.monotonic() > deadline:
                 missing = [r for r in range(world) if r not in found]
-                raise CheckpointError(
+                raise WriteError(
                     f"{folder}: no part from rank {missing[0]} ({len(missing)} of {world} missing) after {timeout:.0f} s; "
                     "run.dir must be on a file system that all hosts share"
                 )
@@ -108,15 +127,29 @@ def await_indexes(folder: Path, world: int, save: str, timeout: float, pause: fl
     return [found[rank] for rank in range(world)]
 
 
-def commit(folder: Path, step: int, world: int, save: str, state: Mapping[str, Any], timeout: float) -> None:
-    """On rank 0, after its own part is written: wait for the other ranks, then make the folder a checkpoint."""
-    indexes = await_indexes(folder, world, save, timeout)
+def commit(
+    folder: Path,
+    step: int,
+    world: int,
+    save: str,
+    state: Mapping[str, Any],
+    timeout: float,
+    *,
+    permit: Callable[[], None] = lambda: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """On rank 0, after its own part is written: wait for the other ranks, then make the folder a checkpoint.
+
+    permit   called right before the manifest is written; raises if this run may not save any more
+    """
+    indexes = await_indexes(folder, world, save, timeout, cancelled=cancelled)
     files = {}
     for rank, index in enumerate(indexes):
         tensors, name = rank_files(rank)
         files[tensors], files[name] = index["file"], digest(folder / name)
     write_json(folder / STATE, state)
     files[STATE] = digest(folder / STATE)
+    permit()
     write_json(folder / MANIFEST, {"version": VERSION, "step": step, "world": world, "save": save, "files": files})
     _sync_folder(folder.parent)
 
@@ -193,6 +226,18 @@ def prune(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()
     for folder in gone:
         remove(folder)
     return gone
+
+
+def make_room(run_dir: str | Path, keep: int, protect: frozenset[Path] = frozenset()) -> list[Path]:
+    """For a full disk: remove what `prune` removes, and every folder that is no whole checkpoint. Nothing may be being written.
+
+    Returns the removed folders.
+    """
+    counted = {folder for folder, _ in whole(run_dir)}
+    broken = [folder for _, folder in folders(run_dir) if folder not in counted and folder not in protect]
+    for folder in broken:
+        remove(folder)
+    return broken + prune(run_dir, keep, protect)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,6 +27,7 @@ from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
+from tiphys.pretrain.phases import mark
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -255,6 +256,7 @@ class Engine:
             `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4]: see
             `action_error`; zeros with a pipeline, whose last stage returns only the loss.
         """
+        mark("validate")
         self.module.eval()
         totals = self._totals()
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
@@ -302,12 +304,15 @@ class Engine:
         scale = self.world.data * self.accumulation
         norm = None
         for micro in self.micro_batches(batch, self.accumulation):
+            mark("forward")
             output = self.deepspeed(self.inputs(micro, training=True), **self._divisors(counts))
+            mark("backward")
             self.deepspeed.backward(output.loss)
             totals.add("loss", output.loss.detach() / scale)
             totals.add("by_task", output.loss_by_task.detach())
             if self.zero_stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = gradient_norm(self.deepspeed)
+            mark("step")
             self.deepspeed.step()
         return gradient_norm(self.deepspeed) if norm is None else norm
 

@@ -12,13 +12,14 @@ import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
 from tiphys.pretrain.tokens import text_tokenizers
-from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Quantiles
+from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, Paradigm, paradigm_errors, table
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, paradigm_errors, table
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
+from tiphys.recipes.target_return import TargetReturn
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "table"]
 
+VERSION = 2  # of processor.json
 LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
 _TEXTS_AT_ONCE = 1 << 14
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
+_RETURN_LEVELS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class _MixtureEntry:
 
 @dataclass(frozen=True)
 class _Returns:
-    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count."""
+    """The best return and the largest absolute return of a task's episodes. Returns that are not finite do not count.
+
+    `quantiles`: at _RETURN_LEVELS; empty if unknown (objectives of an earlier version).
+    """
 
     best: float
     largest: float
+    quantiles: tuple[float, ...] = ()
 
 
 class Objectives:
@@ -81,7 +88,7 @@ class Objectives:
     layouts : list of dict of int to TimestepLayout
         Mixture entry -> task (index into ``tasks``) -> how its timesteps become positions.
     prompts : list of float
-        For each mixture entry, the share of rows that begin with a prompt.
+        For each mixture entry, the share of rows that begin with a prompt, or of windows that have one of their own.
     text : TextTokenizer
         The text tokenizer of the run.
 
@@ -209,17 +216,18 @@ class Objectives:
         units, task_of = np.maximum(np.asarray(index.steps, np.int64), 0), np.asarray(index.task)
         fixed, costs = np.zeros(len(units), np.int64), [StepCost.plain(1)] * number
         window, prompt_units = np.ones(number, np.int32), np.ones(number, np.int32)
-        prompt = np.zeros(number, np.float32)
+        prompt, every = np.zeros((2, number), np.float32)
         for i in line.tasks:
             layout = self.layouts[entry][int(numbers[i])]
             mine = task_of == i if number > 1 else np.ones(len(units), bool)
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.text_last + self._preambles(line, layout, mine)
+            fixed[mine] = layout.extra + self._preambles(line, layout, mine)
             if layout.has_actions:  # a prompt is a demonstration
-                prompt[i] = self.prompts[entry]
-                prompt_units[i] = max(1, line.objective.prompt_steps or layout.fit(self.length // 2))
+                (every if layout.prompt_steps else prompt)[i] = self.prompts[entry]
+                most = line.objective.prompt_steps or line.paradigm.prompt.steps or layout.fit(self.length // 2)
+                prompt_units[i] = layout.prompt_steps or max(1, most)
             else:
                 units[mine] = 1
         return EntryLengths(
@@ -231,6 +239,8 @@ class Objectives:
             prompt=prompt,
             prompt_units=prompt_units,
             savings=self._savings(entry),
+            every=every if every.any() else None,
+            ends=np.full(number, line.paradigm.prompt.ends, np.float32) if every.any() or prompt.any() else None,
         )
 
     def step_texts(self, entry: int) -> dict[str, list[tuple[int, Element]]]:
@@ -307,12 +317,13 @@ class Objectives:
         return total
 
     def needs(self, entry: int) -> Needs:
-        """The fields that the tokens of a mixture entry are made from. Nothing else is fetched."""
+        """The fields that the tokens of a mixture entry are made from, and the rows after a window. Nothing else is fetched."""
         fields: dict[str, None] = {}
+        after = 0
         for layout in self.layouts[entry].values():
-            fields |= dict.fromkeys(layout.preamble)
-            fields |= dict.fromkeys(e.field for e in layout.elements if e.field)
-        return Needs(fields=tuple(fields))
+            fields |= dict.fromkeys(layout.fields)
+            after = max(after, layout.after)
+        return Needs(fields=tuple(fields), after=after)
 
     def make_batch(
         self,
@@ -379,7 +390,7 @@ class Objectives:
         return {
             "vocabulary": self.vocabulary.to_dict(),
             "layouts": [[layout.to_dict() for layout in by_task.values()] for by_task in self.layouts],
-            "returns": {name: [returns.best, returns.largest] for name, returns in self._returns.items()},
+            "returns": {name: [r.best, r.largest, *r.quantiles] for name, r in self._returns.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -394,7 +405,7 @@ class Objectives:
         self.text = TextTokenizer(self.vocabulary.text_tokenizer)
         layouts = [[TimestepLayout.from_dict(values) for values in by_task] for by_task in state["layouts"]]
         self.layouts = [{layout.number: layout for layout in by_task} for by_task in layouts]
-        self._returns = {name: _Returns(best, largest) for name, (best, largest) in state["returns"].items()}
+        self._returns = {name: _Returns(r[0], r[1], tuple(r[2:])) for name, r in state["returns"].items()}
 
     def processor(self) -> dict[str, Any]:
         """Everything that a policy needs to act besides its weights, as JSON: the content of processor.json.
@@ -408,21 +419,38 @@ class Objectives:
                 entry.name,
                 {
                     "paradigm": entry.paradigm.name,
-                    "target_return": entry.objective.target_return or 1.0,
-                    "prompt_steps": entry.objective.prompt_steps,
+                    "target_return": _stored_target(entry),
+                    "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
+                    **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
                     "timesteps": {},
                 },
             )
             for layout in layouts.values():
                 mine["timesteps"].setdefault(layout.task, layout.to_dict())
+        asked = {n for o in objectives.values() for n, layout in o["timesteps"].items() if _shows_returns(layout)}
+        quantiles = {name: list(r.quantiles) for name, r in self._returns.items() if name in asked and r.quantiles}
         return {
-            "version": 1,
+            "version": VERSION,
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks],
             "best_return": {name: returns.best for name, returns in self._returns.items()},
+            **({"return_quantiles": quantiles} if quantiles else {}),
             "objectives": objectives,
         }
+
+
+def _shows_returns(layout: Mapping[str, Any]) -> bool:
+    return any(element["role"] == "return" for element in layout["elements"])
+
+
+def _stored_target(entry: _MixtureEntry) -> float | str:
+    """The target return in processor.json: a number is a multiple of the best return there."""
+    try:
+        target = TargetReturn.parse(entry.objective.target_return)
+    except ValueError as error:
+        raise DataError(f"objectives.{entry.name}.target_return: {error}") from None
+    return target.value if target.kind == "best" else str(entry.objective.target_return)
 
 
 def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _MixtureEntry:
@@ -498,7 +526,7 @@ def _sizes(layouts: Layouts) -> tuple[int, int]:
     """Numbers of continuous and of discrete ids: Gato's, or more if the codecs need more."""
     continuous, discrete = CONTINUOUS_BINS, DISCRETE_VALUES
     for codec in _codecs(layouts):
-        if isinstance(codec, Discrete):
+        if isinstance(codec, Discrete | Integers | Sign):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
             continuous = max(continuous, codec.choices()[0][1] - codec.first)
@@ -539,16 +567,19 @@ def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldSt
 
 
 def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
-    best, largest = -np.inf, 0.0
+    parts, seen = [], set()
     for entry in entries:
         for i, task in entry:
-            if task.name == name:
-                returns = np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i]
-                returns = returns[np.isfinite(returns)]  # one NaN would make both numbers NaN
-                if len(returns):
-                    best, largest = max(best, float(returns.max())), max(largest, float(np.abs(returns).max()))
-    return _Returns(best if np.isfinite(best) else 0.0, largest)
+            if task.name == name and (entry.index.fingerprint, i) not in seen:
+                seen.add((entry.index.fingerprint, i))
+                parts.append(np.asarray(entry.index.total_return, np.float64)[np.asarray(entry.index.task) == i])
+    returns = np.concatenate(parts)
+    returns = returns[np.isfinite(returns)]  # one NaN would make all numbers NaN
+    if not len(returns):
+        return _Returns(0.0, 0.0)
+    quantiles = np.quantile(returns, _RETURN_LEVELS)
+    return _Returns(float(returns.max()), float(np.abs(returns).max()), tuple(quantiles.tolist()))
 
 
 def _prompt(line: _MixtureEntry) -> float:
-    return line.paradigm.prompt if line.objective.prompt < 0 else line.objective.prompt
+    return line.paradigm.prompt.share if line.objective.prompt < 0 else line.objective.prompt

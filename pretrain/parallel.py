@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.errors import Explained
 from tiphys.pretrain.distributed.layout_errors import Error, grid_errors
+from tiphys.pretrain.phases import collective
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,7 @@ class ParallelDims(Grid):
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in sizes]
+        collective()
         with _collective():
             dist.all_gather(parts, mine, group=self.control)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
@@ -178,6 +180,7 @@ class ParallelDims(Grid):
         if self.control is not None:
             import torch.distributed as dist
 
+            collective()
             with _collective():
                 dist.barrier(group=self.control)
 
@@ -199,6 +202,7 @@ class Sum:
         self._tensor = torch.tensor(list(values), dtype=torch.float64)
         self._work = None
         if group is not None:
+            collective()
             with _collective():
                 self._work = dist.all_reduce(self._tensor, group=group, async_op=True)
 

@@ -12,11 +12,11 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.atomic import finite, to_json, write_json
+from tiphys.dataio.atomic import atomic_path, finite, to_json, write_json
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
 from tiphys.paths import expand, local
@@ -38,6 +38,8 @@ CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
 )
 
 
+_LARGEST_FILE = 1 << 30  # bytes of one file of weights, unless a tensor is larger: what an export holds in memory
+
 # The files that `save_policy` writes: names that mean nothing in a glob
 _POLICY_FILE = re.compile(
     r"(config|processor|evaluation|model\.safetensors\.index)\.json|recipe\.yaml|README\.md|LICENSE|\w+\.py|model[\w-]*\.safetensors"
@@ -50,7 +52,7 @@ class PublishError(Explained, RuntimeError):
 
 def save_policy(
     folder: str | Path,
-    weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    weights: Mapping[str, torch.Tensor],
     config: DecisionConfig,
     processor: Mapping[str, Any],
     *,
@@ -66,8 +68,9 @@ def save_policy(
     ----------
     folder : str or Path
         The folder to write.
-    weights : mapping, or iterable of (str, Tensor)
-        All weights, under the names of `DecisionModel.state_dict()`, in any floating type.
+    weights : mapping of str to Tensor
+        All weights, under the names of `DecisionModel.state_dict()`, in any floating type. A mapping that reads a tensor when it
+        is asked for (`tiphys.pretrain.checkpoint.SavedWeights`) keeps at most one file of weights in memory.
     config : DecisionConfig
         Shape of the model.
     processor : mapping
@@ -95,19 +98,17 @@ def save_policy(
     FileExistsError
         If the folder contains something other than a policy.
     """
-    from huggingface_hub import save_torch_state_dict
-
-    target, tensors = Path(folder), dict(weights)
-    _check_weights(tensors, config)
+    target, described = Path(folder), _described(weights, config)
+    _check_weights(described, config)
     about = {"license": license, "step": step, "recipe": recipe_digest, "name": str((recipe or {}).get("name", ""))}
     with _Replacing(target) as new:
         config.architectures = ["DecisionModel"]
         config.dtype = next(
-            (str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()), None
+            (str(t.dtype).removeprefix("torch.") for t in described.values() if t.is_floating_point()), None
         )
         config.tiphys = about
         config.save_pretrained(new)
-        save_torch_state_dict(tensors, new, metadata={"format": "pt"})
+        _save_weights(new, weights, described)
         (new / PROCESSOR).write_text(to_json(processor, ensure_ascii=False), encoding="utf-8")
         for name, source in code_files().items():
             (new / name).write_text(source, encoding="utf-8")
@@ -115,6 +116,30 @@ def save_policy(
             (new / RECIPE).write_text(dump(_plain(recipe)), encoding="utf-8")
         add_evaluation(new, evaluation)
     return target
+
+
+def _described(weights: Mapping[str, torch.Tensor], config: DecisionConfig) -> dict[str, torch.Tensor]:
+    """Name -> a tensor without data of the same shape and type. Of tied weights only one is there."""
+    from tiphys.pretrain.model.transformer import DecisionModel
+
+    tied = set(DecisionModel._tied_weights_keys) if config.tie_word_embeddings else set()
+    names = [name for name in weights if name not in tied]
+    shape_of = getattr(weights, "describe", lambda name: weights[name].to("meta"))
+    return {name: shape_of(name) for name in names}
+
+
+def _save_weights(folder: Path, weights: Mapping[str, torch.Tensor], described: Mapping[str, torch.Tensor]) -> None:
+    """Write the weights, file by file: one of at most `_LARGEST_FILE` bytes, or several and their index."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    split = split_torch_state_dict_into_shards(dict(described), max_shard_size=_LARGEST_FILE)
+    for name, tensors in split.filename_to_tensors.items():
+        with atomic_path(folder / name) as path:
+            save_file({key: weights[key].contiguous() for key in tensors}, path, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": split.metadata["total_size"]}, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index, indent=2)
 
 
 def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> None:

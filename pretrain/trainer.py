@@ -19,6 +19,7 @@ from tiphys.pretrain.callbacks import Callback
 from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, recipe_state
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.pretrain.metrics import StepMetrics, Stopwatch, peak_rate
+from tiphys.pretrain.phases import mark
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine
     from tiphys.pretrain.parallel import Sum
     from tiphys.recipes.schema import Recipe
+
+
+# What callbacks may say to the callbacks of all ranks: `Trainer.votes`, `Trainer.agreed`
+VOTES = ("save", "failed")
 
 
 class TrainingError(RuntimeError):
@@ -94,6 +99,10 @@ class Trainer:
         The checkpoint that the run continues.
     stopped : bool
         Whether a signal stopped the run early.
+    votes : dict of str to float
+        One number for each of `VOTES`. A callback sets them; they are summed over the ranks while the next step runs.
+    agreed : dict of str to float
+        The sums of the votes that were set before this step, the same on every rank.
     peak : float
         Floating-point operations per second that all processes together could reach.
     """
@@ -114,6 +123,7 @@ class Trainer:
         self.world, self.steps = engine.world, recipe.train.steps
         self.resumed: Checkpoint | None = None
         self.peak = 0.0  # FLOP/s of all processes together
+        self.votes, self.agreed = dict.fromkeys(VOTES, 0.0), dict.fromkeys(VOTES, 0.0)
         self.stop_signal = 0  # SIGINT or SIGTERM if one stopped the run early, the same on every rank
         self._counters: list[str] | None = None
 
@@ -149,7 +159,10 @@ class Trainer:
             self._notify("on_start")
             with Signals(self.world.rank == 0) as signals:
                 self._loop(signals)
-            self._notify("on_end")
+                mark("save")
+                self._notify("on_end")
+                mark("end")
+                self._late_stop(signals)
         finally:
             self._notify("close")
         return not self.stopped
@@ -163,6 +176,7 @@ class Trainer:
         clock = Stopwatch()
         for batch, wait, loaded in self._batches():
             exchange = self._start_exchange(signals.stop, wait, loaded)
+            mark("forward", step=batch.step + 1)
             result = self.engine.train_step(batch)
             stop, wait, counters = self._finish_exchange(exchange, batch.step)
             if not math.isfinite(result.loss):
@@ -174,6 +188,12 @@ class Trainer:
             if stop:
                 self.stop_signal = stop
                 break
+
+    def _late_stop(self, signals: Signals) -> None:
+        """A signal that came after the last step, while the end was saved: what follows training is left out."""
+        if not self.stop_signal:
+            interrupts, terminations = self.world.sum(_stops(signals.stop)).result()
+            self.stop_signal = _first_of(interrupts, terminations)
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         self.resumed = checkpoint
@@ -215,6 +235,7 @@ class Trainer:
         if step is None:
             return None
         watch, loaded = Stopwatch(), None
+        mark("rows", step=self.step + 1)
         if loader is None:
             batch = TokenBatch.empty(step, 0)
         else:
@@ -232,8 +253,9 @@ class Trainer:
             self._counters = sorted({name for names in self.world.gather(list(counters)) for name in names})
         events = [*(loaded.quarantined if loaded is not None else []), *self.requests()]
         values = [counters.get(name, 0.0) for name in self._counters]
-        stops = [stop == signal.SIGINT, stop == signal.SIGTERM]
-        return _Exchange(events, self.world.sum([*stops, loaded is not None, wait, len(events), *values]))
+        votes = [self.votes[name] for name in VOTES]
+        numbers = [*_stops(stop), loaded is not None, wait, len(events), *votes, *values]
+        return _Exchange(events, self.world.sum(numbers))
 
     def _finish_exchange(self, exchange: _Exchange, step: int) -> tuple[int, float, dict[str, float]]:
         """(signal that stops the run or 0, mean wait of the loaders, sums of their counters, or means of rates), the same on
@@ -242,6 +264,8 @@ class Trainer:
         The events of all ranks are added to the plan's log.
         """
         interrupts, terminations, loaders, waits, changes, *totals = exchange.sums.result()
+        self.agreed = dict(zip(VOTES, totals, strict=False))
+        totals = totals[len(VOTES) :]
         if changes:
             self._change([event for some in self.world.gather(exchange.events) for event in some], step + 2)
         named = dict(zip(self._counters or (), totals, strict=True))
@@ -249,8 +273,7 @@ class Trainer:
             name: total / max(loaders, 1.0) if name.endswith(("_rate", "_bound")) else total
             for name, total in named.items()
         }
-        stop = signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0
-        return int(stop), waits / max(loaders, 1.0), means
+        return _first_of(interrupts, terminations), waits / max(loaders, 1.0), means
 
     def _change(self, events: list[dict[str, Any]], first: int) -> None:
         """Add events to the plan's log, the same on all ranks. They apply from step `first` on; earlier steps are drawn."""
@@ -264,6 +287,15 @@ class Trainer:
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, stage)(self, *arguments)
+
+
+def _stops(number: int) -> list[float]:
+    """What a rank adds to the sums for a signal that it got."""
+    return [float(number == signal.SIGINT), float(number == signal.SIGTERM)]
+
+
+def _first_of(interrupts: float, terminations: float) -> int:
+    return int(signal.SIGINT if interrupts else signal.SIGTERM if terminations else 0)
 
 
 class Signals:

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 from tiphys.recipes.sizes import parse_size
+from tiphys.recipes.target_return import FORMS, TargetReturn
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Key:
     choices   the words that are allowed
     text      what a string without choices holds: a folder, a name, …
     size      a string holds a number of bytes (`sizes.parse_size`)
+    target    a string, or each string of a list, holds a target return (`target_return.TargetReturn`)
     path      a string holds a path or URL; `~` at its beginning is the home folder
     low, high     the lowest and the highest allowed number, themselves allowed
     above, below  the same, themselves not allowed
@@ -39,6 +41,7 @@ class Key:
     choices: tuple[str, ...] = ()
     text: str = ""
     size: bool = False
+    target: bool = False
     path: bool = False
     low: float | None = None
     high: float | None = None
@@ -53,6 +56,8 @@ class Key:
             return ", ".join(self.choices)
         if self.size:
             return "for example 512MiB, 8GiB, 2TB"
+        if self.target:
+            return FORMS
         bounds = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
         limits = ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
         return "; or ".join([limits, *map(str, self.also)])
@@ -62,6 +67,13 @@ class Key:
         if self.size:
             try:
                 parse_size(value)
+            except ValueError as error:
+                return str(error)
+        elif self.target:
+            try:
+                for one in [value] if isinstance(value, str) else value:
+                    if one:
+                        TargetReturn.parse(one)
             except ValueError as error:
                 return str(error)
         elif self.choices and value not in self.choices:

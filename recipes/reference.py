@@ -51,6 +51,8 @@ def _type(leaf: Leaf) -> str:
     """In words of YAML, with the unit of a number."""
     if leaf.key.size:
         return "size"
+    if leaf.key.target:
+        return "list of target returns" if leaf.type == list[str] else "target return"
     words: dict[Any, str] = {
         int: "whole number",
         float: "number",

@@ -124,7 +124,7 @@ class FieldTokens:
     encoding: str = key(
         "auto",
         "How the field becomes tokens; auto: as the scheme says",
-        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "skip"),
+        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "integer", "sign", "skip"),
     )
     bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2, high=2**16)
     resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0, high=8192)
@@ -175,8 +175,11 @@ class Objective:
         "Continuous actions become tokens (yes) or are regressed as vectors (no); auto: as the paradigm does",
         choices=("auto", "yes", "no"),
     )
-    target_return: float = key(
-        0.0, "Target return while acting (dt), as a multiple of the best return in the data; 0: 1.0", low=0, high=1e6
+    target_return: str = key(
+        "best",
+        "Return of an episode that the policy asks for, if the objective shows returns; `best` is 1x",
+        target=True,
+        resume=True,
     )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
@@ -290,8 +293,46 @@ class Checkpoints:
     every: int = key(
         1000, "Training steps between two checkpoints; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
     )
+    minutes: float = key(
+        10.0,
+        "Minutes between two checkpoints, beside `every`: what comes first; 0: only `every`",
+        unit="minutes",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
     keep: int = key(3, "Newest checkpoints that are kept", unit="checkpoints", low=1, high=10**6, resume=True)
     asynchronous: bool = key(True, "Write checkpoints in the background while training goes on", resume=True)
+    patience: float = key(
+        30.0,
+        "Minutes that training goes on while no checkpoint can be written, for example because the disk is full",
+        unit="minutes",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
+    deadline: float = key(
+        25.0,
+        "Time from SIGTERM or Ctrl-C until the run must be saved; it is killed a little later",
+        unit="seconds",
+        above=0,
+        high=86400,
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What happens when a process of the run is lost."""
+
+    attempts: int = key(
+        5,
+        "How often the run is started again without a newer whole checkpoint; 0: never",
+        unit="restarts",
+        low=0,
+        high=10**6,
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -333,6 +374,14 @@ class Evaluation:
     seed: int = key(
         1_000_000, "First seed of the environments; demonstrations use seeds below it", low=0, high=SEEDS, resume=True
     )
+    minutes: float = key(
+        60.0,
+        "Longest time of an evaluation, or of a publication, beside training; it is then ended",
+        unit="minutes",
+        above=0,
+        high=1e6,
+        resume=True,
+    )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
     videos: int = key(
         1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True
@@ -352,6 +401,12 @@ class Publish:
     )
     every: int = key(
         0, "Training steps between two publications; 0: only at the end", unit="steps", low=0, high=STEPS, resume=True
+    )
+    dtype: str = key(
+        "bf16",
+        "Type of the policy's weights; training keeps fp32 masters beside them",
+        choices=("bf16", "fp32"),
+        resume=True,
     )
     keep: str = key(
         "last",
@@ -382,6 +437,7 @@ class Recipe:
     deepspeed: dict[str, Any] = key(dict, "DeepSpeed's own section, passed on as it is")
     train: Train = key(Train, "How long to train")
     checkpoint: Checkpoints = key(Checkpoints, "When checkpoints are saved")
+    restart: Restart = key(Restart, "What happens when a process of the run is lost")
     validate: Validation = key(Validation, "The loss on held-out episodes")
     evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
     publish: Publish = key(Publish, "Where the policy goes")

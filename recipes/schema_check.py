@@ -59,12 +59,18 @@ def _adapted_value(key: Key, value: Any) -> Any:
         return "yes" if value else "no"
     if key.size and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if key.target:
+        return [_as_text(one) for one in value] if isinstance(value, list) else _as_text(value)
     if key.path and isinstance(value, str):
         try:
             return expand(value)
         except ValueError:
             return value  # `_check_value` says why
     return value
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _check(section: type, values: Any, path: str, where: Where) -> Iterator[str]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
+from tiphys.dataio.format import priority
 
 KINDS = ("raw", "png", "webp", "jpeg", "webp-lossy", "h264", "av1", "text")
 EXTENSIONS = {
@@ -193,6 +194,8 @@ def _encode_video(planes: np.ndarray, encoding: Encoding) -> bytes:
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         stream.gop_size = n
+        with priority.kept():
+            stream.codec_context.open()
         # 4:2:0 needs even sides: the last row and column are doubled, and the decoder cuts them off again
         padded = np.pad(planes, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for plane in padded:

@@ -363,7 +363,8 @@ def _unpickled(data: bytes) -> ProcessSpec:
 def main() -> None:
     """`sys.argv[1:]`: sys.path as JSON, file descriptors of the connection and of the shared memory."""
     connection, memory, trainer = Connection(int(sys.argv[2])), int(sys.argv[3]), os.getppid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group; the trainer decides
+        signal.signal(number, signal.SIG_IGN)
     try:
         spec = _unpickled(connection.recv_bytes())
         asyncio.run(_serve(spec, connection, memory, trainer))

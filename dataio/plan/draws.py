@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.philox import PROMPT, WINDOW, Words, uniform32, uniform53, words
+from tiphys.dataio.plan.entries import OWN
 from tiphys.dataio.plan.index import PlanIndex, tile_count
 from tiphys.dataio.plan.mixture import Mix
 
@@ -265,16 +266,40 @@ class Drawer:
         left[prompts["at"]] -= prompts["tokens"]
         return heads, prompts
 
-    def prompt(self, windows: Columns, counter: Ints, row: Ints, attempt: int, room: Ints | None = None) -> Columns:
+    def own_prompts(self, windows: Columns, counter: Ints, row: Ints) -> Columns:
+        """The prompts of those windows that have one of their own. Their room is part of the windows' fixed tokens."""
+        strata = self.index.strata
+        at = np.flatnonzero(strata.every[windows["cell"] % len(strata)] > 0)
+        mine = {k: v[at] for k, v in windows.items()}
+        where, stratum = mine["at"], mine["cell"] % len(strata)
+        yes = (
+            uniform32(words(self.seed, counter[where], row[where], mine["slot"], purpose=PROMPT)[0])
+            < strata.every[stratum]
+        )
+        mine = {k: v[yes] for k, v in mine.items()}
+        return self.prompt(
+            mine, counter[where[yes]], row[where[yes]], 0, np.full(int(yes.sum()), self.budget), mine["slot"]
+        )
+
+    def prompt(
+        self,
+        windows: Columns,
+        counter: Ints,
+        row: Ints,
+        attempt: int,
+        room: Ints | None = None,
+        slot: Ints | int = 0,
+    ) -> Columns:
         """A prompt for each window. It shows no step of the window: it is taken from another episode of the cell, or, if there is
         none, from the same episode before or after the window. If nothing is left there, the window has no prompt.
 
-        Half of the prompts are the end of their episode, the others lie anywhere in it (Reed et al. 2022, section 2.2).
+        A share of the prompts are the end of their episode, the others lie anywhere in it (Reed et al. 2022, section 2.2: one
+        half). `slot`: that of the window if it is the window's own prompt; 0: it is the row's.
         """
         index, strata = self.index, self.index.strata
         cell, place = windows["cell"], windows["place"]
         stratum = cell % len(strata)
-        _, b, c, d = words(self.seed, counter, row, 0, attempt, purpose=PROMPT)
+        _, b, c, d = words(self.seed, counter, row, slot, attempt, purpose=PROMPT)
         other, part, alone = self._another(cell, place, uniform53(b, c))
         room = self.reserve[stratum] if room is None else room
         most = np.minimum(strata.prompt_units[stratum], index.costs.fit(stratum, room))
@@ -287,11 +312,17 @@ class Drawer:
         units = np.minimum(most, end - begin)
         last = end - units
         free = last - begin
-        start = np.where((d & np.uint64(1)) == 1, last, begin + np.minimum((part * (free + 1)).astype(np.int64), free))
-        keep = units > 0
-        columns = _columns(
-            windows["at"], np.zeros(len(cell), np.int64), cell, other, start, units, np.zeros(len(cell), np.int64)
+        turned = (d & np.uint64(1)) << np.uint64(31) | d >> np.uint64(
+            1
+        )  # its lowest bit decides where `ends` is one half
+        start = np.where(
+            uniform32(turned) >= 1 - strata.ends[stratum],
+            last,
+            begin + np.minimum((part * (free + 1)).astype(np.int64), free),
         )
+        keep = units > 0
+        number = np.where(np.asarray(slot) > 0, slot + np.int64(OWN), np.zeros(len(cell), np.int64))
+        columns = _columns(windows["at"], number, cell, other, start, units, np.zeros(len(cell), np.int64))
         columns = {k: v[keep] for k, v in columns.items()}
         columns["tokens"] = index.cost(stratum[keep], other[keep], columns["start"], columns["units"])
         return columns
@@ -337,7 +368,7 @@ class Drawer:
         refused : callable
             (cell, place, position in `columns`) -> bool [n]: whether an episode must not be used.
         first
-            For prompts: the first windows of their rows.
+            For prompts: the windows that they stand before.
 
         A substitute has the same bucket and at most the same tokens. It has the same task too, but windows may have another task
         of the bucket from attempt 17 on. Elements for which 64 attempts find nothing have 0 units in the result.
@@ -351,7 +382,8 @@ class Drawer:
                 new = self._redrawn(columns, counter, row, bucket, of, attempt)
             else:
                 chosen = {k: v[of] for k, v in first.items()} | {"at": of}
-                new = self.prompt(chosen, counter[of], row[of], attempt, columns["tokens"][of])
+                slot = columns["slot"][of] % OWN
+                new = self.prompt(chosen, counter[of], row[of], attempt, columns["tokens"][of], slot)
                 of = new["at"]  # those that have another prompt
             good = (new["units"] > 0) & (attempt >= needed[of]) & ~refused(new["cell"], new["place"], of)
             if attempt <= OTHER_EPISODE:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
 
 Ints = NDArray[np.int64]
+OWN = 1 << 15  # added to the slot of a window: the slot of its own prompt
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class EntryLengths:
         Most units of a prompt. A prompt has no fixed tokens.
     savings : Savings or None
         What steps take less than `costs` says. None: nothing.
+    every : float32 [tasks] or None
+        Chance that a window has a prompt of its own, for which `fixed` has room. None: 0. A task with such prompts has none for
+        whole rows.
+    ends : float32 [tasks] or None
+        Share of the prompts that are the end of their episode. None: one half.
     """
 
     units: NDArray[np.int64]
@@ -53,6 +59,8 @@ class EntryLengths:
     prompt: NDArray[np.float32]
     prompt_units: NDArray[np.int32]
     savings: Savings | None = None
+    every: NDArray[np.float32] | None = None
+    ends: NDArray[np.float32] | None = None
 
     @classmethod
     def plain(
@@ -145,7 +153,8 @@ class PlannedWindows(NamedTuple):
     row : int64 [n]
         Row of the global batch.
     slot : int64 [n]
-        Number of the window in its row. Slot 0 is the prompt. Others count from 1; numbers may be missing.
+        Number of the window in its row. Slot 0 is the row's prompt. Others count from 1; numbers may be missing. The prompt of a
+        window alone has the window's number plus OWN.
     entry : int64 [n]
         Position in `SamplingPlan.entries`.
     task : int64 [n]

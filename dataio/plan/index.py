@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
 
 _GUIDED, _MANY, _LARGE = 16, 512, 1 << 17  # see PlanIndex.find
-_FORMAT = 4  # format of the saved arrays
+_FORMAT = 5  # format of the saved arrays
 _CHUNK = 1 << 22  # episodes worked on at once
 STARTS = ("steps", "windows")
 
@@ -47,6 +47,10 @@ class Strata:
         Share of the rows that begin with a prompt, of those whose first window is of the stratum.
     prompt_units : int64
         Most units of a prompt.
+    every : float64
+        Share of the windows that have a prompt of their own.
+    ends : float64
+        Share of the prompts that are the end of their episode.
     fixed_low, fixed_high : int64
         Smallest and largest fixed tokens of its drawable episodes.
     longest : int64
@@ -61,6 +65,8 @@ class Strata:
     context: NDArray[np.int64]
     prompt: NDArray[np.float64]
     prompt_units: NDArray[np.int64]
+    every: NDArray[np.float64]
+    ends: NDArray[np.float64]
     fixed_low: NDArray[np.int64]
     fixed_high: NDArray[np.int64]
     longest: NDArray[np.int64]
@@ -267,7 +273,9 @@ def digest(entries: Sequence[PlanEntry], numbers: Sequence[object]) -> str:
         )
         arrays = (lengths.units, lengths.window, lengths.context, lengths.fixed, lengths.prompt, lengths.prompt_units)
         savings = (lengths.savings.first, lengths.savings.running) if lengths.savings else ()
-        for given in (*arrays, entry.priority, *savings):
+        plain = lengths.every is None and (lengths.ends is None or bool((lengths.ends == 0.5).all()))
+        prompts = () if plain else (lengths.every, lengths.ends)
+        for given in (*arrays, entry.priority, *savings, *prompts):
             if given is None:
                 out.update(b"none")
             else:
@@ -309,8 +317,9 @@ def _strata(entries: Sequence[PlanEntry], budget: int, costs: Costs) -> dict[str
     rows = [key for key, _ in _strata_costs(entries)]
     entry, task = (np.array(x, np.int64) for x in (zip(*rows) if rows else ([], [])))
 
-    def of(name: str) -> list[Any]:
-        return [getattr(entries[i].lengths, name)[t] for i, t in rows]
+    def of(name: str, missing: float = 0.0) -> list[Any]:
+        given = (getattr(entries[i].lengths, name) for i, _ in rows)
+        return [missing if array is None else array[t] for array, (_, t) in zip(given, rows, strict=True)]
 
     out = {
         "entry": entry,
@@ -319,6 +328,8 @@ def _strata(entries: Sequence[PlanEntry], budget: int, costs: Costs) -> dict[str
         "context": np.minimum(np.array(of("context"), np.int64), budget),
         "prompt": np.array(of("prompt"), np.float64),
         "prompt_units": np.array(of("prompt_units"), np.int64),
+        "every": np.array(of("every"), np.float64),
+        "ends": np.array(of("ends", 0.5), np.float64),
     }
     for (i, t), window, tokens in zip(rows, out["window"], costs.first):
         if window < 1 or tokens < 1 or tokens > budget:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
-from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
 from tiphys.pretrain.tokens.codecs import Discrete
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class Slot:
     """One answer that the model gives: an id in [low, high), or, if `head` is set, the vector of that regression head.
 
-    For a vector, low and high are 0. `field` is the action field that the answer belongs to.
+    For a vector, low and high are 0. `field` is the action field that the answer belongs to. If not `shown`, later answers do
+    not depend on this one: the token `mask` stays in its place.
     """
 
     field: str
     low: int
     high: int
     head: str = ""
+    shown: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,26 @@ class Acting:
     open   int64 [R]: column of the action's first position. The model gives the answer to slot i at column open + i − 1, and
            the answer stands in column open + i
     slots  the answers that make up the action, in order
+    start  int64 [R]: column of the first token that the model has not seen yet; 0 for a row that holds a whole window
+    past   int64 [R]: number of tokens of the window before that column
+    heads  for each row, the beginnings of its window that other rows may share, the longest last: (number of tokens, key).
+           Beginnings with the same key are equal. Empty if `past` is not 0
     """
 
     batch: TokenBatch
     open: np.ndarray
     slots: tuple[Slot, ...]
+    start: np.ndarray
+    past: np.ndarray
+    heads: tuple[tuple[tuple[int, Any], ...], ...]
 
     def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
 
         value  int [n] ids, or float [n, d] vectors; an element for each row
         """
+        if not self.slots[slot].shown:
+            return
         rows = np.arange(len(self.open)) if rows is None else rows
         column = self.open[rows] + slot
         if not self.slots[slot].head:
@@ -59,16 +70,37 @@ class Acting:
         part = self.batch.embedded[f"vector:{self.slots[slot].head}"]
         part.value[np.searchsorted(part.index, rows * self.batch.length + column)] = value
 
+    def written(self, slot: int) -> np.ndarray:
+        """The answers to a slot that stand in the batch: ids [R, 1] or vectors [R, d]."""
+        rows = np.arange(len(self.open))
+        column = self.open + slot
+        if not self.slots[slot].head:
+            return self.batch.tokens[rows, column][:, None]
+        part = self.batch.embedded[f"vector:{self.slots[slot].head}"]
+        found = part.value[np.searchsorted(part.index, rows * self.batch.length + column)]
+        return found.reshape(len(rows), -1)
+
 
 @dataclass
 class _Episode:
-    """What one environment has observed and done since its reset: only the steps that a window can still show."""
+    """What one environment has observed and done since its reset: only the steps that a window can still show.
 
-    asked: float  # the return that is asked for, of the whole episode
-    number: int = 0  # number of the first step that is kept, in the episode
+    asked   the return that is asked for, of the whole episode
+    number  number of the first step that is kept, in the episode
+    held    tokens of the window that the model has seen and still knows
+    begins  position of each step's first token in the window, as it was laid out last
+    fixed   texts and values that stand in every part of the window, as they were laid out last
+    """
+
+    asked: float
+    number: int = 0
     observations: list[Mapping[str, Any]] = field(default_factory=list)
     actions: list[Mapping[str, np.ndarray]] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)  # return-to-go at each step
+    rewards: list[float] = field(default_factory=list)  # of each action, as far as they are known
+    held: int = 0
+    begins: list[int] = field(default_factory=list)
+    fixed: tuple[Any, ...] = ()
 
 
 class History:
@@ -76,6 +108,10 @@ class History:
 
     At each step: `observe`, answer the slots of the result, `decode` the answers, act, and call `acted`. The environments are
     independent: each has its own number of steps, can be reset alone, and can be left out of a step.
+
+    A window holds all steps of an episode until they do not fit any more. With `hop` the older half is dropped then, so the
+    window's beginning stays where it is for many steps, and a model that remembers what it has seen needs the new tokens only.
+    Without `hop` the window always shows as many steps as fit, and its beginning moves at every step.
     """
 
     def __init__(
@@ -83,22 +119,34 @@ class History:
         processor: Processor,
         layout: TimestepLayout,
         environments: int,
-        target_return: float,
+        target_return: float | Sequence[float],
         prompt: Window | None,
+        hop: bool = False,
+        goal: Mapping[str, Any] | None = None,
     ):
-        self.processor, self.layout, self.target_return, self.prompt = processor, layout, target_return, prompt
+        self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
+        # What each environment is asked for, unless `reset` says otherwise
+        self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
+        self.prompt = prompt if prompt is not None and prompt.steps else None
+        self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.slots = tuple(slot for e in self.actions for slot in _slots(e))
-        self._episodes = [_Episode(target_return) for _ in range(environments)]
+        self._episodes = [_Episode(asked) for asked in self.target_return]
         self.asks_for_returns = any(e.role == "return" for e in layout.elements)
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
-        self._placeholders = {e.field: _any_action(e) for e in self.actions}
+        self._constants = tuple(e.field for e in layout.elements if e.constant)
+        self._placeholders = {e.field: _any_value(e) for e in layout.elements if e.role in ("action", "reward")}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
-        """Forget the episode of an environment. Its next one is asked for `target_return` (None: that of the history)."""
-        self._episodes[environment] = _Episode(self.target_return if target_return is None else target_return)
+        """Forget the episode of an environment.
+
+        Its next one is asked for `target_return`, in rewards. None: for what was asked of this environment at first, whatever the
+        last episode was asked for.
+        """
+        asked = self.target_return[environment] if target_return is None else target_return
+        self._episodes[environment] = _Episode(asked)
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -121,34 +169,79 @@ class History:
         observations: Sequence[Mapping[str, Any]],
         rewards: Sequence[float] | None = None,
         environments: Sequence[int] | None = None,
+        *,
+        new: bool = False,
     ) -> Acting:
         """Add a step of these environments (None: all), and lay out their histories for the next action.
 
         observations  for each environment, its fields by name (tiphys.dataio.observation.observation_fields)
         rewards       for each environment, the reward of its last action; it lowers the return that is still asked for
+        new           lay out only what the model has not seen yet, if `acted` was given what it has seen. False: whole windows
 
         Raises DataError if a field is missing or a value has no encoding, or if an environment has not acted since its last
         observation.
         """
-        chosen = range(len(self._episodes)) if environments is None else environments
+        chosen = list(range(len(self._episodes)) if environments is None else environments)
         if rewards is None and self.asks_for_returns and any(self._episodes[i].returns for i in chosen):
             self._warn()
         earned = [0.0] * len(observations) if rewards is None else rewards
-        rows = []
         for i, observation, reward in zip(chosen, observations, earned, strict=True):
+            self._add(i, observation, float(reward))
+        laid = [self._lay(i, new) for i in chosen]
+        batch = self.processor.encode(self.layout, [windows for windows, _, _, _ in laid])
+        count = (batch.segment > 0).sum(axis=1)
+        past = np.zeros(len(chosen), np.int64)
+        base = np.array([base for _, base, _, _ in laid], np.int64)
+        for row, (i, (_, at, first, heads)) in enumerate(zip(chosen, laid, strict=True)):
             episode = self._episodes[i]
-            if len(episode.actions) != len(episode.observations):
-                raise DataError(
-                    f"environment {i} has not acted since its last observation: call `acted` after each `observe`"
-                )
-            to_go = episode.returns[-1] - float(reward) if episode.returns else episode.asked
-            episode.observations.append(observation)
-            episode.returns.append(to_go)
-            window = self._window(i, episode)
-            rows.append([window] if self.prompt is None or not self.prompt.steps else [self.prompt, window])
-        batch = self.processor.encode(self.layout, rows)
-        used = (batch.segment > 0).sum(axis=1)
-        return Acting(batch, used.astype(np.int64) - len(self.slots), self.slots)
+            head = heads[-1][0] if heads else 0
+            numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
+            body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
+            episode.begins[first:] = (at + head + body).tolist()
+            past[row] = episode.held
+        batch.position[batch.segment > 0] += np.repeat(base, count).astype(np.int32)
+        is_action = batch.modality == ACTION
+        after = batch.length - is_action[:, ::-1].argmax(axis=1)  # the column after the last action
+        return Acting(
+            batch, after - len(self.slots), self.slots, past - base, past, tuple(heads for _, _, _, heads in laid)
+        )
+
+    def _add(self, environment: int, observation: Mapping[str, Any], reward: float) -> None:
+        episode = self._episodes[environment]
+        if len(episode.actions) != len(episode.observations):
+            raise DataError(
+                f"environment {environment} has not acted since its last observation: call `acted` after each `observe`"
+            )
+        if episode.returns:
+            episode.rewards.append(reward)
+        episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
+        episode.observations.append(observation)
+
+    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[tuple[int, Any], ...]]:
+        """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.
+
+        After a step whose tokens the model has seen, only the last tokens of the step before it and those of the new step are
+        new; but a chunk can only be laid out from its beginning.
+        """
+        episode, layout = self._episodes[environment], self.layout
+        last = episode.observations[-1]
+        texts = [str(_given(last, name, text=True)) for name in layout.preamble]
+        ids = self.processor.text.encode(texts, layout.text_limit)
+        preamble = sum(len(part) for part in ids)
+        fixed = (*texts, *(_given(last, name) for name in self._constants))
+        same = len(fixed) == len(episode.fixed) and all(map(np.array_equal, fixed, episode.fixed))
+        if self._forget(episode, preamble) or not new or not same:
+            episode.held = 0
+        episode.fixed = fixed
+        if episode.held:
+            first = max(len(episode.observations) - 2, 0) // layout.chunk * layout.chunk
+            return [self._window(environment, episode, first, {})], episode.begins[first], first, ()
+        window = self._window(environment, episode, 0, dict(zip(layout.preamble, texts, strict=True)))
+        before = self._prompt_tokens
+        heads: list[tuple[int, Any]] = [(before, "prompt")] if before else []
+        if preamble:
+            heads.append((before + preamble, (episode.number, *texts)))
+        return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads)
 
     def _warn(self) -> None:
         """Say once that the return that is asked for stays the same at every step."""
@@ -160,12 +253,47 @@ class History:
             )
         self._warned = True
 
-    def acted(self, actions: Mapping[str, np.ndarray], environments: Sequence[int] | None = None) -> None:
-        """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them."""
+    def acted(
+        self,
+        actions: Mapping[str, np.ndarray],
+        environments: Sequence[int] | None = None,
+        seen: Acting | None = None,
+    ) -> None:
+        """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them.
+
+        seen  the layout that `observe` gave, if the model has seen all of it but the action's last position
+        """
         chosen = range(len(self._episodes)) if environments is None else environments
+        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen)
         for row, i in enumerate(chosen):
             episode = self._episodes[i]
             episode.actions.append({e.field: np.asarray(actions[e.field][row]) for e in self.actions})
+            if seen is not None:
+                episode.held = int(seen.past[row] + seen.open[row] - seen.start[row] + agree[row])
+            else:
+                episode.held = 0
+
+    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting) -> np.ndarray:
+        """[R]: how many of the slots that the model has seen hold what the action's own encoding is.
+
+        An action that was decoded may be encoded differently, for instance if it was clamped.
+        """
+        agree = np.zeros(len(seen.open), np.int64)
+        still, number = np.ones(len(agree), bool), 0
+        for element in self.actions:
+            assert element.codec is not None
+            if number >= len(self.slots) - 1:
+                break
+            encoded = element.codec.encode(np.asarray(actions[element.field]))
+            for column in range(element.size):
+                if number >= len(self.slots) - 1:
+                    break
+                if self.slots[number].shown:
+                    mine = encoded[:, column].reshape(len(agree), -1)
+                    still &= np.isclose(seen.written(number), mine, rtol=1e-6, atol=1e-6).all(axis=1)
+                agree += still
+                number += 1
+        return agree
 
     def decode(self, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset."""
@@ -178,47 +306,57 @@ class History:
             at += element.size
         return out
 
-    def _window(self, environment: int, episode: _Episode) -> Window:
-        """The last steps that fit into the context; the last of them has a placeholder as its action."""
-        self._forget(episode)
-        shown, layout = episode.observations, self.layout
-        count = len(shown)
+    def _window(self, environment: int, episode: _Episode, first: int, texts: Mapping[str, str]) -> Window:
+        """The kept steps from `first` on; the last of them has a placeholder as its action, and as its reward.
+
+        texts  what stands before the first step, by the names of the preamble; none if it has been laid out
+        """
+        shown, layout = episode.observations[first:], self.layout
+        count, number = len(shown), episode.number + first
         fields: dict[str, Any] = {}
         for element in layout.elements:
+            name = element.field
             if element.role in ("observation", "text"):
-                name, constant = element.field, element.constant
+                constant = element.constant
                 rows = [_given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
                 fields[name] = rows[0] if constant else np.stack([np.asarray(r) for r in rows])
-        for name in layout.preamble:
-            fields[name] = str(_given(shown[-1], name, text=True))
-        for name, placeholder in self._placeholders.items():
-            fields[name] = np.stack([*(a[name] for a in episode.actions), placeholder])
+            elif element.role == "action":
+                fields[name] = np.stack([*(a[name] for a in episode.actions[first:]), self._placeholders[name]])
+            elif element.role == "reward":
+                mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
+                fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
+        fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
         return Window(
             entry=0,
             task=0,
             episode=f"environment {environment}",
-            start=episode.number,
+            start=number,
             steps=count,
-            episode_steps=episode.number + count,
+            episode_steps=number + count,
             fields=fields,
-            step=np.arange(episode.number, episode.number + count),
-            returns_to_go=np.array(episode.returns, np.float32),
+            step=np.arange(number, number + count),
+            returns_to_go=np.array(episode.returns[first:], np.float32),
             valid=np.ones(count, bool),
         )
 
-    def _forget(self, episode: _Episode) -> None:
-        """Drop the steps that no window can show any more. Only whole chunks, so that no chunk loses its observation."""
-        layout = self.layout
+    def _forget(self, episode: _Episode, preamble: int) -> bool:
+        """Drop the oldest steps if the window cannot show all. Whole chunks, so that no chunk loses its observation.
+
+        preamble  tokens of the texts that stand before the first step
+
+        Returns whether steps were dropped.
+        """
+        layout, count = self.layout, len(episode.observations)
         prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
-        last = episode.observations[-1]
-        texts = [str(_given(last, name, text=True)) for name in layout.preamble]
-        preamble = sum(len(ids) for ids in self.processor.text.encode(texts, layout.text_limit))
-        room = self.processor.length - prompt
-        most = layout.steps(preamble, room)
-        while len(episode.observations) > most:
-            drop = layout.chunk
-            del episode.observations[:drop], episode.actions[:drop], episode.returns[:drop]
-            episode.number += drop
+        most = layout.steps(preamble, self.processor.length - prompt)
+        if count <= most:
+            return False
+        kept = max(1, most // 2) if self.hop else most
+        drop = min(-(-(count - kept) // layout.chunk) * layout.chunk, count - 1)
+        for steps in (episode.observations, episode.actions, episode.returns, episode.rewards, episode.begins):
+            del steps[:drop]  # type: ignore[attr-defined]
+        episode.number += drop
+        return True
 
 
 def _given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
@@ -238,8 +376,8 @@ def _slots(element: Element) -> list[Slot]:
     codec = element.codec
     assert codec is not None
     if element.head:
-        return [Slot(element.field, 0, 0, element.head)]
-    return [Slot(element.field, low, high) for low, high in codec.choices()]
+        return [Slot(element.field, 0, 0, element.head, element.shown)]
+    return [Slot(element.field, low, high, shown=element.shown) for low, high in codec.choices()]
 
 
 def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[Slot]:
@@ -263,10 +401,10 @@ def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[S
     return out
 
 
-def _any_action(element: Element) -> np.ndarray:
-    """Some valid action, as a placeholder for the one that is still to be chosen."""
+def _any_value(element: Element) -> np.ndarray:
+    """Some valid value, as a placeholder for the one that is still unknown."""
     codec = element.codec
     assert codec is not None
-    if element.head:
+    if codec.embedder:
         return codec.decode(np.zeros((1, 1, *codec.embedder_spec().shape), np.float32))[0]
     return codec.decode(np.array([[low for low, _ in codec.choices()]]))[0]

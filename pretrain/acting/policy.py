@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,7 @@ from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.processor import Processor
-from tiphys.pretrain.model.attention import KeyValueCache
-from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.acting.recall import Recall
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -41,6 +40,10 @@ class Policy:
     seed : int
         Seed of those draws. The draws of an environment at its t-th step depend only on the seed, on the environment's stream
         (`restart`; by default its number) and on t, whatever other environments are in the batch.
+    hop : bool
+        What is done when an episode is longer than the policy's window. True: the older half of the window is dropped, and the
+        window grows again, so that most steps compute their new tokens only. False: the window always shows as many steps as
+        fit, and every step computes the whole window. Shorter episodes are the same in both.
 
     Examples
     --------
@@ -49,14 +52,20 @@ class Policy:
     >>> action = policy.act(observation)
     """
 
-    def __init__(self, model: DecisionModel, processor: Processor, *, sample: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, model: DecisionModel, processor: Processor, *, sample: bool = False, seed: int = 0, hop: bool = True
+    ) -> None:
         self.model, self.processor = model.eval(), processor
-        self.sample, self.seed = sample, seed
+        self.sample, self.seed, self.hop = sample, seed, hop
         self.task = ""
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "", *, sample: bool = False, seed: int = 0) -> Policy:
+    def load(
+        cls, folder: str | Path, device: str = "", *, sample: bool = False, seed: int = 0, hop: bool = True
+    ) -> Policy:
         """Load a policy. It acts with the code of this installation, not with the code in its folder.
+
+        On a CPU it computes in float32, whatever the type of its weights; elsewhere in the type of its weights.
 
         Parameters
         ----------
@@ -64,7 +73,7 @@ class Policy:
             The folder of a policy, its URL in a store (``s3://bucket/path``), or ``org/name`` on the hub.
         device : str
             A torch device. "": a GPU if there is one, else the CPU; "auto": ``accelerate`` spreads the model over all devices.
-        sample, seed
+        sample, seed, hop
             As in the class.
 
         Raises
@@ -88,7 +97,7 @@ class Policy:
         folder = expand(folder)
         _check_kind(Path(folder))
         try:
-            model: Any = DecisionModel.from_pretrained(folder, device_map=device if device == "auto" else None)
+            model: Any = DecisionModel.from_pretrained(folder, **_placement(device))
         except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # transformers and safetensors raise errors of many classes
@@ -96,17 +105,17 @@ class Policy:
             raise DataError(
                 f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
             ) from error
-        return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed)
+        return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
 
     @classmethod
-    def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0) -> Policy:
+    def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0, hop: bool = True) -> Policy:
         """The policy of a loaded model. Its processor.json is read from where the weights were loaded.
 
         Parameters
         ----------
         model : DecisionModel
             A model from ``from_pretrained``.
-        sample, seed
+        sample, seed, hop
             As in the class.
 
         Raises
@@ -133,7 +142,7 @@ class Policy:
             raise DataError(
                 f"{file}: its vocabulary has {processor.vocabulary.size} ids, that of the model another number"
             )
-        return cls(model, processor, sample=sample, seed=seed)
+        return cls(model, processor, sample=sample, seed=seed, hop=hop)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -148,8 +157,9 @@ class Policy:
         environments: int = 1,
         *,
         objective: str = "",
-        target_return: float | None = None,
+        target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
+        goal: Any = None,
         instruction: str | Sequence[str] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
@@ -162,10 +172,14 @@ class Policy:
             Number of environments that `act` serves at once.
         objective : str
             The objective to act with; "": the first that the task was trained with.
-        target_return : float, optional
-            Return of an episode to ask for, in rewards, if the objective is conditioned on returns. None: as the recipe says.
+        target_return : float, str, or a sequence of these, optional
+            Return of an episode to ask for, if the objective is conditioned on returns: rewards (``450``), a multiple of the best
+            return in the data (``"1.2x"``) or a quantile of its returns (``"q0.9"``). A sequence has one for each environment.
+            None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        goal : observation, optional
+            An observation to reach, as the environment gives it, if the objective acts towards a goal.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
 
@@ -174,13 +188,22 @@ class Policy:
         KeyError
             If the policy was not trained on the task, or not with this objective.
         DataError
-            If the task has no actions, or was learned without any text and gets an instruction.
+            If the task has no actions, was learned without any text and gets an instruction, or if the objective takes no target
+            return or no goal and gets one.
         """
+        known = self.processor.tasks.get(task)
+        fields = {f.name: f for f in known.fields} if known is not None else {}
         self.history = self.processor.history(
-            task, environments, objective=objective, target_return=target_return, prompt=prompt
+            task,
+            environments,
+            objective=objective,
+            target_return=target_return,
+            prompt=prompt,
+            hop=self.hop,
+            goal=None if goal is None else given_fields(goal, fields)[0],
         )
-        self.task = task
-        self._fields = {f.name: f for f in self.processor.tasks[task].fields}
+        self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
+        self._recall = Recall(self.model, environments, self.processor.length)
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
         self._streams = list(range(environments))
         self._steps = [0] * environments
@@ -192,7 +215,7 @@ class Policy:
         environment: int,
         *,
         stream: int | None = None,
-        target_return: float | None = None,
+        target_return: float | str | None = None,
         instruction: str | None = None,
     ) -> None:
         """Begin a new episode in one of the environments.
@@ -203,12 +226,13 @@ class Policy:
             Number of the environment.
         stream : int, optional
             Stream of the environment's random draws from now on. None: as before.
-        target_return : float, optional
-            Return to ask for, in rewards. None: as in `reset`.
+        target_return : float or str, optional
+            Return to ask for in this episode. None: as in `reset`.
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
-        self.history.reset(environment, target_return)
+        asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
+        self.history.reset(environment, asked)
         self._steps[environment] = 0
         self._instruct(instruction, [environment])
         if stream is not None:
@@ -260,9 +284,9 @@ class Policy:
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
-        acting = self.history.observe(given, rewards, chosen)  # type: ignore[arg-type]
+        acting = self.history.observe(given, rewards, chosen, new=self.hop)  # type: ignore[arg-type]
         fields = self.history.decode(self._answer(acting, chosen))
-        self.history.acted(fields, chosen)
+        self.history.acted(fields, chosen, acting)
         for i in chosen:
             self._steps[i] += 1
         return [self._native(fields, row) for row in range(len(chosen))]
@@ -297,25 +321,18 @@ class Policy:
 
     @torch.inference_mode()
     def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """The answers to all slots. The histories go through the model once, then each row's last token for each further slot."""
-        answers: list[list[Any]] = [[None] * len(chosen) for _ in acting.slots]
-        device = self.model.device
-        for rows in _groups(acting):
-            cache = KeyValueCache() if len(acting.slots) > 1 else None
-            start = 0
-            for number in range(len(acting.slots)):
-                read = acting.open[rows] + number - 1  # the column whose hidden state answers this slot
-                stop = int(read.max()) + 1
-                inputs = to_tensors(acting.batch.part(rows, start, stop), device)
-                hidden = unpack(self.model(inputs, cache=cache).hidden, inputs, len(rows), stop - start)
-                last = hidden[np.arange(len(rows)), read - start]
-                found = self._choose(acting, number, last, [chosen[r] for r in rows])
-                for r, value in zip(rows, found, strict=True):
-                    answers[number][r] = value
-                if number + 1 < len(acting.slots):
-                    acting.answer(number, found, rows)
-                start = stop
-        return [np.stack(a) for a in answers]
+        """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
+        rows = np.array(chosen)
+        start = self._recall.begin(acting, rows)
+        answers: list[np.ndarray] = []
+        for number in range(len(acting.slots)):
+            stop = acting.open + number  # the hidden state before this column answers the slot
+            hidden = self._recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
+            answers.append(self._choose(acting, number, hidden, chosen))
+            acting.answer(number, answers[-1])
+            start = stop
+        self._recall.end(acting, rows)
+        return answers
 
     def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
         """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it."""
@@ -330,6 +347,13 @@ class Policy:
         draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
         below = logits.double().softmax(-1).cumsum(-1)
         return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+
+
+def _placement(device: str) -> dict[str, Any]:
+    """Options of `from_pretrained`. Most CPUs compute several times as slowly in bf16 as in float32."""
+    if device == "auto":
+        return {"device_map": device}
+    return {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
 
 
 def check_device(name: str) -> None:
@@ -353,16 +377,6 @@ def _check_kind(folder: Path) -> None:
     if not isinstance(config, dict) or config.get("model_type") != "tiphys":
         found = config.get("model_type") if isinstance(config, dict) else None
         raise DataError(f"{folder}: not a policy of Tiphys; its config.json has model_type {found!r}, not 'tiphys'")
-
-
-def _groups(acting: Acting) -> Iterator[np.ndarray]:
-    """Groups of rows that are computed together: all rows if there is one slot, else rows of equal length, because they share a
-    key-value cache."""
-    if len(acting.slots) == 1:
-        yield np.arange(len(acting.open))
-        return
-    for opening in np.unique(acting.open):
-        yield np.flatnonzero(acting.open == opening)
 
 
 def _value(value: np.ndarray, field: FieldSpec) -> Any:

@@ -6,7 +6,7 @@ The same code (`tiphys.pretrain.tokens.sequence`) lays out a history and a train
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,16 @@ from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
+from tiphys.recipes.target_return import TargetReturn
+
+# Version 1 does not say where returns come from (they are returns to go), and has only causal windows in which nothing is hidden
+# and nothing stands after the last step. These are the defaults of what version 2 says.
+VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,18 @@ class _File:
     tasks: Any
     best_return: Mapping[str, float]
     objectives: Mapping[str, Any]
+    return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
         raise DataError(f"{where}: it has no timesteps")
-    number(objective.get("target_return"), f"{where}, target_return", -1e300, 1e300)
+    target = objective.get("target_return")
+    if not isinstance(target, str):  # a multiple of the best return
+        number(target, f"{where}, target_return", -1e300, 1e300)
+    else:
+        _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
     out = {}
     for task, values in objective["timesteps"].items():
@@ -46,8 +57,15 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     return out
 
 
+def _target(given: float | str, where: str) -> TargetReturn:
+    try:
+        return TargetReturn.parse(given)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
 class Processor:
-    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 1).
+    """What a policy needs besides its weights. In a policy's folder it is processor.json (version 2).
 
     ``Processor.from_dict(objectives.processor())`` makes one from an `Objectives`.
 
@@ -60,11 +78,14 @@ class Processor:
     layouts : mapping of str to mapping of str to TimestepLayout
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
-        Objective -> {"paradigm", "target_return", "prompt_steps", …}.
+        Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
         Most positions of a row.
+    return_quantiles : mapping of str to sequence of float
+        Task -> quantiles of the returns in the data, at equally spaced levels from 0 to 1. A task may be absent.
     """
 
     def __init__(
@@ -75,9 +96,11 @@ class Processor:
         objectives: Mapping[str, Mapping[str, Any]],
         best_return: Mapping[str, float],
         length: int,
+        return_quantiles: Mapping[str, Sequence[float]] | None = None,
     ):
         self.vocabulary, self.tasks, self.layouts = vocabulary, tasks, layouts
         self.objectives, self.best_return, self.length = objectives, best_return, length
+        self.return_quantiles = return_quantiles or {}
         self.text = TextTokenizer(vocabulary.text_tokenizer)
 
     @classmethod
@@ -92,12 +115,13 @@ class Processor:
         Raises
         ------
         DataError
-            If it has another version than 1, or a codec that this version does not have, or is not valid: the message names
-            the key.
+            If its version is not one of `VERSIONS`, or it has a codec that this version does not have, or is not valid: the
+            message names the key.
         """
-        if not isinstance(values, Mapping) or values.get("version") != 1:
-            version = values.get("version") if isinstance(values, Mapping) else None
-            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads version 1; update Tiphys")
+        version = values.get("version") if isinstance(values, Mapping) else None
+        if version not in VERSIONS or isinstance(version, bool):
+            known = " and ".join(map(str, VERSIONS))
+            raise DataError(f"processor.json has version {version!r}, but this Tiphys reads {known}; update Tiphys")
         parts = stored(_File, values, "processor.json", tasks=values.get("tasks"), vocabulary=values.get("vocabulary"))
         tasks = task_specs(parts.tasks, "processor.json, tasks")
         vocabulary = Vocabulary.from_dict(parts.vocabulary)
@@ -107,7 +131,13 @@ class Processor:
             for name, objective in parts.objectives.items()
         }
         processor = cls(
-            vocabulary, {task.name: task for task in tasks}, layouts, parts.objectives, parts.best_return, length
+            vocabulary,
+            {task.name: task for task in tasks},
+            layouts,
+            parts.objectives,
+            parts.best_return,
+            length,
+            parts.return_quantiles,
         )
         processor.text.check(vocabulary)
         return processor
@@ -119,11 +149,16 @@ class Processor:
             for name, objective in self.objectives.items()
         }
         return {
-            "version": 1,
+            "version": VERSIONS[-1],
             "length": self.length,
             "vocabulary": self.vocabulary.to_dict(),
             "tasks": [task.to_dict() for task in self.tasks.values()],
             "best_return": dict(self.best_return),
+            **(
+                {"return_quantiles": {t: list(q) for t, q in self.return_quantiles.items()}}
+                if self.return_quantiles
+                else {}
+            ),
             "objectives": objectives,
         }
 
@@ -157,8 +192,10 @@ class Processor:
         environments: int = 1,
         *,
         objective: str = "",
-        target_return: float | None = None,
+        target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
+        hop: bool = False,
+        goal: Mapping[str, Any] | None = None,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -170,31 +207,98 @@ class Processor:
             Number of environments.
         objective : str
             The objective to act with; "": the first that the task was trained with.
-        target_return : float, optional
-            Return of an episode to ask for, in rewards. None: the recipe's multiple of the best return in the data. Only
-            objectives that show returns use it.
+        target_return : float, str, or a sequence of these, optional
+            Return of an episode to ask for: rewards (``450``), a multiple of the best return in the data (``"1.2x"``) or a
+            quantile of its returns (``"q0.9"``); a sequence has one for each environment. None: as the recipe says.
         prompt : Window, optional
             A demonstration of the task. Its last steps stand before each history.
+        hop : bool
+            Whether a full window drops its older half, instead of its oldest steps.
+        goal : mapping, optional
+            The fields of an observation to reach, for objectives that act towards a goal.
 
         Raises
         ------
         KeyError
             If the policy was not trained on the task, or not with this objective.
         DataError
-            If the task has no actions.
+            If the task has no actions, if the objective takes no target return or no goal but gets one, or if the target return
+            is none, or is not one that the policy can be told.
         """
         name = objective or self.objective(task)
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task]
+        layout = self.layouts[name][task].acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
-        if target_return is None:
-            target_return = float(self.objectives[name]["target_return"]) * float(self.best_return[task])
+        asked = self.asked(task, name, target_return)
+        if isinstance(asked, list) and len(asked) != environments:
+            raise DataError(
+                f"{len(asked)} target returns for {environments} environments; give one for each, or one for all"
+            )
+        if goal is not None and not self.takes_goal(name):
+            raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
             prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
-        return History(self, layout, environments, target_return, prompt)
+        return History(self, layout, environments, asked, prompt, hop, goal)
+
+    def takes_goal(self, objective: str) -> bool:
+        """Whether an objective acts towards a goal."""
+        return self.objectives[objective].get("takes_goal") is True
+
+    def asked(self, task: str, objective: str, target_return: Any = None) -> Any:
+        """The return in rewards that a policy asks for; a list for a sequence.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names.
+        target_return : float, str, or a sequence of these, optional
+            As in `history`.
+
+        Raises
+        ------
+        DataError
+            As in `history`.
+        """
+        where, best = f"task {task!r}, objective {objective!r}", float(self.best_return.get(task, 0.0))
+        if isinstance(target_return, Sequence) and not isinstance(target_return, str):
+            return [self.asked(task, objective, one) for one in target_return]
+        if target_return is None:
+            stated = self.objectives[objective]["target_return"]
+            target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
+        else:
+            target = _target(target_return, where)
+            if not any(e.role == "return" for e in self.layouts[objective][task].elements):
+                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            if problem := target.problem(best):
+                raise DataError(f"{where}: {problem}")
+        try:
+            value = target.of(best, self.return_quantiles.get(task, ()))
+        except ValueError as error:
+            raise DataError(f"{where}: target return {error}") from None
+        if target_return is not None:
+            self._check_told(objective, task, value, where)
+        return value
+
+    def _check_told(self, objective: str, task: str, value: float, where: str) -> None:
+        """Raises DataError if the codec of the returns would clamp a value, so that another return is asked for."""
+        codec = next(e.codec for e in self.layouts[objective][task].elements if e.role == "return")
+        if isinstance(codec, Affine):
+            ends = np.array([-codec.limit, codec.limit])
+            low, high = from_unit(ends, np.asarray(codec.low, np.float64), np.asarray(codec.high, np.float64))
+        elif isinstance(codec, Bins) and not codec.companded:
+            low, high = codec.low[0], codec.high[0]
+        elif isinstance(codec, Quantiles):
+            low, high = codec.edges[0][0], codec.edges[0][-1]
+        else:
+            return
+        slack = 1e-6 * max(abs(low), abs(high))
+        if not low - slack <= value <= high + slack:
+            raise DataError(
+                f"{where}: a target return of {value:g} is beyond what the policy can be told, {low:g} to {high:g}"
+            )
 
     def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
         """The last steps of a demonstration, as many as a prompt may have."""

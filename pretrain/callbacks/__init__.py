@@ -2,10 +2,8 @@
 
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.callbacks.checkpointer import Checkpointer
-from tiphys.pretrain.callbacks.evaluator import Evaluator
 from tiphys.pretrain.callbacks.metrics_writer import MetricsWriter
 from tiphys.pretrain.callbacks.progress import Progress
-from tiphys.pretrain.callbacks.publisher import Publisher
 from tiphys.pretrain.callbacks.validator import Validator
 
-__all__ = ["Callback", "Checkpointer", "Evaluator", "Every", "MetricsWriter", "Progress", "Publisher", "Validator"]
+__all__ = ["Callback", "Checkpointer", "Every", "MetricsWriter", "Progress", "Validator"]

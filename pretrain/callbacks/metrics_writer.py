@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,15 @@ if TYPE_CHECKING:
     from tiphys.pretrain.trainer import Trainer
 
 
+_MOST_WAITING = 64 << 20  # bytes of lines that wait for a full disk
+
+
 class MetricsWriter(Callback):
     """Rank 0 writes `metrics.jsonl` and TensorBoard files in the run's folder.
 
     A line of a training step has `step` and `loss` (of the global batch), and no `kind`; all other lines have a `kind`. When
-    a run resumes, the lines of the steps that it repeats are removed.
+    a run resumes, the lines of the steps that it repeats are removed. A line may come late, such as that of an evaluation: what
+    counts is its `step`, not its place.
     """
 
     def __init__(
@@ -28,15 +34,18 @@ class MetricsWriter(Callback):
         self.folder, self.clock, self.tasks = Path(run_dir), Every(every), tuple(tasks)
         self.tensorboard, self.experts = tensorboard, Every(max(50, every))
         self._file: Any = None
+        self._waiting = bytearray()
         self._board: Any = None
+        self._writes = False  # only rank 0 does, also after training
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.world.rank:
             return
+        self._writes = True
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
         _drop_later(path, trainer.step)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (closed at the end)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed at the end)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -55,25 +64,43 @@ class MetricsWriter(Callback):
     def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None:
         for event in events if self._file is not None else ():
             # `step`: steps done when this step ends, so that a resume keeps the lines of what its checkpoint contains
-            self._file.write(json.dumps({"kind": "change", "step": trainer.step, "event": event}) + "\n")
+            self._append(json.dumps({"kind": "change", "step": trainer.step, "event": event}))
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, and send its numbers to TensorBoard. Does nothing on ranks other than 0."""
-        if self._file is None:
+        if not self._writes:
             return
-        self._file.write(to_json(line) + "\n")
+        if self._file is not None:
+            self._append(to_json(line))
+        else:  # the result of something that ran beside training and ended after it
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(to_json(line) + "\n")
         if self._board is not None and "step" in line:
             prefix = f"{line['kind']}/" if "kind" in line else "train/"
             for name, value in _numbers(line):
                 if name != "step":
-                    self._board.add_scalar(prefix + name, value, line["step"])
+                    with suppress(OSError):  # a full disk
+                        self._board.add_scalar(prefix + name, value, line["step"])
+
+    def _append(self, line: str) -> None:
+        """Add a line to the file. While the disk is full, lines wait in memory."""
+        self._waiting += line.encode() + b"\n"
+        try:
+            written = self._file.write(self._waiting) or 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(self._waiting) > _MOST_WAITING:
+                raise
+        else:
+            del self._waiting[:written]
 
     def close(self, trainer: Trainer) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+            self._board = None
 
 
 def _drop_later(path: Path, step: int) -> None:
@@ -81,12 +108,10 @@ def _drop_later(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, AttributeError, TypeError):
             if json.loads(line).get("step", 0) <= step:
                 kept.append(line)
-        except ValueError:
-            continue
     write_text(path, "".join(line + "\n" for line in kept))
 
 

@@ -14,6 +14,7 @@ from tiphys.pretrain.model.token_layout import Group, TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.key_value_cache import Extension
 
 # Up to this window length, plain matrix products are faster than the fused kernel (forward and backward, one CPU thread,
 # head size 64). At length 1024 the fused kernel is 2.5 times (bfloat16) to 3.7 times (float32) faster.
@@ -38,7 +39,7 @@ class Attention(Module):
         self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size)
         self.out = Linear(self.heads * self.size, config.hidden_size, std=STD / (2 * config.num_hidden_layers) ** 0.5)
 
-    def forward(self, x: Tensor, layout: TokenLayout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.size)
         rotated, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
@@ -72,7 +73,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> T
     for group in layout.groups:
         tokens = slice(group.start, group.stop)
         padded = (_pad(t[tokens], group) for t in (q, k, v))
-        mixed = attend(*padded, causal=group.causal, lengths=None if group.causal else group.lengths)
+        lengths = None if group.causal else group.lengths
+        mixed = attend(*padded, causal=group.causal, lengths=lengths, prefix=group.prefix)
         mixed = mixed.reshape(-1, *q.shape[1:])
         parts.append(mixed if group.places is None else mixed.index_select(0, group.places))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -99,22 +101,33 @@ class _Spread(torch.autograd.Function):
         return gradient.index_select(0, places), None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    lengths: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
     """Softmax(q kᵀ / √d) v over windows of equal length: q [n, S, H, d], k, v [n, Z, K, d] -> [n, S, H, d].
 
     With `causal`, the queries are the last S of the Z positions. `lengths` [n] hides the keys after a window's end; a causal
-    mask already hides them from every real query.
+    mask already hides them from every real query. `prefix` [n]: the first keys of a causal window, which all queries see.
     """
     n, s, heads, size = q.shape
     z, kv_heads = k.shape[1:3]
     mask = None
     if causal and s > 1:
         mask = torch.ones(s, z, dtype=torch.bool, device=q.device).tril(z - s)
+    if prefix is not None and mask is not None:
+        mask = mask | (torch.arange(z, device=q.device) < prefix[:, None, None])
+        mask = mask[:, None]
     if lengths is not None:
         mask = (torch.arange(z, device=q.device) < lengths[:, None])[:, None, None, :]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if q.is_cuda or z > SHORT.get(q.dtype, 0):
-        plain_causal = causal and s == z and s > 1
+        plain_causal = causal and s == z and s > 1 and prefix is None
         share = {"enable_gqa": True} if heads != kv_heads else {}
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=None if plain_causal else mask, is_causal=plain_causal, **share
@@ -159,42 +172,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Te
         mixed = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
         assert isinstance(mixed, Tensor)  # it would be a tuple only if more outputs were requested
         parts.append(mixed)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-class KeyValueCache:
-    """Keys and values of earlier tokens, for acting: one causal window in each row; all windows have the same length.
-
-    A batch that is passed with a cache holds only the new tokens, the same number in each row; `position` counts from the
-    beginning of the window. `length` is the number of tokens that each row already has in the cache.
-    """
-
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor]] | None = None) -> None:
-        self._layers = layers or {}  # layer -> keys and values, [rows, length, K, d] each
-
-    @property
-    def length(self) -> int:
-        return next(iter(self._layers.values()))[0].shape[1] if self._layers else 0
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
-        """Attention of the new tokens to themselves and to all earlier tokens; the cache grows by the new ones."""
-        if len(layout.groups) != 1 or layout.groups[0].slots is not None or not layout.groups[0].causal:
-            raise ValueError("a key-value cache needs causal rows of one window each, all of the same length")
-        rows = layout.groups[0].windows
-        q, k, v = (t.view(rows, -1, *t.shape[1:]) for t in (q, k, v))
-        if layer in self._layers:
-            past_k, past_v = self._layers[layer]
-            if past_k.shape[0] != rows:
-                raise ValueError(f"the cache holds {past_k.shape[0]} rows, but the batch has {rows}")
-            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
-        self._layers[layer] = (k, v)
-        return attend(q, k, v, causal=True).flatten(0, 1)
-
-    def select(self, rows: Tensor) -> KeyValueCache:
-        """A new cache of the given rows (int64 [m], repeats allowed), as a beam search needs it."""
-        layers = {n: (k.index_select(0, rows), v.index_select(0, rows)) for n, (k, v) in self._layers.items()}
-        return KeyValueCache(layers)
-
-    def crop(self, length: int) -> None:
-        """Forget every token from `length` on."""
-        self._layers = {n: (k[:, :length], v[:, :length]) for n, (k, v) in self._layers.items()}
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if (prefixes := layout.prefixes) is not None:
+        # A position behind a prefix sees all of it anyway; those of the prefix are computed once more, by themselves.
+        tokens, longest, ends = prefixes
+        options |= {"window_size": (-1, -1)} if "window_size" in VARLEN else {"is_causal": False}
+        a, b, c = (t.index_select(0, tokens) for t in (q, k, v))
+        again = varlen_attn(a, b, c, ends, ends, longest, longest, **options)
+        assert isinstance(again, Tensor)
+        out = out.index_copy(0, tokens, again)
+    return out

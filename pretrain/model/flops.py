@@ -35,12 +35,13 @@ def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
 
 
 def window_lengths(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and causal flags of all windows of a batch."""
+    """Lengths and causal flags of all windows of a batch. A window with a prefix counts as causal."""
     segment = batch.segment.reshape(-1)
     real = np.flatnonzero(segment > 0)
     key = real // max(1, batch.length) << 32 | segment[real]
     first = np.flatnonzero(np.diff(key, prepend=-1))
-    return np.diff(first, append=len(real)), batch.causal.reshape(-1)[real[first]]
+    size = np.diff(first, append=len(real))
+    return size, batch.causal.reshape(-1)[real[first + size - 1]]
 
 
 def layer_flops(config: DecisionConfig, layer: int) -> float:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
-from tiphys.pretrain.model.inputs import from_bits
 from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
+from tiphys.pretrain.model.targets import TARGETS, targets_of
 from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -46,16 +46,15 @@ class Head(Module):
         loss = 0.0 * hidden[:1].float().sum(-1)
         sums = torch.zeros(self.tasks, 3, device=x.device)
         for name in self.names:
-            target = inputs.get(f"regression/{name}")
-            if target is None or len(target) == 0:
+            targets = targets_of(inputs, f"regression/{name}")
+            if targets is None:
                 loss = (
                     loss + 0.0 * self.predict(hidden[:1], name).sum()
                 )  # a gradient of every parameter in every backward pass
                 continue
-            values = from_bits(target[:, 2:])
-            error = (self.predict(hidden[target[:, 0]], name) - values[:, 1:]).square().mean(-1)
-            loss = loss + (error * values[:, 0]).sum() / layout.divisors[0]
-            add_by_task(sums, target[:, 1], error, values[:, 0])
+            error = TARGETS["regression"].losses(self.predict(hidden[targets.place], name), targets.payload, 0)
+            loss = loss + (error * targets.weight).sum() / layout.divisors[0]
+            add_by_task(sums, targets.task, error, targets.weight)
         return hidden, loss, sums
 
     def predict(self, hidden: Tensor, name: str) -> Tensor:
@@ -96,14 +95,13 @@ def output_loss(
     """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task."""
     total, any_target = loss.sum(), False
     for i, (low, high) in enumerate(bounds):
-        target = inputs.get(f"target/{i}")
-        if target is None or len(target) == 0:
+        targets = targets_of(inputs, f"target/{i}")
+        if targets is None:
             continue
-        logits = F.linear(hidden[target[:, 0]], weight[low:high]).float()
-        losses = F.cross_entropy(logits, target[:, 1].long() - low, reduction="none")
-        weights = from_bits(target[:, 3])
-        total = total + (losses * weights).sum() / layout.divisors[0]
-        sums = add_by_task(sums, target[:, 2], losses, weights)
+        logits = F.linear(hidden[targets.place], weight[low:high]).float()
+        losses = TARGETS["target"].losses(logits, targets.payload, low)
+        total = total + (losses * targets.weight).sum() / layout.divisors[0]
+        sums = add_by_task(sums, targets.task, losses, targets.weight)
         any_target = True
     if not any_target:
         total = total + 0.0 * (weight[0] * hidden[0]).sum().float()

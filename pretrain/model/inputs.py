@@ -1,8 +1,9 @@
 """TokenBatch -> tensors: real tokens only, window by window, and targets by softmax range.
 
-The model never sees padding. A batch becomes T tokens in *compact order*: windows are sorted by (causal first, length, place
-in the batch), and the tokens of each window are consecutive. Attention works on ranges of tokens, everything else on a matrix
-[T, D]. This is computed in NumPy, where shapes are known, so that the device never waits for a size.
+The model never sees padding. A batch becomes T tokens in *compact order*: windows are sorted (causal, causal with a prefix,
+bidirectional; then by length and place in the batch), and the tokens of each window are consecutive. Attention works on ranges
+of tokens, everything else on a matrix [T, D]. This is computed in NumPy, where shapes are known, so that the device never waits
+for a size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tiphys.dataio.philox import TASK_DROPOUT, uniform32, words
+from tiphys.pretrain.model.targets import no_targets, target_arrays
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -30,15 +32,16 @@ def to_tensors(
 
     tokens, local, timestep   int32 [T]
     attributes                int32 [T, 4]: position in the window, modality, task, task + 1 as the router sees it (0: hidden)
-    windows                   int32 [W, 2], on the CPU: length of each window, and whether it is causal
+    windows                   int32 [W, 3], on the CPU: length of each window, whether it is causal, and the length of its
+                              prefix, whose positions see each other (0 if it is bidirectional)
     index                     int64 [T]: row · L + position of each token in the batch (`unpack` reads it)
     embedded/NAME/index       int64 [n]: compact places;  …/value and …/place are those of `Embedded`
-    target/I                  int32 [n, 4]: compact place, id, task, weight (the bits of a float32), for softmax range I
-    regression/NAME           int32 [n, 3 + d]: compact place, task, then weight and the d values as bits of float32
+    target/I                  int32 [n, 4]: ids for softmax range I (see `targets`)
+    regression/NAME           int32 [n, 3 + d]: vectors of d numbers for a head
 
     `task_dropout` is the share of rows whose task is hidden from the router, drawn by Philox(seed, step, row); 0 outside
     training. A batch of only filler rows becomes one token of modality 0 without a target: it is computed but not counted.
-    Raises ValueError if the positions of a segment are not consecutive, or only some of them are causal.
+    Raises ValueError if the positions of a segment are not consecutive, or one that is not causal stands behind one that is.
     """
     index, windows = _compact(batch)
     place = np.zeros(batch.tokens.size, np.int64)  # flat position -> compact place
@@ -61,21 +64,7 @@ def to_tensors(
             arrays[f"embedded/{name}/index"] = place[e.index]
             arrays[f"embedded/{name}/value"] = e.value
             arrays[f"embedded/{name}/place"] = e.place.astype(np.int32)
-    flat = np.flatnonzero(batch.target.reshape(-1) >= 0)
-    softmax = batch.softmax.reshape(-1)[flat]
-    for kind in np.unique(softmax):
-        at = flat[softmax == kind]
-        columns = (
-            place[at],
-            batch.target.reshape(-1)[at],
-            batch.task.reshape(-1)[at],
-            _bits(batch.weight.reshape(-1)[at]),
-        )
-        arrays[f"target/{kind}"] = np.stack(columns, -1).astype(np.int32)
-    for name, r in batch.regression.items():
-        if len(r.index):
-            who = np.stack([place[r.index], batch.task.reshape(-1)[r.index], _bits(r.weight)], -1)
-            arrays[f"regression/{name}"] = np.concatenate([who.astype(np.int32), _bits(r.value)], axis=1)
+    arrays |= target_arrays(batch, place)
     out = {name: to_device(torch.from_numpy(np.ascontiguousarray(a)), device) for name, a in arrays.items()}
     out["windows"] = torch.from_numpy(windows)
     return out
@@ -89,12 +78,14 @@ def to_device(host: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
-    """Flat positions of the real tokens in compact order, and the windows [W, 2]: length and causal flag."""
+    """Flat positions of the real tokens in compact order, and the windows [W, 3]: length, causal flag and prefix."""
     rows, length = batch.tokens.shape
     segment = batch.segment.reshape(-1)
     real = np.flatnonzero(segment > 0)
     if len(real) == 0:
-        return np.zeros(min(1, rows * length), np.int64), np.array([[1, 1]][: rows * length], np.int32).reshape(-1, 2)
+        return np.zeros(min(1, rows * length), np.int64), np.array([[1, 1, 0]][: rows * length], np.int32).reshape(
+            -1, 3
+        )
     key = real // length << 32 | segment[real]
     first = np.flatnonzero((np.diff(key, prepend=-1) != 0) | (np.diff(real, prepend=-2) != 1))
     size = np.diff(first, append=len(real))
@@ -105,23 +96,16 @@ def _compact(batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
             f"step {batch.step}, row {torn >> 32}: the positions of segment {torn & 0xFFFFFFFF} are not consecutive"
         )
     flags = batch.causal.reshape(-1)[real]
-    causal = flags[first]
-    if (flags != np.repeat(causal, size)).any():
-        raise ValueError(f"step {batch.step}: the positions of a segment must all be causal, or all be bidirectional")
-    order = np.lexsort((first, size, ~causal))
+    prefix = size - np.add.reduceat(flags, first, dtype=np.int64)  # the first positions, which are not causal
+    within = np.arange(len(real)) - np.repeat(first, size)
+    if (flags != (within >= np.repeat(prefix, size))).any():
+        raise ValueError(f"step {batch.step}: a position of a segment that is not causal stands behind one that is")
+    causal = prefix < size
+    prefix = np.where(causal, prefix, 0)
+    order = np.lexsort((first, size, prefix > 0, ~causal))
     start = np.repeat(real[first[order]], size[order])
     offset = np.arange(len(real)) - np.repeat(np.cumsum(size[order]) - size[order], size[order])
-    return start + offset, np.stack([size[order], causal[order]], -1).astype(np.int32)
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    """float32 values as int32 with the same bits: between pipeline stages every float tensor must carry a gradient."""
-    return np.ascontiguousarray(values, np.float32).view(np.int32)
-
-
-def from_bits(values: Tensor) -> Tensor:
-    """The inverse of `_bits`."""
-    return values.contiguous().view(torch.float32)
+    return start + offset, np.stack([size[order], causal[order], prefix[order]], -1).astype(np.int32)
 
 
 def scalars(normaliser: Any, tokens: Any, auxiliary_scale: Any, device: torch.device | str) -> Tensor:
@@ -144,19 +128,11 @@ def unpack(hidden: Tensor, inputs: Mapping[str, Tensor], rows: int, length: int)
     return out.index_copy(0, inputs["index"], hidden).view(rows, length, -1)
 
 
-def target_names(config: DecisionConfig) -> list[str]:
-    """The names of targets that `to_tensors` may return, in a fixed order."""
-    names = [f"target/{i}" for i in range(len(config.ranges) + 1)]
-    return names + [f"regression/{name}" for name in sorted(config.regressions)]
-
-
 def missing(name: str, config: DecisionConfig, device: torch.device) -> Tensor:
     """An empty tensor for a name that this batch does not have, with the type and the other dimensions of the name."""
+    if (empty := no_targets(name, config, device)) is not None:
+        return empty
     kind, _, rest = name.partition("/")
-    if kind == "target":
-        return torch.zeros(0, 4, dtype=torch.int32, device=device)
-    if kind == "regression":
-        return torch.zeros(0, 3 + config.regressions[rest], dtype=torch.int32, device=device)
     if kind != "embedded":
         raise KeyError(f"the batch has no {name!r}; make it with to_tensors")
     embedder, key = rest.rsplit("/", 1)

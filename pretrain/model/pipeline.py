@@ -19,8 +19,9 @@ from tiphys.pretrain.distributed.layout_errors import stage_errors
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.flops import layer_flops
 from tiphys.pretrain.model.heads import Head, Output
-from tiphys.pretrain.model.inputs import Inputs, missing, scalars, target_names, to_device
+from tiphys.pretrain.model.inputs import Inputs, missing, scalars, to_device
 from tiphys.pretrain.model.layers import Module
+from tiphys.pretrain.model.targets import target_names
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers
 

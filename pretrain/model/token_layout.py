@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiphys.pretrain.model.inputs import from_bits, to_device
+from tiphys.pretrain.model.bits import from_bits
+from tiphys.pretrain.model.inputs import to_device
 
 _PARTS = 8  # length classes in each octave: a window is padded by less than 1/8 of its length
 
@@ -22,8 +23,9 @@ class Group:
     slots    int64 [n · length]: the token in each slot, counted from `start`; a padding slot holds any token of its window
     places   int64 [stop − start]: the slot of each token
     lengths  int64 [n]: the length of each window, on the device
+    prefix   int64 [n]: for causal windows, how many of the first positions see each other, on the device; None: none
 
-    All three are None if no window needs padding.
+    The first three are None if no window needs padding.
     """
 
     start: int
@@ -34,6 +36,7 @@ class Group:
     slots: Tensor | None = None
     places: Tensor | None = None
     lengths: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 def length_class(lengths: np.ndarray) -> np.ndarray:
@@ -44,23 +47,24 @@ def length_class(lengths: np.ndarray) -> np.ndarray:
 
 
 def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
-    """Groups of `windows` [W, 2] (length, causal), which must be sorted by causal, then by length."""
+    """Groups of `windows` [W, 3] (length, causal, prefix), which must be sorted as `inputs.to_tensors` does."""
     length, causal = windows[:, 0].astype(np.int64), windows[:, 1].astype(bool)
     first = np.cumsum(length) - length
-    kind = length_class(length) * 2 + causal
+    kind = length_class(length) * 4 + causal * 2 + (windows[:, 2] > 0)
     heads = np.flatnonzero(np.diff(kind, prepend=-1))
     groups = []
     for a, b in zip(heads, [*heads[1:], len(length)], strict=True):
         sizes, start = length[a:b], int(first[a])
         widest, stop = int(sizes.max()), int(first[b - 1] + length[b - 1])
-        group = Group(start, stop, int(b - a), widest, bool(causal[a]))
+        parts: list[Tensor | None] = [None, None, None]
         if (sizes != widest).any():
             begin = (first[a:b] - start)[:, None]
             slots = np.minimum(begin + np.arange(widest), begin + sizes[:, None] - 1).reshape(-1)
             places = np.arange(stop - start) + np.repeat(np.arange(b - a) * widest - begin[:, 0], sizes)
             parts = [to_device(torch.from_numpy(x), device) for x in (slots, places, sizes)]
-            group = Group(start, stop, int(b - a), widest, bool(causal[a]), *parts)
-        groups.append(group)
+        ahead = windows[a:b, 2].astype(np.int64)
+        prefix = to_device(torch.from_numpy(ahead), device) if ahead.any() else None
+        groups.append(Group(start, stop, int(b - a), widest, bool(causal[a]), parts[0], parts[1], parts[2], prefix))
     return groups
 
 
@@ -68,7 +72,7 @@ def group_windows(windows: np.ndarray, device: torch.device) -> list[Group]:
 class TokenLayout:
     """What every layer needs to know of a batch, besides the hidden states.
 
-    windows      int32 [W, 2] on the CPU: length of each window, and whether it is causal
+    windows      int32 [W, 3] on the CPU: length of each window, whether it is causal, and the length of its prefix
     attributes   int32 [T, 4]: position, modality, task, and the task + 1 as the router sees it (0: hidden)
     scalars      int32 [3], the bits of float32: normaliser, real tokens of the global batch, scale of the auxiliary gradient
     auxiliary    layer -> float32 [2], its balance loss and z-loss, detached
@@ -144,6 +148,26 @@ class TokenLayout:
                 out.append((start, stop, int(lengths.max()), causal, to_device(torch.from_numpy(ends), self.device)))
                 start = stop
         return out
+
+    @property
+    def prefixes(self) -> tuple[Tensor, int, Tensor] | None:
+        """For the variable-length kernel: the tokens of all prefixes, int64 [p]; the longest; cumulative lengths, int32 [n + 1].
+
+        None if no window has a prefix.
+        """
+        return self._cached("prefixes", self._prefixes)
+
+    @torch.compiler.disable
+    def _prefixes(self) -> tuple[Tensor, int, Tensor] | None:
+        table = self.windows.numpy().astype(np.int64)
+        mine = table[:, 2] > 0
+        if not mine.any():
+            return None
+        size, first = table[mine, 2], (np.cumsum(table[:, 0]) - table[:, 0])[mine]
+        ends = np.concatenate([[0], np.cumsum(size)])
+        tokens = np.arange(ends[-1]) + np.repeat(first - ends[:-1], size)
+        parts = [to_device(torch.from_numpy(x), self.device) for x in (tokens, ends.astype(np.int32))]
+        return parts[0], int(size.max()), parts[1]
 
     def rotary(self, size: int, theta: float) -> Tensor:
         """Rotary angles (Su et al. 2021): cosine and sine of position · frequency, float32 [T, 1, size / 2, 2]."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from tiphys.dataio.episode import DataError
-from tiphys.pretrain.model.attention import Attention, KeyValueCache
+from tiphys.pretrain.model.attention import Attention
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.heads import Head, Output
@@ -23,6 +23,7 @@ from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.model.key_value_cache import Extension
 
 
 class Block(Module):
@@ -41,7 +42,7 @@ class Block(Module):
             else Mlp(config.hidden_size, config.intermediate_size, config.num_hidden_layers)
         )
 
-    def forward(self, x: Tensor, layout: TokenLayout, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         x = x + self._drop(self.attention(self.norm1(x), layout, cache))
         y = self.norm2(x)
@@ -143,7 +144,7 @@ class DecisionModel(PreTrainedModel):
         normaliser: Tensor | float = 1.0,
         tokens_global: Tensor | float = 1.0,
         auxiliary_scale: Tensor | float = 1.0,
-        cache: KeyValueCache | None = None,
+        cache: Extension | None = None,
     ) -> DecisionOutput:
         """Forward pass over T tokens, and their loss.
 
@@ -158,8 +159,8 @@ class DecisionModel(PreTrainedModel):
         auxiliary_scale : float
             Factor by which the loss is multiplied before its backward pass. The auxiliary gradients, which do not pass
             through the loss, are multiplied by the same factor.
-        cache : KeyValueCache, optional
-            Keys and values of earlier tokens, for acting; the cache grows by this batch.
+        cache : Extension, optional
+            From `KeyValueCache.extend`, for acting: the batch holds only the new tokens of the cache's rows.
 
         Returns
         -------
@@ -168,7 +169,7 @@ class DecisionModel(PreTrainedModel):
         Raises
         ------
         ValueError
-            If there is a cache and the batch is not one causal window of equal length in each row.
+            If there is a cache and the batch's windows are not those that it was extended by.
         """
         numbers = scalars(normaliser, tokens_global, auxiliary_scale, batch["attributes"].device)
         layout = TokenLayout(batch["windows"], batch["attributes"], numbers)

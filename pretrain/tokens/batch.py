@@ -164,29 +164,35 @@ class TokenBatch:
             regression[name] = Regression(r.index[mine] - low * length, r.value[mine], r.weight[mine])
         return replace(self, **dense, embedded=embedded, regression=regression)
 
-    def part(self, rows: np.ndarray, start: int, stop: int) -> TokenBatch:
+    def part(self, rows: np.ndarray, start: int | np.ndarray, stop: int | np.ndarray) -> TokenBatch:
         """Positions [start, stop) of some rows, as a batch of their own. Its arrays are copies.
 
         Parameters
         ----------
         rows : ndarray, int [n]
             Rows of this batch, ascending.
-        start, stop : int
-            First position, and the position after the last.
+        start, stop : int or ndarray, int [n]
+            First position, and the position after the last, of all rows or of each. If they differ, the other positions of the
+            part are padding.
         """
-        width = stop - start
+        low, high = int(np.min(start, initial=self.length)), int(np.max(stop, initial=0))
+        width = max(high - low, 0)
+        first, last, new_row = np.zeros((3, self.rows), np.int64)
+        first[rows], last[rows], new_row[rows] = start, stop, np.arange(len(rows))
         dense: dict[str, Any] = {
-            name: np.ascontiguousarray(array[rows] if array.ndim == 1 else array[rows, start:stop])
+            name: np.ascontiguousarray(array[rows] if array.ndim == 1 else array[rows, low : low + width])
             for name, array in ((name, getattr(self, name)) for name in self.DENSE)
         }
-        new_row = np.full(self.rows, -1)
-        new_row[rows] = np.arange(len(rows))
+        columns = np.arange(low, low + width)
+        outside = (columns < first[rows, None]) | (columns >= last[rows, None])
+        dense["segment"][outside] = 0
+        dense["modality"][outside] = PADDING
 
         def inside(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """Mask of the values that are in the part, and their index in it."""
             row, column = np.divmod(index, self.length)
-            kept = (new_row[row] >= 0) & (column >= start) & (column < stop)
-            return kept, new_row[row[kept]] * width + column[kept] - start
+            kept = (column >= first[row]) & (column < last[row])
+            return kept, new_row[row[kept]] * width + column[kept] - low
 
         embedded = {}
         for name, e in self.embedded.items():

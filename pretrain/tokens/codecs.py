@@ -390,7 +390,86 @@ class Grid(Codec):
         return EmbedderSpec("grid", self.cells, max(self.values))
 
 
-CODECS: dict[str, type[Codec]] = {c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Grid)}
+@dataclass(frozen=True)
+class Integers(Codec):
+    """Numbers rounded to integers and clamped to low … high, one id each (the returns of Lee et al. 2022, sec. 3.2)."""
+
+    kind: ClassVar[str] = "integers"
+    modality: ClassVar[int] = DISCRETE
+    first: int  # id of the integer `low`
+    low: int
+    high: int
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise DataError(f"codec 'integers': low {self.low} is above high {self.high}")
+
+    @property
+    def values(self) -> tuple[int]:
+        """The number of integers."""
+        return (self.high - self.low + 1,)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        flat = np.clip(np.rint(_flat(x, np.float64)), self.low, self.high)
+        return (flat - self.low).astype(np.int32) + np.int32(self.first)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        x = np.asarray(tokens, np.int64) - self.first + self.low
+        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        return ((self.first, self.first + self.values[0]),) * self.tokens
+
+
+@dataclass(frozen=True)
+class Sign(Codec):
+    """The sign of each number, as one of three ids for -1, 0 and 1 (rewards clipped to their sign: Mnih et al. 2015)."""
+
+    kind: ClassVar[str] = "sign"
+    modality: ClassVar[int] = DISCRETE
+    values: ClassVar[tuple[int]] = (3,)
+    first: int  # id of -1
+    dtype: str = "float32"
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        return np.sign(_flat(x, np.float64)).astype(np.int32) + np.int32(self.first + 1)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        x = np.asarray(tokens, np.int64) - self.first - 1
+        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+
+    def choices(self) -> tuple[tuple[int, int], ...]:
+        return ((self.first, self.first + 3),) * self.tokens
+
+
+@dataclass(frozen=True)
+class Histogram(Codec):
+    """A histogram as one token, float32 [N, 1, bins]: the share of the values in each bin, from 0 to 1, is left as it is.
+
+    The shares of each entry sum to 1 (Furuta et al. 2022, sec. 4).
+    """
+
+    kind: ClassVar[str] = "histogram"
+
+    @property
+    def tokens(self) -> int:
+        return 1
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        return np.clip(_flat(x, np.float32), 0, 1)[:, None]
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(tokens, np.float32).reshape(len(tokens), *self.shape)
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("vector", (int(np.prod(self.shape, dtype=np.int64)),))
+
+
+CODECS: dict[str, type[Codec]] = {
+    c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Grid, Integers, Sign, Histogram)
+}
 
 
 def codec_from_dict(values: Mapping[str, Any], where: str = "codec") -> Codec:

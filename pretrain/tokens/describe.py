@@ -14,6 +14,7 @@ from tiphys.pretrain.tokens.codecs import Codec, Patches
 from tiphys.pretrain.tokens.images import PATCH
 from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
 from tiphys.pretrain.tokens.text import TextTokenizer
+from tiphys.pretrain.tokens.timestep import TAIL
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 _ALL = 8  # an array with more numbers is summarised by its shape and extremes
@@ -105,16 +106,21 @@ class _Reader:
         self.batch, self.windows, self.layouts, self.vocabulary, self.text = batch, windows, layouts, vocabulary, text
         self.at = {p: one for one in placed for p in range(one.first, one.first + one.size)}
         self.tokens, self.target = batch.tokens[0], batch.target[0]
+        # How many positions before the predicted one a target stands
+        self.shift = np.zeros(len(self.tokens), np.int64)
+        for p, one in self.at.items():
+            self.shift[p] = layouts[windows[one.window].entry][windows[one.window].task].shift
         self.targets = self.tokens.copy()  # the tokens, each replaced by the target that predicts it
         where = np.flatnonzero(self.target >= 0)
-        self.targets[where + 1] = self.target[where]
+        self.targets[where + self.shift[where]] = self.target[where]
 
     def view(self, one: Placed) -> ElementView:
         window = self.windows[one.window]
-        value, picture = self.value(one)
+        hidden = one.element is not None and bool((self.tokens[one.first :][: one.size] == self.vocabulary.mask).all())
+        value, picture = ("hidden", None) if hidden else self.value(one)
         predicted, weight = self.predicted(one)
         return ElementView(
-            step=None if one.step is None else int(window.step[one.step]),
+            step=None if one.step is None else int(self.batch.timestep[0, one.first]),
             what=MODALITIES[self.batch.modality[0, one.first]],
             field=one.element.field if one.element else ", ".join(self.layouts[window.entry][window.task].preamble),
             first=one.first,
@@ -142,13 +148,15 @@ class _Reader:
         words, weight = [], None
         offsets: dict[int, list[int]] = {}  # first position of the element that is predicted -> offsets of its tokens
         for p in (p for p in range(one.first, one.first + one.size) if self.target[p] >= 0):
-            offsets.setdefault(self.at[p + 1].first, []).append(p + 1 - self.at[p + 1].first)
+            of = p + int(self.shift[p])
+            offsets.setdefault(self.at[of].first, []).append(of - self.at[of].first)
             weight = float(self.batch.weight[0, p])
         for first, some in offsets.items():
             words.append(self.words(self.targets, self.at[first], some))
         for part in self.batch.regression.values():
             for i in np.flatnonzero((part.index >= one.first) & (part.index < one.first + one.size)).tolist():
-                element = self.at[int(part.index[i]) + 1].element
+                at = int(part.index[i])
+                element = self.at[at + int(self.shift[at])].element
                 assert element is not None
                 words.append(_numbers(_codec(element.codec).decode(part.value[i][None, None])[0]))
                 weight = float(part.weight[i])
@@ -166,9 +174,11 @@ class _Reader:
 
     def read(self, ids: np.ndarray) -> str:
         """Ids of a text, quoted; an end-of-text token is named."""
-        end = ids == self.vocabulary.end_of_text
-        words = [repr(self.text.decode(ids[~end]))] if not end.all() else []
-        return " ".join(words + ["end-of-text"] * int(end.sum()))
+        special = {self.vocabulary.end_of_text: "end-of-text"}
+        special |= {self.vocabulary.special(name): name for name in TAIL}
+        named = [special[i] for i in ids.tolist() if i in special]
+        rest = ids[[i not in special for i in ids.tolist()]]
+        return " ".join(([repr(self.text.decode(rest))] if len(rest) else []) + named)
 
 
 def _codec(codec: Codec | None) -> Codec:

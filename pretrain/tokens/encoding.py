@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,9 +11,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Codec, Discrete, Grid, Patches, Quantiles, Vector
+from tiphys.pretrain.tokens.codecs import (
+    Affine,
+    Bins,
+    Codec,
+    Discrete,
+    Grid,
+    Histogram,
+    Integers,
+    Patches,
+    Quantiles,
+    Sign,
+    Vector,
+)
+from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
-from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, REWARD, SEPARATOR, TEXT, Paradigm, Part
+from tiphys.pretrain.tokens.paradigms import (
+    ACTION,
+    END,
+    OBSERVATION,
+    RETURN,
+    REWARD,
+    SEPARATOR,
+    TEXT,
+    Paradigm,
+    Part,
+)
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
@@ -98,7 +122,7 @@ class Encoding:
             elif part.kind == REWARD:
                 made = self.rewards(part)
             elif part.kind == RETURN:
-                made = [Element("return", codec=self.return_codec(part))] if has_actions else []
+                made = [self.returns(part)] if has_actions else []
             else:
                 assert part.kind == SEPARATOR
                 made = [Element("separator")] if has_actions else []
@@ -115,12 +139,34 @@ class Encoding:
             weight=weight,
             context=self.objective.context,
             window=self.objective.window if has_actions else 1,
+            mask=self.paradigm.mask,
+            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions else (),
+            hiding=self.paradigm.hiding if has_actions else (),
+            future=self.paradigm.future if has_actions else 0,
+            loss=self.paradigm.loss,
+            prompt_parts=self.paradigm.prompt.parts,
+            prompt_reverse=self.paradigm.prompt.reverse,
         )
+        layout = self.with_prompts(layout)
         return self.with_text_limit(layout)
+
+    def with_prompts(self, layout: TimestepLayout) -> TimestepLayout:
+        """The layout with room for a prompt before each window. Raises DataError if the prompts of a row cannot be reversed."""
+        prompt = self.paradigm.prompt
+        if prompt.reverse and layout.chunk > 1:
+            raise DataError(f"task {self.task.name!r}: prompts are reversed, so its actions cannot have a `chunk`")
+        if not prompt.every_window or not layout.has_actions or not self.prompt_share:
+            return layout
+        steps = self.objective.prompt_steps or prompt.steps or max(1, layout.fit(self.objective.context // 2))
+        return replace(layout, prompt_steps=steps)
+
+    @property
+    def prompt_share(self) -> float:
+        return self.paradigm.prompt.share if self.objective.prompt < 0 else self.objective.prompt
 
     def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
         """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
-        room = self.objective.context - layout.width
+        room = self.objective.context - layout.width - (layout.extra - layout.text_last)
         if room < 0:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
@@ -137,6 +183,12 @@ class Encoding:
                 f"{', '.join(layout.preamble)}; raise `context`"
             )
         return replace(layout, text_limit=limit)
+
+    def tail(self, part: Part) -> Element:
+        """The element of a token after the last step. An `end` is that of the world, if the data tell it from a time limit."""
+        ends = self.task.with_role("terminated")
+        name = ends[0].name if part.kind == END and ends else ""
+        return self.learnt(Element(part.kind, name), part)
 
     def tokens(self, field: FieldSpec) -> FieldTokens:
         """What the recipe says of a field: under its name, else under the first pattern that matches, else the defaults."""
@@ -169,7 +221,7 @@ class Encoding:
         if not part.weight:
             return element if part.shown else replace(element, shown=False)
         codec = element.codec
-        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine) else ""
+        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine | Vector | Histogram) else ""
         if codec is not None and codec.embedder and not head:
             raise DataError(
                 f"task {self.task.name!r}: paradigm {self.paradigm.name!r} predicts the {element.role} {element.field!r}, "
@@ -185,11 +237,11 @@ class Encoding:
                 f"task {self.task.name!r}: it has no rewards, which paradigm {self.paradigm.name!r} needs; leave the task out "
                 "with `tasks` of the mixture entry, or use another paradigm"
             )
-        kind = {"auto": "uniform", "linear": "uniform"}.get(part.code, part.code)
+        kind = "uniform" if part.code in ("auto", "linear", "gato") else part.code
         found = []
         for field in fields:
             given = self.tokens(field).encoding
-            codec = self.binned(field, kind if given == "auto" else given)
+            codec = self.reward(field, part, kind if given == "auto" else given)
             found.append(Element("reward", field.name, codec, codec.tokens))
         return found
 
@@ -212,12 +264,19 @@ class Encoding:
 
     # the codec of one field
 
+    def wanted(self, field: FieldSpec, part: Part) -> str:
+        """The encoding that the recipe gives a field, else the code that the part gives to fields of its kind."""
+        given = self.tokens(field).encoding
+        if given != "auto" or (part.code in ("uniform", "quantile") and field.modality != "continuous"):
+            return given
+        return part.code
+
     def observation(self, field: FieldSpec, part: Part) -> Codec:
-        kind = self.tokens(field).encoding
-        if kind == "auto" and part.code in ("uniform", "quantile") and field.modality == "continuous":
-            kind = part.code
-        elif kind == "auto":
+        kind = self.wanted(field, part)
+        if kind == "auto":
             kind = self.scheme if self.scheme == "gato" else self.compact(field)
+        if kind in ("integer", "sign"):
+            raise DataError(f"{self.where(field)}: encoding {kind!r} is for rewards, not for an observation")
         if kind == "grid":
             return self.grid(field)
         if kind == "vector":
@@ -240,10 +299,9 @@ class Encoding:
         return "gato"
 
     def action(self, field: FieldSpec, part: Part) -> Codec:
-        kind = self.tokens(field).encoding
-        if kind == "auto" and part.code in ("uniform", "quantile") and field.modality == "continuous":
-            kind = part.code
-        if kind in ("vector", "grid"):
+        kind = self.wanted(field, part)
+        kind = "auto" if kind == "linear" else kind
+        if kind in ("vector", "grid", "integer", "sign"):
             raise DataError(
                 f"{self.where(field)}: an action cannot have encoding {kind!r}; `discretise: no` regresses it as a vector"
             )
@@ -396,11 +454,74 @@ class Encoding:
                 "{without_rewards: true}` of the objective"
             )
 
+    def reward(self, field: FieldSpec, part: Part, kind: str) -> Codec:
+        """The codec of a reward."""
+        if kind == "sign":
+            return Sign("", field.shape, self.ranges.discrete, field.dtype)
+        if kind == "integer":
+            found = self.statistics.get(field.name)
+            known = (float(np.min(found.min)), float(np.max(found.max))) if found is not None and found.count else None
+            return self.integers(self.where(field), field.shape, part, known)
+        return self.binned(field, kind)
+
+    def integers(self, where: str, shape: tuple[int, ...], part: Part, known: tuple[float, float] | None) -> Codec:
+        """Integers from the part's `low` to its `high`; where it has none, over the range of the data."""
+        low, high = (
+            part.options.get(key, None if known is None else known[i]) for i, key in enumerate(("low", "high"))
+        )
+        if low is None or high is None:
+            raise DataError(f"{where}: its code 'integer' needs a range, but the dataset has no statistics of it")
+        low, high = math.floor(low), math.ceil(high)
+        if high - low >= self.ranges.discrete_size:
+            raise DataError(
+                f"{where}: it goes from {low} to {high}, which is more than {self.ranges.discrete_size} integers; give the part "
+                "`low` and `high`, or the code 'uniform'"
+            )
+        return Integers("", shape, self.ranges.discrete, low, high)
+
+    def returns(self, part: Part) -> Element:
+        """The element of a return, or of what else a source computes from the future."""
+        source, argument = source_of(part.rule)
+        if source.argument == "field":
+            options = self.histogram_range(part, argument)
+            shape = (int(options["bins"]) * len(options["low"]),)
+            codec: Codec = Histogram(f"vector:{part.rule}:{shape[0]}", shape)
+            return Element("return", codec=codec, source=part.rule, options=options)
+        codec = self.return_codec(part)
+        return Element("return", codec=codec, size=codec.tokens, source=part.rule)
+
+    def histogram_range(self, part: Part, name: str) -> dict[str, Any]:
+        """`bins`, `low` and `high` of the histograms of a field: the part's, else the field's bounds, else those of the data."""
+        given = dict(source_of(part.rule)[0].options) | dict(part.options)
+        field = self.task.field(name)
+        if field.modality not in ("continuous", "discrete") or field.per != "step":
+            raise DataError(f"{self.where(field)}: a histogram needs numbers at each step, not {field.modality} values")
+        if given["low"] is None or given["high"] is None:
+            if field.modality == "discrete":
+                values, least = self.counted(field)
+                given["bins"] = max(values)  # a bin for each value
+                low, high = np.asarray(least, float), np.asarray(least, float) + np.asarray(max(values), float)
+            elif (bounds := _bounds(field)) is not None:
+                low, high = bounds
+            else:
+                low, high = self._data_range(field)
+            given["low"], given["high"] = low, high
+        entries = int(np.prod(field.shape, dtype=np.int64))
+        ends = {key: np.broadcast_to(np.asarray(given[key], float).reshape(-1), (entries,)) for key in ("low", "high")}
+        return {"bins": int(given["bins"]), **{key: list(_numbers(end)) for key, end in ends.items()}}
+
     def return_codec(self, part: Part) -> Codec:
         scale = self.largest_return or 1.0
+        if part.code in ("auto", "linear"):
+            return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
         if part.code == "uniform":
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
-        return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
+        where = f"task {self.task.name!r}, return"
+        if part.code == "integer":
+            return self.integers(where, (), part, (-scale, scale))
+        if part.code == "sign":
+            return Sign("", (), self.ranges.discrete)
+        raise DataError(f"{where}: a return cannot have the code {part.code!r}")
 
 
 def _numbers(array: np.ndarray) -> tuple[float, ...]:

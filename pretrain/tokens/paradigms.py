@@ -8,57 +8,131 @@ continuous fields together; both groups are sorted by name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = (
-    "text",
-    "observation",
-    "separator",
-    "return",
-    "reward",
-    "action",
-)
-KINDS = (TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION)
-CODES = ("auto", "linear", "uniform", "quantile")
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.tokens.derived import source_of
+from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
+
+TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
+END, SUMMARY = "end", "summary"
+CODES = {  # kind -> the codes that its parts may have
+    TEXT: ("auto",),
+    OBSERVATION: ("auto", "gato", "vector", "grid", "uniform", "quantile"),
+    SEPARATOR: ("auto",),
+    RETURN: ("auto", "linear", "uniform", "quantile", "integer", "sign", "histogram"),
+    REWARD: ("auto", "uniform", "quantile", "integer", "sign"),
+    ACTION: ("auto", "linear", "uniform", "quantile"),
+    END: ("auto",),
+    SUMMARY: ("auto",),
+}
+_CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
 }
+TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
 REQUIREMENTS = {"reward": "rewards"}
+VIEWS = {"one": "each episode is one sequence"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of element, in a timestep or once before the first.
+    """One kind of element, in a timestep, or once before the first or after the last.
 
     Attributes
     ----------
     kind : str
-        One of `KINDS`. `observation`, `action` and `text` stand for all fields of that role.
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `end`
+        (of an episode) and `summary` are tokens of their own, which stand after the last step.
     code : str
-        How its values are encoded, unless the recipe says otherwise for a field: one of `CODES`. `auto`: by the scheme;
-        `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins.
+        How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the
+        scheme; `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins; `integer`,
+        `sign`: as ids of integers, of -1, 0 and 1; `histogram`: as one vector of shares.
     weight : float
         Loss weight of its targets, relative to the weight of the mixture entry. 0: it is not predicted.
     shown : bool
         False: the token `mask` stands in its place in the input. Its targets stay.
+    source : str
+        Where the values of a return come from: a rule of `derived.SOURCES`. Empty: `to_go` for a return; the data's fields for
+        all other kinds.
+    options : mapping
+        Options of its code (`integer`: low, high) and of its source (`histogram`: bins, low, high).
     """
 
     kind: str
     code: str = "auto"
     weight: float = 0.0
     shown: bool = True
+    source: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.code not in CODES:
+        if self.code not in CODES.get(self.kind, ()):
             raise ValueError(f"a part of kind {self.kind!r} with code {self.code!r}: unknown")
-        if not self.weight >= 0 or (self.weight and self.kind == SEPARATOR):
+        if (self.code == "histogram") != self.source.startswith("histogram"):
+            raise ValueError(f"a part of kind {self.kind!r}: code and source 'histogram' belong together")
+        if self.source and self.kind != RETURN:
+            raise ValueError(f"a part of kind {self.kind!r} has no source, but {self.source!r} is given")
+        known = dict.fromkeys(_CODE_OPTIONS.get(self.code, ()))
+        if self.rule:
+            try:
+                known |= dict(source_of(self.rule)[0].options)
+            except DataError as error:
+                raise ValueError(f"a part of kind {self.kind!r}: {error}") from None
+        if set(self.options) - set(known):
+            raise ValueError(
+                f"a part of kind {self.kind!r} has options {sorted(self.options)}, but knows {sorted(known)}"
+            )
+        if not self.weight >= 0 or (self.weight and self.kind in (SEPARATOR, SUMMARY)):
             raise ValueError(f"a part of kind {self.kind!r} cannot have the weight {self.weight}")
+
+    @property
+    def rule(self) -> str:
+        """The source that its values come from; empty: the fields of the data."""
+        return self.source or ("to_go" if self.kind == RETURN else "")
 
     def __str__(self) -> str:
         weight = "" if not self.weight else "*" if self.weight == 1 else f"*{self.weight:g}"
         return f"{self.kind}{weight}" if self.shown else f"[{self.kind}{weight}]"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A demonstration of the same task, from another episode, that stands before a window. It has no targets.
+
+    Attributes
+    ----------
+    share : float
+        Share of rows that begin with a prompt, or, with `every_window`, of windows that have one.
+    steps : int
+        Most steps of a prompt; 0: as many as fit half of the row.
+    every_window : bool
+        Each window of a row has a prompt of its own, not only the first.
+    ends : float
+        Share of the prompts that are the end of their episode. The others lie anywhere in it.
+    reverse : bool
+        The last step stands first.
+    parts : tuple of str
+        The kinds of parts that a prompt shows; empty: all of a timestep.
+    """
+
+    share: float = 0.0
+    steps: int = 0
+    every_window: bool = False
+    ends: float = 0.5
+    reverse: bool = False
+    parts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.share <= 1 and 0 <= self.ends <= 1) or set(self.parts) - set(CODES):
+            raise ValueError(f"a prompt cannot have share {self.share}, ends {self.ends}, parts {self.parts}")
+
+    def __str__(self) -> str:
+        return f"{self.share:g} of the {'windows' if self.every_window else 'rows'}" if self.share else "none"
 
 
 @dataclass(frozen=True)
@@ -75,16 +149,26 @@ class Paradigm:
         The parts of a timestep, in order. `text`: texts that change from step to step.
     head : tuple of Part
         What stands once, before the first timestep of a window: texts that stay the same for a whole episode.
+    tail : tuple of Part
+        What stands once, after the last timestep: `end`, only where the episode ends, and `summary`.
     scheme : str
         How fields become tokens, unless the recipe says otherwise: gato | compact.
     softmax : str
         What a predicted id is normalised over: vocabulary | range.
     mask : str
-        Who may attend to whom: causal.
-    prompt : float
-        Share of rows that begin with a prompt, a demonstration of the same task.
-    acting : str
-        How its policy acts: a name in `ACTING`.
+        Who sees whom: a key of `timestep.MASKS`.
+    hiding : tuple of (str, float)
+        Schemes of `hiding.HIDING` with their shares. Each window draws one, which says which parts are hidden and learnt.
+    views : str
+        How an episode becomes sequences: a key of `VIEWS`.
+    future : int
+        Most rows after a window's last step whose observations are shown.
+    prompt : Prompt
+        The demonstration before a window.
+    loss : str
+        What the targets count: a key of `timestep.LOSSES`.
+    acting : (str, mapping)
+        How its policy acts: a name in `ACTING`, and the options of that rule.
     requires : tuple of str
         What the data must have: names in `REQUIREMENTS`.
     """
@@ -93,19 +177,50 @@ class Paradigm:
     source: str
     timestep: tuple[Part, ...]
     head: tuple[Part, ...] = (Part(TEXT),)
+    tail: tuple[Part, ...] = ()
     scheme: str = "compact"
     softmax: str = "range"
-    mask: str = "causal"
-    prompt: float = 0.0
-    acting: str = "next"
+    mask: str = CAUSAL
+    hiding: tuple[tuple[str, float], ...] = ()
+    views: str = "one"
+    future: int = 0
+    prompt: Prompt = Prompt()
+    loss: str = "targets"
+    acting: tuple[str, Mapping[str, Any]] = ("next", {})
     requires: tuple[str, ...] = ()
     differs: str = ""
 
     def __post_init__(self) -> None:
-        if self.acting not in ACTING or self.mask != "causal" or set(self.requires) - set(REQUIREMENTS):
-            raise ValueError(f"paradigm {self.name!r}: unknown acting, mask or requirement")
+        for why in self._mistakes():
+            raise ValueError(f"paradigm {self.name!r}: {why}")
+
+    def _mistakes(self) -> Iterator[str]:
+        for what, given, known in (
+            ("acting", [self.acting[0]], ACTING),
+            ("mask", [self.mask], MASKS),
+            ("requirement", self.requires, REQUIREMENTS),
+            ("view", [self.views], VIEWS),
+            ("loss", [self.loss], LOSSES),
+            ("hiding scheme", [name for name, _ in self.hiding], HIDING),
+        ):
+            for name in given:
+                if name not in known:
+                    yield f"the {what} {name!r} is unknown; known are {', '.join(known)}"
         if any(part.kind != TEXT or not part.shown for part in self.head):
-            raise ValueError(f"paradigm {self.name!r}: only texts that are shown can stand before the first timestep")
+            yield "only texts that are shown can stand before the first timestep"
+        if any(part.kind not in (END, SUMMARY) or not part.shown for part in self.tail):
+            yield "only `end` and `summary` can stand after the last timestep, and they are shown"
+        if any(part.kind in (END, SUMMARY) for part in self.timestep):
+            yield "`end` and `summary` stand after the last timestep, not in it"
+        if any(not share >= 0 for _, share in self.hiding) or (self.hiding and not sum(s for _, s in self.hiding) > 0):
+            yield "the shares of its hiding schemes are not positive"
+        predicted = [part for part in (*self.timestep, *self.head, *self.tail) if part.weight]
+        if self.mask == BOTH and any(part.shown and not (self.hiding and part in self.timestep) for part in predicted):
+            yield "all positions see each other, so a part that is predicted must be hidden"
+        if self.mask == PREFIX and any(part.weight for part in self.head):
+            yield "the texts before the first timestep see each other, so they cannot be predicted"
+        if self.future < 0:
+            yield "future is the number of rows after a window, at least 0"
 
     @property
     def predicts_text(self) -> bool:
@@ -124,8 +239,8 @@ PARADIGMS: dict[str, Paradigm] = {
         Paradigm(
             "dt",
             "Chen et al. 2021, algorithm 1",
-            (Part(TEXT), Part(RETURN, "linear"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
-            acting="ask",
+            (Part(TEXT), Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            acting=("ask", {}),
             requires=(REWARD,),
             differs="returns are divided by the task's largest absolute return; the target is a multiple of the best return in "
             "the data; positions count tokens of the window and steps of the episode",
@@ -137,7 +252,7 @@ PARADIGMS: dict[str, Paradigm] = {
             head=(Part(TEXT, weight=1.0),),
             scheme="gato",
             softmax="vocabulary",
-            prompt=0.25,
+            prompt=Prompt(0.25),
             differs="discrete values have ids of their own; a prompt stands before the first window of a row only",
         ),
     )
@@ -160,12 +275,14 @@ def table() -> list[dict[str, str]]:
             "name": p.name,
             "once": " ".join(map(str, p.head)),
             "each step": " ".join(map(str, p.timestep)),
+            "at the end": " ".join(map(str, p.tail)) or "nothing",
             "scheme": p.scheme,
             "softmax": p.softmax,
-            "mask": p.mask,
-            "prompt": f"{p.prompt:g} of the rows" if p.prompt else "none",
+            "mask": f"{p.mask}: {MASKS[p.mask]}",
+            "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
+            "prompt": str(p.prompt),
             "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",
-            "acts by": ACTING[p.acting],
+            "acts by": ACTING[p.acting[0]],
             "source": p.source,
             "differs": p.differs or "nothing that we know of",
         }

@@ -7,21 +7,30 @@ window.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tiphys.dataio.episode import BadValue, DataError, Window
-from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
+from tiphys.dataio.episode import DataError, Window
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Embedded, Regression, TokenBatch
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
+from tiphys.pretrain.tokens.group import Group, Layouts, make_groups, sizes
+from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
 from tiphys.pretrain.tokens.text import TextTokenizer
-from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, Element, TimestepLayout
+from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, BOTH, PREFIX, Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
-Layouts = Sequence[Mapping[int, TimestepLayout]]  # mixture entry -> task -> its layout
-_NO_IDS = np.zeros(0, np.int32)
+__all__ = ["Layouts", "Placed", "assemble", "placements"]
+
+_READABLE = {"to_go": "return-to-go"}
+FACTORS = (
+    "observation",
+    "action",
+    "reward",
+    "return",
+    "text",
+)  # kinds whose targets are counted apart (`loss: factors`)
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,8 @@ class Placed:
     """Where one element of a window stands in its row.
 
     window   index of the window in its row
-    step     index of the step in its window; None for the preamble, which stands once in a window
-    element  the element of the layout; None for the preamble
+    step     index of the step in its window; None for what stands once in a window
+    element  the element of the layout; None for the texts that stand once in a window
     first    its first position in the row
     size     its number of positions, at least 1
     """
@@ -40,100 +49,6 @@ class Placed:
     element: Element | None
     first: int
     size: int
-
-
-@dataclass
-class _Group:
-    """Windows of one mixture entry and task: G windows, N timesteps in all, W columns in a timestep."""
-
-    layout: TimestepLayout
-    windows: list[Window]
-    number: np.ndarray  # [G] index of each window in the batch
-    steps: np.ndarray  # [G] number of timesteps of each window
-    preambles: list[np.ndarray]  # G arrays of ids
-    step_texts: list[np.ndarray]  # the ids of each element that is a text of a step, in order: int32 [N, element.size]
-    present: np.ndarray | None  # bool [N, W]: the columns that a timestep has; None: all
-
-    @property
-    def owner(self) -> np.ndarray:
-        """[N] the window in the group that each timestep belongs to."""
-        return np.repeat(np.arange(len(self.steps)), self.steps)
-
-    @property
-    def first(self) -> np.ndarray:
-        """[G] the first timestep of each window."""
-        return np.cumsum(self.steps) - self.steps
-
-    def body_size(self) -> np.ndarray:
-        """[G] positions that the timesteps of each window take."""
-        if self.present is None:
-            return self.steps * self.layout.width
-        ends = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])
-        return ends[self.first + self.steps] - ends[self.first]
-
-    def preamble_size(self) -> np.ndarray:
-        """[G] positions that the preamble of each window takes."""
-        return np.array([len(ids) for ids in self.preambles], np.int64)
-
-    def starts(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([G], [G]): first cells of the preambles and of the timesteps of windows that start at cells `start`."""
-        if self.layout.text_last:
-            return start + self.body_size(), start
-        return start, start + self.preamble_size()
-
-    def cells(self, body: np.ndarray, absent: int) -> np.ndarray:
-        """int64 [N, W]: the cell of each column, if the timesteps of each window start at cell `body`; `absent` if missing."""
-        width, owner = self.layout.width, self.owner
-        if self.present is None:
-            within = np.arange(len(owner)) - self.first[owner]
-            return (body[owner] + within * width)[:, None] + np.arange(width)
-        rank = np.cumsum(self.present).reshape(self.present.shape) - 1
-        before = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])[self.first]
-        return np.where(self.present, (body - before)[owner][:, None] + rank, absent)
-
-    def step_numbers(self) -> np.ndarray:
-        """[N] the number of each timestep in its episode."""
-        return np.concatenate([w.step[:n] for w, n in zip(self.windows, self.steps.tolist(), strict=True)])
-
-    def gather(self, field: str, constant: bool = False) -> np.ndarray:
-        """[N, *shape]: the values of a field, window after window. `constant`: its one value, repeated for each timestep."""
-        parts = []
-        for window, n in zip(self.windows, self.steps.tolist(), strict=True):
-            rows = _field(window, field)
-            if constant:
-                rows = np.broadcast_to(rows, (n, *np.shape(rows)))
-            parts.append(rows[:n])
-            if len(parts[-1]) < n:
-                raise DataError(
-                    f"episode {window.episode!r}: field {field!r} has {len(rows)} values from step {window.start} on, "
-                    f"but the window needs {n}"
-                )
-        return np.concatenate(parts)
-
-    def pictures(self, field: str, codec: Patches, constant: bool) -> np.ndarray:
-        """uint8 or uint16 [N, height, width, C]: pictures whose original sizes differ between windows."""
-        parts = []
-        for window, n in zip(self.windows, self.steps.tolist(), strict=True):
-            rows = _field(window, field)
-            parts.append(np.repeat(codec.pixels(rows[None]), n, axis=0) if constant else codec.pixels(rows[:n]))
-        return np.concatenate(parts)
-
-    def refuse(self, field: str, error: NoEncoding) -> BadValue:
-        """The error of a value, with its episode and step."""
-        owner = int(self.owner[error.at])
-        window = self.windows[owner]
-        step = int(window.step[error.at - int(self.first[owner])])
-        return BadValue(
-            f"task {self.layout.task!r}, field {field!r}, episode {window.episode!r}, step {step}: {error.reason}"
-        )
-
-
-def _field(window: Window, field: str) -> Any:
-    try:
-        return window.fields[field]
-    except KeyError:
-        has = ", ".join(sorted(window.fields))
-        raise DataError(f"episode {window.episode!r} has no field {field!r}; its window has {has}") from None
 
 
 def assemble(
@@ -150,14 +65,16 @@ def assemble(
 ) -> TokenBatch:
     """The TokenBatch of rows [R] of the global batch, each with its windows in order.
 
-    The target of a predicted position stands at the position before it, in the same segment. A prompt has no targets.
+    The target of a predicted position stands at the position before it, in the same segment, or, if the layout is seen from both
+    sides, at the position itself. A prompt has no targets. What layouts with `hiding` hide depends on (seed, step, row, number
+    of the window in its row); without `training` the step is 0.
     `length` None: the rows are as long as the longest. Raises DataError if a window lacks a field or has a value without
     encoding, or if a row needs more than `length` positions.
     """
     flat = [w for row in windows for w in row]
     row_of = np.repeat(np.arange(len(windows)), [len(row) for row in windows])
-    groups = _groups(flat, layouts, vocabulary, text)
-    size = _sizes(groups, len(flat))
+    groups = make_groups(flat, layouts, vocabulary, text)
+    size = sizes(groups, len(flat))
     used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
     length = int(used.max(initial=1)) if length is None else length
     if (used > length).any():
@@ -165,23 +82,54 @@ def assemble(
         raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, but a row holds {length}")
     start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
-    draft.lay_windows(flat, size, start, row_of, np.array([layouts[w.entry][w.task].number for w in flat], np.int32))
+    draft.lay_windows(flat, size, start, row_of, [layouts[w.entry][w.task] for w in flat])
+    slot = np.arange(len(flat)) - np.searchsorted(row_of, row_of)
     for group in groups:
-        draft.lay(group, start[group.number])
+        keys = (seed, step if training else 0, draft.rows[row_of[group.number]], slot[group.number])
+        draft.lay(group, start[group.number], _concealed(group, keys))
     return draft.finish(step, seed, training)
+
+
+@dataclass(frozen=True)
+class _Concealed:
+    """For each kind of part, bool [N]: at which timesteps it is hidden, and at which it is learnt."""
+
+    hidden: Mapping[str, np.ndarray]
+    learnt: Mapping[str, np.ndarray]
+
+
+def _concealed(group: Group, keys: tuple[int, int, np.ndarray, np.ndarray]) -> _Concealed:
+    """What the windows of a group hide: what they say themselves (while acting), else what the layout's schemes draw."""
+    layout, parts = group.layout, group.layout.parts
+    if any(w.hidden for w in group.windows):
+        windows = list(zip(group.windows, group.steps.tolist(), strict=True))
+        none = np.zeros(int(group.steps.max()), bool)
+        return _Concealed({p: np.concatenate([w.hidden.get(p, none)[:n] for w, n in windows]) for p in parts}, {})
+    if not layout.hiding or not parts:
+        return _Concealed({}, {})
+    owner = group.owner
+    steps = Steps(group.within, group.steps[owner], group.acted[owner])
+    hidden, learnt = hide(layout.hiding, steps, group.first, parts, keys)
+    shown = np.array([w.prompt for w in group.windows])[owner]
+    hidden[shown] = False
+    return _Concealed(dict(zip(parts, hidden.T, strict=True)), dict(zip(parts, learnt.T, strict=True)))
 
 
 def placements(
     windows: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
 ) -> list[Placed]:
     """Where `assemble` puts every element of the windows of one row, by position."""
-    groups = _groups(windows, layouts, vocabulary, text)
-    size = _sizes(groups, len(windows))
+    groups = make_groups(windows, layouts, vocabulary, text)
+    size = sizes(groups, len(windows))
     start = np.cumsum(size) - size
     found = []
     for group in groups:
-        preamble, body = group.starts(start[group.number])
-        for window, first, n in zip(group.number.tolist(), preamble.tolist(), group.preamble_size().tolist()):
+        body = start[group.number] + group.head_size()
+        tail = body + group.body_size()
+        for window, first, n in zip(group.number.tolist(), (start[group.number]).tolist(), group.head_size().tolist()):
+            if n:
+                found.append(Placed(window, None, None, first, n))
+        for window, first, n in zip(group.number.tolist(), tail.tolist(), group.tail_size().tolist()):
             if n:
                 found.append(Placed(window, None, None, first, n))
         cells = group.cells(body, -1)
@@ -192,71 +140,6 @@ def placements(
                 if len(at):
                     found.append(Placed(int(group.number[owner]), int(step), element, int(at[0]), len(at)))
     return sorted(found, key=lambda placed: placed.first)
-
-
-def _groups(flat: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer) -> list[_Group]:
-    members: dict[tuple[int, int], list[int]] = {}
-    for number, window in enumerate(flat):
-        members.setdefault((window.entry, window.task), []).append(number)
-    return [
-        _measure(layouts[entry][task], [flat[i] for i in numbers], numbers, vocabulary, text)
-        for (entry, task), numbers in members.items()
-    ]
-
-
-def _sizes(groups: Sequence[_Group], windows: int) -> np.ndarray:
-    """[windows] positions that each window takes."""
-    size = np.zeros(windows, np.int64)
-    for group in groups:
-        size[group.number] = group.preamble_size() + group.body_size()
-    return size
-
-
-def _measure(
-    layout: TimestepLayout, windows: list[Window], numbers: list[int], vocabulary: Vocabulary, text: TextTokenizer
-) -> _Group:
-    """A group with everything that decides how many positions its windows take."""
-    # There is nothing to learn from a last row without an action. For a caption such a row is the only one.
-    steps = [w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows]
-    preambles = [_NO_IDS] * len(windows)
-    for field in layout.preamble:
-        texts = ["" if w.prompt else _field(w, field) for w in windows]  # the plan counts a prompt without its text
-        found = text.encode(texts, layout.text_limit)
-        preambles = [np.concatenate([ids, more]) for ids, more in zip(preambles, found, strict=True)]
-    if layout.text_last:
-        end = np.array([vocabulary.end_of_text], np.int32)
-        preambles = [np.concatenate([ids, end]) for ids in preambles]
-    group = _Group(layout, windows, np.array(numbers), np.array(steps, np.int64), preambles, [], None)
-    if layout.varies:
-        _find_present(group, text)
-    return group
-
-
-def _find_present(group: _Group, text: TextTokenizer) -> None:
-    """Fills in `step_texts` and `present`."""
-    layout, owner = group.layout, group.owner
-    present = np.ones((len(owner), layout.width), bool)
-    # Chunks and strides count from the same step, so that a stride shows the field at every start of a window alike
-    phase = np.array([w.start % layout.chunk for w in group.windows], np.int64)
-    numbers = group.step_numbers() - phase[owner]
-    observed = (np.arange(len(owner)) - group.first[owner]) % layout.chunk == 0
-    for element, column in zip(layout.elements, layout.columns, strict=True):
-        span = slice(column, column + element.size)
-        if element.role != "action":
-            present[:, span] &= (observed & (numbers % element.stride == 0))[:, None]
-        if element.role == "text":
-            found = text.encode([str(t) for t in group.gather(element.field)], element.size)
-            present[:, span] &= np.arange(element.size) < np.array([len(f) for f in found])[:, None]
-            group.step_texts.append(_padded(found, element.size))
-    group.present = present
-
-
-def _padded(texts: list[np.ndarray], width: int) -> np.ndarray:
-    """int32 [N, width] of N arrays of ids."""
-    out = np.zeros((len(texts), width), np.int32)
-    sizes = np.array([len(t) for t in texts])
-    out[np.arange(width) < sizes[:, None]] = np.concatenate([*texts, _NO_IDS])
-    return out
 
 
 class _Draft:
@@ -273,11 +156,17 @@ class _Draft:
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
+        self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
 
     def lay_windows(
-        self, flat: list[Window], size: np.ndarray, start: np.ndarray, row_of: np.ndarray, task: np.ndarray
+        self,
+        flat: list[Window],
+        size: np.ndarray,
+        start: np.ndarray,
+        row_of: np.ndarray,
+        layouts: list[TimestepLayout],
     ) -> None:
-        """Everything that does not depend on a window's layout: its segment, positions and task."""
+        """Everything that does not depend on what a window shows: its segment, positions, task and mask."""
         if not flat:
             return
         prompt = np.array([w.prompt for w in flat])
@@ -291,35 +180,47 @@ class _Draft:
         dense = self.dense
         dense["segment"][cell] = np.repeat(segment, size)
         dense["position"][cell] = cell - np.repeat(start[opener], size)
-        dense["task"][cell] = np.repeat(task, size)
-        dense["causal"][cell] = True
+        dense["task"][cell] = np.repeat(np.array([t.number for t in layouts], np.int32), size)
+        mask = np.array([t.mask for t in layouts])
+        causal = (mask != BOTH) & ~((mask == PREFIX) & prompt)
+        dense["causal"][cell] = np.repeat(causal, size)
         self.prompt[cell] = np.repeat(prompt, size)
 
-    def lay(self, group: _Group, start: np.ndarray) -> None:
+    def lay(self, group: Group, start: np.ndarray, concealed: _Concealed) -> None:
         """Everything of a group's windows, which start at cells `start` [G]."""
-        layout, size = group.layout, group.preamble_size()
-        preamble, body = group.starts(start)
-        if size.any():
-            self._lay_preamble(group, preamble, size)
-        if not layout.width or not group.steps.any():
-            return
-        cell = group.cells(body, self.cells)
+        layout = group.layout
+        body = start + group.head_size()
+        tail = body + group.body_size()
+        self._lay_head(group, start)
+        if layout.width and group.steps.any():
+            self._lay_body(group, group.cells(body, self.cells), concealed)
+        self._lay_tail(group, tail)
+
+    def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed) -> None:
+        """The timesteps; `cell` [N, W] is where each of their columns stands."""
+        layout = group.layout
         self._lay_frame(group, cell)
         step_texts = iter(group.step_texts)
-        for element, column in zip(layout.elements, layout.columns, strict=True):
+        for number, (element, column) in enumerate(zip(layout.elements, layout.columns, strict=True)):
             at = cell[:, column : column + element.size]
+            hidden = concealed.hidden.get(element.role)
+            if not element.shown or hidden is None:
+                hidden = np.full(len(at), not element.shown)
+            learnt = concealed.learnt.get(element.role, np.True_) & (hidden | (layout.mask != BOTH))
             if element.role == "text":
                 self.dense["tokens"][at] = next(step_texts)
             elif element.role == "separator":
                 self.dense["tokens"][at] = self.vocabulary.separator
             else:
-                self._lay_values(group, element, at)
+                self._lay_values(group, element, at, hidden, learnt)
             if element.predicted and not element.head:
-                self._predict(at.ravel(), layout, element.weight)
-            if not element.shown:
-                self.dense["tokens"][at] = self.vocabulary.mask
+                self._predict(at[learnt].ravel(), layout, element.weight, element.role)
+                if number == 0 and layout.predicts_end:  # the next step stands against the episode's end
+                    self._against_all(at[learnt, 0])
+            if hidden.any():
+                self.dense["tokens"][at[hidden]] = self.vocabulary.mask
 
-    def _lay_frame(self, group: _Group, cell: np.ndarray) -> None:
+    def _lay_frame(self, group: Group, cell: np.ndarray) -> None:
         """Modality, local position and step number of the timesteps."""
         layout, dense = group.layout, self.dense
         dense["modality"][cell] = layout.modality
@@ -331,67 +232,123 @@ class _Draft:
         dense["local"][cell] = local
         dense["timestep"][cell] = group.step_numbers()[:, None]
 
-    def _lay_preamble(self, group: _Group, start: np.ndarray, size: np.ndarray) -> None:
+    def _lay_head(self, group: Group, start: np.ndarray) -> None:
+        size = group.head_size()
+        if size.any():
+            cell = self._lay_once(group, group.heads, start, size, 0)
+            if group.layout.mask == PREFIX:
+                self.dense["causal"][cell] = False
+            if group.layout.predict_text:
+                self._predict(cell, group.layout, 1.0, "text")
+
+    def _lay_tail(self, group: Group, start: np.ndarray) -> None:
+        """What stands once after the timesteps: texts, and special tokens, which come last."""
+        size, layout = group.tail_size(), group.layout
+        if not size.any():
+            return
+        cell = self._lay_once(group, group.tails, start, size, layout.width)
+        ids = self.dense["tokens"][cell]
+        special = np.zeros(len(cell), bool)
+        for element in layout.tail:
+            mine = ids == self.vocabulary.special(element.role)
+            special |= mine
+            if element.predicted:
+                self._predict(cell[mine], layout, element.weight, element.role)
+                self._against_all(cell[mine])
+        self.dense["modality"][cell[special]] = SEPARATOR
+        if layout.predict_text:
+            self._predict(cell[~special], layout, 1.0, "text")
+
+    def _lay_once(
+        self, group: Group, ids: list[np.ndarray], start: np.ndarray, size: np.ndarray, local: int
+    ) -> np.ndarray:
+        """Ids that stand once in each window, from cells `start` [G] on. Their local positions begin at `local`."""
         within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
         cell = np.repeat(start, size) + within
-        dense, layout = self.dense, group.layout
-        dense["tokens"][cell] = np.concatenate(group.preambles)
+        dense = self.dense
+        dense["tokens"][cell] = np.concatenate(ids)
         dense["modality"][cell] = TEXT
-        before = layout.width if layout.text_last else 0
-        dense["local"][cell] = np.minimum(within + before, ACTION_LOCAL - 1)
-        dense["timestep"][cell] = np.repeat([int(w.step[0]) if len(w.step) else 0 for w in group.windows], size)
-        if layout.predict_text:
-            self._predict(cell, layout, 1.0)
+        dense["local"][cell] = np.minimum(within + local, ACTION_LOCAL - 1)
+        row = [max(n - 1, 0) if local else 0 for n in group.acted.tolist()]
+        step = [int(w.step[i]) if len(w.step) else 0 for w, i in zip(group.windows, row, strict=True)]
+        dense["timestep"][cell] = np.repeat(step, size)
+        return cell
 
-    def _lay_values(self, group: _Group, element: Element, at: np.ndarray) -> None:
+    def _lay_values(
+        self, group: Group, element: Element, at: np.ndarray, hidden: np.ndarray, learnt: np.ndarray
+    ) -> None:
+        """The values of an element in the cells `at` [N, size]. A value that is `hidden` [N] is not in the batch."""
         codec = element.codec
         assert codec is not None
-        if element.role == "return":
-            raw = np.concatenate(
-                [w.returns_to_go[:n] for w, n in zip(group.windows, group.steps.tolist(), strict=True)]
-            )
-        else:
-            raw = None
         try:
-            if raw is not None and not np.isfinite(raw).all():  # a codec would clamp an infinity
-                at_step = int((~np.isfinite(raw)).argmax())
-                raise NoEncoding(at_step, f"it is {raw[at_step]}: a reward from here on is NaN or infinite")
             if isinstance(codec, Patches) and codec.varies:
                 encoded = to_patches(group.pictures(element.field, codec, element.constant))
             else:
-                encoded = codec.encode(group.gather(element.field, element.constant) if raw is None else raw)
+                raw = group.values(element)
+                if element.rule and not np.isfinite(raw).all():  # a codec would clamp an infinity
+                    at_step = int((~np.isfinite(raw)).reshape(len(raw), -1).any(axis=1).argmax())
+                    raise NoEncoding(at_step, f"it is {raw[at_step].flat[0]}: a value from here on is NaN or infinite")
+                encoded = codec.encode(raw)
         except NoEncoding as error:
-            raise group.refuse(element.field or "return-to-go", error) from None
+            raise group.refuse(element.field or _READABLE.get(element.rule, element.rule), error) from None
         if not codec.embedder:
             self.dense["tokens"][at] = encoded
             return
         self.dense["tokens"][at] = self.vocabulary.embedded
         there = at.ravel() < self.cells
-        cell, value = at.ravel()[there], encoded.reshape(-1, *encoded.shape[2:])[there]
-        if element.shown:
-            self.values.setdefault(codec.embedder, []).append((cell, value))
-        if element.shown and isinstance(codec, Patches):
-            spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[there]
-            self.patches.setdefault(codec.embedder, []).append(spans)
+        cell, value = at.ravel(), encoded.reshape(-1, *encoded.shape[2:])
+        seen = there & np.repeat(~hidden, element.size)
+        if seen.any():
+            self.values.setdefault(codec.embedder, []).append((cell[seen], value[seen]))
+            if isinstance(codec, Patches):
+                spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[seen]
+                self.patches.setdefault(codec.embedder, []).append(spans)
         if element.predicted:
-            kept = self._can_be_target(cell)
-            weight = np.full(len(cell), group.layout.weight * element.weight, np.float32)
-            self.vectors.setdefault(element.head, []).append((cell[kept] - 1, value[kept], weight[kept]))
+            kept = there & np.repeat(np.broadcast_to(learnt, len(at)), element.size)
+            kept[kept] = self._can_be_target(cell[kept], group.layout)
+            weight = np.full(int(kept.sum()), group.layout.weight * element.weight, np.float32)
+            target = cell[kept] - group.layout.shift
+            self.vectors.setdefault(element.head, []).append((target, value[kept], weight))
+            self._count(target, group.layout, element.role)
 
-    def _can_be_target(self, cell: np.ndarray) -> np.ndarray:
-        """Mask of the cells that are not the spare one, not in a prompt, and not the first of their segment."""
-        return (cell < self.cells) & ~self.prompt[cell] & (self.dense["position"][cell] > 0)
+    def _can_be_target(self, cell: np.ndarray, layout: TimestepLayout) -> np.ndarray:
+        """Mask of the cells that are not the spare one, not in a prompt, and (if read at the cell before) have one in their
+        segment."""
+        return (cell < self.cells) & ~self.prompt[cell] & (self.dense["position"][cell] >= layout.shift)
 
-    def _predict(self, cell: np.ndarray, layout: TimestepLayout, weight: float) -> None:
-        """Makes the ids in `cell` targets, each at the cell before. `weight`: times that of the layout."""
+    def _predict(self, cell: np.ndarray, layout: TimestepLayout, weight: float, role: str) -> None:
+        """Makes the ids in `cell` targets, each at the cell where the layout reads it. `weight`: times that of the layout."""
         dense, vocabulary = self.dense, self.vocabulary
-        cell = cell[self._can_be_target(cell)]
-        ids = dense["tokens"][cell]
-        dense["target"][cell - 1] = ids
-        dense["weight"][cell - 1] = layout.weight * weight
+        cell = cell[self._can_be_target(cell, layout)]
+        ids, at = dense["tokens"][cell], cell - layout.shift
+        dense["target"][at] = ids
+        dense["weight"][at] = layout.weight * weight
         if layout.softmax == "range":
             highs = np.array([high for _, _, high in vocabulary.ranges])
-            dense["softmax"][cell - 1] = np.searchsorted(highs, ids, side="right") + 1
+            dense["softmax"][at] = np.searchsorted(highs, ids, side="right") + 1
+        self._count(at, layout, role)
+
+    def _against_all(self, cell: np.ndarray) -> None:
+        """Normalises the targets of these cells, which are read at the cell before, over the whole vocabulary."""
+        self.dense["softmax"][cell[self.dense["position"][cell] > 0] - 1] = 0
+
+    def _count(self, at: np.ndarray, layout: TimestepLayout, role: str) -> None:
+        """Notes the kind of part that the targets at cells `at` belong to, if their loss is a mean over that kind."""
+        if layout.loss == "factors" and role in FACTORS:
+            self.factor[at] = FACTORS.index(role) + 1
+
+    def _balance(self) -> np.ndarray | None:
+        """float64 [cells]: factors of the weights, so that each kind of part has the same share in the loss of a row."""
+        at = np.flatnonzero(self.factor[:-1])
+        if not len(at):
+            return None
+        key = at // self.length * (len(FACTORS) + 1) + self.factor[at]
+        kinds, kind, count = np.unique(key, return_inverse=True, return_counts=True)
+        row = kinds // (len(FACTORS) + 1)
+        every, each = np.bincount(row, count), np.bincount(row)
+        scale = np.ones(self.cells)
+        scale[at] = (every[row] / (each[row] * count))[kind]
+        return scale
 
     def finish(self, step: int, seed: int, training: bool) -> TokenBatch:
         embedded = {}
@@ -409,6 +366,11 @@ class _Draft:
             cell, value, weight = (np.concatenate(part) for part in zip(*self.vectors[name], strict=True))
             order = np.argsort(cell, kind="stable")
             regression[name] = Regression(cell[order], value[order], weight[order])
+        if (scale := self._balance()) is not None:
+            self.dense["weight"][:-1] *= scale
+            regression = {
+                n: replace(r, weight=(r.weight * scale[r.index]).astype(np.float32)) for n, r in regression.items()
+            }
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
         return TokenBatch(step=step, row=self.rows, embedded=embedded, regression=regression, **dense)

@@ -5,6 +5,7 @@ It can be written as JSON, so that a policy acts with the layout that it was tra
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -17,17 +18,46 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number, stored
 from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
+from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
+from tiphys.pretrain.tokens.hiding import HIDING
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
+TO_THE_END = 1 << 30  # rows; more than an episode has
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
+CAUSAL, BOTH, PREFIX = "causal", "both", "prefix"
+MASKS = {
+    CAUSAL: "each position sees those before it",
+    BOTH: "all positions see each other",
+    PREFIX: "a prompt and the texts before the first step see each other, the rest is causal",
+}
+LOSSES = {
+    "targets": "each target counts by its weight",
+    "factors": "each kind of part has the same share in the loss of a row",
+}
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
     "text_limit": "text",
     "predict_text": "said",
     "text_last": "ends",
 }
-_ROLES = {"text": TEXT, "separator": SEPARATOR, "action": ACTION, "return": RETURN, "reward": REWARD}
-_OPTIONAL = {"weight": 1.0, "shown": True}  # keys of an element that processor.json may lack
+TAIL = ("end", "summary")
+_ROLES = {
+    "text": TEXT,
+    "separator": SEPARATOR,
+    "end": SEPARATOR,
+    "summary": SEPARATOR,
+    "action": ACTION,
+    "return": RETURN,
+    "reward": REWARD,
+}
+_VERSION_2: dict[str, Any] = {"mask": CAUSAL, "tail": [], "hiding": (), "future": 0, "loss": "targets"}
+_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False}
+_OPTIONAL: dict[str, Any] = {
+    "weight": 1.0,
+    "shown": True,
+    "source": "",
+    "options": {},
+}  # keys of an element that processor.json may lack
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,8 @@ class Element:
     head       regression head; empty: its ids are predicted
     stride     it is shown at the steps whose number in the episode is a multiple of this
     constant   the field has one array for the whole episode, which is shown at every step
+    source     the rule that its values come from (`derived.SOURCES`); empty: its field
+    options    options of that rule
     """
 
     role: str
@@ -56,6 +88,13 @@ class Element:
     constant: bool = False
     weight: float = 1.0
     shown: bool = True
+    source: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rule(self) -> str:
+        """The source that its values come from; empty: its field. Policies of processor version 1 name none for a return."""
+        return self.source or ("to_go" if self.role == "return" else "")
 
     @property
     def modality(self) -> int:
@@ -65,7 +104,7 @@ class Element:
         return self.codec.modality
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON. `weight` and `shown` are left out if they have their defaults, so that policies without them stay as they are."""
+        """JSON. Keys of `_OPTIONAL` are left out if they have their defaults."""
         values = {k: v for k, v in self.__dict__.items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
         return {**values, "codec": self.codec.to_dict() if self.codec else None}
 
@@ -82,6 +121,8 @@ class Element:
         number(self.size, f"{where}, size", 0 if self.role == "text" else 1, length)
         number(self.stride, f"{where}, stride", 1, 1 << 24)
         number(self.weight, f"{where}, weight", 0, 1e6)
+        if self.rule:
+            source_of(self.rule)
         if self.codec is None:
             if self.role not in ("text", "separator"):
                 raise DataError(f"{where}: it has no codec")
@@ -108,6 +149,16 @@ class TimestepLayout:
     weight        loss weight of each target, times that of its element
     context       most positions of a window
     window        most steps of a window; 0: as many as the context holds
+    mask          who sees whom: a key of MASKS
+    tail          what stands once, after the last timestep, each one position: elements with the role `end`, which stands only
+                  where the episode ends, or `summary`. An `end` that is predicted, and the first id of each timestep, are
+                  normalised over the whole vocabulary, so that they stand against each other
+    hiding        schemes of `hiding.HIDING`, with their shares; each window draws one
+    future        most rows after a window's last step whose observations are shown
+    loss          a key of LOSSES
+    prompt_steps  most steps of the prompt that stands before each window; 0: only rows have prompts
+    prompt_parts  the kinds of parts that a prompt shows; empty: all
+    prompt_reverse  the last step of a prompt stands first
     """
 
     task: str
@@ -122,6 +173,43 @@ class TimestepLayout:
     weight: float = 1.0
     context: int = 0
     window: int = 0
+    mask: str = CAUSAL
+    tail: tuple[Element, ...] = ()
+    hiding: tuple[tuple[str, float], ...] = ()
+    future: int = 0
+    loss: str = "targets"
+    prompt_steps: int = 0
+    prompt_parts: tuple[str, ...] = ()
+    prompt_reverse: bool = False
+
+    @property
+    def shift(self) -> int:
+        """How many positions before a predicted one its target stands."""
+        return 0 if self.mask == BOTH else 1
+
+    @cached_property
+    def predicts_end(self) -> bool:
+        """Whether the end of an episode is predicted."""
+        return any(e.role == "end" and e.predicted for e in self.tail)
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """The kinds of parts that can be hidden, in order, without repetition."""
+        return tuple(dict.fromkeys(e.role for e in self.elements if e.role not in ("text", "separator")))
+
+    @cached_property
+    def extra(self) -> int:
+        """Most positions of a window beside its head and its own timesteps."""
+        observed = sum(e.size for e in self.elements if e.role == "observation")
+        return len(self.tail) + self.text_last + self.future * observed + self.prompt_room(self.prompt_steps)
+
+    def prompt_room(self, steps: int) -> int:
+        """Most positions of a prompt of so many steps."""
+        return sum(size * -(-steps // period) for size, period in self.cadence)
+
+    def acting(self) -> TimestepLayout:
+        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step."""
+        return replace(self, tail=(), hiding=())
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -144,6 +232,21 @@ class TimestepLayout:
         return tuple(e for e in self.elements if e.role == "text") if self.chunk == 1 else ()
 
     @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of the data that its tokens are made from, without repetition."""
+        known = dict.fromkeys(self.preamble)
+        for e in self.elements:
+            known |= dict.fromkeys([e.field] if e.field else fields_of(e.rule) if e.rule else [])
+        known |= dict.fromkeys(e.field for e in self.tail if e.field)
+        return tuple(known)
+
+    @cached_property
+    def after(self) -> int:
+        """Rows after a window's last step that its tokens are made from; TO_THE_END: all of them."""
+        reach = [source_of(e.rule)[0].future for e in self.elements if e.rule]
+        return TO_THE_END if ALL in reach else max(self.future, *reach, 0)
+
+    @cached_property
     def has_actions(self) -> bool:
         return any(e.role == "action" for e in self.elements)
 
@@ -163,7 +266,13 @@ class TimestepLayout:
 
     @cached_property
     def local(self) -> np.ndarray:
-        """int32 [width]: local positions 0, 1, … within the timestep; all actions have ACTION_LOCAL."""
+        """int32 [width]: local positions 0, 1, … within the timestep.
+
+        All actions have ACTION_LOCAL if they are predicted one after the other. With the mask `both` several can be hidden at
+        once, so each has its own.
+        """
+        if self.mask == BOTH:
+            return np.minimum(np.arange(self.width), ACTION_LOCAL - 1).astype(np.int32)
         action = self.per_column(lambda e: e.role == "action", bool)
         return np.where(action, ACTION_LOCAL, np.minimum(np.arange(self.width), ACTION_LOCAL - 1)).astype(np.int32)
 
@@ -193,9 +302,10 @@ class TimestepLayout:
         return fit // self.chunk * self.chunk or fit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON, with the keys of processor.json."""
-        flat = {_JSON_KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self) if f.name != "elements"}
-        return flat | {"elements": [e.to_dict() for e in self.elements]}
+        """JSON, with the keys of processor.json. Those of version 2 are left out if they have their defaults."""
+        flat = {_JSON_KEYS.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        flat |= {key: [e.to_dict() for e in getattr(self, key)] for key in ("elements", "tail")}
+        return {k: v for k, v in flat.items() if k not in _VERSION_2 or v != _VERSION_2[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "layout") -> TimestepLayout:
@@ -204,9 +314,13 @@ class TimestepLayout:
         if not isinstance(values, Mapping) or not isinstance(values.get("elements"), list):
             raise DataError(f"{where}: it has no list of elements")
         flat = {names.get(key, key): value for key, value in values.items()}
-        elements = tuple(Element.from_dict(e, f"{where}, element {i}") for i, e in enumerate(values["elements"]))
-        made = stored(cls, flat, where, elements=elements)
-        return replace(made, preamble=tuple(made.preamble))
+        made = {
+            key: tuple(Element.from_dict(e, f"{where}, {key} {i}") for i, e in enumerate(values.get(key, ())))
+            for key in ("elements", "tail")
+        }
+        out = stored(cls, flat, where, **made)
+        hiding = tuple((str(name), float(share)) for name, share in out.hiding)
+        return replace(out, preamble=tuple(out.preamble), hiding=hiding, prompt_parts=tuple(out.prompt_parts))
 
     def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
         """Raises DataError if the layout does not fit the vocabulary and rows of `length` positions."""
@@ -216,4 +330,16 @@ class TimestepLayout:
             raise DataError(f"{where}: softmax {self.softmax!r} is neither 'vocabulary' nor 'range'")
         for i, element in enumerate(self.elements):
             element.check(vocabulary, length, f"{where}, element {i}")
+        for name, known in (("mask", MASKS), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise DataError(f"{where}: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for element in self.tail:
+            if element.role not in TAIL or element.size != 1 or element.codec is not None:
+                raise DataError(f"{where}: {element.role!r} cannot stand after the last step")
+        for scheme, share in self.hiding:
+            if scheme not in HIDING:
+                raise DataError(f"{where}: the hiding scheme {scheme!r} is unknown")
+            number(share, f"{where}, share of {scheme}", 0, 1e6)
+        number(self.future, f"{where}, future", 0, 1 << 24)
+        number(self.prompt_steps, f"{where}, prompt_steps", 0, 1 << 24)
         number(self.width, f"{where}: positions of a timestep", 0, length)

@@ -12,6 +12,7 @@ from tiphys.dataio.stored import number, stored
 CONTINUOUS_BINS = 1024  # Reed et al. 2022, sec. 2.1
 DISCRETE_VALUES = 1024
 SPECIALS = ("separator", "embedded", "mask", "end_of_text")
+_MORE_SPECIALS = ("end", "summary")  # they follow SPECIALS; files of a vocabulary do not name them
 _SPECIAL_IDS = 64  # leaves room for more, and keeps the vocabulary's size a good one for matrix products
 EMBEDDER_KINDS = ("patch", "vector", "grid")
 
@@ -148,6 +149,10 @@ class Vocabulary:
             text_tokenizer=text_tokenizer,
             **special,
         )
+
+    def special(self, name: str) -> int:
+        """The id of a special token: one of SPECIALS, `end` (of an episode) or `summary` (of a window)."""
+        return self.range("special")[0] + (*SPECIALS, *_MORE_SPECIALS).index(name)
 
     def range(self, name: str) -> tuple[int, int]:
         """[low, high) of a range. Raises KeyError if there is no such range."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy.stats import chisquare
 
 from tests.dataio.plan.plans import columns, entry, mixture, plan
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.entries import OWN
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.dataio.plan.preferences import preference
 from tiphys.dataio.sampling import SamplingPlan, choose_buckets
@@ -156,6 +158,65 @@ def test_prompts_never_show_the_window_before_or_after_a_redraw():
         start, end = drawn["start"], drawn["start"] + drawn["units"]
         apart = (end[at] <= start[at + 1]) | (start[at] >= end[at + 1])
         assert (apart | ~same).all()
+
+
+def with_own_prompts(few, every, ends=0.5):
+    """The entry, whose windows have a prompt each, with room for it in their fixed tokens."""
+    tasks = len(few.tasks)
+    room = few.lengths.prompt_units.max() * max(c.elements[0][0] for c in few.lengths.costs)
+    shares = {"every": np.full(tasks, every, np.float32), "ends": np.full(tasks, ends, np.float32)}
+    return replace(few, lengths=replace(few.lengths, fixed=few.lengths.fixed + room, **shares))
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_every_window_has_its_own_prompt_before_and_after_redraws(replacement):
+    few = with_own_prompts(
+        entry("a", 200, 20, window=10, per_unit=(10,), prompt_units=3, fixed=4, steps=15), 1.0, ends=0.0
+    )
+    log = PlanLog(events=[{"step": 0, "kind": "quarantine", "entry": "a", "episode": e} for e in range(0, 200, 5)])
+    attempts = {(3, 1): 2, (4, OWN + 1): 1}
+    for p, again in (
+        (plan([few], replacement=replacement), {}),
+        (plan([few], log=log, replacement=replacement), attempts),
+    ):
+        for step in range(20):
+            drawn = p.windows(step, attempts=again)
+            prompts = np.flatnonzero(drawn.prompt)
+            windows = np.flatnonzero(~drawn.prompt)
+            own = drawn.slot[prompts] - OWN
+            assert (drawn.slot[prompts + 1] == own).all()
+            for name in ("row", "task", "entry"):
+                assert (getattr(drawn, name)[prompts] == getattr(drawn, name)[prompts + 1]).all()
+            alone = np.setdiff1d(windows, prompts + 1)
+            assert len(alone) < 0.1 * len(windows)  # those whose task has no other readable episode
+            same = drawn.episode[prompts] == drawn.episode[prompts + 1]
+            start, end = drawn.start, drawn.start + drawn.units
+            apart = (end[prompts] <= start[prompts + 1]) | (start[prompts] >= end[prompts + 1])
+            assert (apart | ~same).all()
+            assert (drawn.units[prompts] <= 3).all()
+            assert np.bincount(drawn.row[windows], drawn.tokens[windows]).max() <= p.budget
+            assert (drawn.tokens[prompts] <= 30).all()
+            if again:
+                assert not np.isin(drawn.episode, np.arange(0, 200, 5)).any()
+
+
+def test_own_prompts_change_no_window_and_are_drawn_by_their_share():
+    plain = entry("a", 3000, 3, window=10, per_unit=(10,), prompt_units=3)
+    some = with_own_prompts(plain, 0.25)
+    none = replace(some, lengths=replace(some.lengths, every=None, ends=None))
+    p, without = plan([some], buckets=1), plan([none], buckets=1)
+    share, ends = [], []
+    for step in range(40):
+        drawn, bare = p.windows(step), without.windows(step)
+        windows = ~drawn.prompt
+        for name in ("row", "slot", "episode", "start", "units", "tokens"):
+            assert np.array_equal(getattr(drawn, name)[windows], getattr(bare, name))
+        share.append(drawn.prompt.sum() / windows.sum())
+        last = some.lengths.units[drawn.episode] - drawn.units
+        ends += (drawn.start == last)[drawn.prompt & (last > 20)].tolist()
+    assert 0.22 < np.mean(share) < 0.28
+    assert 0.45 < np.mean(ends) < 0.6
+    assert p.windows(3, [5]).slot.tolist() == p.windows(3).slot[p.windows(3).row == 5].tolist()
 
 
 # -- changes -------------------------------------------------------------------------------------------------------------

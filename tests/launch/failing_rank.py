@@ -24,15 +24,15 @@ def kill(self: Any, *_: Any, **__: Any) -> None:
 
 
 def on_step(self: Any, trainer: Any, metrics: Any) -> None:
-    self.step = trainer.step
-    if self.step == 2 and how == "killed":
+    self.attendance.step = step = trainer.step
+    if step == 2 and how == "killed":
         type(trainer.engine.deepspeed).backward = kill  # type: ignore[method-assign]
-    if self.step == 2 and how == "refused":
+    if step == 2 and how == "refused":
         raise DataError("episode 7 is damaged")
-    if self.step == 2 and how == "crashed":
+    if step == 2 and how == "crashed":
         raise AttributeError("no such thing")
 
 
 if os.environ["RANK"] == "1":
-    run.LastStep.on_step = on_step  # type: ignore[method-assign]
+    run.Attending.on_step = on_step  # type: ignore[method-assign]
 sys.exit(train.main(arguments))

@@ -16,6 +16,7 @@ from tests.dataio.making import random_episode
 from tiphys.dataio.episode import FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch import run
+from tiphys.launch.attendance import Attendance
 from tiphys.pretrain import engine
 from tiphys.pretrain.parallel import ParallelDims
 from tiphys.recipes.schema import Recipe
@@ -82,7 +83,7 @@ def train(recipe: Recipe, world: ParallelDims) -> float:
 
     try:
         with mock.patch.object(engine, "build_engine", remember), contextlib.redirect_stdout(io.StringIO()):
-            run._train(recipe, world, run.LastStep(), False)
+            run._train(recipe, world, Attendance(), False)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return float(lines[0]["loss"])
     finally:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.launch import cli, commands, submit
-from tiphys.launch.statuses import Status, stopped_by
+from tiphys.launch import cli, commands
+from tiphys.launch.statuses import Status
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 
@@ -112,17 +112,6 @@ def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def test_the_launchers_status_is_translated(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [submit.explain(status) for status in Status] == list(Status)
-    assert submit.explain(256 - signal.SIGKILL) == Status.TRY_AGAIN
-    assert "killed by SIGKILL" in capsys.readouterr().err
-    assert submit.explain(256 - signal.SIGSEGV) == Status.CRASHED
-    assert "killed by SIGSEGV" in capsys.readouterr().err
-    assert submit.explain(-signal.SIGKILL, asked=signal.SIGINT) == stopped_by(signal.SIGINT) == Status.INTERRUPTED
-    assert submit.explain(Status.TRY_AGAIN, asked=signal.SIGTERM) == Status.TERMINATED
-    assert submit.explain(Status.REFUSED, asked=signal.SIGTERM) == Status.REFUSED
 
 
 def test_the_table_of_paradigms_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

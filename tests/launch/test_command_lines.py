@@ -19,8 +19,10 @@ from PIL import Image
 from tests.launch.small_recipe import GOLDEN, small_recipe
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
-from tiphys.launch import cli, quickstart, submit
+from tiphys.launch import cli, quickstart, supervise
+from tiphys.launch.check import check
 from tiphys.launch.statuses import Status
+from tiphys.launch.supervise import Job
 
 pytest.importorskip("gymnasium", reason="needs the envs extra")
 pytest.importorskip("minigrid", reason="needs the envs extra")
@@ -114,16 +116,17 @@ def images(place: Path) -> None:
 
 
 class Launched:
-    """Stands for the launcher's process: it keeps what it was started with, and ends at once."""
+    """Stands for the supervisor: it checks the recipe of a job, as the real one lets its child do, and starts nothing."""
 
-    pid, returncode = 1, 0
-    started: list[list[str]] = []
+    jobs: list[Job] = []
 
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.started.append(command)
-
-    def wait(self) -> int:
-        return 0
+    @classmethod
+    def supervise(cls, job: Job) -> Status:
+        asked = dict(job.check)
+        asked.pop("traceback")
+        check(asked.pop("recipe"), asked.pop("overrides"), **asked)
+        cls.jobs.append(job)
+        return Status.DONE
 
 
 @pytest.mark.parametrize("line", LINES.strip().splitlines())
@@ -131,17 +134,17 @@ def test_the_line_works(
     line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(submit.subprocess, "Popen", Launched)
+    monkeypatch.setattr(supervise, "supervise", Launched.supervise)
     if line.startswith("quickstart"):
         monkeypatch.setattr(quickstart, "_collect", lambda *arguments, **options: None)
     elif not line.startswith("train"):
         monkeypatch.undo()
         monkeypatch.chdir(folder)
-    Launched.started.clear()
+    Launched.jobs.clear()
     status = cli.main(shlex.split(line))
     said = capsys.readouterr()
     assert status == Status.DONE, said.err
-    assert line.split()[0] not in ("quickstart", "train") or len(Launched.started) == 1
+    assert line.split()[0] not in ("quickstart", "train") or len(Launched.jobs) == 1
     for word in ("row.html", "found.json", "frames.png", "published", "done", "few", "strips"):
         assert word not in line.split() or (folder / word).exists()
 

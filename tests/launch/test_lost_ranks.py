@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.processes import Ranks
-from tiphys.launch import rank_reports
-from tiphys.launch.rank_reports import RankReport
+from tiphys.launch.launches import Launch, RankReport
 from tiphys.launch.run import lost
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.parallel import PeerLost, lost_peer
@@ -33,9 +32,9 @@ train: {{steps: 1000}}
 @pytest.mark.parametrize(
     "how, zero, statuses, said",
     [
-        ("killed", 2, [Status.TRY_AGAIN, -signal.SIGKILL], "It left no report"),
+        ("killed", 2, [Status.GAVE_UP, -signal.SIGKILL], "It left no report"),
         ("refused", 2, [Status.REFUSED] * 2, "Rank 1 reported after step 2: DataError: episode 7 is damaged"),
-        pytest.param("killed", 3, [Status.TRY_AGAIN, -signal.SIGKILL], "It left no report", marks=pytest.mark.long),
+        pytest.param("killed", 3, [Status.GAVE_UP, -signal.SIGKILL], "It left no report", marks=pytest.mark.long),
         pytest.param(
             *("crashed", 2, [Status.CRASHED] * 2, "Rank 1 reported after step 2: AttributeError: no such thing"),
             marks=pytest.mark.long,
@@ -46,7 +45,7 @@ def test_a_rank_says_why_another_one_is_gone(
     how: str, zero: int, statuses: list[int], said: str, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    rank_reports.write(tmp_path / "run", RankReport(0, 9, "of an earlier launch", Status.CRASHED))
+    Launch.new(tmp_path / "run").write(RankReport(0, 9, "of an earlier launch", Status.CRASHED))
     script = HERE / "failing_rank.py"
     overrides = [f"run.dir={tmp_path / 'run'}", f"deepspeed.zero_optimization.stage={zero}"]
     ranks = Ranks(script, [how, tmp_path / "recipe.yaml", *overrides], 2)
@@ -59,19 +58,24 @@ def test_a_rank_says_why_another_one_is_gone(
     assert said in text
     assert "of an earlier launch" not in text
     assert ("Traceback" in text) == (how == "crashed")
-    reports = rank_reports.read(tmp_path / "run")
-    assert [(r.rank, r.step, r.status) for r in reports] == ([] if how == "killed" else [(1, 2, statuses[1])])
+    reports = Launch(tmp_path / "run", 2).reports()
+    assert [(r.rank, r.step, r.status, r.lost) for r in reports] == [
+        (0, 2, statuses[0], True),
+        *([] if how == "killed" else [(1, 2, statuses[1], False)]),
+    ]
+    assert not (tmp_path / "run" / "lease.json").exists()
 
 
 def test_reports_are_read_as_written_and_damaged_ones_are_left_out(tmp_path: Path) -> None:
-    reports = [RankReport(0, 5, "DataError: x", Status.REFUSED), RankReport(12, 6, "KeyError: 'y'", Status.CRASHED)]
+    reports = [RankReport(0, 5, "DataError: x", Status.REFUSED), RankReport(12, 6, "gone", Status.GAVE_UP, True, "b")]
+    launch = Launch.new(tmp_path)
     for report in reports:
-        rank_reports.write(tmp_path, report)
-    (tmp_path / "ranks" / "rank-00003.json").write_text('{"rank": 3')
-    assert rank_reports.read(tmp_path) == reports
-    assert json.loads((tmp_path / "ranks" / "rank-00012.json").read_text())["status"] == 1
-    rank_reports.remove(tmp_path)
-    assert rank_reports.read(tmp_path) == []
+        launch.write(report)
+    (launch.folder / "rank-00003.json").write_text('{"rank": 3')
+    assert launch.reports() == reports
+    assert json.loads((tmp_path / "launches" / "0001" / "rank-00012.json").read_text())["status"] == 75
+    assert Launch.new(tmp_path).number == 2
+    assert Launch.new(tmp_path).reports() == []
 
 
 def test_an_error_is_a_lost_peer_by_where_it_was_raised_and_not_by_its_words() -> None:

@@ -12,11 +12,13 @@ import torch
 from tiphys.dataio.environments.workers import WorkerLost
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.loader import LoaderLost
+from tiphys.dataio.storage import AccessError, ObjectChanged, StoreError
 from tiphys.launch import finish as ends
+from tiphys.launch.lease import FolderInUse
 from tiphys.launch.refusals import OF_A_RANK, sentence, show, status_of
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint import Checkpoint
-from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.checkpoint_files import CheckpointError, StorageFull
 from tiphys.pretrain.policy_files import FetchError
 from tiphys.pretrain.publish import PublishError
 from tiphys.pretrain.trainer import Diverged
@@ -36,7 +38,7 @@ run: {{dir: {run}}}
 @pytest.mark.parametrize(
     "error",
     [
-        CheckpointError("c"), PublishError("p"), FetchError("f"), WorkerLost("w"), LoaderLost("l"), DataError("d"),
+        CheckpointError("c"), PublishError("p"), FetchError("f"), WorkerLost("w"), DataError("d"),
         OSError(28, "full"), PermissionError(13, "no"), MemoryError(), ImportError("i"),
         torch.OutOfMemoryError("CUDA out of memory."),
     ],
@@ -48,6 +50,26 @@ def test_what_a_rank_meets_is_a_sentence(error: Exception, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert said.startswith("tiphys: ")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (LoaderLost("it was killed twice"), Status.GAVE_UP),
+        (StoreError("s3://bucket/key: the store does not answer"), Status.GAVE_UP),
+        (ConnectionResetError(104, "reset"), Status.GAVE_UP),
+        (OSError(116, "Stale file handle"), Status.GAVE_UP),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), Status.GAVE_UP),
+        (AccessError("no credentials"), Status.REFUSED),
+        (ObjectChanged("it was replaced"), Status.REFUSED),
+        (FileNotFoundError(2, "no such file"), Status.REFUSED),
+        (FolderInUse("runs/x is trained by host a"), Status.IN_USE),
+        (StorageFull("no checkpoint could be written"), Status.STORAGE_FULL),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_class_of_an_error_decides_whether_another_launch_can_help(error: Exception, status: Status) -> None:
+    assert status_of(error, OF_A_RANK) == status
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes"), KeyError("x"), RuntimeError("r"), TypeError("t")])
@@ -66,10 +88,10 @@ def test_sentences_name_the_file() -> None:
 
 
 def test_statuses_differ_and_are_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
     for status in Status:
         assert f"| {status.value} |" in page
-    assert (Status.NOT_EVALUATED, Status.DIVERGED, Status.NOT_PUBLISHED) == (4, 5, 6)
+    assert (Status.IN_USE, Status.DIVERGED, Status.STORAGE_FULL, Status.NOT_SAVED, Status.GAVE_UP) == (4, 5, 6, 70, 75)
     assert not issubclass(Diverged, ValueError | OSError)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,7 @@ n=0
 for host in ${hosts//,/ }; do (cd "$HOME" && env -i HOME="$HOME" PATH="$PATH" bash -c "${*//%n/$n}") & n=$((n + 1)); done
 wait
 """
+NOTHING: Any = {"processes": 0, "extra": [], "verbose": False, "options": [], "with_traceback": False}
 SSH = "#!/bin/bash\necho 127.0.0.1\n"
 
 
@@ -62,8 +65,10 @@ def test_words_arrive_unchanged_and_the_current_folder_has_no_say(
         (folder / f"{name}.py").write_text(f"open({str(cluster / 'marker')!r}, 'w')\n")
     monkeypatch.chdir(folder)
     overrides = ["run.dir=a b", "name=$(touch x);'\"", "train.steps=3", "name=`id` \\ * ~ ü", "-x"]
-    status = submit.submit("my recipe.yaml", overrides, hostfile="../hosts", port=submit.free_port())
-    assert status == 0
+    job = submit.job("my recipe.yaml", overrides, hostfile="../hosts", port=submit.free_port(), **NOTHING)
+    words = [*job.words, *job.packed(job.ranks)]
+    assert subprocess.run(words, env=dict(job.environment), cwd=job.folder, check=False).returncode == 0
+    assert job.world == 2
     shown = [json.loads(file.read_text()) for file in (cluster / "shown").glob("words-*")]
     assert len(shown) == 2
     for words, _, settings, path in shown:
@@ -79,7 +84,7 @@ def test_words_arrive_unchanged_and_the_current_folder_has_no_say(
 def test_a_variable_that_shells_would_change_is_refused(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/tmp/$(id)")
     with pytest.raises(ValueError, match=r"PYTHONPATH=.*through their shells"):
-        submit.submit("recipe.yaml", [], hostfile=str(cluster / "hosts"))
+        submit.job("recipe.yaml", [], hostfile=str(cluster / "hosts"), port=0, **NOTHING)
 
 
 def test_the_users_own_file_of_variables_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from tests.pretrain import synthetic
-from tiphys.pretrain.checkpoint import Checkpoint, Writer
+from tiphys.pretrain.checkpoint import Checkpoint
+from tiphys.pretrain.checkpoint_writer import Writer
 from tiphys.pretrain.engine import Engine, build_engine
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors

@@ -1,7 +1,7 @@
 """What may influence what, derived from a paradigm's row: each value of a window is changed, one after the other.
 
-A changed value must move the targets that are made of it and no others; the model's answers from its own place on, if it is
-shown, and never before; and nothing outside its own segment.
+A changed value must move the targets that are made of it and no others. If it is shown, it must move the model's answers where
+the row's mask lets them see it, and nowhere else; if it is hidden, it must move none.
 """
 
 from dataclasses import replace
@@ -10,51 +10,43 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, make, window
+from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, ROWS, make, window
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens import paradigms
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, REWARD, Paradigm, Part
+from tiphys.pretrain.tokens.derived import derived
+from tiphys.pretrain.tokens.paradigms import ACTION, END, OBSERVATION, RETURN, TEXT, Paradigm, Part, Prompt
 from tiphys.pretrain.tokens.sequence import placements
 from tiphys.recipes.schema import FieldTokens, Model
 
-# Every part is predicted, the return without being shown, as in Janner et al. 2021.
-EVERYTHING = Paradigm(
-    "everything",
-    "a test",
-    (
-        Part(OBSERVATION, "uniform", weight=1.0),
-        Part(ACTION, "uniform", weight=5.0),
-        Part(REWARD, "uniform", weight=1.0),
-        Part(RETURN, "uniform", weight=0.5, shown=False),
-    ),
-)
-HIDDEN = Paradigm(
-    "hidden", "a test", (Part(RETURN, "linear", shown=False), Part(OBSERVATION), Part(ACTION, weight=1.0))
-)
 CASES = {
     "bc": ("bc", [GRID, ARM, CAMERA], {}),
     "bc regressed": ("bc", [ARM], {"discretise": "no"}),
     "dt": ("dt", [GRID, ARM, CAMERA], {}),
     "gato": ("gato", [ARM, CAMERA], {"fields": {"*.front": FieldTokens(resize=16)}}),
-    "everything": ("everything", [ARM], {}),
-    "hidden": ("hidden", [ARM], {}),
+    "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
+    "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
+    **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
 }
 
 
 @pytest.fixture
 def rows_of_tests(monkeypatch):
-    for row in (EVERYTHING, HIDDEN):
-        monkeypatch.setitem(paradigms.PARADIGMS, row.name, row)
+    for name, row in ROWS.items():
+        monkeypatch.setitem(paradigms.PARADIGMS, name, row)
 
 
-def other(value, field, rng):
-    """A value of the field that is surely encoded differently."""
+def other(value, field, element):
+    """A value that is surely encoded differently."""
+    if element.codec.kind == "sign":
+        return -value
+    if element.codec.kind == "histogram":
+        return 1 - value
     if field is None:  # a return
-        return value + 2.0
+        return value - 2.0 * (value > 0) + 2.0 * (value <= 0)
     if field.modality == "text":
         return "zq"
     if field.modality == "discrete":
@@ -67,20 +59,20 @@ def other(value, field, rng):
     )
 
 
-def changed(windows, w, element, step, task, rng):
+def changed(windows, w, element, step, task):
     """The windows, with one element of one window changed at one step."""
     out, one = list(windows), windows[w]
-    if element.role == "return":
-        returns = one.returns_to_go.copy()
-        returns[step] = other(returns[step], None, rng)
-        out[w] = replace(one, returns_to_go=returns)
+    if element.rule:
+        values = np.array(derived(one, one.steps, element.rule, element.options), copy=True)
+        values[step] = other(values[step], None, element)
+        out[w] = replace(one, given={**one.given, element.rule: values})
         return out
     field = next(f for f in task.fields if f.name == element.field)
     values = np.array(one.fields[element.field], copy=True)
     if element.constant:
-        values = other(values, field, rng)
+        values = other(values, field, element)
     else:
-        values[step] = other(values[step], field, rng)
+        values[step] = other(values[step], field, element)
     out[w] = replace(one, fields={**one.fields, element.field: values})
     return out
 
@@ -99,44 +91,129 @@ def answers(model, objectives, windows):
     return batch, hidden, targets
 
 
+def row_of(objectives, tasks, row, rng):
+    """Windows of one row, with prompts if the row has them, and rows after them."""
+    windows = [window(objectives, t.name, 2, rng, start=4 + i, after=3) for i, t in enumerate(tasks)]
+    windows += [window(objectives, tasks[0].name, 4, rng, start=9, ends=True, after=1)]
+    if row.prompt.share == 1:
+        prompts = [window(objectives, objectives.tasks[w.task].name, 2, rng, start=1, prompt=True) for w in windows]
+        windows = [w for pair in zip(prompts, windows, strict=True) for w in pair]
+    for w in windows:  # a changed reward must not change what rules compute from it: that is another element
+        rules = [e for e in objectives.layouts[0][w.task].elements if e.rule]
+        w.given = {e.rule: derived(w, w.steps, e.rule, e.options) for e in rules}
+    return windows
+
+
+def seen_by(batch, cell, mask):
+    """The cells whose answers may see a cell that is shown."""
+    everyone = np.flatnonzero(batch.segment[0] == batch.segment[0, cell])
+    ahead = np.flatnonzero(~batch.causal[0] & (batch.segment[0] == batch.segment[0, cell]))
+    return set(everyone if mask == "both" or cell in ahead else everyone[everyone >= cell])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_value_influences_what_the_row_says_and_nothing_else(case, rows_of_tests):
     name, tasks, options = CASES[case]
+    row = paradigms.PARADIGMS[name]
     objectives, rng = make(tasks, name, context=420, **options), np.random.default_rng(3)
     config = DecisionConfig.from_recipe(Model(layers=2, hidden=32, heads=2, text_vocabulary=600), objectives.vocabulary)
     model = DecisionModel(config, seed=1).eval()
-    windows = [window(objectives, t.name, 2, rng, start=4 + i) for i, t in enumerate(tasks)]
-    windows += [window(objectives, tasks[0].name, 2, rng, start=9)]
-    _, base, base_targets = answers(model, objectives, windows)
+    windows = row_of(objectives, tasks, row, rng)
+    batch, base, base_targets = answers(model, objectives, windows)
+    shift = 0 if row.mask == "both" else 1
     placed = placements(windows, objectives.layouts, objectives.vocabulary, objectives.text)
-    ends = np.cumsum([sum(p.size for p in placed if p.window == w) for w in range(len(windows))])
     moved_targets = set()
     for one in placed:
         if one.element is None or one.element.role in ("separator", "text"):
             continue
-        task = objectives.tasks[windows[one.window].task]
-        mine = changed(windows, one.window, one.element, one.step, task, rng)
-        _, hidden, targets = answers(model, objectives, mine)
-        here = range(one.first, one.first + one.size)
-        if one.element.constant:  # it is shown at every step
-            here = range(
-                min(p.first for p in placed if p.window == one.window and p.element == one.element),
-                int(ends[one.window]),
-            )
+        w = windows[one.window]
+        task, step = objectives.tasks[w.task], one.step
+        if w.prompt and row.prompt.reverse:
+            step = w.steps - 1 - step
+        _, hidden, targets = answers(model, objectives, changed(windows, one.window, one.element, step, task))
+        same = (
+            [p for p in placed if (p.window, p.element) == (one.window, one.element)] if one.element.constant else [one]
+        )
+        cells = [c for p in same for c in range(p.first, p.first + p.size)]
+        shown = [c for c in cells if batch.tokens[0, c] != objectives.vocabulary.mask]
+        assert bool(shown) or not one.element.shown or row.hiding
         # Other places of the same expert are rounded differently, which is no influence
-        differs = ((hidden - base).abs().amax(-1) > 1e-5).numpy()
-        until = int(ends[one.window])
-        assert not differs[: here.start].any(), (one.element.role, "an earlier answer saw it")
-        assert not differs[until:].any(), (one.element.role, "another window saw it")
-        assert differs[here.start :][: until - here.start].any() == one.element.shown, one.element
+        differs = set(np.flatnonzero((hidden - base).abs().amax(-1) > 1e-5).tolist())
+        may = set().union(*(seen_by(batch, c, row.mask) for c in shown))
+        assert differs <= may, (one.element.role, "an answer saw it that must not")
+        assert bool(differs) == bool(may), (one.element.role, "no answer saw it")
+        if shift == 0 and shown and min(may) < min(shown):
+            assert min(differs) < min(shown), "no earlier answer saw it"
         assert targets.keys() == base_targets.keys()
         moved = {key for key, value in targets.items() if value != base_targets[key]}
-        assert {cell for cell, _ in moved} <= {cell - 1 for cell in here}, one.element.role
-        assert bool(moved) == (one.element.predicted and (one.first > 0 or one.size > 1)), one.element
+        mine = {key for key in base_targets if key[0] in {c - shift for c in cells}}
+        assert moved <= mine, one.element.role
+        learnt = one.element.predicted and not w.prompt and any(batch.position[0, c] >= shift for c in cells)
+        assert bool(moved) == bool(mine if row.hiding else learnt), one.element
+        assert not mine or shift or not shown, "a target that is shown"
         moved_targets |= moved
-    texts = {cell for cell, _ in base_targets} - {cell for cell, _ in moved_targets}
-    assert all(p.element is None or p.element.role == "text" or p.element.size > 1
-               for p in placed for cell in texts if p.first <= cell + 1 < p.first + p.size)  # fmt: skip
+    rest = {cell + shift for cell, _ in base_targets.keys() - moved_targets}
+    roles = [
+        p.element.role for p in placed if p.element and rest & set(range(p.first, p.first + p.size)) and p.size == 1
+    ]
+    assert set(roles) <= {"text"}
+
+
+@pytest.mark.parametrize("name", ["turned", "prefix"])
+def test_a_prefix_sees_itself_and_not_what_follows(name, rows_of_tests):
+    objectives, rng = make([ARM], name, context=420), np.random.default_rng(3)
+    windows = row_of(objectives, [ARM], ROWS[name], rng)
+    batch = TokenBatch.from_arrays(objectives.make_batch(0, np.arange(1), [windows], seed=0))
+    placed = placements(windows, objectives.layouts, objectives.vocabulary, objectives.text)
+    for w, one in enumerate(windows):
+        cells = [c for p in placed if p.window == w for c in range(p.first, p.first + p.size)]
+        assert (batch.causal[0, cells] == (not one.prompt)).all()
+        assert not one.prompt or (batch.target[0, cells[:-1]] < 0).all()
+        if one.prompt and name == "turned":
+            shown = [(p.element.role, int(one.step[::-1][p.step])) for p in placed if p.window == w]
+            assert shown == [(role, step) for step in (2, 1) for role in ("return", "observation")]
+            assert batch.timestep[0, cells].tolist() == [step for _, step in shown]
+
+
+def test_the_end_of_an_episode_stands_against_the_next_step(rows_of_tests):
+    objectives, rng = make([ARM], "everything", context=420), np.random.default_rng(3)
+    end, summary = (objectives.vocabulary.special(name) for name in ("end", "summary"))
+    layout = objectives.layouts[0][0]
+    for ends in (False, True):
+        w = window(objectives, "arm", 3, rng, ends=ends, after=0 if ends else 3)
+        batch = TokenBatch.from_arrays(objectives.make_batch(0, np.arange(1), [[w]], seed=0))
+        last = layout.width * 3
+        assert batch.tokens[0, last : last + 3].tolist() == ([end, summary, 0] if ends else [summary, 0, 0])
+        assert (batch.target[0, last - 1] == end) == ends
+        firsts = [layout.width * k - 1 for k in (1, 2, *([3] if ends else []))]
+        assert (batch.softmax[0, firsts] == 0).all()
+        others = np.setdiff1d(np.flatnonzero(batch.target[0] >= 0), firsts)
+        assert (batch.softmax[0, others] > 0).all()
+
+
+def test_an_end_is_that_of_the_world_where_the_data_tell_it(rows_of_tests):
+    from tiphys.dataio.episode import FieldSpec
+
+    arm = replace(ARM, fields=(*ARM.fields, FieldSpec("done", "terminated", "discrete", "bool", values=2)))
+    objectives, rng = make([arm], "everything", context=420), np.random.default_rng(3)
+    assert "done" in objectives.needs(0).fields
+    end = objectives.vocabulary.special("end")
+    for done in (False, True):
+        w = window(objectives, "arm", 3, rng, ends=True)
+        w.fields["done"] = np.array([False, False, done])
+        batch = TokenBatch.from_arrays(objectives.make_batch(0, np.arange(1), [[w]], seed=0))
+        assert (batch.tokens == end).any() == done
+
+
+def test_factors_have_equal_shares_in_a_row(rows_of_tests):
+    objectives, rng = make([ARM], "mixture", context=420), np.random.default_rng(3)
+    for number in range(6):
+        windows = [window(objectives, "arm", 6, rng, after=1) for _ in range(4)]
+        batch = TokenBatch.from_arrays(objectives.make_batch(0, np.array([number]), [windows], seed=0))
+        sums = {name: r.weight.sum() for name, r in batch.regression.items()}
+        sums["reward"] = batch.weight.sum() / 3  # its part has the weight 3
+        assert max(sums.values()) == pytest.approx(min(sums.values()), rel=1e-5)
+        assert sum(sums.values()) == pytest.approx(batch.targets, rel=1e-5)
 
 
 def test_weights_of_the_parts_reach_the_targets(rows_of_tests):
@@ -166,6 +243,30 @@ def test_what_cannot_be_predicted_is_refused(rows_of_tests):
         make([CAMERA], "everything", context=400)
     with pytest.raises(DataError, match=r"'grid'.*no rewards"):
         make([GRID], "everything", context=400, fields={"*.image": FieldTokens(encoding="gato")})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"mask": "sideways"}, "mask 'sideways'"),
+        ({"hiding": (("blink", 1.0),)}, "hiding scheme 'blink'"),
+        ({"hiding": (("random", 0.0),)}, "shares"),
+        ({"acting": ("guess", {})}, "acting 'guess'"),
+        ({"views": "agents of tomorrow"}, "view"),
+        ({"loss": "most"}, "loss 'most'"),
+        ({"tail": (Part(OBSERVATION),)}, "after the last"),
+        ({"timestep": (Part(END), Part(ACTION))}, "after the last"),
+        ({"mask": "both"}, "must be hidden"),
+        ({"mask": "prefix", "head": (Part(TEXT, weight=1.0),)}, "cannot be predicted"),
+        ({"head": (Part(RETURN),)}, "only texts"),
+        ({"future": -2}, "future"),
+    ],
+)
+def test_a_row_with_a_mistake_fails_at_its_declaration(wrong, why):
+    with pytest.raises(ValueError, match=why):
+        Paradigm("it", "a test", **{"timestep": (Part(ACTION, weight=1.0),), **wrong})
+    with pytest.raises(ValueError, match="share"):
+        Prompt(1.5)
 
 
 @pytest.mark.parametrize(

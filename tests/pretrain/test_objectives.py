@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from tests.pretrain import layout_oracle
-from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex, make, window
+from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, ROWS, FakeIndex, make, window
 from tiphys.dataio.episode import BadValue, DataError, FieldSpec, TaskSpec, Window
 from tiphys.dataio.plan.cost import Costs
 from tiphys.dataio.sampling import PlanEntry, SamplingPlan
 from tiphys.pretrain.objectives import Objectives, table
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
+from tiphys.pretrain.tokens.hiding import HIDING
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
 
@@ -48,8 +49,11 @@ def batch_of(objectives, rows, step=5, numbers=None, training=False):
     return TokenBatch.from_arrays(arrays)
 
 
-def some_rows(objectives, rng, rows=5):
-    """Rows of random windows of all tasks, as many as fit. Some rows begin with a prompt, and the last is empty."""
+def some_rows(objectives, rng, rows=5, beyond=False):
+    """Rows of random windows of all tasks, as many as fit. Some rows begin with a prompt, and the last is empty.
+
+    beyond  the windows have rows behind them
+    """
     out = []
     for r in range(rows):
         row, left = [], objectives.length
@@ -61,11 +65,23 @@ def some_rows(objectives, rng, rows=5):
             prompt = not row and r % 2 == 0 and layout.has_actions
             if left < cost * (1 + prompt):
                 break
-            last = bool(rng.random() < 0.3) and steps > 1
+            after = int(rng.integers(0, 4)) if beyond else 0
+            last = bool(rng.random() < 0.3) and steps > 1 and not after
             start = int(rng.integers(0, 9))
             if prompt:
                 row.append(window(objectives, task, steps, rng, prompt=True))
-            row.append(window(objectives, task, steps, rng, start=start, last_without_action=last))
+            row.append(
+                window(
+                    objectives,
+                    task,
+                    steps,
+                    rng,
+                    start=start,
+                    last_without_action=last,
+                    after=after,
+                    ends=bool(rng.random() < 0.5),
+                )
+            )
             left -= cost * (1 + prompt)
         out.append(row)
     return [*out, []]
@@ -108,6 +124,22 @@ def test_fast_layout_equals_the_slow_one(setup):
     for _ in range(4):
         rows = some_rows(objectives, rng)
         same(batch_of(objectives, rows), layout_oracle.lay(objectives, rows))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_fast_layout_of_every_kind_of_row_equals_the_slow_one(name, monkeypatch):
+    monkeypatch.setitem(PARADIGMS, name, ROWS[name])
+    tasks = [ARM] if any(p.kind == "reward" or p.source for p in ROWS[name].timestep) else [ARM, GRID]
+    tasks = tasks if name not in HIDING else [ARM]
+    options = {"fields": {"observation.image": FieldTokens(encoding="skip")}} if len(tasks) > 1 else {}
+    objectives = make(tasks, name, context=300, options={"without_rewards": True}, **options)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        rows = some_rows(objectives, rng, beyond=True)
+        numbers = rng.integers(0, 99, len(rows))
+        for training in (False, True):
+            batch = batch_of(objectives, rows, numbers=numbers, training=training)
+            same(batch, layout_oracle.lay(objectives, rows, numbers, step=5 if training else 0))
 
 
 def test_a_gato_timestep_by_hand():

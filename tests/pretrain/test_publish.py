@@ -142,7 +142,7 @@ def test_contents_of_the_folder(folder):
 
 def test_the_card_of_a_policy_that_asks_for_returns_says_how():
     def card(paradigm: str) -> str:
-        processor = acting.objectives([acting.CART], paradigm, target_return=2.0).processor()
+        processor = acting.objectives([acting.CART], paradigm, target_return="2x").processor()
         processor["best_return"] = {acting.CART: 250.0}
         config = {"num_hidden_layers": 2, "hidden_size": 32}
         return model_card(config, processor, None)

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -241,74 +240,6 @@ def test_a_narrow_terminal_shows_the_most_important_items(width: int) -> None:
     assert "  ".join(shown) in line
     assert len(shown) == {200: 7, 100: 6, 80: 4, 60: 3, 50: 3, 40: 2, 30: 1, 20: 1}[width]
     assert ("━" in line) == (width in (200, 100, 80, 60, 30))
-
-
-class FakeCheckpointer(cb.Checkpointer):
-    """Commits a folder at once, without state of an engine."""
-
-    def __init__(self, run: Path, every: int) -> None:
-        super().__init__(run, every, keep=1)
-
-    def save(self, trainer: Trainer) -> None:
-        from tests.pretrain.test_checkpoint import part
-        from tiphys.pretrain import checkpoint as ck
-
-        self._committed.append(ck.write(part(trainer.step), self.run_dir))
-        self._saved = trainer.step
-
-
-class Handle:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.status: int | None = None
-
-    def poll(self) -> int | None:
-        assert (self.folder / "manifest.json").exists()  # protected from removal, although keep=1
-        return self.status
-
-
-def test_evaluations_run_one_at_a_time_beside_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    handles: dict[int, Handle] = {}
-
-    def start(folder: Path, step: int) -> Handle:
-        handles[step] = Handle(folder)
-        return handles[step]
-
-    class Finish(cb.Callback):
-        def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-            if trainer.step == 5:
-                handles[2].status = 1
-            if trainer.step == 7:
-                handles[6].status = 0
-
-    keeper = FakeCheckpointer(tmp_path, 1)
-    fake_trainer(8, keeper, Finish(), cb.Evaluator(2, start, keeper)).fit()
-    assert sorted(handles) == [2, 6]  # step 4 was skipped; step 8 is evaluated after training
-    out = capsys.readouterr().out
-    assert "step 4: not evaluated, because the evaluation of step 2 is still running" in out
-    assert "the evaluation of step 2 failed with exit status 1; training continues" in out
-    assert [c.step for c in Checkpoint.all(tmp_path)] == [8]
-
-
-def test_a_publication_that_fails_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    published: list[int] = []
-    running = threading.Event()
-
-    def publish(folder: Path, step: int) -> None:
-        assert (folder / "manifest.json").exists()
-        published.append(step)
-        running.set()
-        raise ConnectionError("the hub is away")
-
-    class Wait(cb.Callback):
-        def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
-            if trainer.step == 2:
-                assert running.wait(10)
-
-    keeper = FakeCheckpointer(tmp_path, 1)
-    assert fake_trainer(3, keeper, cb.Publisher(2, publish, keeper), Wait()).fit()
-    assert published == [2]
-    assert "step 2 was not published: the hub is away\n" in capsys.readouterr().err
 
 
 def test_resuming_with_other_datasets_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,19 @@ import numpy as np
 from tiphys.dataio.episode import FieldSpec, TaskSpec, Window
 from tiphys.dataio.statistics import Sketch
 from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.paradigms import (
+    ACTION,
+    END,
+    OBSERVATION,
+    RETURN,
+    REWARD,
+    SUMMARY,
+    TEXT,
+    Paradigm,
+    Part,
+    Prompt,
+)
 from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
 
 TEXTS = ["go to the red ball", "go to a grey box", "öffne die Tür", "pick up the key"]
@@ -50,6 +63,62 @@ CAPTION = TaskSpec(
         FieldSpec("caption", "text", "text", "str", per="episode"),
     ),
 )
+
+
+def row(name: str, *timestep: Part, **options: Any) -> Paradigm:
+    return Paradigm(name, "a test", timestep, **options)
+
+
+_MASKED = (
+    Part(RETURN, "integer", weight=1.0),
+    Part(OBSERVATION, "uniform", weight=1.0),
+    Part(ACTION, "uniform", weight=2.0),
+)
+_DEMONSTRATED = (Part(RETURN), Part(OBSERVATION), Part(ACTION, weight=1.0))
+# Rows of the table for tests, each with something that the rows of the product lack
+ROWS = {
+    # Every part is predicted, the return without being shown, as in Janner et al. 2021
+    "everything": row(
+        "everything",
+        Part(OBSERVATION, "uniform", weight=1.0),
+        Part(ACTION, "uniform", weight=5.0),
+        Part(REWARD, "uniform", weight=1.0),
+        Part(RETURN, "uniform", weight=0.5, shown=False, source="discounted:.9"),
+        tail=(Part(END, weight=3.0), Part(SUMMARY)),
+    ),
+    "hidden": row("hidden", Part(RETURN, "linear", shown=False), Part(OBSERVATION), Part(ACTION, weight=1.0)),
+    "signs": row(
+        "signs",
+        Part(RETURN, "histogram", source="histogram:reward"),
+        Part(OBSERVATION),
+        Part(ACTION, "linear", weight=1.0),
+        Part(REWARD, "sign", weight=2.0),
+        Part(RETURN, "integer", weight=1.0, source="after"),
+        future=2,
+    ),
+    "prefix": row("prefix", *_DEMONSTRATED, mask="prefix", prompt=Prompt(1.0)),
+    "turned": row(
+        "turned",
+        *_DEMONSTRATED,
+        mask="prefix",
+        prompt=Prompt(1.0, 2, every_window=True, reverse=True, parts=(RETURN, OBSERVATION)),
+    ),
+    "mixture": row(
+        "mixture",
+        Part(TEXT),
+        Part(RETURN, "linear", weight=1.0),
+        Part(OBSERVATION, "vector", weight=1.0),
+        Part(ACTION, "linear", weight=1.0),
+        Part(REWARD, "sign", weight=3.0),
+        mask="both",
+        hiding=(("random", 2.0), *((name, 0.5) for name in HIDING if name != "random")),
+        future=1,
+        loss="factors",
+    ),
+    "labels": row("labels", Part(OBSERVATION), Part(ACTION, weight=1.0, shown=False), mask="both", future=1),
+    "causal hiding": row("causal hiding", *_MASKED, hiding=(("random", 1.0),)),
+    **{name: row(name, *_MASKED, mask="both", hiding=((name, 1.0),)) for name in HIDING},
+}
 
 
 class FakeIndex:
@@ -111,22 +180,29 @@ def window(
     start: int = 3,
     prompt: bool = False,
     last_without_action: bool = False,
+    after: int = 0,
+    ends: bool = False,
 ) -> Window:
-    """A window with random values, of a task in mixture entry 0."""
+    """A window with random values, of a task in mixture entry 0.
+
+    after  rows behind it, of which the last has no action
+    ends   the episode ends with the window's last step
+    """
+    own, rows = rows, rows + after
     task = next(t for t in objectives.tasks if t.name == name)
     fields: dict[str, Any] = {}
     for f in task.fields:
         found = values(f, rows, rng)
         fields[f.name] = (str(found[0]) if f.dtype == "str" else found[0]) if f.per == "episode" else found
     valid = np.ones(rows, bool)
-    valid[-1] = not last_without_action
+    valid[-1] = not last_without_action and not after
     return Window(
         entry=0,
         task=objectives.tasks.index(task),
         episode=f"{name}-{start}",
         start=start,
-        steps=rows,
-        episode_steps=start + rows,
+        steps=own,
+        episode_steps=start + own + (not ends),
         fields=fields,
         step=np.arange(start, start + rows),
         returns_to_go=rng.uniform(0, 5, rows).astype(np.float32),

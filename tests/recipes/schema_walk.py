@@ -62,6 +62,9 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return st.sampled_from(key.choices)
     if key.size:
         return st.sampled_from(["0", "512MiB", "1.5k", "2 TB"])
+    if key.target:
+        targets = st.sampled_from(["best", "1.2x", "q0.9", "450", "-150.5", "1e3"])
+        return targets if hint is str else st.lists(targets, max_size=2)
     if hint is bool:
         return st.booleans()
     if hint is int:

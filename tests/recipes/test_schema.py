@@ -34,8 +34,8 @@ def test_every_number_has_a_range_that_holds_its_default(leaf):
 
 @pytest.mark.parametrize("leaf", **named(WORDS))
 def test_every_string_has_choices_or_is_a_size_or_says_what_text_it_holds(leaf):
-    kinds = [bool(leaf.key.choices), leaf.key.size, bool(leaf.key.text)]
-    assert sum(kinds) == 1, "give choices= for a fixed set of words, size=True for bytes, or text= for free text"
+    kinds = [bool(leaf.key.choices), leaf.key.size, leaf.key.target, bool(leaf.key.text)]
+    assert sum(kinds) == 1, "give choices= for a fixed set of words, size=True, target=True, or text= for free text"
     if leaf.key.choices or leaf.key.size:
         assert leaf.key.problem(leaf.default) == ""
 
@@ -80,6 +80,7 @@ FREE = """
     data.cache.dir data.cache.memory data.cache.disk data.on_bad_value data.requests data.prefetch data.timeout data.attempts
     data.unit_rows
     train.steps train.log_every train.compile checkpoint.every checkpoint.keep checkpoint.asynchronous
+    objectives.*.target_return
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos publish.to publish.every publish.keep publish.private publish.license
 """.split()

@@ -20,6 +20,8 @@ import numpy as np
 from crc32c import crc32c
 from PIL import Image
 
+from tiphys.dataio.format import priority
+
 Expected = dict[str, tuple[int, dict[str, Any]]]
 LENGTHS = (5, 3, 4)
 
@@ -48,6 +50,8 @@ def video(path: Path, frames: np.ndarray, fps: int = 10, codec: str = "libx264",
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.gop_size = gop
+        with priority.kept():
+            stream.codec_context.open()
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

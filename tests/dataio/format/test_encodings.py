@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiphys.dataio.episode import DataError, FieldSpec
+from tiphys.dataio.format import priority
 from tiphys.dataio.format.encodings import EXTENSIONS, Encoding, choose, decode, encode
 
 SHAPES = [(8, 6, 3), (3, 8, 6), (8, 6), (8, 6, 1), (4, 9, 7), (9, 7, 4), (1, 5, 2)]
@@ -152,7 +153,7 @@ def growing_video(small, large, frames):
     sizes = [(1, small), (frames - 1, large)]
     parts = [encode(np.zeros((n, side, side, 3), np.uint8), Encoding("av1", frames))[0] for n, side in sizes]
     out, at = io.BytesIO(), 0
-    with av.open(out, "w", format="mp4") as target:
+    with priority.kept(), av.open(out, "w", format="mp4") as target:
         stream = target.add_stream("libsvtav1", rate=30, options={"preset": "8", "svtav1-params": "lp=1"})
         stream.width = stream.height = small
         stream.pix_fmt = "yuv420p"

@@ -127,13 +127,13 @@ def test_environments_are_independent():
 def test_the_target_return_changes_the_action_and_falls_with_rewards():
     policy = policy_of(fixtures.make([fixtures.ARM], "dt", context=40, scheme="compact"), seed=2)
     seen = np.zeros(5)
-    policy.reset("arm", target_return=100.0)
-    much = [policy.act(seen), policy.act(seen, rewards=97.0)]
+    policy.reset("arm", target_return=40.0)
+    much = [policy.act(seen), policy.act(seen, rewards=37.0)]
     policy.reset("arm", target_return=3.0)
     little = policy.act(seen)
     assert not np.allclose(much[0], little)
-    assert policy.history.target_return == 3.0
-    policy.reset("arm", target_return=100.0)
+    assert policy.history.target_return == [3.0]
+    policy.reset("arm", target_return=40.0)
     policy.act(seen)
     assert not np.allclose(policy.act(seen, rewards=0.0), much[1])
 

@@ -35,7 +35,8 @@ def processor_of(objectives):
 
 def play(processor, task, w, **options):
     """Replays a window through a history. The answers are the window's actions. Yields (steps so far, Acting)."""
-    history = processor.history(task, 1, **options)
+    asks = any(e.role == "return" for e in processor.layouts["it"][task].elements)
+    history = processor.history(task, 1, target_return=float(w.returns_to_go[0]) if asks else None, **options)
     constant = {e.field for e in history.layout.elements if e.constant} | set(history.layout.preamble)
     rewards = np.append(0.0, w.returns_to_go[:-1] - w.returns_to_go[1:])
     for t in range(w.steps):
@@ -61,7 +62,7 @@ def test_a_history_equals_the_training_window(setup):
     w = window(objectives, task, 4, np.random.default_rng(3), start=0)
     arrays = objectives.make_batch(0, np.array([0]), [[w]], seed=0, training=False)
     whole = TokenBatch.from_arrays(arrays)
-    for rows, acting in play(processor, task, w, target_return=float(w.returns_to_go[0])):
+    for rows, acting in play(processor, task, w):
         b = acting.batch
         n = b.real_tokens
         assert n == acting.open[0] + len(acting.slots)
@@ -83,7 +84,7 @@ def test_slots_stand_where_training_has_its_targets(setup):
     w = window(objectives, task, 2, np.random.default_rng(3), start=0)
     arrays = objectives.make_batch(0, np.array([0]), [[w]], seed=0, training=False)
     whole = TokenBatch.from_arrays(arrays)
-    for _, acting in play(processor_of(objectives), task, w, target_return=float(w.returns_to_go[0])):
+    for _, acting in play(processor_of(objectives), task, w):
         for i, slot in enumerate(acting.slots):
             column = int(acting.open[0]) + i - 1
             if slot.head:
@@ -169,11 +170,11 @@ def test_a_long_history_keeps_the_last_steps_that_fit(chunk):
 
 
 def test_the_target_return_falls_by_each_reward():
-    objectives = make([ARM], "dt", context=60, target_return=2.0)
+    objectives = make([ARM], "dt", context=60, target_return="2x")
     processor = processor_of(objectives)
     index = FakeIndex([ARM])
     history = processor.history("arm")
-    assert history.target_return == pytest.approx(2 * float(index.total_return.max()))
+    assert history.target_return == pytest.approx([2 * float(index.total_return.max())])
     history = processor.history("arm", target_return=10.0)
     observation = {"observation": np.zeros(5, np.float32)}
     history.observe([observation])
@@ -183,6 +184,77 @@ def test_the_target_return_falls_by_each_reward():
     acting = history.observe([observation], rewards=[-1.0])
     scale = float(np.abs(index.total_return).max())
     assert np.allclose(acting.batch.embedded["vector:return:1"].value[:, 0], np.array([10, 7, 8]) / scale)
+
+
+@pytest.mark.parametrize(
+    ("asked", "level"), [("q0", 0.0), ("q0.5", 0.5), ("q0.33", 0.33), ("q1", 1.0), ("best", 1.0), ("1x", 1.0)]
+)
+def test_a_target_return_is_a_quantile_of_the_datas_returns_or_a_multiple_of_the_best(asked, level):
+    returns = np.asarray(FakeIndex([ARM]).total_return, np.float64)
+    expected = [pytest.approx(float(np.quantile(returns, level)), rel=1e-6)]
+    assert processor_of(make([ARM], "dt", context=60, target_return=asked)).history("arm").target_return == expected
+    other = processor_of(make([ARM], "dt", context=60, target_return="7"))
+    assert other.history("arm").target_return == [7.0]
+    assert other.history("arm", target_return=asked).target_return == expected
+    assert other.history("arm", 3, target_return=[1, asked, "3.5"]).target_return == [1.0, *expected, 3.5]
+
+
+def test_target_returns_that_make_no_sense_are_refused():
+    processor = processor_of(make([ARM], "dt", context=60))
+    best = processor.best_return["arm"]
+    for asked, reason in {
+        "high": "is not a target return; write",
+        "nan": "not finite",
+        float("inf"): "not finite",
+        "q1.5": "must lie between q0",
+        f"{30 * best}": "beyond what the policy can be told",
+    }.items():
+        with pytest.raises(DataError, match=f"task 'arm', objective 'it': .*{reason}"):
+            processor.history("arm", target_return=asked)
+    with pytest.raises(DataError, match="2 target returns for 3 environments"):
+        processor.history("arm", 3, target_return=[1.0, 2.0])
+    with pytest.raises(DataError, match="does not act towards a goal"):
+        processor.history("arm", goal={"observation": np.zeros(5)})
+    cloned = processor_of(make([ARM], "bc", context=60))
+    with pytest.raises(DataError, match="objective 'it': it shows the model no returns"):
+        cloned.history("arm", target_return=3.0)
+    worse = Processor.from_dict({**processor.to_dict(), "best_return": {"arm": -150.0}})
+    assert worse.history("arm").target_return == [-150.0]
+    with pytest.raises(
+        DataError, match=r"best return in the data is -150, so 1.2x of it, -180, .* quantile, such as q0.9"
+    ):
+        worse.history("arm", target_return="1.2x")
+
+
+def test_a_policy_that_does_not_know_its_datas_returns_refuses_a_quantile():
+    """As one of an earlier version."""
+    values = processor_of(make([ARM], "dt", context=60)).to_dict()
+    del values["return_quantiles"]
+    processor = Processor.from_dict(values)
+    assert processor.history("arm").target_return == [values["best_return"]["arm"]]
+    with pytest.raises(DataError, match=r"target return q0.5: the policy does not know the quantiles"):
+        processor.history("arm", target_return="q0.5")
+
+
+def test_an_objective_that_acts_towards_a_goal_takes_one():
+    values = processor_of(make([ARM], "bc", context=60)).to_dict()
+    values["objectives"]["it"]["takes_goal"] = True
+    goal = {"observation": np.zeros(5, np.float32)}
+    assert Processor.from_dict(values).history("arm", goal=goal).goal is goal
+
+
+def test_each_environment_is_asked_again_for_its_own_return():
+    processor = processor_of(make([ARM], "dt", context=60))
+    history = processor.history("arm", 2, target_return=[10.0, 4.0])
+    observation = {"observation": np.zeros(5, np.float32)}
+    for rewards in (None, [1.0, 1.0]):
+        history.observe([observation] * 2, rewards)
+        history.acted({"action": np.zeros((2, 2))})
+    history.reset(1)
+    assert [e.returns[-1:] or [e.asked] for e in history._episodes] == [[9.0], [4.0]]
+    history.reset(1, 6.0)
+    history.reset(1)
+    assert history._episodes[1].asked == 4.0
 
 
 def test_a_demonstration_stands_before_the_history_in_the_same_segment():
@@ -230,7 +302,7 @@ def test_a_processor_json_of_version_1_still_loads():
     text = (Path(__file__).parent / "data" / "processor.json").read_text(encoding="utf-8")
     values = json.loads(text)
     processor = Processor.from_dict(values)
-    assert json.loads(json.dumps(processor.to_dict())) == values
+    assert json.loads(json.dumps(processor.to_dict())) == {**values, "version": 2}
     camera, caption = processor.layouts["it"]["camera"], processor.layouts["it"]["caption"]
     assert (camera.text_limit, camera.predict_text, camera.text_last) == (0, True, False)
     assert (camera.chunk, camera.window, camera.weight, camera.has_actions, camera.text_columns) == (2, 4, 0.5, True, 9)
@@ -256,9 +328,11 @@ def test_acting_needs_no_dataset_code():
         "assert not {'torch', 'pyarrow', 'obstore', 'omegaconf', 'PIL'} & set(sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    files = {"batch", "images", "sequence", "text", "timestep", "codecs", "vocabulary"}
+    files = {"batch", "derived", "group", "hiding", "images", "sequence", "text", "timestep", "codecs", "vocabulary"}
     packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}
     mine = {
+        "tiphys.recipes",
+        "tiphys.recipes.target_return",
         "tiphys.dataio.episode",
         "tiphys.dataio.philox",
         "tiphys.dataio.stored",
@@ -284,6 +358,8 @@ def test_acting_needs_no_dataset_code():
         (("objectives", "it", "timesteps", "camera", "elements", 3, "codec", "first"), -7),
         (("objectives", "it", "timesteps", "camera", "chunk"), 0),
         (("best_return", "camera"), "high"),
+        (("objectives", "it", "target_return"), "a lot"),
+        (("return_quantiles",), {"camera": ["high"]}),
         (("length",), 0),
         (("more",), 1),
     ],

@@ -51,6 +51,8 @@ def make_batch(
             part = slice(at, at + size)
             segment[row, part], position[row, part] = number, np.arange(size)
             causal[row, part] = not bidirectional or g.random() < 0.7
+            if bidirectional and g.random() < 0.3:  # a prefix
+                causal[row, at : at + size // 2] = False
             task[row, part] = g.integers(len(TASKS))
             step[row, part] = g.integers(18) + np.arange(size) // 5
             at, number = at + size, number + 1

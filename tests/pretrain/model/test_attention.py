@@ -16,18 +16,23 @@ from tiphys.pretrain.model.token_layout import TokenLayout, group_windows, lengt
 
 def masked_attention(q, k, v, windows):
     """The oracle: one T × T mask."""
-    lengths, causal = torch.as_tensor(windows).unbind(1)
+    lengths, causal, prefix = torch.as_tensor(windows).unbind(1)
     window = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     order = torch.arange(len(window))
-    mask = (window[:, None] == window) & ((order[:, None] >= order) | ~causal.bool()[window][:, None])
+    ahead = order < (lengths.cumsum(0) - lengths + prefix)[window]
+    seen = (order[:, None] >= order) | ~causal.bool()[window][:, None] | (ahead[:, None] & ahead)
+    mask = (window[:, None] == window) & seen
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
 
-def make_windows(lengths, causal):
-    order = np.lexsort((lengths, ~np.asarray(causal, bool)))
-    return np.stack([np.asarray(lengths)[order], np.asarray(causal)[order]], -1).astype(np.int32)
+def make_windows(lengths, causal, prefix=0):
+    """`prefix`: share of the causal windows that have one."""
+    lengths, causal = np.asarray(lengths), np.asarray(causal, bool)
+    ahead = np.where(causal & (np.arange(len(lengths)) % 10 < 10 * prefix), (lengths + 1) // 2, 0)
+    order = np.lexsort((lengths, ahead > 0, ~causal))
+    return np.stack([lengths, causal, ahead], -1)[order].astype(np.int32)
 
 
 @pytest.mark.parametrize("short", [0, 1000], ids=["fused", "plain"])
@@ -35,7 +40,7 @@ def make_windows(lengths, causal):
 def test_attention_within_windows_equals_a_full_mask(monkeypatch, short, kv_heads):
     monkeypatch.setattr(module, "SHORT", {torch.float32: short})
     g = np.random.default_rng(kv_heads)
-    windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6)
+    windows = make_windows(g.integers(1, 70, 30), g.random(30) < 0.6, prefix=0.5)
     tokens = int(windows[:, 0].sum())
     layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     assert any(group.slots is not None for group in layout.groups)
@@ -57,7 +62,7 @@ def kernel(q, k, v, cu_q, cu_k, longest, longest_k, causal):
     assert cu_q is cu_k
     assert longest == longest_k == int(cu_q.diff().max())
     assert all(t.is_contiguous() for t in (q, k, v))
-    windows = torch.stack([cu_q.diff(), torch.full_like(cu_q[1:], causal)], -1)
+    windows = torch.stack([cu_q.diff(), torch.full_like(cu_q[1:], causal), torch.zeros_like(cu_q[1:])], -1)
     return masked_attention(q, k, v, windows.tolist())
 
 
@@ -79,13 +84,14 @@ def varlen_2_12(q, k, v, cu_q, cu_k, longest, longest_k, *, scale=None, window_s
 @pytest.mark.parametrize("release", [varlen_2_10, varlen_2_11, varlen_2_12])
 @pytest.mark.parametrize("causal", [0.0, 0.6, 1.0])
 def test_every_release_of_the_kernel_gets_every_window(monkeypatch, release, causal):
-    """The kernel's arguments differ between the supported releases of PyTorch. Windows are causal, bidirectional, or mixed."""
+    """The kernel's arguments differ between the supported releases of PyTorch. Windows are causal, bidirectional, or mixed; some
+    causal ones have a prefix."""
     known = inspect.signature(module.varlen_attn).parameters
     assert {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= set(known)
     monkeypatch.setattr(module, "VARLEN", frozenset(inspect.signature(release).parameters))
     monkeypatch.setattr(module, "varlen_attn", release)
     g = np.random.default_rng(3)
-    windows = make_windows(g.integers(1, 20, 12), g.random(12) < causal)
+    windows = make_windows(g.integers(1, 20, 12), g.random(12) < causal, prefix=0.5)
     tokens = int(windows[:, 0].sum())
     layout = TokenLayout(torch.from_numpy(windows), torch.zeros(tokens, 4, dtype=torch.int32), scalars(1, 1, 1, "cpu"))
     q, k, v = (torch.randn(tokens, h, 8) for h in (4, 2, 2))
@@ -94,7 +100,7 @@ def test_every_release_of_the_kernel_gets_every_window(monkeypatch, release, cau
 
 def test_groups_contain_every_token_once_with_little_padding():
     g = np.random.default_rng(0)
-    windows = make_windows(g.integers(1, 1025, 300), g.random(300) < 0.5)
+    windows = make_windows(g.integers(1, 1025, 300), g.random(300) < 0.5, prefix=0.3)
     groups = group_windows(windows, torch.device("cpu"))
     assert [a.stop for a in groups[:-1]] == [b.start for b in groups[1:]]
     assert groups[-1].stop == windows[:, 0].sum()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.pretrain.model.model_fakes import RANGES, make_batch, make_config
+from tiphys.pretrain.model.bits import from_bits
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.flops import flops_per_batch, parameters
-from tiphys.pretrain.model.inputs import from_bits, to_tensors, unpack
+from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
 
@@ -20,11 +21,11 @@ def test_every_real_token_appears_once_and_windows_are_consecutive():
     index = inputs["index"].numpy()
     assert sorted(index) == np.flatnonzero(batch.segment.reshape(-1)).tolist()
     at = 0
-    for length, causal in inputs["windows"].tolist():
+    for length, causal, prefix in inputs["windows"].tolist():
         part = index[at : at + length]
         assert (np.diff(part) == 1).all()
         assert len(set(zip(part // batch.length, batch.segment.reshape(-1)[part]))) == 1
-        assert (batch.causal.reshape(-1)[part] == bool(causal)).all()
+        assert batch.causal.reshape(-1)[part].tolist() == [bool(causal) and i >= prefix for i in range(length)]
         assert (inputs["attributes"][at : at + length, 0].numpy() == np.arange(length)).all()
         at += length
     assert at == batch.real_tokens
@@ -35,8 +36,8 @@ def test_targets_keep_position_weight_and_task():
     inputs = to_tensors(batch)
     index, found = inputs["index"].numpy(), 0
     for i in range(len(RANGES) + 1):
-        place, target, task, _ = inputs[f"target/{i}"].numpy().T
-        weight = from_bits(inputs[f"target/{i}"][:, 3]).numpy()
+        place, task, _, target = inputs[f"target/{i}"].numpy().T
+        weight = from_bits(inputs[f"target/{i}"][:, 2]).numpy()
         flat = index[place]
         assert (batch.softmax.reshape(-1)[flat] == i).all()
         for name, values in (("target", target), ("task", task), ("weight", weight)):
@@ -62,8 +63,10 @@ def test_split_segments_and_mixed_causality_are_refused():
     with pytest.raises(ValueError, match="row 1: the positions of segment 1 "):
         to_tensors(replace(batch, segment=segment))
     causal = batch.causal.copy()
-    causal[0, 0] = ~causal[0, 0]
-    with pytest.raises(ValueError, match="bidirectional"):
+    first = np.flatnonzero(batch.segment[0] == 1)
+    causal[0, first] = True
+    causal[0, first[-1]] = False
+    with pytest.raises(ValueError, match="not causal stands behind"):
         to_tensors(replace(batch, causal=causal))
 
 

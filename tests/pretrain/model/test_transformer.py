@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from tests.pretrain.model.model_fakes import make_batch, make_config
-from tiphys.pretrain.model.attention import KeyValueCache
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.model.transformer import DecisionModel
@@ -126,51 +125,6 @@ def test_a_saved_model_gives_the_same_loss(tmp_path, tie):
     inputs = to_tensors(make_batch(seed=8))
     assert torch.equal(made(inputs).loss, again(inputs).loss)
     assert torch.equal(mixtures(again)[0].previous, torch.tensor([5, 1, 9, 2]))
-
-
-def test_a_key_value_cache_equals_the_full_forward_pass():
-    model = DecisionModel(make_config(), seed=2).eval()
-    rows, length = 3, 30
-    batch = make_batch(rows, length, seed=3, windows=(length, length + 1), bidirectional=False)
-    with torch.no_grad():
-        full = unpack(model(to_tensors(batch)).hidden, to_tensors(batch), rows, length)
-        cache, seen = KeyValueCache(), []
-        for start, stop in ((0, 11), (11, 12), (12, 25), (25, 30)):
-            part = slice_positions(batch, start, stop)
-            seen.append(model(to_tensors(part), cache=cache).hidden.view(rows, stop - start, -1))
-        torch.testing.assert_close(torch.cat(seen, 1), full, rtol=1e-4, atol=1e-5)
-        cache.crop(25)
-        swapped = cache.select(torch.tensor([2, 0, 1]))
-        part = permuted(slice_positions(batch, 25, 30), [2, 0, 1])
-        again = model(to_tensors(part), cache=swapped).hidden.view(rows, 5, -1)
-        torch.testing.assert_close(again, full[[2, 0, 1], 25:], rtol=1e-4, atol=1e-5)
-
-
-def slice_positions(batch, start, stop):
-    """Positions [start, stop) of every row, without targets."""
-    dense = {
-        n: np.ascontiguousarray(getattr(batch, n)[:, start:stop])
-        for n in (
-            "tokens",
-            "modality",
-            "segment",
-            "position",
-            "local",
-            "timestep",
-            "task",
-            "causal",
-            "softmax",
-            "weight",
-        )
-    }
-    embedded = {}
-    for name, e in batch.embedded.items():
-        row, place = np.divmod(e.index, batch.length)
-        keep = (place >= start) & (place < stop)
-        index = row[keep] * (stop - start) + place[keep] - start
-        embedded[name] = type(e)(index, e.value[keep], e.place[keep] if len(e.place) else e.place)
-    target = np.full_like(dense["tokens"], -1)
-    return TokenBatch(step=batch.step, row=batch.row, target=target, embedded=embedded, **dense)
 
 
 def test_loss_by_task_adds_up():

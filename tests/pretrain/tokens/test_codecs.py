@@ -15,9 +15,12 @@ from tiphys.pretrain.tokens.codecs import (
     Bins,
     Discrete,
     Grid,
+    Histogram,
+    Integers,
     NoEncoding,
     Patches,
     Quantiles,
+    Sign,
     Vector,
     codec_from_dict,
     inverse_mu_law,
@@ -35,6 +38,9 @@ EXAMPLES = {
     "vector": Vector("vector:o:2", (2,), (1.0, -1.0), (2.0, 0.5)),
     "affine": Affine("vector:a:2", (2,), (-1.0, 0.0), (1.0, 4.0)),
     "grid": Grid("grid:g:2x3x2", (2, 3, 2), (11,)),
+    "integers": Integers("", (2,), FIRST, -3, 9),
+    "sign": Sign("", (2,), FIRST),
+    "histogram": Histogram("vector:histogram:reward:4", (4,)),
 }
 any_float = st.floats(allow_nan=False, width=32)
 
@@ -272,3 +278,21 @@ def test_policies_of_earlier_versions_have_no_black():
     assert "black" not in old.to_dict()
     for codec in (old, Patches("patch:1", (16, 16, 1), black=300.0, white=5300.0)):
         assert codec_from_dict(codec.to_dict()) == codec
+
+
+@quick
+@given(hnp.arrays(np.float64, (5, 2), elements=st.floats(allow_nan=False)))
+def test_integers_and_signs_are_clamped_and_decoded_exactly(x):
+    integers, sign = EXAMPLES["integers"], EXAMPLES["sign"]
+    assert np.array_equal(integers.decode(integers.encode(x)), np.clip(np.rint(x), -3, 9))
+    assert np.array_equal(sign.decode(sign.encode(x)), np.sign(x))
+    for codec in (integers, sign):
+        ids = codec.encode(x)
+        assert all(
+            (ids[:, k] >= low).all() and (ids[:, k] < high).all() for k, (low, high) in enumerate(codec.choices())
+        )
+
+
+def test_integers_need_a_range():
+    with pytest.raises(DataError, match="low 3 is above high 2"):
+        Integers("", (), FIRST, 3, 2)

@@ -1,0 +1,87 @@
+"""Training of an experiment: datasets, objectives, plan, loader, model and policy are the product's own.
+
+Only DeepSpeed is left out: the optimizer is torch's AdamW in this process, as in the oracle of the layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tiphys.dataio.loader import TrajectoryLoader
+from tiphys.dataio.placement import Home
+from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
+from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.acting.processor import Processor
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.transformer import DecisionModel
+from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.recipes.load import from_dict
+
+SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300}
+
+
+def train(
+    mixture: Sequence[Mapping[str, Any]],
+    objective: Mapping[str, Any],
+    *,
+    steps: int,
+    rows: int = 16,
+    rate: float = 8e-3,
+    seed: int = 0,
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    sample: bool = True,
+) -> Policy:
+    """Train a small model, and return its policy.
+
+    Parameters
+    ----------
+    mixture : sequence of mapping
+        The entries of `data.mixture`; each has the objective that follows.
+    objective : mapping
+        The recipe's section of the objective, with `paradigm`.
+    steps, rows : int
+        Training steps, and rows of each.
+    rate : float
+        Peak learning rate. It rises over the first tenth of the steps, and falls to 0 in the end.
+    seed : int
+        Of the weights, the plan, and the policy's draws.
+    model : mapping, optional
+        Keys of the recipe's `model` section, instead of those of `SMALL`.
+    data : mapping, optional
+        Further keys of the recipe's `data` section.
+    sample : bool
+        The policy draws its actions.
+    """
+    recipe = from_dict(
+        {
+            "name": "idea",
+            "data": {"mixture": [{"objective": "it", **entry} for entry in mixture], "validation": 0.0, **(data or {})},
+            "objectives": {"it": dict(objective)},
+            "model": {**SMALL, **(model or {})},
+            "train": {"steps": steps, "seed": seed},
+            "deepspeed": {"train_batch_size": rows},
+            "run": {"dir": "unused"},
+        }
+    )
+    indexes = open_datasets(recipe)
+    objectives = Objectives(recipe, indexes)
+    plan = make_plan(recipe, indexes, objectives)
+    net = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=seed).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    with TrajectoryLoader(plan, Home(0, 1), **loader_arguments(recipe, objectives), stop=steps) as loader:
+        for loaded in loader:
+            batch = TokenBatch.from_arrays(loaded.arrays)
+            optimizer.zero_grad()
+            net(to_tensors(batch), batch.targets, batch.real_tokens).loss.backward()
+            loaded.release()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    return Policy(net, Processor.from_dict(objectives.processor()), sample=sample, seed=seed)

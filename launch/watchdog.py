@@ -1,0 +1,109 @@
+"""Notices that ranks stand still, says which one the others wait for, and gets the stacks of those that can still write them.
+
+Ranks publish what they do (`pretrain/phases.py`). The watchdog is in another process, because a thread of a rank does not run
+while something in that rank holds Python's lock. It measures by its own clock how long a rank has said the same. The rank itself
+has said how long that may be: it knows its phase and the usual time of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tiphys.launch.attendance import STACKS
+from tiphys.launch.launches import Launch
+from tiphys.pretrain.phases import Beat
+
+PERIOD = 1.0  # seconds between two looks
+STACK_TIME = 2.0  # seconds for writing the stacks
+
+
+@dataclass
+class _Seen:
+    beat: Beat
+    since: float
+
+
+class Watchdog:
+    """Watches the ranks of one launch.
+
+    world   number of ranks; 0: not known
+    clock   seconds, for tests
+    """
+
+    def __init__(self, launch: Launch, world: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.launch, self.world, self._clock = launch, world, clock
+        self._seen: dict[int, _Seen] = {}
+        self._next = 0.0
+
+    @property
+    def step(self) -> int:
+        """Training steps that are done on every rank that has said so."""
+        return max(min((s.beat.step for s in self._seen.values()), default=0) - 1, 0)
+
+    def look(self) -> str:
+        """Read what the ranks say. Returns a sentence if the launch stands still; otherwise an empty string."""
+        now = self._clock()
+        if now < self._next:
+            return ""
+        self._next = now + PERIOD
+        self.read(now)
+        return self._stalled(now)
+
+    def read(self, now: float = 0.0) -> None:
+        """Read what the ranks say now; also after they have ended."""
+        for rank in self._ranks():
+            beat = Beat.read(self.launch.beat_file(rank))
+            if beat is not None and beat.counter:
+                before = self._seen.get(rank)
+                if before is None or before.beat.counter != beat.counter:
+                    self._seen[rank] = _Seen(beat, now)
+
+    def ask_for_stacks(self) -> None:
+        """Let the ranks of this machine write the stacks of their threads, and give them the time. A stopped one cannot."""
+        for rank, seen in self._seen.items():
+            with suppress(OSError):
+                if self.launch.stack_file(rank).exists() and _is_rank(seen.beat.process):
+                    os.kill(seen.beat.process, STACKS)
+        time.sleep(STACK_TIME)
+
+    def _ranks(self) -> range:
+        return range(
+            self.world or 1 + max((int(f.stem[5:]) for f in self.launch.folder.glob("rank-*.beat")), default=-1)
+        )
+
+    def _stalled(self, now: float) -> str:
+        """All ranks wait for the one that is furthest behind, so its silence is what counts."""
+        if not self._seen:
+            return ""
+        rank = min(self._seen, key=lambda r: (self._seen[r].beat.progress, r))
+        seen = self._seen[rank]
+        if seen.beat.phase == "end" or now - seen.since <= seen.beat.limit:
+            return ""
+        others = [s.beat for r, s in self._seen.items() if r != rank]
+        waiting = f"; {len(others)} other{'s' * (len(others) > 1)} wait" if others else ""
+        if waiting and len(others) == 1:
+            waiting += "s"
+        if others:
+            waiting += f" in exchange {max(beat.collective for beat in others)}"
+        return (
+            f'rank {rank} ({host_of(self.launch, rank)}) stands in "{seen.beat.phase}" at step {seen.beat.step} for '
+            f"{now - seen.since:.0f} s{waiting}; stacks are in {self.launch.folder}"
+        )
+
+
+def host_of(launch: Launch, rank: int) -> str:
+    """Host of a rank, from the file in which it writes stacks; the beat has numbers only."""
+    with suppress(OSError, IndexError):
+        return launch.stack_file(rank).read_text(encoding="utf-8").splitlines()[0].removeprefix("host ")
+    return "host unknown"
+
+
+def _is_rank(process: int) -> bool:
+    """A process of this machine that is a rank: process numbers of other machines mean nothing here."""
+    with suppress(OSError), open(f"/proc/{process}/cmdline", "rb") as file:
+        return b"tiphys.launch.train" in file.read()
+    return False

@@ -1,0 +1,101 @@
+"""The watchdog names the rank that the others wait for, when its own limit is over, and never earlier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tiphys.launch.launches import Launch
+from tiphys.launch.watchdog import PERIOD, Watchdog
+from tiphys.pretrain import phases
+from tiphys.pretrain.phases import Beat, Phases
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    launch = Launch.new(tmp_path)
+    for rank in range(3):
+        launch.stack_file(rank).write_text(f"host node-{rank}\n")
+    return launch
+
+
+def ranks(launch: Launch, number: int = 3) -> list[Phases]:
+    """Ranks that have done some steps of a millisecond, so their limit is the shortest one."""
+    made = [Phases() for _ in range(number)]
+    for rank, one in enumerate(made):
+        one.open(launch.beat_file(rank), process=1)
+        for step in range(1, 6):
+            one.mark("rows", step)
+    return made
+
+
+def said_after(watchdog: Watchdog, clock: Clock, seconds: float) -> tuple[str, float]:
+    """What the watchdog says, and after how long."""
+    start = clock.now
+    while clock.now - start < seconds:
+        if said := watchdog.look():
+            return said, clock.now - start
+        clock.now += PERIOD
+    return "", seconds
+
+
+def test_the_rank_furthest_behind_is_named(launch: Launch) -> None:
+    made, clock = ranks(launch), Clock()
+    made[2].mark("rows", 812)
+    for one in (made[0], made[1]):
+        one.mark("forward", 812)
+        one.collective()
+    watchdog = Watchdog(launch, 3, clock)
+    said, after = said_after(watchdog, clock, 600)
+    assert said.startswith('rank 2 (node-2) stands in "rows" at step 812 for ')
+    assert "2 others wait in exchange 1" in said
+    assert phases.SHORTEST < after <= phases.SHORTEST + 15
+    assert watchdog.step == 811
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_no_alarm(launch: Launch) -> None:
+    made, clock = ranks(launch, 2), Clock()
+    made[0].mark("forward", 9)
+    made[1].mark("validate", 8)  # of minutes
+    watchdog = Watchdog(launch, 2, clock)
+    for _ in range(10):
+        assert said_after(watchdog, clock, 60) == ("", 60)
+        made[1].mark("validate")
+    assert said_after(watchdog, clock, phases.LONGEST["validate"])[0] == ""
+
+
+def test_limits_follow_the_usual_step_and_the_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(phases.time, "monotonic", clock)
+    one, file = Phases(), tmp_path / "beat"
+    one.open(file, process=1)
+
+    def limit() -> float:
+        beat = Beat.read(file)
+        assert beat is not None
+        return beat.limit
+
+    for step in range(1, 10):
+        one.mark("rows", step)
+        if step < 3:
+            assert limit() == phases.FIRST  # kernels may be compiled
+        clock.now += 20 if step != 5 else 500
+    assert limit() == 200
+    one.mark("save")
+    assert limit() == phases.LONGEST["save"]
+    one.mark("end")
+    assert said_after(Watchdog(Launch(tmp_path, 1), 1, Clock()), Clock(), 5)[0] == ""
+
+
+def test_no_beat_is_none(tmp_path: Path) -> None:
+    assert Beat.read(tmp_path / "nothing") is None
+    (tmp_path / "short").write_bytes(b"123")
+    assert Beat.read(tmp_path / "short") is None
