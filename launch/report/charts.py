@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tiphys.dataio.plan.log import described
 from tiphys.launch.report import svg
@@ -33,11 +34,43 @@ def training_charts(run: RunFiles) -> Charts:
     ]
     if scores := evaluations(run):
         charts.insert(2, ("Normalised score of checkpoints", svg.lines({"mean of the tasks": scores})))
+    for task, by_field in action_errors(run).items():
+        charts.append((f"Open-loop action error of {task}, held out", svg.lines(by_field, marks=seen)))
     layout = {name: series(train, name) for name in ("bubble", "bubble_bound", "all_to_all")}
     if any(layout.values()):
         charts.append(("Pipeline bubble and all-to-all, shares", smooth_lines({n: p for n, p in layout.items() if p})))
     if shares := mixture(run):
         charts.append(("Mixture, share of the windows", svg.lines(shares, marks=seen)))
+    return charts
+
+
+def action_errors(run: RunFiles) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Task -> field -> points (step, error in the units of the data)."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for line in run.kind("validation"):
+        for task, by_field in line.get("action_error", {}).items():
+            for field, error in by_field.items():
+                found.setdefault(task, {}).setdefault(field, []).append((line["step"], error))
+    return found
+
+
+def achieved_charts(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Charts:
+    """For each task and objective that was asked for several returns: the mean return over the return that was asked for.
+
+    rows  (task, objective, scores), see `tiphys.pretrain.acting.scores.by_objective`
+    """
+    charts = []
+    for name, objective, scores in rows:
+        points = [scores, *scores["curve"]] if scores.get("curve") else []
+        if not points:
+            continue
+        ends = sorted(one["target_return"] for one in points)
+        found = {"achieved": [(one["target_return"], one["mean_return"]) for one in points]}
+        for i, bound in enumerate(("95 % interval: low", "high")):
+            known = (one for one in points if one.get("mean_return_interval"))
+            found[bound] = [(one["target_return"], one["mean_return_interval"][i]) for one in known]
+        shown = {"as asked": [(ends[0], ends[0]), (ends[-1], ends[-1])], **{n: sorted(p) for n, p in found.items()}}
+        charts.append((f"{name}, {objective}: achieved return over asked return", svg.lines(shown, x="asked return")))
     return charts
 
 
