@@ -94,7 +94,7 @@ def test_it_shows_results_by_objective_and_achieved_over_asked_returns(run):
     assert "reach, dt: achieved return over asked return" in page
     links = Links()
     links.feed(page)
-    assert links.tags.count("svg") == 8 + 2 + 1
+    assert links.tags.count("svg") == 9 + 2 + 1
 
 
 def test_it_shows_action_errors_by_task_and_field(run):
