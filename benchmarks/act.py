@@ -78,6 +78,7 @@ class Recorded(Policy):
         return super()._choose(acting, number, hidden, environments, *tilt)
 
 
+@torch.inference_mode()
 def answer(model: DecisionModel, slot: Any, hidden: torch.Tensor) -> torch.Tensor:
     return model.regress(hidden, slot.head) if slot.head else model.logits(hidden)
 
