@@ -125,12 +125,15 @@ def _model(seen: Examined) -> Iterator[str]:
 
 
 def _objectives(seen: Examined) -> Iterator[str]:
-    from tiphys.pretrain.tokens.paradigms import PARADIGMS, paradigm_errors
+    from tiphys.pretrain.tokens.paradigms import PARADIGMS, hiding_errors, paradigm_errors
 
     named, where = _section(seen.raw, "objectives"), seen.where
     for name, options in named.items():
         paradigm = options.get("paradigm") if isinstance(options, dict) else None
         yield from _located(paradigm_errors(name, paradigm or ""), where)
+        known, more = PARADIGMS.get(paradigm or name), _section(options, "options") if isinstance(options, dict) else {}
+        if known is not None:
+            yield from _located(hiding_errors(name, known, more), where)
     mixture = _section(seen.raw, "data").get("mixture")
     if not mixture:
         yield f"{where('data.mixture')} is empty; write at least one entry {{dataset: …}}"
@@ -146,7 +149,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors, requirement_errors
+    from tiphys.launch.checks.data import data_errors, requirement_errors, text_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
@@ -173,7 +176,8 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     if wrong:
         return
     try:
-        make_plan(recipe, indexes, objectives)
+        plan = make_plan(recipe, indexes, objectives)
+        yield from text_errors(recipe, indexes, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
             make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
     except ValueError as error:

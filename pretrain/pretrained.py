@@ -54,7 +54,9 @@ class Weights(Protocol):
     """Tensors by their names in the whole model, read when they are asked for."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        ...
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
         """The rows [first, first + count) of a tensor; None: all from `first` on."""

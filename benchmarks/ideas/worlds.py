@@ -184,6 +184,28 @@ class Chain:
         return {"observation": self.at}, actions.astype(np.float64)
 
 
+class WaitOrTake:
+    """To take (1) earns 1, and nothing more can be earned. To wait (0) at every step earns 10 with the last one.
+
+    The observation is the number of the step, or, once something was taken, the number of steps and one more.
+    """
+
+    def __init__(self, steps: int = 6) -> None:
+        self.steps = steps
+        fields = (discrete("observation", "observation", steps + 2), discrete("action", "action", 2), REWARD)
+        self.task = TaskSpec("wait-or-take", fields)
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.at, self.taken = 0, np.zeros(n, bool)
+        return {"observation": np.zeros(n, np.int64)}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        takes = (actions == 1) & ~self.taken
+        self.taken, self.at = self.taken | takes, self.at + 1
+        waited = 10.0 * (~self.taken & (self.at == self.steps))
+        return {"observation": np.where(self.taken, self.steps + 1, self.at)}, takes + waited
+
+
 def competent(power: float = 1.0) -> Callable[[np.random.Generator], Behaviour]:
     """Takes action 1 with a probability that is drawn for each episode: uniform^power."""
 

@@ -14,9 +14,10 @@ import numpy as np
 from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
 from tiphys.pretrain.acting.demand import Demand, shows_histogram, shows_return
+from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -41,6 +42,9 @@ class _File:
     return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+ANSWERS_RETURN = "sample"  # the rule of acting that chooses a return before each action
+
+
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
@@ -51,6 +55,9 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     else:
         _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    acting = objective.get("acting", ["next", {}])
+    if not (isinstance(acting, (list, tuple)) and len(acting) == 2 and isinstance(acting[1], Mapping)):
+        raise DataError(f"{where}, acting: it is {acting!r}, not the name of a rule and its options")
     out = {}
     for task, values in objective["timesteps"].items():
         out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
@@ -80,7 +87,8 @@ class Processor:
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
         Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
-        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal. `acting` is
+        there, the name of its rule and its options, if the action is not simply answered one token after another.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
@@ -176,15 +184,20 @@ class Processor:
                 return name
         raise KeyError(f"this policy has no task {task!r}; its tasks are {', '.join(self.tasks)}")
 
-    def used_fields(self, task: str) -> frozenset[str]:
+    def used_fields(self, task: str, objective: str = "") -> frozenset[str]:
         """Names of the fields that a policy sees and predicts when it acts in a task.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names; no objective: the first that the task was trained with.
 
         Raises
         ------
         KeyError
             If the policy was not trained on the task.
         """
-        layout = self.layouts[self.objective(task)][task]
+        layout = self.layouts[objective or self.objective(task)][task]
         return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
 
     def history(
@@ -196,9 +209,11 @@ class Processor:
         target_return: float | str | Sequence[float | str] | None = None,
         prompt: Window | None = None,
         hop: bool = False,
+        query: str = "",
         goal: Mapping[str, Any] | None = None,
         future: Window | Sequence[Window] | None = None,
         remainder: bool = True,
+        reserve: int = 0,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -207,7 +222,7 @@ class Processor:
         task : str
             Name of the task.
         environments : int
-            Number of environments.
+            Number of environments; for a task of several agents, of agents: those of an environment follow each other.
         objective : str
             The objective to act with; "": the first that the task was trained with.
         target_return : float, str, or a sequence of these, optional
@@ -225,6 +240,11 @@ class Processor:
         remainder : bool
             What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
+        query : str
+            What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
+        reserve : int
+            Steps that a full window keeps free, for a plan.
+
         Raises
         ------
         KeyError
@@ -237,9 +257,17 @@ class Processor:
         if task not in self.layouts.get(name, {}):
             known = ", ".join(name for name, by_task in self.layouts.items() if task in by_task)
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
-        layout = self.layouts[name][task].acting()
+        learnt = self.layouts[name][task]
+        layout = learnt.acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
+        where, (rule, stated) = f"task {task!r}, objective {name!r}", self.rule(name)
+        if rule == "label":
+            raise DataError(
+                f"{where}: it needs what comes after an action, so it cannot act; let it label data: tiphys label"
+            )
+        if query and rule != "fill":
+            raise DataError(f"{where}: it takes no query, because it does not fill in hidden parts")
         asked = self.asked(task, name, target_return)
         if isinstance(asked, list) and len(asked) != environments:
             raise DataError(
@@ -248,9 +276,31 @@ class Processor:
         if goal is not None and not self.takes_goal(name):
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
-            prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
+            prompt = self.prompt(task, name, prompt)
+        available = {e.field: e.available for e in learnt.elements if e.available}
+        if rule == "fill":
+            query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
+            return Filling(self, layout, environments, asked, prompt, goal, query)
         demands = self._demands(task, name, future, remainder, environments)
-        return History(self, layout, environments, asked, prompt, hop, goal, demands)
+        return History(
+            self,
+            layout,
+            environments,
+            asked,
+            prompt,
+            hop,
+            goal,
+            demands,
+            answers_return=rule == ANSWERS_RETURN,
+            reserve=reserve,
+            predicts_end=learnt.predicts_end,
+            available=available,
+        )
+
+    def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:
+        """The rule that an objective acts by, and its options."""
+        name, options = self.objectives[objective].get("acting", ("next", {}))
+        return name, options
 
     def _demands(
         self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
@@ -298,8 +348,10 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(map(shows_return, self.layouts[objective][task].elements)):
-                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            shown = any(map(shows_return, self.layouts[objective][task].elements))
+            if not shown or self.rule(objective)[0] == ANSWERS_RETURN:
+                why = "it chooses the returns itself" if shown else "it shows the model no returns"
+                raise DataError(f"{where}: {why}, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
         try:
@@ -318,6 +370,8 @@ class Processor:
             low, high = from_unit(ends, np.asarray(codec.low, np.float64), np.asarray(codec.high, np.float64))
         elif isinstance(codec, Bins) and not codec.companded:
             low, high = codec.low[0], codec.high[0]
+        elif isinstance(codec, Integers):
+            low, high = codec.low, codec.high
         elif isinstance(codec, Quantiles):
             low, high = codec.edges[0][0], codec.edges[0][-1]
         else:
@@ -328,8 +382,17 @@ class Processor:
                 f"{where}: a target return of {value:g} is beyond what the policy can be told, {low:g} to {high:g}"
             )
 
-    def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
-        """The last steps of a demonstration, as many as a prompt may have."""
+    def prompt(self, task: str, objective: str, window: Window) -> Window:
+        """The last steps of a demonstration, as many as a prompt may have.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names.
+        window : Window
+            The demonstration.
+        """
+        layout, steps = self.layouts[objective][task], int(self.objectives[objective]["prompt_steps"])
         most = min(
             steps or (self.length // 2) // layout.width,
             window.steps,

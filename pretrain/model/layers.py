@@ -119,6 +119,13 @@ def cuda_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def only_acts() -> bool:
+    """Whether this forward pass serves a policy that acts: then nobody reads its losses, and no parameter needs a gradient."""
+    return (
+        not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    )  # the compiler does not know the second
+
+
 class Norm(Module):
     """RMSNorm (Zhang and Sennrich 2019) with the mean square in float32."""
 

@@ -157,6 +157,13 @@ HIDING: dict[str, Scheme] = {
     "backward": backward,
 }
 
+# What a policy can be asked: the scheme whose windows look like its own
+QUERIES = {
+    "bc": "the next action, from the past",
+    "rc": "the next action, from the past and the return that is asked for",
+    "goal": "the next action, from the past and the last observation of the window",
+}
+
 
 def hide(
     mixture: Sequence[tuple[str, float]],

@@ -74,7 +74,10 @@ class TextTokenizer:
         """Raises DataError if the tokenizer of a file does not work, or has more ids than the vocabulary has for texts."""
         if not self.definition:
             return
-        low, high = vocabulary.range("text")
+        try:
+            low, high = vocabulary.range("text")
+        except KeyError as error:
+            raise DataError(f"text tokenizer: {error.args[0]}") from None
         ids = self.encode(["a text"])[0]
         if self.size > high - low or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < high - low):
             raise DataError(f"text tokenizer: it has {self.size} ids, but the vocabulary has {high - low} for texts")

@@ -134,3 +134,21 @@ def test_the_engine_raises_the_same_sentences_all_at_once(recipe, overrides, wor
 
 def test_an_empty_mixture_is_an_error(recipe):
     assert any("data.mixture is empty" in line for line in errors(recipe, "data.mixture=[]"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("{hiding: {blink: 1}}", "no scheme is called 'blink'"),
+        ("{hiding: {bc: 0}}", "give the schemes with their shares"),
+        ("{hiding: bc}", "give the schemes with their shares"),
+        ("{query: past}", "no query is called 'past'"),
+        ("{query: goal, hiding: {bc: 1}}", "'goal' would not be trained: the objective hides by bc"),
+    ],
+)
+def test_a_query_that_would_not_be_trained_is_an_error(recipe, options, words):
+    (error,) = errors(recipe, f"objectives.unimask={{options: {options}}}")
+    assert "objectives.unimask.options" in error
+    assert words in error
+    (error,) = errors(recipe, f"objectives.bc={{options: {options}}}")
+    assert "hides nothing" in error or "does not act by filling in" in error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tests.pretrain import synthetic
+from tests.pretrain import paradigm_rows, synthetic
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_writer import Writer
 from tiphys.pretrain.engine import Engine, build_engine
@@ -42,7 +42,15 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
 
 
 def config_of(job: dict[str, Any]) -> DecisionConfig:
+    if "paradigm" in job:
+        return paradigm_rows.config(job["paradigm"], **job.get("config", {}))
     return synthetic.config(**job.get("config", {}))
+
+
+def rows_of(job: dict[str, Any], step: int, rows: list[int]) -> TokenBatch:
+    if "paradigm" in job and rows:
+        return paradigm_rows.rows_of(job["paradigm"], step, rows)
+    return synthetic.rows_of(step, rows, pairs=has_pairs(job))
 
 
 def source_of(job: dict[str, Any]) -> Pretrained | None:
@@ -66,8 +74,13 @@ def model_of(job: dict[str, Any]) -> DecisionModel:
     return model
 
 
-def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH) -> TokenBatch:
-    """This rank's rows of a step. `order` distributes the same global batch in another way."""
+def has_pairs(job: dict[str, Any]) -> bool:
+    return bool(job.get("config", {}).get("pairs"))
+
+
+def rows_for(world: ParallelDims, step: int, job: dict[str, Any], batch: int = BATCH) -> TokenBatch:
+    """This rank's rows of a step. `order` of a job distributes the same global batch in another way."""
+    order = job.get("order", "")
     if not world.is_first_stage:
         return TokenBatch.empty(step, 0)
     everything = list(range(batch))
@@ -75,7 +88,7 @@ def rows_for(world: ParallelDims, step: int, order: str = "", batch: int = BATCH
         everything.reverse()
     if order == "interleaved":
         everything = everything[::2] + everything[1::2]
-    return synthetic.rows_of(step, [everything[i] for i in synthetic.mine(batch, world.replica, world.data)])
+    return rows_of(job, step, [everything[i] for i in synthetic.mine(batch, world.replica, world.data)])
 
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +103,16 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
         save(engine, job["resave"])
     steps, result = [], None  # None if the checkpoint is of the last step
     for step in range(engine.step, job.get("steps", STEPS)):
-        result = engine.train_step(rows_for(world, step, job.get("order", ""), recipe.deepspeed["train_batch_size"]))
+        result = engine.train_step(rows_for(world, step, job, recipe.deepspeed["train_batch_size"]))
         steps.append([result.loss, result.gradient_norm, result.auxiliary, result.tokens, result.targets])
         if result.step == job.get("save_at"):
             save(engine, job["run"])
-    held_out = {name: sums.tolist() for name, sums in engine.evaluate(rows_for(world, 999)).items()}
+    held_out = {
+        name: sums.tolist()
+        for name, sums in engine.evaluate(
+            rows_for(world, 999, {name: job[name] for name in ("paradigm", "config") if name in job})
+        ).items()
+    }
     engine.destroy()
     measured = result and {name: getattr(result, name) for name in ("memory", "all_to_all", "bubble", "bubble_bound")}
     return {"steps": steps, "held_out": held_out, "measured": measured, "seconds": round(time.time() - started, 1)}
@@ -123,7 +141,7 @@ def plain(job: dict[str, Any]) -> Plain:
     model.train()
     out = []
     for step in range(job.get("steps", STEPS)):
-        batch = synthetic.rows_of(step, list(range(recipe.deepspeed["train_batch_size"])))
+        batch = rows_of(job, step, list(range(recipe.deepspeed["train_batch_size"])))
         inputs = to_tensors(batch, task_dropout=model.config.task_dropout, seed=recipe.train.seed)
         loss = model(inputs, batch.targets, batch.real_tokens).loss
         optimizer.zero_grad()

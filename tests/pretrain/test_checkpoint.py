@@ -256,7 +256,7 @@ def engine_of(world: ParallelDims, **job: Any) -> Any:
 def test_states_that_cannot_be_saved_are_refused(world: ParallelDims, tmp_path: Path) -> None:
     engine = engine_of(world, stage=1)
     ck.snapshot(engine, "s", {})  # possible before the first step: Adam's state is zero
-    batch = layouts.rows_for(world, 0)
+    batch = layouts.rows_for(world, 0, {})
     micro = next(engine.micro_batches(batch, engine.accumulation))
     output = engine.deepspeed(engine.inputs(micro, training=True))
     engine.deepspeed.backward(output.loss)

@@ -47,7 +47,9 @@ def _oracle(job: str) -> Plain:
 def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(
-        json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "init")})
+        json.dumps(
+            {"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")}
+        )
     )
 
 
@@ -68,6 +70,7 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
 def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
     jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
+    jobs += [{"name": "pairs", "micro": 3, "steps": 6, "config": PAIRS}]
     compare(jobs, {job["name"]: layouts.do(job) for job in jobs})
 
 
@@ -100,6 +103,7 @@ EVERYTHING = {  # all that a recipe can choose in a model
     "tie_word_embeddings": True,
 }
 STRONG = {"balance": 1.0, "z_loss": 0.1}  # auxiliary losses as large as the loss itself
+PAIRS = {"pairs": True}  # windows are told from the others of their row by their texts
 DENSE_HALF = {"moe_every": 4}  # only the last of four layers has experts, so the first of two stages has none
 
 
@@ -128,8 +132,15 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
         {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
+        {"name": "pairs-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "config": PAIRS},
+        {"name": "pairs-pipeline", "pipeline": 2, "config": PAIRS},
         {"name": "strong-auxiliary-expert", "expert": 2, "config": STRONG},
         {"name": "strong-auxiliary-pipeline", "pipeline": 2, "config": STRONG},
+        # Windows that are seen from both sides with hidden parts; windows with prefixes
+        {"name": "unimask-zero-2", "stage": 2, "order": "interleaved", "micro": 2, "paradigm": "unimask"},
+        {"name": "unimask-expert", "expert": 2, "paradigm": "unimask"},
+        {"name": "unimask-pipeline", "pipeline": 2, "paradigm": "unimask"},
+        {"name": "prefix-pipeline", "pipeline": 2, "paradigm": "turned"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
     compare(jobs, results)

@@ -90,6 +90,6 @@ def test_wrong_use_is_refused():
 
 def test_a_hidden_return_takes_no_target():
     processor = Processor.from_dict(make([ARM], "pdt", context=200).processor())
-    assert not processor.history("arm").asks_for_returns
+    assert not processor.history("arm").needs_rewards
     with pytest.raises(DataError, match="takes no target return"):
         processor.history("arm", target_return=1.0)

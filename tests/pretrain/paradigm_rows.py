@@ -1,0 +1,46 @@
+"""Rows of a paradigm's own tokens for tests of layouts. A row depends only on (paradigm, step, row), on every rank."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from tests.pretrain.token_fixtures import ARM, ROWS, make, window
+from tiphys.dataio.philox import WINDOW, generator
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
+from tiphys.recipes.schema import Model
+
+
+@functools.cache
+def objectives(name: str) -> Objectives:
+    if name in PARADIGMS:
+        return make([ARM], name, context=48)
+    PARADIGMS[name] = ROWS[name]
+    try:
+        return make([ARM], name, context=48)
+    finally:
+        del PARADIGMS[name]
+
+
+def config(name: str, **changes: Any) -> DecisionConfig:
+    sizes = {"num_experts": 4, "moe_every": 2, "moe_intermediate_size": 32, **changes}
+    made = DecisionConfig.from_recipe(Model(layers=4, hidden=32, heads=2), objectives(name).vocabulary)
+    return DecisionConfig(**{**made.to_dict(), **sizes})
+
+
+def rows_of(name: str, step: int, rows: list[int]) -> TokenBatch:
+    made, windows = objectives(name), []
+    for number in rows:
+        random = generator(7, step, number, WINDOW)
+        row = []
+        for _ in range(2):
+            if made.prompts[0] == 1:
+                row.append(window(made, "arm", 1, random, prompt=True))
+            row.append(window(made, "arm", int(random.integers(1, 3)), random, after=1))
+        windows.append(row)
+    return TokenBatch.from_arrays(made.make_batch(step, np.array(rows, np.int64), windows, seed=7))
