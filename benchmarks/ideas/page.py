@@ -24,7 +24,7 @@ INTRODUCTION = """## Every row
 
 A part with a star is predicted; one in brackets is hidden. Each experiment trains a model of two layers on toy episodes, through
 the same code as any run. A control breaks one thing that the idea needs, and must fail. What follows is written by
-`python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2.
+`python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2, as far as they were recorded.
 """
 _SHOWN = {
     "once": "once",
