@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(folder: Path, saves: int, hidden: int) -> None:
-    config = synthetic.config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=8)
+    config = synthetic.config(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=4)
     engine = Engine(synthetic.recipe(str(folder)), DecisionModel(config, seed=3), alone())
     writer = Writer(folder, "bench")
     writer.allocate(engine)

@@ -78,6 +78,16 @@ class Histogram:
             setattr(self, name, both[order])
         self._join()
 
+    def part(self, first: int, last: int) -> Histogram:
+        """The histogram of the dimensions [first, last) alone."""
+        bounds = np.array([first, last], np.uint64) << np.uint64(32)
+        mine = slice(*np.searchsorted(self.keys, bounds).tolist())
+        out = Histogram(last - first, self.shift[first:last].copy())
+        for name in CELLS:
+            setattr(out, name, getattr(self, name)[mine].copy())
+        out.keys -= bounds[0]
+        return out
+
     def _join(self) -> None:
         """Join the cells of equal keys. Drop bits of a dimension until it has few cells, or no more may be dropped."""
         while True:

@@ -187,7 +187,7 @@ class Aside(Callback):
     def drain(self) -> None:
         """Wait until all jobs are done. Each has a limit of time (`evaluate.minutes`)."""
         try:
-            while self.jobs and self._pipe is not None:
+            while self.jobs and (self._pipe is not None or self._again):
                 self.attend()
                 time.sleep(0.1)
         finally:

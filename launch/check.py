@@ -134,6 +134,12 @@ def _objectives(seen: Examined) -> Iterator[str]:
         known, more = PARADIGMS.get(paradigm or name), _section(options, "options") if isinstance(options, dict) else {}
         if known is not None:
             yield from _located(hiding_errors(name, known, more), where)
+        asked = isinstance(options, dict) and options.get("target_return", Objective.target_return)
+        if known is not None and asked not in (False, Objective.target_return) and not known.shows_returns:
+            yield (
+                f"{where(f'objectives.{name}.target_return')}: paradigm {known.name!r} shows the model no returns, so its policy "
+                "cannot be asked for one; remove the key"
+            )
     mixture = _section(seen.raw, "data").get("mixture")
     if not mixture:
         yield f"{where('data.mixture')} is empty; write at least one entry {{dataset: …}}"
@@ -149,9 +155,9 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors, requirement_errors, text_errors
+    from tiphys.launch.checks.data import data_errors, pairing_errors, requirement_errors, reward_errors, target_errors
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan
+    from tiphys.launch.plan import make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -162,12 +168,17 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
             yield f"{seen.where(f'data.mixture[{i}].dataset')}: {error}"
     if len(indexes) < len(recipe.data.mixture):
         return
+    unrewarded = list(reward_errors(recipe, indexes, seen.where))
+    yield from unrewarded
+    if unrewarded:
+        return
     try:
         objectives = Objectives(recipe, indexes)
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
         return
     yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
+    yield from target_errors(recipe, objectives, seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
     wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
@@ -177,8 +188,8 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
         return
     try:
         plan = make_plan(recipe, indexes, objectives)
-        yield from text_errors(recipe, indexes, objectives, plan, seen.where)
+        yield from pairing_errors(recipe, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
-            make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+            make_plan(recipe, indexes, objectives, held_out=True, rows=validation_rows(recipe))
     except ValueError as error:
         yield f"{seen.where('data.mixture')}: {error}"

@@ -91,7 +91,7 @@ def inspected(path: str | Path) -> dict[str, Any]:
             {"name": name, "shape": list(reader.shapes[name]), "saved": sorted(keys)}
             for name, keys in reader.pieces.items()
         ]
-        parameters = sum(math.prod(reader.shapes[n]) for n, keys in reader.pieces.items() if "buffer" not in keys)
+        parameters = sum(math.prod(reader.shapes[name]) for name, keys in reader.pieces.items() if "buffer" not in keys)
     return {
         "folder": str(checkpoint.path),
         "step": checkpoint.step,

@@ -44,7 +44,7 @@ def paradigm_lines(rows: Sequence[Mapping[str, str]], whole: bool, width: int = 
     for row in rows:
         out.append(row["name"])
         for name in shown:
-            out += textwrap.wrap(row[name], width, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+            out += textwrap.wrap(row[name], width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
     return "\n".join(out)
 
 

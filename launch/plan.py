@@ -207,16 +207,35 @@ def _make_batch(recipe: Recipe, objectives: Objectives, training: bool) -> MakeB
     )
 
 
+VALIDATIONS = 10  # of a run, if the recipe does not say when
+_VALIDATION_ROWS = 64
+_VALIDATION_SHARE = 0.05  # of the rows that are trained between two validations; a validation has no backward pass
+
+
+def validation_every(recipe: Recipe) -> int:
+    """Training steps between two validations; 0: only at the end."""
+    every = recipe.validate.every
+    return max(1, recipe.train.steps // VALIDATIONS) if every == 0 else max(every, 0)
+
+
+def validation_rows(recipe: Recipe) -> int:
+    """Rows of one validation, in all ranks together."""
+    if recipe.validate.rows:
+        return recipe.validate.rows
+    trained = int(recipe.deepspeed["train_batch_size"]) * (validation_every(recipe) or recipe.train.steps)
+    return min(_VALIDATION_ROWS, max(8, int(_VALIDATION_SHARE * trained)))
+
+
 def held_out_batches(
     recipe: Recipe, indexes: list[EpisodeIndex], objectives: Objectives, world: ParallelDims
 ) -> Iterator[TokenBatch]:
-    """This rank's share of `validate.rows` held-out rows. Every validation uses the same rows."""
+    """This rank's share of the held-out rows. Every validation uses the same rows."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.pretrain.tokens.batch import TokenBatch
 
     if not world.is_first_stage:
         return
-    plan = make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
+    plan = make_plan(recipe, indexes, objectives, held_out=True, rows=validation_rows(recipe))
     with TrajectoryLoader(plan, world.home, **loader_arguments(recipe, objectives, training=False), stop=1) as loader:
         for loaded in loader:
             copies = {name: array.copy() for name, array in loaded.arrays.items()}

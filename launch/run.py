@@ -29,6 +29,7 @@ from tiphys.launch.plan import (
     open_datasets,
     step_rate_lines,
     text_lines,
+    validation_every,
 )
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.rollback import Guard, complete
@@ -254,9 +255,11 @@ def callbacks(
     # a checkpoint is written before the last validation
     stages: list[Callback] = [writer, Account(writer, plan.describe), Progress(), checkpointer, guard]
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
+        from tiphys.pretrain.action_error import NativeErrors
+
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
-        every = recipe.validate.every or max(1, recipe.train.steps // 10)
-        stages.append(Validator(every, held_out, writer))
+        every = validation_every(recipe)
+        stages.append(Validator(every, held_out, writer, NativeErrors(objectives.layouts)))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,6 +293,10 @@ def serve(side: SideProcess) -> None:
     _low_priority()
     try:
         side.run()
+    except BrokenPipeError:
+        pass  # the trainer is gone
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os.killpg(0, signal.SIGKILL)

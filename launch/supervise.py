@@ -228,6 +228,7 @@ class Supervisor:
             try:
                 node.prepare()
                 if not self._pause(pause_after(self.failures)):
+                    node.end()
                     return stopped_by(self.stops.asked)
                 times.add("pause")
             except BaseException:

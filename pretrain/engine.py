@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from tiphys.pretrain.action_error import COLUMNS, action_errors
+from tiphys.pretrain.action_error import COLUMNS, NativeErrors, action_errors
 from tiphys.pretrain.distributed.deepspeed_config import derive
 from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
 from tiphys.pretrain.distributed.layout_errors import expert_errors
@@ -174,6 +174,7 @@ class Engine:
 
         sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
         self.world, self.seed = world, recipe.train.seed
+        self.native: NativeErrors | None = None  # what `evaluate` also measures
         self.config = cast("DecisionConfig", model.config)
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
@@ -253,8 +254,8 @@ class Engine:
         Returns
         -------
         dict of str to ndarray
-            `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4]: see
-            `action_error`; zeros with a pipeline, whose last stage returns only the loss.
+            `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4] and `by_field`
+            [fields of `native`, 2]: see `action_error`; zeros with a pipeline, whose last stage returns only the loss.
         """
         mark("validate")
         self.module.eval()
@@ -263,7 +264,7 @@ class Engine:
         self._evaluate(list(self.micro_batches(batch, times)), totals)
         totals.all_reduce()
         sums = totals.numpy()
-        return {name: sums[name] for name in ("by_task", "errors")}
+        return {name: sums[name] for name in ("by_task", "errors", "by_field")}
 
     def canonical(self, local: str) -> str:
         """Name in the whole model of a parameter or buffer of this rank's module."""
@@ -329,7 +330,9 @@ class Engine:
             totals.add("by_task", output.loss_by_task)
             ends = [*self.module.output.parameters(), *self.module.head.parameters()]  # type: ignore[union-attr]
             with deepspeed.zero.GatheredParameters(ends, enabled=self.zero_stage == 3):
-                totals.add("errors", action_errors(self.module, output, inputs))  # type: ignore[arg-type]
+                errors, by_field = action_errors(self.module, output, inputs, self.native)  # type: ignore[arg-type]
+                totals.add("errors", errors)
+                totals.add("by_field", by_field)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -361,7 +364,9 @@ class Engine:
         tasks, experts = max(1, len(self.config.tasks)), self.config.num_experts
         layers = len(self._expert_layers)
         shapes = {"loss": (), "by_task": (tasks, 3), "auxiliary": (2,), "experts": (layers, tasks, experts)}
-        return Totals(shapes | {"errors": (tasks, COLUMNS), "ranks": (self.world.world, 4)}, self.world.device)
+        fields = len(self.native.fields) if self.native is not None else 0
+        shapes |= {"errors": (tasks, COLUMNS), "by_field": (fields, 2), "ranks": (self.world.world, 4)}
+        return Totals(shapes, self.world.device)
 
     def _finish_experts(self, totals: Totals) -> None:
         """Sum all of the step's numbers over the ranks, and give the routers the global counts for their next balance loss."""

@@ -101,7 +101,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 0, seconds
     best, end = float("inf"), time.perf_counter() + seconds
     with torch.no_grad():
         _synchronise(device, a @ b)
-        while time.perf_counter() < end:
+        while best == float("inf") or time.perf_counter() < end:  # at least once, however busy the machine is
             start = time.perf_counter()
             _synchronise(device, a @ b)
             best = min(best, time.perf_counter() - start)

@@ -224,6 +224,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         self.resumed = checkpoint
         if checkpoint is None:
+            self._changes = [event["step"] for event in _of_mixture(self._events)]
             if self.loader is not None and self._events:
                 self.loader.load_state_dict({**self.loader.state_dict(), "log": self._events})
             return
@@ -237,14 +238,14 @@ class Trainer:
             )
         checkpoint.load(self.engine)
         self.health.load_state_dict(state.get("health") or {**self.health.state_dict(), "proven": checkpoint.step})
+        loader = state["loader"]
+        log = loader.get("log", [])
+        if lacking := [event for event in self._events if event not in log]:
+            loader = {**loader, "log": [*log, *lacking]}
         if self.loader is not None:
-            saved = state["loader"]
-            lacking = [event for event in self._events if event not in saved["log"]]
-            state["loader"] = {**saved, "log": [*saved["log"], *lacking]} if lacking else saved
-            self.loader.load_state_dict(state["loader"])
-        self._changes = [
-            event["step"] for event in _of_mixture(state["loader"].get("log", [])) if event["step"] >= self.step
-        ]
+            self.loader.load_state_dict(loader)
+        changes = _of_mixture(loader.get("log", []))  # on all ranks, because all judge the losses
+        self._changes = [event["step"] for event in changes if event["step"] >= self.step]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint contains besides the engine's state."""

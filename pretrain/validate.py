@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +21,14 @@ class ValidationResult:
 
     sums     [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task
     errors   [tasks, 4]: predicted tokens, wrong ones, regressed vectors, Σ of their mean |error|
+    fields   (number of the task, name) of each field of which there are errors in the units of the data
+    by_field [fields, 2]: Σ error and number of elements
     """
 
     sums: np.ndarray
     errors: np.ndarray
+    fields: Sequence[tuple[int, str]] = ()
+    by_field: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
 
     @property
     def loss(self) -> float:
@@ -40,7 +44,12 @@ class ValidationResult:
 
         wrong_by_task   share of the target tokens that were not the most probable token
         error_by_task   mean |error| of regressed actions, on the scale in which they are learned
+        action_error    task -> field -> mean |error| in the units of the data, or the share of wrong values of a discrete field
         """
+        by_field: dict[str, dict[str, float]] = {}
+        for (task, name), (total, count) in zip(self.fields, self.by_field.tolist(), strict=True):
+            if count:
+                by_field.setdefault(tasks[task] if task < len(tasks) else str(task), {})[name] = total / count
 
         def means(total: np.ndarray, count: np.ndarray) -> dict[str, float]:
             pairs = enumerate(zip(total.tolist(), count.tolist(), strict=True))
@@ -52,6 +61,7 @@ class ValidationResult:
             "loss_by_task": means(self.sums[:, 1], self.sums[:, 2]),
             "wrong_by_task": means(self.errors[:, 1], self.errors[:, 0]),
             "error_by_task": means(self.errors[:, 3], self.errors[:, 2]),
+            "action_error": by_field,
         }
 
 
@@ -59,8 +69,13 @@ def validate(engine: Engine, batches: Sequence[TokenBatch]) -> ValidationResult:
     """Evaluate the held-out batches of all ranks, which may have different numbers of them. Collective. Changes no state."""
     most = max(engine.world.gather(len(batches)))
     tasks = max(1, len(engine.config.tasks))
-    total = ValidationResult(np.zeros((tasks, 3)), np.zeros((tasks, COLUMNS)))
+    fields = engine.native.fields if engine.native is not None else []
+    sums = {
+        "by_task": np.zeros((tasks, 3)),
+        "errors": np.zeros((tasks, COLUMNS)),
+        "by_field": np.zeros((len(fields), 2)),
+    }
     for i in range(most):
         part = engine.evaluate(batches[i] if i < len(batches) else TokenBatch.empty(0, 1))
-        total = ValidationResult(total.sums + part["by_task"], total.errors + part["errors"])
-    return total
+        sums = {name: total + part[name] for name, total in sums.items()}
+    return ValidationResult(sums["by_task"], sums["errors"], fields, sums["by_field"])

@@ -357,17 +357,25 @@ class Restart:
 
 @dataclass(frozen=True)
 class Validation:
-    """The loss on held-out episodes."""
+    """The loss and the errors of actions on held-out episodes."""
 
     every: int = key(
         0,
-        "Training steps between two validations, if episodes are held out; 0: a tenth of the run",
+        "Training steps between two validations, if episodes are held out; 0: ten times a run; -1: only at the end",
         unit="steps",
         low=0,
         high=STEPS,
+        also=(-1,),
         resume=True,
     )
-    rows: int = key(64, "Held-out rows of one validation", unit="rows", low=1, high=2**22, resume=True)
+    rows: int = key(
+        0,
+        "Held-out rows of one validation; 0: 64, but no more than 5 % of the rows that are trained between two",
+        unit="rows",
+        low=0,
+        high=2**22,
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
     try:
         read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
     except (OmegaConfBaseException, OverflowError, TypeError, ValueError) as error:
-        yield f"{where(at)}: {first_line(error)}"
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint)
+        yield f"{where(at)}: must be {wanted}, not {value!r}" if wanted else f"{where(at)}: {first_line(error)}"
         return
     problem = key_of(of).problem(read[name])
     if problem:

@@ -152,3 +152,13 @@ def test_yaml_recipe_of_the_readme_is_valid(tmp_path):
     (recipe,) = [code for code in blocks(REPOSITORY / "README.md", "yaml") if "deepspeed:" in code]
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     check(tmp_path / "recipe.yaml", world=16, data=False)
+
+
+def test_the_messages_of_the_troubleshooting_table_exist():
+    page = (REPOSITORY / "docs" / "glossary.md").read_text(encoding="utf-8")
+    phrases = [
+        p for line in page.splitlines() if line.startswith('| "') for p in re.findall(r'"([^"]+)"', line.split("|")[1])
+    ]
+    sources = "".join(p.read_text() for name in SOURCES for p in (REPOSITORY / name).rglob("*.py"))
+    assert len(phrases) > 4
+    assert [p for p in phrases if p not in sources] == []

@@ -18,13 +18,18 @@ from tiphys.recipes.load import FOLDER
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = REPOSITORY / "docs" / "paradigms.md"
+ABOUT = Path(__file__).with_name("about")  # what is to be said of rows beside the table
 FIGURES = Path(__file__).with_name("figures.json")
-MARKER = "<!-- rows -->"
-INTRODUCTION = """## Every row
+INTRODUCTION = """# Paradigms
 
-A part with a star is predicted; one in brackets is hidden. Each experiment trains a model of two layers on toy episodes, through
-the same code as any run. A control breaks one thing that the idea needs, and must fail. What follows is written by
-`python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2, as far as they were recorded.
+One table says how each way of learning decisions from episodes is done here: which parts a timestep has, which of them are
+predicted, who sees whom, what stands before a window, what the data need, and how the policy acts. `tiphys objectives` prints
+it, `tiphys objectives dt` one row of it. A part with a star is predicted; one in brackets is hidden, so the token `mask` stands
+in its place.
+
+Each row has a recipe, and a small experiment that shows that its idea works: `python -m benchmarks.ideas ROW --control`. It
+trains a model of two layers on toy episodes, through the same code as any run. A control breaks one thing that the idea needs,
+and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2, as far as recorded.
 """
 _SHOWN = {
     "once": "once",
@@ -54,15 +59,15 @@ def figures() -> dict[str, list[dict[str, Any]]]:
 
 
 def page() -> str:
-    """The content of docs/paradigms.md: what stands above the marker stays, the rows follow it."""
-    found, written = figures(), PAGE.read_text(encoding="utf-8").partition(MARKER)[0]
-    rows = (_section(row, found.get(row["name"], [])) for row in table())
-    return "\n".join([f"{written}{MARKER}", "", INTRODUCTION, *rows])
+    """The content of docs/paradigms.md."""
+    found = figures()
+    declaration = (ABOUT / "declaration.md").read_text(encoding="utf-8")
+    return "\n".join([INTRODUCTION, declaration, *(_section(row, found.get(row["name"], [])) for row in table())])
 
 
 def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
     name = row["name"]
-    lines = [f"### {name}", "", *_about(name), "", f"Source: {PARADIGMS[name].source}.", ""]
+    lines = [f"## {name}", "", *_about(name), "", f"Source: {PARADIGMS[name].source}.", ""]
     lines += [f"- {label}: {row[key]}" for key, label in _SHOWN.items() if row[key] not in ("nothing", "none")]
     commands = [line[1:].strip() for line in _head(name) if line.startswith("#   tiphys ")]
     lines += ["", f"Recipe: `recipes/{name}.yaml`", "", "```", *commands, "```", ""]
@@ -79,7 +84,9 @@ def _about(name: str) -> list[str]:
     if name not in marks.rows():
         return ["It has no experiment yet."]
     source = (Path(__file__).parent / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(source)) or "").splitlines()  # read, because an import would load torch
+    lines = (ast.get_docstring(ast.parse(source)) or "").splitlines()  # read, because an import would load torch
+    more = ABOUT / f"{name}.md"
+    return [*lines, "", *more.read_text(encoding="utf-8").splitlines()] if more.exists() else lines
 
 
 def _head(name: str) -> list[str]:

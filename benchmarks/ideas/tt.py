@@ -25,12 +25,12 @@ IMITATION = {"horizon": 1, "width": 1, "expand": 1, "cdf": 0.999}  # one plan of
 
 def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     world = WaitOrTake()
-    data = behave(world, 1500, seed, impatient)
+    data = behave(world, 2000, seed, impatient)
     dataset = write(folder / "data", [world.task], data.episodes(world.task, "wait"))
     policy = train(
         [{"dataset": dataset}],
         {"paradigm": "tt", "context": 48, "fields": {"reward": {"encoding": "uniform", "bins": 32}}},
-        steps=400,
+        steps=300,
         rows=16,
         seed=seed,
     )

@@ -24,29 +24,39 @@ import numpy as np
 from tiphys.dataio.convert.infer import renamed_role
 from tiphys.dataio.convert.names import AmbiguousNames, address
 from tiphys.dataio.convert.source import Source
-from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.episode import MODALITIES, ROLES, DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.encodings import Encoding
 from tiphys.plain_yaml import MOST_BYTES, YamlError, read
 
+# Key -> (what it holds, what it means), for messages and for the tables in docs/converting.md
+KEYS = {
+    "task": ("text, or {name in the source: new name}", "Name of the task; empty: names stay"),
+    "environment": ("text", "Environment in which policies of the task are evaluated"),
+    "normalise": ("return or success", "What a score is a share of"),
+    "random": ("number", "Mean return or success rate of random actions"),
+    "expert": ("number", "Mean return or success rate of an expert"),
+    "max_steps": ("whole number", "Steps after which an episode in the environment ends; 0: as the environment says"),
+    "fields": ("section", "Field, name in the source or glob -> `drop`, or the keys of the next table"),
+    "text": ("section", "Name -> text that every episode gets as a field"),
+    "options": ("section", "Options of the format; the table of formats lists them"),
+}
+FIELD_KEYS = {
+    "name": ("text", "New name of the field; not for a glob"),
+    "role": (", ".join(ROLES), "What the field is for; info: not learned"),
+    "modality": (", ".join(MODALITIES), "What its values are"),
+    "dtype": ("NumPy dtype", "Type of its values; a value that would change is an error"),
+    "low": ("number, or one for each element", "Smallest possible value; with `high`"),
+    "high": ("number, or one for each element", "Largest possible value; with `low`"),
+    "unit": ("text", "Unit of its values, such as mm"),
+    "values": ("whole number", "Number of values of a discrete field, which are 0, 1, …"),
+    "per": ("step or episode", "Whether it has a value for each step or one for the episode"),
+    "encoding": ("raw, png, webp, jpeg, webp-lossy, h264 or av1", "How images are stored; default: without loss"),
+    "frames": ("whole number", "With `encoding`: images of one chunk"),
+    "quality": ("whole number", "With a lossy `encoding`: its quality; 0: the default of the encoding"),
+    "drop": ("true or false", "Leave the field out; `field: drop` is the same"),
+}
 _TASK_KEYS = ("environment", "normalise", "random", "expert", "max_steps")  # attributes of TaskSpec
-_KEYS = frozenset({"task", *_TASK_KEYS, "fields", "text", "options"})
-_FIELD_KEYS = frozenset(
-    {
-        "name",
-        "role",
-        "modality",
-        "dtype",
-        "low",
-        "high",
-        "unit",
-        "values",
-        "per",
-        "encoding",
-        "frames",
-        "quality",
-        "drop",
-    }
-)
+_KEYS, _FIELD_KEYS = frozenset(KEYS), frozenset(FIELD_KEYS)
 _TEXTS = ("name", "role", "modality", "dtype", "per", "encoding")  # settings of a field that are texts
 
 
@@ -312,7 +322,7 @@ def _check_range(spec: FieldSpec, where: str, given: Dict[str, Any]) -> None:
         return
     if (low > high).any():
         at = int((low > high).argmax())
-        raise DataError(f"{where}: low {low.flat[at]:g} is above high {high.flat[at]:g}")
+        raise DataError(f"{where}: low {low.flat[at]:g} is above high {high.flat[at]:g}; exchange them")
     if given.get("values") and spec.modality == "discrete" and given["values"] != (high - low + 1).max():
         raise DataError(
             f"{where}: `values` is {given['values']}, but low and high make {(high - low + 1).max():g}; remove it"
@@ -345,3 +355,13 @@ def _not_texts(values: Dict[str, Any], written: Dict[str, str] | None) -> list[s
         for key, value in values.items()
         if not isinstance(value, str)
     ]
+
+
+def tables() -> str:
+    """The keys of a mapping file and those of a field, as Markdown."""
+    lines: list[str] = []
+    for title, keys in (("key", KEYS), ("key of a field", FIELD_KEYS)):
+        lines += [f"| {title} | holds | meaning |", "|---|---|---|"]
+        lines += [f"| `{name}` | {holds} | {meaning} |" for name, (holds, meaning) in keys.items()]
+        lines += [""]
+    return "\n".join(lines)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.acting.demand import shows_return
+from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
+from tiphys.pretrain.tokens.encoding import without_rewards
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Recipe
+from tiphys.recipes.schema import Objective, Recipe
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -67,6 +72,54 @@ def data_errors(
             )
 
 
+def pairing_errors(
+    recipe: Recipe, objectives: Objectives, plan: SamplingPlan, where: Callable[[str], str]
+) -> Iterator[str]:
+    """Objectives that learn which texts fit, in rows that have too few windows to tell apart."""
+    learnt = [layout for by_task in objectives.layouts for layout in by_task.values()]
+    if not any(layout.loss == "pairs" or layout.swap for layout in learnt):
+        return
+    first = [plan.windows(step) for step in range(min(_PLANNED, recipe.train.steps))]
+    for i, entry in enumerate(recipe.data.mixture):
+        layouts = objectives.layouts[i]
+        pairs = any(layout.loss == "pairs" for layout in layouts.values())
+        if not pairs and not any(layout.swap for layout in layouts.values()):
+            continue
+        least, count = (_PAIRS if pairs else 2), 0.0
+        rows = [w.row[(w.entry == i) & ~w.prompt] + (n << 32) for n, w in enumerate(first)]
+        if len(flat := np.concatenate(rows)):
+            count = float(np.unique(flat, return_counts=True)[1].mean())
+        if count < least:
+            yield (
+                f"{where(f'objectives.{entry.objective}.context')}: a row of {objectives.length} tokens has {count:.1f} windows "
+                f"of this objective on average, but it learns by telling them apart and needs at least {least}; raise `context`, "
+                "lower `window`, or give it a run of its own"
+            )
+
+
+def reward_errors(recipe: Recipe, indexes: Sequence[EpisodeIndex], where: Callable[[str], str]) -> Iterator[str]:
+    """Entries of the mixture whose objective requires rewards that a task's data lack."""
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        objective = recipe.objectives.get(entry.objective, Objective())
+        paradigm = PARADIGMS[objective.paradigm or entry.objective]
+        mine = (t for t in index.tasks if any(fnmatchcase(t.name, pattern) for pattern in entry.tasks or ["*"]))
+        for reason in filter(None, (without_rewards(task, objective, paradigm) for task in mine)):
+            yield f"{where(f'data.mixture[{i}].objective')}: {entry.dataset}: {reason}"
+
+
+def target_errors(recipe: Recipe, objectives: Objectives, where: Callable[[str], str]) -> Iterator[str]:
+    """Target returns of objectives that make no sense for a task's data, or that its policy could not be told."""
+    processor = Processor.from_dict(objectives.processor())
+    for name, by_task in processor.layouts.items():
+        given = recipe.objectives.get(name, Objective()).target_return
+        for task, layout in by_task.items():
+            if any(map(shows_return, layout.elements)) and processor.rule(name)[0] != ANSWERS_RETURN:
+                try:
+                    processor.asked(task, name, given)
+                except DataError as error:
+                    yield f"{where(f'objectives.{name}.target_return')}: {error}"
+
+
 def requirement_errors(
     recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives, where: Callable[[str], str]
 ) -> Iterator[str]:
@@ -109,44 +162,6 @@ def _texts_differ(index: EpisodeIndex, task: Any, mine: np.ndarray) -> bool:
         if field.modality == "text" and (field.per == "step" or len(np.unique(index.text(field.name)[0][mine])) > 1):
             return True
     return False
-
-
-def text_errors(
-    recipe: Recipe,
-    indexes: Sequence[EpisodeIndex],
-    objectives: Objectives,
-    plan: SamplingPlan,
-    where: Callable[[str], str],
-) -> Iterator[str]:
-    """Objectives that learn which texts fit, in rows that have too few windows or texts to tell apart."""
-    learnt = [layout for by_task in objectives.layouts for layout in by_task.values()]
-    if not any(layout.loss == "pairs" or layout.swap for layout in learnt):
-        return
-    first = [plan.windows(step) for step in range(min(_PLANNED, recipe.train.steps))]
-    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
-        layouts = objectives.layouts[i]
-        pairs = any(layout.loss == "pairs" for layout in layouts.values())
-        if not pairs and not any(layout.swap for layout in layouts.values()):
-            continue
-        for task in _trained(index, objectives, i):
-            layout = layouts[objectives.number(task.name)]
-            mine = np.asarray(index.task) == index.tasks.index(task)
-            several = [len(np.unique(np.asarray(index.text(field)[0])[mine])) > 1 for field in layout.preamble]
-            if not any(several):
-                yield (
-                    f"{where(f'data.mixture[{i}]')}: all episodes of task {task.name!r} have the same text, so objective "
-                    f"{entry.objective!r} cannot learn which text fits; leave the task out with `tasks`, or use another objective"
-                )
-        least, count = (_PAIRS if pairs else 2), 0.0
-        rows = [w.row[(w.entry == i) & ~w.prompt] + (n << 32) for n, w in enumerate(first)]
-        if len(flat := np.concatenate(rows)):
-            count = float(np.unique(flat, return_counts=True)[1].mean())
-        if count < least:
-            yield (
-                f"{where(f'objectives.{entry.objective}.context')}: a row of {objectives.length} tokens has {count:.1f} windows of "
-                f"this objective on average, but it learns by telling them apart and needs at least {least}; raise `context`, "
-                "lower `window`, or give it a run of its own"
-            )
 
 
 def bad_fields(recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives) -> Iterator[BadField]:

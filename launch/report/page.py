@@ -14,9 +14,10 @@ from typing import Any
 
 from tiphys.dataio.atomic import write_text
 from tiphys.launch.report import svg
-from tiphys.launch.report.charts import marks, training_charts
+from tiphys.launch.report.charts import achieved_charts, marks, training_charts
 from tiphys.launch.report.files import RunFiles, mean, recent
 from tiphys.launch.report.verdict import breakdown, epochs, verdict
+from tiphys.pretrain.acting.scores import by_objective
 
 # Even if a name in the data became markup, the page would run no script and load nothing
 CONTENT_POLICY = (
@@ -201,26 +202,22 @@ def _epochs(run: RunFiles) -> str:
 def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     if not evaluation:
         return ""
+    rows = list(by_objective(evaluation))
+    asked = any("target_return" in scores for _, _, scores in rows)
     header = (
-        "task",
-        "normalised",
-        "",
-        "95 % interval",
-        "return",
-        "success",
-        "random",
-        "expert",
-        "episodes",
-        "seen states",
+        *("task", "objective", *(["asked return"] if asked else []), "normalised", "", "95 % interval", "return"),
+        *("success", "random", "expert", "episodes", "seen states"),
     )
     body = []
-    for name, task in evaluation["tasks"].items():
+    for name, objective, task in rows:
         score = task["expert_normalized"]
         width = 0 if score is None else max(0.0, min(1.2, score)) * 80
         low = "" if score is not None and score >= 0.75 else " low"
         interval = task.get("expert_normalized_interval")
         cells = [
             html.escape(name),
+            html.escape(objective) or "–",
+            *([cell(task.get("target_return"))] if asked else []),
             cell(score),
             f"<span class='bar{low}' style='width:{width:.0f}px'></span>",
             f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "–",
@@ -238,6 +235,7 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
         f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class='sub'>Normalised: 0 is the score of random actions, 1 that of the expert. Seen states: share of the states of "
         "the evaluation that also occur in the demonstrations (only for small, discrete observations).</p>"
+        + (cards(achieved) if (achieved := achieved_charts(rows)) else "")
     )
 
 

@@ -87,9 +87,8 @@ class Asking:
     ) -> Asking:
         """From the words of a command line: ``VALUE`` for every task, or ``TASK=VALUE``."""
         given = {"target_return": target_return, "prompt": prompt, "goal": goal}
-        return cls(
-            objectives, **{k: dict(map(_by_task, words)) for k, words in given.items()}, target_returns=target_returns
-        )
+        by_task = {k: dict(map(_by_task, words)) for k, words in given.items()}
+        return cls(tuple(objectives), **by_task, target_returns=tuple(target_returns))
 
     @classmethod
     def from_recipe(cls, evaluate: Evaluation) -> Asking:

@@ -15,8 +15,8 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
-    from tiphys.pretrain.acting.history import Acting
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.slots import Acting
 
 
 class Beam:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.acting.history import Acting, History
+from tiphys.pretrain.acting.history import History
+from tiphys.pretrain.acting.slots import Acting
 from tiphys.pretrain.tokens.batch import ACTION
 from tiphys.pretrain.tokens.hiding import QUERIES
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -56,13 +57,9 @@ class Filling(History):
         new: bool = False,
     ) -> Acting:
         """As `History.observe`. The answer to slot i is read at column open + i itself; `new` makes no difference."""
-        chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
-            self._warn()
-        earned = [0.0] * len(observations) if rewards is None else rewards
+        chosen = self._add_step(observations, rewards, environments)
         rows, numbers = [], []
-        for i, observation, reward in zip(chosen, observations, earned, strict=True):
-            self._add(i, observation, float(reward))
+        for i in chosen:
             windows, _, _, _ = self._lay(i, False)
             rows.append([*windows[:-1], self._filled(windows[-1])])
             numbers.append(windows[-1].step[windows[-1].steps - 1])

@@ -4,101 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
+from tiphys.pretrain.acting.slots import Acting, Head, Slot, any_value, limited, name_of, slots_of
 from tiphys.pretrain.tokens.agents import one_agent
-from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
+from tiphys.pretrain.tokens.batch import ACTION
 from tiphys.pretrain.tokens.codecs import Discrete
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
-from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.timestep import TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.processor import Processor
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One answer that the model gives: an id in [low, high), or, if `head` is set, the vector of that regression head.
-
-    For a vector, low and high are 0. `field` is the action field that the answer belongs to. If not `shown`, later answers do
-    not depend on this one: the token `mask` stays in its place.
-    """
-
-    field: str
-    low: int
-    high: int
-    head: str = ""
-    shown: bool = True
-
-
-class Head(NamedTuple):
-    """The beginning of a window: its tokens are the same wherever these three are the same.
-
-    tokens   number of tokens, from the window's first on
-    said     what it says: the texts of an instruction; None: the demonstration of the history
-    number   number of the window's first step in its episode; 0 if the tokens do not depend on it
-    """
-
-    tokens: int
-    said: tuple[str, ...] | None
-    number: int
-
-
-@dataclass(frozen=True)
-class Acting:
-    """Histories whose next action is still to be chosen, one row for each environment.
-
-    batch  TokenBatch [R, L] without targets: everything up to the action, then the positions of the action. `answer` fills in
-           the ids or vectors of those; everything else about them (segment, position, local, …) is already there
-    open   int64 [R]: column of the action's first position. The model gives the answer to slot i at column open + i − 1, and
-           the answer stands in column open + i
-    slots  the answers that make up the action, in order
-    start  int64 [R]: column of the first token that the model has not seen yet; 0 for a row that holds a whole window
-    past   int64 [R]: number of tokens of the window before that column
-    heads  for each row, the beginnings of its window that other windows may share, the longest last. Empty if `past` is not 0
-    allowed  slot -> bool [R, its ids]: the answers that can be given. Slots that are not in it have no limits but their own
-    """
-
-    batch: TokenBatch
-    open: np.ndarray
-    slots: tuple[Slot, ...]
-    start: np.ndarray
-    past: np.ndarray
-    heads: tuple[tuple[Head, ...], ...]
-    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
-
-    def _restricted(self, allowed: Mapping[int, np.ndarray]) -> Acting:
-        return replace(self, allowed=allowed)
-
-    def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
-
-        value  int [n] ids, or float [n, d] vectors; an element for each row
-        """
-        if not self.slots[slot].shown:
-            return
-        rows = np.arange(len(self.open)) if rows is None else rows
-        column = self.open[rows] + slot
-        if not self.slots[slot].head:
-            self.batch.tokens[rows, column] = value
-            return
-        part = self.batch.embedded[f"vector:{self.slots[slot].head}"]
-        part.value[np.searchsorted(part.index, rows * self.batch.length + column)] = value
-
-    def written(self, slot: int) -> np.ndarray:
-        """The answers to a slot that stand in the batch: ids [R, 1] or vectors [R, d]."""
-        rows = np.arange(len(self.open))
-        column = self.open + slot
-        if not self.slots[slot].head:
-            return self.batch.tokens[rows, column][:, None]
-        part = self.batch.embedded[f"vector:{self.slots[slot].head}"]
-        found = part.value[np.searchsorted(part.index, rows * self.batch.length + column)]
-        return found.reshape(len(rows), -1)
 
 
 @dataclass
@@ -163,7 +84,7 @@ class History:
         self.reserve, self.predicts_end = min(reserve, layout.steps(0, processor.length) - 1), predicts_end
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.answered = tuple(e for e in layout.elements if answers_return and e.role == "return") + self.actions
-        self.slots = tuple(slot for e in self.answered for slot in _slots(e))
+        self.slots = tuple(slot for e in self.answered for slot in slots_of(e))
         self._demands = tuple(demands)
         self._episodes = [_Episode(asked) for asked in self.target_return]
         for i in range(environments):
@@ -175,8 +96,8 @@ class History:
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._constants = tuple(e.field for e in layout.elements if e.constant)
-        self._placeholders = {_name(e): any_value(e) for e in layout.elements if e.role in ("action", "reward")}
-        self._placeholders |= {_name(e): any_value(e) for e in self.answered}
+        self._placeholders = {name_of(e): any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders |= {name_of(e): any_value(e) for e in self.answered}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
         """Forget the episode of an environment.
@@ -200,9 +121,9 @@ class History:
         fields = {f.name: f for f in each if f.modality == "discrete"}
         slots: list[Slot] = []
         for element in self.answered:
-            mine, field = _slots(element), fields.get(element.field)
+            mine, field = slots_of(element), fields.get(element.field)
             if field is not None and isinstance(element.codec, Discrete):
-                mine = _limited(mine, element.codec, field)
+                mine = limited(mine, element.codec, field)
             slots += mine
         self.slots = tuple(slots)
 
@@ -223,12 +144,7 @@ class History:
         Raises DataError if a field is missing or a value has no encoding, or if an environment has not acted since its last
         observation.
         """
-        chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
-            self._warn()
-        earned = [0.0] * len(observations) if rewards is None else rewards
-        for i, observation, reward in zip(chosen, observations, earned, strict=True):
-            self._add(i, observation, float(reward))
+        chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
         batch = self.processor.encode(self.layout, [windows for windows, _, _, _ in laid])
         count = (batch.segment > 0).sum(axis=1)
@@ -264,6 +180,21 @@ class History:
                         f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken"
                     )
         return out
+
+    def _add_step(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        rewards: Sequence[float] | None,
+        environments: Sequence[int] | None,
+    ) -> list[int]:
+        """Add a step of these environments (None: all). Returns their numbers."""
+        chosen = list(range(len(self._episodes)) if environments is None else environments)
+        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
+            self._warn()
+        earned = [0.0] * len(observations) if rewards is None else rewards
+        for i, observation, reward in zip(chosen, observations, earned, strict=True):
+            self._add(i, observation, float(reward))
+        return chosen
 
     def _add(self, environment: int, observation: Mapping[str, Any], reward: float) -> None:
         episode = self._episodes[environment]
@@ -316,7 +247,7 @@ class History:
             warnings.warn(
                 f"task {self.layout.task!r}: this objective depends on rewards, but `act` was given no `rewards`, so all count "
                 "as 0, and a return that is asked for never falls; give it the rewards of the last actions",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._warned = True
 
@@ -355,7 +286,7 @@ class History:
             assert element.codec is not None
             if number >= read:
                 break
-            encoded = element.codec.encode(np.asarray(actions[_name(element)]))
+            encoded = element.codec.encode(np.asarray(actions[name_of(element)]))
             for column in range(min(element.size, read - number)):
                 if self.slots[number].shown:
                     mine = encoded[:, column].reshape(len(agree), -1)
@@ -374,7 +305,7 @@ class History:
             codec = element.codec
             assert codec is not None
             mine = [np.asarray(a) for a in answers[at : at + element.size]]
-            out[_name(element)] = codec.decode(np.stack(mine, axis=1))
+            out[name_of(element)] = codec.decode(np.stack(mine, axis=1))
             at += element.size
         return out
 
@@ -453,45 +384,3 @@ def given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
                 "`policy.reset(task, instruction=…)` or `policy.act(observation, text=…)`"
             ) from None
         raise DataError(f"the observation has no field {name!r}; it has {there}") from None
-
-
-def _name(element: Element) -> str:
-    return element.field or element.role
-
-
-def _slots(element: Element) -> list[Slot]:
-    codec = element.codec
-    assert codec is not None
-    if element.head:
-        return [Slot(_name(element), 0, 0, element.head, element.shown)]
-    return [Slot(_name(element), low, high, shown=element.shown) for low, high in codec.choices()]
-
-
-def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[Slot]:
-    if field.low is not None and field.high is not None:
-        bounds = [np.broadcast_to(field.entries(b).reshape(-1), len(slots)) for b in (field.low, field.high)]
-    elif field.values:
-        bounds = [np.zeros(len(slots)), np.full(len(slots), field.values - 1)]
-    else:
-        return list(slots)
-    least = np.broadcast_to(codec.low, len(slots))
-    out = []
-    for i, (slot, low, high) in enumerate(zip(slots, *bounds, strict=True)):
-        first = slot.low - int(least[i])  # id of the value 0
-        found = replace(slot, low=max(slot.low, first + int(low)), high=min(slot.high, first + int(high) + 1))
-        if found.low >= found.high:
-            raise DataError(
-                f"field {slot.field!r}, entry {i}: the policy answers {least[i]} to {slot.high - first - 1}, but the environment "
-                f"takes {int(low)} to {int(high)}"
-            )
-        out.append(found)
-    return out
-
-
-def any_value(element: Element) -> np.ndarray:
-    """Some valid value, as a placeholder for the one that is still unknown."""
-    codec = element.codec
-    assert codec is not None
-    if codec.embedder:
-        return codec.decode(np.zeros((1, 1, *codec.embedder_spec().shape), np.float32))[0]
-    return codec.decode(np.array([[low for low, _ in codec.choices()]]))[0]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.acting.history import any_value, given
+from tiphys.pretrain.acting.history import given
 from tiphys.pretrain.acting.processor import Processor
+from tiphys.pretrain.acting.slots import any_value
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.tokens.timestep import TimestepLayout
 

@@ -16,11 +16,12 @@ from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
-from tiphys.pretrain.acting.history import Acting
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
+from tiphys.pretrain.acting.slots import Acting
+from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -326,7 +327,8 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=self.hop)
+        new = self.hop and self.history.layout.mask == CAUSAL
+        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
         answers, read = self._answer(acting, rows)
         fields = self.history.decode(answers)
         self.history.acted(fields, rows, acting, read)

@@ -259,6 +259,10 @@ class Processor:
             raise KeyError(f"task {task!r} was not trained with objective {name!r}, but with {known or 'none'}")
         learnt = self.layouts[name][task]
         layout = learnt.acting()
+        if self.rule(name)[0] == "compare":
+            raise DataError(
+                f"task {task!r}, objective {name!r}: it does not act; `Policy.match` says how well texts fit what was seen"
+            )
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
         where, (rule, stated) = f"task {task!r}, objective {name!r}", self.rule(name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tiphys.pretrain.acting.history import Acting, Head
+from tiphys.pretrain.acting.slots import Acting, Head
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.key_value_cache import KeyValueCache
 from tiphys.pretrain.tokens.batch import TokenBatch

@@ -12,10 +12,11 @@ from tiphys.dataio.stored import number
 from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.tokens.paradigms import ACTING, ACTING_OPTIONS
+from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
-    from tiphys.pretrain.acting.history import Acting
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.slots import Acting
 
 # (policy, histories, their environments, options) -> the answers to all slots, and how many of the slots the model has read
 Answers = Callable[["Policy", "Acting", "list[int]", Mapping[str, float]], "tuple[list[np.ndarray], int]"]
@@ -25,6 +26,8 @@ def one_after_another(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
     """Each slot is answered in view of the slots before it. What is new is read once, then one token for each further slot."""
+    if policy.history.layout.mask != CAUSAL:
+        return anew(policy, acting, chosen, options)
     rows = np.array(chosen)
     start = policy.recall.begin(acting, rows)
     answers: list[np.ndarray] = []
@@ -56,14 +59,23 @@ def beam(
     return Beam(policy, acting, chosen, options).search(), 0
 
 
-def at_once(
+def anew(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
-    """All slots are hidden, and are answered where they stand. Nothing is remembered: all positions see each other."""
-    rows = np.arange(len(chosen))
-    inputs = to_tensors(acting.batch, policy.model.device)
-    found = unpack(policy.model(inputs).hidden, inputs, len(rows), acting.batch.length)
-    answers = [policy._choose(acting, i, found[rows, acting.open + i], chosen) for i in range(len(acting.slots))]
+    """From whole windows: what sees tokens that come after it cannot be remembered.
+
+    If all positions see each other, all slots are hidden, and are answered where they stand; else one after the other.
+    """
+    rows, shift = np.arange(len(chosen)), policy.history.layout.shift
+    answers: list[np.ndarray] = []
+    hidden = None
+    for slot in range(len(acting.slots)):
+        if hidden is None or shift:
+            inputs = to_tensors(acting.batch, policy.model.device)
+            hidden = unpack(policy.model(inputs).hidden, inputs, len(rows), acting.batch.length)
+        answers.append(policy._choose(acting, slot, hidden[rows, acting.open + slot - shift], chosen))
+        if shift:
+            acting.answer(slot, answers[-1])
     return answers, 0
 
 
@@ -72,7 +84,7 @@ RULES: dict[str, Answers] = {
     "ask": one_after_another,
     "match": one_after_another,
     "sample": one_after_another,
-    "fill": at_once,
+    "fill": anew,
     "beam": beam,
 }
 

@@ -10,6 +10,7 @@ from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.phases import mark
 
 if TYPE_CHECKING:
+    from tiphys.pretrain.action_error import NativeErrors
     from tiphys.pretrain.callbacks.metrics_writer import MetricsWriter
     from tiphys.pretrain.metrics import StepMetrics
     from tiphys.pretrain.tokens.batch import TokenBatch
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
 class Validator(Callback):
     """Computes the loss on held-out rows, every `every` steps and at the end, on all ranks together.
 
+    every      0: only at the end
     batches    returns this rank's held-out batches; called once, when they are needed for the first time
+    native     measures action errors in the units of the data; None: they are not measured
     """
 
-    def __init__(self, every: int, batches: Callable[[], Iterable[TokenBatch]], write: MetricsWriter | None) -> None:
-        self.clock, self._load, self._writer = Every(every), batches, write
+    def __init__(
+        self,
+        every: int,
+        batches: Callable[[], Iterable[TokenBatch]],
+        write: MetricsWriter | None,
+        native: NativeErrors | None = None,
+    ) -> None:
+        self.clock, self._load, self._writer, self._native = Every(every), batches, write, native
         self._batches: list[TokenBatch] | None = None
         self._done = -1
 
@@ -42,6 +51,7 @@ class Validator(Callback):
         mark("validate")
         if self._batches is None:
             self._batches = list(self._load())
+        trainer.engine.native = self._native
         result = validate(trainer.engine, self._batches)
         self._done = trainer.step
         if trainer.world.rank == 0:

@@ -161,9 +161,10 @@ class Extension:
         q [T, H, d], k and v [T, K, d] -> [T, H, d]. Raises ValueError if the batch's windows are not those of the cache.
         """
         windows = layout.windows.numpy()
-        if len(windows) != len(self.new) or (windows[:, 0] != self.new).any() or not windows[:, 1].all():
+        causal = bool(windows[:, 1].all()) and not windows[:, 2].any()
+        if len(windows) != len(self.new) or (windows[:, 0] != self.new).any() or not causal:
             raise ValueError(
-                "a key-value cache needs causal rows of one window each, with the lengths that `extend` got"
+                "a key-value cache needs causal rows of one window each, without a prefix, with the lengths that `extend` got"
             )
         held = self.cache.memory(layer, k, int((self.past + self.new).max(initial=0)))
         row, column = self._tensor("row", 0, k.device), self._tensor("column", 0, k.device)

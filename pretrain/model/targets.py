@@ -86,7 +86,7 @@ def _pairs(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
 
 
 def candidates(pairs: Tensor) -> Tensor:
-    """bool [n, n]: which texts (columns) a window (row) is told from: those of its own row that differ from its text, and its own.
+    """bool [n, n]: the texts (columns) that each window is told from: those of its row that differ from its own; and its own.
 
     pairs  int32 [n, 3]: place of the text, row, number of the text in its row
     """
@@ -112,9 +112,9 @@ def _ids_of(config: DecisionConfig, softmax: int) -> int:
     return config.vocab_size if softmax == 0 else int(config.ranges[softmax - 1][2] - config.ranges[softmax - 1][1])
 
 
-# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over their dimensions (Chen et
-# al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021, fig. 3), so the loss does not
-# depend on how rows are distributed.
+# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over
+# their dimensions (Chen et al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021,
+# fig. 3), so the loss does not depend on how rows are distributed.
 TARGETS: dict[str, TargetKind] = {
     "target": TargetKind(
         heads=lambda config: [str(i) for i in range(len(config.ranges) + 1)],

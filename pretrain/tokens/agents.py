@@ -32,8 +32,8 @@ def agent_fields(task: TaskSpec, agents: int) -> tuple[str, ...]:
     lacking = [f for f in task.with_role("action") if not _has(f, agents)]
     if lacking:
         raise DataError(
-            f"task {task.name!r}: the action {lacking[0].name!r} has shape {lacking[0].shape}, but with {agents} agents its first "
-            "axis must have as many entries; correct `options: {agents: …}` of the objective"
+            f"task {task.name!r}: the action {lacking[0].name!r} has shape {lacking[0].shape}, but with {agents} agents its "
+            "first axis must have as many entries; correct `options: {agents: …}` of the objective"
         )
     return tuple(f.name for f in task.with_role(*_ROLES) if _has(f, agents))
 
@@ -68,8 +68,10 @@ def statistics_of_one_agent(
         one, parts = found[name], []
         if np.ndim(one.mean) == 0:  # it is pooled over all entries
             continue
+        size = int(np.prod(np.shape(one.mean)[1:], dtype=np.int64))
         for agent in range(agents):
+            cells = None if one.histogram is None else one.histogram.part(agent * size, (agent + 1) * size)
             arrays: dict[str, Any] = {key: getattr(one, key)[agent] for key in ("mean", "std", "min", "max")}
-            parts.append(replace(one, **arrays, quantiles=one.quantiles[:, agent]))
+            parts.append(replace(one, **arrays, quantiles=one.quantiles[:, agent], histogram=cells))
         out[name] = pooled(parts)
     return out

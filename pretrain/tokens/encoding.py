@@ -58,7 +58,7 @@ OPTIONS = {
     "hiding": "schemes by which parts of a window are hidden, with their shares",
     "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
     "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
-    "available": "field that tells of each value of a discrete action whether it can be taken; agents: the one with the role mask",
+    "available": "field that tells which values of a discrete action can be taken; for several agents: that with the role mask",
     "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
@@ -177,7 +177,7 @@ class Encoding:
         return self.with_text_limit(layout)
 
     def of_agents(self) -> Encoding:
-        """The encoding of what one agent sees and does. Raises DataError if the task's actions are not those of several agents."""
+        """The encoding of what one agent sees and does. Raises DataError if the actions are not those of several agents."""
         agents = int(self.option("agents", 0))
         names = agent_fields(self.task, agents)
         task, statistics = (
@@ -194,8 +194,8 @@ class Encoding:
         masks = [f.name for f in self.task.fields if f.name == given or (not given and f.role == "mask")]
         if given and not masks:
             raise DataError(
-                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it has "
-                f"{', '.join(f.name for f in self.task.fields)}"
+                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it "
+                f"has {', '.join(f.name for f in self.task.fields)}"
             )
         for name in masks:
             values = codec.values[0] if isinstance(codec, Discrete) and codec.tokens == 1 else 0
@@ -203,8 +203,9 @@ class Encoding:
                 return name
             if given:
                 raise DataError(
-                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of each "
-                    f"value of one discrete action whether it can be taken, so its shape must be ({values or 'number of values'},)"
+                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of "
+                    f"each value of one discrete action whether it can be taken, so its shape must be "
+                    f"({values or 'number of values'},)"
                 )
         return ""
 
@@ -244,7 +245,8 @@ class Encoding:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field "
+                "as one token"
             )
         if not layout.preamble:
             return layout
@@ -523,12 +525,8 @@ class Encoding:
 
     def check_rewards(self) -> None:
         """Raises DataError if every return of the task would be 0, because its data have no rewards."""
-        if all(field.name != "reward" for field in self.task.fields) and not self.option("without_rewards", False):
-            raise DataError(
-                f"task {self.task.name!r} has no field 'reward', so paradigm {self.paradigm.name!r} would be told a return of 0 "
-                "at every step; use another objective for it, leave it out with `tasks` of the mixture entry, or set `options: "
-                "{without_rewards: true}` of the objective"
-            )
+        if reason := without_rewards(self.task, self.objective, self.paradigm):
+            raise DataError(reason)
 
     def reward(self, field: FieldSpec, part: Part, kind: str) -> Codec:
         """The codec of a reward."""
@@ -610,6 +608,19 @@ class Encoding:
         if part.code == "sign":
             return Sign("", (), self.ranges.discrete)
         raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+
+def without_rewards(task: TaskSpec, objective: Objective, paradigm: Paradigm) -> str:
+    """Why an objective cannot be learned from a task's data, if it requires rewards and they have none; empty if it can."""
+    if REWARD not in paradigm.requires or objective.options.get("without_rewards", False):
+        return ""
+    if not task.with_role("action") or any(field.name == "reward" for field in task.fields):
+        return ""
+    return (
+        f"task {task.name!r} has no field 'reward', so paradigm {paradigm.name!r} would be told a return of 0 at every step; "
+        "use another objective for it, leave it out with `tasks` of the mixture entry, or set `options: {without_rewards: true}` "
+        "of the objective"
+    )
 
 
 def _numbers(array: np.ndarray) -> tuple[float, ...]:

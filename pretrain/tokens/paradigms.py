@@ -66,8 +66,8 @@ class Part:
     Attributes
     ----------
     kind : str
-        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: the number of the agent. `end`
-        (of an episode) and `summary` are tokens of their own, which stand after the last step.
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: its number.
+        `end` (of an episode) and `summary` are tokens of their own, which stand after the last step.
     code : str
         How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the
         scheme; `linear`: as one vector, and a predicted one is regressed; `uniform`, `quantile`: as ids of bins; `integer`,
@@ -190,8 +190,8 @@ class Paradigm:
     loss : str
         What the targets count: a key of `timestep.LOSSES`.
     swap : float
-        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is learned
-        from them.
+        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is
+        learned from them.
     acting : (str, mapping)
         How its policy acts: a name in `ACTING`, and the options of that rule.
     requires : tuple of str
@@ -262,6 +262,11 @@ class Paradigm:
             yield f"windows of the view `{self.views}` cannot have prompts"
         if self.future < 0:
             yield "future is the number of rows after a window, at least 0"
+
+    @property
+    def shows_returns(self) -> bool:
+        """Whether its policy can be asked for a return."""
+        return any(part.kind == RETURN for part in self.timestep)
 
     @property
     def predicts_text(self) -> bool:
@@ -411,8 +416,8 @@ PARADIGMS: dict[str, Paradigm] = {
             views=AGENTS,
             acting=("ask", {}),
             requires=(REWARD, "agents"),
-            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and do "
-            "not cross episodes; online fine-tuning is not part of it",
+            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and "
+            "do not cross episodes; online fine-tuning is not part of it",
         ),
         Paradigm(
             "mia",
@@ -421,9 +426,9 @@ PARADIGMS: dict[str, Paradigm] = {
             tail=(Part(SUMMARY, weight=1.0),),
             swap=0.5,
             requires=(TEXT,),
-            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show the "
-            "text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
-            "the window's end",
+            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show "
+            "the text of another window of their row, so a row needs several windows of a task; the match is read at one token, "
+            "at the window's end",
         ),
         Paradigm(
             "reward",
@@ -436,8 +441,8 @@ PARADIGMS: dict[str, Paradigm] = {
             loss="pairs",
             acting=("compare", {}),
             requires=(TEXT,),
-            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
-            "with equal texts are no negatives of each other",
+            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and "
+            "windows with equal texts are no negatives of each other",
         ),
     )
 }

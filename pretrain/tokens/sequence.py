@@ -240,13 +240,14 @@ class _Draft:
         numbers = np.array(sorted(texts), np.int64)
         if not len(numbers):
             return
-        known: dict[bytes, int] = {}
+        known: dict[int, dict[bytes, int]] = {}  # row -> its texts, numbered
+        told = [(known.setdefault(int(row_of[n]), {}), texts[n]) for n in numbers.tolist()]
         at = last[numbers - 1]
-        assert (of[numbers - 1] == of[numbers]).all() and (np.diff(row_of[numbers]) >= 0).all()
+        assert (of[numbers - 1] == of[numbers]).all()
         self.pairs = Pairs(
             at,
             (last[numbers] - at).astype(np.int32),
-            np.array([known.setdefault(texts[n], len(known)) for n in numbers.tolist()], np.int32),
+            np.array([mine.setdefault(text, len(mine)) for mine, text in told], np.int32),
             np.array([weight[n] for n in numbers.tolist()], np.float32),
         )
 

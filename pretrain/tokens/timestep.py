@@ -68,7 +68,7 @@ _OPTIONAL: dict[str, Any] = {
 class Element:
     """One element of a timestep.
 
-    role       agent (its number) | text (a text that changes from step to step) | observation | separator | return | reward | action
+    role       agent (its number) | text (one that changes from step to step) | observation | separator | return | reward | action
     field      the field that it shows; empty for a separator and a return
     codec      its encoding; None for text and the separator
     size       positions that it takes; for text: at most
@@ -166,8 +166,8 @@ class TimestepLayout:
     prompt_parts  the kinds of parts that a prompt shows; empty: all
     prompt_reverse  the last step of a prompt stands first
     views         how a window becomes sequences: a key of `views.VIEWS`. Everything else here is said of the whole window
-    swap          share of the windows that show the texts of another window of their row; the summary tells which, and nothing else
-                  is learned from them
+    swap          share of the windows that show the texts of another window of their row; the summary tells which, and nothing
+                  else is learned from them
     """
 
     task: str
@@ -232,7 +232,7 @@ class TimestepLayout:
         return sum(size * -(-steps // period) for size, period in self.cadence)
 
     def acting(self) -> TimestepLayout:
-        """The layout of a history: nothing is drawn to be hidden, nothing stands after the last step, and each agent has its own."""
+        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one."""
         elements = tuple(replace(e, available="") for e in self.elements)  # what is available has no targets to act on
         return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, views=ONE)
 

@@ -122,3 +122,14 @@ def test_statistics_of_an_earlier_version_are_read(tmp_path: Path):
     new.cells.keys = new.cells.keys[::-1]
     with pytest.raises(DataError, match="histogram"):
         new.check()
+
+
+def test_a_part_is_the_histogram_of_its_dimensions():
+    values = np.random.default_rng(0).normal(size=(500, 6))
+    whole, alone = Histogram(6), Histogram(2)
+    whole.add(values)
+    alone.add(values[:, 2:4])
+    part, levels = whole.part(2, 4), np.linspace(0, 1, 9)
+    assert np.array_equal(part.quantiles(levels), alone.quantiles(levels))
+    part.merge(alone)
+    assert np.array_equal(whole.part(2, 4).counts, alone.counts)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.launch.small_recipe import small_recipe
 from tests.pretrain.test_checkpoint import part
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, alone
 from tiphys.launch import aside as beside
 from tiphys.launch.aside import Aside, unfinished
 from tiphys.pretrain import checkpoint as ck
@@ -243,3 +243,39 @@ def test_the_tasks_end_with_the_trainer(tmp_path: Path) -> None:
     psutil.wait_procs(processes[1:], 20)
     run.aside._pipe.process.wait(20)
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.long
+@pytest.mark.envs
+def test_a_real_run_evaluates_and_publishes_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    from safetensors import safe_open
+
+    from tiphys.launch import run
+    from tiphys.launch.attendance import Attendance
+    from tiphys.recipes.load import load_recipe
+
+    monkeypatch.setattr(beside, "SIDE", ("-m", "tiphys.launch.side_process"))
+    more = "checkpoint: {every: 2}\nevaluate: {every: 2, tasks: [CartPole-v1], episodes: 1, processes: 1}\n"
+    more += f"publish: {{to: {tmp_path / 'published'}, every: 2}}\n"
+    (tmp_path / "small.yaml").write_text(small_recipe(steps=4) + more)
+    recipe = load_recipe(tmp_path / "small.yaml", [f"run.dir={tmp_path / 'run'}"])
+    _, _, aside = run._train(recipe, alone(), Attendance(), False)
+    assert aside is not None
+    aside.drain()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (evaluated,) = [line for line in lines if line.get("kind") == "evaluation"]
+    assert evaluated["step"] == 2
+    assert evaluated["tasks"]["CartPole-v1"]["episodes"] == 1
+    weights = tmp_path / "published" / "model.safetensors"
+    assert (weights.stat().st_mode & 0o777) == 0o666 & ~_mask()
+    with safe_open(weights, "pt") as file:
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} >= {"torch.bfloat16"}  # noqa: SIM118
+    assert json.loads((tmp_path / "published" / "config.json").read_text())["tiphys"]["step"] == 2
+    assert (tmp_path / "published" / "evaluation.json").is_file()
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -49,7 +49,7 @@ objectives dt --json
 tokens small.yaml --step 1 --row 1 --html row.html
 collect CartPole-v1 --to new --episodes 2 --seed 5 --noise 0.1 --processes 1
 collect CartPole-v1 --to zipped --episodes 1 --processes 1 --policy policy --trust-policy
-collect CartPole-v1 --to asked --episodes 1 --processes 1 --policy both --objective dt --target-return q0.5 --prompt cart:0
+collect CartPole-v1 --to asked --episodes 1 --policy both --objective dt --target-return q0.5 --prompt cart:0 --goal [0,0,0,0]
 environments cart
 convert source converted --from npz --map map.yaml --skip-bad --processes 1 --on local
 export cart exported --to npz
@@ -69,7 +69,7 @@ evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
-evaluate goals --episodes 1 --processes 1 --goal [0,0,0,0]
+evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
 publish policy published --public
 """
 
@@ -81,10 +81,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(GOLDEN / name, place / name)
     acting.folder(place / "policy")
     both = fixtures.make_each([environments.spec(acting.CART)], ["bc", "dt"], context=60)
-    acting.folder(place / "both", both)
-    values = json.loads((acting.folder(place / "goals", both) / "processor.json").read_text())
-    values["objectives"]["bc"]["takes_goal"] = True
-    (place / "goals" / "processor.json").write_text(json.dumps(values))
+    values = json.loads((acting.folder(place / "both", both) / "processor.json").read_text())
+    for objective in values["objectives"].values():
+        objective["takes_goal"] = True
+    (place / "both" / "processor.json").write_text(json.dumps(values))
     (place / "small.yaml").write_text(small_recipe("cart"))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()

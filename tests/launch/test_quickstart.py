@@ -36,7 +36,13 @@ def quickstart(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     command = [
         *(sys.executable, "-m", "tiphys", "quickstart", "--scale", "0.01", "--datasets", str(folder / "data")),
-        *(f"run.dir={folder / 'run'}", "train.steps=6", "checkpoint.every=3", "evaluate.episodes=2"),
+        *(
+            f"run.dir={folder / 'run'}",
+            "train.steps=6",
+            "checkpoint.every=3",
+            "checkpoint.minutes=0",
+            "evaluate.episodes=2",
+        ),
         *("model.hidden=32", "data.validation=0.1", f"evaluate.tasks=[{','.join(TASKS)}]"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=folder)

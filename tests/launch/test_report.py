@@ -82,6 +82,31 @@ def test_it_shows_what_the_files_say_and_escapes_names(run):
     assert "0.429" in page  # loss of the last step
 
 
+def test_it_shows_results_by_objective_and_achieved_over_asked_returns(run):
+    point = {**TASK, "mean_return_interval": [10.0, 15.0]}
+    curve = [{**point, "asked": f"q{a}", "target_return": float(a), "mean_return": 2.0 * a} for a in (1, 3)]
+    dt = {**point, "objective": "dt", "target_return": 5.0, "curve": curve, "objectives": {"<i>bc</i>": TASK}}
+    (run / "evaluation.json").write_text(json.dumps({"tasks": {"reach": dt}}))
+    page = write_report(run).read_text()
+    assert page.count("<td>reach</td>") == 2
+    assert "<th>asked return</th>" in page
+    assert "&lt;i&gt;bc&lt;/i&gt;" in page
+    assert "reach, dt: achieved return over asked return" in page
+    links = Links()
+    links.feed(page)
+    assert links.tags.count("svg") == 8 + 2 + 1
+
+
+def test_it_shows_action_errors_by_task_and_field(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in (8, 9):
+            errors = {"<b>task</b>": {"action.arm": 0.1, "action.hand": 0.5}}
+            file.write(json.dumps({"kind": "validation", "step": step, "loss": 0.5, "action_error": errors}) + "\n")
+    page = write_report(run).read_text()
+    assert "Open-loop action error of &lt;b&gt;task&lt;/b&gt;, held out" in page
+    assert "action.hand" in page
+
+
 def test_a_run_without_evaluation_or_steps_still_has_a_page(run):
     (run / "evaluation.json").unlink()
     (run / "metrics.jsonl").write_text("")

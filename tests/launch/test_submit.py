@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
@@ -125,3 +126,18 @@ def test_no_rank_unpickles_what_comes_over_the_network() -> None:
     files = [p for room in ("launch", "pretrain") for p in (REPOSITORY / room).rglob("*.py")]
     users = [p.name for p in files if "gather_object" in p.read_text() or "broadcast_object" in p.read_text()]
     assert users == []
+
+
+@pytest.mark.parametrize(
+    "visible, processes, places",
+    [(None, 2, [0, 1]), ("4,5,6", 2, ["4", "5"]), ("MIG-a", 1, ["MIG-a"]), ("3", 2, [0, 1])],
+)
+def test_the_launcher_of_one_machine_gets_the_visible_devices(
+    visible: str | None, processes: int, places: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    world, *others = submit.local_launcher(processes, port=29999)
+    assert json.loads(base64.urlsafe_b64decode(world.partition("=")[2])) == {"localhost": places}
+    assert "--master_port=29999" in others

@@ -50,7 +50,7 @@ def config_of(job: dict[str, Any]) -> DecisionConfig:
 def rows_of(job: dict[str, Any], step: int, rows: list[int]) -> TokenBatch:
     if "paradigm" in job and rows:
         return paradigm_rows.rows_of(job["paradigm"], step, rows)
-    return synthetic.rows_of(step, rows, pairs=has_pairs(job))
+    return synthetic.rows_of(step, rows)
 
 
 def source_of(job: dict[str, Any]) -> Pretrained | None:
@@ -72,10 +72,6 @@ def model_of(job: dict[str, Any]) -> DecisionModel:
             for layer in mixtures(model):
                 layer.router.modality[:, job["favourite"]] = 40.0
     return model
-
-
-def has_pairs(job: dict[str, Any]) -> bool:
-    return bool(job.get("config", {}).get("pairs"))
 
 
 def rows_for(world: ParallelDims, step: int, job: dict[str, Any], batch: int = BATCH) -> TokenBatch:
@@ -110,7 +106,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     held_out = {
         name: sums.tolist()
         for name, sums in engine.evaluate(
-            rows_for(world, 999, {name: job[name] for name in ("paradigm", "config") if name in job})
+            rows_for(world, 999, {"paradigm": job["paradigm"]} if "paradigm" in job else {})
         ).items()
     }
     engine.destroy()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.pretrain.token_fixtures import ARM, ROWS, make, window
+from tests.pretrain.token_fixtures import ARM, GRID, ROWS, TEAM, make, window
 from tiphys.dataio.philox import WINDOW, generator
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.objectives import Objectives
@@ -15,11 +15,17 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.schema import Model
 
+TASKS = {
+    "reward": (GRID, 96, 4),
+    "madt": (TEAM, 64, 2),
+}  # task, context, and windows in a row, instead of these of `arm`
+
 
 @functools.cache
 def objectives(name: str) -> Objectives:
+    task, context, _ = TASKS.get(name, (ARM, 48, 2))
     if name in PARADIGMS:
-        return make([ARM], name, context=48)
+        return make([task], name, context=context, options={"agents": 2} if task is TEAM else {})
     PARADIGMS[name] = ROWS[name]
     try:
         return make([ARM], name, context=48)
@@ -38,9 +44,10 @@ def rows_of(name: str, step: int, rows: list[int]) -> TokenBatch:
     for number in rows:
         random = generator(7, step, number, WINDOW)
         row = []
-        for _ in range(2):
+        task, _, several = TASKS.get(name, (ARM, 48, 2))
+        for _ in range(several):
             if made.prompts[0] == 1:
                 row.append(window(made, "arm", 1, random, prompt=True))
-            row.append(window(made, "arm", int(random.integers(1, 3)), random, after=1))
+            row.append(window(made, task.name, int(random.integers(1, 3)), random, after=1))
         windows.append(row)
     return TokenBatch.from_arrays(made.make_batch(step, np.array(rows, np.int64), windows, seed=7))

@@ -70,7 +70,6 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
 def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
     jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
-    jobs += [{"name": "pairs", "micro": 3, "steps": 6, "config": PAIRS}]
     compare(jobs, {job["name"]: layouts.do(job) for job in jobs})
 
 
@@ -103,7 +102,6 @@ EVERYTHING = {  # all that a recipe can choose in a model
     "tie_word_embeddings": True,
 }
 STRONG = {"balance": 1.0, "z_loss": 0.1}  # auxiliary losses as large as the loss itself
-PAIRS = {"pairs": True}  # windows are told from the others of their row by their texts
 DENSE_HALF = {"moe_every": 4}  # only the last of four layers has experts, so the first of two stages has none
 
 
@@ -132,8 +130,9 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
         {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
-        {"name": "pairs-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "config": PAIRS},
-        {"name": "pairs-pipeline", "pipeline": 2, "config": PAIRS},
+        {"name": "reward-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "reward"},
+        {"name": "reward-pipeline", "pipeline": 2, "paradigm": "reward"},
+        {"name": "madt-pipeline", "pipeline": 2, "paradigm": "madt"},
         {"name": "strong-auxiliary-expert", "expert": 2, "config": STRONG},
         {"name": "strong-auxiliary-pipeline", "pipeline": 2, "config": STRONG},
         # Windows that are seen from both sides with hidden parts; windows with prefixes

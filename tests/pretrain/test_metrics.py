@@ -76,3 +76,7 @@ def test_peak_memory_is_that_of_this_process() -> None:
     child = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
     assert 2**26 < child < peak_memory(torch.device("cpu")) - 2**27
     assert block[-1] == 1
+
+
+def test_a_rate_is_measured_at_least_once() -> None:
+    assert matrix_rate(torch.device("cpu"), torch.float32, size=8, seconds=0.0) > 0

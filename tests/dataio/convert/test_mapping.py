@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tiphys.dataio.convert.mapping import Mapping
+from tests.processes import REPOSITORY
+from tiphys.dataio.convert.mapping import Mapping, tables
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 
 TASK = TaskSpec(
@@ -61,3 +62,8 @@ def test_values_override_the_range_of_the_source():
 def test_what_would_have_no_effect_or_means_nothing_is_refused(raw, words):
     with pytest.raises(DataError, match=words):
         mapped(**raw)
+
+
+def test_the_tables_in_the_documentation_are_up_to_date():
+    page = (REPOSITORY / "docs" / "converting.md").read_text(encoding="utf-8")
+    assert tables() in page, "write what `tables()` returns between the markers in docs/converting.md"

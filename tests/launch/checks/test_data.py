@@ -144,3 +144,79 @@ def test_a_dataset_of_two_entries_is_counted_once(tmp_path, capsys):
     engine.micro_batch, engine.derived = 4, {}
     announce(settings, objectives, plan, engine)
     assert "1 tasks, 8 episodes" in capsys.readouterr().out
+
+
+def told(folder: Any, *texts: str) -> str:
+    """A dataset of eight episodes, of which each has one of these texts."""
+    task = TaskSpec("told", (*FIELDS, FieldSpec("mission", "text", "text", "str", per="episode")))
+    random = np.random.default_rng(0)
+    with ShardWriter(str(folder / "told"), [task]) as writer:
+        for number in range(8):
+            fields = {
+                "observation": random.normal(size=(20, 3)).astype(np.float32),
+                "gear": random.integers(0, 5, 20),
+                "action": random.uniform(-1, 1, (20, 2)).astype(np.float32),
+                "mission": texts[number % len(texts)],
+            }
+            writer.write(Episode(f"e{number}", task.name, fields, 20))
+    return str(folder / "told")
+
+
+@pytest.mark.parametrize(("name", "few", "enough", "least"), [("reward", 60, 300, 8), ("mia", 18, 90, 2)])
+def test_rows_with_too_few_windows_to_tell_apart_are_refused(tmp_path, name, few, enough, least):
+    file = recipe(tmp_path, told(tmp_path, "go left", "go right"))
+    given = ["data.mixture[0].objective=it", f"objectives.it.paradigm={name}", "objectives.it.window=4"]
+    with pytest.raises(RecipeError, match=rf"objectives.it.context.*needs at least {least}"):
+        check(file, [*given, f"objectives.it.context={few}"])
+    check(file, [*given, f"objectives.it.context={enough}"])
+    with pytest.raises(RecipeError, match="no text that differs"):
+        check(
+            file,
+            [*given, f"objectives.it.context={enough}", f"data.mixture[0].dataset={told(tmp_path / 'same', 'go')}"],
+        )
+
+
+def test_a_target_return_that_cannot_be_asked_for_is_refused_at_its_key(tmp_path):
+    dataset(str(tmp_path / "data"))
+    file = recipe(tmp_path, str(tmp_path / "data"))
+    check(file, ["objectives.dt.target_return=q0.9"])
+    check(file, ["objectives.dt.target_return=12"])
+    (error,) = refused(file, "objectives.dt.target_return=1e6")
+    assert "objectives.dt.target_return: task 'drive'" in error
+    assert "beyond what the policy can be told" in error
+    clone = ["data.mixture[0].objective=bc", "objectives.bc.target_return=12"]
+    (error,) = refused(file, *clone)
+    assert "objectives.bc.target_return: paradigm 'bc' shows the model no returns" in error
+
+
+def test_a_multiple_of_a_negative_best_return_is_refused(tmp_path):
+    """As in Pendulum: 1.2 times the best of −150 is worse than the best."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(str(tmp_path / "data"), [TASK]) as writer:
+        for number in range(8):
+            fields = {
+                "observation": rng.normal(size=(9, 3)).astype(np.float32),
+                "gear": rng.integers(0, 5, 9),
+                "action": rng.uniform(-1, 1, (9, 2)).astype(np.float32),
+                "reward": -rng.uniform(1, 2, 9).astype(np.float32),
+            }
+            writer.write(Episode(f"e{number}", "drive", fields, 9))
+        writer.close()
+    file = recipe(tmp_path, str(tmp_path / "data"))
+    for good in ("best", "q0.9", "-11"):
+        check(file, [f"objectives.dt.target_return={good}"])
+    (error,) = refused(file, "objectives.dt.target_return=1.2x")
+    assert "the best return in the data is -" in error
+    assert "a quantile, such as q0.9" in error
+
+
+def test_every_entry_whose_data_have_no_rewards_is_named_with_its_key(tmp_path):
+    dataset(str(tmp_path / "a"), task=SILENT)
+    dataset(str(tmp_path / "b"), task=TaskSpec("mute", FIELDS))
+    file = recipe(tmp_path, str(tmp_path / "a"))
+    mixture = f"data.mixture=[{{dataset: {tmp_path}/a, objective: dt}}, {{dataset: {tmp_path}/b, objective: dt}}]"
+    one, two = refused(file, mixture)
+    assert "data.mixture[0].objective" in one
+    assert "task 'silent' has no field 'reward'" in one
+    assert "data.mixture[1].objective" in two
+    assert "task 'mute' has no field 'reward'" in two

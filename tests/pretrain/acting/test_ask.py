@@ -67,6 +67,10 @@ def test_a_goal_is_json_or_the_last_observation_of_an_episode(data: str) -> None
         goal("[1, ", "arm")
 
 
+def test_no_words_ask_for_nothing() -> None:
+    assert Asking.from_words([], [], [], []) == Asking()
+
+
 def test_words_of_a_command_line_mean_what_a_recipe_means(data: str) -> None:
     evaluate = Evaluation(
         objectives=["dt", "bc"],

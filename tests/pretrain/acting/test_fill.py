@@ -1,14 +1,19 @@
 """Acting by filling in: what a query shows, what the answer may depend on, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from tests.pretrain.acting.acting_fixtures import model
-from tests.pretrain.token_fixtures import ARM, make, values
+from tests.pretrain.token_fixtures import ARM, ROWS, make, values, window
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
-from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, RETURN
+from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, RETURN, TokenBatch
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
 STEPS = 6
 
@@ -123,3 +128,31 @@ def test_a_published_policy_keeps_its_query():
     assert again.history("arm").query == "rc"
     with pytest.raises(DataError, match="would not be trained"):
         policy_of(options={"query": "rc", "hiding": {"bc": 1}})
+
+
+def test_a_prefix_is_seen_by_a_policy_as_in_training(monkeypatch):
+    """With several answers to an action, each of which sees those before it."""
+    monkeypatch.setitem(PARADIGMS, "turned", ROWS["turned"])
+    objectives, rng = make([ARM], "turned", context=80, window=STEPS), np.random.default_rng(3)
+    policy = Policy(model(objectives), Processor.from_dict(objectives.processor()))
+    demonstration = window(objectives, "arm", 2, rng, prompt=True)
+    policy.reset("arm", prompt=demonstration, target_return=3.0)
+    seen, actions = observations(3), []
+    for now, observation in enumerate(seen):
+        actions.append(policy.act(observation, 0.0))
+        # The window of training, with the actions that were chosen: each is the most probable, given those before it
+        count = now + 1
+        whole = replace(
+            window(objectives, "arm", count, rng, start=0),
+            fields={"observation": np.stack([o["observation"] for o in seen[:count]]), "action": np.stack(actions)},
+            returns_to_go=np.full(count, 3.0, np.float32),
+        )
+        batch = TokenBatch.from_arrays(objectives.make_batch(0, np.arange(1), [[demonstration, whole]], seed=0))
+        assert (~batch.causal[batch.segment > 0]).sum() == 4
+        inputs = to_tensors(batch)
+        with torch.no_grad():
+            hidden = unpack(policy.model(inputs).hidden, inputs, 1, batch.length)[0]
+        last = np.flatnonzero(batch.target[0] >= 0)[-2:]
+        for place, slot in zip(last, policy.history.slots, strict=True):
+            logits = policy.model.logits(hidden[[place]])[0, slot.low : slot.high]
+            assert int(logits.argmax()) + slot.low == batch.target[0, place]

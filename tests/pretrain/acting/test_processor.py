@@ -338,6 +338,7 @@ def test_acting_needs_no_dataset_code():
         "tiphys.dataio.stored",
         "tiphys.pretrain.acting.processor",
         "tiphys.pretrain.acting.history",
+        "tiphys.pretrain.acting.slots",
         "tiphys.pretrain.acting.fill",
     }
     assert set(found) == packages | mine | {f"tiphys.pretrain.tokens.{f}" for f in files}

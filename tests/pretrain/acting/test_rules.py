@@ -23,7 +23,7 @@ PLAN = {"horizon": 3, "width": 1, "expand": 1}
 
 
 def test_every_rule_that_a_paradigm_can_name_exists():
-    assert set(ACTING) <= set(RULES)
+    assert set(ACTING) - {"label", "compare"} == set(RULES)  # these two do not act
 
 
 def arm(**options: Any) -> Any:

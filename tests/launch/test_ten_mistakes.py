@@ -1,0 +1,75 @@
+"""Ten mistakes of new users: the message of each says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.launch.small_recipe import GOLDEN, small_recipe
+from tiphys.dataio.export import export
+from tiphys.launch.cli import main
+
+# Arguments of `check` after the recipe, and what its message contains: the place, what is wrong, what would be possible
+RECIPES = {
+    "a misspelt key": (["train.stpes=5"], ["r.yaml:7: train.stpes: unknown key", "Did you mean 'steps'?"]),
+    "a dataset that is not there": (
+        ["data.mixture[0].dataset=nowhere"],
+        ["r.yaml:3: data.mixture[0].dataset: nowhere: there is no dataset", "make one with `tiphys collect`"],
+    ),
+    "an objective that is not there": (
+        ["data.mixture[0].objective=bcc"],
+        ["r.yaml:3: data.mixture[0].objective: no objective is called 'bcc'", "Did you mean 'bc'?"],
+    ),
+    "a word instead of a number": (["train.steps=many"], ["r.yaml:7: train.steps: must be a whole number, not 'many'"]),
+    "a number out of range": (["train.steps=-1"], ["r.yaml:7: train.steps: -1 is out of range", "allowed: at least 1"]),
+    "heads that do not divide the width": (
+        ["model.heads=3"],
+        ["r.yaml:5: model.heads: model.hidden (32) must be a multiple of 2 × model.heads (6)"],
+    ),
+    "two errors at once": (["train.steps=-1", "model.layers=0"], ["2 errors", "train.steps", "model.layers"]),
+    "a field that the data do not have": (
+        ["objectives.bc.fields.imgae.resize=64"],
+        ["r.yaml:4: objectives", "no field matches 'imgae'", "the tasks have action, observation"],
+    ),
+}
+MAPPINGS = {
+    "a field that the source does not have": (
+        "fields: {observaton: drop}",
+        ["mapping: no field matches 'observaton'", "did you mean 'observation'?"],
+    ),
+    "bounds that are exchanged": (
+        "fields: {observation: {low: 1, high: -1}}",
+        ["mapping: fields.observation: low 1 is above high -1; exchange them"],
+    ),
+}
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that has to fail, and gives its message."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        assert main(list(words)) != 0
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", RECIPES)
+def test_a_mistake_in_a_recipe(mistake: str, said: Callable[..., str]) -> None:
+    arguments, wanted = RECIPES[mistake]
+    Path("r.yaml").write_text(small_recipe())
+    message = said("check", "r.yaml", *arguments)
+    assert [part for part in wanted if part not in message] == [], message
+
+
+@pytest.mark.parametrize("mistake", MAPPINGS)
+def test_a_mistake_in_a_mapping_file(mistake: str, said: Callable[..., str]) -> None:
+    text, wanted = MAPPINGS[mistake]
+    export(str(GOLDEN / "cart"), "source", format="npz")
+    Path("m.yaml").write_text(text)
+    message = said("convert", "source", "out", "--from", "npz", "--map", "m.yaml", "--processes", "1")
+    assert [part for part in wanted if part not in message] == [], message
