@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.inputs import to_tensors
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.publish import publish
@@ -54,6 +55,7 @@ _MODULES = {
     "pretrain.checkpoint": ("Checkpoint",),
     "pretrain.evaluate": ("evaluate",),
     "pretrain.model.config": ("DecisionConfig",),
+    "pretrain.model.inputs": ("to_tensors",),
     "pretrain.model.transformer": ("DecisionModel",),
     "pretrain.objectives": ("Objectives",),
     "pretrain.publish": ("publish",),

@@ -81,7 +81,9 @@ def play(policy: Policy, seed: int, masked: bool = True, episodes: int = 60) -> 
     random = np.random.default_rng([seed, 3])
     coins, can = (np.stack(some) for some in zip(*(begin(random) for _ in range(episodes)), strict=True))
     policy.reset(TASK.name, episodes)
-    rewards, kept, illegal = None, [], []
+    rewards: list[float] | None = None
+    kept: list[Any] = []
+    illegal: list[Any] = []
     for step in range(STEPS):
         told = can[:, step] if masked else np.ones_like(can[:, step])
         given = [{"coin": seen(coin, step), "mask": told[i]} for i, coin in enumerate(coins)]

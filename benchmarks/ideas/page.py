@@ -29,7 +29,8 @@ in its place.
 
 Each row has a recipe, and a small experiment that shows that its idea works: `python -m benchmarks.ideas ROW --control`. It
 trains a model of two layers on toy episodes, through the same code as any run. A control breaks one thing that the idea needs,
-and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2, as far as recorded.
+and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2, as
+far as they were recorded.
 """
 _SHOWN = {
     "once": "once",

@@ -30,12 +30,12 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     broken = learnt(dataset, OBJECTIVE | {"options": {"hiding": {"bc": 1.0}}}, seed) if control else None
     cell, _, follows = pairs(fresh)
     for role, name, bar in (("observation", "next observation", 0.98), ("action", "action, same effect", 0.98)):
-        scores = [None, None]
-        for i, one in enumerate((policy, broken)):
-            if one is not None:
-                found = filled(one, fresh, role)
-                scores[i] = float((found == follows if role == "observation" else after(cell, found) == follows).mean())
-        yield Mark(name, scores[0], at_least(bar), scores[1], at_most(0.4), "trained for bc alone")
+        scores = []
+        for one in filter(None, (policy, broken)):
+            found = filled(one, fresh, role)
+            scores.append(float((found == follows if role == "observation" else after(cell, found) == follows).mean()))
+        worse = scores[1] if control else None
+        yield Mark(name, scores[0], at_least(bar), worse, at_most(0.4), "trained for bc alone")
     goals = np.random.default_rng(seed).integers(0, 16, 200)
     hidden = reached(policy, world, goals, seed, "bc") if control else None
     yield Mark(

@@ -23,7 +23,7 @@ class Agree(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     """
 
     def __init__(self) -> None:
-        self.observation_space = gymnasium.spaces.Dict(
+        self.observation_space: Any = gymnasium.spaces.Dict(
             {
                 "coin": gymnasium.spaces.MultiDiscrete([3] * AGENTS),
                 "mask": gymnasium.spaces.MultiBinary([AGENTS, ACTIONS]),
@@ -67,4 +67,4 @@ class Expert:
         return np.where(rest, REST, self.coin)
 
 
-gymnasium.register("Agree-v0", Agree)
+gymnasium.register("Agree-v0", lambda **options: Agree())

@@ -192,7 +192,7 @@ class TokenBatch:
 
         The loss of a step is the weighted sum over the targets of the *global* batch, divided by their number.
         """
-        counted = (*self.regression.values(), *self.pairs.values())
+        counted: list[Regression | Pairs] = [*self.regression.values(), *self.pairs.values()]
         return int((self.target >= 0).sum()) + sum(len(part.index) for part in counted)
 
     @property
@@ -287,7 +287,7 @@ class TokenBatch:
         first, length = parts[0], parts[0].length
         offsets = np.cumsum([0] + [b.rows for b in parts[:-1]]) * length
         dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in cls.DENSE}
-        joined = {kind: _joined([getattr(b, kind) for b in parts], offsets) for kind in SPARSE}
+        joined: dict[str, Any] = {kind: _joined([getattr(b, kind) for b in parts], offsets) for kind in SPARSE}
         return replace(first, **dense, **joined)
 
     @classmethod

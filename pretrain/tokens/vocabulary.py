@@ -142,7 +142,7 @@ class Vocabulary:
         ):
             ranges.append((name, low, low + size))
             low += size
-        special = {name: ranges[-1][1] + i for i, name in enumerate(SPECIALS)}
+        special: dict[str, Any] = {name: ranges[-1][1] + i for i, name in enumerate(SPECIALS)}
         return cls(
             size=low,
             ranges=tuple(ranges),
