@@ -17,9 +17,9 @@ from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import DataError, Episode, TaskSpec, Window
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.shards import ShardWriter
-from tiphys.pretrain.acting.slots import any_value
 from tiphys.pretrain.acting.infer import fill_in
 from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.acting.slots import any_value
 from tiphys.pretrain.tokens.timestep import BOTH, TimestepLayout
 
 _AT_ONCE = 32  # windows of a forward pass
