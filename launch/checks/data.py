@@ -13,6 +13,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.demand import shows_return
 from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
+from tiphys.pretrain.tokens.agents import statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
 from tiphys.pretrain.tokens.encoding import without_rewards
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
@@ -173,9 +174,12 @@ def bad_fields(recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Obje
             used: dict[str, Codec | None] = {e.field: e.codec for e in layout.elements if e.field}
             if _has_rewards(task) and (entry.prefer in _BY_RETURN or any(e.role == "return" for e in layout.elements)):
                 used["reward"] = None
+            statistics = index.statistics.get(task.name, {})
+            if layout.agents:
+                statistics = statistics_of_one_agent(statistics, layout.agent_fields, layout.agents)
             for field, codec in used.items():
                 key = index.fingerprint, task.name, field
-                found = index.statistics.get(task.name, {}).get(field)
+                found = statistics.get(field)
                 what, ids = _bad(index, found, codec)
                 if not what and field == "reward":
                     what, ids = _bad_returns(index, task.name)

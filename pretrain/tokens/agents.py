@@ -73,5 +73,7 @@ def statistics_of_one_agent(
             cells = None if one.histogram is None else one.histogram.part(agent * size, (agent + 1) * size)
             arrays: dict[str, Any] = {key: getattr(one, key)[agent] for key in ("mean", "std", "min", "max")}
             parts.append(replace(one, **arrays, quantiles=one.quantiles[:, agent], histogram=cells))
-        out[name] = pooled(parts)
+        # What is counted by step and episode stays as it is
+        counted = {key: getattr(one, key) for key in ("invalid", "beyond", "bad_episodes", "first_bad")}
+        out[name] = replace(pooled(parts), **counted)
     return out

@@ -149,6 +149,7 @@ def test_the_fields_of_one_agent():
     both = statistics["observation.own"]
     assert found["observation.own"].mean == pytest.approx(both.mean.mean(0))
     assert found["observation.own"].max == pytest.approx(both.max.max(0))
+    assert (found["observation.own"].invalid, found["observation.own"].first_bad) == (both.invalid, both.first_bad)
     assert found["observation.state"] is statistics["observation.state"]
 
 
