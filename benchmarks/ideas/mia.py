@@ -20,6 +20,7 @@ from tiphys.pretrain.acting.policy import Policy
 
 THINGS = ["ball", "box", "key", "door"]
 STEPS, PLACES = 4, 4
+BC_STEPS = 300  # mia gets twice as many, because half of its windows teach no action
 TASK = TaskSpec(
     "walk",
     (
@@ -68,7 +69,14 @@ def episode(random: np.random.Generator, number: int) -> Episode:
 
 def learnt(dataset: str, paradigm: str, seed: int, **options: float) -> Policy:
     objective = {"paradigm": paradigm, "context": 160, "window": STEPS, "options": options}
-    return train([{"dataset": dataset}], objective, steps=300, rows=16, seed=seed, data={"starts": "windows"})
+    return train(
+        [{"dataset": dataset}],
+        objective,
+        steps=BC_STEPS * (1 + (paradigm == "mia")),
+        rows=16,
+        seed=seed,
+        data={"starts": "windows"},
+    )
 
 
 def judged(policy: Policy, seed: int) -> float:
