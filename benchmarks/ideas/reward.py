@@ -63,7 +63,7 @@ def learnt(named: np.ndarray, frames: np.ndarray, folder: Path, seed: int) -> Po
     ]
     dataset = write(folder, [TASK], episodes)
     objective = {"paradigm": "reward", "context": 512, "window": FRAMES}
-    return train([{"dataset": dataset}], objective, steps=150, rows=4, seed=seed, data={"starts": "windows"})
+    return train([{"dataset": dataset}], objective, steps=220, rows=4, seed=seed, data={"starts": "windows"})
 
 
 def top_1(policy: Policy, asked: np.ndarray, clips: np.ndarray) -> float:
