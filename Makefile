@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Extras for users, and those that the tests need as well.
 USER_EXTRAS := envs,agents,convert,s3fs
 TEST_EXTRAS := $(USER_EXTRAS),atari,ray,dev
+# A file of exact versions with the hashes of their files, which are verified. CI sets it; without it the ranges count.
+LOCK ?=
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
@@ -22,11 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tiphys needs Python 3.11 or newer; $(PYTHON) is older. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(USER_EXTRAS)]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt $(LOCK:%=-r %) -e '.[$(USER_EXTRAS)]'
 	touch $@
 
 $(TEST_READY): $(READY)
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[$(TEST_EXTRAS)]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt $(LOCK:%=-r %) -e '.[$(TEST_EXTRAS)]'
 	touch $@
 
 quickstart: setup

@@ -35,8 +35,8 @@ ATTEMPTS = 20  # most seeds that are tried for one episode if the expert gets lo
 CHUNK = 25  # episodes in one job of the process pool
 
 ExpertFactory = Callable[[str, Environment], Expert]  # (task, environment) -> expert; picklable
-# (observation, action executed in the step before) -> (action to record, action to execute)
-Act = Callable[[Any, Any], tuple[Any, Any]]
+# (observation, action executed in the step before, its reward) -> (action to record, action to execute)
+Act = Callable[[Any, Any, float], tuple[Any, Any]]
 
 
 class EnvironmentFault(DataError):
@@ -181,7 +181,7 @@ class _Scores:
         for seed in self.seeds:
             if self.who == "random":
                 env.action_space.seed(seed)
-                trajectory = play(env, task, seed, lambda observation, taken: (env.action_space.sample(),) * 2)
+                trajectory = play(env, task, seed, lambda *_: (env.action_space.sample(),) * 2)
             else:
                 try:
                     trajectory = play(env, task, seed, _demonstrate(task, env, seed, 0.0))
@@ -229,9 +229,9 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
     try:
         observation, info = env.reset(seed=seed)
         steps.observations.append(observation)
-        executed = None
+        executed, reward = None, 0.0
         while not (steps.terminated or steps.truncated):
-            recorded, executed = act(observation, executed)
+            recorded, executed = act(observation, executed, float(reward))
             observation, reward, terminated, truncated, info = env.step(executed)
             steps.observations.append(observation)
             steps.actions.append(recorded)
@@ -253,10 +253,13 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
 def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
     """How the disturbed expert acts in `env`. The expert is reset at the first call, after the environment's reset."""
     expert, family, rng = _expert(task), environments.family(task), _generator(seed, "disturb")
+    rewarded = getattr(expert, "rewarded", None)
 
-    def act(observation: Any, taken: Any) -> tuple[Any, Any]:
+    def act(observation: Any, taken: Any, reward: float) -> tuple[Any, Any]:
         if taken is None:
             expert.reset()
+        elif rewarded is not None:
+            rewarded(reward)
         action = fitted(expert.act(observation, taken), env.action_space, f"task {task!r}")
         return action, (family.disturb(action, env.action_space, noise, rng) if noise else action)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +16,7 @@ from crc32c import crc32c
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import encodings
 from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load
-from tiphys.dataio.format.document import DATASET, cache_folder, decoded, parse
+from tiphys.dataio.format.document import DATASET, STATISTICS, cache_folder, decoded, fetch, parse
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
 from tiphys.dataio.format.table import Shard, hash_id
 from tiphys.dataio.statistics import FieldStatistics
@@ -158,6 +160,30 @@ class EpisodeIndex:
             return {t: {f: FieldStatistics.from_dict(s) for f, s in fields.items()} for t, fields in stored.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.url}/{DATASET}: its statistics are damaged: {error!r}") from None
+
+    @cached_property
+    def statistics_with_histograms(self) -> Mapping[str, Mapping[str, FieldStatistics]]:
+        """`statistics` with histograms, from which any quantiles follow. This reads `statistics.parquet`.
+
+        Without that file, or for a field that it lacks, there is no histogram. Raises DataError if it is damaged.
+        """
+        from tiphys.dataio.format.limited import read_statistics
+
+        wanted = self.document.get("digests", {}).get(STATISTICS)
+        if wanted is None:
+            return self.statistics
+        with tempfile.TemporaryDirectory(prefix="tiphys-statistics-") as folder:
+            file = Path(folder) / STATISTICS
+            if fetch(self.store, STATISTICS, file) != wanted:
+                raise DataError(
+                    f"{self.url}/{STATISTICS} does not have the SHA-256 that {DATASET} names; run `tiphys verify --repair`"
+                )
+            sketches = read_statistics(file, f"{self.url}/{STATISTICS}").sketches
+        found = {key: sketch.cells for key, sketch in sketches.items() if sketch.count}
+        return {
+            task: {name: replace(one, histogram=found.get((task, name))) for name, one in fields.items()}
+            for task, fields in self.statistics.items()
+        }
 
     def id(self, episode: int) -> str:
         """The episode's id."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import pickle
 import socket
@@ -27,6 +26,7 @@ import numpy as np
 from tiphys.dataio.episode import Needs, Window
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.loading import shared_memory
+from tiphys.dataio.messages import logger
 from tiphys.dataio.peers import PeerSettings
 from tiphys.dataio.python_path import child_environment, python
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Join = Callable[[Sequence["PlanEntry"]], "Joined"]
 MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]

@@ -2,9 +2,10 @@
 values are bad (NaN, infinities, discrete values that the field does not declare), with the episodes that have them.
 
 They are computed from sketches that can be merged, so pieces of a dataset give the statistics of the whole. Moments are merged by
-Chan et al. 1979. Quantiles come from a histogram with fixed cells: the upper 17 bits of a value as float32 (sign, exponent and 8
-bits of the fraction), at most 0.4 % of the value wide. Counts, extremes, quantiles and the listed episodes do not depend on how
-episodes are grouped; moments depend on it only by rounding.
+Chan et al. 1979. Quantiles come from a histogram (`tiphys.dataio.histogram`). Counts, extremes, quantiles and the listed episodes
+do not depend on how episodes are grouped; moments depend on it only by rounding.
+
+Tasks with rewards also have statistics of RETURN_TO_GO, which is no field: the undiscounted sum of the rewards from a step on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout
+from tiphys.dataio.histogram import Histogram
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 MOST_DIMENSIONS = 512  # a field with more elements is pooled: its statistics are over all its elements together
 FIRST_BAD = 100  # most episodes with bad values that are listed for a field
-_SHIFT = np.uint32(15)
-_CELLS = 1 << 17
+RETURN_TO_GO = "_return_to_go"  # no field of a task can have this name
 _BUFFER = 16 << 20  # bytes of rows that are collected before they are counted
 
 
@@ -43,6 +43,7 @@ class FieldStatistics:
     beyond        steps (elements) of a discrete field with a value outside its declared range, or not whole; None: unknown
     bad_episodes  episodes with such a step; None: unknown
     first_bad     ids of up to FIRST_BAD of them: the first in alphabetical order
+    histogram     from which further quantiles follow; None: unknown, as dataset.json does not have it
     """
 
     count: int
@@ -56,6 +57,20 @@ class FieldStatistics:
     beyond: int | None = None
     bad_episodes: int | None = None
     first_bad: tuple[str, ...] = ()
+    histogram: Histogram | None = field(default=None, repr=False, compare=False)
+
+    def at(self, levels: Sequence[float] | np.ndarray) -> np.ndarray:
+        """float64 [len(levels), elements]: quantiles at any levels; between those of QUANTILES if the histogram is unknown."""
+        if self.histogram is not None:  # it rounds to float32
+            return np.clip(self.histogram.quantiles(levels), self.min.reshape(-1), self.max.reshape(-1))
+        known = np.concatenate([[0.0], QUANTILES, [1.0]])
+        rows = [
+            np.reshape(self.min, (1, -1)),
+            np.reshape(self.quantiles, (len(QUANTILES), -1)),
+            np.reshape(self.max, (1, -1)),
+        ]
+        values = np.concatenate(rows)
+        return np.stack([np.interp(levels, known, values[:, d]) for d in range(values.shape[1])], axis=1)
 
     def bad(self, beyond: bool = True) -> str:
         """How many values are bad, in words; empty if none is known to be. `beyond`: those beyond the declared range count."""
@@ -92,7 +107,7 @@ def total(counts: Iterable[int | None]) -> int | None:
 
 
 def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
-    """Statistics of a field over several datasets. Quantiles are averages weighted by count; the rest is exact."""
+    """Statistics of a field over several datasets. Quantiles without histograms are averages, weighted by count."""
     if len(found) == 1:
         return found[0]
     count = np.array([f.count for f in found], np.float64)
@@ -104,19 +119,34 @@ def pooled(found: Sequence[FieldStatistics]) -> FieldStatistics:
     centre = mean(lambda f: f.mean)
     variance = mean(lambda f: np.square(f.std) + np.square(np.asarray(f.mean) - centre))
     some = [f for f in found if f.count] or list(found)
+    histogram, quantiles = _joined(some), mean(lambda f: f.quantiles)
+    if histogram is not None:
+        quantiles = histogram.quantiles(QUANTILES).reshape(np.shape(quantiles))
     return FieldStatistics(
         count=int(count.sum()),
         mean=centre,
         std=np.sqrt(variance),
         min=np.min([f.min for f in some], axis=0),
         max=np.max([f.max for f in some], axis=0),
-        quantiles=mean(lambda f: f.quantiles),
+        quantiles=quantiles,
         clipped=float(mean(lambda f: f.clipped)),
         invalid=total(f.invalid for f in found),
         beyond=total(f.beyond for f in found),
         bad_episodes=total(f.bad_episodes for f in found),
         first_bad=tuple(sorted({i for f in found for i in f.first_bad})[:FIRST_BAD]),
+        histogram=histogram,
     )
+
+
+def _joined(found: Sequence[FieldStatistics]) -> Histogram | None:
+    """The histogram of all of them; None if one is unknown."""
+    known = [f.histogram for f in found if f.histogram is not None]
+    if len(known) < len(found):
+        return None
+    out = Histogram(known[0].dimensions)
+    for one in known:
+        out.merge(one)
+    return out
 
 
 @dataclass
@@ -135,11 +165,12 @@ class Sketch:
     square: np.ndarray = field(default_factory=lambda: np.zeros(0))  # sum of squared differences from the mean
     min: np.ndarray = field(default_factory=lambda: np.zeros(0))
     max: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))  # dimension · 2^17 + cell, ascending
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    cells: Histogram = field(default_factory=lambda: Histogram(0))
 
     def __post_init__(self) -> None:
         dimensions = int(np.prod(self.shape, dtype=np.int64))
+        if not self.cells.dimensions:
+            self.cells = Histogram(dimensions)
         if not len(self.mean):
             self.mean, self.square = np.zeros(dimensions), np.zeros(dimensions)
             self.min, self.max = np.full(dimensions, np.inf), np.full(dimensions, -np.inf)
@@ -153,11 +184,11 @@ class Sketch:
         if not len(values):
             return
         mean = values.mean(axis=0)
-        keys, counts = np.unique(_cells(values), return_counts=True)
         with np.errstate(over="ignore"):
             square = ((values - mean) ** 2).sum(axis=0)
         low, high = values.min(axis=0), values.max(axis=0)
-        self._merge(len(values), mean, square, low, high, keys, counts)
+        self._merge(len(values), mean, square, low, high)
+        self.cells.add(values)
 
     def merge(self, other: Sketch) -> None:
         """Add the counts of another sketch."""
@@ -167,7 +198,8 @@ class Sketch:
         self.outside += other.outside
         self.elements += other.elements
         if other.count:
-            self._merge(other.count, other.mean, other.square, other.min, other.max, other.keys, other.counts)
+            self._merge(other.count, other.mean, other.square, other.min, other.max)
+            self.cells.merge(other.cells)
 
     def add_bad(self, beyond: int, episodes: Iterable[str]) -> None:
         """Count values outside the declared range, and the episodes that have these or values that are not finite."""
@@ -176,9 +208,7 @@ class Sketch:
         self.bad_episodes = total((self.bad_episodes, len(ids)))
         self.first_bad = tuple(sorted({*self.first_bad, *ids})[:FIRST_BAD])
 
-    def _merge(
-        self, count: int, mean: np.ndarray, square: np.ndarray, low: Any, high: Any, keys: Any, counts: Any
-    ) -> None:
+    def _merge(self, count: int, mean: np.ndarray, square: np.ndarray, low: Any, high: Any) -> None:
         both = self.count + count
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / both)
@@ -186,10 +216,6 @@ class Sketch:
             between = delta**2 * (self.count * count / both) if self.count else 0.0
             self.square = self.square + square + between
         self.min, self.max = np.minimum(self.min, low), np.maximum(self.max, high)
-        self.keys, inverse = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
-        by_cell = np.concatenate([self.counts, counts])
-        self.counts = np.zeros(len(self.keys), np.int64)
-        np.add.at(self.counts, inverse, by_cell)
         self.count = both
 
     def check(self) -> None:
@@ -208,12 +234,9 @@ class Sketch:
             raise DataError("a sketch counts values with something else than numbers")
         if not all(isinstance(episode, str) for episode in self.first_bad):
             raise DataError("a sketch names episodes by something else than their ids")
-        keys, counts = self.keys, self.counts
-        known = len(keys) == len(counts) and bool((keys[1:] > keys[:-1]).all() and (counts > 0).all())
-        if not known or (len(keys) and int(keys[-1]) >= dimensions * _CELLS):
-            raise DataError("the histogram of a sketch is not valid")
-        if (np.bincount(keys // np.uint32(_CELLS), counts, dimensions) != self.count).any():
-            raise DataError("the histogram and the count of a sketch do not agree")
+        if self.cells.dimensions != dimensions:
+            raise DataError("the histogram and the shape of a sketch do not agree")
+        self.cells.check(self.count)
 
     def result(self) -> FieldStatistics:
         """The statistics in the field's shape; zeros if nothing was counted."""
@@ -235,45 +258,12 @@ class Sketch:
             beyond=self.beyond,
             bad_episodes=self.bad_episodes,
             first_bad=self.first_bad,
+            histogram=self.cells if known else None,
         )
 
     def _quantiles(self) -> np.ndarray:
-        """[len(QUANTILES), D], by linear interpolation within a cell."""
-        out = np.zeros((len(QUANTILES), len(self.mean)))
-        bounds = np.searchsorted(self.keys, np.arange(len(self.mean) + 1, dtype=np.int64) * _CELLS)
-        for d, (a, b) in enumerate(pairwise(bounds)):
-            upto = np.cumsum(self.counts[a:b])
-            rank = np.asarray(QUANTILES) * (upto[-1] - 1)
-            cell = np.minimum(np.searchsorted(upto, rank, side="right"), b - a - 1)
-            low, high = _edges(self.keys[a:b][cell] % np.uint32(_CELLS))
-            # the cells at both ends reach only to the minimum and the maximum
-            low, high = np.maximum(low, self.min[d]), np.minimum(high, self.max[d])
-            share = (rank - (upto[cell] - self.counts[a:b][cell]) + 0.5) / self.counts[a:b][cell]
-            out[:, d] = np.clip(low + (high - low) * np.clip(share, 0, 1), self.min[d], self.max[d])
-        return out
-
-
-def _cells(values: np.ndarray) -> np.ndarray:
-    """float64 [n, D] -> uint32 [n, D] keys: dimension · 2^17 + the cell's number. Cells are numbered in the order of values."""
-    with np.errstate(over="ignore"):
-        bits = values.astype(np.float32).view(np.uint32)
-    # negative floats sort in reverse by their bits: flip all of them; positive ones come after them
-    ordered = np.where(bits >> np.uint32(31) != 0, ~bits, bits | np.uint32(0x80000000))
-    return (ordered >> _SHIFT) + np.arange(values.shape[1], dtype=np.uint32) * np.uint32(_CELLS)
-
-
-def _edges(cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest and the largest float32 of each cell."""
-    low = cell.astype(np.uint32) << _SHIFT
-    high = low | np.uint32((1 << int(_SHIFT)) - 1)
-
-    def value(ordered: np.ndarray) -> np.ndarray:
-        bits = np.where(ordered >> np.uint32(31) != 0, ordered & np.uint32(0x7FFFFFFF), ~ordered)
-        with np.errstate(invalid="ignore"):
-            out = bits.astype(np.uint32).view(np.float32).astype(np.float64)
-        return np.nan_to_num(out, nan=0.0, posinf=np.finfo(np.float64).max, neginf=np.finfo(np.float64).min)
-
-    return value(low), value(high)
+        """[len(QUANTILES), D]; values that float32 rounds stay between the extremes."""
+        return np.clip(self.cells.quantiles(QUANTILES), self.min, self.max)
 
 
 class Statistics:
@@ -309,6 +299,10 @@ class Statistics:
                 _count_outside(sketch, spec, values)
                 _count_bad(sketch, spec, values, owner[some], ids)
                 sketch.add(values.reshape(-1, len(sketch.mean)).astype(np.float64))
+            if any(spec.role == "reward" for spec in layout.small):
+                sketch = self.sketches.setdefault((layout.task.name, RETURN_TO_GO), Sketch(()))
+                togo = rows["_return_to_go"][acted, None].astype(np.float64)
+                sketch.add(togo[np.isfinite(togo[:, 0])])  # the rewards that are not finite are counted as such
         self._waiting, self._bytes = {}, 0
 
     def merge(self, other: Statistics) -> None:
@@ -347,6 +341,9 @@ class Statistics:
         columns["first_bad"] = pa.array([list(s.first_bad) for _, s in items], pa.list_(pa.string()))
         for name, kind in _ARRAYS.items():
             columns[name] = pa.array([getattr(s, name) for _, s in items], pa.list_(pa.from_numpy_dtype(kind)))
+        for name, kind in _CELLS.items():
+            of = [getattr(s.cells, name.removeprefix("cell_")) for _, s in items]
+            columns[name] = pa.array(of, pa.list_(pa.from_numpy_dtype(kind)))
         pq.write_table(pa.table(columns), file, compression="zstd")
 
     @classmethod
@@ -362,7 +359,7 @@ class Statistics:
             # An earlier version did not write all counts of bad values: these are unknown
             parts: dict[str, Any] = {n: int(row[n]) for n in _SCALARS} | {n: row.get(n) for n in _BAD} | arrays
             parts["first_bad"] = tuple(row.get("first_bad") or ())
-            out.sketches[row["task"], row["field"]] = Sketch(tuple(row["shape"]), **parts)
+            out.sketches[row["task"], row["field"]] = Sketch(tuple(row["shape"]), **parts, cells=_stored_cells(row))
         return out
 
 
@@ -372,9 +369,29 @@ _ARRAYS: dict[str, Any] = {
     "square": np.float64,
     "min": np.float64,
     "max": np.float64,
-    "keys": np.uint32,
-    "counts": np.int64,
 }
+# Columns of the histogram. Earlier versions have the columns `keys` and `counts` instead.
+_CELLS: dict[str, Any] = {
+    "cell_shift": np.uint8,
+    "cell_keys": np.uint64,
+    "cell_counts": np.int64,
+    "cell_lows": np.float32,
+    "cell_highs": np.float32,
+    "cell_at_low": np.int64,
+    "cell_at_high": np.int64,
+}
+
+
+def _stored_cells(row: Mapping[str, Any]) -> Histogram:
+    dimensions = math.prod(row["shape"])
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise ValueError(f"a sketch has shape {row['shape'][:8]}; at most {MOST_DIMENSIONS} elements are kept apart")
+    if "cell_keys" not in row:
+        extremes = (np.asarray(row[name], np.float64) for name in ("min", "max"))
+        keys, counts = np.asarray(row["keys"], np.uint32), np.asarray(row["counts"], np.int64)
+        return Histogram.of_version_1(dimensions, keys, counts, *extremes)
+    cells = {name.removeprefix("cell_"): np.asarray(row[name], kind) for name, kind in _CELLS.items()}
+    return Histogram(dimensions, **cells)
 
 
 def _kept_shape(spec: FieldSpec) -> tuple[int, ...]:

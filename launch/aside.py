@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import to_json, write_json, write_text
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import printable, redacted, say
 from tiphys.dataio.python_path import child_environment, python
 from tiphys.launch.side_process import POLICY
 from tiphys.pretrain.callbacks.base import Callback, Every
@@ -159,7 +159,7 @@ class Aside(Callback):
         self.checkpointer, self.writer, self.evaluates_published = checkpointer, writer, evaluates_published
         self.jobs: dict[int, Queued] = {}
         self._pipe: Pipe | None = None
-        self._again, self._pause = 0.0, 1.0
+        self._again, self._pause, self._finished = 0.0, 1.0, False
         checkpointer.listen(self._checkpointed)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -176,9 +176,12 @@ class Aside(Callback):
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         self.attend()
 
+    def on_end(self, trainer: Trainer) -> None:
+        self._finished = not trainer.stopped
+
     def close(self, trainer: Trainer) -> None:
-        """A run that has all its steps still waits for its jobs (`drain`), after the other ranks have ended."""
-        if trainer.step < trainer.steps or trainer.stopped:
+        """A run that has done all its steps still waits for its jobs (`drain`), after the other ranks have ended."""
+        if not self._finished:
             self.end()
 
     def drain(self) -> None:
@@ -224,7 +227,7 @@ class Aside(Callback):
             if self._pipe is not None:
                 self._pipe.say({"withdraw": old})
             self._finish(self.jobs[old])
-            print(f"step {old}: neither evaluated nor published, because newer checkpoints go first", flush=True)
+            say(f"step {old}: neither evaluated nor published, because newer checkpoints go first")
 
     def _heard(self, job: Queued, answer: Mapping[str, Any]) -> None:
         event = answer.get("event")
@@ -242,12 +245,12 @@ class Aside(Callback):
             )
             known = [t["expert_normalized"] for t in tasks.values() if t["expert_normalized"] is not None]
             mean = f", normalised score {sum(known) / len(known):.2f}" if known else ""
-            print(f"step {job.step}  evaluated: {len(tasks)} tasks{mean}", flush=True)
+            say(f"step {job.step}  evaluated: {len(tasks)} tasks{mean}")
         elif event == "published":
             self._done(job, "publish")
             said = printable(" ".join(answer["said"].split()))
             self.writer.write({"kind": "publication", "step": job.step, "said": said})
-            print(f"step {job.step}  {said}", flush=True)
+            say(f"step {job.step}  {said}")
         elif event == "failed":
             self._failed(job, answer["task"], answer["why"])
         elif event == "finished":
@@ -256,7 +259,7 @@ class Aside(Callback):
     def _failed(self, job: Queued, task: str, why: str) -> None:
         why = redacted(printable(why))
         self.writer.write({"kind": "aside", "step": job.step, "failed": task, "why": why})
-        print(f"step {job.step}: {_FAILED[task]}: {why}; training continues", flush=True)
+        say(f"step {job.step}: {_FAILED[task]}: {why}; training continues")
 
     def _done(self, job: Queued, task: str) -> None:
         job.todo = [other for other in job.todo if other != task]
@@ -289,7 +292,7 @@ class Aside(Callback):
 
     def _later(self, problem: str) -> None:
         """Start the side process again after a pause, which doubles each time."""
-        print(f"the side process {problem}; it is started again in {self._pause:.0f} s. Training continues", flush=True)
+        say(f"the side process {problem}; it is started again in {self._pause:.0f} s. Training continues")
         self._again = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 

@@ -86,20 +86,23 @@ class Attendance:
                 except FolderInUse as error:
                     mine = {"refused": str(error)}
                 else:
-                    self._lease.keep()
                     mine = {"token": self._lease.token, "number": Launch.new(recipe.run.dir).number}
+                    self._lease.begin(mine["number"])
+                    self._lease.keep()
             made = world.gather(mine)[0]
             if "refused" in made:
                 raise FolderInUse(made["refused"])
             self.token = made["token"]
             self._join(Launch(recipe.run.dir, made["number"]))
         assert self.launch is not None
-        self._watch = Watch(self.launch.run_dir, self.token, self._lost_lease, self._ask_to_stop, phases.flush)
+        self._watch = Watch(
+            self.launch.run_dir, self.token, self.launch.number, self._lost_lease, self._ask_to_stop, phases.flush
+        )
 
     def permit(self) -> None:
         """Raises LeaseLost if another command has taken over. Called before a checkpoint counts."""
         if self.launch is not None:
-            check(self.launch.run_dir, self.token)
+            check(self.launch.run_dir, self.token, self.launch.number)
 
     def report(self, status: Status, cause: str = "", *, lost: bool = False) -> None:
         """Leave the report. Only the first one counts."""

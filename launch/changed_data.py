@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.atomic import finite, write_json
+from tiphys.dataio.messages import say
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.launch.mixture import REQUESTS, names
 from tiphys.launch.submit import ACCEPT_CHANGED_DATA
@@ -145,4 +146,4 @@ def _log(recipe: Recipe, step: int, old: Sequence[str], new: Sequence[str]) -> N
     for name, before, after in zip(names(recipe), old, new, strict=True):
         if before != after:
             log.append({"step": step, "kind": "data", "entry": name, "old": before, "new": after})
-            print(f"changed data {name}: fingerprint {before} -> {after}, accepted from step {step} on", flush=True)
+            say(f"changed data {name}: fingerprint {before} -> {after}, accepted from step {step} on")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
-from tiphys.launch.checks.model import batch_size_errors, freeze_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
@@ -149,7 +149,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
 
 def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors
+    from tiphys.launch.checks.data import data_errors, requirement_errors, text_errors
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan
     from tiphys.pretrain.objectives import Objectives
@@ -167,15 +167,17 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     except ValueError as error:
         yield f"{seen.where('objectives')}: {error}"
         return
-    yield from _located(freeze_errors(recipe, objectives), seen.where)
+    yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:
         yield from environment_errors(recipe, objectives, seen.where)
     if wrong:
         return
     try:
-        make_plan(recipe, indexes, objectives)
+        plan = make_plan(recipe, indexes, objectives)
+        yield from text_errors(recipe, indexes, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
             make_plan(recipe, indexes, objectives, held_out=True, rows=recipe.validate.rows)
     except ValueError as error:

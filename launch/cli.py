@@ -13,14 +13,15 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.launch import statuses
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
 # Arguments that are paths or URLs. A shell leaves `~` as it is in `--to=~/data`.
 _PATHS = frozenset(
-    """recipe run dataset datasets source destination to first second more mapping policy demonstrations out pictures picture html
-    hostfile""".split()
+    """recipe run runs dataset datasets source destination to first second more mapping policy demonstrations out pictures picture
+    html hostfile""".split()
 )
 
 _TRACEBACK = "show the full Python traceback of an error"
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = getattr(commands, name)
         return command(args)
     except KeyboardInterrupt:
-        print("tiphys: stopped", file=sys.stderr)
+        say("tiphys: stopped", error=True)
         return Status.INTERRUPTED
     except BrokenPipeError:
         return Status.BROKEN_PIPE
@@ -56,8 +57,11 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
     """Parse, and allow overrides both before and after options: by itself argparse refuses this for subcommands."""
     words = list(words)
     for i in range(len(words) - 2, -1, -1):
-        if words[i] == "--launcher":  # its value begins with a dash, so argparse would take it for an option of ours
-            words[i : i + 2] = [f"--launcher={words[i + 1]}"]
+        if words[i] in (
+            "--launcher",
+            "--slurm",
+        ):  # its value begins with a dash, so argparse would take it for an option of ours
+            words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]
     args, rest = parser.parse_known_args(words)
     if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         args.overrides = [*args.overrides, *rest]
@@ -106,9 +110,55 @@ def _override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a recipe key, e.g. train.steps=100")
 
 
+def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, help="Slurm: number of nodes (default: %(default)s)")
+    parser.add_argument(
+        "--slurm",
+        default="",
+        help="Slurm: further options of `sbatch`, in one string, e.g. '--partition=gpu --gpus-per-node=8 --time=24:00:00' "
+        "(default: none)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="Slurm: print the script, and submit nothing")
+
+
 def _verbose_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="also show DeepSpeed's own log lines and harmless warnings"
+    )
+
+
+def _asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a policy is asked for. `Asking.from_words` reads the values."""
+    asked = parser.add_argument_group("what the policy is asked for, for every task or for TASK (a name or a glob)")
+    asked.add_argument(
+        "--objective",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="objectives to act with, each in the tasks that were trained with it (default: the first of each task)",
+    )
+    asked.add_argument(
+        "--target-return",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]R",
+        help="return to ask for: 450 (rewards), 1.2x (of the best in the data), q0.9 (a quantile of the data's returns) "
+        "(default: as the recipe said)",
+    )
+    asked.add_argument(
+        "--prompt",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]DATASET[:EPISODE]",
+        help="demonstration to show before each episode, by its number or id (default: none; without EPISODE: the one with the "
+        "highest return)",
+    )
+    asked.add_argument(
+        "--goal",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]GOAL",
+        help="observation to reach, as JSON, or as DATASET:EPISODE, whose last one is meant (default: none)",
     )
 
 
@@ -147,7 +197,27 @@ def _run_commands(commands: Any) -> None:
         "and their lengths must be the same. An event in plan.jsonl records it (default: such a run is refused)",
     )
     _verbose_argument(p)
+    p.add_argument(
+        "--on",
+        choices=("local", "slurm"),
+        default="local",
+        help="start it here, or submit it as a Slurm job like `tiphys submit` (default: local)",
+    )
+    _slurm_arguments(p)
     p.set_defaults(command="train")
+
+    p = commands.add_parser(
+        "submit", help="train as a Slurm job, which is queued again after a time limit or a lost node"
+    )
+    _recipe_arguments(p)
+    p.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="number of ranks on each node (default: one per GPU that Slurm gives, or 2 if there is none)",
+    )
+    _slurm_arguments(p)
+    p.set_defaults(command="submit_job")
 
     p = commands.add_parser("check", help="list every error of a recipe without training")
     _recipe_arguments(p)
@@ -178,9 +248,18 @@ def _run_commands(commands: Any) -> None:
     )
     p.set_defaults(command="mixture")
 
-    p = commands.add_parser("report", help="write report.html of a run")
-    p.add_argument("run", help="folder of the run")
+    p = commands.add_parser("report", help="write report.html of a run, or one page that compares several runs")
+    p.add_argument("runs", nargs="+", metavar="run", help="folder of a run")
+    p.add_argument(
+        "--out", default="", help="file (default: report.html in the run; comparison.html here for several runs)"
+    )
     p.set_defaults(command="report")
+
+    p = commands.add_parser("checkpoint", help="list, verify or inspect the checkpoints of a run")
+    p.add_argument("action", choices=("list", "verify", "inspect"), help="show all, check every byte, or show one")
+    p.add_argument("run", help="folder of the run, or of one checkpoint")
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
+    p.set_defaults(command="checkpoint")
 
     p = commands.add_parser("objectives", help="show the table of paradigms")
     p.add_argument(
@@ -231,6 +310,7 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="open the zip of --policy: it contains pickles, which can run any code",
     )
+    _asking_arguments(p)
     p.set_defaults(command="collect")
 
     p = commands.add_parser("environments", help="list the environments that are installed")
@@ -369,6 +449,14 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
+    )
+    _asking_arguments(p)
+    p.add_argument(
+        "--target-returns",
+        nargs="*",
+        default=[],
+        metavar="R",
+        help="further returns to ask for in turn, with as many episodes for each (default: none)",
     )
     p.add_argument(
         "--out",

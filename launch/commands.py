@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.launch.statuses import Status
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -29,6 +30,8 @@ def train(args: Namespace) -> int:
 
     from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit
 
+    if args.on == "slurm":
+        return submit_job(args)
     try:
         extra = shlex.split(args.launcher)
     except ValueError as error:
@@ -46,21 +49,41 @@ def train(args: Namespace) -> int:
     )
 
 
+def submit_job(args: Namespace) -> int:
+    import shlex
+
+    from tiphys.launch import slurm
+    from tiphys.launch.check import check
+
+    recipe = check(args.recipe, args.overrides, world=args.nodes * args.processes, environments=False)
+    words = [args.recipe, *args.overrides]
+    try:
+        options = shlex.split(args.slurm)
+    except ValueError as error:
+        raise ValueError(f"--slurm {args.slurm!r}: {error}") from None
+    text = slurm.script(recipe.name, recipe.run.dir, words, nodes=args.nodes, processes=args.processes, options=options)
+    say(text if args.dry_run else slurm.submit(recipe.run.dir, text))
+    return Status.DONE
+
+
 def check(args: Namespace) -> int:
     from tiphys.launch.check import check
 
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
-    print(f"{args.recipe}: recipe {recipe.name!r} is valid")
+    say(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
         from tiphys.launch.checks.data import bad_fields
         from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
         from tiphys.pretrain.objectives import Objectives
+        from tiphys.pretrain.pretrained import begin, start_lines
 
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
+        if recipe.model.init:
+            say("\n".join(start_lines(begin(recipe, objectives.vocabulary, stages=2))))
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
-            print(f"{found}; training leaves such episodes out")
-        print("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
+            say(f"{found}; training leaves such episodes out")
+        say("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
     return Status.DONE
 
 
@@ -68,19 +91,42 @@ def mixture(args: Namespace) -> int:
     from tiphys.launch.mixture import add, request, show
 
     if args.action == "show":
-        print(show(args.run))
+        say(show(args.run))
     elif args.action == "add":
-        print(add(args.run, args.weights, args.like, args.at))
+        say(add(args.run, args.weights, args.like, args.at))
     else:
-        print(request(args.run, args.weights, args.at))
+        say(request(args.run, args.weights, args.at))
     return Status.DONE
 
 
 def report(args: Namespace) -> int:
-    from tiphys.launch.report import write_report
+    from tiphys.launch.report import write_comparison, write_report
 
-    print(write_report(args.run))
+    if len(args.runs) > 1:
+        say(write_comparison(args.runs, args.out or "comparison.html"))
+    else:
+        say(write_report(args.runs[0], args.out))
     return Status.DONE
+
+
+def checkpoint(args: Namespace) -> int:
+    from tiphys.dataio.atomic import to_json
+    from tiphys.launch import checkpoints
+
+    if args.action == "inspect":
+        found = checkpoints.inspected(args.run)
+        say(to_json(found, indent=1) if args.json else checkpoints.shown(found))
+        return Status.DONE
+    if args.action == "list":
+        rows = checkpoints.listed(args.run)
+        say(to_json(rows, indent=1) if args.json else checkpoints.table(rows))
+        return Status.DONE
+    damaged = 0
+    for folder, why in checkpoints.verified(args.run):
+        damaged += bool(why)
+        line = {"folder": str(folder), "damaged": why}
+        say(to_json(line) if args.json else f"{folder}: {why or 'every byte is as it was saved'}")
+    return Status.REFUSED if damaged else Status.DONE
 
 
 def objectives(args: Namespace) -> int:
@@ -92,14 +138,14 @@ def objectives(args: Namespace) -> int:
     for _, reason in paradigm_errors(args.name) if args.name else ():
         raise DataError(reason)
     rows = [row for row in table() if args.name in ("", row["name"])]
-    print(to_json(rows, indent=1) if args.json else paradigm_lines(rows, whole=bool(args.name)))
+    say(to_json(rows, indent=1) if args.json else paradigm_lines(rows, whole=bool(args.name)))
     return Status.DONE
 
 
 def tokens(args: Namespace) -> int:
     from tiphys.launch.tokens import show_row
 
-    print(show_row(args.recipe, args.overrides, args.step, args.row, args.html))
+    say(show_row(args.recipe, args.overrides, args.step, args.row, args.html))
     return Status.DONE
 
 
@@ -109,19 +155,26 @@ def tokens(args: Namespace) -> int:
 def environments(args: Namespace) -> int:
     from tiphys.dataio.environments import names
 
-    print("\n".join(n for n in names() if args.contains.lower() in n.lower()))
+    say("\n".join(n for n in names() if args.contains.lower() in n.lower()))
     return Status.DONE
 
 
 def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
+    from tiphys.dataio.episode import DataError
+    from tiphys.pretrain.acting.ask import Asking
 
     policy: Any = None
+    asking = Asking.from_words(args.objective, args.target_return, args.prompt, args.goal)
     if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
         from tiphys.pretrain.policy_files import local_policy
 
-        policy = PolicyExpert(str(local_policy(args.policy)))
+        policy = PolicyExpert(str(local_policy(args.policy)), asking)
+    elif asking != Asking():
+        raise DataError(
+            "--objective, --target-return, --prompt and --goal ask something of a policy of Tiphys; give its folder with --policy"
+        )
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
 
@@ -136,9 +189,9 @@ def collect(args: Namespace) -> int:
         policy=policy,
         progress=progress_lines(),
     )
-    print(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
+    say(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
     for task in index.tasks:
-        print(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
+        say(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
     return Status.DONE
 
 
@@ -155,14 +208,14 @@ def convert(args: Namespace) -> int:
         on=args.on,
         progress=progress_bar("converting"),
     )
-    print(done)
+    say(done)
     return Status.DONE
 
 
 def export(args: Namespace) -> int:
     from tiphys.dataio.export import export
 
-    print(export(args.dataset, args.destination, format=args.format))
+    say(export(args.dataset, args.destination, format=args.format))
     return Status.DONE
 
 
@@ -172,17 +225,17 @@ def inspect(args: Namespace) -> int:
     if args.episode >= 0:
         from tiphys.launch.display import episode
 
-        print(episode(args.dataset, args.episode, args.picture))
+        say(episode(args.dataset, args.episode, args.picture))
         return Status.DONE
     found = inspect(args.dataset)
     if args.json:
         from tiphys.dataio.atomic import to_json
 
-        print(to_json(found, indent=1))
+        say(to_json(found, indent=1))
     else:
         from tiphys.launch.display import summary
 
-        print(summary(found))
+        say(summary(found))
     return Status.DONE
 
 
@@ -190,7 +243,7 @@ def verify(args: Namespace) -> int:
     from tiphys.dataio.dataset import verify
 
     found = verify(args.dataset, repair=args.repair)
-    print(found)
+    say(found)
     return Status.DONE if found.ok else Status.REFUSED
 
 
@@ -200,11 +253,11 @@ def index(args: Namespace) -> int:
     made = index_foreign(args.dataset)
     skipped, notes = made.document.get("skipped", 0), made.document.get("notes", [])
     left_out = f", {skipped} left out" if skipped else ""
-    print(f"{args.dataset}: {made.episodes} samples indexed in place{left_out}")
+    say(f"{args.dataset}: {made.episodes} samples indexed in place{left_out}")
     for note in notes[:20]:
-        print(f"  {note}")
+        say(f"  {note}")
     if len(notes) > 20:
-        print(f"  … and {len(notes) - 20} more in dataset.json")
+        say(f"  … and {len(notes) - 20} more in dataset.json")
     return Status.DONE
 
 
@@ -236,10 +289,12 @@ def lengths(args: Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     objectives = Objectives(recipe, open_datasets(recipe))
-    text = objectives.text
-    for field, index in uncounted_texts(objectives):
+    text, uncounted = objectives.text, list(uncounted_texts(objectives))
+    if not uncounted:
+        say("no dataset of the recipe has a text field whose tokens are still to be counted")
+    for field, index in uncounted:
         path = step_counts.write(index, field, text.definition, lambda texts: [len(ids) for ids in text.encode(texts)])
-        print(f"{index.url}/{path}: tokens of the field {field!r}")
+        say(f"{index.url}/{path}: tokens of the field {field!r}")
     return Status.DONE
 
 
@@ -259,7 +314,7 @@ def filter(args: Namespace) -> int:
 
 
 def _made(url: str, made: Any) -> int:
-    print(f"{url}: {made.episodes} episodes, {int(made.steps.sum())} steps, {len(made.tasks)} tasks")
+    say(f"{url}: {made.episodes} episodes, {int(made.steps.sum())} steps, {len(made.tasks)} tasks")
     return Status.DONE
 
 
@@ -268,7 +323,7 @@ def loader_bench(args: Namespace) -> int:
     from tiphys.launch.loader_bench import bench, format_result
 
     found = bench(args.dataset, steps=args.steps, rows=args.rows, window=args.window, cache=args.cache)
-    print(to_json(found, indent=1) if args.json else format_result(found))
+    say(to_json(found, indent=1) if args.json else format_result(found))
     return Status.DONE
 
 
@@ -277,6 +332,7 @@ def loader_bench(args: Namespace) -> int:
 
 def evaluate(args: Namespace) -> int:
     from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
@@ -289,6 +345,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
         out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,
@@ -296,7 +353,7 @@ def evaluate(args: Namespace) -> int:
         modules=args.modules,
         device=args.device,
     )
-    print(scores(found))
+    say(scores(found))
     return Status.DONE
 
 
@@ -304,9 +361,7 @@ def label(args: Namespace) -> int:
     from tiphys.pretrain.label import label
     from tiphys.pretrain.policy_files import local_policy
 
-    print(
-        label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled"))
-    )
+    say(label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled")))
     return Status.DONE
 
 
@@ -314,7 +369,7 @@ def publish(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import whole_policy
     from tiphys.pretrain.publish import publish
 
-    print(publish(whole_policy(args.run), args.to, private=not args.public))
+    say(publish(whole_policy(args.run), args.to, private=not args.public))
     return Status.DONE
 
 
@@ -327,9 +382,9 @@ def progress_lines() -> Callable[[str, int, int], None]:
 
     def show(name: str, done: int, whole: int) -> None:
         if terminal:
-            print(f"\r{name}: {done}/{whole}", end="\n" if done == whole else "", file=sys.stderr, flush=True)
+            say(f"{name}: {done}/{whole}", start="\r", end="\n" if done == whole else "", error=True)
         elif done == whole:
-            print(f"{name}: {done} episodes", file=sys.stderr, flush=True)
+            say(f"{name}: {done} episodes", error=True)
 
     return show
 
@@ -360,6 +415,6 @@ def progress_bar(what: str) -> Callable[[int, int], None]:
         if now - last >= 10 or done >= whole:
             last, rate = now, done / max(now - began, 1e-9)
             left = f"{(whole - done) / rate:.0f} s left" if rate else "no rate yet"
-            print(f"{what}: {done}/{whole}  {rate:.1f}/s  {left}", file=sys.stderr, flush=True)
+            say(f"{what}: {done}/{whole}  {rate:.1f}/s  {left}", error=True)
 
     return tell

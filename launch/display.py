@@ -56,9 +56,15 @@ def histogram(counts: Sequence[float]) -> str:
 
 def scores(found: Mapping[str, Any]) -> str:
     """The table of the contents of an `evaluation.json`."""
+    from tiphys.pretrain.acting.scores import by_objective
+
+    found_by = list(by_objective(found))
+    asked = any("target_return" in one for _, _, one in found_by)
     rows = [
         (
             name,
+            objective or None,
+            *([one.get("target_return")] if asked else []),
             one["episodes"],
             one["mean_return"],
             one["success_rate"],
@@ -67,9 +73,13 @@ def scores(found: Mapping[str, Any]) -> str:
             one["expert_normalized"],
             _interval(one.get("expert_normalized_interval")),
         )
-        for name, one in found["tasks"].items()
+        for name, objective, part in found_by
+        for one in (part, *part.get("curve", ()))
     ]
-    header = ("task", "episodes", "return", "success", "random", "expert", "normalised", "95 % interval")
+    header = (
+        *("task", "objective", *(["asked"] if asked else []), "episodes", "return", "success"),
+        *("random", "expert", "normalised", "95 % interval"),
+    )
     return table(header, rows)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_json
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import python
 from tiphys.launch.refusals import show, status_of
 from tiphys.launch.statuses import Status
+from tiphys.pretrain.acting.ask import Asking
 from tiphys.pretrain.checkpoint_files import CheckpointError
 from tiphys.recipes.load import digest, to_dict
 from tiphys.recipes.schema import Recipe
@@ -39,7 +41,7 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     (run / EVALUATION).unlink(missing_ok=True)  # of an earlier policy
     config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
     folder = export_policy(recipe, config, objectives.processor(), checkpoint, run / "policy")
-    print(f"policy       {folder}", flush=True)
+    say(f"policy       {folder}")
     write_report_of(run, announce=not recipe.evaluate.tasks)
     status, found = Status.DONE, None
     if recipe.evaluate.tasks:
@@ -66,7 +68,7 @@ def _evaluate(recipe: Recipe, run: Path, folder: Path) -> dict[str, Any]:
     options = evaluation_options(recipe)
     found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / EVALUATION, pictures=run / "pictures")
     add_evaluation(folder, found)
-    print(scores(found), flush=True)
+    say(scores(found))
     return found
 
 
@@ -84,7 +86,7 @@ def write_report_of(run: str | Path, *, announce: bool = True) -> None:
         _show_step("no report: ", error, False)
     else:
         if announce:
-            print(f"report       {file}", flush=True)
+            say(f"report       {file}")
 
 
 def export_policy(
@@ -123,6 +125,7 @@ def evaluation_options(recipe: Recipe) -> dict[str, Any]:
         "sample": e.sample,
         "videos": e.videos,
         "modules": e.modules,
+        "asking": Asking.from_recipe(e),
         "demonstrations": sorted({entry.dataset for entry in recipe.data.mixture}),
     }
 
@@ -137,7 +140,9 @@ def evaluation_command(folder: str | Path, tasks: Sequence[str] = (), *, out: st
     """
     command = python("-m", "tiphys", "evaluate", str(folder), "--out", str(out))
     for name, value in options.items():
-        if value is True:
+        if isinstance(value, Asking):
+            command += value.words()
+        elif value is True:
             command.append(f"--{name}")
         elif isinstance(value, (list, tuple)):
             command += [f"--{name}", *map(str, value)] if value else []
@@ -155,9 +160,9 @@ def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None
     if recipe.publish.keep == "best" and record.is_file():
         before = json.loads(record.read_text(encoding="utf-8"))["score"]
         if before is not None and (score is None or score <= before):
-            print(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}", flush=True)
+            say(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}")
             return
-    print(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}", flush=True)
+    say(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}")
     write_json(record, {"to": recipe.publish.to, "score": score})
 
 

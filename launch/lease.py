@@ -48,7 +48,8 @@ class Record:
     started   kernel's start time of the owner's process, since process numbers are used again
     since     when the command was started, for people
     counter   raised by each renewal
-    stop      a signal that the owner wants its ranks to act on, or 0
+    launch    number of the launch that may save; ranks of earlier ones end
+    stop      a signal that the owner wants the ranks of this launch to act on, or 0
     """
 
     token: str
@@ -58,6 +59,7 @@ class Record:
     started: int
     since: str
     counter: int = 0
+    launch: int = 0
     stop: int = 0
 
     def owner(self) -> str:
@@ -115,10 +117,15 @@ class Lease:
         if not at_once and time.monotonic() - self._renewed < PERIOD:
             return
         with contextlib.suppress(OSError), _locked(self.path):
-            check(self.path.parent, self.token)
+            _owned(self.path.parent, self.token)
             self.record = replace(self.record, counter=self.record.counter + 1)
             _replace(self.path, self.record)
         self._renewed = time.monotonic()
+
+    def begin(self, launch: int) -> None:
+        """A launch begins: ranks of earlier ones that are still there, on whatever host, end."""
+        self.record = replace(self.record, launch=launch, stop=0)
+        self.renew(at_once=True)
 
     def stop(self, number: int) -> None:
         """Ask all ranks, on all hosts, to act as if they had got a signal."""
@@ -161,11 +168,12 @@ class Watch:
         self,
         run_dir: str | Path,
         token: str,
+        launch: int,
         lost: Callable[[str], None],
         stop: Callable[[int], None],
         also: Callable[[], None] = lambda: None,
     ) -> None:
-        self.path, self.token = Path(run_dir) / _FILE, token
+        self.path, self.token, self.launch = Path(run_dir) / _FILE, token, launch
         self._lost, self._stop, self._also, self._ended = lost, stop, also, threading.Event()
         self._counter, self._missed, self._stopped = -1, 0, False
         self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
@@ -193,6 +201,8 @@ class Watch:
             return ""
         if found is not None and found.token != self.token:
             return f"the run was taken over by {found.owner()}"
+        if found is not None and found.launch != self.launch:
+            return f"launch {self.launch} was replaced by launch {found.launch}"
         if found is not None and found.stop and not self._stopped:
             self._stopped = True
             self._stop(found.stop)
@@ -203,12 +213,19 @@ class Watch:
         return "the command that started this run has ended" if self._missed >= MISSES else ""
 
 
-def check(run_dir: str | Path, token: str) -> None:
-    """Raises LeaseLost if the lease of a run has another token. OSError if it cannot be read."""
+def check(run_dir: str | Path, token: str, launch: int) -> None:
+    """Raises LeaseLost if the lease of a run has another token or is for another launch. OSError if it cannot be read."""
+    found = _owned(run_dir, token)
+    if found.launch != launch:
+        raise LeaseLost(f"{run_dir}: launch {launch} was replaced by launch {found.launch}, so it saves nothing more")
+
+
+def _owned(run_dir: str | Path, token: str) -> Record:
     found = read(Path(run_dir) / _FILE)
     if found is None or found.token != token:
         who = "another command" if found is None else found.owner()
         raise LeaseLost(f"{run_dir}: the run was taken over by {who}, so this process saves nothing more")
+    return found
 
 
 def read(path: Path) -> Record | None:
@@ -225,7 +242,7 @@ def read(path: Path) -> Record | None:
 
 _KINDS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("token", "host", "machine", "since"), str),
-    **dict.fromkeys(("process", "started", "counter", "stop"), int),
+    **dict.fromkeys(("process", "started", "counter", "launch", "stop"), int),
 }
 
 

@@ -8,12 +8,12 @@ contains this log.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.paths import expand
 from tiphys.pretrain.checkpoint_files import MANIFEST, folders
@@ -143,7 +143,7 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
             try:
                 plan.check(event)
             except Exception as error:  # a request never ends a run, whatever is wrong with it
-                print(f"tiphys: a request in {log.path} is ignored: {error}", file=sys.stderr, flush=True)
+                say(f"tiphys: a request in {log.path} is ignored: {error}", error=True)
             else:
                 out.append(event)
         return out

@@ -60,7 +60,6 @@ def _check(asked: dict[str, Any], answers: IO[str]) -> int:
             asked["overrides"],
             world=asked["world"],
             environments=asked["environments"],
-            data=asked["data"],
         )
         run_dir = Path(recipe.run.dir).absolute()
         answer = {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tiphys.dataio.messages import say
 from tiphys.launch.commands import progress_lines
 from tiphys.launch.submit import submit
 from tiphys.recipes.load import load_recipe
@@ -45,9 +46,9 @@ def quickstart(
         counts = {task: max(10, round(n * scale)) for task, n in tasks.items()}
         _collect(f"{datasets}/{name}", counts, scored=max(3, round(20 * scale)))
     changes = [*_moved(datasets), *overrides]
-    print(f"\n$ tiphys train {' '.join([RECIPE, *changes])}", flush=True)
+    say(f"\n$ tiphys train {' '.join([RECIPE, *changes])}")
     status = submit(RECIPE, changes, processes=processes, verbose=verbose, with_traceback=with_traceback)
-    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes in total", flush=True)
+    say(f"\n{(time.monotonic() - began) / 60:.1f} minutes in total")
     return status
 
 
@@ -76,17 +77,14 @@ def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
         have = EpisodeIndex.open(url)
         counts = {t.name: int((have.task == i).sum()) for i, t in enumerate(have.tasks)}
         if counts == dict(tasks):
-            print(f"{url}: {have.episodes} episodes exist already", flush=True)
+            say(f"{url}: {have.episodes} episodes exist already")
             return
         raise FileExistsError(
             f"{url} holds other demonstrations ({json.dumps(counts)}) than this command needs ({json.dumps(dict(tasks))}); "
             "remove it, or choose another folder with --datasets"
         )
     for task, count in tasks.items():
-        print(f"$ tiphys collect {task} --episodes {count} --to {url}", flush=True)
+        say(f"$ tiphys collect {task} --episodes {count} --to {url}")
     began = time.monotonic()
     index = collect(tasks, url, score_episodes=scored, progress=progress_lines())
-    print(
-        f"{url}: {index.episodes} episodes, {int(index.steps.sum())} steps in {time.monotonic() - began:.0f} s",
-        flush=True,
-    )
+    say(f"{url}: {index.episodes} episodes, {int(index.steps.sum())} steps in {time.monotonic() - began:.0f} s")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import traceback
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import redacted, say
 from tiphys.launch.lease import FolderInUse
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint_files import StorageFull
@@ -86,8 +85,8 @@ def show(error: BaseException, status: Status, *, with_traceback: bool = False, 
     what   what failed, before the sentence
     """
     if with_traceback or status == Status.CRASHED:
-        traceback.print_exception(error)
-    print(f"tiphys: {what}{redacted(printable(sentence(error)))}", file=sys.stderr, flush=True)
+        say("".join(traceback.format_exception(error)), error=True, end="")
+    say(f"tiphys: {what}{redacted(sentence(error))}", error=True)
 
 
 def _device_memory(error: BaseException) -> bool:

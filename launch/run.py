@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import printable, redacted, say
+from tiphys.launch.account import Account
 from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
 from tiphys.launch.changed_data import settle
@@ -30,11 +31,13 @@ from tiphys.launch.plan import (
     text_lines,
 )
 from tiphys.launch.refusals import OF_A_RANK, show, status_of
+from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
-from tiphys.pretrain.trainer import Diverged
+from tiphys.pretrain.phases import mark
+from tiphys.pretrain.trainer import Diverged, Spiked
 from tiphys.recipes.load import to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
@@ -66,7 +69,7 @@ class Attending(Callback):
             self._first = False
             self.attendance.times.add("first step")
             if trainer.world.rank == 0:
-                print(self.attendance.times.line(), flush=True)
+                say(self.attendance.times.line())
 
 
 def run(
@@ -77,12 +80,16 @@ def run(
     with_traceback        print the traceback of every error, not only of a defect of Tiphys
     accept_changed_data   continue the run although values of its datasets were corrected (`launch/changed_data.py`)
     """
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.pretrained import pinned
+
     attendance.times.add("import")
     world = ParallelDims(recipe.parallel)
     try:
         attendance.begin(recipe, world)
         attendance.times.add("meet")
-        objectives, stop, aside = _train(recipe, world, attendance, accept_changed_data)
+        recipe = pinned(recipe, Checkpoint.newest_whole(recipe.run.dir), world)
+        objectives, stop, aside = _train_past_spikes(recipe, world, attendance, accept_changed_data)
         world.close()  # nothing collective follows: the other ranks end and leave their cores to the evaluation
         status = Status.DONE
         if stop:
@@ -122,6 +129,17 @@ def _diverged(
     return Status.DIVERGED
 
 
+def _train_past_spikes(
+    recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
+) -> tuple[Objectives, int, Aside | None]:
+    """Train. After a rollback make everything again, as a command that resumes the run would do."""
+    while True:
+        with suppress(Spiked):
+            return _train(recipe, world, attendance, accept)
+        mark("start")
+        gc.collect()  # the engine's memory, before the next one is built
+
+
 def _train(
     recipe: Recipe, world: ParallelDims, attendance: Attendance, accept: bool
 ) -> tuple[Objectives, int, Aside | None]:
@@ -130,24 +148,25 @@ def _train(
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.engine import build_engine
-    from tiphys.pretrain.model.config import DecisionConfig
-    from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.objectives import Objectives
+    from tiphys.pretrain.pretrained import begin, start_lines
     from tiphys.pretrain.trainer import Trainer
 
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
+    events = _rollback_events(recipe, world)
     resume = Checkpoint.newest_whole(recipe.run.dir)
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     attendance.times.add("data")
-    model = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=recipe.train.seed)
+    model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
     attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
         announce(recipe, objectives, plan, engine)
+        say("".join(f"begins with  {line}\n" for line in start_lines(model)), end="")
     fingerprints = [index.fingerprint for index in indexes]
     sizes = recipe.data.cache
     cache = NodeCache(world, sizes.dir, parse_size(sizes.memory), parse_size(sizes.disk), fingerprints)
@@ -158,11 +177,22 @@ def _train(
             plan, world.home, **arguments, join=joining.loader, peers=cache.peers, stop=recipe.train.steps
         )
     with loader or nullcontext():
-        stages = [cache, Attending(attendance), *callbacks(recipe, objectives, indexes, world, attendance.permit)]
+        made = callbacks(recipe, objectives, indexes, world, plan, attendance.permit)
+        stages = [cache, Attending(attendance), *made]
         requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
-        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier)
-        trainer.fit(resume=resume)
+        trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier, events)
+        try:
+            trainer.fit(resume=resume)
+        except Spiked:
+            engine.destroy()
+            raise
     return objectives, trainer.stop_signal, next((stage for stage in stages if isinstance(stage, Aside)), None)
+
+
+def _rollback_events(recipe: Recipe, world: ParallelDims) -> list[dict[str, Any]]:
+    """Rank 0 finishes a rollback that a crash cut off. Returns the events that the plan's log has since the last rollback."""
+    events = complete(recipe.run.dir) if world.rank == 0 else []
+    return list(world.gather(events)[0])
 
 
 def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
@@ -174,7 +204,7 @@ def _lost(run_dir: str, error: Exception, attendance: Attendance) -> Status:
     said = lost(error, attendance.step, saved.step if saved else 0, reports)
     status = reports[0].status if reports else Status.GAVE_UP
     attendance.report(status, said, lost=True)
-    print(said, file=sys.stderr, flush=True)
+    say(said, error=True)
     return status
 
 
@@ -200,6 +230,7 @@ def callbacks(
     objectives: Objectives,
     indexes: list[EpisodeIndex],
     world: ParallelDims,
+    plan: SamplingPlan,
     permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
@@ -219,10 +250,13 @@ def callbacks(
         patience=recipe.checkpoint.patience,
         permit=permit,
     )
-    stages: list[Callback] = [writer, Progress(), checkpointer]  # a checkpoint is written before the last validation
+    guard = Guard(recipe.run.dir, recipe.train.rollbacks, checkpointer, plan, names)
+    # a checkpoint is written before the last validation
+    stages: list[Callback] = [writer, Account(writer, plan.describe), Progress(), checkpointer, guard]
     if recipe.data.validation > 0 and any(index.held_out(recipe.data.validation).any() for index in indexes):
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
-        stages.append(Validator(recipe.validate.every, held_out, writer))
+        every = recipe.validate.every or max(1, recipe.train.steps // 10)
+        stages.append(Validator(every, held_out, writer))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"
@@ -259,7 +293,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines))
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -137,7 +137,7 @@ class SideProcess:
             with open(logs / "stdout", "wb") as out, open(logs / "stderr", "wb") as errors:
                 process = subprocess.Popen(
                     self._command(name, job),
-                    env=_environment(name),
+                    env=_environment(self.recipe.evaluate.devices if name == "evaluate" else ""),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=errors,
@@ -250,13 +250,9 @@ def publish(run_dir: Path, recipe: Recipe, step: int, *, evaluated: bool) -> Non
     publish_policy(recipe, folder, found)
 
 
-def _environment(task: str) -> dict[str, str]:
-    """That of a rank without what its launcher told it. A task gets no GPU unless CUDA_VISIBLE_DEVICES is set."""
-    environment = child_environment()
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "")
-    if task != "evaluate":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    return environment | {"OMP_NUM_THREADS": "1"}
+def _environment(devices: str) -> dict[str, str]:
+    """That of this process, with these GPUs (`CUDA_VISIBLE_DEVICES`)."""
+    return child_environment() | {"CUDA_VISIBLE_DEVICES": devices, "OMP_NUM_THREADS": "1"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import python
-from tiphys.launch.attendance import option
+from tiphys.launch.attendance import STACKS, option
 from tiphys.launch.launches import Launch
-from tiphys.launch.lease import Lease
+from tiphys.launch.lease import PERIOD, Lease
 from tiphys.launch.parents import adopted_orphans
 from tiphys.launch.start_times import StartTimes
 from tiphys.launch.statuses import Status, stopped_by
@@ -35,6 +35,7 @@ from tiphys.pretrain.phases import Beat
 
 GRACE = 5.0  # seconds beyond `checkpoint.deadline` until a launch that was asked to stop is killed
 LONGEST_PAUSE = 300.0  # seconds between two launches
+STACK_TIME = 1.0  # seconds for writing stacks
 _TICK = 0.1
 
 
@@ -212,7 +213,7 @@ class Supervisor:
             verdict = self._launch(node, times)
             if not verdict.failed:
                 if verdict.why:
-                    say(verdict.why)
+                    _tell(verdict.why)
                 return verdict.status
             times = StartTimes()
             progress = newest(self.settings.run_dir) > saved
@@ -221,7 +222,7 @@ class Supervisor:
                 self._give_up(verdict)
                 return Status.GAVE_UP
             self.restarts += 1
-            say(restart_line(self.restarts, verdict, newest(self.settings.run_dir)))
+            _tell(restart_line(self.restarts, verdict, newest(self.settings.run_dir)))
             node.end()
             node = Node(self.job)
             try:
@@ -236,6 +237,7 @@ class Supervisor:
     def _launch(self, node: Node, times: StartTimes) -> Verdict:
         launch = Launch.new(self.settings.run_dir)
         times.leave(launch)
+        self.lease.begin(launch.number)
         node.run(launch, self.lease.token)
         watchdog = Watchdog(launch, self.job.world)
         stalled, until = "", float("inf")
@@ -249,8 +251,8 @@ class Supervisor:
                 if self.stops.insists or time.monotonic() > until:
                     node.kill()
                 elif not stalled and (stalled := watchdog.look()):
-                    say(stalled)
-                    watchdog.ask_for_stacks()
+                    _tell(stalled)
+                    self._ask_for_stacks(node, launch)
                     node.kill()
                 time.sleep(_TICK)
         finally:
@@ -266,6 +268,12 @@ class Supervisor:
             stalled=stalled,
         )
 
+    def _ask_for_stacks(self, node: Node, launch: Launch) -> None:
+        """Let all ranks write the stacks of their threads, and give them the time. A stopped one cannot."""
+        node.signal(STACKS, launch)
+        self.lease.stop(STACKS)  # reaches those on other hosts
+        time.sleep(STACK_TIME if self.job.module is not None else STACK_TIME + PERIOD)
+
     def _pause(self, seconds: float) -> bool:
         """False if a signal ended the pause."""
         end = time.monotonic() + seconds
@@ -276,7 +284,7 @@ class Supervisor:
 
     def _give_up(self, verdict: Verdict) -> None:
         times = f"{self.failures} times" if self.failures > 1 else "once"
-        say(
+        _tell(
             f"{verdict.why}. The run failed {times} without a newer checkpoint, so it is not started again "
             f"(restart.attempts: {self.settings.attempts}); {resuming(newest(self.settings.run_dir))} with the same command"
         )
@@ -303,15 +311,15 @@ def newest(run_dir: str | Path) -> int:
     return next((int(manifest["step"]) for _, manifest in checkpoint_files.whole(run_dir)), 0)
 
 
-def say(text: str) -> None:
-    print(f"tiphys: {text}", file=sys.stderr, flush=True)
+def _tell(text: str) -> None:
+    say(f"tiphys: {text}", error=True)
 
 
 def _status_of_check(code: int) -> Status:
     try:
         return Status(code) if code else Status.CRASHED
     except ValueError:  # it was killed, so it has said nothing
-        say(f"the check of the recipe was killed (signal {-code})")
+        _tell(f"the check of the recipe was killed (signal {-code})")
         return Status.GAVE_UP
 
 

@@ -87,7 +87,9 @@ def load_row(recipe_path: str, overrides: Sequence[str], step: int, row: int) ->
     # A row does not depend on the rows beside it, so it is made alone.
     arrays = objectives.make_batch(step, np.array([row]), [windows], seed=recipe.train.seed)
     batch = TokenBatch.from_arrays(arrays)
-    views = view_windows(batch, 0, windows, objectives.layouts, objectives.vocabulary, objectives.text)
+    views = view_windows(
+        batch, 0, windows, objectives.layouts, objectives.vocabulary, objectives.text, recipe.train.seed
+    )
     return Row(step, row, batch.real_tokens, batch.length, views)
 
 

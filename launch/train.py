@@ -9,6 +9,7 @@ if sys.path and os.path.realpath(sys.path[0]) == _HERE:
     # Started by its path: import the package `tiphys` beside this folder, not the modules inside it.
     sys.path[0] = os.path.dirname(_HERE)
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.python_path import leave_current_folder
 
 if __name__ == "__main__":
@@ -54,10 +55,10 @@ def _train(words: Sequence[str], attendance: Attendance) -> Status:
         usage = (
             f"usage: deepspeed launch/train.py RECIPE [key=value …] [--verbose] [--traceback] [{ACCEPT_CHANGED_DATA}]"
         )
-        print(usage, file=sys.stderr)
+        say(usage, error=True)
         return Status.USAGE
     if "--verbose" not in words:
-        logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.getMessage() != _HARMLESS)  # noqa: TID251
     try:
         recipe = check(recipe_and_overrides[0], recipe_and_overrides[1:], data=False)
     except Exception as error:

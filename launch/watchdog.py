@@ -1,4 +1,4 @@
-"""Notices that ranks stand still, says which one the others wait for, and gets the stacks of those that can still write them.
+"""Notices that ranks stand still, and says which one the others wait for.
 
 Ranks publish what they do (`pretrain/phases.py`). The watchdog is in another process, because a thread of a rank does not run
 while something in that rank holds Python's lock. It measures by its own clock how long a rank has said the same. The rank itself
@@ -7,18 +7,15 @@ has said how long that may be: it knows its phase and the usual time of a step.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tiphys.launch.attendance import STACKS
 from tiphys.launch.launches import Launch
 from tiphys.pretrain.phases import Beat
 
 PERIOD = 1.0  # seconds between two looks
-STACK_TIME = 2.0  # seconds for writing the stacks
 
 
 @dataclass
@@ -62,14 +59,6 @@ class Watchdog:
                 if before is None or before.beat.counter != beat.counter:
                     self._seen[rank] = _Seen(beat, now)
 
-    def ask_for_stacks(self) -> None:
-        """Let the ranks of this machine write the stacks of their threads, and give them the time. A stopped one cannot."""
-        for rank, seen in self._seen.items():
-            with suppress(OSError):
-                if self.launch.stack_file(rank).exists() and _is_rank(seen.beat.process):
-                    os.kill(seen.beat.process, STACKS)
-        time.sleep(STACK_TIME)
-
     def _ranks(self) -> range:
         return range(
             self.world or 1 + max((int(f.stem[5:]) for f in self.launch.folder.glob("rank-*.beat")), default=-1)
@@ -100,10 +89,3 @@ def host_of(launch: Launch, rank: int) -> str:
     with suppress(OSError, IndexError):
         return launch.stack_file(rank).read_text(encoding="utf-8").splitlines()[0].removeprefix("host ")
     return "host unknown"
-
-
-def _is_rank(process: int) -> bool:
-    """A process of this machine that is a rank: process numbers of other machines mean nothing here."""
-    with suppress(OSError), open(f"/proc/{process}/cmdline", "rb") as file:
-        return b"tiphys.launch.train" in file.read()
-    return False

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.targets import TARGETS, targets_of
+from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput
 
-COLUMNS = 4  # predicted tokens, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+COLUMNS = (
+    4  # predicted tokens and pairs, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+)
 
 
 def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -25,11 +27,15 @@ def action_errors(model: DecisionModel, output: DecisionOutput, inputs: Mapping[
         if kind not in TARGETS or (targets := targets_of(inputs, name)) is None:
             continue
         hidden, low = output.hidden[targets.place], 0
-        if kind == "target":
+        # Do not call the modules: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
+        if kind in IDS:
             low = model.output.bounds[int(head)][0]
             guess = model.logits(hidden, int(head))
+        elif kind == "pairs":
+            part = model.head.match
+            assert part is not None
+            guess = part.without_hooks(hidden, output.hidden[targets.payload[:, 0]])
         else:
-            # Do not call the module: under ZeRO-3 the call is a collective, and other ranks may have no target for this head.
             layer = model.head.regressions[model.head.names[head]]
             guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]
         _add(sums, targets.task, TARGETS[kind].column, TARGETS[kind].errors(guess, targets.payload, low))

@@ -9,7 +9,6 @@ are safetensors and JSON.
 from __future__ import annotations
 
 import base64
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tiphys.dataio.atomic import atomic_path, write_json
+from tiphys.dataio.messages import logger
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.checkpoint_files import CheckpointError, WriteError
 from tiphys.pretrain.distributed import deepspeed_state as state_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine
     from tiphys.recipes.schema import Recipe
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

@@ -116,7 +116,7 @@ def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> E
     recipe : Recipe
     model : DecisionModel
         The whole model. With pipeline stages, or experts divided among ranks, a rank keeps only its part of the weights.
-        If the model is on the meta device, each rank draws the weights that it needs.
+        If the model is on the meta device, each rank draws the weights that it needs, or reads them from its `source`.
     world : ParallelDims
         The grid of this launch.
 
@@ -294,7 +294,7 @@ class Engine:
         """This rank's part of the model, with its weights and the choice of frozen parameters."""
         if not any(p.is_meta for p in model.parameters()):
             return model
-        drawn = type(model)(self.config, seed=self.seed)
+        drawn = type(model)(self.config, seed=self.seed, source=model.source)
         for ours, theirs in zip(drawn.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         return drawn

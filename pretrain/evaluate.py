@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from tiphys.dataio.environments.modules import allowed
 from tiphys.dataio.environments.workers import Workers
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.paths import expand
+from tiphys.pretrain.acting.ask import Ask, Asking
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
 from tiphys.pretrain.policy_files import local_policy
@@ -44,6 +45,7 @@ def evaluate(
     seed: int = EVALUATION_SEEDS,
     processes: int = 0,
     sample: bool = False,
+    asking: Asking | None = None,
     out: str | Path = "",
     pictures: str | Path = "",
     videos: int = 1,
@@ -67,6 +69,9 @@ def evaluate(
         Number of worker processes; 0: one for each core.
     sample : bool
         Draw actions from the policy's distribution instead of taking the most probable ones.
+    asking : Asking, optional
+        Objectives to act with, and target returns, prompts and goals, by task. None: the first objective of each task, asked for
+        what the recipe says.
     out : str or Path
         JSON file for the result, written whole or not at all; "": no file.
     pictures : str or Path
@@ -84,14 +89,16 @@ def evaluate(
     Returns
     -------
     dict
-        {"tasks": {name: scores}}. `tiphys.pretrain.acting.scores.summary` lists the scores. "pictures" and "seen_states" are
-        added if they were asked for.
+        {"tasks": {name: scores}}. `tiphys.pretrain.acting.scores.summary` lists the scores. Added are "objective"; for one that
+        shows returns, "target_return" in rewards; and "pictures" and "seen_states", if they were asked for. "curve" is a list of
+        the scores for each of ``asking.target_returns``, with "asked" as it was written. "objectives" has the same for the
+        further objectives of the task, by name.
 
     Raises
     ------
     DataError
-        If the policy has no such task, if a task has no environment or one whose spaces do not fit, or if ``episodes`` is less
-        than 1.
+        If the policy has no such task, if a task has no environment or one whose spaces do not fit, if the policy cannot be
+        asked so, or if ``episodes`` is less than 1.
     EnvironmentFault
         If an environment raises.
     """
@@ -99,7 +106,7 @@ def evaluate(
     environments.allow(modules, tasks or ())
     if "://" in str(folder):
         folder = local_policy(folder)  # once, not in each worker process
-    specs = _specs(folder, tasks, device)
+    specs, asks = _plays(folder, tasks, device, asking or Asking())
     if episodes < 1:
         raise DataError(f"cannot evaluate with {episodes} episodes; play at least 1")
     for place in (Path(out).parent if out else None, Path(pictures) if pictures else None):
@@ -108,33 +115,59 @@ def evaluate(
             if not os.access(place, os.W_OK):
                 raise PermissionError(errno.EACCES, "the result cannot be written there", str(place))
     starts = range(seed, seed + episodes, GROUP)
-    jobs = [_Group(spec, tuple(range(s, min(s + GROUP, seed + episodes)))) for spec in specs for s in starts]
+    jobs = [
+        _Group(number, specs[ask.task], ask, tuple(range(s, min(s + GROUP, seed + episodes))))
+        for number, ask in enumerate(asks)
+        for s in starts
+    ]
     count = min(processes or os.cpu_count() or 1, len(jobs))
-    played: dict[str, list[Played]] = {spec.name: [] for spec in specs}
+    played: list[list[Played]] = [[] for _ in asks]
     with Workers(count, _start, str(folder), sample, device, allowed()) as workers:
         for job, group in zip(jobs, workers.in_order(jobs), strict=True):
-            played[job.spec.name] += group
-        found = {spec.name: summary(spec, [p.outcome for p in played[spec.name]]) for spec in specs}
+            played[job.number] += group
+        found = _results(specs, asks, played)
+        first = {ask.task: number for number, ask in reversed(list(enumerate(asks)))}
         if pictures and videos:
             strips = [
-                _Strip(spec, p.seed, p.actions, str(pictures)) for spec in specs for p in played[spec.name][:videos]
+                _Strip(specs[task], p.seed, p.actions, str(pictures))
+                for task, number in first.items()
+                for p in played[number][:videos]
             ]
             for strip, drawn in zip(strips, workers.in_order(strips), strict=True):
                 found[strip.spec.name].setdefault("pictures", []).append(drawn)
-        for spec in specs if demonstrations else ():
-            parts = [_Demonstrated(spec, tuple(demonstrations), (i, 2 * count)) for i in range(2 * count)]
-            visited = [p.states for p in played[spec.name]]
-            found[spec.name]["seen_states"] = (
-                seen_share(visited, list(workers.in_order(parts))) if len(visited[0]) else None
-            )
+        for task, number in first.items() if demonstrations else ():
+            parts = [_Demonstrated(specs[task], tuple(demonstrations), (i, 2 * count)) for i in range(2 * count)]
+            visited = [p.states for p in played[number]]
+            found[task]["seen_states"] = seen_share(visited, list(workers.in_order(parts))) if len(visited[0]) else None
     result = {"tasks": found}
     if out:
         write_json(out, finite(result), indent=1)
     return result
 
 
-def _specs(folder: str | Path, tasks: Sequence[str] | None, device: str) -> list[TaskSpec]:
-    """The tasks to play. They are checked before any process starts."""
+def _results(specs: Mapping[str, TaskSpec], asks: Sequence[Ask], played: Sequence[list[Played]]) -> dict[str, Any]:
+    """Task -> scores, as `evaluate` returns them."""
+    found: dict[str, Any] = {}
+    places: dict[tuple[str, str], dict[str, Any]] = {}
+    for ask, group in zip(asks, played, strict=True):
+        scores = summary(specs[ask.task], [p.outcome for p in group])
+        known = {} if ask.asked is None else {"target_return": ask.asked}
+        place = places.get((ask.task, ask.objective))
+        if place is not None:
+            place.setdefault("curve", []).append({"asked": ask.written, **known, **scores})
+            continue
+        place = places[ask.task, ask.objective] = {"objective": ask.objective, **known, **scores}
+        if ask.task not in found:
+            found[ask.task] = place
+        else:
+            found[ask.task].setdefault("objectives", {})[ask.objective] = place
+    return found
+
+
+def _plays(
+    folder: str | Path, tasks: Sequence[str] | None, device: str, asking: Asking
+) -> tuple[dict[str, TaskSpec], list[Ask]]:
+    """The tasks to play, and what is asked in them. Both are checked before any process starts."""
     from tiphys.pretrain.acting.policy import Policy, check_device
 
     check_device(device)
@@ -151,22 +184,26 @@ def _specs(folder: str | Path, tasks: Sequence[str] | None, device: str) -> list
         if not known[name].environment:
             raise DataError(f"{folder}: task {name!r} has no environment to act in")
         environments.family(known[name].environment)
-    return [known[name] for name in names]
+    return {name: known[name] for name in names}, asking.asks(policy.processor, list(dict.fromkeys(names)))
 
 
 @dataclass(frozen=True)
 class _Group:
+    number: int  # of the Ask
     spec: TaskSpec
+    ask: Ask
     seeds: tuple[int, ...]
 
     def __call__(self) -> list[Played]:
         assert _policy is not None
         stage = _stage(self.spec)
-        problems = list(misfits(self.spec, _policy.processor.used_fields(self.spec.name), stage.declared))
+        problems = list(
+            misfits(self.spec, _policy.processor.used_fields(self.spec.name, self.ask.objective), stage.declared)
+        )
         if problems:
             raise DataError("; ".join(problems))
         return play_group(
-            _policy, self.spec, stage.environments(len(self.seeds)), self.seeds, stage.limit, stage.declared
+            _policy, self.spec, stage.environments(len(self.seeds)), self.seeds, stage.limit, stage.declared, self.ask
         )
 
 

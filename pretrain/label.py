@@ -105,13 +105,11 @@ def labelling(policy: Policy, task: TaskSpec) -> TimestepLayout:
     """The layout by which a policy labels a task. Raises DataError if it cannot."""
     known = policy.processor.layouts
     for name, layouts in known.items():
-        if policy.processor.objectives[name].get("acting") == "label" and task.name in layouts:
+        if policy.processor.rule(name)[0] == "label" and task.name in layouts:
             layout = layouts[task.name]
             break
     else:
-        able = sorted(
-            {t for n, by in known.items() if policy.processor.objectives[n].get("acting") == "label" for t in by}
-        )
+        able = sorted({t for n, by in known.items() if policy.processor.rule(n)[0] == "label" for t in by})
         raise DataError(
             f"task {task.name!r}: the policy has not learned to label it; it labels {', '.join(able) or 'nothing'}. Train an "
             "objective with paradigm `idm` on episodes of this task that have actions"

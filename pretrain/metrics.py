@@ -25,6 +25,7 @@ class StepMetrics:
     wait       seconds of these that the loaders were waited for, mean over the loaders
     peak       FLOP/s that all processes together could reach
     counters   numbers from the loaders: sums over the ranks, means of rates
+    phases     seconds of this rank by phase (`tiphys.pretrain.phases`), since the previous step's callbacks began
     """
 
     result: StepResult
@@ -32,6 +33,7 @@ class StepMetrics:
     wait: float
     peak: float
     counters: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +64,7 @@ class StepMetrics:
             "mfu": round(self.mfu, 5),
             "peak_memory": r.memory,
             **{name: round(share, 5) for name, share in self.shares().items()},
+            "phases": {name: round(seconds, 5) for name, seconds in self.phases.items()},
             "loss_by_task": by_task,
             "loader": dict(self.counters),
         }

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
+from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
 from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, TAKES_GOAL, Paradigm, hiding_errors, paradigm_errors, table
+from tiphys.pretrain.tokens.paradigms import (
+    ACTING_OPTIONS,
+    PARADIGMS,
+    TAKES_GOAL,
+    Paradigm,
+    hiding_errors,
+    paradigm_errors,
+    table,
+)
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
@@ -119,8 +128,14 @@ class Objectives:
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
         self.layouts = self._layouts(entries, number, ranges)
         embedders, regressions = _heads(self.layouts)
+        pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
-            plain, embedders=embedders, regressions=regressions, tasks=tuple(number), text_tokenizer=definition
+            plain,
+            embedders=embedders,
+            regressions=regressions,
+            tasks=tuple(number),
+            text_tokenizer=definition,
+            pairs=pairs,
         )
         self.text = TextTokenizer(definition)
         self.prompts = [_prompt(entry) for entry in entries]
@@ -223,13 +238,15 @@ class Objectives:
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.extra + self._preambles(line, layout, mine)
-            if layout.has_actions:  # a prompt is a demonstration
+            fixed[mine] = layout.extra + layout.copies * self._preambles(line, layout, mine)
+            if layout.text_last:
+                units[mine] = 1
+            elif not layout.has_actions:
+                units[mine] = np.maximum(units[mine], 1)
+            else:  # a prompt is a demonstration
                 (every if layout.prompt_steps else prompt)[i] = self.prompts[entry]
                 most = line.objective.prompt_steps or line.paradigm.prompt.steps or layout.fit(self.length // 2)
                 prompt_units[i] = layout.prompt_steps or max(1, most)
-            else:
-                units[mine] = 1
         return EntryLengths(
             units=units,
             window=window,
@@ -422,7 +439,7 @@ class Objectives:
                     "target_return": _stored_target(entry),
                     "prompt_steps": entry.objective.prompt_steps or entry.paradigm.prompt.steps,
                     **({"takes_goal": True} if entry.paradigm.acting[0] in TAKES_GOAL else {}),
-                    **_acting(entry),
+                    **_stored_acting(entry),
                     "timesteps": {},
                 },
             )
@@ -443,6 +460,13 @@ class Objectives:
 
 def _shows_returns(layout: Mapping[str, Any]) -> bool:
     return any(element["role"] == "return" for element in layout["elements"])
+
+
+def _stored_acting(entry: _MixtureEntry) -> dict[str, Any]:
+    """The rule of acting in processor.json, and its options; nothing if the tokens of an action are simply answered in order."""
+    rule, options = entry.paradigm.acting
+    given = {name: value for name, value in entry.objective.options.items() if name in options}
+    return {} if rule in ("next", "ask") else {"acting": [rule, {**options, **given}]}
 
 
 def _stored_target(entry: _MixtureEntry) -> float | str:
@@ -494,11 +518,19 @@ def _check_names(entries: Sequence[_MixtureEntry]) -> None:
     for entry in entries:
         fields.setdefault(entry.name, set()).update(f.name for _, task in entry for f in task.fields)
     for entry in entries:
-        for option in entry.objective.options:
+        rule, acting = entry.paradigm.acting
+        for option, value in entry.objective.options.items():
             if option not in OPTIONS:
                 raise DataError(
                     f"objectives.{entry.name}.options: no option {option!r}; the options are {', '.join(OPTIONS)}"
                 )
+            if option in ACTING_OPTIONS:
+                where = f"objectives.{entry.name}.options.{option}"
+                if option not in acting:
+                    raise DataError(
+                        f"{where}: paradigm {entry.paradigm.name!r} acts by {rule!r}, which has no such option"
+                    )
+                within(value, where, *ACTING_OPTIONS[option][1:])
         for pattern in entry.objective.fields:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[entry.name]):
                 has = ", ".join(sorted(fields[entry.name]))
@@ -532,7 +564,7 @@ def _sizes(layouts: Layouts) -> tuple[int, int]:
         if isinstance(codec, Discrete | Integers | Sign):
             discrete = max(discrete, *codec.values)
         elif isinstance(codec, Bins | Quantiles):
-            continuous = max(continuous, codec.choices()[0][1] - codec.first)
+            continuous = max(continuous, *(high - codec.first for _, high in codec.choices()))
     return continuous, discrete
 
 
@@ -553,17 +585,26 @@ def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
     return embedders, {head: codec.embedder_spec().shape[0] for head, codec in heads.items() if codec is not None}
 
 
+def _needs_quantiles(entry: _MixtureEntry) -> bool:
+    """Whether it needs more quantiles than dataset.json has."""
+    coded = (tokens.encoding == "quantile" for tokens in entry.objective.fields.values())
+    return any(coded) or any(part.code == "quantile" for part in entry.paradigm.timestep)
+
+
 def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldStatistics]]:
     """Task -> field -> statistics over all datasets that have the task."""
     from tiphys.dataio.statistics import pooled
 
     found: dict[str, dict[str, list[FieldStatistics]]] = {}
     seen = set()
+    exact = any(map(_needs_quantiles, entries))
     for entry in entries:
         for i, task in entry:
             mine = found.setdefault(task.name, {})
             if (entry.index.fingerprint, i) not in seen:
-                for field, statistics in entry.index.statistics.get(task.name, {}).items():
+                index = entry.index
+                known = index.statistics_with_histograms if exact else index.statistics
+                for field, statistics in known.get(task.name, {}).items():
                     mine.setdefault(field, []).append(statistics)
             seen.add((entry.index.fingerprint, i))
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}
@@ -582,15 +623,6 @@ def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:
         return _Returns(0.0, 0.0)
     quantiles = np.quantile(returns, _RETURN_LEVELS)
     return _Returns(float(returns.max()), float(np.abs(returns).max()), tuple(quantiles.tolist()))
-
-
-def _acting(entry: _MixtureEntry) -> dict[str, str]:
-    """The rule that a policy acts by, if it is not that of policies of earlier versions, and its query."""
-    rule, options = entry.paradigm.acting
-    if rule in ("next", "ask"):
-        return {}
-    query = entry.objective.options.get("query", options.get("query", ""))
-    return {"acting": rule, **({"query": str(query)} if rule == "fill" else {})}
 
 
 def _prompt(line: _MixtureEntry) -> float:

@@ -76,6 +76,7 @@ class Phases:
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._began = 0.0
         self._first = 0
+        self._spent, self._marked = [0.0] * len(PHASES), time.monotonic()
 
     def open(self, file: Path, process: int) -> None:
         """Write to a file from now on. Raises OSError if it cannot be made."""
@@ -92,12 +93,25 @@ class Phases:
 
         step   training step that is being done, from 1; 0: the same as before
         """
+        now = time.monotonic()
+        self._spent[self._phase] += now - self._marked
+        self._marked = now
+        if phase == "start":  # again after a rollback: whatever is compiled is compiled again
+            self._step, self._usual = 0, FIRST
+            self._seconds.clear()
         if step and step != self._step:
             self._begin(step)
         self._counter += 1
         self._phase = PHASES.index(phase)
         self._limit = LONGEST.get(phase, self._usual)
         self._write()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds in each phase since the last call. What a device still computes counts for the phase that waits for it."""
+        self.mark(PHASES[self._phase])
+        found = {phase: seconds for phase, seconds in zip(PHASES, self._spent, strict=True) if seconds}
+        self._spent = [0.0] * len(PHASES)
+        return found
 
     def collective(self) -> None:
         """An exchange with other ranks begins."""

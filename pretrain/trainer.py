@@ -18,14 +18,15 @@ from tiphys.dataio.errors import Explained
 from tiphys.pretrain.callbacks import Callback
 from tiphys.pretrain.checkpoint import Checkpoint, check_recipe, recipe_state
 from tiphys.pretrain.checkpoint_files import CheckpointError
+from tiphys.pretrain.health import Health
 from tiphys.pretrain.metrics import StepMetrics, Stopwatch, peak_rate
-from tiphys.pretrain.phases import mark
+from tiphys.pretrain.phases import mark, phases
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tiphys.pretrain.engine import Engine
+    from tiphys.pretrain.engine import Engine, StepResult
     from tiphys.pretrain.parallel import Sum
     from tiphys.recipes.schema import Recipe
 
@@ -39,7 +40,11 @@ class TrainingError(RuntimeError):
 
 
 class Diverged(Explained, TrainingError):
-    """The loss is infinite or not a number."""
+    """The loss is infinite or not a number, or stays far too high."""
+
+
+class Spiked(Explained, TrainingError):
+    """The last steps damaged the model. A checkpoint from before them is ready to be resumed, and their rows are skipped."""
 
 
 class Loaded(Protocol):
@@ -88,6 +93,8 @@ class Trainer:
         Called at every step; returns events for the plan's log (from `tiphys mixture`). Any ranks may return events.
     earlier : sequence of sequence of str
         Fingerprints that the datasets had earlier in this run, and that a checkpoint may have.
+    events : sequence of dict
+        Events for the plan's log that a checkpoint may lack: those of rollbacks.
 
     Attributes
     ----------
@@ -116,7 +123,10 @@ class Trainer:
         fingerprints: Sequence[str] = (),
         requests: Callable[[], list[dict[str, Any]]] = list,
         earlier: Sequence[Sequence[str]] = (),
+        events: Sequence[dict[str, Any]] = (),
     ) -> None:
+        self.health, self._events = Health.of(recipe), list(events)
+        self._changes: list[int] = []  # steps from which a change of the mixture is in force
         self.earlier = [list(some) for some in earlier]
         self.recipe, self.engine, self.loader = recipe, engine, loader
         self.callbacks, self.fingerprints, self.requests = list(callbacks), list(fingerprints), requests
@@ -150,7 +160,10 @@ class Trainer:
         CheckpointError
             If `resume` belongs to another recipe or other datasets, or cannot be loaded.
         Diverged
-            If the loss is not finite. No checkpoint of that step is written. All ranks raise it.
+            If the loss is not finite and `train.rollbacks` is 0, or if rollbacks did not help. No checkpoint of that step is
+            written. All ranks raise it.
+        Spiked
+            If the run can go back: make everything again and resume from the newest checkpoint. All ranks raise it.
         """
         self._resume(resume)
         mine = peak_rate(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
@@ -179,15 +192,28 @@ class Trainer:
             mark("forward", step=batch.step + 1)
             result = self.engine.train_step(batch)
             stop, wait, counters = self._finish_exchange(exchange, batch.step)
-            if not math.isfinite(result.loss):
-                raise Diverged(
-                    f"step {result.step}: the loss is {result.loss}; no checkpoint has been written since it became non-finite. "
-                    "Lower the learning rate, or clip gradients (deepspeed.gradient_clipping), and use another run.dir"
-                )
-            self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters))
+            self._check_health(result)
+            self._notify("on_step", StepMetrics(result, clock.lap(), wait, self.peak, counters, phases.spent()))
             if stop:
                 self.stop_signal = stop
                 break
+
+    def _check_health(self, result: StepResult) -> None:
+        """Raises Spiked after the callbacks have prepared a rollback, or Diverged if there is none."""
+        if any(step < result.step for step in self._changes):
+            self._changes = [step for step in self._changes if step >= result.step]
+            self.health.forget()
+        spike = self.health.observe(result.step, result.loss, result.gradient_norm, result.loss_by_task)
+        if spike is None:
+            return
+        if self.recipe.train.rollbacks:
+            self._notify("on_spike", spike)
+            raise Spiked(f"step {spike.last}: {spike.why}")
+        if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+            raise Diverged(
+                f"step {result.step}: {spike.why}; no checkpoint has been written since it became non-finite. "
+                "Lower the learning rate, or clip gradients (deepspeed.gradient_clipping), and use another run.dir"
+            )
 
     def _late_stop(self, signals: Signals) -> None:
         """A signal that came after the last step, while the end was saved: what follows training is left out."""
@@ -198,6 +224,8 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         self.resumed = checkpoint
         if checkpoint is None:
+            if self.loader is not None and self._events:
+                self.loader.load_state_dict({**self.loader.state_dict(), "log": self._events})
             return
         state = checkpoint.state()
         check_recipe(state, self.recipe, str(checkpoint.path))
@@ -208,13 +236,21 @@ class Trainer:
                 "`tiphys train … --accept-changed-data` continues with them"
             )
         checkpoint.load(self.engine)
+        self.health.load_state_dict(state.get("health") or {**self.health.state_dict(), "proven": checkpoint.step})
         if self.loader is not None:
+            saved = state["loader"]
+            lacking = [event for event in self._events if event not in saved["log"]]
+            state["loader"] = {**saved, "log": [*saved["log"], *lacking]} if lacking else saved
             self.loader.load_state_dict(state["loader"])
+        self._changes = [
+            event["step"] for event in _of_mixture(state["loader"].get("log", [])) if event["step"] >= self.step
+        ]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint contains besides the engine's state."""
         loader = {"step": self.step} if self.loader is None else {**self.loader.state_dict(), "step": self.step}
-        return {"step": self.step, "loader": loader, "datasets": self.fingerprints, **recipe_state(self.recipe)}
+        state = {"step": self.step, "loader": loader, "health": self.health.state_dict()}
+        return {**state, "datasets": self.fingerprints, **recipe_state(self.recipe)}
 
     def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
         """(rows of this rank, seconds of waiting for them, the loader's item) of each step. The next step is announced before."""
@@ -282,11 +318,17 @@ class Trainer:
         if self.loader is not None:
             self.loader.append(events)
         if changes := [event for event in events if event["kind"] != "quarantine"]:
+            self._changes += [event["step"] for event in _of_mixture(changes)]
             self._notify("on_change", changes)
 
     def _notify(self, stage: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, stage)(self, *arguments)
+
+
+def _of_mixture(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of a plan's log after which other data are drawn than before."""
+    return [event for event in events if event["kind"] in ("weights", "priority", "dataset")]
 
 
 def _stops(number: int) -> list[float]:

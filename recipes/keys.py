@@ -28,7 +28,7 @@ class Key:
     choices   the words that are allowed
     text      what a string without choices holds: a folder, a name, …
     size      a string holds a number of bytes (`sizes.parse_size`)
-    target    a string, or each string of a list, holds a target return (`target_return.TargetReturn`)
+    target    a string, or each string of a list or section, holds a target return (`target_return.TargetReturn`)
     path      a string holds a path or URL; `~` at its beginning is the home folder
     low, high     the lowest and the highest allowed number, themselves allowed
     above, below  the same, themselves not allowed
@@ -71,9 +71,9 @@ class Key:
                 return str(error)
         elif self.target:
             try:
-                for one in [value] if isinstance(value, str) else value:
-                    if one:
-                        TargetReturn.parse(one)
+                each = [value] if isinstance(value, str) else value.values() if hasattr(value, "values") else value
+                for one in each:
+                    TargetReturn.parse(one)
             except ValueError as error:
                 return str(error)
         elif self.choices and value not in self.choices:

@@ -52,13 +52,14 @@ def _type(leaf: Leaf) -> str:
     if leaf.key.size:
         return "size"
     if leaf.key.target:
-        return "list of target returns" if leaf.type == list[str] else "target return"
+        return {str: "target return", list[str]: "list of target returns"}.get(leaf.type, "section of target returns")
     words: dict[Any, str] = {
         int: "whole number",
         float: "number",
         str: "text",
         bool: "true or false",
         list[str]: "list of texts",
+        dict[str, str]: "section of texts",
     }
     return words.get(leaf.type, "section") + (f" ({leaf.key.unit})" if leaf.key.unit else "")
 

@@ -220,6 +220,18 @@ class Experts:
 class Model:
     """The size of the model and its text tokenizer."""
 
+    init: str = key(
+        "",
+        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy or run, URL, or hf://org/name",
+        path=True,
+    )
+    init_map: dict[str, Any] = key(
+        dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
+    )
+    init_digest: str = key(
+        "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
+    )
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)
@@ -283,6 +295,14 @@ class Train:
         high=STEPS,
         resume=True,
     )
+    rollbacks: int = key(
+        3,
+        "Times that a run goes back to a checkpoint from before a spike of the loss, until it is past it; 0: never",
+        unit="times",
+        low=0,
+        high=1000,
+        resume=True,
+    )
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
@@ -341,7 +361,7 @@ class Validation:
 
     every: int = key(
         0,
-        "Training steps between two validations; 0: only at the end, if episodes are held out",
+        "Training steps between two validations, if episodes are held out; 0: a tenth of the run",
         unit="steps",
         low=0,
         high=STEPS,
@@ -363,6 +383,38 @@ class Evaluation:
         resume=True,
     )
     tasks: list[str] = key(list, "Tasks to act in; empty: no evaluation", text="task names", resume=True)
+    objectives: list[str] = key(
+        list,
+        "Objectives to act with, each in the tasks that it is learned from; empty: the first objective of each task",
+        text="keys of `objectives`, or names of paradigms",
+        resume=True,
+    )
+    target_return: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, the return to ask for; `*` stands for every task; otherwise "
+        "`objectives.*.target_return` is asked for",
+        target=True,
+        resume=True,
+    )
+    target_returns: list[str] = key(
+        list,
+        "Further returns to ask for in turn, with as many episodes for each; the report draws the achieved returns over them",
+        target=True,
+        resume=True,
+    )
+    prompt: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, a demonstration that stands before each history; without an episode: the best one of "
+        "the task",
+        text="dataset, or dataset:episode",
+        resume=True,
+    )
+    goal: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, the observation to reach, for objectives that act towards a goal",
+        text="JSON, or dataset:episode (its last observation)",
+        resume=True,
+    )
     modules: list[str] = key(
         list,
         "Python modules that environments named `module:EnvId` may import, beside those named in `tasks`",
@@ -380,6 +432,12 @@ class Evaluation:
         unit="minutes",
         above=0,
         high=1e6,
+        resume=True,
+    )
+    devices: str = key(
+        "",
+        "GPUs for evaluations beside training; empty: none, because training needs them",
+        text="GPU numbers, such as 6,7",
         resume=True,
     )
     sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)

@@ -60,6 +60,8 @@ def _adapted_value(key: Key, value: Any) -> Any:
     if key.size and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if key.target:
+        if isinstance(value, dict):
+            return {name: _as_text(one) for name, one in value.items()}
         return [_as_text(one) for one in value] if isinstance(value, list) else _as_text(value)
     if key.path and isinstance(value, str):
         try:
@@ -145,6 +147,8 @@ def _not_texts(hint: Any, key: Key, value: Any, at: str, where: Where) -> Iterat
         return
     if hint == list[str] and isinstance(value, list):
         texts = {f"{at}[{i}]": item for i, item in enumerate(value)}
+    elif hint == dict[str, str] and isinstance(value, dict):
+        texts = {f"{at}.{name}": item for name, item in value.items()}
     elif hint is str:
         texts = {at: value}
     else:

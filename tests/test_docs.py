@@ -39,7 +39,7 @@ def house() -> Iterator[tuple[str, list[str]]]:
             room, files = line.strip("|").split("|")
             folder = re.search(r"`([\w/]+)/`", room)
             assert folder, f"this row names no folder: {line}"
-            yield folder[1], re.findall(r"`([\w.]+)`", files)
+            yield folder[1], re.findall(r"`([\w.-]+)`", files)
 
 
 def test_the_house_names_every_source_file_once():

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ideas ROW… [--control] [--seeds 0,1,2] [--json]`.
+"""`python -m benchmarks.ideas ROW… [--control] [--seeds 0,1,2] [--json] [--record]`.
 
 Prints what each experiment measures. Exits 1 if a bar is missed, or if a control passes.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ideas import marks
+from benchmarks.ideas import marks, page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--control", action="store_true", help="also measure what must fail")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--record", action="store_true", help="keep the figures, and write docs/paradigms.md again")
     args = parser.parse_args(arguments)
     for row in args.rows:
         if row not in known:
@@ -38,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(mark, ensure_ascii=False) if args.json else line(mark), flush=True)
                 found.append(mark)
         print(f"{row}: {time.process_time() - began:.1f} s of processor time", file=sys.stderr)
+    if args.record:
+        page.record(found)
     for fault in marks.faults(found):
         print(fault, file=sys.stderr)
     return 1 if marks.faults(found) else 0

@@ -24,7 +24,11 @@ def learnt(objective: Mapping[str, Any], folder: Path, seed: int, **options: Any
     for world in worlds:
         episodes += behave(world, 50, seed + world.goal, world.expert).episodes(world.task, world.task.name)
     dataset = write(folder / "goals", [w.task for w in worlds], episodes)
-    return train([{"dataset": dataset}], objective, **{"steps": 150, "rows": 32, "rate": 5e-3, "seed": seed, **options})
+    return train(
+        [{"dataset": dataset}],
+        objective,
+        **{"steps": 150, "rows": 32, "rate": 5e-3, "seed": seed, "sample": False, **options},
+    )
 
 
 def hit(policy: Policy, seed: int, other: int | None, **reset: Any) -> float:

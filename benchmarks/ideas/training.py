@@ -6,6 +6,7 @@ Only DeepSpeed is left out: the optimizer is torch's AdamW in this process, as i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from tiphys.dataio.placement import Home
 from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
-from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors
-from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.pretrained import begin
+from tiphys.pretrain.publish import save_policy
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.load import from_dict
 
@@ -72,7 +73,7 @@ def train(
     indexes = open_datasets(recipe)
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
-    net = DecisionModel(DecisionConfig.from_recipe(recipe.model, objectives.vocabulary), seed=seed).train()
+    net = begin(recipe, objectives.vocabulary).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     with TrajectoryLoader(plan, Home(0, 1), **loader_arguments(recipe, objectives), stop=steps) as loader:
@@ -85,3 +86,9 @@ def train(
             optimizer.step()
             schedule.step()
     return Policy(net, Processor.from_dict(objectives.processor()), sample=sample, seed=seed)
+
+
+def publish(policy: Policy, folder: Path) -> str:
+    """Write a policy as a folder, for `model.init`. Returns the folder."""
+    save_policy(folder, policy.model.state_dict(), policy.model.config, policy.processor.to_dict())
+    return str(folder)

@@ -66,6 +66,7 @@ class Played:
             fields: dict[str, Any] = {k: v[i] for k, v in self.fields.items()}
             fields |= {k: v[i] for k, v in (texts or {}).items()}
             fields |= {"action": self.actions[i], "reward": self.rewards[i].astype(np.float32)}
+            fields = {spec.name: fields[spec.name] for spec in task.fields}
             out.append(Episode(f"{name}-{i}", task.name, fields, self.actions.shape[1]))
         return out
 
@@ -183,6 +184,28 @@ class Chain:
         return {"observation": self.at}, actions.astype(np.float64)
 
 
+class WaitOrTake:
+    """To take (1) earns 1, and nothing more can be earned. To wait (0) at every step earns 10 with the last one.
+
+    The observation is the number of the step, or, once something was taken, the number of steps and one more.
+    """
+
+    def __init__(self, steps: int = 6) -> None:
+        self.steps = steps
+        fields = (discrete("observation", "observation", steps + 2), discrete("action", "action", 2), REWARD)
+        self.task = TaskSpec("wait-or-take", fields)
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.at, self.taken = 0, np.zeros(n, bool)
+        return {"observation": np.zeros(n, np.int64)}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        takes = (actions == 1) & ~self.taken
+        self.taken, self.at = self.taken | takes, self.at + 1
+        waited = 10.0 * (~self.taken & (self.at == self.steps))
+        return {"observation": np.where(self.taken, self.steps + 1, self.at)}, takes + waited
+
+
 def competent(power: float = 1.0) -> Callable[[np.random.Generator], Behaviour]:
     """Takes action 1 with a probability that is drawn for each episode: uniform^power."""
 
@@ -219,3 +242,96 @@ class Goal:
     def expert(self, random: np.random.Generator) -> Behaviour:
         """Always takes the action that is the goal."""
         return lambda fields, step: np.full(len(fields["observation"]), self.goal)
+
+
+class Cued:
+    """A reward of 1 for each action that equals the cue, which is drawn anew at each step. `rewarded`: the task has rewards."""
+
+    def __init__(self, steps: int = 10, values: int = 3, rewarded: bool = True) -> None:
+        self.steps, self.values = steps, values
+        fields = [discrete("observation", "observation", values), discrete("action", "action", values)]
+        self.task = TaskSpec("cued", tuple([*fields, REWARD] if rewarded else fields))
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.random = random
+        return self._show(n)
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        earned = (actions == self.cue).astype(np.float64)
+        return self._show(len(actions)), earned
+
+    def _show(self, n: int) -> dict[str, np.ndarray]:
+        self.cue = self.random.integers(0, self.values, n)
+        return {"observation": self.cue}
+
+    def competent(self, random: np.random.Generator) -> Behaviour:
+        """Acts as the cue says with a probability that is drawn for each episode."""
+        skill = np.zeros(0)
+
+        def act(fields: Mapping[str, np.ndarray], step: int) -> np.ndarray:
+            nonlocal skill
+            cue = fields["observation"]
+            if step == 0:
+                skill = random.random(len(cue))
+            other = (cue + random.integers(1, self.values, len(cue))) % self.values
+            return np.where(random.random(len(cue)) < skill, cue, other)
+
+        return act
+
+
+class Told:
+    """As `Goal`, but each episode has a goal of its own, which only its instruction tells."""
+
+    WORDS = ("red", "green", "blue", "grey", "purple", "yellow")
+
+    def __init__(self, goals: np.ndarray, steps: int = 5) -> None:
+        self.goals, self.steps = goals, steps
+        mission = FieldSpec("mission", "text", "text", "str", per="episode")
+        count = len(self.WORDS)
+        fields = (discrete("observation", "observation", 4), discrete("action", "action", count), REWARD, mission)
+        self.task = TaskSpec("told", fields)
+
+    @property
+    def missions(self) -> list[str]:
+        """The instruction of each episode."""
+        return [f"go to the {self.WORDS[goal]} ball" for goal in self.goals]
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.random = random
+        return {"observation": random.integers(0, 4, n)}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        return {"observation": self.random.integers(0, 4, len(actions))}, (actions == self.goals).astype(np.float64)
+
+    def expert(self, random: np.random.Generator) -> Behaviour:
+        """Does what the instruction says."""
+        return lambda fields, step: self.goals
+
+
+class Choice:
+    """Three actions, of which none is rewarded. The observation is the number of the step."""
+
+    def __init__(self, steps: int = 9, values: int = 3) -> None:
+        self.steps, self.values = steps, values
+        fields = (discrete("observation", "observation", steps + 1), discrete("action", "action", values), REWARD)
+        self.task = TaskSpec("choice", fields)
+
+    def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+        self.at = np.zeros(n, np.int64)
+        return {"observation": self.at}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        self.at = self.at + 1
+        return {"observation": self.at}, np.zeros(len(actions))
+
+    def habitual(self, random: np.random.Generator) -> Behaviour:
+        """Takes each action with a probability that is drawn for each episode."""
+        habit = np.zeros((0, self.values))
+
+        def act(fields: Mapping[str, np.ndarray], step: int) -> np.ndarray:
+            nonlocal habit
+            if step == 0:
+                habit = random.dirichlet(np.ones(self.values), len(fields["observation"]))
+            return (habit.cumsum(1) < random.random((len(habit), 1))).sum(1).clip(max=self.values - 1)
+
+        return act

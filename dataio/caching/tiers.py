@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import mmap
 import os
 import secrets
@@ -24,12 +23,13 @@ from numpy.typing import NDArray
 from tiphys.dataio.atomic import write_json
 from tiphys.dataio.caching.slabs import Ints, Slabs
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import logger
 from tiphys.dataio.private import is_private, open_private, private_folder, read_private
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _VERSION = 1
 _LEAVING = 2.0  # seconds to wait for the process that used a folder before to end
 _JOURNAL = 1 << 20  # bytes that the journal may hold beside what is needed, before it is rewritten

@@ -384,7 +384,7 @@ def _run_on_ray(jobs: Iterator[Job], count: int, processes: int) -> Iterator[str
         raise ImportError("--on ray needs Ray: pip install 'tiphys[ray]'") from error
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False)
+        ray.init(include_dashboard=False, log_to_driver=False)  # a dashboard runs jobs of whoever reaches it
     try:
         workers = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1, max_retries=3)(convert_piece)

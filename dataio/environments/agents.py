@@ -68,7 +68,8 @@ class Named:
     - a class with a method `act(observation)`, made with (task, environment) or without arguments;
     - an object with a method `act(observation)`.
 
-    `act` may take the executed action of the step before as a second argument, and `reset()` is called if there is one.
+    `act` may take the executed action of the step before as a second argument. `reset()` and `rewarded(reward)` are called if
+    there are such methods.
     """
 
     module: str
@@ -115,6 +116,8 @@ class _Acting:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._takes_taken = _takes(actor.act, None, None)
+        if hasattr(actor, "rewarded"):
+            self.rewarded = actor.rewarded
 
     def reset(self) -> None:
         if hasattr(self._actor, "reset"):

@@ -26,7 +26,10 @@ class Environment(Protocol):
 
 
 class Expert(Protocol):
-    """Acts in one environment, whose internal state it may use. `reset` is called after the environment's own `reset`."""
+    """Acts in one environment, whose internal state it may use. `reset` is called after the environment's own `reset`.
+
+    If it has a method `rewarded(reward)`, that is called with the reward of the last action before each further `act`.
+    """
 
     def reset(self) -> None: ...
     def act(self, observation: Any, taken: Any = None) -> Any:

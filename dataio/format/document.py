@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format.rows import check_task
+from tiphys.dataio.messages import logger
 from tiphys.dataio.private import is_private, private_folder
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.stored import task_specs
@@ -28,7 +28,7 @@ from tiphys.paths import expand
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 DATASET, INDEX, STATISTICS = "dataset.json", "index.parquet", "statistics.parquet"
 VERSION = 1
 _DECODED = 2  # version of the decoded arrays; part of the key of the cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import resource
 import time
@@ -14,6 +13,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.loading.units import UnitMap
+from tiphys.dataio.messages import logger
 from tiphys.dataio.peers import Peers
 from tiphys.dataio.storage import Store
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 _OTHER_FILES = 32  # files that a loader process may have to open beside its connections
 
 

@@ -17,14 +17,14 @@ event to the file in the run's folder, and the run reads it (`follow`).
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.messages import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 Event = dict[str, Any]
 
 KINDS: dict[str, tuple[str, ...]] = {

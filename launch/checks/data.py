@@ -1,4 +1,4 @@
-"""What `tiphys check` says of the datasets of a recipe: values that cannot be learned from, and missing rewards."""
+"""What `tiphys check` says of the datasets of a recipe: values that cannot be learned from, missing rewards, too few texts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ import numpy as np
 
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.sampling import SamplingPlan
     from tiphys.dataio.statistics import FieldStatistics
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.tokens.codecs import Codec
 
+_PAIRS = 8  # windows of a row that are told apart by their texts, at least
+_PLANNED = 4  # steps whose rows are looked at
 _SHOWN = 5  # episodes that a message names
 _BY_RETURN = ("return", "top")  # values of `prefer` that need rewards
 
@@ -60,6 +64,88 @@ def data_errors(
             yield (
                 f"{where(f'data.mixture[{i}].prefer')}: {entry.prefer!r} prefers episodes by their returns, but these tasks of "
                 f"{entry.dataset} have no rewards: {', '.join(without[:20])}; leave them out with `tasks`, or set prefer: uniform"
+            )
+
+
+def requirement_errors(
+    recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives, where: Callable[[str], str]
+) -> Iterator[str]:
+    """What the paradigms of a recipe require of the data, and the data lack."""
+    hidden: dict[str, set[str]] = {}  # objective -> tasks that only the prompt tells apart
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        objective = recipe.objectives.get(entry.objective)
+        paradigm = PARADIGMS[(objective.paradigm if objective else "") or entry.objective]
+        at = where(f"data.mixture[{i}].objective")
+        for task in _trained(index, objectives, i):
+            mine = np.asarray(index.task) == index.tasks.index(task)
+            if "text" in paradigm.requires and not _texts_differ(index, task, mine):
+                yield (
+                    f"{at}: {entry.objective!r} learns what an instruction means, but task {task.name!r} of {entry.dataset} has "
+                    "no text that differs between its episodes; use another paradigm, or leave it out with `tasks`"
+                )
+            if "hidden task" in paradigm.requires:
+                hidden.setdefault(entry.objective, set()).add(task.name)
+                if mine.sum() < 2:
+                    yield (
+                        f"{at}: {entry.objective!r} shows another episode of the same task, but task {task.name!r} of "
+                        f"{entry.dataset} has {mine.sum()}; leave it out with `tasks`"
+                    )
+    for name, tasks in hidden.items():
+        if len(tasks) < 2:
+            yield (
+                f"{where(f'objectives.{name}')}: it tells tasks apart by a demonstration, but there is only {', '.join(tasks)}; "
+                "train it on several tasks, or use dt"
+            )
+        if recipe.model.moe.experts and recipe.model.moe.task:
+            yield (
+                f"{where('model.moe.task')}: the router sees the task, so objective {name!r} need not look at its demonstration; "
+                "set it to false"
+            )
+
+
+def _texts_differ(index: EpisodeIndex, task: Any, mine: np.ndarray) -> bool:
+    """Whether a text of the task differs between its episodes."""
+    for field in task.with_role("observation", "text"):
+        if field.modality == "text" and (field.per == "step" or len(np.unique(index.text(field.name)[0][mine])) > 1):
+            return True
+    return False
+
+
+def text_errors(
+    recipe: Recipe,
+    indexes: Sequence[EpisodeIndex],
+    objectives: Objectives,
+    plan: SamplingPlan,
+    where: Callable[[str], str],
+) -> Iterator[str]:
+    """Objectives that learn which texts fit, in rows that have too few windows or texts to tell apart."""
+    learnt = [layout for by_task in objectives.layouts for layout in by_task.values()]
+    if not any(layout.loss == "pairs" or layout.swap for layout in learnt):
+        return
+    first = [plan.windows(step) for step in range(min(_PLANNED, recipe.train.steps))]
+    for i, (entry, index) in enumerate(zip(recipe.data.mixture, indexes, strict=True)):
+        layouts = objectives.layouts[i]
+        pairs = any(layout.loss == "pairs" for layout in layouts.values())
+        if not pairs and not any(layout.swap for layout in layouts.values()):
+            continue
+        for task in _trained(index, objectives, i):
+            layout = layouts[objectives.number(task.name)]
+            mine = np.asarray(index.task) == index.tasks.index(task)
+            several = [len(np.unique(np.asarray(index.text(field)[0])[mine])) > 1 for field in layout.preamble]
+            if not any(several):
+                yield (
+                    f"{where(f'data.mixture[{i}]')}: all episodes of task {task.name!r} have the same text, so objective "
+                    f"{entry.objective!r} cannot learn which text fits; leave the task out with `tasks`, or use another objective"
+                )
+        least, count = (_PAIRS if pairs else 2), 0.0
+        rows = [w.row[(w.entry == i) & ~w.prompt] + (n << 32) for n, w in enumerate(first)]
+        if len(flat := np.concatenate(rows)):
+            count = float(np.unique(flat, return_counts=True)[1].mean())
+        if count < least:
+            yield (
+                f"{where(f'objectives.{entry.objective}.context')}: a row of {objectives.length} tokens has {count:.1f} windows of "
+                f"this objective on average, but it learns by telling them apart and needs at least {least}; raise `context`, "
+                "lower `window`, or give it a run of its own"
             )
 
 

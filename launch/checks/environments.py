@@ -9,6 +9,7 @@ from tiphys.dataio.environments.fitting import misfits
 from tiphys.dataio.environments.modules import module_of
 from tiphys.dataio.environments.probe import declared
 from tiphys.dataio.episode import DataError
+from tiphys.pretrain.acting.ask import Asking
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.objectives import Objectives
 from tiphys.recipes.schema import Recipe
@@ -30,13 +31,18 @@ def environment_errors(recipe: Recipe, objectives: Objectives, where: Callable[[
             yield f"{place}: {problem}"
         else:
             places.setdefault(name, place)
+    asking = Asking.from_recipe(recipe.evaluate)
+    for key, reason in asking.problems(processor, list(places)):
+        yield f"{where(f'evaluate.{key}')}: {reason}"
     tasks = [processor.tasks[name] for name in places]
     modules = [*recipe.evaluate.modules, *filter(None, map(module_of, names))]
     for task, found in zip(tasks, declared([t.environment for t in tasks], modules), strict=True):
         if isinstance(found, DataError):
             yield f"{places[task.name]}: {found}"
         else:
-            for problem in misfits(task, processor.used_fields(task.name), found.fields):
+            plays = asking.plays(processor, [task.name])
+            used = {name for _, objective in plays for name in processor.used_fields(task.name, objective)}
+            for problem in misfits(task, used, found.fields):
                 yield f"{places[task.name]}: {problem}"
 
 

@@ -57,6 +57,25 @@ def tokenizer_errors(path: Any, vocabulary: Any) -> Iterator[Error]:
             yield "model.text_tokenizer", str(error).removeprefix("model.text_tokenizer: ")
 
 
+def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
+    """Whether `model.init` is a policy with layers of the same sizes, and its digest the one that the recipe was pinned to."""
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.pretrained import open_pretrained, pinned
+
+    if not recipe.model.init or Checkpoint.newest_whole(recipe.run.dir) is not None:
+        return  # a run that continues does not open it
+    if wrong := [v for v in recipe.model.init_map.values() if not isinstance(v, str)]:
+        yield "model.init_map", f"the name here must be a text, not {wrong[0]!r}; write it in quotes"
+        return
+    try:
+        pinned(recipe, None)
+        config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+        open_pretrained(recipe, (config, objectives.vocabulary))
+    except (OSError, ValueError, RuntimeError) as error:
+        yield "model.init", str(error).removeprefix("model.init: ")
+
+
 def freeze_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
     """Whether each pattern of `model.freeze` names a parameter, and one is left to train."""
     if not recipe.model.freeze:

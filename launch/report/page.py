@@ -1,4 +1,4 @@
-"""The HTML page about a run: scores, curves, use of experts, pictures of episodes, the recipe.
+"""The HTML page about a run: whether it is healthy, scores, curves, use of experts, pictures of episodes, the recipe.
 
 The page has no script and loads nothing from the network.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import base64
 import html
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.episode import DataError
-from tiphys.dataio.plan.log import described
 from tiphys.launch.report import svg
-from tiphys.launch.report.svg import Points
-from tiphys.plain_yaml import read
+from tiphys.launch.report.charts import marks, training_charts
+from tiphys.launch.report.files import RunFiles, mean, recent
+from tiphys.launch.report.verdict import breakdown, epochs, verdict
 
 # Even if a name in the data became markup, the page would run no script and load nothing
 CONTENT_POLICY = (
@@ -27,72 +26,103 @@ CONTENT_POLICY = (
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `<run_dir>/report.html` from the files of a run and return its path.
+def write_report(run_dir: str | Path, out: str | Path = "") -> Path:
+    """Write the report from the files of a run and return its path: `out`, or `<run_dir>/report.html`.
 
     Raises FileNotFoundError if the folder has no metrics.jsonl.
     """
-    folder = Path(run_dir)
-    if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder}: not the folder of a run that has trained: it has no metrics.jsonl")
-    lines = _lines(folder / "metrics.jsonl")
-    page = render(lines, _json(folder / "evaluation.json"), _text(folder / "recipe.yaml"), folder / "pictures")
-    target = folder / "report.html"
-    write_text(target, page)
+    target = Path(out) if out else Path(run_dir) / "report.html"
+    write_text(target, render(RunFiles.read(run_dir)))
     return target
 
 
-def render(
-    lines: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None, recipe: str, pictures: Path
-) -> str:
-    """The page as text.
-
-    lines       of metrics.jsonl
-    evaluation  contents of evaluation.json, or None
-    recipe      the resolved recipe as YAML, or ""
-    pictures    folder of the pictures that `evaluation` names
-    """
-    train = [line for line in lines if "kind" not in line]
-    name = (read(recipe, "recipe.yaml").values or {}).get("name", "run") if recipe else "run"
+def render(run: RunFiles) -> str:
+    """The page as text."""
     parts = [
-        f"<h1>{html.escape(str(name))}</h1><p class='sub'>{html.escape(_when(train))}</p>",
-        _facts(train, evaluation),
-        _evaluation(evaluation),
+        f"<h1>{html.escape(run.name)}</h1><p class='sub'>{html.escape(_when(run))}</p>",
+        _verdict(run),
+        _facts(run),
+        _evaluation(run.evaluation),
         "<h2>Training</h2>",
-        _changes(lines),
-        _curves(lines, train),
-        _experts(lines),
-        _pictures(evaluation, pictures),
+        cards(training_charts(run)),
+        "<h2>The run</h2>",
+        f"<div class='cards'>{_about(run)}{_breakdown(run)}{_events(run)}{_epochs(run)}</div>",
+        _experts(run),
+        _pictures(run.evaluation, run.folder / "pictures"),
         "<h2>Recipe</h2><div class='card'><details><summary>with all defaults and overrides</summary>"
-        f"<pre>{html.escape(recipe)}</pre></details></div>",
+        f"<pre>{html.escape(run.recipe)}</pre></details></div>",
     ]
+    return document(run.name, "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'{CONTENT_POLICY}<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(str(name))}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
     )
 
 
-def _when(train: Sequence[Mapping[str, Any]]) -> str:
-    if not train:
+def cards(charts: Sequence[tuple[str, str]]) -> str:
+    """Charts as cards; those without any value are left out."""
+    shown = [(title, chart) for title, chart in charts if "<svg" in chart]
+    return (
+        f"<div class='cards'>{''.join(f'<div class=card><h3>{html.escape(t)}</h3>{c}</div>' for t, c in shown)}</div>"
+    )
+
+
+def cell(value: Any) -> str:
+    """A number of a table."""
+    if not isinstance(value, int | float):
+        return "–"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def hours(run: RunFiles) -> float:
+    """Hours of training, of the steps that count."""
+    every = max(1, round(run.train[-1]["step"] / len(run.train))) if run.train else 1
+    return every * sum(float(line["seconds"]) for line in run.train) / 3600
+
+
+def short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _when(run: RunFiles) -> str:
+    if not run.train:
         return "no training step yet"
-    last = train[-1]
-    return f"{last['step']} steps; {last['rows']} rows and about {last['tokens']} tokens per step"
+    last = run.train[-1]
+    of = f" of {run.steps}" if run.steps else ""
+    return f"{last['step']}{of} steps; {last['rows']} rows and about {last['tokens']} tokens per step"
 
 
-def _facts(train: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None) -> str:
+def _verdict(run: RunFiles) -> str:
+    found = verdict(run)
+    state = "Healthy" if found.healthy else "Needs a look"
+    items = "".join(f"<li>{html.escape(problem)}</li>" for problem in found.problems)
+    return (
+        f"<div class='card verdict{'' if found.healthy else ' look'}'><b>{state}</b> · bottleneck: "
+        f"{html.escape(found.bottleneck)}{f'<ul>{items}</ul>' if items else ''}</div>"
+    )
+
+
+def _facts(run: RunFiles) -> str:
     facts: list[tuple[str, str]] = []
-    if evaluation:
-        scores = [t["expert_normalized"] for t in evaluation["tasks"].values() if t["expert_normalized"] is not None]
-        if scores:
-            facts.append((f"{sum(scores) / len(scores):.2f}", f"expert-normalised score, mean of {len(scores)} tasks"))
-    if train:
-        late = train[len(train) // 2 :]
+    if run.evaluation and (score := run.score) is not None:
+        known = [t for t in run.evaluation["tasks"].values() if t.get("expert_normalized") is not None]
+        facts.append((f"{score:.2f}", f"expert-normalised score, mean of {len(known)} tasks"))
+    if run.train:
+        late = recent(run.train)
+        waited = sum(line["data_wait"] for line in late) / max(1e-9, sum(line["seconds"] for line in late))
+        held_out = [line["loss"] for line in run.kind("validation") if line["loss"] is not None]
         facts += [
-            (f"{train[-1]['loss']:.3f}", "loss of the last step"),
-            (_number(_mean(late, "tokens_per_second")), "tokens per second"),
-            (f"{100 * _mean(late, 'mfu'):.1f} %", "model FLOPs utilisation"),
-            (f"{100 * _wait(late):.1f} %", "of the time spent waiting for data"),
+            (cell(run.train[-1]["loss"]), "loss of the last step"),
+            *([(cell(held_out[-1]), "held-out loss")] if held_out else []),
+            (short(mean(late, "tokens_per_second")), "tokens per second"),
+            (f"{100 * mean(late, 'mfu'):.1f} %", "model FLOPs utilisation"),
+            (f"{100 * waited:.1f} %", "of the time spent waiting for data"),
+            (_duration(hours(run)), "of training"),
         ]
     return (
         "<div class='facts'>"
@@ -101,16 +131,71 @@ def _facts(train: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | N
     )
 
 
-def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(float(line.get(key, 0.0)) for line in lines) / len(lines)
+def _duration(found: float) -> str:
+    return f"{found:.1f} h" if found >= 1 else f"{60 * found:.1f} min"
 
 
-def _wait(lines: Sequence[Mapping[str, Any]]) -> float:
-    return sum(line["data_wait"] for line in lines) / max(1e-9, sum(line["seconds"] for line in lines))
+def _about(run: RunFiles) -> str:
+    """When, where and on what layout."""
+    launches = run.kind("launch")
+    if not launches:
+        return ""
+    last = launches[-1]
+    rows = [
+        ("begun", _date(launches[0]["time"])),
+        *([("last resumed", f"{_date(last['time'])}, after step {last['step']}")] if len(launches) > 1 else []),
+        ("launches", str(len(launches))),
+        ("host", ", ".join(dict.fromkeys(str(line["host"]) for line in launches))),
+        ("layout", f"{last['ranks']} processes on {last['device']}: {last['layout']}, {last['precision']}"),
+        ("folder", str(run.folder)),
+    ]
+    items = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in rows)
+    return f"<div class='card'><h3>When and where</h3><dl>{items}</dl></div>"
 
 
-def _number(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+def _date(text: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(text)).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return str(text)
+
+
+def _breakdown(run: RunFiles) -> str:
+    """Where the time of a step goes."""
+    parts = breakdown(run.train)
+    if not parts:
+        return ""
+    bar = "".join(
+        f"<span class='s{i % 10}' style='width:{100 * share:.2f}%'></span>" for i, (_, share) in enumerate(parts)
+    )
+    keys = "".join(f"<span class='s{i % 10}'>{html.escape(n)} {share:.1%}</span>" for i, (n, share) in enumerate(parts))
+    seconds = mean(recent(run.train), "seconds")
+    return (
+        f"<div class='card'><h3>A step: {1000 * seconds:.0f} ms</h3><div class='parts'>{bar}</div>"
+        f"<p class='legend'>{keys}</p><p class='note'>Mean of the later half of the steps. What a device still computes counts "
+        "for the part that waits for it.</p></div>"
+    )
+
+
+def _events(run: RunFiles) -> str:
+    """Resumes, changes of the mixture and rollbacks."""
+    items = "".join(f"<li>{html.escape(what[:1].upper() + what[1:])}</li>" for _, what in marks(run))
+    return f"<div class='card'><h3>Resumes and changes</h3><ul>{items}</ul></div>" if items else ""
+
+
+def _epochs(run: RunFiles) -> str:
+    """How often the data were seen."""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{share:.1%}</td><td>{episodes}</td><td>{times:.2f}</td></tr>"
+        for name, share, times, episodes in epochs(run)
+    )
+    if not rows:
+        return ""
+    head = "<tr><th>mixture entry</th><th>windows</th><th>episodes</th><th>epochs</th></tr>"
+    return (
+        f"<div class='card scroll'><h3>Data seen</h3><table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+        "<p class='note'>Epochs: tokens delivered ÷ tokens of the entry's episodes.</p></div>"
+    )
 
 
 def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
@@ -136,15 +221,15 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
         interval = task.get("expert_normalized_interval")
         cells = [
             html.escape(name),
-            _cell(score),
+            cell(score),
             f"<span class='bar{low}' style='width:{width:.0f}px'></span>",
             f"{interval[0]:.2f} … {interval[1]:.2f}" if interval else "–",
-            _cell(task["mean_return"]),
-            _cell(task["success_rate"]),
-            _cell(task["random"]),
-            _cell(task["expert"]),
+            cell(task["mean_return"]),
+            cell(task["success_rate"]),
+            cell(task["random"]),
+            cell(task["expert"]),
             html.escape(str(task["episodes"])),
-            _cell(task.get("seen_states")),
+            cell(task.get("seen_states")),
         ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in header)
@@ -156,119 +241,28 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> str:
     )
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _curves(lines: Sequence[Mapping[str, Any]], train: Sequence[Mapping[str, Any]]) -> str:
-    held_out = [(v["step"], v["loss"]) for v in lines if v.get("kind") == "validation"]
-    by_task: dict[str, list[tuple[float, float]]] = {}
-    for line in train:
-        for task, loss in line.get("loss_by_task", {}).items():
-            by_task.setdefault(task, []).append((line["step"], loss))
-    charts = [
-        ("Loss", svg.lines({"loss": svg.smooth(_series(train, "loss")), "held out": held_out}, log=True)),
-        ("Loss by task", svg.lines({t: svg.smooth(p) for t, p in by_task.items()}, log=True)),
-        ("Gradient norm", svg.lines({"norm": svg.smooth(_series(train, "gradient_norm"))}, log=True)),
-        ("Learning rate", svg.lines({"rate": _series(train, "learning_rate")})),
-        ("Tokens per second", svg.lines({"tokens/s": svg.smooth(_series(train, "tokens_per_second"))})),
-        ("Balance and z-loss", svg.lines({"auxiliary": svg.smooth(_series(train, "auxiliary"))})),
-        ("Waiting for data, share of the step", svg.lines({"wait": svg.smooth(_shares(train))})),
-        ("Cache", svg.lines(_cache(train))),
-        ("Peak memory of a process, GiB", svg.lines({"peak": _memory(train)})),
-    ]
-    layout = {name: svg.smooth(_series(train, name)) for name in ("bubble", "bubble_bound", "all_to_all")}
-    if any(layout.values()):
-        charts.append(("Pipeline bubble and all-to-all, shares", svg.lines({n: p for n, p in layout.items() if p})))
-    cards = "".join(f"<div class='card'><h3>{title}</h3>{chart}</div>" for title, chart in charts)
-    return f"<div class='cards'>{cards}</div>"
-
-
-def _changes(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Changes of the mixture while the run trained."""
-    events = [line["event"] for line in lines if line.get("kind") == "change"]
-    items = "".join(f"<li>From step {e['step']} on: {html.escape(described(e))}</li>" for e in events)
-    return f"<div class='card'><h3>Changes of the mixture</h3><ul>{items}</ul></div>" if items else ""
-
-
-def _series(train: Iterable[Mapping[str, Any]], key: str) -> Points:
-    return [(line["step"], line[key]) for line in train if line.get(key) is not None]
-
-
-def _shares(train: Iterable[Mapping[str, Any]]) -> Points:
-    return [(line["step"], line["data_wait"] / max(line["seconds"], 1e-9)) for line in train]
-
-
-def _memory(train: Iterable[Mapping[str, Any]]) -> Points:
-    return [(step, size / 2**30) for step, size in _series(train, "peak_memory")]
-
-
-def _cache(train: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    """Share of the bytes that came from the cache, and the best share that a cache of this size can reach."""
-    names = {"cache_hit_rate": "hit rate", "cache_hit_bound": "best possible"}
-    return {
-        shown: [(line["step"], line["loader"][key]) for line in train if key in line.get("loader", {})]
-        for key, shown in names.items()
-    }
-
-
-def _experts(lines: Sequence[Mapping[str, Any]]) -> str:
+def _experts(run: RunFiles) -> str:
     """One heat map per layer, of the last count: which tasks use which experts."""
-    counted = [line for line in lines if line.get("kind") == "experts"]
+    counted = run.kind("experts")
     if not counted:
         return ""
     tasks = counted[-1]["tokens_by_task"]
     layers = len(next(iter(tasks.values())))
-    cards = []
+    maps = []
     for layer in range(layers):
         shares = [[c / max(1, sum(counts[layer])) for c in counts[layer]] for counts in tasks.values()]
         columns = [f"e{i}" for i in range(len(shares[0]))]
-        cards.append(
-            f"<div class='card'><h3>Expert layer {layer}, % of a task's tokens</h3>{svg.heat(list(tasks), columns, shares)}</div>"
-        )
-    return f"<h2>Experts by task</h2><div class='cards'>{''.join(cards)}</div>"
+        maps.append((f"Expert layer {layer}, % of a task's tokens", svg.heat(list(tasks), columns, shares)))
+    return f"<h2>Experts by task</h2>{cards(maps)}"
 
 
 def _pictures(evaluation: Mapping[str, Any] | None, folder: Path) -> str:
-    cards = []
+    found = []
     for name, task in (evaluation or {"tasks": {}})["tasks"].items():
         for picture in task.get("pictures", []):
             path = folder / Path(picture.get("file", "")).name  # none if it could not be drawn
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
                 image = f"<img class='strip' alt='' src='data:image/png;base64,{data}'>"
-                cards.append(f"<div class='card'><h3>{html.escape(name)}</h3>{image}</div>")
-    return f"<h2>Episodes of the evaluation</h2>{''.join(cards)}" if cards else ""
-
-
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); remove it, or write it again with `tiphys evaluate`") from error
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. An incomplete last line, of a run that was killed, is left out."""
-    found = []
-    texts = path.read_text(encoding="utf-8").split("\n")
-    for number, text in enumerate(texts, 1):
-        try:
-            value = json.loads(text or "{}")
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise DataError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
-        if not isinstance(value, dict) or (text and "step" not in value):
-            raise DataError(f"{path}, line {number}: not a line of metrics: {text[:60]}; remove the line")
-        if text:
-            found.append(value)
-    return found
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+                found.append(f"<div class='card'><h3>{html.escape(name)}</h3>{image}</div>")
+    return f"<h2>Episodes of the evaluation</h2>{''.join(found)}" if found else ""

@@ -45,7 +45,7 @@ class Filling(History):
     ):
         super().__init__(processor, layout, environments, target_return, prompt, hop=True, goal=goal)
         self.query = query
-        self.asks_for_returns = self.asks_for_returns and query == "rc"
+        self.needs_rewards = self.needs_rewards and query == "rc"
 
     def observe(
         self,
@@ -116,6 +116,7 @@ class Filling(History):
         actions: Mapping[str, np.ndarray],
         environments: Sequence[int] | None = None,
         seen: Acting | None = None,
+        read: int = 0,
     ) -> None:
         """As `History.acted`; nothing is remembered."""
         super().acted(actions, environments)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
+from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
+from tiphys.pretrain.tokens.agents import one_agent
 from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
 from tiphys.pretrain.tokens.codecs import Discrete
+from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
@@ -33,6 +36,19 @@ class Slot:
     shown: bool = True
 
 
+class Head(NamedTuple):
+    """The beginning of a window: its tokens are the same wherever these three are the same.
+
+    tokens   number of tokens, from the window's first on
+    said     what it says: the texts of an instruction; None: the demonstration of the history
+    number   number of the window's first step in its episode; 0 if the tokens do not depend on it
+    """
+
+    tokens: int
+    said: tuple[str, ...] | None
+    number: int
+
+
 @dataclass(frozen=True)
 class Acting:
     """Histories whose next action is still to be chosen, one row for each environment.
@@ -44,8 +60,8 @@ class Acting:
     slots  the answers that make up the action, in order
     start  int64 [R]: column of the first token that the model has not seen yet; 0 for a row that holds a whole window
     past   int64 [R]: number of tokens of the window before that column
-    heads  for each row, the beginnings of its window that other rows may share, the longest last: (number of tokens, key).
-           Beginnings with the same key are equal. Empty if `past` is not 0
+    heads  for each row, the beginnings of its window that other windows may share, the longest last. Empty if `past` is not 0
+    allowed  slot -> bool [R, its ids]: the answers that can be given. Slots that are not in it have no limits but their own
     """
 
     batch: TokenBatch
@@ -53,7 +69,11 @@ class Acting:
     slots: tuple[Slot, ...]
     start: np.ndarray
     past: np.ndarray
-    heads: tuple[tuple[tuple[int, Any], ...], ...]
+    heads: tuple[tuple[Head, ...], ...]
+    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def _restricted(self, allowed: Mapping[int, np.ndarray]) -> Acting:
+        return replace(self, allowed=allowed)
 
     def answer(self, slot: int, value: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Write the answers to a slot into these rows (None: all), so that the next slot's answer can depend on them.
@@ -93,11 +113,13 @@ class _Episode:
     """
 
     asked: float
+    demand: Demand | None = None
     number: int = 0
     observations: list[Mapping[str, Any]] = field(default_factory=list)
     actions: list[Mapping[str, np.ndarray]] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)  # return-to-go at each step
     rewards: list[float] = field(default_factory=list)  # of each action, as far as they are known
+    demanded: list[np.ndarray] = field(default_factory=list)  # what `demand` was at each step
     held: int = 0
     begins: list[int] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
@@ -123,21 +145,38 @@ class History:
         prompt: Window | None,
         hop: bool = False,
         goal: Mapping[str, Any] | None = None,
+        demands: Sequence[Demand] = (),
+        *,
+        answers_return: bool = False,
+        reserve: int = 0,
+        predicts_end: bool = False,
+        available: Mapping[str, str] | None = None,
     ):
+        """answers_return: the return of each step is answered too, before the action. reserve: steps that a full window keeps
+        free, for a plan. predicts_end: the model says where an episode ends."""
         self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
+        self.available = dict(available or {})  # action field -> the field that tells which of its values can be taken
         # What each environment is asked for, unless `reset` says otherwise
         self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
+        self.reserve, self.predicts_end = min(reserve, layout.steps(0, processor.length) - 1), predicts_end
         self.actions = tuple(e for e in layout.elements if e.role == "action")
-        self.slots = tuple(slot for e in self.actions for slot in _slots(e))
+        self.answered = tuple(e for e in layout.elements if answers_return and e.role == "return") + self.actions
+        self.slots = tuple(slot for e in self.answered for slot in _slots(e))
+        self._demands = tuple(demands)
         self._episodes = [_Episode(asked) for asked in self.target_return]
-        self.asks_for_returns = any(e.role == "return" for e in layout.elements)
+        for i in range(environments):
+            self.reset(i)
+        self.needs_rewards = any(shows_return(e) or (e.role == "reward" and e.shown) for e in layout.elements) or any(
+            d.field == REWARD_FIELD for d in self._demands
+        )
         self._warned = False
         # Names of the texts that an observation must give
         self.texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
         self._constants = tuple(e.field for e in layout.elements if e.constant)
-        self._placeholders = {e.field: any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders = {_name(e): any_value(e) for e in layout.elements if e.role in ("action", "reward")}
+        self._placeholders |= {_name(e): any_value(e) for e in self.answered}
 
     def reset(self, environment: int, target_return: float | None = None) -> None:
         """Forget the episode of an environment.
@@ -146,7 +185,8 @@ class History:
         last episode was asked for.
         """
         asked = self.target_return[environment] if target_return is None else target_return
-        self._episodes[environment] = _Episode(asked)
+        demand = self._demands[environment].again() if self._demands else None
+        self._episodes[environment] = _Episode(asked, demand)
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -155,9 +195,11 @@ class History:
 
         Raises DataError if an entry of an action field has no value that both the policy and the environment know.
         """
-        fields = {f.name: f for f in declared if f.modality == "discrete"}
+        agents, mine_of = self.layout.agents, self.layout.agent_fields
+        each = [one_agent(f, agents) if f.name in mine_of else f for f in declared]
+        fields = {f.name: f for f in each if f.modality == "discrete"}
         slots: list[Slot] = []
-        for element in self.actions:
+        for element in self.answered:
             mine, field = _slots(element), fields.get(element.field)
             if field is not None and isinstance(element.codec, Discrete):
                 mine = _limited(mine, element.codec, field)
@@ -189,7 +231,7 @@ class History:
         base = np.array([base for _, base, _, _ in laid], np.int64)
         for row, (i, (_, at, first, heads)) in enumerate(zip(chosen, laid, strict=True)):
             episode = self._episodes[i]
-            head = heads[-1][0] if heads else 0
+            head = heads[-1].tokens if heads else 0
             numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
             body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
             episode.begins[first:] = (at + head + body).tolist()
@@ -199,7 +241,24 @@ class History:
         after = batch.length - is_action[:, ::-1].argmax(axis=1)  # the column after the last action
         return Acting(
             batch, after - len(self.slots), self.slots, past - base, past, tuple(heads for _, _, _, heads in laid)
-        )
+        )._restricted(self._allowed(observations))
+
+    def _allowed(self, observations: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
+        """Slot -> bool [R, ids of the slot]: which can be answered. Raises DataError if none can."""
+        out = {}
+        for number, slot in enumerate(self.slots):
+            if name := self.available.get(slot.field):
+                codec = next(e.codec for e in self.actions if e.field == slot.field)
+                assert codec is not None
+                first = slot.low - codec.choices()[0][0]
+                can = np.stack([np.asarray(given(o, name)).astype(bool) for o in observations])
+                out[number] = can[:, first : first + slot.high - slot.low]
+                if not out[number].any(axis=1).all():
+                    row = int(out[number].any(axis=1).argmin())
+                    raise DataError(
+                        f"observation {row}: field {name!r} says that no value of {slot.field!r} can be taken"
+                    )
+        return out
 
     def _add_step(
         self,
@@ -209,7 +268,7 @@ class History:
     ) -> list[int]:
         """Add a step of these environments (None: all). Returns their numbers."""
         chosen = list(range(len(self._episodes)) if environments is None else environments)
-        if rewards is None and self.asks_for_returns and any(self._episodes[i].returns for i in chosen):
+        if rewards is None and self.needs_rewards and any(self._episodes[i].returns for i in chosen):
             self._warn()
         earned = [0.0] * len(observations) if rewards is None else rewards
         for i, observation, reward in zip(chosen, observations, earned, strict=True):
@@ -224,10 +283,18 @@ class History:
             )
         if episode.returns:
             episode.rewards.append(reward)
-        episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
+        if episode.demand is not None:
+            if episode.actions:
+                before, did = episode.observations[-1], episode.actions[-1]
+                episode.demand.took(value_of(episode.demand.field, before, did, reward))
+            episode.demanded.append(episode.demand.shares())
+        if "return" in self._placeholders:
+            episode.returns.append(float(self._placeholders["return"]))  # until it is answered
+        else:
+            episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
 
-    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[tuple[int, Any], ...]]:
+    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
         """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.
 
         After a step whose tokens the model has seen, only the last tokens of the step before it and those of the new step are
@@ -235,10 +302,10 @@ class History:
         """
         episode, layout = self._episodes[environment], self.layout
         last = episode.observations[-1]
-        texts = [str(_given(last, name, text=True)) for name in layout.preamble]
+        texts = [str(given(last, name, text=True)) for name in layout.preamble]
         ids = self.processor.text.encode(texts, layout.text_limit)
         preamble = sum(len(part) for part in ids)
-        fixed = (*texts, *(_given(last, name) for name in self._constants))
+        fixed = (*texts, *(given(last, name) for name in self._constants))
         same = len(fixed) == len(episode.fixed) and all(map(np.array_equal, fixed, episode.fixed))
         if self._forget(episode, preamble) or not new or not same:
             episode.held = 0
@@ -248,17 +315,17 @@ class History:
             return [self._window(environment, episode, first, {})], episode.begins[first], first, ()
         window = self._window(environment, episode, 0, dict(zip(layout.preamble, texts, strict=True)))
         before = self._prompt_tokens
-        heads: list[tuple[int, Any]] = [(before, "prompt")] if before else []
+        heads = [Head(before, None, 0)] if before else []
         if preamble:
-            heads.append((before + preamble, (episode.number, *texts)))
+            heads.append(Head(before + preamble, tuple(texts), episode.number))
         return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads)
 
     def _warn(self) -> None:
-        """Say once that the return that is asked for stays the same at every step."""
+        """Say once that the model is not told what its actions earned."""
         if not self._warned:
             warnings.warn(
-                f"task {self.layout.task!r}: this objective asks for a return, but `act` was given no `rewards`, so the return "
-                "that is still asked for never falls; give it the rewards of the last actions",
+                f"task {self.layout.task!r}: this objective depends on rewards, but `act` was given no `rewards`, so all count "
+                "as 0, and a return that is asked for never falls; give it the rewards of the last actions",
                 stacklevel=5,
             )
         self._warned = True
@@ -268,36 +335,38 @@ class History:
         actions: Mapping[str, np.ndarray],
         environments: Sequence[int] | None = None,
         seen: Acting | None = None,
+        read: int = 0,
     ) -> None:
         """Add the actions that these environments (None: all) took: fields [R, *shape], as `decode` gives them.
 
-        seen  the layout that `observe` gave, if the model has seen all of it but the action's last position
+        seen  the layout that `observe` gave, if the model has seen all of it up to the action
+        read  the number of slots that it has seen too
         """
         chosen = range(len(self._episodes)) if environments is None else environments
-        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen)
+        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen, read)
         for row, i in enumerate(chosen):
             episode = self._episodes[i]
             episode.actions.append({e.field: np.asarray(actions[e.field][row]) for e in self.actions})
+            if "return" in self._placeholders:
+                episode.returns[-1] = float(actions["return"][row])
             if seen is not None:
                 episode.held = int(seen.past[row] + seen.open[row] - seen.start[row] + agree[row])
             else:
                 episode.held = 0
 
-    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting) -> np.ndarray:
-        """[R]: how many of the slots that the model has seen hold what the action's own encoding is.
+    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting, read: int) -> np.ndarray:
+        """[R]: how many of the first `read` slots hold what the action's own encoding is.
 
         An action that was decoded may be encoded differently, for instance if it was clamped.
         """
         agree = np.zeros(len(seen.open), np.int64)
         still, number = np.ones(len(agree), bool), 0
-        for element in self.actions:
+        for element in self.answered:
             assert element.codec is not None
-            if number >= len(self.slots) - 1:
+            if number >= read:
                 break
-            encoded = element.codec.encode(np.asarray(actions[element.field]))
-            for column in range(element.size):
-                if number >= len(self.slots) - 1:
-                    break
+            encoded = element.codec.encode(np.asarray(actions[_name(element)]))
+            for column in range(min(element.size, read - number)):
                 if self.slots[number].shown:
                     mine = encoded[:, column].reshape(len(agree), -1)
                     still &= np.isclose(seen.written(number), mine, rtol=1e-6, atol=1e-6).all(axis=1)
@@ -306,15 +375,24 @@ class History:
         return agree
 
     def decode(self, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset."""
+        """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset.
+
+        If returns are answered too, `return` [R] is among the fields.
+        """
         out, at = {}, 0
-        for element in self.actions:
+        for element in self.answered:
             codec = element.codec
             assert codec is not None
             mine = [np.asarray(a) for a in answers[at : at + element.size]]
-            out[element.field] = codec.decode(np.stack(mine, axis=1))
+            out[_name(element)] = codec.decode(np.stack(mine, axis=1))
             at += element.size
         return out
+
+    def return_values(self) -> np.ndarray:
+        """float64 [ids]: the returns that the answers to the first slot stand for."""
+        codec, slot = self.answered[0].codec, self.slots[0]
+        assert codec is not None
+        return np.asarray(codec.decode(np.arange(slot.low, slot.high)[:, None]), np.float64).reshape(-1)
 
     def _window(self, environment: int, episode: _Episode, first: int, texts: Mapping[str, str]) -> Window:
         """The kept steps from `first` on; the last of them has a placeholder as its action, and as its reward.
@@ -328,7 +406,7 @@ class History:
             name = element.field
             if element.role in ("observation", "text"):
                 constant = element.constant
-                rows = [_given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
+                rows = [given(o, name, element.role == "text") for o in (shown[-1:] if constant else shown)]
                 fields[name] = rows[0] if constant else np.stack([np.asarray(r) for r in rows])
             elif element.role == "action":
                 fields[name] = np.stack([*(a[name] for a in episode.actions[first:]), self._placeholders[name]])
@@ -336,6 +414,7 @@ class History:
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
         fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
+        agent = {"agent": np.full(count, environment % layout.agents)} if layout.agents else {}
         return Window(
             entry=0,
             task=0,
@@ -347,6 +426,9 @@ class History:
             step=np.arange(number, number + count),
             returns_to_go=np.array(episode.returns[first:], np.float32),
             valid=np.ones(count, bool),
+            given=agent
+            if episode.demand is None
+            else {**agent, episode.demand.element.rule: np.stack(episode.demanded[first:])},
         )
 
     def _forget(self, episode: _Episode, preamble: int) -> bool:
@@ -358,18 +440,19 @@ class History:
         """
         layout, count = self.layout, len(episode.observations)
         prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
-        most = layout.steps(preamble, self.processor.length - prompt)
+        most = max(1, layout.steps(preamble, self.processor.length - prompt) - self.reserve)
         if count <= most:
             return False
         kept = max(1, most // 2) if self.hop else most
         drop = min(-(-(count - kept) // layout.chunk) * layout.chunk, count - 1)
-        for steps in (episode.observations, episode.actions, episode.returns, episode.rewards, episode.begins):
-            del steps[:drop]  # type: ignore[attr-defined]
+        kept_by_step: tuple[list[Any], ...] = (episode.observations, episode.actions, episode.returns)
+        for steps in (*kept_by_step, episode.rewards, episode.demanded, episode.begins):
+            del steps[:drop]
         episode.number += drop
         return True
 
 
-def _given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
+def given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
     try:
         return observation[name]
     except KeyError:
@@ -382,12 +465,16 @@ def _given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any
         raise DataError(f"the observation has no field {name!r}; it has {there}") from None
 
 
+def _name(element: Element) -> str:
+    return element.field or element.role
+
+
 def _slots(element: Element) -> list[Slot]:
     codec = element.codec
     assert codec is not None
     if element.head:
-        return [Slot(element.field, 0, 0, element.head, element.shown)]
-    return [Slot(element.field, low, high, shown=element.shown) for low, high in codec.choices()]
+        return [Slot(_name(element), 0, 0, element.head, element.shown)]
+    return [Slot(_name(element), low, high, shown=element.shown) for low, high in codec.choices()]
 
 
 def _limited(slots: Sequence[Slot], codec: Discrete, field: FieldSpec) -> list[Slot]:

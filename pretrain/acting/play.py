@@ -12,7 +12,8 @@ import numpy as np
 from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome
 from tiphys.dataio.environments import Environment, Expert
 from tiphys.dataio.environments.fitting import fitted
-from tiphys.dataio.episode import FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.pretrain.acting.ask import Ask, Asking
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
@@ -61,17 +62,19 @@ def play_group(
     seeds: Sequence[int],
     limit: int = LONGEST,
     declared: Sequence[FieldSpec] = (),
+    ask: Ask | None = None,
 ) -> list[Played]:
     """Play one episode in each environment. All step together; an environment whose episode has ended leaves the batch.
 
     limit     most steps of an episode
     declared  the fields of the environments, if the policy shall answer only values that they take
+    ask       what the policy is asked for; None: what the recipe says
 
     Raises EnvironmentFault if an environment raises, DataError if an action does not fit.
     """
     from tiphys.pretrain.acting.states import state_hash
 
-    policy.reset(spec.name, environments=len(seeds))
+    (ask or Ask(spec.name)).reset(policy, len(seeds))
     policy.history.limit(declared)
     hashed = state_hash(spec)
     playing = []
@@ -101,20 +104,33 @@ def _guarded(spec: TaskSpec, seed: int, step: int, call: Any, *arguments: Any) -
 
 @dataclass(frozen=True)
 class PolicyExpert:
-    """The policy of a folder as the expert of `tiphys.dataio.collect`."""
+    """The policy of a folder as the expert of `tiphys.dataio.collect`.
+
+    asking  what it is asked for; with several objectives, the first that a task was trained with
+    """
 
     folder: str
+    asking: Asking = field(default_factory=Asking)
 
     def __call__(self, task: str, env: Environment) -> Expert:
         from tiphys.pretrain.acting.policy import Policy
 
         policy = Policy.load(self.folder)
+        if task not in policy.tasks:
+            raise DataError(f"{self.folder}: the policy has no task {task!r}; its tasks are {', '.join(policy.tasks)}")
+        ask = self.asking.asks(policy.processor, [task])[0]
 
         class PolicyActor:
+            reward: float | None = None
+
             def reset(self) -> None:
-                policy.reset(task)
+                ask.reset(policy)
+                self.reward = None
+
+            def rewarded(self, reward: float) -> None:
+                self.reward = reward
 
             def act(self, observation: Any, taken: Any = None) -> Any:
-                return policy.act(observation)
+                return policy.act(observation, self.reward)
 
         return PolicyActor()

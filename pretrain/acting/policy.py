@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import SAMPLE, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
+from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.history import Acting
+from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
-from tiphys.pretrain.model.inputs import to_tensors, unpack
+from tiphys.pretrain.acting.rules import RULES, resolved
 from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
@@ -164,6 +166,9 @@ class Policy:
         goal: Any = None,
         query: str = "",
         instruction: str | Sequence[str] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
+        acting: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin new episodes of a task, in a number of environments.
 
@@ -188,6 +193,14 @@ class Policy:
             if there is one.
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, if the objective shows histograms of the future (gdt); a sequence
+            has one for each environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
+        acting : mapping, optional
+            Options of the rule that the objective acts by, instead of its own: `horizon`, `width`, `expand` and `cdf` of a beam
+            search, `kappa` of returns that are drawn.
 
         Raises
         ------
@@ -195,25 +208,45 @@ class Policy:
             If the policy was not trained on the task, or not with this objective.
         DataError
             If the task has no actions, was learned without any text and gets an instruction, or if the objective takes no target
-            return or no goal and gets one.
+            return or no goal and gets one; if an option of `acting` is unknown or out of range, or a plan is longer than the
+            window.
         """
         known = self.processor.tasks.get(task)
         fields = {f.name: f for f in known.fields} if known is not None else {}
+        name = objective or self.processor.objective(task)
+        rule, stored = self.processor.rule(name) if name in self.processor.objectives else ("next", {})
+        options = resolved(rule, stored, acting or {})
+        reserve = int(options.get("horizon", 1)) - 1
+        layouts = self.processor.layouts.get(name, {})
+        self._agents = max(1, layouts[task].agents) if task in layouts else 1
+        if isinstance(target_return, Sequence) and not isinstance(target_return, str):
+            target_return = [one for one in target_return for _ in range(self._agents)]
         self.history = self.processor.history(
             task,
-            environments,
+            environments * self._agents,
             objective=objective,
+            reserve=reserve,
             target_return=target_return,
             prompt=prompt,
             hop=self.hop,
             goal=None if goal is None else given_fields(goal, fields)[0],
             query=query,
+            future=future,
+            remainder=remainder,
         )
-        self.task, self._objective, self._fields = task, objective or self.processor.objective(task), fields
-        self._recall = Recall(self.model, environments, self.processor.length)
+        most = self.history.layout.steps(0, self.processor.length)
+        if reserve >= most > 0 and reserve:
+            if acting and "horizon" in acting:
+                raise DataError(
+                    f"task {task!r}: a plan of {reserve + 1} steps is longer than the policy's window of {most}"
+                )
+            options["horizon"] = self.history.reserve + 1
+        self.task, self._objective, self._fields = task, name, fields
+        self._rule, self._options = rule, options
+        self.recall = Recall(self.model, environments * self._agents, self.processor.length)
         self._actions = {f.name: f for f in self.processor.tasks[task].with_role("action")}
-        self._streams = list(range(environments))
-        self._steps = [0] * environments
+        self._streams = list(range(environments * self._agents))
+        self._steps = [0] * environments * self._agents
         self._instructions: list[str | None] = [None] * environments
         self._instruct(instruction, list(range(environments)))
 
@@ -239,11 +272,12 @@ class Policy:
             What is to be done, in words. None: as before.
         """
         asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
-        self.history.reset(environment, asked)
-        self._steps[environment] = 0
         self._instruct(instruction, [environment])
-        if stream is not None:
-            self._streams[environment] = stream
+        for agent, row in enumerate(self._rows([environment])):
+            self.history.reset(row, asked)
+            self._steps[row] = 0
+            if stream is not None:
+                self._streams[row] = stream * self._agents + agent
 
     def act(
         self,
@@ -286,18 +320,81 @@ class Policy:
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments, text=text)[0]
-        chosen = list(range(len(self._streams))) if environments is None else list(environments)
+        chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
+        rows, agents = self._rows(chosen), self._agents
+        each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
         new = self.hop and self.history.layout.mask == CAUSAL
-        acting = self.history.observe(given, rewards, chosen, new=new)  # type: ignore[arg-type]
-        fields = self.history.decode(self._answer(acting, chosen))
-        self.history.acted(fields, chosen, acting)
-        for i in chosen:
-            self._steps[i] += 1
+        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
+        answers, read = self._answer(acting, rows)
+        fields = self.history.decode(answers)
+        self.history.acted(fields, rows, acting, read)
+        for row in rows:
+            self._steps[row] += 1
+        if self.history.layout.agents:
+            fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def _rows(self, environments: Sequence[int]) -> list[int]:
+        """The rows of the history that belong to these environments: one for each of their agents."""
+        return [i * self._agents + agent for i in environments for agent in range(self._agents)]
+
+    def _members(self, team: dict[str, Any]) -> list[dict[str, Any]]:
+        """What each agent of an environment observes. Raises DataError if a field does not have the values of all agents."""
+        layout = self.history.layout
+        if not layout.agents:
+            return [team]
+        for name in layout.agent_fields:
+            if name in team and np.shape(team[name])[:1] != (layout.agents,):
+                raise DataError(
+                    f"the observation's field {name!r} has shape {np.shape(team[name])}, but its first axis must be over the "
+                    f"{layout.agents} agents"
+                )
+        mine = layout.agent_fields
+        return [{n: v[i] if n in mine else v for n, v in team.items()} for i in range(layout.agents)]
+
+    def match(
+        self, task: str, clips: Sequence[Sequence[Any]], texts: Sequence[str], *, objective: str = ""
+    ) -> np.ndarray:
+        """How well each text fits each clip, if the policy has learned that.
+
+        Parameters
+        ----------
+        task : str
+            Name of the task.
+        clips : sequence of sequence of observations
+            Consecutive observations, as for `act`; at most as many as a window of training had.
+        texts : sequence of str
+            The texts.
+        objective : str
+            The objective that taught it; "": the first of the task that did.
+
+        Returns
+        -------
+        ndarray, float64 [clips, texts]
+            The cosine of their vectors (objectives such as `reward`), or the probability that the text belongs to the clip
+            (objectives such as `mia`).
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If no objective of the task taught which texts fit, or an observation lacks a field.
+        """
+        layouts = {name: by_task[task] for name, by_task in self.processor.layouts.items() if task in by_task}
+        if not layouts or (objective and objective not in layouts):
+            known = f"objectives {', '.join(layouts)}" if layouts else f"tasks {', '.join(self.processor.tasks)}"
+            raise KeyError(f"the policy was not trained on task {task!r} with objective {objective!r}; it has {known}")
+        layout = layouts[
+            objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))
+        ]
+        fields = {f.name: f for f in self.processor.tasks[task].fields}
+        given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
+        return fits(self.model, self.processor, layout, given, texts)
 
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""
@@ -325,55 +422,48 @@ class Policy:
             self._instructions[environment] = one
 
     def _native(self, fields: dict[str, np.ndarray], row: int) -> Any:
-        return native({name: _value(values[row], self._actions[name]) for name, values in fields.items()})
+        return native(
+            {name: _value(fields[name][row], field) for name, field in self._actions.items() if name in fields}
+        )
 
     @torch.inference_mode()
-    def _answer(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """The answers to all slots. What is new goes through the model once, then each row's last token for each further slot."""
-        rows = np.array(chosen)
-        if self.history.layout.mask != CAUSAL:
-            return self._answer_anew(acting, chosen)
-        start = self._recall.begin(acting, rows)
-        answers: list[np.ndarray] = []
-        for number in range(len(acting.slots)):
-            stop = acting.open + number  # the hidden state before this column answers the slot
-            hidden = self._recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
-            answers.append(self._choose(acting, number, hidden, chosen))
-            acting.answer(number, answers[-1])
-            start = stop
-        self._recall.end(acting, rows)
-        return answers
+    def _answer(self, acting: Acting, chosen: list[int]) -> tuple[list[np.ndarray], int]:
+        """The answers to all slots, and how many of them the model has read."""
+        return RULES[self._rule](self, acting, chosen, self._options)
 
-    def _answer_anew(self, acting: Acting, chosen: list[int]) -> list[np.ndarray]:
-        """The answers to all slots, from whole windows: what sees tokens that come after it cannot be remembered.
+    def uniform(self, environments: Sequence[int], slot: int, attempt: int | np.ndarray = 0) -> np.ndarray:
+        """Random numbers in (0, 1) for a slot of the next action of environments [R]: [R], or [R, n] for n attempts.
 
-        If all positions see each other, all slots are hidden, and are answered where they stand; else one after the other.
+        They depend on the seed, the environment's stream and its step, the slot and the attempt.
         """
-        rows, shift = np.arange(len(chosen)), self.history.layout.shift
-        answers: list[np.ndarray] = []
-        hidden = None
-        for number in range(len(acting.slots)):
-            if hidden is None or shift:
-                inputs = to_tensors(acting.batch, self.model.device)
-                hidden = unpack(self.model(inputs).hidden, inputs, len(rows), acting.batch.length)
-            answers.append(self._choose(acting, number, hidden[rows, acting.open + number - shift], chosen))
-            if shift:
-                acting.answer(number, answers[-1])
-        return answers
+        steps, streams = (np.array([of[i] for i in environments]) for of in (self._steps, self._streams))
+        if np.ndim(attempt):
+            steps, streams = steps[:, None], streams[:, None]
+        return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
 
-    def _choose(self, acting: Acting, number: int, hidden: torch.Tensor, environments: list[int]) -> np.ndarray:
-        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it."""
+    def _choose(
+        self,
+        acting: Acting,
+        number: int,
+        hidden: torch.Tensor,
+        environments: list[int],
+        tilt: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The answers to one slot, ids [n] or vectors [n, d], from the hidden states [n, D] before it.
+
+        `tilt` is added to the logits; then the answer is always drawn.
+        """
         slot = acting.slots[number]
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()
-        if not self.sample:
+        if number in acting.allowed:
+            logits = logits.masked_fill(~torch.from_numpy(acting.allowed[number]), -torch.inf)
+        if tilt is not None:
+            logits = logits.double() + torch.from_numpy(tilt)
+        elif not self.sample:
             return logits.argmax(-1).numpy() + slot.low
-        steps = np.array([self._steps[i] for i in environments])
-        streams = np.array([self._streams[i] for i in environments])
-        draw = torch.from_numpy(uniform32(words(self.seed, steps, streams, number, purpose=SAMPLE)[0]))
-        below = logits.double().softmax(-1).cumsum(-1)
-        return (below < draw[:, None]).sum(-1).clamp(max=slot.high - slot.low - 1).numpy() + slot.low
+        return drawn(logits, self.uniform(environments, number)) + slot.low
 
 
 def _placement(device: str) -> dict[str, Any]:

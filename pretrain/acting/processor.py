@@ -13,10 +13,11 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, TaskSpec, Window
 from tiphys.dataio.stored import number, stored, task_specs
+from tiphys.pretrain.acting.demand import Demand, shows_histogram, shows_return
 from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Quantiles, from_unit
+from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
@@ -41,6 +42,9 @@ class _File:
     return_quantiles: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
+ANSWERS_RETURN = "sample"  # the rule of acting that chooses a return before each action
+
+
 def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) -> dict[str, TimestepLayout]:
     """The layouts of an objective, by task. Raises DataError if one is not valid or does not fit the vocabulary."""
     if not isinstance(objective, Mapping) or not isinstance(objective.get("timesteps"), Mapping):
@@ -51,6 +55,9 @@ def _layouts(objective: Any, where: str, vocabulary: Vocabulary, length: int) ->
     else:
         _target(target, f"{where}, target_return")
     number(objective.get("prompt_steps"), f"{where}, prompt_steps", 0, 1 << 24)
+    acting = objective.get("acting", ["next", {}])
+    if not (isinstance(acting, (list, tuple)) and len(acting) == 2 and isinstance(acting[1], Mapping)):
+        raise DataError(f"{where}, acting: it is {acting!r}, not the name of a rule and its options")
     out = {}
     for task, values in objective["timesteps"].items():
         out[task] = TimestepLayout.from_dict(values, f"{where}, task {task!r}")
@@ -80,7 +87,8 @@ class Processor:
         Objective -> task -> how its timesteps become positions.
     objectives : mapping of str to mapping
         Objective -> {"paradigm", "target_return", "prompt_steps", …}. `target_return` is a multiple of the best return in the
-        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal.
+        data, or a text that `TargetReturn.parse` reads. `takes_goal` is there, and true, if it acts towards a goal. `acting` is
+        there, the name of its rule and its options, if the action is not simply answered one token after another.
     best_return : mapping of str to float
         Task -> best return in the data, in rewards.
     length : int
@@ -176,15 +184,20 @@ class Processor:
                 return name
         raise KeyError(f"this policy has no task {task!r}; its tasks are {', '.join(self.tasks)}")
 
-    def used_fields(self, task: str) -> frozenset[str]:
+    def used_fields(self, task: str, objective: str = "") -> frozenset[str]:
         """Names of the fields that a policy sees and predicts when it acts in a task.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names; no objective: the first that the task was trained with.
 
         Raises
         ------
         KeyError
             If the policy was not trained on the task.
         """
-        layout = self.layouts[self.objective(task)][task]
+        layout = self.layouts[objective or self.objective(task)][task]
         return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
 
     def history(
@@ -198,6 +211,9 @@ class Processor:
         hop: bool = False,
         query: str = "",
         goal: Mapping[str, Any] | None = None,
+        future: Window | Sequence[Window] | None = None,
+        remainder: bool = True,
+        reserve: int = 0,
     ) -> History:
         """An empty history of a batch of environments of one task.
 
@@ -206,7 +222,7 @@ class Processor:
         task : str
             Name of the task.
         environments : int
-            Number of environments.
+            Number of environments; for a task of several agents, of agents: those of an environment follow each other.
         objective : str
             The objective to act with; "": the first that the task was trained with.
         target_return : float, str, or a sequence of these, optional
@@ -218,9 +234,16 @@ class Processor:
             Whether a full window drops its older half, instead of its oldest steps.
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
+        future : Window, or a sequence of them, optional
+            A whole episode whose histogram is to be matched, for objectives that show histograms; a sequence has one for each
+            environment.
+        remainder : bool
+            What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
         query : str
             What an objective that fills in hidden parts is asked: a key of `hiding.QUERIES`; "": as the recipe says.
+        reserve : int
+            Steps that a full window keeps free, for a plan.
 
         Raises
         ------
@@ -238,7 +261,7 @@ class Processor:
         layout = learnt.acting()
         if not layout.has_actions:
             raise DataError(f"task {task!r} has no actions, so a policy cannot act in it")
-        where, rule = f"task {task!r}, objective {name!r}", self.objectives[name].get("acting", "")
+        where, (rule, stated) = f"task {task!r}, objective {name!r}", self.rule(name)
         if rule == "label":
             raise DataError(
                 f"{where}: it needs what comes after an action, so it cannot act; let it label data: tiphys label"
@@ -253,11 +276,50 @@ class Processor:
         if goal is not None and not self.takes_goal(name):
             raise DataError(f"task {task!r}: objective {name!r} does not act towards a goal, so it takes none")
         if prompt is not None:
-            prompt = self._prompt(layout, prompt, int(self.objectives[name]["prompt_steps"]))
+            prompt = self.prompt(task, name, prompt)
+        available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
-            query = query_of(str(self.objectives[name].get("query", "bc")), query, goal, learnt.hiding, where)
+            query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query)
-        return History(self, layout, environments, asked, prompt, hop, goal)
+        demands = self._demands(task, name, future, remainder, environments)
+        return History(
+            self,
+            layout,
+            environments,
+            asked,
+            prompt,
+            hop,
+            goal,
+            demands,
+            answers_return=rule == ANSWERS_RETURN,
+            reserve=reserve,
+            predicts_end=learnt.predicts_end,
+            available=available,
+        )
+
+    def rule(self, objective: str) -> tuple[str, Mapping[str, Any]]:
+        """The rule that an objective acts by, and its options."""
+        name, options = self.objectives[objective].get("acting", ("next", {}))
+        return name, options
+
+    def _demands(
+        self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
+    ) -> list[Demand]:
+        """What each environment is asked for; none if the objective shows no histograms."""
+        where = f"task {task!r}, objective {objective!r}"
+        element = next(filter(shows_histogram, self.layouts[objective][task].elements), None)
+        if element is None:
+            if future is not None:
+                raise DataError(f"{where}: it shows the model no histogram of the future, so it takes no `future`")
+            return []
+        if future is None:
+            raise DataError(
+                f"{where}: it acts on what is to come; give an episode to match: `policy.reset(task, future=window)`"
+            )
+        each = [future] * environments if isinstance(future, Window) else list(future)
+        if len(each) != environments:
+            raise DataError(f"{where}: {len(each)} futures for {environments} environments; give one for each")
+        return [Demand(element, one, remainder) for one in each]
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""
@@ -286,8 +348,10 @@ class Processor:
             target = TargetReturn.parse(stated) if isinstance(stated, str) else TargetReturn("best", float(stated))
         else:
             target = _target(target_return, where)
-            if not any(e.role == "return" for e in self.layouts[objective][task].elements):
-                raise DataError(f"{where}: it shows the model no returns, so it takes no target return")
+            shown = any(map(shows_return, self.layouts[objective][task].elements))
+            if not shown or self.rule(objective)[0] == ANSWERS_RETURN:
+                why = "it chooses the returns itself" if shown else "it shows the model no returns"
+                raise DataError(f"{where}: {why}, so it takes no target return")
             if problem := target.problem(best):
                 raise DataError(f"{where}: {problem}")
         try:
@@ -306,6 +370,8 @@ class Processor:
             low, high = from_unit(ends, np.asarray(codec.low, np.float64), np.asarray(codec.high, np.float64))
         elif isinstance(codec, Bins) and not codec.companded:
             low, high = codec.low[0], codec.high[0]
+        elif isinstance(codec, Integers):
+            low, high = codec.low, codec.high
         elif isinstance(codec, Quantiles):
             low, high = codec.edges[0][0], codec.edges[0][-1]
         else:
@@ -316,8 +382,17 @@ class Processor:
                 f"{where}: a target return of {value:g} is beyond what the policy can be told, {low:g} to {high:g}"
             )
 
-    def _prompt(self, layout: TimestepLayout, window: Window, steps: int) -> Window:
-        """The last steps of a demonstration, as many as a prompt may have."""
+    def prompt(self, task: str, objective: str, window: Window) -> Window:
+        """The last steps of a demonstration, as many as a prompt may have.
+
+        Parameters
+        ----------
+        task, objective : str
+            Their names.
+        window : Window
+            The demonstration.
+        """
+        layout, steps = self.layouts[objective][task], int(self.objectives[objective]["prompt_steps"])
         most = min(
             steps or (self.length // 2) // layout.width,
             window.steps,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tiphys.pretrain.acting.history import Acting
+from tiphys.pretrain.acting.history import Acting, Head
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.key_value_cache import KeyValueCache
 from tiphys.pretrain.tokens.batch import TokenBatch
@@ -43,7 +43,7 @@ class Recall:
     def __init__(self, model: DecisionModel, environments: int, capacity: int) -> None:
         self.model, self.tokens = model, 0
         self.cache = KeyValueCache(environments, capacity)
-        self._heads: dict[Any, dict[int, torch.Tensor]] = {}
+        self._kept: dict[Head, dict[int, torch.Tensor]] = {}
 
     def begin(self, acting: Acting, rows: np.ndarray) -> np.ndarray:
         """Forget what is not in the windows any more, and recall their beginnings.
@@ -61,25 +61,29 @@ class Recall:
             The column of each row's first token that still has to be read.
         """
         self.cache.lengths[rows] = acting.past
-        start = acting.start.copy()
-        for level in range(max(map(len, acting.heads), default=0)):
-            members: dict[Any, list[int]] = {}
-            for row, heads in enumerate(acting.heads):
-                before = heads[level - 1][0] if level else 0
-                if len(heads) > level and self.cache.lengths[rows[row]] == before:
+        start, all_heads = acting.start.copy(), [self._heads_of(heads) for heads in acting.heads]
+        for level in range(max(map(len, all_heads), default=0)):
+            members: dict[Head, list[int]] = {}
+            for row, heads in enumerate(all_heads):
+                known = self.cache.lengths[rows[row]]
+                if len(heads) > level and known == (heads[level - 1].tokens if level else 0):
                     members.setdefault(heads[level], []).append(row)
-            for (length, key), sharing in members.items():
+            for head, sharing in members.items():
                 there = np.array(sharing)
-                new = length - int(start[there[0]])
-                if key not in self._heads and (len(there) - 1) * new >= _WORTH:
+                new = head.tokens - int(start[there[0]])
+                if head not in self._kept and (len(there) - 1) * new >= _WORTH:
                     one = there[:1]
-                    self.read(acting.batch.part(one, start[one], length), rows[one])
-                    self._keep(key, int(rows[one[0]]), length - new, length)
-                if key in self._heads:
-                    self._heads[key] = self._heads.pop(key)  # the last that was used
-                    self.cache.paste(rows[there], self._heads[key], length - new)
-                    start[there] = length
+                    self.read(acting.batch.part(one, start[one], head.tokens), rows[one])
+                    self._keep(head, int(rows[one[0]]), head.tokens - new)
+                if head in self._kept:
+                    self._kept[head] = self._kept.pop(head)  # the last that was used
+                    self.cache.paste(rows[there], self._kept[head], head.tokens - new)
+                    start[there] = head.tokens
         return start
+
+    def _heads_of(self, heads: tuple[Head, ...]) -> tuple[Head, ...]:
+        """The same, without the step's number if the model does not see it."""
+        return heads if self.model.config.timesteps else tuple(head._replace(number=0) for head in heads)
 
     def read(self, batch: TokenBatch, rows: np.ndarray) -> torch.Tensor:
         """The hidden states [R, D] of the last tokens of a batch, whose rows go on where these rows of the cache end."""
@@ -96,12 +100,18 @@ class Recall:
         """Keep the beginnings of windows that were read for the first time."""
         for row, heads in zip(rows.tolist(), acting.heads, strict=True):
             before = 0
-            for length, key in heads:
-                if key not in self._heads:
-                    self._keep(key, row, before, length)
-                before = length
+            for head in self._heads_of(heads):
+                if head not in self._kept:
+                    self._keep(head, row, before)
+                before = head.tokens
 
-    def _keep(self, key: Any, row: int, start: int, stop: int) -> None:
-        if len(self._heads) >= _KEPT:
-            del self._heads[next(iter(self._heads))]
-        self._heads[key] = self.cache.copy_row(row, start, stop)
+    def _keep(self, head: Head, row: int, start: int) -> None:
+        if len(self._kept) >= _KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._kept[head] = self.cache.copy_row(row, start, head.tokens)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the keys and values take."""
+        kept = (part for layers in self._kept.values() for part in layers.values())
+        return self.cache.bytes + sum(part.numel() * part.element_size() for part in kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,14 @@ def summary(spec: TaskSpec, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "success_rate_interval": wilson(sum(known), len(known)) if known else None,
         "expert_normalized_interval": interval,
     }
+
+
+def by_objective(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(task, objective, scores) of everything in an evaluation.json. The objective is "" in one of an earlier version."""
+    for task, scores in evaluation["tasks"].items():
+        yield task, scores.get("objective", ""), scores
+        for objective, others in scores.get("objectives", {}).items():
+            yield task, objective, others
 
 
 def wilson(successes: int, trials: int) -> list[float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tiphys.pretrain.health import Spike
     from tiphys.pretrain.metrics import StepMetrics
     from tiphys.pretrain.trainer import Trainer
 
@@ -21,6 +22,7 @@ class Callback:
     on_start   before the first step, after a checkpoint was loaded
     on_step    after every step
     on_change  when events (of `tiphys mixture`) were added to the plan's log, before `on_step` of the step that is being done
+    on_spike   when the last steps damaged the model, instead of `on_step`; training ends after it
     on_end     after the last step, or after a stop
     close      at the very end, also after an error
     """
@@ -28,6 +30,7 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None: ...
     def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
     def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None: ...
+    def on_spike(self, trainer: Trainer, spike: Spike) -> None: ...
     def on_end(self, trainer: Trainer) -> None: ...
     def close(self, trainer: Trainer) -> None: ...
 

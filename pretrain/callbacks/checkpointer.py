@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain import checkpoint_files
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.checkpoint_files import CheckpointError, StorageFull
@@ -86,10 +86,7 @@ class Checkpointer(Callback):
         self._notify_listeners(trainer)
         if trainer.stopped:
             if trainer.world.rank == 0:
-                print(
-                    f"stopped after step {trainer.step}, which is saved; the same command resumes from there",
-                    flush=True,
-                )
+                say(f"stopped after step {trainer.step}, which is saved; the same command resumes from there")
             trainer.world.barrier()  # a launcher ends the other ranks as soon as one has ended
 
     def close(self, trainer: Trainer) -> None:
@@ -196,10 +193,9 @@ class Trouble:
         with suppress(OSError):
             checkpoint_files.make_room(run_dir, max(keep - self._times, 1), protect)
         newest = next((manifest["step"] for _, manifest in checkpoint_files.whole(run_dir)), 0)
-        print(
+        say(
             f"step {step}: the checkpoint could not be written ({failure or 'the log of another rank says why'}); training goes "
             f"on, next try in {self.pause:g} s; the newest whole checkpoint is "
             + (f"that of step {newest}" if newest else "yet to come"),
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import say
 from tiphys.dataio.plan.log import described
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.metrics import Smoothed
@@ -38,7 +39,7 @@ class Progress(Callback):
     def on_start(self, trainer: Trainer) -> None:
         self.prints = trainer.world.rank == 0
         if self.prints and trainer.resumed is not None:
-            print(f"resumed from {trainer.resumed.path} after step {trainer.step}", flush=True)
+            say(f"resumed from {trainer.resumed.path} after step {trainer.step}")
         if self.prints and self.terminal:
             from rich.live import Live
 
@@ -57,12 +58,12 @@ class Progress(Callback):
         now = time.monotonic()
         if now - self._printed >= self.seconds or trainer.step == trainer.steps:
             self._printed = now
-            print("  ".join(self.items(trainer, metrics)), flush=True)
+            say("  ".join(self.items(trainer, metrics)))
 
     def on_change(self, trainer: Trainer, events: Sequence[dict[str, Any]]) -> None:
         if self.prints:
             for event in events:
-                print(f"from step {event['step']} on: {described(event)}", flush=True)
+                say(f"from step {event['step']} on: {described(event)}")
 
     def items(self, trainer: Trainer, metrics: StepMetrics) -> list[str]:
         """The items of the line, the most important ones first."""

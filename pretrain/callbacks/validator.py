@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
+from tiphys.pretrain.phases import mark
 
 if TYPE_CHECKING:
     from tiphys.pretrain.callbacks.metrics_writer import MetricsWriter
@@ -37,6 +39,7 @@ class Validator(Callback):
     def run(self, trainer: Trainer) -> None:
         from tiphys.pretrain.validate import validate
 
+        mark("validate")
         if self._batches is None:
             self._batches = list(self._load())
         result = validate(trainer.engine, self._batches)
@@ -44,6 +47,6 @@ class Validator(Callback):
         if trainer.world.rank == 0:
             tasks = self._writer.tasks if self._writer is not None else ()
             line = {"kind": "validation", "step": trainer.step, **result.to_json(tasks)}
-            print(f"step {trainer.step}  held-out loss {result.loss:.4f}", flush=True)
+            say(f"step {trainer.step}  held-out loss {result.loss:.4f}")
             if self._writer is not None:
                 self._writer.write(line)

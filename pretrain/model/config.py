@@ -69,6 +69,8 @@ class DecisionConfig(PretrainedConfig):
         `shape` is that of one value; `values` is the number of symbols in a channel of a grid.
     regressions : mapping
         Regression head -> number of dimensions.
+    pairs : bool
+        Whether windows and texts get unit vectors that tell how well they fit each other.
     tasks : sequence of str
         Names of the tasks. `TokenBatch.task` is an index into them.
     hidden_size, num_hidden_layers, num_attention_heads : int
@@ -147,6 +149,7 @@ class DecisionConfig(PretrainedConfig):
         dropout: float = 0.0,
         checkpointing: bool = False,
         tie_word_embeddings: bool = False,
+        pairs: bool = False,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -176,6 +179,7 @@ class DecisionConfig(PretrainedConfig):
         self.norm_epsilon = norm_epsilon
         self.dropout = dropout
         self.checkpointing = checkpointing
+        self.pairs = pairs
         _check_more(kwargs)
         # Never from a file: it names the code that is loaded
         kwargs["auto_map"] = {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"}
@@ -220,7 +224,14 @@ class DecisionConfig(PretrainedConfig):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, not a whole number")
         for name, (least, most) in bounds.items():
             number(getattr(self, name), f"config: {name}", least, most)
-        for name in ("shared_expert", "router_modality", "router_task", "checkpointing", "tie_word_embeddings"):
+        for name in (
+            "shared_expert",
+            "router_modality",
+            "router_task",
+            "checkpointing",
+            "tie_word_embeddings",
+            "pairs",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, neither true nor false")
         if not all(isinstance(task, str) for task in self.tasks):
@@ -276,4 +287,5 @@ class DecisionConfig(PretrainedConfig):
             dropout=model.dropout,
             checkpointing=model.checkpointing,
             tie_word_embeddings=model.tie,
+            pairs=vocabulary.pairs,
         )

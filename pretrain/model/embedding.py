@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.flops import CHANNELS
-from tiphys.pretrain.model.layers import STD, Linear, Module, Table
+from tiphys.pretrain.model.layers import STD, Linear, Module, Table, only_acts
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
@@ -155,6 +155,8 @@ class Embedding(Module):
             embedder = self.values[self.names[name]]
             index = inputs.get(f"embedded/{name}/index")
             if index is None or len(index) == 0:
+                if only_acts():
+                    continue
                 # ZeRO and expert groups need a gradient of every parameter in every backward pass on every rank: add zero.
                 value = torch.zeros(1, *self.shapes[name], device=x.device)
                 nothing = embedder(value, torch.zeros(1, 2, dtype=torch.int32, device=x.device))

@@ -29,6 +29,7 @@ def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
     forward += sum(2 * config.hidden_size * (hi - lo) * n for (lo, hi), n in zip(bounds, counts, strict=True))
     for name, r in batch.regression.items():
         forward += 2 * config.hidden_size * config.regressions[name] * len(r.index)
+    forward += sum(4 * config.hidden_size**2 * len(p.index) for p in batch.pairs.values())
     for name, e in batch.embedded.items():
         forward += embedder_flops(config.embedders[name], config.hidden_size) * len(e.index)
     return 3.0 * float(forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,18 +12,52 @@ from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
-from tiphys.pretrain.model.layers import STD, Linear, Module, Norm
-from tiphys.pretrain.model.targets import TARGETS, targets_of
+from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
+from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 from tiphys.pretrain.model.token_layout import TokenLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
 
-class Head(Module):
-    """The last norm and the regressed targets: a linear map for each head.
+class Match(Module):
+    """Unit vectors of windows and of texts, and how well each fits each (Radford et al. 2021; Fan et al. 2022).
 
-    The error is squared and averaged over the dimensions, as in Chen et al. 2021.
+    The logarithm of the inverse temperature is learned, from log(1 / 0.07) on and up to log 100.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.window, self.text = Linear(size, size), Linear(size, size)
+        self.scale: nn.Parameter
+        self.declare("scale", 1, fill=math.log(1 / 0.07))
+
+    def forward(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """Normed hidden states [n, D] and [m, D] -> logits float32 [n, m]."""
+        return _tempered(self.cosines(windows, texts), self.scale)
+
+    def cosines(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """Normed hidden states [n, D] and [m, D] -> cosines of their vectors, float32 [n, m]."""
+        return _cosines(self.window(windows), self.text(texts))
+
+    def without_hooks(self, windows: Tensor, texts: Tensor) -> Tensor:
+        """As `forward`, without a call of a module."""
+        found = _cosines(F.linear(windows, self.window.weight), F.linear(texts, self.text.weight))
+        return _tempered(found, self.scale)
+
+
+def _cosines(one: Tensor, other: Tensor) -> Tensor:
+    return F.normalize(one.float(), dim=-1) @ F.normalize(other.float(), dim=-1).T
+
+
+def _tempered(cosines: Tensor, scale: Tensor) -> Tensor:
+    return cosines * scale.float().clamp(max=math.log(100)).exp()
+
+
+class Head(Module):
+    """The last norm, the regressed targets, and the pairs of windows and texts. Each regression head is a linear map.
+
+    The error of a regression is squared and averaged over the dimensions, as in Chen et al. 2021.
     """
 
     def __init__(self, config: DecisionConfig) -> None:
@@ -38,6 +73,7 @@ class Head(Module):
                 for name in self.names
             }
         )
+        self.match = Match(config.hidden_size) if config.pairs else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `add_by_task`)."""
@@ -48,14 +84,26 @@ class Head(Module):
         for name in self.names:
             targets = targets_of(inputs, f"regression/{name}")
             if targets is None:
-                loss = (
-                    loss + 0.0 * self.predict(hidden[:1], name).sum()
-                )  # a gradient of every parameter in every backward pass
+                if not only_acts():  # a gradient of every parameter in every backward pass
+                    loss = loss + 0.0 * self.predict(hidden[:1], name).sum()
                 continue
             error = TARGETS["regression"].losses(self.predict(hidden[targets.place], name), targets.payload, 0)
             loss = loss + (error * targets.weight).sum() / layout.divisors[0]
             add_by_task(sums, targets.task, error, targets.weight)
+        if self.match is not None:
+            loss = loss + self._pairs(hidden, inputs, layout, sums)
         return hidden, loss, sums
+
+    def _pairs(self, hidden: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout, sums: Tensor) -> Tensor:
+        """The part of the loss that pairs have, [1]. Adds to the sums by task."""
+        assert self.match is not None
+        targets = targets_of(inputs, "pairs/match")
+        if targets is None:
+            return 0.0 * self.match(hidden[:1], hidden[:1]).sum()
+        logits = self.match(hidden[targets.place], hidden[targets.payload[:, 0]])
+        losses = TARGETS["pairs"].losses(logits, targets.payload, 0)
+        add_by_task(sums, targets.task, losses, targets.weight)
+        return (losses * targets.weight).sum() / layout.divisors[0]
 
     def predict(self, hidden: Tensor, name: str) -> Tensor:
         """Normed hidden states [n, D] -> float32 [n, d]."""
@@ -94,12 +142,12 @@ def output_loss(
 ) -> tuple[Tensor, Tensor]:
     """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task."""
     total, any_target = loss.sum(), False
-    for i, (low, high) in enumerate(bounds):
-        targets = targets_of(inputs, f"target/{i}")
+    for kind, i in ((kind, i) for kind in IDS for i in range(len(bounds))):
+        targets, (low, high) = targets_of(inputs, f"{kind}/{i}"), bounds[i]
         if targets is None:
             continue
         logits = F.linear(hidden[targets.place], weight[low:high]).float()
-        losses = TARGETS["target"].losses(logits, targets.payload, low)
+        losses = TARGETS[kind].losses(logits, targets.payload, low)
         total = total + (losses * targets.weight).sum() / layout.divisors[0]
         sums = add_by_task(sums, targets.task, losses, targets.weight)
         any_target = True

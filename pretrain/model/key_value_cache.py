@@ -168,8 +168,7 @@ class Extension:
             )
         held = self.cache.memory(layer, k, int((self.past + self.new).max(initial=0)))
         row, column = self._tensor("row", 0, k.device), self._tensor("column", 0, k.device)
-        held[0][row, :, column] = k
-        held[1][row, :, column] = v
+        held[:, row, :, column] = torch.stack([k, v], 1)
         if len(self._parts) == 1 and self._parts[0].slots is None:
             return self._part(0, held, q, k, v).reshape(q.shape)
         out = torch.empty_like(q)
@@ -230,17 +229,24 @@ def product(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
 
     hidden   bool [n, S, Z]: the keys that a query does not see
     """
-    n, s, heads, size = q.shape
-    kv_heads = k.shape[1]
+    s, heads = q.shape[1:3]
     if s > FEW:
         seen = None if hidden is None else ~hidden[:, None]
-        share = {"enable_gqa": True} if heads != kv_heads else {}
+        share = {"enable_gqa": True} if heads != k.shape[1] else {}
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen, **share).transpose(1, 2)
+    return weighted(q, k, v, hidden)[0]
+
+
+def weighted(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`product` as plain matrix products, and the logarithm of the sum of exponents that each query divides by, [n, S, H]."""
+    n, s, heads, size = q.shape
+    kv_heads = k.shape[1]
     # Query heads that share keys become additional queries, so that keys are never copied
     q = (q * size**-0.5).view(n, s, kv_heads, -1, size).permute(0, 2, 3, 1, 4)  # [n, K, H / K, S, d]
-    scores = q.reshape(n, kv_heads, -1, size) @ k.transpose(-1, -2)
+    scores = (q.reshape(n, kv_heads, -1, size) @ k.transpose(-1, -2)).float()
     if hidden is not None:
         each = scores.view(n, kv_heads, -1, s, k.shape[2])
         scores = each.masked_fill(hidden[:, None, None], float("-inf")).view(scores.shape)
-    mixed = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v  # [n, K, H / K · S, d]
-    return mixed.view(n, heads, s, size).transpose(1, 2)
+    total = scores.logsumexp(-1, keepdim=True)
+    mixed = (scores - total).exp().to(v.dtype) @ v  # [n, K, H / K · S, d]
+    return mixed.view(n, heads, s, size).transpose(1, 2), total.view(n, heads, s).transpose(1, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,25 @@ STD = 0.02  # of weights (Radford et al. 2019); matrices that write to the resid
 class Start:
     """Initial values of a parameter: `fill` + `std` · normal.
 
-    With `first`, the parameter is part of a stack: its slice [i] is drawn as number first + i.
+    With `first`, the parameter is part of a stack of `whole` slices: its slice [i] is drawn as number first + i.
     """
 
     std: float = 0.0
     fill: float = 0.0
     first: int | None = None
+    whole: int | None = None
+
+
+class Source(Protocol):
+    """Values that parameters begin with instead of drawn ones (`tiphys.pretrain.pretrained`)."""
+
+    def covers(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether it has every value of the parameter `name` of the whole model."""
+        ...
+
+    def copy(self, name: str, target: Tensor, first: int = 0, whole: int | None = None) -> None:
+        """Write what it has into `target`, which holds the rows from `first` on of a parameter with `whole` rows (None: all)."""
+        ...
 
 
 class Module(nn.Module):
@@ -34,14 +47,27 @@ class Module(nn.Module):
         super().__init__()
         self.starts: dict[str, Start] = {}
 
-    def declare(self, name: str, *shape: int, std: float = 0.0, fill: float = 0.0, first: int | None = None) -> None:
+    def declare(
+        self,
+        name: str,
+        *shape: int,
+        std: float = 0.0,
+        fill: float = 0.0,
+        first: int | None = None,
+        whole: int | None = None,
+    ) -> None:
         """Register a parameter; `initialise` draws its values."""
         self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
-        self.starts[name] = Start(std, fill, first)
+        self.starts[name] = Start(std, fill, first, whole)
 
 
-def initialise(module: nn.Module, seed: int, canonical: Callable[[str], str] = lambda name: name) -> None:
-    """Draw every parameter from the seed and its canonical name alone.
+def initialise(
+    module: nn.Module,
+    seed: int,
+    canonical: Callable[[str], str] = lambda name: name,
+    source: Source | None = None,
+) -> None:
+    """Take the values of every parameter from `source`; draw what it lacks from the seed and the canonical name alone.
 
     A pipeline stage or an expert rank therefore starts with exactly the weights that the whole model has there.
     `canonical` maps the names of this module's parameters to those of the whole model (`pipeline.canonical_name`).
@@ -56,12 +82,25 @@ def initialise(module: nn.Module, seed: int, canonical: Callable[[str], str] = l
                 continue  # tied weights are drawn once, under the first name
             done.add(id(parameter))
             address = canonical(f"{prefix}.{name}" if prefix else name)
-            with torch.no_grad():
-                if start.first is None:
-                    _fill(parameter, seed, address, start)
-                else:
-                    for i, slice_ in enumerate(parameter):
-                        _fill(slice_, seed, f"{address}[{start.first + i}]", start)
+            whole = (start.whole or len(parameter), *parameter.shape[1:])
+            if source is None or not source.covers(address, whole):
+                _draw(parameter, seed, address, start)
+            if source is not None:
+                source.copy(address, parameter, start.first or 0, whole[0])
+    if source is not None:
+        saved = module.state_dict(keep_vars=True).keys()
+        for name, buffer in module.named_buffers():
+            if name in saved and not buffer.is_meta:
+                source.copy(canonical(name), buffer)
+
+
+@torch.no_grad()
+def _draw(parameter: Tensor, seed: int, address: str, start: Start) -> None:
+    if start.first is None:
+        _fill(parameter, seed, address, start)
+        return
+    for i, slice_ in enumerate(parameter):
+        _fill(slice_, seed, f"{address}[{start.first + i}]", start)
 
 
 def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
@@ -78,6 +117,13 @@ def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
 def cuda_capability(index: int) -> tuple[int, int]:
     """Compute capability of a CUDA device: (8, 0) is Ampere, (9, 0) Hopper."""
     return torch.cuda.get_device_capability(index)
+
+
+def only_acts() -> bool:
+    """Whether this forward pass serves a policy that acts: then nobody reads its losses, and no parameter needs a gradient."""
+    return (
+        not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    )  # the compiler does not know the second
 
 
 class Norm(Module):

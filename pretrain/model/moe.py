@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated
+from tiphys.pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated, only_acts
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.tokens.batch import MODALITIES
 
@@ -50,8 +50,9 @@ class Experts(Module):
         count = count or config.num_experts
         self.up: nn.Parameter
         self.down: nn.Parameter
-        self.declare("up", count, size, 2 * inner, std=STD, first=first)
-        self.declare("down", count, inner, size, std=STD / (2 * config.num_hidden_layers) ** 0.5, first=first)
+        self.declare("up", count, size, 2 * inner, std=STD, first=first, whole=config.num_experts)
+        deep = STD / (2 * config.num_hidden_layers) ** 0.5
+        self.declare("down", count, inner, size, std=deep, first=first, whole=config.num_experts)
 
     def prepare(self, counts: Tensor) -> Any:
         """Start what `forward` needs to know of counts int64 [E], the rows of each expert, before the rows are sorted."""
@@ -175,12 +176,13 @@ class MixtureOfExperts(Module):
         gates = probabilities.gather(1, chosen)
         if self.experts_per_token > 1:
             gates = gates / gates.sum(-1, keepdim=True)
-        losses = self._losses(logits, probabilities, layout)
-        layout.auxiliary[self.number] = losses.detach()
-        if torch.is_grad_enabled():
-            gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors[2])
-        if self.training and layout.first_pass(self.number):
-            self._observe(chosen, losses, layout)
+        if not only_acts():  # a policy that acts needs no losses
+            losses = self._losses(logits, probabilities, layout)
+            layout.auxiliary[self.number] = losses.detach()
+            if torch.is_grad_enabled():
+                gates = AuxiliaryGradient.apply(gates, losses.sum() * layout.divisors[2])
+            if self.training and layout.first_pass(self.number):
+                self._observe(chosen, losses, layout)
         # If experts are divided among ranks, the shared expert works while the ranks exchange their numbers of tokens.
         shared = None if self.shared is None else self.shared(x)
         out = self.mix(x, chosen, gates.to(x.dtype), prepared)

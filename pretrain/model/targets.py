@@ -21,6 +21,7 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
+IDS = ("target", "allowed")  # kinds of targets that are ids
 COMMON = 3  # columns before the payload
 Found = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
@@ -31,7 +32,8 @@ class TargetKind:
 
     heads     config -> the names of its heads, in a fixed order
     payload   (config, head) -> columns of what is to be predicted
-    collect   batch -> (head, flat positions [n], float32 weights [n], int32 payload [n, …]) of each head with targets
+    collect   (batch, compact place of each flat position) -> (head, flat positions [n], float32 weights [n], int32 payload
+              [n, …]) of each head with targets
     losses    (prediction [n, …], payload, first id of the head) -> float32 [n], without weights
     errors    the same, for people: wrong or not, or mean |error|
     column    where `action_error` counts them
@@ -39,29 +41,80 @@ class TargetKind:
 
     heads: Callable[[DecisionConfig], list[str]]
     payload: Callable[[DecisionConfig, str], int]
-    collect: Callable[[TokenBatch], Iterator[Found]]
+    collect: Callable[[TokenBatch, np.ndarray], Iterator[Found]]
     losses: Callable[[Tensor, Tensor, int], Tensor]
     errors: Callable[[Tensor, Tensor, int], Tensor]
     column: int
 
 
-def _ids(batch: TokenBatch) -> Iterator[Found]:
+def _ids(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
     target, weight = batch.target.reshape(-1), batch.weight.reshape(-1)
-    flat = np.flatnonzero(target >= 0)
+    free = target >= 0
+    for a in batch.allowed.values():
+        free[a.index] = False
+    flat = np.flatnonzero(free)
     softmax = batch.softmax.reshape(-1)[flat]
     for number in np.unique(softmax):
         at = flat[softmax == number]
         yield str(number), at, weight[at], target[at, None]
 
 
-def _vectors(batch: TokenBatch) -> Iterator[Found]:
+def _some_ids(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
+    target, weight = batch.target.reshape(-1), batch.weight.reshape(-1)
+    for name, a in batch.allowed.items():
+        if len(a.index):
+            yield name, a.index, weight[a.index], np.concatenate([target[a.index, None], a.bits], axis=1)
+
+
+def only_allowed(logits: Tensor, payload: Tensor) -> Tensor:
+    """Logits [n, ids], with -inf for the ids that the payload (id, words of bits) does not allow."""
+    bits = (payload[:, 1:, None] >> torch.arange(32, device=payload.device, dtype=torch.int32)) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+
+
+def _vectors(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
     for name, r in batch.regression.items():
         if len(r.index):
             yield name, r.index, r.weight, to_bits(r.value)
 
 
-# Ids are predicted over a range of the vocabulary. Vectors are regressed, with the mean square over their dimensions (Chen et
-# al. 2021).
+def _pairs(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
+    for name, p in batch.pairs.items():
+        if len(p.index):
+            row = p.index // max(1, batch.length)
+            yield name, p.index, p.weight, np.stack([place[p.index + p.ahead], row, p.text], axis=1)
+
+
+def candidates(pairs: Tensor) -> Tensor:
+    """bool [n, n]: which texts (columns) a window (row) is told from: those of its own row that differ from its text, and its own.
+
+    pairs  int32 [n, 3]: place of the text, row, number of the text in its row
+    """
+    row, text = pairs[:, 1], pairs[:, 2]
+    other = (row[:, None] == row) & (text[:, None] != text)
+    return other | torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
+
+
+def _contrast(logits: Tensor, pairs: Tensor, low: int) -> Tensor:
+    """The mean of the losses in both directions: each window among the texts, and each text among the windows."""
+    logits = logits.masked_fill(~candidates(pairs), -torch.inf)
+    own = torch.arange(len(logits), device=logits.device)
+    losses = [F.cross_entropy(x, own, reduction="none") for x in (logits, logits.T)]
+    return (losses[0] + losses[1]) / 2
+
+
+def _mistaken(logits: Tensor, pairs: Tensor, low: int) -> Tensor:
+    own = torch.arange(len(logits), device=logits.device)
+    return (logits.masked_fill(~candidates(pairs), -torch.inf).argmax(-1) != own).double()
+
+
+def _ids_of(config: DecisionConfig, softmax: int) -> int:
+    return config.vocab_size if softmax == 0 else int(config.ranges[softmax - 1][2] - config.ranges[softmax - 1][1])
+
+
+# Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over their dimensions (Chen et
+# al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021, fig. 3), so the loss does not
+# depend on how rows are distributed.
 TARGETS: dict[str, TargetKind] = {
     "target": TargetKind(
         heads=lambda config: [str(i) for i in range(len(config.ranges) + 1)],
@@ -69,6 +122,16 @@ TARGETS: dict[str, TargetKind] = {
         collect=_ids,
         losses=lambda logits, ids, low: F.cross_entropy(logits, ids[:, 0].long() - low, reduction="none"),
         errors=lambda logits, ids, low: (logits.argmax(-1) + low != ids[:, 0]).double(),
+        column=0,
+    ),
+    "allowed": TargetKind(
+        heads=lambda config: [str(i) for i in range(len(config.ranges) + 1)],
+        payload=lambda config, head: 1 + -(-_ids_of(config, int(head)) // 32),
+        collect=_some_ids,
+        losses=lambda logits, ids, low: F.cross_entropy(
+            only_allowed(logits, ids), ids[:, 0].long() - low, reduction="none"
+        ),
+        errors=lambda logits, ids, low: (only_allowed(logits, ids).argmax(-1) + low != ids[:, 0]).double(),
         column=0,
     ),
     "regression": TargetKind(
@@ -79,6 +142,14 @@ TARGETS: dict[str, TargetKind] = {
         errors=lambda vectors, values, low: (vectors - from_bits(values)).abs().mean(-1).double(),
         column=2,
     ),
+    "pairs": TargetKind(
+        heads=lambda config: ["match"] if config.pairs else [],
+        payload=lambda config, head: 3,
+        collect=_pairs,
+        losses=_contrast,
+        errors=_mistaken,
+        column=0,
+    ),
 }
 
 
@@ -86,7 +157,7 @@ def target_arrays(batch: TokenBatch, place: np.ndarray) -> dict[str, np.ndarray]
     """The tensors of all targets of a batch. `place`: flat position -> compact place."""
     task, out = batch.task.reshape(-1), {}
     for kind, targets in TARGETS.items():
-        for head, at, weight, payload in targets.collect(batch):
+        for head, at, weight, payload in targets.collect(batch, place):
             columns = (place[at, None], task[at, None], to_bits(weight)[:, None], payload)
             out[f"{kind}/{head}"] = np.concatenate(columns, axis=1).astype(np.int32)
     return out

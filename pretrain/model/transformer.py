@@ -17,7 +17,7 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
 from tiphys.pretrain.model.heads import Head, Output
 from tiphys.pretrain.model.inputs import scalars
-from tiphys.pretrain.model.layers import Mlp, Module, Norm, initialise
+from tiphys.pretrain.model.layers import Mlp, Module, Norm, Source, initialise
 from tiphys.pretrain.model.moe import MixtureOfExperts
 from tiphys.pretrain.model.token_layout import TokenLayout
 
@@ -86,6 +86,9 @@ class DecisionModel(PreTrainedModel):
         Shape and arithmetic.
     seed : int
         Each parameter is drawn from this seed and its own name (`layers.initialise`).
+    source : Source, optional
+        Values that parameters begin with instead; what it lacks is drawn. It is kept as `source`, for parts of this model that
+        are made later.
     """
 
     config_class = DecisionConfig
@@ -94,8 +97,9 @@ class DecisionModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"output.weight": "token.weight"}
 
-    def __init__(self, config: DecisionConfig, seed: int = 0) -> None:
+    def __init__(self, config: DecisionConfig, seed: int = 0, source: Source | None = None) -> None:
         super().__init__(config)
+        self.source = source
         made: dict[str, Any] = {name: kind(*arguments) for name, kind, arguments in build_layers(config)}
         self.token: TokenTable = made["token"]
         self.embedding: Embedding = made["embedding"]
@@ -105,7 +109,7 @@ class DecisionModel(PreTrainedModel):
         self.post_init()
         if config.tie_word_embeddings:
             self.output.weight = self.token.weight
-        initialise(self, seed)
+        initialise(self, seed, source=source)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -52,6 +52,55 @@ class Regression:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Windows that are told from the other windows of their row by their texts, and texts by their windows.
+
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position of the token that sums up the window, ascending.
+    ahead : ndarray, int32 [n]
+        How many positions behind it, in the same row, the token stands that sums up its text.
+    text : ndarray, int32 [n]
+        Number of the text in its row. Pairs of a row with equal texts have equal numbers.
+    weight : ndarray, float32 [n]
+        Loss weight of the pair.
+    """
+
+    index: np.ndarray
+    ahead: np.ndarray
+    text: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Targets that are normalised over some ids of their softmax only.
+
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position, ascending.
+    bits : ndarray, int32 [n, ⌈ids / 32⌉]
+        Bit b of word w says whether the id 32 · w + b of the softmax's range can be.
+    """
+
+    index: np.ndarray
+    bits: np.ndarray
+
+
+Sparse = Embedded | Regression | Pairs | Allowed
+SPARSE: dict[str, type[Sparse]] = {"embedded": Embedded, "regression": Regression, "pairs": Pairs, "allowed": Allowed}
+
+
+def _arrays(part: Sparse, of: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> Sparse:
+    """The part with `of(array)` of each array that has an element for each position, and with another index."""
+    given = {f.name: getattr(part, f.name) for f in fields(part)}
+    made = {name: of(a) if len(a) == len(part.index) else a for name, a in given.items()}
+    return type(part)(**made | {"index": index})
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """R rows of L positions, all NumPy arrays.
 
@@ -90,6 +139,10 @@ class TokenBatch:
         Embedder name -> the values for it.
     regression : mapping of str to Regression
         Regression head -> its targets.
+    pairs : mapping of str to Pairs
+        Head -> the pairs that it tells from each other.
+    allowed : mapping of str to Allowed
+        Number of a softmax -> the ids that some of its targets are normalised over.
     """
 
     DENSE: ClassVar[Mapping[str, Any]] = {
@@ -122,6 +175,8 @@ class TokenBatch:
     weight: np.ndarray
     embedded: Mapping[str, Embedded] = field(default_factory=dict)
     regression: Mapping[str, Regression] = field(default_factory=dict)
+    pairs: Mapping[str, Pairs] = field(default_factory=dict)
+    allowed: Mapping[str, Allowed] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -133,11 +188,12 @@ class TokenBatch:
 
     @property
     def targets(self) -> int:
-        """Number of targets: predicted tokens plus regressed vectors. Each counts once, whatever its weight.
+        """Number of targets: predicted tokens, regressed vectors and pairs. Each counts once, whatever its weight.
 
         The loss of a step is the weighted sum over the targets of the *global* batch, divided by their number.
         """
-        return int((self.target >= 0).sum()) + sum(len(r.index) for r in self.regression.values())
+        counted = (*self.regression.values(), *self.pairs.values())
+        return int((self.target >= 0).sum()) + sum(len(part.index) for part in counted)
 
     @property
     def real_tokens(self) -> int:
@@ -148,21 +204,12 @@ class TokenBatch:
         low, high, _ = rows.indices(self.rows)
         length = self.length
 
-        def inside(index: np.ndarray) -> slice:
-            first, last = np.searchsorted(index, (low * length, high * length))
-            return slice(int(first), int(last))
+        def taken(part: Sparse) -> Sparse:
+            mine = slice(*np.searchsorted(part.index, (low * length, high * length)).tolist())
+            return _arrays(part, lambda a: a[mine], part.index[mine] - low * length)
 
         dense: dict[str, Any] = {name: getattr(self, name)[low:high] for name in self.DENSE}
-        embedded = {}
-        for name, e in self.embedded.items():
-            mine = inside(e.index)
-            place = e.place[mine] if len(e.place) else e.place
-            embedded[name] = Embedded(e.index[mine] - low * length, e.value[mine], place)
-        regression = {}
-        for name, r in self.regression.items():
-            mine = inside(r.index)
-            regression[name] = Regression(r.index[mine] - low * length, r.value[mine], r.weight[mine])
-        return replace(self, **dense, embedded=embedded, regression=regression)
+        return replace(self, **dense, **self._parts(taken))
 
     def part(self, rows: np.ndarray, start: int | np.ndarray, stop: int | np.ndarray) -> TokenBatch:
         """Positions [start, stop) of some rows, as a batch of their own. Its arrays are copies.
@@ -194,15 +241,15 @@ class TokenBatch:
             kept = (column >= first[row]) & (column < last[row])
             return kept, new_row[row[kept]] * width + column[kept] - low
 
-        embedded = {}
-        for name, e in self.embedded.items():
-            kept, index = inside(e.index)
-            embedded[name] = Embedded(index, e.value[kept], e.place[kept] if len(e.place) else e.place)
-        regression = {}
-        for name, r in self.regression.items():
-            kept, index = inside(r.index)
-            regression[name] = Regression(index, r.value[kept], r.weight[kept])
-        return replace(self, **dense, embedded=embedded, regression=regression)
+        def taken(part: Sparse) -> Sparse:
+            kept, index = inside(part.index)
+            return _arrays(part, lambda a: a[kept], index)
+
+        return replace(self, **dense, **self._parts(taken))
+
+    def _parts(self, of: Callable[[Sparse], Sparse]) -> dict[str, Any]:
+        """`of(part)` of everything that only some positions have, by kind and name."""
+        return {kind: {name: of(p) for name, p in getattr(self, kind).items()} for kind in SPARSE}
 
     def without_targets(self) -> TokenBatch:
         """The same batch with nothing to predict. All arrays but those of the targets are shared with this batch."""
@@ -212,6 +259,8 @@ class TokenBatch:
             softmax=np.zeros_like(self.softmax),
             weight=np.zeros_like(self.weight),
             regression={},
+            pairs={},
+            allowed={},
         )
 
     def fill(self, rows: int) -> TokenBatch:
@@ -238,23 +287,8 @@ class TokenBatch:
         first, length = parts[0], parts[0].length
         offsets = np.cumsum([0] + [b.rows for b in parts[:-1]]) * length
         dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in cls.DENSE}
-        embedded = {}
-        for name in sorted({n for b in parts for n in b.embedded}):
-            have = [(b.embedded[name], o) for b, o in zip(parts, offsets, strict=True) if name in b.embedded]
-            embedded[name] = Embedded(
-                np.concatenate([e.index + o for e, o in have]),
-                np.concatenate([e.value for e, _ in have]),
-                np.concatenate([e.place for e, _ in have]),
-            )
-        regression = {}
-        for name in sorted({n for b in parts for n in b.regression}):
-            had = [(b.regression[name], o) for b, o in zip(parts, offsets, strict=True) if name in b.regression]
-            regression[name] = Regression(
-                np.concatenate([r.index + o for r, o in had]),
-                np.concatenate([r.value for r, _ in had]),
-                np.concatenate([r.weight for r, _ in had]),
-            )
-        return replace(first, **dense, embedded=embedded, regression=regression)
+        joined = {kind: _joined([getattr(b, kind) for b in parts], offsets) for kind in SPARSE}
+        return replace(first, **dense, **joined)
 
     @classmethod
     def empty(cls, step: int, length: int, rows: int = 0) -> TokenBatch:
@@ -266,7 +300,7 @@ class TokenBatch:
         """Flat name -> array, for shared memory: `tokens`, `embedded/<embedder>/value` and so on."""
         out: dict[str, np.ndarray] = {"step": np.array(self.step, np.int64)}
         out.update({n: getattr(self, n) for n in self.DENSE})
-        for kind in ("embedded", "regression"):
+        for kind in SPARSE:
             for name, part in getattr(self, kind).items():
                 out.update({f"{kind}/{name}/{f.name}": getattr(part, f.name) for f in fields(part)})
         return out
@@ -274,7 +308,7 @@ class TokenBatch:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TokenBatch:
         """The inverse of `to_arrays`; the arrays are used as they are, not copied."""
-        parts: dict[str, dict[str, dict[str, np.ndarray]]] = {"embedded": {}, "regression": {}}
+        parts: dict[str, dict[str, dict[str, np.ndarray]]] = {kind: {} for kind in SPARSE}
         dense: dict[str, Any] = {}
         for name, array in arrays.items():
             kind, _, rest = name.partition("/")
@@ -284,8 +318,16 @@ class TokenBatch:
             else:
                 dense[name] = array
         dense["step"] = int(dense["step"])
-        return cls(
-            **dense,
-            embedded={n: Embedded(**p) for n, p in parts["embedded"].items()},
-            regression={n: Regression(**p) for n, p in parts["regression"].items()},
-        )
+        made: dict[str, Any] = {kind: {n: SPARSE[kind](**p) for n, p in some.items()} for kind, some in parts.items()}
+        return cls(**dense, **made)
+
+
+def _joined(given: Sequence[Mapping[str, Sparse]], offsets: np.ndarray) -> dict[str, Sparse]:
+    """Parts of several batches by name; `offsets` are added to their indexes."""
+    out = {}
+    for name in sorted({n for parts in given for n in parts}):
+        have = [(parts[name], offset) for parts, offset in zip(given, offsets, strict=True) if name in parts]
+        kind = type(have[0][0])
+        arrays = {f.name: np.concatenate([getattr(p, f.name) for p, _ in have]) for f in fields(kind)}
+        out[name] = kind(**arrays | {"index": np.concatenate([p.index + offset for p, offset in have])})
+    return out

@@ -195,31 +195,43 @@ def from_unit(y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Quantiles(Codec):
-    """Bins whose edges are quantiles of the data; each entry of the field has its own edges (Janner et al. 2021, sec. 3.1)."""
+    """Bins whose edges are quantiles of the data; each entry of the field has its own edges (Janner et al. 2021, sec. 3.1).
+
+    A value that is several quantiles at once has a bin of its own, which decodes to it; see `merged`.
+    """
 
     kind: ClassVar[str] = "quantiles"
     first: int
-    edges: tuple[tuple[float, ...], ...]  # [numbers][bins + 1], ascending
+    edges: tuple[tuple[float, ...], ...]  # [numbers][bins + 1], ascending; entries may have different numbers of bins
     dtype: str = "float32"
 
+    @staticmethod
+    def merged(edges: np.ndarray) -> tuple[float, ...]:
+        """Ascending edges in which a value that occurs several times becomes a bin that holds it alone."""
+        values, counts = np.unique(np.asarray(edges, np.float64), return_counts=True)
+        closed = np.nextafter(values[counts > 1], np.inf)
+        return tuple(np.unique(np.concatenate([values, closed])).tolist())
+
     @cached_property
-    def _edges(self) -> np.ndarray:
-        return np.asarray(self.edges, np.float64)
+    def _edges(self) -> list[np.ndarray]:
+        return [np.asarray(row, np.float64) for row in self.edges]
 
     def encode(self, x: np.ndarray) -> np.ndarray:
-        flat = _flat(x, np.float64)
-        inner = self._edges[:, 1:-1]
-        columns = [np.searchsorted(inner[d], flat[:, d], side="right") for d in range(flat.shape[1])]
+        with np.errstate(over="ignore"):  # edges are float32 numbers
+            flat = _flat(x, np.float64).astype(np.float32).astype(np.float64)
+        columns = [np.searchsorted(row[1:-1], flat[:, d], side="right") for d, row in enumerate(self._edges)]
         return (np.stack(columns, axis=1) if columns else np.zeros(flat.shape)).astype(np.int32) + np.int32(self.first)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         bins = np.asarray(tokens, np.int64) - self.first
-        entry = np.arange(self.tokens)
-        x = (self._edges[entry, bins] + self._edges[entry, bins + 1]) / 2
-        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+        found = np.zeros(bins.shape)
+        for d, row in enumerate(self._edges):
+            low = np.clip(bins[:, d], 0, len(row) - 2)
+            found[:, d] = (row[low] + row[low + 1]) / 2
+        return _as_type(found.reshape(len(bins), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
-        return ((self.first, self.first + self._edges.shape[1] - 1),) * self.tokens
+        return tuple((self.first, self.first + len(row) - 1) for row in self._edges)
 
 
 @dataclass(frozen=True)

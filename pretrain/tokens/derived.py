@@ -74,6 +74,11 @@ def histogram(window: Window, steps: int, argument: str, options: Mapping[str, A
     return shares.reshape(len(counts), -1).astype(np.float32)
 
 
+def agent(window: Window, steps: int, argument: str, options: Mapping[str, Any]) -> np.ndarray:
+    """The number of the agent. It is never computed: the view of each agent gives it."""
+    raise DataError(f"episode {window.episode!r} is not that of one agent, so it has no number of an agent")
+
+
 def _acted(window: Window) -> np.ndarray:
     """bool [R]: the rows that have an action, and so a reward. They come first."""
     return np.asarray(window.valid, bool)
@@ -95,6 +100,7 @@ def _field(window: Window, name: str) -> Any:
 
 
 SOURCES: dict[str, Source] = {
+    "agent": Source(agent),
     "to_go": Source(to_go),
     "after": Source(after),
     "discounted": Source(discounted, argument="number", future=ALL),
@@ -133,7 +139,7 @@ def fields_of(rule: str) -> tuple[str, ...]:
     source, argument = source_of(rule)
     if source.argument == "field":
         return (argument,)
-    return () if rule == "to_go" else (REWARD_FIELD,)
+    return () if rule in ("to_go", "agent") else (REWARD_FIELD,)
 
 
 def derived(window: Window, steps: int, rule: str, options: Mapping[str, Any]) -> np.ndarray:

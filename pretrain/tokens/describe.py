@@ -66,13 +66,14 @@ def view_windows(
     layouts: Layouts,
     vocabulary: Vocabulary,
     text: TextTokenizer,
+    seed: int = 0,
 ) -> list[WindowView]:
-    """The windows of row `row` of a batch, decoded.
+    """The windows of row `row` of a batch, decoded. `seed`: that of the batch, which was made for training.
 
     Values and targets are read from the batch. `windows` are those that the row was made from; with the layouts they say what
     stands where.
     """
-    placed = placements(windows, layouts, vocabulary, text)
+    placed = placements(windows, layouts, vocabulary, text, (seed, batch.step, int(batch.row[row])))
     reader = _Reader(batch.select(slice(row, row + 1)), windows, layouts, placed, vocabulary, text)
     elements: list[list[ElementView]] = [[] for _ in windows]
     for one in placed:
@@ -110,6 +111,7 @@ class _Reader:
         self.shift = np.zeros(len(self.tokens), np.int64)
         for p, one in self.at.items():
             self.shift[p] = layouts[windows[one.window].entry][windows[one.window].task].shift
+        self.shift[self.tokens == vocabulary.special("summary")] = 0
         self.targets = self.tokens.copy()  # the tokens, each replaced by the target that predicts it
         where = np.flatnonzero(self.target >= 0)
         self.targets[where + self.shift[where]] = self.target[where]
@@ -176,6 +178,7 @@ class _Reader:
         """Ids of a text, quoted; an end-of-text token is named."""
         special = {self.vocabulary.end_of_text: "end-of-text"}
         special |= {self.vocabulary.special(name): name for name in TAIL}
+        special |= dict(zip(self.vocabulary.answers, ("does not fit", "fits"), strict=True))
         named = [special[i] for i in ids.tolist() if i in special]
         rest = ids[[i not in special for i in ids.tolist()]]
         return " ".join(([repr(self.text.decode(rest))] if len(rest) else []) + named)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent, statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import (
     Affine,
     Bins,
@@ -27,7 +28,9 @@ from tiphys.pretrain.tokens.codecs import (
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.paradigms import (
+    ACTING_OPTIONS,
     ACTION,
+    AGENT,
     END,
     OBSERVATION,
     RETURN,
@@ -39,6 +42,7 @@ from tiphys.pretrain.tokens.paradigms import (
     hiding_of,
 )
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.views import AGENTS, ONE
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
@@ -48,14 +52,19 @@ if TYPE_CHECKING:
 CLIPPED = 1e-3  # share of an action field's values that may be outside the range of its tokens
 _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token
 _RETURN_LIMIT = 10.0
+_RETURN_BINS = 100  # of a return whose bins are quantiles (Janner et al. 2021)
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
     "hiding": "schemes by which parts of a window are hidden, with their shares",
     "query": "what a policy that fills in hidden parts is asked: bc, rc or goal",
+    "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
+    "available": "field that tells of each value of a discrete action whether it can be taken; agents: the one with the role mask",
+    "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
     "text_tokens": "most tokens of a text",
     "allow_clipped": "share of an action field's values that may be clamped",
+    "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
-}
+} | {name: meaning for name, (meaning, _, _) in ACTING_OPTIONS.items()}
 _IMAGES, _REST = 0, 1
 
 
@@ -80,6 +89,8 @@ class Encoding:
     ranges: Ranges
     largest_return: float  # largest absolute return in the data
     superset: bool = False  # the statistics also count episodes that are not in the data
+    agents: int = 0  # > 0: task and statistics are those of one of so many agents
+    agent_fields: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -104,10 +115,15 @@ class Encoding:
 
     def layout(self, number: int, weight: float) -> TimestepLayout:
         """The layout of this task's timesteps. Raises DataError if a field has no encoding or the context is too short."""
+        if self.paradigm.views == AGENTS and not self.agents:
+            return self.of_agents().layout(number, weight)
         texts = [f for f in self.shown("observation", "text") if f.modality == "text"]
-        preamble = tuple(f.name for f in texts if f.per == "episode")
-        has_actions = bool(self.shown("action"))
-        if not has_actions and not (self.paradigm.predicts_text and preamble):
+        said = any(part.kind == TEXT for part in self.paradigm.head)
+        preamble = tuple(f.name for f in texts if f.per == "episode" and said)
+        has_actions, pairs = bool(self.shown("action")), self.paradigm.loss == "pairs"
+        if pairs or self.paradigm.swap:
+            self.check_pairs(preamble)
+        elif not has_actions and not (self.paradigm.predicts_text and preamble):
             raise DataError(
                 f"task {self.task.name!r} has neither actions nor a text that paradigm {self.paradigm.name!r} predicts, so there "
                 "is nothing to learn; leave the task out with `tasks` of the mixture entry, or use another paradigm"
@@ -124,6 +140,9 @@ class Encoding:
                 made = [self.step_text(f) for f in texts if f.per == "step"]
             elif part.kind == REWARD:
                 made = self.rewards(part)
+            elif part.kind == AGENT:
+                number_of = Discrete("", (), self.ranges.discrete, (self.agents,), (0,), "int64")
+                made = [Element("agent", codec=number_of, source="agent")]
             elif part.kind == RETURN:
                 made = [self.returns(part)] if has_actions else []
             else:
@@ -136,26 +155,77 @@ class Encoding:
             elements=tuple(elements),
             preamble=preamble,
             predict_text=self.paradigm.predicts_text,
-            text_last=not has_actions,
+            text_last=not has_actions and not pairs,
             chunk=self.chunk(),
             softmax=self.softmax,
             weight=weight,
             context=self.objective.context,
-            window=self.objective.window if has_actions else 1,
+            window=self.objective.window or self.paradigm.window if has_actions or pairs else 1,
             mask=self.paradigm.mask,
-            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions else (),
+            tail=tuple(self.tail(part) for part in self.paradigm.tail) if has_actions or pairs else (),
             hiding=hiding_of(self.paradigm, self.objective.options) if has_actions else (),
             future=self.paradigm.future if has_actions else 0,
             loss=self.paradigm.loss,
             prompt_parts=self.paradigm.prompt.parts,
             prompt_reverse=self.paradigm.prompt.reverse,
+            views=self.paradigm.views,
+            swap=float(self.option("swap", self.paradigm.swap)) if has_actions else 0.0,
+            agents=self.agents,
+            agent_fields=self.agent_fields,
         )
         layout = self.with_prompts(layout)
         return self.with_text_limit(layout)
 
+    def of_agents(self) -> Encoding:
+        """The encoding of what one agent sees and does. Raises DataError if the task's actions are not those of several agents."""
+        agents = int(self.option("agents", 0))
+        names = agent_fields(self.task, agents)
+        task, statistics = (
+            of_one_agent(self.task, names, agents),
+            statistics_of_one_agent(self.statistics, names, agents),
+        )
+        return replace(self, task=task, statistics=statistics, agents=agents, agent_fields=names)
+
+    def available(self, field: FieldSpec, codec: Codec) -> str:
+        """The field that tells which values of an action can be taken; empty if there is none. Raises DataError if it cannot."""
+        given = self.option("available", "")
+        if not given and self.paradigm.views != AGENTS:
+            return ""
+        masks = [f.name for f in self.task.fields if f.name == given or (not given and f.role == "mask")]
+        if given and not masks:
+            raise DataError(
+                f"task {self.task.name!r} has no field {given!r}, which `options: {{available: …}}` of the objective names; it has "
+                f"{', '.join(f.name for f in self.task.fields)}"
+            )
+        for name in masks:
+            values = codec.values[0] if isinstance(codec, Discrete) and codec.tokens == 1 else 0
+            if self.task.field(name).shape == (values,):
+                return name
+            if given:
+                raise DataError(
+                    f"{self.where(field)}: {name!r} has shape {self.task.field(name).shape} (of one agent), but it must tell of each "
+                    f"value of one discrete action whether it can be taken, so its shape must be ({values or 'number of values'},)"
+                )
+        return ""
+
+    def check_pairs(self, preamble: Sequence[str]) -> None:
+        """Raises DataError if the task has no texts, or no observations, that windows can be told from each other by."""
+        lacks = "" if preamble else "text that stays the same for a whole episode"
+        if not [f for f in self.shown("observation") if f.modality != "text"]:
+            lacks = "observation that is not a text"
+        if lacks:
+            raise DataError(
+                f"task {self.task.name!r} has no {lacks}, and paradigm {self.paradigm.name!r} learns which text fits which "
+                "window; leave the task out with `tasks` of the mixture entry, or use another paradigm"
+            )
+
     def with_prompts(self, layout: TimestepLayout) -> TimestepLayout:
         """The layout with room for a prompt before each window. Raises DataError if the prompts of a row cannot be reversed."""
         prompt = self.paradigm.prompt
+        if self.paradigm.views != ONE and self.prompt_share:
+            raise DataError(
+                f"task {self.task.name!r}: paradigm {self.paradigm.name!r} has no prompts; set `prompt: 0`, or leave it out"
+            )
         if prompt.reverse and layout.chunk > 1:
             raise DataError(f"task {self.task.name!r}: prompts are reversed, so its actions cannot have a `chunk`")
         if not prompt.every_window or not layout.has_actions or not self.prompt_share:
@@ -169,16 +239,16 @@ class Encoding:
 
     def with_text_limit(self, layout: TimestepLayout) -> TimestepLayout:
         """Limits the texts so that one timestep fits beside them. Raises DataError if it does not fit even without texts."""
-        room = self.objective.context - layout.width - (layout.extra - layout.text_last)
+        room = self.objective.context - layout.width * layout.copies - (layout.extra - layout.text_last)
         if room < 0:
             parts = ", ".join(f"{e.field or e.role} {e.size}" for e in layout.elements)
             raise DataError(
                 f"task {self.task.name!r}: a context of {self.objective.context} cannot hold one timestep of "
-                f"{layout.width} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
+                f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field as one token"
             )
         if not layout.preamble:
             return layout
-        each = (room - layout.text_last) // len(layout.preamble)
+        each = (room // layout.copies - layout.text_last) // len(layout.preamble)
         limit = min(each, int(self.option("text_tokens", each)))
         if limit < 1:
             raise DataError(
@@ -263,7 +333,10 @@ class Encoding:
 
     def actions(self, part: Part) -> list[Element]:
         codecs = [(field, self.action(field, part)) for field in self.shown("action")]
-        return [Element("action", field.name, codec, codec.tokens) for field, codec in codecs]
+        return [
+            Element("action", field.name, codec, codec.tokens, available=self.available(field, codec))
+            for field, codec in codecs
+        ]
 
     # the codec of one field
 
@@ -401,7 +474,7 @@ class Encoding:
                 "", field.shape, self.ranges.continuous, bins, _numbers(low), _numbers(high), False, field.dtype
             )
         edges = np.stack(_quantiles(found, np.linspace(0, 1, bins + 1), field), axis=1)  # type: ignore[arg-type]
-        return Quantiles("", field.shape, self.ranges.continuous, tuple(_numbers(row) for row in edges), field.dtype)
+        return Quantiles("", field.shape, self.ranges.continuous, tuple(map(Quantiles.merged, edges)), field.dtype)
 
     def patches(self, field: FieldSpec) -> Codec:
         tokens, shape = self.tokens(field), field.shape
@@ -486,10 +559,11 @@ class Encoding:
         """The element of a return, or of what else a source computes from the future."""
         source, argument = source_of(part.rule)
         if source.argument == "field":
-            options = self.histogram_range(part, argument)
+            chosen = str(self.option("histogram", argument))
+            rule, options = f"{part.rule.partition(':')[0]}:{chosen}", self.histogram_range(part, chosen)
             shape = (int(options["bins"]) * len(options["low"]),)
-            codec: Codec = Histogram(f"vector:{part.rule}:{shape[0]}", shape)
-            return Element("return", codec=codec, source=part.rule, options=options)
+            codec: Codec = Histogram(f"vector:{rule}:{shape[0]}", shape)
+            return Element("return", codec=codec, source=rule, options=options)
         codec = self.return_codec(part)
         return Element("return", codec=codec, size=codec.tokens, source=part.rule)
 
@@ -520,6 +594,17 @@ class Encoding:
         if part.code == "uniform":
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
         where = f"task {self.task.name!r}, return"
+        if part.code == "quantile" and part.rule == "to_go":
+            from tiphys.dataio.statistics import RETURN_TO_GO
+
+            found = self.statistics.get(RETURN_TO_GO)
+            if found is None or not found.count:
+                raise DataError(
+                    f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
+                    "write the dataset again, or use the code 'uniform'"
+                )
+            edges = found.at(np.linspace(0, 1, int(part.options.get("bins", _RETURN_BINS)) + 1))[:, 0]
+            return Quantiles("", (), self.ranges.continuous, (Quantiles.merged(edges),))
         if part.code == "integer":
             return self.integers(where, (), part, (-scale, scale))
         if part.code == "sign":
@@ -547,16 +632,7 @@ def _within_unit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def _quantiles(found: FieldStatistics, shares: Sequence[float] | np.ndarray, field: FieldSpec) -> Any:
-    """[len(shares)] arrays [numbers]: quantiles of the data, interpolated between those of the statistics."""
-    from tiphys.dataio.statistics import QUANTILES
-
+    """[len(shares)] arrays [numbers]: quantiles of the data."""
     numbers = int(np.prod(field.shape, dtype=np.int64))
-    known = np.concatenate([[0.0], QUANTILES, [1.0]])
-    parts = [
-        np.reshape(found.min, (1, -1)),
-        np.reshape(found.quantiles, (len(QUANTILES), -1)),
-        np.reshape(found.max, (1, -1)),
-    ]
-    levels = np.concatenate(parts)
-    out = np.stack([np.interp(shares, known, levels[:, d]) for d in range(levels.shape[1])], axis=1)
+    out = found.at(shares)
     return list(np.broadcast_to(out, (len(out), numbers)))

@@ -1,4 +1,4 @@
-"""Group: windows of one mixture entry and task, measured: how many positions they take, and which columns each step has."""
+"""Group: sequences of one layout, measured: how many positions they take, and which columns each step has."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.views import VIEWS
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 Layouts = Sequence[Mapping[int, TimestepLayout]]  # mixture entry -> task -> its layout
@@ -21,15 +22,16 @@ _NO_IDS = np.zeros(0, np.int32)
 
 @dataclass
 class Group:
-    """G windows of one mixture entry and task: N timesteps in all, W columns in a timestep.
+    """G windows of one layout: N timesteps in all, W columns in a timestep. A window here is one sequence of a planned one.
 
-    number      [G] index of each window in the batch
+    number      [G] index of each window among the sequences of the batch
     steps       [G] timesteps of each window
     acted       [G] those of them that have an action; the others, which come last, show only their observations
     heads       G arrays of ids: what stands once, before the timesteps
     tails       G arrays of ids: what stands once, after them
     step_texts  the ids of each element that is a text of a step, in order: int32 [N, element.size]
     present     bool [N, W]: the columns that a timestep has; None: all
+    swapped     bool [G]: the windows whose texts are those of another window
     """
 
     layout: TimestepLayout
@@ -41,6 +43,11 @@ class Group:
     tails: list[np.ndarray]
     step_texts: list[np.ndarray] = field(default_factory=list)
     present: np.ndarray | None = None
+    swapped: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def __post_init__(self) -> None:
+        if not len(self.swapped):
+            self.swapped = np.zeros(len(self.windows), bool)
 
     @property
     def owner(self) -> np.ndarray:
@@ -144,14 +151,38 @@ def field_of(window: Window, name: str) -> Any:
         raise DataError(f"episode {window.episode!r} has no field {name!r}; its window has {has}") from None
 
 
-def make_groups(flat: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer) -> list[Group]:
-    """The windows of a batch by mixture entry and task."""
-    members: dict[tuple[int, int], list[int]] = {}
+@dataclass(frozen=True)
+class Piece:
+    """One sequence of a window.
+
+    window  what it shows
+    layout  how
+    of      number of the whole window in the batch
+    """
+
+    window: Window
+    layout: TimestepLayout
+    of: int
+
+
+def split(flat: Sequence[Window], layouts: Layouts) -> list[Piece]:
+    """The sequences of all windows, in order."""
+    pieces = []
     for number, window in enumerate(flat):
-        members.setdefault((window.entry, window.task), []).append(number)
+        layout = layouts[window.entry][window.task]
+        shown = VIEWS[layout.views].split(layout, window)
+        pieces += [Piece(one, of, number) for one, of in zip(shown, layout.sequences, strict=True)]
+    return pieces
+
+
+def make_groups(pieces: Sequence[Piece], vocabulary: Vocabulary, text: TextTokenizer) -> list[Group]:
+    """The sequences of a batch by layout."""
+    members: dict[int, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        members.setdefault(id(piece.layout), []).append(number)
     return [
-        _measure(layouts[entry][task], [flat[i] for i in numbers], numbers, vocabulary, text)
-        for (entry, task), numbers in members.items()
+        _measure(pieces[numbers[0]].layout, [pieces[i].window for i in numbers], numbers, vocabulary, text)
+        for numbers in members.values()
     ]
 
 

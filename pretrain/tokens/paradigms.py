@@ -16,11 +16,13 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.hiding import HIDING, QUERIES
 from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
+from tiphys.pretrain.tokens.views import AGENTS, ONE, VIEWS, WINDOW_TEXT
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
-END, SUMMARY = "end", "summary"
+END, SUMMARY, AGENT = "end", "summary", "agent"
 CODES = {  # kind -> the codes that its parts may have
     TEXT: ("auto",),
+    AGENT: ("auto",),
     OBSERVATION: ("auto", "gato", "vector", "grid", "uniform", "quantile"),
     SEPARATOR: ("auto",),
     RETURN: ("auto", "linear", "uniform", "quantile", "integer", "sign", "histogram"),
@@ -34,11 +36,27 @@ ACTING = {
     "next": "the action's tokens one after another",
     "ask": "a target return, lowered by each reward; then the action",
     "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
+    "compare": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
+    "match": "what is left of a reference episode's histogram, less what was done; then the action",
+    "sample": "a return is drawn, high ones more often; then the action",
+    "beam": "the first action of the best of many plans",
 }
+ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smallest and largest value
+    "kappa": ("sample: how much more often high returns are drawn; 0: as the model says", -1e4, 1e4),
+    "horizon": ("beam: most steps of a plan", 1, 1 << 12),
+    "width": ("beam: plans that are kept", 1, 1 << 16),
+    "expand": ("beam: actions that are drawn for each plan at each step", 1, 1 << 10),
+    "cdf": ("beam: share of the least probable actions that are never drawn", 0, 0.999),
+}
+QUERY = "query"  # option of `fill`: what it is asked, unless `Policy.reset` says otherwise
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
-REQUIREMENTS = {"reward": "rewards"}
-VIEWS = {"one": "each episode is one sequence"}
+REQUIREMENTS = {
+    "reward": "rewards",
+    "text": "texts that differ within a task",
+    "agents": "actions of several agents at each step",
+    "hidden task": "several tasks that only the prompt tells apart",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Part:
     Attributes
     ----------
     kind : str
-        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `end`
+        A key of `CODES`. `observation`, `action` and `text` stand for all fields of that role. `agent`: the number of the agent. `end`
         (of an episode) and `summary` are tokens of their own, which stand after the last step.
     code : str
         How its values are encoded, unless the recipe says otherwise for a field: one of the `CODES` of its kind. `auto`: by the
@@ -89,7 +107,7 @@ class Part:
             raise ValueError(
                 f"a part of kind {self.kind!r} has options {sorted(self.options)}, but knows {sorted(known)}"
             )
-        if not self.weight >= 0 or (self.weight and self.kind in (SEPARATOR, SUMMARY)):
+        if not self.weight >= 0 or (self.weight and self.kind in (SEPARATOR, AGENT)):
             raise ValueError(f"a part of kind {self.kind!r} cannot have the weight {self.weight}")
 
     @property
@@ -162,13 +180,18 @@ class Paradigm:
     hiding : tuple of (str, float)
         Schemes of `hiding.HIDING` with their shares. Each window draws one, which says which parts are hidden and learnt.
     views : str
-        How an episode becomes sequences: a key of `VIEWS`.
+        How a window becomes sequences: a key of `views.VIEWS`.
+    window : int
+        Most steps of a window, unless the recipe says otherwise; 0: as many as fit the context.
     future : int
         Most rows after a window's last step whose observations are shown.
     prompt : Prompt
         The demonstration before a window.
     loss : str
         What the targets count: a key of `timestep.LOSSES`.
+    swap : float
+        Share of the windows that show the text of another window of their row. A `summary` tells which, and nothing else is learned
+        from them.
     acting : (str, mapping)
         How its policy acts: a name in `ACTING`, and the options of that rule.
     requires : tuple of str
@@ -184,10 +207,12 @@ class Paradigm:
     softmax: str = "range"
     mask: str = CAUSAL
     hiding: tuple[tuple[str, float], ...] = ()
-    views: str = "one"
+    views: str = ONE
+    window: int = 0
     future: int = 0
     prompt: Prompt = Prompt()
     loss: str = "targets"
+    swap: float = 0.0
     acting: tuple[str, Mapping[str, Any]] = ("next", {})
     requires: tuple[str, ...] = ()
     differs: str = ""
@@ -208,6 +233,8 @@ class Paradigm:
             for name in given:
                 if name not in known:
                     yield f"the {what} {name!r} is unknown; known are {', '.join(known)}"
+        if unknown := sorted(set(self.acting[1]) - {*ACTING_OPTIONS, QUERY}):
+            yield f"acting has the options {unknown}, but known are {', '.join([*ACTING_OPTIONS, QUERY])}"
         if any(part.kind != TEXT or not part.shown for part in self.head):
             yield "only texts that are shown can stand before the first timestep"
         if any(part.kind not in (END, SUMMARY) or not part.shown for part in self.tail):
@@ -221,6 +248,18 @@ class Paradigm:
             yield "all positions see each other, so a part that is predicted must be hidden"
         if self.mask == PREFIX and any(part.weight for part in self.head):
             yield "the texts before the first timestep see each other, so they cannot be predicted"
+        if (self.loss == "pairs") != (self.views == WINDOW_TEXT):
+            yield f"the loss `pairs` and the view `{WINDOW_TEXT}` belong together"
+        if self.loss == "pairs" and (predicted or [part.kind for part in self.tail] != [SUMMARY]):
+            yield "pairs are read at a `summary`, which ends each sequence, and nothing else is predicted"
+        if not 0 <= self.swap < 1 or any(part.weight for part in self.tail if part.kind == SUMMARY) != (self.swap > 0):
+            yield "a `summary` is predicted if texts are swapped, and only then; the share is at least 0 and less than 1"
+        if self.swap and (self.mask == BOTH or any(p.shown for p in self.timestep if p.kind == ACTION)):
+            yield "texts are swapped: actions that are shown tell which fit, so they must be hidden, and the mask causal"
+        if any(part.kind == AGENT for part in self.timestep) and self.views != AGENTS:
+            yield f"the number of an agent is known in the view `{AGENTS}` only"
+        if self.views != ONE and self.prompt.share:
+            yield f"windows of the view `{self.views}` cannot have prompts"
         if self.future < 0:
             yield "future is the number of rows after a window, at least 0"
 
@@ -246,6 +285,37 @@ PARADIGMS: dict[str, Paradigm] = {
             requires=(REWARD,),
             differs="returns are divided by the task's largest absolute return; the target is a multiple of the best return in "
             "the data; positions count tokens of the window and steps of the episode",
+        ),
+        Paradigm(
+            "tt",
+            "Janner et al. 2021, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION, "quantile", weight=1.0),
+                Part(ACTION, "quantile", weight=5.0),
+                Part(REWARD, "quantile", weight=1.0),
+                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+            ),
+            tail=(Part(END, weight=1.0),),
+            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            requires=(REWARD,),
+            differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
+            "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+        ),
+        Paradigm(
+            "mgdt",
+            "Lee et al. 2022, sec. 3",
+            (
+                Part(TEXT),
+                Part(OBSERVATION),
+                Part(RETURN, "uniform", weight=1.0, source="to_go"),
+                Part(ACTION, "uniform", weight=1.0),
+                Part(REWARD, "sign", weight=1.0),
+            ),
+            acting=("sample", {"kappa": 10.0}),
+            requires=(REWARD,),
+            differs="returns are bins over the range of the data instead of integers from -20 to 100; kappa counts in that "
+            "range; patches are causal; past returns stay as they were drawn",
         ),
         Paradigm(
             "gato",
@@ -278,7 +348,7 @@ PARADIGMS: dict[str, Paradigm] = {
                 ("future", 0.05),
             ),
             loss="factors",
-            acting=("fill", {"query": "bc"}),
+            acting=("fill", {QUERY: "bc"}),
             requires=(REWARD,),
             differs="what is hidden is a token of its own, not zeros; ids are predicted over their range; the kinds of parts "
             "have equal shares in the loss of a row, not of a batch; hidden numbers are predicted independently of each other",
@@ -292,6 +362,82 @@ PARADIGMS: dict[str, Paradigm] = {
             acting=("label", {}),
             differs="observations are encoded one by one, without convolutions over time; a window also shows the observation "
             "after its last action",
+        ),
+        Paradigm(
+            "pdt",
+            "Cang et al. 2022 (Semi-supervised offline RL with pre-trained decision transformers)",
+            (
+                Part(TEXT),
+                Part(RETURN, "linear", source="to_go", shown=False),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            differs="the token `mask` stands for a return that is not known, because zero is a return; fine-tuning is `dt` with "
+            "`model.init`",
+        ),
+        Paradigm(
+            "prompt-dt",
+            "Xu et al. 2022 (Prompting decision transformer), algorithm 1",
+            (Part(RETURN, "linear", source="to_go"), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            head=(),
+            prompt=Prompt(1.0, steps=5, every_window=True, ends=1.0),
+            acting=("ask", {}),
+            requires=(REWARD, "hidden task"),
+            differs="as dt; a prompt is the last steps of another episode of the task, and has no targets",
+        ),
+        Paradigm(
+            "gdt",
+            "Furuta et al. 2022 (Generalized decision transformer), sec. 4: its categorical form",
+            (
+                Part(TEXT),
+                Part(RETURN, "histogram", source="histogram:reward"),
+                Part(OBSERVATION),
+                Part(ACTION, "linear", weight=1.0),
+            ),
+            acting=("match", {}),
+            differs="shares are given as they are; acting subtracts what was done, or follows the reference's own remainder",
+        ),
+        Paradigm(
+            "text-dt",
+            "Putterman et al. 2022 (Pretraining for language-conditioned imitation with transformers)",
+            (Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            requires=(TEXT,),
+            differs="the text is not learned; no text model is begun with; returns are shown by `dt`, which takes texts too",
+        ),
+        Paradigm(
+            "madt",
+            "Meng et al. 2021 (Offline pre-trained multi-agent decision transformer), sec. 3",
+            (Part(RETURN, "linear", source="to_go"), Part(AGENT), Part(OBSERVATION), Part(ACTION, weight=1.0)),
+            views=AGENTS,
+            acting=("ask", {}),
+            requires=(REWARD, "agents"),
+            differs="returns are shown as in dt, and are those of the team; windows have several steps (released code: one) and do "
+            "not cross episodes; online fine-tuning is not part of it",
+        ),
+        Paradigm(
+            "mia",
+            "Multimodal interactive agent: Abramson et al. 2021, sec. 3.3 (language matching)",
+            (Part(TEXT), Part(OBSERVATION), Part(ACTION, weight=1.0, shown=False)),
+            tail=(Part(SUMMARY, weight=1.0),),
+            swap=0.5,
+            requires=(TEXT,),
+            differs="past actions are hidden from everyone, because an action tells which text fits; half of the windows show the "
+            "text of another window of their row, so a row needs several windows of a task; the match is read at one token at "
+            "the window's end",
+        ),
+        Paradigm(
+            "reward",
+            "MineCLIP: Fan et al. 2022 (MineDojo), sec. 4.1 and app. C",
+            (Part(OBSERVATION),),
+            tail=(Part(SUMMARY),),
+            mask=BOTH,
+            views=WINDOW_TEXT,
+            window=16,
+            loss="pairs",
+            acting=("compare", {}),
+            requires=(TEXT,),
+            differs="one Transformer, trained from scratch, reads frames and texts; negatives come from the same row, and windows "
+            "with equal texts are no negatives of each other",
         ),
     )
 }
@@ -347,12 +493,14 @@ def table() -> list[dict[str, str]]:
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)),
+            "once": " ".join(map(str, p.head)) or "nothing",
             "each step": " ".join(map(str, p.timestep)),
             "at the end": " ".join(map(str, p.tail)) or "nothing",
             "scheme": p.scheme,
             "softmax": p.softmax,
             "mask": f"{p.mask}: {MASKS[p.mask]}",
+            "views": VIEWS[p.views].about,
+            "loss": LOSSES[p.loss] + (f"; {p.swap:g} of the windows show another text" if p.swap else ""),
             "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
             "prompt": str(p.prompt),
             "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Embedded, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
-from tiphys.pretrain.tokens.group import Group, Layouts, make_groups, sizes
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Embedded, Pairs, Regression, TokenBatch
+from tiphys.pretrain.tokens.codecs import Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
+from tiphys.pretrain.tokens.swap import swaps
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, BOTH, PREFIX, Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
@@ -73,8 +74,15 @@ def assemble(
     """
     flat = [w for row in windows for w in row]
     row_of = np.repeat(np.arange(len(windows)), [len(row) for row in windows])
-    groups = make_groups(flat, layouts, vocabulary, text)
-    size = sizes(groups, len(flat))
+    slot = np.arange(len(flat)) - np.searchsorted(row_of, row_of)
+    pieces = split(flat, layouts)
+    of = np.array([piece.of for piece in pieces], np.int64)
+    row_of, slot = row_of[of], slot[of]
+    groups = make_groups(pieces, vocabulary, text)
+    keys = [(seed, step if training else 0, np.asarray(rows)[row_of[g.number]], slot[g.number]) for g in groups]
+    for group, key in zip(groups, keys, strict=True):
+        _swap(group, row_of[group.number], key)
+    size = sizes(groups, len(pieces))
     used = np.bincount(row_of, size, minlength=len(windows)).astype(np.int64)
     length = int(used.max(initial=1)) if length is None else length
     if (used > length).any():
@@ -82,12 +90,21 @@ def assemble(
         raise DataError(f"row {int(rows[at])} of the batch has {int(used[at])} tokens, but a row holds {length}")
     start = row_of * length + np.cumsum(size) - size - (np.cumsum(used) - used)[row_of]
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
-    draft.lay_windows(flat, size, start, row_of, [layouts[w.entry][w.task] for w in flat])
-    slot = np.arange(len(flat)) - np.searchsorted(row_of, row_of)
-    for group in groups:
-        keys = (seed, step if training else 0, draft.rows[row_of[group.number]], slot[group.number])
-        draft.lay(group, start[group.number], _concealed(group, keys))
+    draft.lay_windows(pieces, size, start, row_of)
+    for group, key in zip(groups, keys, strict=True):
+        draft.lay(group, start[group.number], _concealed(group, key))
+    draft.pair(groups, of, row_of, start + size - 1)
     return draft.finish(step, seed, training)
+
+
+def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np.ndarray]) -> None:
+    """Lets windows of a group show each other's texts, if their layout says so."""
+    if not group.layout.swap:
+        return
+    texts = [ids.tobytes() for ids in group.heads]
+    given = swaps(texts, row_of, group.layout.swap, keys)
+    group.heads = [group.heads[i] for i in given.tolist()]
+    group.swapped = given != np.arange(len(given))
 
 
 @dataclass(frozen=True)
@@ -116,29 +133,39 @@ def _concealed(group: Group, keys: tuple[int, int, np.ndarray, np.ndarray]) -> _
 
 
 def placements(
-    windows: Sequence[Window], layouts: Layouts, vocabulary: Vocabulary, text: TextTokenizer
+    windows: Sequence[Window],
+    layouts: Layouts,
+    vocabulary: Vocabulary,
+    text: TextTokenizer,
+    drawn: tuple[int, int, int] = (0, 0, 0),
 ) -> list[Placed]:
-    """Where `assemble` puts every element of the windows of one row, by position."""
-    groups = make_groups(windows, layouts, vocabulary, text)
-    size = sizes(groups, len(windows))
+    """Where `assemble` puts every element of the windows of one row, by position.
+
+    drawn  seed, training step (0 if not in training) and number of the row, if texts are swapped
+    """
+    pieces = split(windows, layouts)
+    groups = make_groups(pieces, vocabulary, text)
+    for group in groups:
+        slot = np.array([pieces[i].of for i in group.number.tolist()], np.int64)
+        _swap(group, np.zeros_like(slot), (drawn[0], drawn[1], np.full_like(slot, drawn[2]), slot))
+    size = sizes(groups, len(pieces))
     start = np.cumsum(size) - size
-    found = []
+    found: list[Placed] = []
     for group in groups:
         body = start[group.number] + group.head_size()
         tail = body + group.body_size()
-        for window, first, n in zip(group.number.tolist(), (start[group.number]).tolist(), group.head_size().tolist()):
-            if n:
-                found.append(Placed(window, None, None, first, n))
-        for window, first, n in zip(group.number.tolist(), tail.tolist(), group.tail_size().tolist()):
-            if n:
-                found.append(Placed(window, None, None, first, n))
+        numbers = [pieces[i].of for i in group.number.tolist()]
+        for firsts, counts in ((start[group.number], group.head_size()), (tail, group.tail_size())):
+            for window, first, n in zip(numbers, firsts.tolist(), counts.tolist(), strict=True):
+                if n:
+                    found.append(Placed(window, None, None, first, n))
         cells = group.cells(body, -1)
         for owner, step, row in zip(group.owner, np.arange(len(cells)) - group.first[group.owner], cells):
             for element, column in zip(group.layout.elements, group.layout.columns, strict=True):
                 at = row[column : column + element.size]
                 at = at[at >= 0]
                 if len(at):
-                    found.append(Placed(int(group.number[owner]), int(step), element, int(at[0]), len(at)))
+                    found.append(Placed(numbers[owner], int(step), element, int(at[0]), len(at)))
     return sorted(found, key=lambda placed: placed.first)
 
 
@@ -155,21 +182,23 @@ class _Draft:
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.pairs: Pairs | None = None
+        self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
 
     def lay_windows(
         self,
-        flat: list[Window],
+        flat: list[Piece],
         size: np.ndarray,
         start: np.ndarray,
         row_of: np.ndarray,
-        layouts: list[TimestepLayout],
     ) -> None:
-        """Everything that does not depend on what a window shows: its segment, positions, task and mask."""
+        """Everything that does not depend on what a sequence shows: its segment, positions, task and mask."""
         if not flat:
             return
-        prompt = np.array([w.prompt for w in flat])
+        layouts = [piece.layout for piece in flat]
+        prompt = np.array([piece.window.prompt for piece in flat])
         opens = np.ones(len(flat), bool)  # False: the window is in the segment of the prompt before it
         opens[1:] = (row_of[1:] != row_of[:-1]) | ~prompt[:-1]
         opener = np.maximum.accumulate(np.where(opens, np.arange(len(flat)), 0))
@@ -196,17 +225,42 @@ class _Draft:
             self._lay_body(group, group.cells(body, self.cells), concealed)
         self._lay_tail(group, tail)
 
+    def pair(self, groups: Sequence[Group], of: np.ndarray, row_of: np.ndarray, last: np.ndarray) -> None:
+        """The pairs of all windows whose layouts contrast them with texts.
+
+        `of`, `row_of`, `last` [sequences]: the whole window, the row and the last cell of each. The steps of a window come first,
+        then its text.
+        """
+        texts: dict[int, bytes] = {}
+        weight: dict[int, float] = {}
+        for group in groups:
+            if group.layout.loss == "pairs" and not group.layout.elements:
+                for number, ids in zip(group.number.tolist(), group.heads, strict=True):
+                    texts[number], weight[number] = ids.tobytes(), group.layout.weight
+        numbers = np.array(sorted(texts), np.int64)
+        if not len(numbers):
+            return
+        known: dict[bytes, int] = {}
+        at = last[numbers - 1]
+        assert (of[numbers - 1] == of[numbers]).all() and (np.diff(row_of[numbers]) >= 0).all()
+        self.pairs = Pairs(
+            at,
+            (last[numbers] - at).astype(np.int32),
+            np.array([known.setdefault(texts[n], len(known)) for n in numbers.tolist()], np.int32),
+            np.array([weight[n] for n in numbers.tolist()], np.float32),
+        )
+
     def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed) -> None:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
         layout = group.layout
         self._lay_frame(group, cell)
-        step_texts = iter(group.step_texts)
+        step_texts, own = iter(group.step_texts), ~group.swapped[group.owner]
         for number, (element, column) in enumerate(zip(layout.elements, layout.columns, strict=True)):
             at = cell[:, column : column + element.size]
             hidden = concealed.hidden.get(element.role)
             if not element.shown or hidden is None:
                 hidden = np.full(len(at), not element.shown)
-            learnt = concealed.learnt.get(element.role, np.True_) & (hidden | (layout.mask != BOTH))
+            learnt = concealed.learnt.get(element.role, np.True_) & (hidden | (layout.mask != BOTH)) & own
             if element.role == "text":
                 self.dense["tokens"][at] = next(step_texts)
             elif element.role == "separator":
@@ -214,6 +268,8 @@ class _Draft:
             else:
                 self._lay_values(group, element, at, hidden, learnt)
             if element.predicted and not element.head:
+                if element.available:
+                    self._restrict(group, element, at[:, 0], np.broadcast_to(learnt, len(at)))
                 self._predict(at[learnt].ravel(), layout, element.weight, element.role)
                 if number == 0 and layout.predicts_end:  # the next step stands against the episode's end
                     self._against_all(at[learnt, 0])
@@ -239,7 +295,7 @@ class _Draft:
             if group.layout.mask == PREFIX:
                 self.dense["causal"][cell] = False
             if group.layout.predict_text:
-                self._predict(cell, group.layout, 1.0, "text")
+                self._predict(cell[np.repeat(~group.swapped, size)], group.layout, 1.0, "text")
 
     def _lay_tail(self, group: Group, start: np.ndarray) -> None:
         """What stands once after the timesteps: texts, and special tokens, which come last."""
@@ -252,12 +308,21 @@ class _Draft:
         for element in layout.tail:
             mine = ids == self.vocabulary.special(element.role)
             special |= mine
-            if element.predicted:
+            if element.role == "summary":
+                if element.predicted:
+                    self._judge(cell[mine], ~group.swapped, layout, element)
+            elif element.predicted:
                 self._predict(cell[mine], layout, element.weight, element.role)
                 self._against_all(cell[mine])
         self.dense["modality"][cell[special]] = SEPARATOR
         if layout.predict_text:
             self._predict(cell[~special], layout, 1.0, "text")
+
+    def _judge(self, cell: np.ndarray, fits: np.ndarray, layout: TimestepLayout, element: Element) -> None:
+        """Makes 1 the answer that is read at the summaries in `cell` whose texts fit, and 0 that at the others."""
+        self.dense["target"][cell] = self.vocabulary.answers[0] + fits
+        self.dense["weight"][cell] = layout.weight * element.weight
+        self.dense["softmax"][cell] = self.vocabulary.softmax("discrete")
 
     def _lay_once(
         self, group: Group, ids: list[np.ndarray], start: np.ndarray, size: np.ndarray, local: int
@@ -328,6 +393,29 @@ class _Draft:
             dense["softmax"][at] = np.searchsorted(highs, ids, side="right") + 1
         self._count(at, layout, role)
 
+    def _restrict(self, group: Group, element: Element, at: np.ndarray, learnt: np.ndarray) -> None:
+        """Normalises the targets of a discrete action in cells `at` [N] over the values that can be taken."""
+        codec, layout, vocabulary = element.codec, group.layout, self.vocabulary
+        assert isinstance(codec, Discrete)
+        can = group.gather(element.available).astype(bool)[:, : codec.values[0]]
+        taken = self.dense["tokens"][at] - codec.choices()[0][0]
+        wrong = learnt & (at < self.cells) & ~can[np.arange(len(at)), taken]
+        if wrong.any():
+            step = int(wrong.argmax())
+            value = int(taken[step]) + codec.low[0]
+            raise group.refuse(
+                element.field,
+                NoEncoding(step, f"its value is {value}, which field {element.available!r} says cannot be taken"),
+            )
+        kept = learnt & self._can_be_target(at, layout)
+        number = vocabulary.softmax("discrete") if layout.softmax == "range" else 0
+        low, high = vocabulary.range("discrete") if number else (0, vocabulary.size)
+        bits = np.zeros((int(kept.sum()), -(-(high - low) // 32) * 32), np.uint8)
+        first = codec.choices()[0][0] - low
+        bits[:, first : first + can.shape[1]] = can[kept]
+        packed = np.packbits(bits, axis=1, bitorder="little").view("<i4").astype(np.int32)
+        self.allowed.setdefault(str(number), []).append((at[kept] - layout.shift, packed))
+
     def _against_all(self, cell: np.ndarray) -> None:
         """Normalises the targets of these cells, which are read at the cell before, over the whole vocabulary."""
         self.dense["softmax"][cell[self.dense["position"][cell] > 0] - 1] = 0
@@ -373,4 +461,12 @@ class _Draft:
             }
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
-        return TokenBatch(step=step, row=self.rows, embedded=embedded, regression=regression, **dense)
+        allowed = {}
+        for name in sorted(self.allowed):
+            cell, bits = (np.concatenate(part) for part in zip(*self.allowed[name], strict=True))
+            order = np.argsort(cell, kind="stable")
+            allowed[name] = Allowed(cell[order], bits[order])
+        pairs = {} if self.pairs is None else {"match": self.pairs}
+        return TokenBatch(
+            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, allowed=allowed, **dense
+        )

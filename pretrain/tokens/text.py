@@ -63,6 +63,10 @@ class TextTokenizer:
                 self._ids = known
         return [known[t][:limit] if limit else known[t] for t in wanted]
 
+    def pieces(self) -> dict[str, int]:
+        """Every piece of the tokenizer, as the library writes it, with its id; empty without a tokenizer."""
+        return dict(self._native.get_vocab(with_added_tokens=True)) if self.definition else {}
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(_safely(self._native.decode, [int(i) for i in ids], skip_special_tokens=False))
 
@@ -70,7 +74,10 @@ class TextTokenizer:
         """Raises DataError if the tokenizer of a file does not work, or has more ids than the vocabulary has for texts."""
         if not self.definition:
             return
-        low, high = vocabulary.range("text")
+        try:
+            low, high = vocabulary.range("text")
+        except KeyError as error:
+            raise DataError(f"text tokenizer: {error.args[0]}") from None
         ids = self.encode(["a text"])[0]
         if self.size > high - low or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < high - low):
             raise DataError(f"text tokenizer: it has {self.size} ids, but the vocabulary has {high - low} for texts")

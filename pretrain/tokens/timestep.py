@@ -20,6 +20,7 @@ from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
 from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.views import ONE, VIEWS
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
@@ -34,6 +35,7 @@ MASKS = {
 LOSSES = {
     "targets": "each target counts by its weight",
     "factors": "each kind of part has the same share in the loss of a row",
+    "pairs": "each window is told from the other windows of its row by its text, and each text by its window",
 }
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
     "text_limit": "text",
@@ -51,12 +53,14 @@ _ROLES = {
     "reward": REWARD,
 }
 _VERSION_2: dict[str, Any] = {"mask": CAUSAL, "tail": [], "hiding": (), "future": 0, "loss": "targets"}
-_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False}
+_VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False, "views": ONE, "swap": 0.0}
+_VERSION_2 |= {"agents": 0, "agent_fields": ()}
 _OPTIONAL: dict[str, Any] = {
     "weight": 1.0,
     "shown": True,
     "source": "",
     "options": {},
+    "available": "",
 }  # keys of an element that processor.json may lack
 
 
@@ -64,7 +68,7 @@ _OPTIONAL: dict[str, Any] = {
 class Element:
     """One element of a timestep.
 
-    role       text (a text that changes from step to step) | observation | separator | return | reward | action
+    role       agent (its number) | text (a text that changes from step to step) | observation | separator | return | reward | action
     field      the field that it shows; empty for a separator and a return
     codec      its encoding; None for text and the separator
     size       positions that it takes; for text: at most
@@ -76,6 +80,7 @@ class Element:
     constant   the field has one array for the whole episode, which is shown at every step
     source     the rule that its values come from (`derived.SOURCES`); empty: its field
     options    options of that rule
+    available  for an action: the field that tells, for each of its values, whether it can be taken; empty: all can
     """
 
     role: str
@@ -90,6 +95,7 @@ class Element:
     shown: bool = True
     source: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    available: str = ""
 
     @property
     def rule(self) -> str:
@@ -116,7 +122,7 @@ class Element:
 
     def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
         """Raises DataError if the element cannot be laid out, or its codec does not work or fit the vocabulary."""
-        if self.role not in ("text", "observation", "separator", "return", "reward", "action"):
+        if self.role not in ("text", "observation", "separator", "return", "reward", "action", "agent"):
             raise DataError(f"{where}: role {self.role!r} is unknown")
         number(self.size, f"{where}, size", 0 if self.role == "text" else 1, length)
         number(self.stride, f"{where}, stride", 1, 1 << 24)
@@ -159,6 +165,9 @@ class TimestepLayout:
     prompt_steps  most steps of the prompt that stands before each window; 0: only rows have prompts
     prompt_parts  the kinds of parts that a prompt shows; empty: all
     prompt_reverse  the last step of a prompt stands first
+    views         how a window becomes sequences: a key of `views.VIEWS`. Everything else here is said of the whole window
+    swap          share of the windows that show the texts of another window of their row; the summary tells which, and nothing else
+                  is learned from them
     """
 
     task: str
@@ -181,6 +190,20 @@ class TimestepLayout:
     prompt_steps: int = 0
     prompt_parts: tuple[str, ...] = ()
     prompt_reverse: bool = False
+    views: str = ONE
+    swap: float = 0.0
+    agents: int = 0
+    agent_fields: tuple[str, ...] = ()
+
+    @cached_property
+    def sequences(self) -> tuple[TimestepLayout, ...]:
+        """The layout of each sequence that a window becomes."""
+        return VIEWS[self.views].layouts(self)
+
+    @property
+    def copies(self) -> int:
+        """How many sequences of a window have timesteps."""
+        return VIEWS[self.views].copies(self)
 
     @property
     def shift(self) -> int:
@@ -201,15 +224,17 @@ class TimestepLayout:
     def extra(self) -> int:
         """Most positions of a window beside its head and its own timesteps."""
         observed = sum(e.size for e in self.elements if e.role == "observation")
-        return len(self.tail) + self.text_last + self.future * observed + self.prompt_room(self.prompt_steps)
+        once = len(self.tail) * len(self.sequences) + self.text_last
+        return once + self.copies * self.future * observed + self.prompt_room(self.prompt_steps)
 
     def prompt_room(self, steps: int) -> int:
         """Most positions of a prompt of so many steps."""
         return sum(size * -(-steps // period) for size, period in self.cadence)
 
     def acting(self) -> TimestepLayout:
-        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step."""
-        return replace(self, tail=(), hiding=())
+        """The layout of a history: nothing is drawn to be hidden, nothing stands after the last step, and each agent has its own."""
+        elements = tuple(replace(e, available="") for e in self.elements)  # what is available has no targets to act on
+        return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, views=ONE)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -238,6 +263,7 @@ class TimestepLayout:
         for e in self.elements:
             known |= dict.fromkeys([e.field] if e.field else fields_of(e.rule) if e.rule else [])
         known |= dict.fromkeys(e.field for e in self.tail if e.field)
+        known |= dict.fromkeys(e.available for e in self.elements if e.available)
         return tuple(known)
 
     @cached_property
@@ -285,7 +311,7 @@ class TimestepLayout:
         found: dict[int, int] = {}
         for e in self.elements:
             period = 1 if e.role == "action" else math.lcm(self.chunk, e.stride)
-            found[period] = found.get(period, 0) + e.size
+            found[period] = found.get(period, 0) + e.size * self.copies
         return tuple((size, period) for period, size in sorted(found.items()))
 
     def fit(self, room: int) -> int:
@@ -320,7 +346,13 @@ class TimestepLayout:
         }
         out = stored(cls, flat, where, **made)
         hiding = tuple((str(name), float(share)) for name, share in out.hiding)
-        return replace(out, preamble=tuple(out.preamble), hiding=hiding, prompt_parts=tuple(out.prompt_parts))
+        return replace(
+            out,
+            preamble=tuple(out.preamble),
+            hiding=hiding,
+            prompt_parts=tuple(out.prompt_parts),
+            agent_fields=tuple(out.agent_fields),
+        )
 
     def check(self, vocabulary: Vocabulary, length: int, where: str) -> None:
         """Raises DataError if the layout does not fit the vocabulary and rows of `length` positions."""
@@ -330,7 +362,7 @@ class TimestepLayout:
             raise DataError(f"{where}: softmax {self.softmax!r} is neither 'vocabulary' nor 'range'")
         for i, element in enumerate(self.elements):
             element.check(vocabulary, length, f"{where}, element {i}")
-        for name, known in (("mask", MASKS), ("loss", LOSSES)):
+        for name, known in (("mask", MASKS), ("loss", LOSSES), ("views", VIEWS)):
             if getattr(self, name) not in known:
                 raise DataError(f"{where}: {name} {getattr(self, name)!r} is none of {', '.join(known)}")
         for element in self.tail:
@@ -340,6 +372,8 @@ class TimestepLayout:
             if scheme not in HIDING:
                 raise DataError(f"{where}: the hiding scheme {scheme!r} is unknown")
             number(share, f"{where}, share of {scheme}", 0, 1e6)
+        number(self.swap, f"{where}, swap", 0, 1)
+        number(self.agents, f"{where}, agents", 0, 1 << 16)
         number(self.future, f"{where}, future", 0, 1 << 24)
         number(self.prompt_steps, f"{where}, prompt_steps", 0, 1 << 24)
         number(self.width, f"{where}: positions of a timestep", 0, length)

@@ -75,6 +75,8 @@ class Vocabulary:
         Regression head -> numbers that it predicts: "action:6" -> 6.
     tasks : tuple of str
         Names of the tasks; TokenBatch.task is an index into it.
+    pairs : bool
+        Whether windows are told from each other by their texts.
     text_tokenizer : str
         JSON of the Hugging Face ``tokenizers`` library.
 
@@ -94,6 +96,7 @@ class Vocabulary:
     regressions: Mapping[str, int] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     text_tokenizer: str = ""
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         ranges = tuple((str(name), int(low), int(high)) for name, low, high in self.ranges)
@@ -154,6 +157,12 @@ class Vocabulary:
         """The id of a special token: one of SPECIALS, `end` (of an episode) or `summary` (of a window)."""
         return self.range("special")[0] + (*SPECIALS, *_MORE_SPECIALS).index(name)
 
+    @property
+    def answers(self) -> tuple[int, int]:
+        """The ids that say whether a text fits a window: no and yes, the discrete values 0 and 1."""
+        low = self.range("discrete")[0]
+        return low, low + 1
+
     def range(self, name: str) -> tuple[int, int]:
         """[low, high) of a range. Raises KeyError if there is no such range."""
         for known, low, high in self.ranges:
@@ -173,7 +182,8 @@ class Vocabulary:
         raise KeyError(f"id {token} is outside the vocabulary; its ids are 0 … {self.size - 1}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON. `pairs` is left out if it is False."""
+        return {k: v for k, v in asdict(self).items() if k != "pairs" or v}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from benchmarks.ideas import marks
+from benchmarks.ideas import marks, page
 from benchmarks.ideas.__main__ import main
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
-SHORT = ["dt"]  # in `make test`: one seed, without controls
+SHORT = ["dt", "prompt-dt"]  # in `make test`: one seed, without controls
 
 
 def test_every_row_has_an_experiment():
@@ -53,3 +53,10 @@ def test_an_unknown_row_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["decision-transformer"])
     assert "no experiment is called 'decision-transformer'" in capsys.readouterr().err
+
+
+def test_the_page_of_paradigms_is_that_of_the_table():
+    """After a change: `python -m benchmarks.ideas.page`."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page.page()
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(PARADIGMS)

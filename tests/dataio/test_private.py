@@ -60,16 +60,23 @@ def test_our_own_folder_is_closed_to_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["items", "journal", "geometry.json", "lock", "journal.new", "home.json"])
-@pytest.mark.parametrize("hard", [False, True])
-def test_links_within_a_cache_folder_change_nothing_elsewhere(tmp_path: Path, name: str, hard: bool) -> None:
-    target = tmp_path / "precious"
-    target.write_text("precious")
-    folder = private_folder(tmp_path / "loader-0")
-    (folder / name).hardlink_to(target) if hard else (folder / name).symlink_to(target)
-    with contextlib.suppress(DataError):  # then the run stops with a sentence
-        tier(folder).close()
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "dangling"])
+def test_links_within_a_cache_folder_change_nothing_elsewhere(tmp_path: Path, name: str, kind: str) -> None:
+    precious = b"precious" * (1 << 18)  # more bytes than the tier has room for
+    target, folder = tmp_path / "precious", private_folder(tmp_path / "loader-0")
+    tier(folder).close()  # so that what is planted beside its files is believed
+    (folder / name).unlink(missing_ok=True)
+    if kind != "dangling":
+        target.write_bytes(precious)
+    (folder / name).hardlink_to(target) if kind == "hard" else (folder / name).symlink_to(target)
+    with contextlib.suppress(DataError, OSError):  # then the run stops with a sentence
+        used = tier(folder)
+        used.write(np.array([0]), np.array([1]), {1: memoryview(b"x" * 100)})
+        used.flush()
+        used.close()
     survey(tmp_path, 0, 1 << 20, [])
-    assert target.read_text() == "precious"
+    assert target.exists() == (kind != "dangling")
+    assert kind == "dangling" or target.read_bytes() == precious
 
 
 def test_a_link_is_not_opened(tmp_path: Path) -> None:

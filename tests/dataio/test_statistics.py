@@ -10,7 +10,7 @@ from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio import statistics
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.rows import RowLayout, pack_rows
-from tiphys.dataio.statistics import QUANTILES, FieldStatistics, Sketch, Statistics, pooled
+from tiphys.dataio.statistics import QUANTILES, RETURN_TO_GO, FieldStatistics, Sketch, Statistics, pooled
 
 
 def gathered(task, episodes):
@@ -139,6 +139,7 @@ def test_bad_values_are_counted_with_their_episodes_whatever_the_grouping(tmp_pa
             "gear": (0, 2, 1, ("e05",)),
             "switch": (1, 1, 1, ("e05",)),
             "reward": (1, 0, 1, ("e06",)),
+            RETURN_TO_GO: (0, 0, 0, ()),
         }
     assert whole.result(["bad"])["bad"]["switch"].bad() == (
         "1 step with NaN or an infinity and 1 step beyond the declared range in 1 episode"

@@ -7,15 +7,20 @@ import random
 import resource
 import shutil
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
 from tests.fuzz.readers import Reader, make
 
-HANG = 30.0  # seconds for one input
+HANG = 30.0  # seconds of CPU time for one input
+STUCK = 600.0  # seconds for one input, on a machine that others use too
+START = 60.0  # seconds of CPU time to import the reader
 
 
 def attempt(
@@ -52,6 +57,20 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
+def _answers(pipe: Connection, pid: int | None, most: float) -> bool:
+    """Whether the process answers before it has used so many seconds of CPU time."""
+    began, used = time.monotonic(), None
+    while not pipe.poll(1.0):
+        try:
+            now = sum(psutil.Process(pid).cpu_times()[:2])
+        except psutil.NoSuchProcess:  # then `recv` says so
+            return True
+        used = now if used is None else used
+        if now - used > most or time.monotonic() - began > STUCK:
+            return False
+    return True
+
+
 def fuzz(name: str, inputs: int, start: int = 0) -> tuple[Counter[str], list[str], int]:
     """Counts, reports of the first errors, and bytes of memory at the peak."""
     counts, reports, peak = Counter[str](), list[str](), 0
@@ -61,14 +80,16 @@ def fuzz(name: str, inputs: int, start: int = 0) -> tuple[Counter[str], list[str
         process = context.Process(target=_work, args=(name, number, stop, theirs))
         process.start()
         theirs.close()
+        begun = False
         try:
             while number < stop:
-                if not mine.poll(HANG + (60 if number == start else 0)):
+                if not _answers(mine, process.pid, HANG if begun else HANG + START):
                     counts["hang"] += 1
-                    reports.append(f"{name} {number}: no end within {HANG:.0f} s")
+                    reports.append(f"{name} {number}: no end within {HANG:.0f} s of CPU time")
                     number += 1
                     break
                 number, outcome, peak = mine.recv()
+                begun = True
                 number += 1
                 known = outcome in ("read", "refused")
                 counts[outcome if known else "other error"] += 1

@@ -8,32 +8,32 @@ PLAN   what the launches do, one word each, divided by commas; the last word als
        saves     a newer checkpoint, then lost
        waits     ends on SIGTERM, and reports that it is saved
        deaf      ignores SIGTERM
-       stands    says nothing more, although it said that it would
+       stopped   stopped by SIGSTOP in a phase that may take a moment
+       holding   holds Python's lock for ever in such a phase
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import sys
 import time
 
-from tiphys.launch.attendance import taken
-from tiphys.launch.launches import Launch, RankReport
+from tiphys.launch.attendance import Attendance, taken
+from tiphys.launch.launches import RankReport
 from tiphys.launch.parents import die_with_parent
 from tiphys.launch.statuses import Status
-from tiphys.pretrain.phases import Phases
+from tiphys.pretrain.phases import phases
 
 die_with_parent()
 words, given = taken(sys.argv[1:])
-number, token, run_dir = given.split(":", 2)
-launch, plan = Launch(run_dir, int(number)), words[0].split(",")
+attendance = Attendance(given)
+assert attendance.launch is not None
+launch, plan = attendance.launch, words[0].split(",")
 what = plan[min(launch.number, len(plan)) - 1]
-phases = Phases()
-phases.open(launch.beat_file(0), os.getpid())
 phases.mark("rows", 13)
-launch.stack_file(0).write_text("host here\n")
 
 
 def leave(status: Status, code: int, ranks: tuple[int, ...] = (0, 1), *, lost: bool = False) -> None:
@@ -59,9 +59,14 @@ if what == "waits":
     signal.signal(signal.SIGTERM, lambda *_: leave(Status.TERMINATED, 1))
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if what == "stands":
+if what in ("stopped", "holding"):
     phases._usual = 0.2
     phases.mark("forward", 13)
+if what == "stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
+if what == "holding":
+    ctypes.PyDLL(None).pause()  # a call that does not release the lock
+    ctypes.PyDLL(None).pause()
 (launch.run_dir / "pid").write_text(str(os.getpid()))
 while True:
     time.sleep(1)

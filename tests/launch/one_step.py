@@ -85,7 +85,7 @@ def train(recipe: Recipe, world: ParallelDims) -> float:
         with mock.patch.object(engine, "build_engine", remember), contextlib.redirect_stdout(io.StringIO()):
             run._train(recipe, world, Attendance(), False)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        return float(lines[0]["loss"])
+        return float(next(line["loss"] for line in lines if "kind" not in line))
     finally:
         for one in made:
             one.destroy()

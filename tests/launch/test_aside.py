@@ -74,6 +74,7 @@ class Run:
 
     def close(self, *, stopped: bool = False) -> None:
         self.trainer.stopped = stopped
+        self.aside.on_end(self.trainer)
         self.aside.close(self.trainer)
         self.writer.close(self.trainer)
 

@@ -27,6 +27,8 @@ from tiphys.launch.supervise import Job
 pytest.importorskip("gymnasium", reason="needs the envs extra")
 pytest.importorskip("minigrid", reason="needs the envs extra")
 import tests.pretrain.acting.acting_fixtures as acting
+import tests.pretrain.token_fixtures as fixtures
+from tiphys.dataio import environments
 
 pytestmark = pytest.mark.envs
 
@@ -47,6 +49,7 @@ objectives dt --json
 tokens small.yaml --step 1 --row 1 --html row.html
 collect CartPole-v1 --to new --episodes 2 --seed 5 --noise 0.1 --processes 1
 collect CartPole-v1 --to zipped --episodes 1 --processes 1 --policy policy --trust-policy
+collect CartPole-v1 --to asked --episodes 1 --processes 1 --policy both --objective dt --target-return q0.5 --prompt cart:0
 environments cart
 convert source converted --from npz --map map.yaml --skip-bad --processes 1 --on local
 export cart exported --to npz
@@ -65,6 +68,8 @@ loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
+evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
+evaluate goals --episodes 1 --processes 1 --goal [0,0,0,0]
 publish policy published --public
 """
 
@@ -75,6 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cart", "grid", "pendulum"):
         shutil.copytree(GOLDEN / name, place / name)
     acting.folder(place / "policy")
+    both = fixtures.make_each([environments.spec(acting.CART)], ["bc", "dt"], context=60)
+    acting.folder(place / "both", both)
+    values = json.loads((acting.folder(place / "goals", both) / "processor.json").read_text())
+    values["objectives"]["bc"]["takes_goal"] = True
+    (place / "goals" / "processor.json").write_text(json.dumps(values))
     (place / "small.yaml").write_text(small_recipe("cart"))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()

@@ -61,14 +61,14 @@ def test_who_lost_the_lease_cannot_renew_or_save_and_takes_nothing_away(tmp_path
     with pytest.raises(LeaseLost, match="taken over by"):
         slept.renew(at_once=True)
     with pytest.raises(LeaseLost):
-        lease.check(tmp_path, slept.token)
+        lease.check(tmp_path, slept.token, 0)
     slept.release()
-    lease.check(tmp_path, owner.token)
+    lease.check(tmp_path, owner.token, 0)
 
 
 def watching(folder: Path, token: str) -> tuple[Watch, list[int]]:
     asked: list[int] = []
-    watch = Watch(folder, token, lost=lambda why: None, stop=asked.append)
+    watch = Watch(folder, token, 0, lost=lambda why: None, stop=asked.append)
     return watch, asked
 
 
@@ -105,3 +105,15 @@ def test_a_stop_travels_with_the_lease(tmp_path: Path) -> None:
     watch.look()
     watch.close()
     assert asked == [15]
+
+
+def test_ranks_of_a_launch_that_was_replaced_end_and_save_nothing(tmp_path: Path) -> None:
+    owner = Lease(tmp_path)
+    watch, _ = watching(tmp_path, owner.token)
+    assert watch.look() == ""
+    owner.begin(2)
+    assert watch.look() == "launch 0 was replaced by launch 2"
+    with pytest.raises(LeaseLost, match="launch 1 was replaced by launch 2"):
+        lease.check(tmp_path, owner.token, 1)
+    lease.check(tmp_path, owner.token, 2)
+    watch.close()

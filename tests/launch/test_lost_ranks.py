@@ -50,7 +50,7 @@ def test_a_rank_says_why_another_one_is_gone(
     overrides = [f"run.dir={tmp_path / 'run'}", f"deepspeed.zero_optimization.stage={zero}"]
     ranks = Ranks(script, [how, tmp_path / "recipe.yaml", *overrides], 2)
     try:
-        assert [p.wait(120) for p in ranks.processes] == statuses, ranks.text()
+        assert [p.wait(400) for p in ranks.processes] == statuses, ranks.text()
     finally:
         ranks.kill()
     text = ranks.text()

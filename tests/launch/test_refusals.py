@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiphys.launch.refusals import OF_A_RANK, sentence, show, status_of
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_files import CheckpointError, StorageFull
+from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.policy_files import FetchError
 from tiphys.pretrain.publish import PublishError
 from tiphys.pretrain.trainer import Diverged
@@ -105,7 +107,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     (run / "evaluation.json").write_text('{"tasks": {"of": "an earlier policy"}}')
     checkpoint = type("Saved", (), {"step": 1, "path": run / "checkpoints"})()
     monkeypatch.setattr(Checkpoint, "newest_whole", lambda folder: checkpoint)
-    monkeypatch.setattr(ends, "export_policy", lambda recipe, objectives, checkpoint, folder: folder)
+    monkeypatch.setattr(ends, "export_policy", lambda recipe, config, processor, checkpoint, folder: folder)
+    monkeypatch.setattr(DecisionConfig, "from_recipe", lambda model, vocabulary: None)
     monkeypatch.setattr(ends, "_evaluate", lambda recipe, run, folder: {"tasks": {}})
     monkeypatch.setattr(ends, "publish_policy", lambda recipe, folder, found: (run / "published").touch())
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run=run))
@@ -123,7 +126,7 @@ def test_a_refused_hub_has_its_status_and_the_report_exists(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ends, "publish_policy", fails(PublishError("hf://owner/name: no")))
-    assert ends.finish(recipe, None) == Status.NOT_PUBLISHED  # type: ignore[arg-type]
+    assert ends.finish(recipe, Mock()) == Status.NOT_PUBLISHED
     said = capsys.readouterr()
     assert said.err == "tiphys: not published: hf://owner/name: no\n"
     assert said.out.count("report  ") == 1
@@ -134,7 +137,7 @@ def test_a_failed_evaluation_keeps_neither_report_nor_publication_from_being_mad
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ends, "_evaluate", fails(DataError("no such task")))
-    assert ends.finish(recipe, None) == Status.NOT_EVALUATED  # type: ignore[arg-type]
+    assert ends.finish(recipe, Mock()) == Status.NOT_EVALUATED
     run = Path(recipe.run.dir)
     assert (run / "report.html").is_file()
     assert (run / "published").is_file()
@@ -154,14 +157,14 @@ def test_the_report_is_there_before_evaluation_and_publication(recipe: Recipe, m
         with monkeypatch.context() as patch:
             patch.setattr(ends, step, killed)
             with pytest.raises(KeyboardInterrupt):
-                ends.finish(recipe, None)  # type: ignore[arg-type]
+                ends.finish(recipe, Mock())
 
 
 def test_a_run_without_a_step_publishes_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     for saved in (None, type("Saved", (), {"step": 0, "path": Path("none")})()):
         monkeypatch.setattr(Checkpoint, "newest_whole", lambda folder, saved=saved: saved)
         with pytest.raises(CheckpointError, match="no training step was done"):
-            ends.finish(recipe, None)  # type: ignore[arg-type]
+            ends.finish(recipe, Mock())
     assert not (Path(recipe.run.dir) / "published").exists()
 
 

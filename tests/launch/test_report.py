@@ -1,11 +1,14 @@
 """The report is one page that needs no other file and shows what the files of the run say."""
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 
-from tiphys.launch.report import write_report
+from tiphys.launch.report import svg, write_comparison, write_report
+from tiphys.launch.report.files import RunFiles
+from tiphys.launch.report.verdict import breakdown, verdict
 
 TASK = {
     "episodes": 4,
@@ -65,7 +68,7 @@ def test_the_page_is_complete_and_needs_no_network(run):
     links.feed(page)
     assert links.found == []
     assert "script" not in links.tags
-    assert links.tags.count("svg") == 8 + 2  # curves, and one heat map per layer
+    assert links.tags.count("svg") == 9 + 2  # charts that have values, and one heat map per layer
     assert "data:image/png;base64," in page
 
 
@@ -94,6 +97,89 @@ def test_it_lists_changes_of_the_mixture_and_leaves_out_a_cut_off_line(run):
         file.write("\n{}\n")
     with pytest.raises(ValueError, match=r"metrics.jsonl, line \d+: not JSON"):
         write_report(run)
+
+
+def launch(step, **more):
+    return {"kind": "launch", "step": step, "time": "2026-11-30T01:00:00+00:00", "host": "node-1", "device": "cpu"} | {
+        "ranks": 2,
+        "layout": "1 pipeline × 2 data",
+        "precision": "fp32",
+        **more,
+    }
+
+
+def plan(step, first, windows, epoch):
+    entries = {"0:<a>": {"windows": windows, "episodes": 9, "steps_per_epoch": epoch}}
+    return {"kind": "plan", "step": step, "first": first, "entries": entries}
+
+
+def add(run, *lines):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def test_it_says_when_and_where_the_run_trained_and_how_often_it_saw_its_data(run):
+    add(run, launch(0), launch(4, host="node-2"), plan(0, 0, 1.0, 2.0), plan(4, 5, 0.5, 4.0))
+    page = write_report(run).read_text()
+    assert "2026-11-30 01:00 UTC, after step 4" in page
+    assert "node-1, node-2" in page
+    assert "Resumed after step 4" in page
+    assert "<td>0:&lt;a&gt;</td><td>50.0%</td><td>9</td><td>3.00</td>" in page  # 5 / 2 + 2 / 4
+
+
+def test_the_verdict_names_what_needs_a_look_and_the_bottleneck(run):
+    (run / "recipe.yaml").write_text("name: a run\ndata: {validation: 0.1}\n")
+    found = verdict(RunFiles.read(run))
+    assert found.line == "healthy. Bottleneck: compute; data wait 1.0%"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    slow = [line | {"data_wait": 0.09} if "kind" not in line else line for line in lines]
+    rising = [{"kind": "validation", "step": step, "loss": loss} for step, loss in ((1, 1.0), (2, 0.5), (8, 0.9))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*slow, *rising]))
+    (run / "rollbacks.jsonl").write_text('{"first": 3, "last": 3, "to": 2, "log": [], "episodes": []}\n')
+    found = verdict(RunFiles.read(run))
+    assert not found.healthy
+    assert "held-out loss rises since step 2" in found.line
+    assert "1 rollbacks" in found.line
+    assert found.bottleneck == "waiting for data; data wait 90.0%"
+    page = write_report(run).read_text()
+    assert "Needs a look" in page
+    assert "went back from step 3 to 2" in page.lower()
+
+
+def test_a_step_is_broken_down(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["phases"] = {"rows": 0.001, "forward": 0.03, "backward": 0.05, "step": 0.009, "save": 0.01}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = dict(breakdown(RunFiles.read(run).train))
+    assert parts["backward"] == pytest.approx(0.5)
+    assert sum(parts.values()) == pytest.approx(1.0)
+    assert "saving checkpoints 10.0%" in write_report(run).read_text()
+
+
+def test_charts_start_at_step_0_say_how_they_smooth_and_keep_spikes():
+    points = [(step, 1.0) for step in range(1000, 5000)]
+    points[1234] = (points[1234][0], 99.0)
+    chart = svg.lines({"loss": points}, log=True, smoothed=25)
+    assert ">0</text>" in chart
+    assert "mean of 25 points, logarithmic axis" in chart
+    assert (points[1234][0], 99.0) in svg._thinned(points)
+    assert svg.smooth([(0, 1.0)] * 49) == [(0, 1.0)] * 49
+    assert [y for _, y in svg.smooth([(i, float(i >= 25)) for i in range(50)])][-1] == 1.0
+
+
+def test_several_runs_are_compared_on_one_page(run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(run, other)
+    (other / "recipe.yaml").write_text("name: a run\nmodel: {layers: <b>}\n")
+    page = write_comparison([run, other], other / "page.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found == []
+    assert "<td>model.layers</td><td>–</td><td>&lt;b&gt;</td>" in page
+    assert page.count("<polyline") >= 2 * 4
+    with pytest.raises(ValueError, match="given twice"):
+        write_comparison([run, run], other / "page.html")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -100,11 +101,17 @@ def test_ranks_that_do_not_end_in_time_are_killed(run: Path, capfd: pytest.Captu
     assert not Path(f"/proc/{wait_for(run / 'pid')}").exists()
 
 
-def test_a_launch_that_stands_still_is_named_and_started_again(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert supervise(job("stands,done")) == Status.DONE
+@pytest.mark.parametrize("how", ["stopped", "holding"])
+def test_a_launch_that_stands_still_is_named_and_started_again(
+    how: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert supervise(job(f"{how},done")) == Status.DONE
     said = capfd.readouterr().err
-    assert 'rank 0 (here) stands in "forward" at step 13 for ' in said
-    assert "tiphys: restart 1: rank 0 (here) stands in" in said
+    here = f'rank 0 ({socket.gethostname()}) stands in "forward" at step 13 for '
+    assert f"tiphys: {here}" in said
+    assert f"tiphys: restart 1: {here}" in said
+    stacks = Launch(run, 1).stack_file(0).read_text()
+    assert ("fake_launch.py" in stacks) == (how == "holding")
 
 
 def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import ParallelDims
+from tiphys.pretrain.pretrained import PolicyWeights, Pretrained
 from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.vocabulary import Vocabulary
 from tiphys.recipes.schema import Parallel, Recipe
 
 BATCH, STEPS = 13, 20
@@ -47,17 +50,32 @@ def config_of(job: dict[str, Any]) -> DecisionConfig:
 def rows_of(job: dict[str, Any], step: int, rows: list[int]) -> TokenBatch:
     if "paradigm" in job and rows:
         return paradigm_rows.rows_of(job["paradigm"], step, rows)
-    return synthetic.rows_of(step, rows)
+    return synthetic.rows_of(step, rows, pairs=has_pairs(job))
+
+
+def source_of(job: dict[str, Any]) -> Pretrained | None:
+    """The weights that a job begins with. `init`: a folder with model.safetensors of a model of the same config."""
+    if "init" not in job:
+        return None
+    words = Vocabulary((n := 48), (("text", 0, 32), ("action", 32, n)), 32, 33, 34, 35)
+    same = (config_of(job), words)
+    return Pretrained(PolicyWeights(Path(job["init"])), same, same)
 
 
 def model_of(job: dict[str, Any]) -> DecisionModel:
     """The model before training. `favourite` of a job: an expert that every router prefers for every token."""
-    model = DecisionModel(config_of(job), seed=3)
+    source = source_of(job)
+    with torch.device("meta") if source is not None and job.get("pipeline", 1) > 1 else nullcontext():
+        model = DecisionModel(config_of(job), seed=3, source=source)
     if "favourite" in job:
         with torch.no_grad():
             for layer in mixtures(model):
                 layer.router.modality[:, job["favourite"]] = 40.0
     return model
+
+
+def has_pairs(job: dict[str, Any]) -> bool:
+    return bool(job.get("config", {}).get("pairs"))
 
 
 def rows_for(world: ParallelDims, step: int, job: dict[str, Any], batch: int = BATCH) -> TokenBatch:
@@ -92,7 +110,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     held_out = {
         name: sums.tolist()
         for name, sums in engine.evaluate(
-            rows_for(world, 999, {"paradigm": job["paradigm"]} if "paradigm" in job else {})
+            rows_for(world, 999, {name: job[name] for name in ("paradigm", "config") if name in job})
         ).items()
     }
     engine.destroy()

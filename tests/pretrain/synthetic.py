@@ -10,7 +10,7 @@ import numpy as np
 
 from tiphys.dataio.philox import WINDOW, generator
 from tiphys.pretrain.model.config import DecisionConfig
-from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, TEXT, Embedded, Regression, TokenBatch
+from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, TEXT, Embedded, Pairs, Regression, TokenBatch
 from tiphys.recipes.load import from_dict
 from tiphys.recipes.schema import Recipe
 
@@ -57,8 +57,11 @@ def recipe(run_dir: str = "", **sections: Any) -> Recipe:
     return from_dict(values)
 
 
-def row(seed: int, step: int, number: int, length: int = LENGTH) -> TokenBatch:
-    """One row of the global batch: each window has one task, text, an embedded vector, and actions of two kinds."""
+def row(seed: int, step: int, number: int, length: int = LENGTH, pairs: bool = False) -> TokenBatch:
+    """One row of the global batch: each window has one task, text, an embedded vector, and actions of two kinds.
+
+    pairs  the first and second window are a pair, the third and fourth, and so on; of three texts
+    """
     random = generator(seed, step, number, WINDOW)
     dense: dict[str, Any] = {name: np.zeros((1, length), dtype) for name, dtype in _DTYPES.items()}
     dense["target"] -= 1
@@ -98,7 +101,13 @@ def row(seed: int, step: int, number: int, length: int = LENGTH) -> TokenBatch:
         regression["action:3"] = Regression(
             np.array(index, np.int64), np.array(value, np.float32), np.array(weight, np.float32)
         )
-    return TokenBatch(step=step, row=np.array([number]), **dense, embedded=embedded, regression=regression)
+    match = {}
+    if pairs and segment > 1:
+        last = np.array([np.flatnonzero(dense["segment"][0] == s + 1)[-1] for s in range(segment // 2 * 2)])
+        n, ahead = segment // 2, (last[1::2] - last[::2]).astype(np.int32)
+        weight = random.uniform(0.5, 2.0, n).astype(np.float32)
+        match["match"] = Pairs(last[::2], ahead, random.integers(0, 3, n).astype(np.int32), weight)
+    return TokenBatch(step=step, row=np.array([number]), **dense, embedded=embedded, regression=regression, pairs=match)
 
 
 _DTYPES: dict[str, Any] = {
@@ -110,10 +119,10 @@ _DTYPES: dict[str, Any] = {
 }
 
 
-def rows_of(step: int, rows: list[int], seed: int = 7, length: int = LENGTH) -> TokenBatch:
+def rows_of(step: int, rows: list[int], seed: int = 7, length: int = LENGTH, pairs: bool = False) -> TokenBatch:
     if not rows:
         return TokenBatch.empty(step, length)
-    return TokenBatch.concatenate(row(seed, step, r, length) for r in rows)
+    return TokenBatch.concatenate(row(seed, step, r, length, pairs) for r in rows)
 
 
 def mine(batch: int, replica: int, replicas: int) -> list[int]:

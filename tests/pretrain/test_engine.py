@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from tests import processes
 from tests.pretrain import layouts, synthetic
 from tests.pretrain.layouts import Plain
 from tiphys.pretrain.checkpoint import Checkpoint, export_weights
 from tiphys.pretrain.distributed.deepspeed_config import derive
+from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import Grid, LayoutError, ParallelDims
 from tiphys.recipes.schema import Recipe
 
@@ -45,7 +47,9 @@ def _oracle(job: str) -> Plain:
 def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(
-        json.dumps({"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm")})
+        json.dumps(
+            {"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")}
+        )
     )
 
 
@@ -66,7 +70,25 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
 def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
     jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
+    jobs += [{"name": "pairs", "micro": 3, "steps": 6, "config": PAIRS}]
     compare(jobs, {job["name"]: layouts.do(job) for job in jobs})
+
+
+@pytest.mark.long
+def test_layouts_begin_with_the_same_weights(tmp_path: Path) -> None:
+    """A run that begins with other weights: whole models, expert ranks, and stages that read their own part."""
+    weights = DecisionModel(synthetic.config(), seed=11).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    begins = {"init": str(tmp_path), "steps": 6}
+    jobs: list[dict[str, Any]] = [
+        {"name": "zero-1", **begins},
+        {"name": "zero-3", "stage": 3, **begins},
+        {"name": "expert", "expert": 2, **begins},
+        {"name": "pipeline", "pipeline": 2, **begins},
+    ]
+    results = run(tmp_path, 2, jobs)
+    compare(jobs, results)
+    assert abs(results["zero-1"]["steps"][0][0] - oracle_of({}).steps[0, 0]) > 1e-4  # they do not begin as seed 3 does
 
 
 ONE = {"num_experts_per_tok": 1}
@@ -81,6 +103,7 @@ EVERYTHING = {  # all that a recipe can choose in a model
     "tie_word_embeddings": True,
 }
 STRONG = {"balance": 1.0, "z_loss": 0.1}  # auxiliary losses as large as the loss itself
+PAIRS = {"pairs": True}  # windows are told from the others of their row by their texts
 DENSE_HALF = {"moe_every": 4}  # only the last of four layers has experts, so the first of two stages has none
 
 
@@ -109,6 +132,8 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
         {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
+        {"name": "pairs-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "config": PAIRS},
+        {"name": "pairs-pipeline", "pipeline": 2, "config": PAIRS},
         {"name": "strong-auxiliary-expert", "expert": 2, "config": STRONG},
         {"name": "strong-auxiliary-pipeline", "pipeline": 2, "config": STRONG},
         # Windows that are seen from both sides with hidden parts; windows with prefixes

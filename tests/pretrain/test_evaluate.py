@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from tiphys.dataio import environments
 from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome, Players
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.shards import ShardWriter
+from tiphys.launch.display import scores
 from tiphys.pretrain import evaluate as evaluating
+from tiphys.pretrain.acting.ask import Asking
 from tiphys.pretrain.acting.play import play_group
 from tiphys.pretrain.acting.policy import Policy
-from tiphys.pretrain.acting.scores import bootstrap, seen_share, summary, wilson
+from tiphys.pretrain.acting.scores import bootstrap, by_objective, seen_share, summary, wilson
 from tiphys.pretrain.acting.states import demonstrated_states, state_hash
 from tiphys.pretrain.evaluate import evaluate
 
@@ -48,6 +51,59 @@ def test_the_result_does_not_depend_on_the_number_of_processes(folder, tmp_path,
     for found in one["tasks"].values():
         assert needed <= set(found)
         assert found["episodes"] == 5
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A policy with two objectives."""
+    of = fixtures.make_each([environments.spec(acting.CART)], ["bc", "dt"], context=60)
+    return acting.folder(tmp_path_factory.mktemp("two"), of)
+
+
+def test_results_are_given_by_task_objective_and_target_return(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "GROUP", 2)
+    asking = Asking(["dt", "bc"], {"*": "3"}, target_returns=["q0.1", "best"])
+    found, again = (
+        evaluate(two, episodes=3, processes=n, asking=asking, out=tmp_path / f"{n}.json")["tasks"][acting.CART]
+        for n in (1, 2)
+    )
+    assert found == again
+    assert (found["objective"], found["target_return"], list(found["objectives"])) == ("dt", 3.0, ["bc"])
+    assert [(c["asked"], c["episodes"]) for c in found["curve"]] == [("q0.1", 3), ("best", 3)]
+    low, high = (c["target_return"] for c in found["curve"])
+    assert low < high
+    assert "target_return" not in found["objectives"]["bc"]
+    plain = evaluate(two, episodes=3, processes=1)["tasks"][acting.CART]
+    assert plain == found["objectives"]["bc"]
+    assert [(t, o) for t, o, _ in by_objective({"tasks": {acting.CART: found}})] == [
+        (acting.CART, n) for n in ("dt", "bc")
+    ]
+    shown = scores({"tasks": {acting.CART: found}})
+    assert shown.count(acting.CART) == 4
+    assert "asked" in shown
+
+
+def test_a_policy_that_demonstrates_is_asked_for_a_return_and_told_its_rewards(two, tmp_path):
+    """The episodes equal those of an evaluation with the same seeds."""
+    from tiphys.dataio.collect import collect
+    from tiphys.dataio.dataset import read_episode
+    from tiphys.pretrain.acting.play import PolicyExpert
+
+    asking = Asking(["dt"], {acting.CART: "4"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index = collect(
+            acting.CART, str(tmp_path / "d"), 3, seed=7, noise=0.0, processes=1, score_episodes=1,
+            policy=PolicyExpert(str(two), asking),
+        )  # fmt: skip
+    policy = Policy.load(two, "cpu")
+    envs = [environments.make(acting.CART) for _ in range(3)]
+    (ask,) = asking.asks(policy.processor, [acting.CART])
+    played = play_group(policy, policy.processor.tasks[acting.CART], envs, [7, 8, 9], ask=ask)
+    for number, one in enumerate(played):
+        assert read_episode(index, number).fields["action"].tolist() == one.actions
+    with pytest.raises(DataError, match="has no task 'Pendulum-v1'; its tasks are CartPole-v1"):
+        PolicyExpert(str(two))("Pendulum-v1", envs[0])
 
 
 @pytest.mark.parametrize("sample", [False, True])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, ROWS, make, window
+from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, ROWS, TEAM, make, window
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors
@@ -27,6 +27,9 @@ CASES = {
     "bc regressed": ("bc", [ARM], {"discretise": "no"}),
     "dt": ("dt", [GRID, ARM, CAMERA], {}),
     "gato": ("gato", [ARM, CAMERA], {"fields": {"*.front": FieldTokens(resize=16)}}),
+    "reward": ("reward", [GRID], {}),
+    "mia": ("mia", [GRID], {}),
+    "madt": ("madt", [TEAM], {"options": {"agents": 2}}),
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
@@ -59,8 +62,8 @@ def other(value, field, element):
     )
 
 
-def changed(windows, w, element, step, task):
-    """The windows, with one element of one window changed at one step."""
+def changed(windows, w, element, step, task, agent=None):
+    """The windows, with one element of one window changed at one step; for one agent, if the field has a value of each."""
     out, one = list(windows), windows[w]
     if element.rule:
         values = np.array(derived(one, one.steps, element.rule, element.options), copy=True)
@@ -69,7 +72,9 @@ def changed(windows, w, element, step, task):
         return out
     field = next(f for f in task.fields if f.name == element.field)
     values = np.array(one.fields[element.field], copy=True)
-    if element.constant:
+    if agent is not None:
+        values[step, agent] = other(values[step], field, element)[agent]
+    elif element.constant:
         values = other(values, field, element)
     else:
         values[step] = other(values[step], field, element)
@@ -85,6 +90,10 @@ def answers(model, objectives, windows):
         packed = model(inputs).hidden
     hidden = torch.zeros(batch.length, packed.shape[-1])
     hidden[inputs["index"]] = packed  # the model sorts windows by length
+    assert all(
+        len(a.index) == len(np.intersect1d(a.index, np.flatnonzero(batch.target[0] >= 0)))
+        for a in batch.allowed.values()
+    )
     targets = {(p, "id"): int(batch.target[0, p]) for p in np.flatnonzero(batch.target[0] >= 0)}
     for name, part in batch.regression.items():
         targets |= {(int(i), name): tuple(v) for i, v in zip(part.index, part.value, strict=True)}
@@ -99,7 +108,7 @@ def row_of(objectives, tasks, row, rng):
         prompts = [window(objectives, objectives.tasks[w.task].name, 2, rng, start=1, prompt=True) for w in windows]
         windows = [w for pair in zip(prompts, windows, strict=True) for w in pair]
     for w in windows:  # a changed reward must not change what rules compute from it: that is another element
-        rules = [e for e in objectives.layouts[0][w.task].elements if e.rule]
+        rules = [e for e in objectives.layouts[0][w.task].elements if e.rule and e.role != "agent"]
         w.given = {e.rule: derived(w, w.steps, e.rule, e.options) for e in rules}
     return windows
 
@@ -119,21 +128,26 @@ def test_every_value_influences_what_the_row_says_and_nothing_else(case, rows_of
     config = DecisionConfig.from_recipe(Model(layers=2, hidden=32, heads=2, text_vocabulary=600), objectives.vocabulary)
     model = DecisionModel(config, seed=1).eval()
     windows = row_of(objectives, tasks, row, rng)
+    if name == "madt":  # every action is available, so that any can be the changed one
+        windows = [replace(w, fields={**w.fields, "mask": np.ones_like(w.fields["mask"])}) for w in windows]
     batch, base, base_targets = answers(model, objectives, windows)
     shift = 0 if row.mask == "both" else 1
     placed = placements(windows, objectives.layouts, objectives.vocabulary, objectives.text)
     moved_targets = set()
     for one in placed:
-        if one.element is None or one.element.role in ("separator", "text"):
+        if one.element is None or one.element.role in ("separator", "text", "agent"):
             continue
         w = windows[one.window]
         task, step = objectives.tasks[w.task], one.step
         if w.prompt and row.prompt.reverse:
             step = w.steps - 1 - step
-        _, hidden, targets = answers(model, objectives, changed(windows, one.window, one.element, step, task))
-        same = (
-            [p for p in placed if (p.window, p.element) == (one.window, one.element)] if one.element.constant else [one]
-        )
+        same = [p for p in placed if (p.window, p.element, p.step) == (one.window, one.element, one.step)]
+        agent = None
+        if one.element.field in objectives.layouts[0][w.task].agent_fields:
+            agent, same = same.index(one), [one]
+        elif one.element.constant:
+            same = [p for p in placed if (p.window, p.element) == (one.window, one.element)]
+        _, hidden, targets = answers(model, objectives, changed(windows, one.window, one.element, step, task, agent))
         cells = [c for p in same for c in range(p.first, p.first + p.size)]
         shown = [c for c in cells if batch.tokens[0, c] != objectives.vocabulary.mask]
         assert bool(shown) or not one.element.shown or row.hiding
@@ -149,7 +163,7 @@ def test_every_value_influences_what_the_row_says_and_nothing_else(case, rows_of
         mine = {key for key in base_targets if key[0] in {c - shift for c in cells}}
         assert moved <= mine, one.element.role
         learnt = one.element.predicted and not w.prompt and any(batch.position[0, c] >= shift for c in cells)
-        assert bool(moved) == bool(mine if row.hiding else learnt), one.element
+        assert bool(moved) == bool(mine if row.hiding or row.swap else learnt), one.element
         assert not mine or shift or not shown, "a target that is shown"
         moved_targets |= moved
     rest = {cell + shift for cell, _ in base_targets.keys() - moved_targets}

@@ -56,6 +56,17 @@ CAMERA = TaskSpec(
         FieldSpec("action.hand", "action", "discrete", "int64", values=2),
     ),
 )
+TEAM = TaskSpec(  # two agents; the third field is the team's
+    "team",
+    (
+        FieldSpec("observation.own", "observation", "continuous", "float32", (2, 3)),
+        FieldSpec("observation.seen", "observation", "discrete", "int64", (2,), values=4),
+        FieldSpec("observation.state", "observation", "continuous", "float32", (4,)),
+        FieldSpec("mask", "mask", "discrete", "bool", (2, 5), values=2),
+        FieldSpec("action", "action", "discrete", "int64", (2,), values=5),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+    ),
+)
 CAPTION = TaskSpec(
     "caption",
     (
@@ -138,7 +149,9 @@ class FakeIndex:
         self.hash = rng.integers(0, 1 << 63, episodes).astype(np.uint64)
         self.codes = rng.integers(0, len(TEXTS), episodes).astype(np.int32)
         known = {t.name: [f for f in t.fields if f.modality not in ("text", "image")] for t in tasks}
-        self.statistics = {name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()}
+        self.statistics = self.statistics_with_histograms = {
+            name: {f.name: _statistics(f, rng) for f in fields} for name, fields in known.items()
+        }
 
     def text(self, field: str) -> tuple[np.ndarray, list[str]]:
         has = np.array([any(f.name == field for f in t.fields) for t in self.tasks])
@@ -194,6 +207,8 @@ def window(
     for f in task.fields:
         found = values(f, rows, rng)
         fields[f.name] = (str(found[0]) if f.dtype == "str" else found[0]) if f.per == "episode" else found
+    if task.name == "team":  # an action that was taken was available
+        fields["mask"] = np.where(fields["action"][..., None] == np.arange(5), True, fields["mask"].astype(bool))
     valid = np.ones(rows, bool)
     valid[-1] = not last_without_action and not after
     return Window(
@@ -223,3 +238,15 @@ def make(tasks: Sequence[TaskSpec], paradigm: str, text: int = 600, **options: A
         run=Run(dir="unused"),
     )
     return Objectives(recipe, [FakeIndex(tasks)])
+
+
+def make_each(tasks: Sequence[TaskSpec], paradigms: Sequence[str], **options: Any) -> Objectives:
+    """Objectives over one dataset, with an objective for each of these paradigms, named like it."""
+    recipe = Recipe(
+        name="test",
+        data=Data(mixture=[Entry(dataset="fake", objective=name) for name in paradigms]),
+        objectives={name: Objective(**options) for name in paradigms},
+        model=Model(text_vocabulary=600),
+        run=Run(dir="unused"),
+    )
+    return Objectives(recipe, [FakeIndex(tasks)] * len(paradigms))

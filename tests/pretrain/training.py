@@ -41,7 +41,7 @@ def train(
     world = ParallelDims(Parallel(job.get("pipeline", 1)))
     like = layouts.recipe_of(job)
     sections = {"deepspeed": like.deepspeed, "parallel": {"pipeline": like.parallel.pipeline, "measure": False}}
-    recipe = synthetic.recipe(str(run), train={"steps": steps, "seed": 7}, **sections)
+    recipe = synthetic.recipe(str(run), train={"steps": steps, "seed": 7, "rollbacks": 0}, **sections)
     engine = build_engine(recipe, DecisionModel(layouts.config_of(job), seed=3), world)
     if loader is None and world.is_first_stage:
         loader = synthetic.SyntheticLoader(layouts.BATCH, world.replica, world.data)

@@ -64,6 +64,8 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return st.sampled_from(["0", "512MiB", "1.5k", "2 TB"])
     if key.target:
         targets = st.sampled_from(["best", "1.2x", "q0.9", "450", "-150.5", "1e3"])
+        if hint == dict[str, str]:
+            return st.dictionaries(st.sampled_from(["*", "CartPole-v1"]), targets, max_size=2)
         return targets if hint is str else st.lists(targets, max_size=2)
     if hint is bool:
         return st.booleans()
@@ -77,4 +79,6 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return _TEXT
     if hint == list[str]:
         return st.lists(_TEXT, max_size=2)
+    if hint == dict[str, str]:
+        return st.dictionaries(st.sampled_from(["a", "b"]), _TEXT, max_size=2)
     return st.dictionaries(st.sampled_from(["a", "b"]), st.integers() | st.booleans() | _TEXT, max_size=2)

@@ -11,7 +11,7 @@ from tiphys.launch.check import check
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.recipes.load import FOLDER, load_recipe
 
-LARGE = {"gato"}  # its three datasets are collected in the long tests only
+LARGE = {"gato", "prompt-dt"}  # their datasets are collected in the long tests only
 FEW = {"--episodes": "3"}
 
 

@@ -299,6 +299,17 @@ class Mine(Converter):
         convert(str(tmp_path / "data"), str(tmp_path / "more"), processes=1)
 
 
+def test_ray_is_started_without_its_dashboard(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**options: Any) -> None:
+        raise ConnectionError(options["include_dashboard"])
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConnectionError, match="False"):
+        convert(str(made("npz")[0]), str(tmp_path / "there"), on="ray")
+
+
 @pytest.mark.long
 def test_ray_gives_the_same_bytes(made: Any, tmp_path: Path) -> None:
     import ray

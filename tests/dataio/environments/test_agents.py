@@ -146,7 +146,7 @@ def test_agents_of_the_zoo_reach_their_scores(task, path, least):
     env = environments.make(task)
     expert = Agent(str(TRAINED / path))(task, env)
 
-    def act(observation: Any, taken: Any) -> tuple[Any, Any]:
+    def act(observation: Any, taken: Any, reward: float) -> tuple[Any, Any]:
         action = expert.act(observation)
         return action, action
 

@@ -29,7 +29,7 @@ def by_expert(task, env, noise=0.0):
     """An `act` function for `play`: the family's expert, disturbed by `noise`."""
     family, expert, rng = environments.family(task), environments.expert(task, env), np.random.default_rng(0)
 
-    def act(observation, taken):
+    def act(observation, taken, reward=0.0):
         if taken is None:
             expert.reset()
         action = expert.act(observation, taken)

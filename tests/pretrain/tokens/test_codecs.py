@@ -140,6 +140,31 @@ def test_a_discrete_value_that_does_not_exist_is_refused(value, make):
     assert caught.value.at == 1
 
 
+@pytest.mark.parametrize("share", [0.02, 0.4, 1.0])
+def test_bins_of_quantiles_decode_into_themselves_and_values_that_occur_often_exactly(share):
+    """Rewards of which most are 0 or 1: with equal edges, most bins would decode into another one."""
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random(5000) < share, np.round(rng.normal(size=5000), 1) if share < 1 else 1.0, 0.0)
+    x = x.astype(np.float32)  # as the statistics keep values
+    edges = Quantiles.merged(np.quantile(x, np.linspace(0, 1, 101), method="lower"))
+    codec = Quantiles("", (), FIRST, (edges,))
+    ids = np.arange(len(edges) - 1)[:, None] + FIRST
+    assert codec.choices() == ((FIRST, FIRST + len(edges) - 1),)
+    again = codec.encode(codec.decode(ids))
+    assert np.array_equal(again, ids)
+    values, counts = np.unique(x, return_counts=True)
+    often = values[counts > 0.03 * len(x)]
+    assert len(often)
+    assert np.array_equal(codec.decode(codec.encode(often)), often)
+
+
+def test_entries_may_have_different_numbers_of_bins():
+    codec = Quantiles("", (2,), FIRST, (Quantiles.merged(np.zeros(9)), (0.0, 1.0, 2.0, 3.0)))
+    assert codec.choices() == ((FIRST, FIRST + 1), (FIRST, FIRST + 3))
+    x = np.array([[0.0, 2.5], [7.0, -9.0]], np.float32)
+    assert codec.decode(codec.encode(x)).tolist() == [[0.0, 2.5], [0.0, 0.5]]
+
+
 @pytest.mark.parametrize("kind", ["bins", "quantiles", "vector", "affine", "discrete"])
 def test_the_error_for_nan_says_at_which_step_it_is(kind):
     x = np.zeros((4, *EXAMPLES[kind].shape))

@@ -1,0 +1,113 @@
+"""Writes docs/paradigms.md: a section for each row, from the table, its recipe, its experiment and the figures of the last run.
+
+`python -m benchmarks.ideas.page` writes it. `python -m benchmarks.ideas ROW… --control --record` measures first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ideas import marks
+from tiphys.dataio.atomic import write_text
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, table
+from tiphys.recipes.load import FOLDER
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs" / "paradigms.md"
+FIGURES = Path(__file__).with_name("figures.json")
+INTRODUCTION = """# Paradigms
+
+One table says how each way of learning decisions from episodes is done here: which parts a timestep has, which of them are
+predicted, who sees whom, what stands before a window, what the data need, and how the policy acts. `tiphys objectives` prints
+it, `tiphys objectives dt` one row of it. A part with a star is predicted; one in brackets is hidden, so the token `mask` stands
+in its place.
+
+Each row has a recipe, and a small experiment that shows that its idea works: `python -m benchmarks.ideas ROW --control`. It
+trains a model of two layers on toy episodes, through the same code as any run. A control breaks one thing that the idea needs,
+and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those of seeds 0, 1 and 2.
+"""
+_SHOWN = {
+    "once": "once",
+    "each step": "each step",
+    "at the end": "at the end",
+    "mask": "sees",
+    "hides": "hides",
+    "prompt": "prompt",
+    "needs": "needs",
+    "acts by": "acts by",
+    "differs": "differs from the source",
+}
+
+
+def record(found: Sequence[dict[str, Any]]) -> None:
+    """Keep the figures of the rows that were measured, and write the page again."""
+    known = figures()
+    for row in {mark["row"] for mark in found}:
+        known[row] = [mark for mark in found if mark["row"] == row]
+    write_text(FIGURES, json.dumps(dict(sorted(known.items())), indent=1, ensure_ascii=False) + "\n")
+    write_text(PAGE, page())
+
+
+def figures() -> dict[str, list[dict[str, Any]]]:
+    """Row -> its marks, as they were recorded."""
+    return json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+
+
+def page() -> str:
+    """The content of docs/paradigms.md."""
+    found = figures()
+    return "\n".join([INTRODUCTION, *(_section(row, found.get(row["name"], [])) for row in table())])
+
+
+def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
+    name = row["name"]
+    lines = [f"## {name}", "", *_about(name), "", f"Source: {PARADIGMS[name].source}.", ""]
+    lines += [f"- {label}: {row[key]}" for key, label in _SHOWN.items() if row[key] not in ("nothing", "none")]
+    commands = [line[1:].strip() for line in _head(name) if line.startswith("#   tiphys ")]
+    lines += ["", f"Recipe: `recipes/{name}.yaml`", "", "```", *commands, "```", ""]
+    if found:
+        lines += ["| measure | bar | scores | control | its bar | scores |", "|---|---|---|---|---|---|"]
+        lines += [_line(group) for group in _groups(found)]
+    else:
+        lines += ["Its experiment has not been recorded yet."]
+    return "\n".join([*lines, ""])
+
+
+def _about(name: str) -> list[str]:
+    """What the experiment is about: the docstring of its module."""
+    if name not in marks.rows():
+        return ["It has no experiment yet."]
+    return (importlib.import_module(f"benchmarks.ideas.{name.replace('-', '_')}").__doc__ or "").strip().splitlines()
+
+
+def _head(name: str) -> list[str]:
+    file = FOLDER / f"{name}.yaml"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _groups(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The marks of one measure and one control together, of all seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for mark in found:
+        groups.setdefault((mark["measure"], mark["broken"]), []).append(mark)
+    return list(groups.values())
+
+
+def _line(group: Sequence[dict[str, Any]]) -> str:
+    first = group[0]
+    cells = [first["measure"].replace("|", "\\|"), first["bar"], _numbers(group, "score")]
+    cells += [first["broken"], first["control_bar"] or "", _numbers(group, "control")]
+    return f"| {' | '.join(cells)} |"
+
+
+def _numbers(group: Sequence[dict[str, Any]], key: str) -> str:
+    return ", ".join(f"{mark[key]:.2f}" for mark in group if mark[key] is not None)
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
+    print(f"written: {PAGE}")

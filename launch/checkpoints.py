@@ -1,0 +1,142 @@
+"""`tiphys checkpoint`: what the checkpoints of a run contain, and whether they are whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiphys.dataio.plan.log import described
+from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain.checkpoint_files import CheckpointError
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.checkpoint import Checkpoint
+
+_LONGEST_LIST = 20  # parameters that are shown without --json
+
+
+def listed(run: str | Path) -> list[dict[str, Any]]:
+    """The checkpoints of a run, oldest first: folder, step, ranks, bytes, when it was saved (seconds), and its state.
+
+    Raises FileNotFoundError if the run has none.
+    """
+    found = []
+    proven = _proven(Path(run))
+    for step, folder in files.folders(run):
+        row: dict[str, Any] = {"step": step, "folder": str(folder), "ranks": None, "bytes": None, "saved": None}
+        try:
+            manifest = files.read_manifest(folder)
+        except CheckpointError as error:
+            found.append({**row, "state": f"damaged: {error}"})
+            continue
+        if manifest is None:
+            found.append({**row, "state": "incomplete: it is being written, or its writer was stopped"})
+            continue
+        sizes = [entry["size"] for entry in manifest["files"].values()]
+        row |= {"ranks": manifest["world"], "bytes": sum(sizes), "saved": (folder / files.MANIFEST).stat().st_mtime}
+        found.append({**row, "state": "whole, trusted" if step <= proven else "whole"})
+    if not found:
+        raise FileNotFoundError(f"{run}: there are no checkpoints")
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """`listed` for people."""
+    lines = [f"{'step':>10}  {'saved':<16}  {'ranks':>5}  {'size':>9}  state"]
+    for row in rows:
+        saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["saved"])) if row["saved"] else "–"
+        size = _size(row["bytes"]) if row["bytes"] is not None else "–"
+        lines.append(f"{row['step']:>10}  {saved:<16}  {row['ranks'] or '–':>5}  {size:>9}  {row['state']}")
+    return "\n".join(lines)
+
+
+def verified(path: str | Path) -> Iterator[tuple[Path, str]]:
+    """(folder, what is damaged) of each checkpoint of a run, or of one checkpoint. Empty: all its files have their digests.
+
+    Folders that are not whole are damaged too, unless they are newer than all whole ones: those are being written.
+    """
+    from tiphys.pretrain.checkpoint import Checkpoint
+
+    folders = [folder for _, folder in files.folders(path)] or [Path(path)]
+    whole = [folder for folder in folders if (folder / files.MANIFEST).is_file()]
+    for folder in folders:
+        if whole and folder > whole[-1]:
+            continue
+        try:
+            Checkpoint.open(folder).verify()
+        except CheckpointError as error:
+            yield folder, str(error)
+        else:
+            yield folder, ""
+
+
+def inspected(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint contains; `path` is its folder, or a run, whose newest whole one is meant.
+
+    Raises CheckpointError if there is none, or if it cannot be read.
+    """
+    from tiphys.pretrain.checkpoint import Checkpoint, RangeReader
+
+    checkpoint: Checkpoint | None
+    checkpoint = Checkpoint.open(path) if (Path(path) / files.MANIFEST).is_file() else Checkpoint.newest_whole(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: neither a whole checkpoint nor a run that has one")
+    state = checkpoint.state()
+    with RangeReader(checkpoint) as reader:
+        tensors = [
+            {"name": name, "shape": list(reader.shapes[name]), "saved": sorted(keys)}
+            for name, keys in reader.pieces.items()
+        ]
+        parameters = sum(math.prod(reader.shapes[n]) for n, keys in reader.pieces.items() if "buffer" not in keys)
+    return {
+        "folder": str(checkpoint.path),
+        "step": checkpoint.step,
+        "ranks": checkpoint.world,
+        "recipe": state["recipe"].get("name", ""),
+        "hash": state["hash"],
+        "datasets": state["datasets"],
+        "log": state["loader"].get("log", []),
+        "parameters": parameters,
+        "tensors": tensors,
+    }
+
+
+def shown(found: dict[str, Any]) -> str:
+    """`inspected` for people."""
+    kinds = Counter(", ".join(t["saved"]) for t in found["tensors"])
+    lines = [
+        f"checkpoint   {found['folder']}",
+        f"step         {found['step']}, saved by {found['ranks']} ranks; any number can load it",
+        f"recipe       {found['recipe']}  ({found['hash'][:12]})",
+        f"datasets     {', '.join(d[:12] for d in found['datasets'])}",
+        f"parameters   {found['parameters']:,} in {len(found['tensors'])} tensors",
+        *(f"  {count:>4} with   {kind}" for kind, count in kinds.most_common()),
+        *(f"changed      from step {event['step']} on: {described(event)}" for event in found["log"]),
+    ]
+    for tensor in found["tensors"][:_LONGEST_LIST]:
+        lines.append(f"  {tensor['name']}  {tensor['shape']}")
+    if len(found["tensors"]) > _LONGEST_LIST:
+        lines.append(f"  … {len(found['tensors']) - _LONGEST_LIST} more; --json lists all")
+    return "\n".join(lines)
+
+
+def _proven(run: Path) -> int:
+    """The newest step that the run trusts, as its newest whole checkpoint knows it."""
+    for folder, _ in files.whole(run):
+        try:
+            return int((files.read_json(folder / files.STATE).get("health") or {}).get("proven", -1))
+        except (CheckpointError, ValueError, TypeError, AttributeError):
+            continue
+    return -1
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,428 @@
+"""Pre-trained starts: a new model begins with the weights of an earlier policy or run, and draws what that one lacks.
+
+A parameter is looked up by its name in the whole model. Tables whose rows stand for something are matched row by row: tokens
+by their text, special tokens and tasks by their names, values of a grid by channel. Embedders and regression heads carry the name
+and the size of their field, so they match if both are equal. Weights are read when a parameter is filled, so a pipeline stage
+reads its own only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiphys.dataio.episode import DataError
+from tiphys.pretrain.model.embedding import module_name
+from tiphys.pretrain.tokens.text import TextTokenizer
+from tiphys.pretrain.tokens.vocabulary import SPECIALS, Vocabulary
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.parallel import ParallelDims
+    from tiphys.recipes.schema import Recipe
+
+# Sizes that the layers of both models must share: attribute of the config -> key of the recipe
+SIZES = {
+    "hidden_size": "model.hidden",
+    "num_attention_heads": "model.heads",
+    "num_key_value_heads": "model.kv_heads",
+    "intermediate_size": "model.ffn",
+    "theta": "model.rope_theta",
+}
+EXPERTS = {
+    "num_experts": "model.moe.experts",
+    "moe_every": "model.moe.every",
+    "moe_intermediate_size": "model.moe.hidden",
+    "shared_expert": "model.moe.shared",
+}
+_TABLES = ("token.weight", "output.weight")
+
+
+class Weights(Protocol):
+    """Tensors by their names in the whole model, read when they are asked for."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        ...
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """The rows [first, first + count) of a tensor; None: all from `first` on."""
+        ...
+
+
+class PolicyWeights:
+    """The weights in a policy's folder: safetensors, in one file or several."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(folder):
+            try:
+                opened = safe_open(file, "pt")
+            except SafetensorError as error:
+                raise DataError(f"{file}: not a valid safetensors file ({error}); copy the policy again") from None
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                self._files[name] = opened
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        if not self.shapes[name]:
+            return self._files[name].get_tensor(name)
+        return self._files[name].get_slice(name)[first : None if count is None else first + count]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the values of one parameter of the new model are in the old one.
+
+    Attributes
+    ----------
+    name : str
+        The name there.
+    new, old : ndarray of int64, or None
+        Rows of the new parameter, and the rows there that they get; None: all rows, in place.
+    """
+
+    name: str
+    new: np.ndarray | None = None
+    old: np.ndarray | None = None
+
+
+class Pretrained:
+    """The weights that a new model begins with.
+
+    Parameters
+    ----------
+    weights : Weights
+        Of the earlier model.
+    old, new : (DecisionConfig, Vocabulary)
+        Of the earlier model, and of the one that begins.
+    renamed : mapping of str to str
+        Earlier name of a field or task -> its name now.
+    where : str
+        What messages call the earlier model.
+
+    Raises
+    ------
+    DataError
+        If the layers of the two models have different sizes: the message names each key of the recipe and both values. If
+        `renamed` has a name that neither model knows.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        old: tuple[DecisionConfig, Vocabulary],
+        new: tuple[DecisionConfig, Vocabulary],
+        renamed: Mapping[str, str] | None = None,
+        where: str = "model.init",
+    ) -> None:
+        self.weights, self.where = weights, where
+        (self.old, self._old_words), (self.new, self._new_words) = old, new
+        self._earlier = {now: was for was, now in (renamed or {}).items()}
+        wrong = list(size_errors(self.old, self.new))
+        if wrong:
+            raise DataError(f"{where}: its layers have other sizes: " + "; ".join(f"{key} {why}" for key, why in wrong))
+        for was, now in (renamed or {}).items():
+            for name, config, whose in ((was, self.old, where), (now, self.new, "this recipe")):
+                if name not in (known := _names(config)):
+                    raise DataError(
+                        f"model.init_map: {{{was}: {now}}}: {whose} has no field or task {name!r} with weights of its own; it "
+                        f"has {', '.join(sorted(known))}"
+                    )
+
+    def find(self, name: str, shape: tuple[int, ...]) -> Found | None:
+        """Where the parameter `name` of the new whole model is found; None: nowhere, so it is drawn."""
+        source = self._source(name)
+        there = self.weights.shapes.get(source)
+        if there is None or there[1:] != shape[1:]:
+            return None
+        rows = self._rows(name, there[0], shape[0]) if shape else None
+        if rows is None:
+            return Found(source) if there == shape else None
+        return Found(source, *rows) if len(rows[0]) else None
+
+    def covers(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether every value of a parameter is found, so that none has to be drawn."""
+        found = self.find(name, shape)
+        return found is not None and (found.new is None or len(found.new) == shape[0])
+
+    @torch.no_grad()
+    def copy(self, name: str, target: Tensor, first: int = 0, whole: int | None = None) -> None:
+        """Write what is found into `target`, which holds the rows from `first` on of a parameter with `whole` rows."""
+        shape = tuple(target.shape) if whole is None else (whole, *target.shape[1:])
+        found = self.find(name, shape)
+        if found is None:
+            return
+        if found.new is None or found.old is None:
+            target.copy_(self.weights.read(found.name, first, len(target) if whole is not None else None))
+            return
+        mine = (found.new >= first) & (found.new < first + len(target))
+        rows = self.weights.read(found.name)
+        target[torch.from_numpy(found.new[mine] - first)] = rows[torch.from_numpy(found.old[mine])].to(target)
+
+    def lines(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What of a model with these parameters is taken over, drawn and left out, for people."""
+        found = {name: self.find(name, shape) for name, shape in shapes.items()}
+        whole = [n for n, f in found.items() if f is not None and self.covers(n, shapes[n])]
+        partly = [
+            f"{n} ({len(f.new)} of {shapes[n][0]} rows)"
+            for n, f in found.items()
+            if f is not None and f.new is not None and n not in whole
+        ]
+        used = {f.name for f in found.values() if f is not None}
+        out = [f"{len(whole)} of {len(found)} tensors come from {self.where}"]
+        for what, names in (
+            ("in part", partly),
+            ("drawn", _folded(n for n, f in found.items() if f is None)),
+            ("left out", _folded(n for n in self.weights.shapes if n not in used and not self._alias(n))),
+        ):
+            out += [f"{what}: {', '.join(names)}"] if names else []
+        return out
+
+    # the name and the rows of a parameter in the earlier model
+
+    def _source(self, name: str) -> str:
+        if name == "output.weight" and name not in self.weights.shapes:
+            return "token.weight"  # they were one matrix, which is stored once
+        if name == "token.weight" and name not in self.weights.shapes:
+            return "output.weight"
+        for prefix, modules in self._modules.items():
+            if name.startswith(prefix):
+                module, _, rest = name.removeprefix(prefix).partition(".")
+                return f"{prefix}{modules.get(module, module)}.{rest}"
+        return name
+
+    def _alias(self, name: str) -> bool:
+        return name in _TABLES and self.new.tie_word_embeddings
+
+    @cached_property
+    def _modules(self) -> dict[str, dict[str, str]]:
+        """Prefix of the names -> module of an embedder or head now -> its module earlier, for fields that were renamed."""
+        found: dict[str, dict[str, str]] = {"embedding.values.": {}, "head.regressions.": {}}
+        for prefix, names in (("embedding.values.", self.new.embedders), ("head.regressions.", self.new.regressions)):
+            for name in names:
+                for now, was in self._earlier.items():
+                    parts = name.split(":")
+                    if now in parts:
+                        old = ":".join(was if part == now else part for part in parts)
+                        found[prefix][module_name(name)] = module_name(old)
+        return found
+
+    def _rows(self, name: str, old: int, new: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(rows now, rows earlier) of a table whose rows stand for something; None: any other parameter."""
+        if name in _TABLES:
+            return self._tokens
+        if name.endswith(".router.task"):
+            earlier = {task: i + 1 for i, task in enumerate(self.old.tasks)}
+            pairs = [(i + 1, earlier.get(self._earlier.get(task, task))) for i, task in enumerate(self.new.tasks)]
+            return _pairs([(0, 0), *pairs])
+        if name in ("embedding.timestep.weight", "embedding.local.weight"):
+            same = np.arange(min(old, new))
+            return same, same
+        if name.startswith("embedding.values.") and name.endswith(".cell.weight") and old != new:
+            return self._cells(name, old, new)
+        return None
+
+    def _cells(self, name: str, old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of a grid's table: the values of the first channel, of the second, …"""
+        module = name.removeprefix("embedding.values.").partition(".")[0]
+        values = next(e["values"] for n, e in self.new.embedders.items() if module_name(n) == module)
+        channels = new // values
+        was = old // channels
+        both = np.arange(min(values, was))
+        return (
+            (np.arange(channels)[:, None] * values + both).reshape(-1),
+            (np.arange(channels)[:, None] * was + both).reshape(-1),
+        )
+
+    @cached_property
+    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the token table: texts by their pieces, values by their numbers, special tokens by their names."""
+        pairs: list[tuple[int, int | None]] = []
+        old, new = self._old_words, self._new_words
+        if replace(old, embedders={}, regressions={}, tasks=()) == replace(new, embedders={}, regressions={}, tasks=()):
+            return np.arange(new.size), np.arange(new.size)
+        if old.text_tokenizer == new.text_tokenizer:
+            low, high = new.range("text")
+            pairs += [(i, i) for i in range(low, min(high, old.range("text")[1]))]
+        else:
+            pieces = TextTokenizer(old.text_tokenizer).pieces()
+            pairs += [(i, pieces.get(piece)) for piece, i in TextTokenizer(new.text_tokenizer).pieces().items()]
+        for name, low, high in new.ranges:
+            if name not in ("text", "special") and any(known == name for known, *_ in old.ranges):
+                first, last = old.range(name)
+                pairs += [(low + i, first + i) for i in range(min(high - low, last - first))]
+        pairs += [(getattr(new, name), getattr(old, name)) for name in SPECIALS]
+        return _pairs(pairs)
+
+
+def _names(config: DecisionConfig) -> set[str]:
+    """Names of the fields that have an embedder or a regression head, and of the tasks."""
+    fields = {name.split(":")[1] for name in config.embedders if name.count(":") > 1}
+    return fields | {name.rpartition(":")[0] for name in config.regressions} | set(config.tasks)
+
+
+def _pairs(pairs: list[tuple[int, int | None]]) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.array([(a, b) for a, b in pairs if b is not None], np.int64).reshape(-1, 2)
+    return kept[:, 0], kept[:, 1]
+
+
+def _folded(names: Iterable[str]) -> list[str]:
+    """Parameter names, with one name for all parameters of a layer, an embedder or a head."""
+    found: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        found[".".join([*parts[: 3 if parts[0] in ("embedding", "head") else 2], "*"]) if len(parts) > 3 else name] = (
+            None
+        )
+    return list(found)
+
+
+def size_errors(old: DecisionConfig, new: DecisionConfig) -> Iterator[tuple[str, str]]:
+    """(key of the recipe, reason) for each size of the layers in which the models differ."""
+    experts = EXPERTS if old.num_experts or new.num_experts else {}
+    for attribute, key in {**SIZES, **experts}.items():
+        was, now = getattr(old, attribute), getattr(new, attribute)
+        if was != now:
+            yield key, f"is {now!r} here and {was!r} there"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a policy's weights. Raises DataError if there are none."""
+    found = sorted(folder.glob("model*.safetensors"))
+    if not found:
+        raise DataError(f"{folder}: there are no weights; model.init reads model.safetensors only, never pickles")
+    return found
+
+
+def policy_digest(source: str) -> str:
+    """SHA-256 of the weights, sizes and vocabulary of a policy or a run. Raises DataError or OSError if there is none."""
+    from tiphys.pretrain.policy_files import local_policy
+
+    folder, digest = local_policy(source), hashlib.sha256()
+    for file in (folder / "processor.json", *weight_files(folder)):
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def open_pretrained(recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> Pretrained | None:
+    """What the model of a recipe begins with; None: nothing, so it is drawn.
+
+    Raises
+    ------
+    DataError, OSError
+        If there is no policy at `model.init`, or one whose layers have other sizes.
+    """
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.policy_files import local_policy
+
+    if not recipe.model.init:
+        return None
+    folder = local_policy(recipe.model.init)
+    try:
+        processor = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        vocabulary = Vocabulary.from_dict(processor["vocabulary"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: processor.json or config.json is not valid ({error})") from None
+    if config.get("model_type") != "tiphys":
+        raise DataError(
+            f"{folder}: not a policy of Tiphys; its config.json has model_type {config.get('model_type')!r}"
+        )
+    old = DecisionConfig.from_pretrained(folder)
+    renamed = {str(was): str(now) for was, now in recipe.model.init_map.items()}
+    return Pretrained(PolicyWeights(folder), (old, vocabulary), new, renamed, recipe.model.init)
+
+
+def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, stages: int = 1) -> DecisionModel:
+    """The model of a recipe as training begins.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    vocabulary : Vocabulary
+        Of the recipe's objectives.
+    fresh : bool
+        False: a checkpoint follows, so `model.init` is not opened.
+    stages : int
+        With several pipeline stages, a model that begins with other weights is on the meta device: each stage then reads its
+        own part.
+    """
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.transformer import DecisionModel
+
+    config = DecisionConfig.from_recipe(recipe.model, vocabulary)
+    source = open_pretrained(recipe, (config, vocabulary)) if fresh else None
+    with torch.device("meta") if source is not None and stages > 1 else nullcontext():
+        return DecisionModel(config, seed=recipe.train.seed, source=source)
+
+
+def start_lines(model: DecisionModel) -> list[str]:
+    """What of a model is taken over from `model.init`, drawn and left out, for people; empty: everything is drawn."""
+    if not isinstance(model.source, Pretrained):
+        return []
+    return model.source.lines({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def pinned(recipe: Recipe, resume: Checkpoint | None, world: ParallelDims | None = None) -> Recipe:
+    """The recipe with the digest of `model.init`, by which its hash names the weights that it began with.
+
+    A run that continues keeps the digest of its checkpoint, and does not open the source.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    resume : Checkpoint, optional
+        The checkpoint that the run continues; None: the run begins.
+    world : ParallelDims, optional
+        The grid of this launch; None: this process is alone. Collective.
+
+    Raises
+    ------
+    DataError
+        If there is no such source, or the recipe has another digest than it.
+    """
+    if not recipe.model.init:
+        return recipe
+    if resume is not None:
+        saved = resume.state()["recipe"]["model"].get("init_digest", "")
+        return replace(recipe, model=replace(recipe.model, init_digest=recipe.model.init_digest or saved))
+    digest = _digest(recipe.model.init, world)
+    if recipe.model.init_digest not in ("", digest):
+        raise DataError(
+            f"model.init_digest: the recipe was pinned to {recipe.model.init_digest[:16]}…, but {recipe.model.init} now has "
+            f"{digest[:16]}…; restore that policy, or remove model.init_digest"
+        )
+    return replace(recipe, model=replace(recipe.model, init_digest=digest))
+
+
+def _digest(source: str, world: ParallelDims | None) -> str:
+    """The digest of a source. The first rank reads it for all, and its error is the error of all ranks."""
+    digest = error = ""
+    if world is None or world.rank == 0:
+        try:
+            digest = policy_digest(source)
+        except (OSError, ValueError, RuntimeError) as found:
+            error = str(found)
+    if world is not None:
+        digest, error = world.gather([digest, error])[0]
+    if error:
+        raise DataError(f"model.init: {error}")
+    return digest
