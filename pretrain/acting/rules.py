@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number
@@ -26,20 +27,36 @@ def one_after_another(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
     """Each slot is answered in view of the slots before it. What is new is read once, then one token for each further slot."""
+<<<<<<< HEAD
     if policy.history.layout.mask != CAUSAL:
         return anew(policy, acting, chosen, options)
     rows = np.array(chosen)
     start = policy.recall.begin(acting, rows)
+=======
+    rows, causal = np.array(chosen), policy.history.layout.mask == CAUSAL
+    start = policy.recall.begin(acting, rows) if causal else acting.start
+>>>>>>> declare
     answers: list[np.ndarray] = []
     for slot in range(len(acting.slots)):
         stop = acting.open + slot  # the hidden state before this column answers the slot
-        hidden = policy.recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
+        if causal:
+            hidden = policy.recall.read(acting.batch.part(np.arange(len(rows)), start, stop), rows)
+        else:
+            hidden = _whole(policy, acting)[np.arange(len(rows)), stop - 1]
         tilt = _tilt(policy, options["kappa"]) if acting.slots[slot].field == "return" else None
         answers.append(policy._choose(acting, slot, hidden, chosen, tilt))
         acting.answer(slot, answers[-1])
         start = stop
+    if not causal:
+        return answers, 0
     policy.recall.end(acting, rows)
     return answers, len(acting.slots) - 1
+
+
+def _whole(policy: Policy, acting: Acting) -> Tensor:
+    """Hidden states [R, L, D] of whole windows. What sees tokens that come after it, such as a prefix, cannot be remembered."""
+    inputs = to_tensors(acting.batch, policy.model.device)
+    return unpack(policy.model(inputs).hidden, inputs, acting.batch.rows, acting.batch.length)
 
 
 def _tilt(policy: Policy, kappa: float) -> np.ndarray:
@@ -62,6 +79,7 @@ def beam(
 def anew(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
+<<<<<<< HEAD
     """From whole windows: what sees tokens that come after it cannot be remembered.
 
     If all positions see each other, all slots are hidden, and are answered where they stand; else one after the other.
@@ -76,6 +94,11 @@ def anew(
         answers.append(policy._choose(acting, slot, hidden[rows, acting.open + slot - shift], chosen))
         if shift:
             acting.answer(slot, answers[-1])
+=======
+    """All slots are hidden, and are answered where they stand. Nothing is remembered: all positions see each other."""
+    rows, found = np.arange(len(chosen)), _whole(policy, acting)
+    answers = [policy._choose(acting, i, found[rows, acting.open + i], chosen) for i in range(len(acting.slots))]
+>>>>>>> declare
     return answers, 0
 
 
