@@ -20,10 +20,7 @@ from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
-<<<<<<< HEAD
 from tiphys.pretrain.acting.slots import Acting
-=======
->>>>>>> declare
 from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:

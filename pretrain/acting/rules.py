@@ -27,15 +27,8 @@ def one_after_another(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
     """Each slot is answered in view of the slots before it. What is new is read once, then one token for each further slot."""
-<<<<<<< HEAD
-    if policy.history.layout.mask != CAUSAL:
-        return anew(policy, acting, chosen, options)
-    rows = np.array(chosen)
-    start = policy.recall.begin(acting, rows)
-=======
     rows, causal = np.array(chosen), policy.history.layout.mask == CAUSAL
     start = policy.recall.begin(acting, rows) if causal else acting.start
->>>>>>> declare
     answers: list[np.ndarray] = []
     for slot in range(len(acting.slots)):
         stop = acting.open + slot  # the hidden state before this column answers the slot
@@ -76,29 +69,12 @@ def beam(
     return Beam(policy, acting, chosen, options).search(), 0
 
 
-def anew(
+def at_once(
     policy: Policy, acting: Acting, chosen: list[int], options: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
-<<<<<<< HEAD
-    """From whole windows: what sees tokens that come after it cannot be remembered.
-
-    If all positions see each other, all slots are hidden, and are answered where they stand; else one after the other.
-    """
-    rows, shift = np.arange(len(chosen)), policy.history.layout.shift
-    answers: list[np.ndarray] = []
-    hidden = None
-    for slot in range(len(acting.slots)):
-        if hidden is None or shift:
-            inputs = to_tensors(acting.batch, policy.model.device)
-            hidden = unpack(policy.model(inputs).hidden, inputs, len(rows), acting.batch.length)
-        answers.append(policy._choose(acting, slot, hidden[rows, acting.open + slot - shift], chosen))
-        if shift:
-            acting.answer(slot, answers[-1])
-=======
     """All slots are hidden, and are answered where they stand. Nothing is remembered: all positions see each other."""
     rows, found = np.arange(len(chosen)), _whole(policy, acting)
     answers = [policy._choose(acting, i, found[rows, acting.open + i], chosen) for i in range(len(acting.slots))]
->>>>>>> declare
     return answers, 0
 
 
@@ -107,7 +83,7 @@ RULES: dict[str, Answers] = {
     "ask": one_after_another,
     "match": one_after_another,
     "sample": one_after_another,
-    "fill": anew,
+    "fill": at_once,
     "beam": beam,
 }
 
