@@ -363,9 +363,8 @@ class Validation:
         0,
         "Training steps between two validations, if episodes are held out; 0: ten times a run; -1: only at the end",
         unit="steps",
-        low=0,
+        low=-1,
         high=STEPS,
-        also=(-1,),
         resume=True,
     )
     rows: int = key(

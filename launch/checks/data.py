@@ -13,7 +13,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.demand import shows_return
 from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
-from tiphys.pretrain.tokens.agents import statistics_of_one_agent
+from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
 from tiphys.pretrain.tokens.encoding import without_rewards
 from tiphys.pretrain.tokens.paradigms import PARADIGMS

@@ -94,7 +94,7 @@ class Asking:
     def from_recipe(cls, evaluate: Evaluation) -> Asking:
         """What the section `evaluate` of a recipe asks."""
         e = evaluate
-        return cls(e.objectives, e.target_return, e.prompt, e.goal, e.target_returns)
+        return cls(tuple(e.objectives), e.target_return, e.prompt, e.goal, tuple(e.target_returns))
 
     def words(self) -> list[str]:
         """The inverse of `from_words`, with the options of `tiphys evaluate`."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
-from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent, statistics_of_one_agent
+from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
+from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.codecs import (
     Affine,
     Bins,

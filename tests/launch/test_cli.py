@@ -125,4 +125,4 @@ def test_the_table_of_paradigms_fits_a_terminal(capsys: pytest.CaptureFixture[st
     assert all(row["name"] in summary for row in rows)
     assert all(" ".join(text.split()) in " ".join(whole.split()) for row in rows[1:2] for text in row.values())
     assert cli.main(["objectives", "dr"]) == Status.REFUSED
-    assert "Allowed: bc, dt, gato" in capsys.readouterr().err
+    assert "Allowed: bc, dt, tt" in capsys.readouterr().err

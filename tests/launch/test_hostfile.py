@@ -81,11 +81,11 @@ def test_the_number_of_ranks(processes, options, count):
     assert ranks({"a": 8, "b": 4}, processes, options) == count
 
 
-def test_train_checks_the_layout_for_the_ranks_of_the_hostfile(tmp_path, capsys):
+def test_train_checks_the_layout_for_the_ranks_of_the_hostfile(tmp_path, capfd):
     (tmp_path / "hosts").write_text("a slots=2\nb slots=1\n")
     (tmp_path / "r.yaml").write_text(
         "name: x\nrun: {dir: run}\ndata: {mixture: [{dataset: a}]}\nparallel: {pipeline: 2}\n"
         "deepspeed: {train_batch_size: 4, optimizer: {type: AdamW}, zero_optimization: {stage: 1}}\n"
     )
     assert main(["train", str(tmp_path / "r.yaml"), "--hostfile", str(tmp_path / "hosts")])
-    assert "3 processes cannot be divided into 2 pipeline stages" in capsys.readouterr().err
+    assert "3 processes cannot be divided into 2 pipeline stages" in capfd.readouterr().err

@@ -214,7 +214,7 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("huggingface_hub.save_torch_state_dict", full)
+        patched.setattr("safetensors.torch.save_file", full)
         with pytest.raises(OSError, match="No space"):
             save(folder, seed=5)
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]

@@ -57,7 +57,7 @@ def test_every_resolver_is_refused_by_name_and_nothing_is_read(tmp_path, monkeyp
         ({"name": "${run.dir}", "run": {"dir": "${name}"}}, "would contain itself"),
         ({"objectives": {"x": "${objectives}"}}, "would contain itself"),
         ({"train": {"steps": "${validate.every}"}, "validate": {"every": 0}}, r"train\.steps: 0 is out of range"),
-        ({"train": {"steps": "${run.dir}"}}, r"train\.steps: Value 'runs/a'"),
+        ({"train": {"steps": "${run.dir}"}}, r"train\.steps: must be a whole number, not 'runs/a'"),
     ],
 )
 def test_what_cannot_be_resolved_is_an_error_of_its_key(tmp_path, changes, words):

@@ -50,7 +50,7 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path):
         "data.mixture[0].prefer: 'retrun' is not allowed",
         "Did you mean 'return'?",
         "Did you mean 'grid'?",
-        "train.steps: Value 'many'",
+        "train.steps: must be a whole number, not 'many'",
         "modle: unknown key. Did you mean 'model'?",
     ):
         assert words in text

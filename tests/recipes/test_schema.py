@@ -79,10 +79,12 @@ FREE = """
     name run.dir parallel.pipeline parallel.expert parallel.measure model.checkpointing
     data.cache.dir data.cache.memory data.cache.disk data.on_bad_value data.requests data.prefetch data.timeout data.attempts
     data.unit_rows
-    train.steps train.log_every train.compile checkpoint.every checkpoint.keep checkpoint.asynchronous
+    train.steps train.log_every train.compile train.rollbacks restart.attempts
+    checkpoint.every checkpoint.minutes checkpoint.keep checkpoint.asynchronous checkpoint.patience checkpoint.deadline
     objectives.*.target_return evaluate.objectives evaluate.target_return evaluate.target_returns evaluate.prompt evaluate.goal
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
-    evaluate.sample evaluate.videos publish.to publish.every publish.keep publish.private publish.license
+    evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
+    publish.dtype publish.to publish.every publish.keep publish.private publish.license
 """.split()
 
 

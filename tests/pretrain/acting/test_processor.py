@@ -328,7 +328,21 @@ def test_acting_needs_no_dataset_code():
         "assert not {'torch', 'pyarrow', 'obstore', 'omegaconf', 'PIL'} & set(sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    files = {"batch", "derived", "group", "hiding", "images", "sequence", "text", "timestep", "codecs", "vocabulary"}
+    files = {
+        "agents",
+        "views",
+        "swap",
+        "batch",
+        "derived",
+        "group",
+        "hiding",
+        "images",
+        "sequence",
+        "text",
+        "timestep",
+        "codecs",
+        "vocabulary",
+    }
     packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}
     mine = {
         "tiphys.recipes",

@@ -62,7 +62,7 @@ def test_an_unknown_rule_fails_where_it_is_declared(rule):
 
 
 def test_every_source_is_a_pure_function_of_the_rows_of_the_window():
-    assert SOURCES.keys() == {"to_go", "after", "discounted", "histogram"}
+    assert SOURCES.keys() == {"to_go", "after", "discounted", "histogram", "agent"}
     _, window = episode(4, 6)
     for rule in ("to_go", "after", "discounted:.9", "histogram:reward"):
         first = derived(window, 6, rule, OPTIONS).copy()

@@ -14,7 +14,8 @@ from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.targets import TARGETS, candidates, only_allowed
 from tiphys.pretrain.model.transformer import DecisionModel
-from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent, statistics_of_one_agent
+from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
+from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.schema import Model
 
