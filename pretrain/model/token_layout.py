@@ -147,6 +147,7 @@ class TokenLayout:
                 stop = start + int(ends[-1])
                 out.append((start, stop, int(lengths.max()), causal, to_device(torch.from_numpy(ends), self.device)))
                 start = stop
+        self._known["prefixes"] = self._prefixes()  # both leave a compiled graph, so they do it together
         return out
 
     @property

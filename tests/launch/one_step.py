@@ -82,8 +82,10 @@ def train(recipe: Recipe, world: ParallelDims) -> float:
         return made[-1]
 
     try:
-        with mock.patch.object(engine, "build_engine", remember), contextlib.redirect_stdout(io.StringIO()):
-            run._train(recipe, world, Attendance(), False)
+        quiet = contextlib.redirect_stdout(io.StringIO())
+        # closed, because it would end this process some seconds after a signal
+        with mock.patch.object(engine, "build_engine", remember), quiet, contextlib.closing(Attendance()) as attendance:
+            run._train(recipe, world, attendance, False)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return float(next(line["loss"] for line in lines if "kind" not in line))
     finally:

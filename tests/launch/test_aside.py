@@ -3,6 +3,7 @@ training."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -260,7 +261,8 @@ def test_a_real_run_evaluates_and_publishes_its_checkpoints(tmp_path: Path, monk
     more += f"publish: {{to: {tmp_path / 'published'}, every: 2}}\n"
     (tmp_path / "small.yaml").write_text(small_recipe(steps=4) + more)
     recipe = load_recipe(tmp_path / "small.yaml", [f"run.dir={tmp_path / 'run'}"])
-    _, _, aside = run._train(recipe, alone(), Attendance(), False)
+    with contextlib.closing(Attendance()) as attendance:
+        _, _, aside = run._train(recipe, alone(), attendance, False)
     assert aside is not None
     aside.drain()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

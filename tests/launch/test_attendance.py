@@ -23,7 +23,14 @@ RANK = Path(__file__).with_name("attending_rank.py")
 
 
 def start(how: str, launch: Launch, token: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, str(RANK), how, option(launch, token)], env=environment())
+    words = [sys.executable, str(RANK), how, option(launch, token)]
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a process in the background inherits that it is ignored
+    try:
+        process = subprocess.Popen(words, env=environment())
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(launch.run_dir / "pid")
     return process
 

@@ -71,7 +71,8 @@ def train(folder: Path, world: ParallelDims, poison: Poison | None, monkeypatch:
     with monkeypatch.context() as patch, contextlib.redirect_stdout(printed):
         if poison is not None:
             patch.setattr(engine.Engine, "train_step", lambda of, batch: poison(of, batch))
-        run._train_past_spikes(recipe, world, Attendance(), False)
+        with contextlib.closing(Attendance()) as attendance:
+            run._train_past_spikes(recipe, world, attendance, False)
     return printed.getvalue()
 
 
