@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,15 @@ def job(plan: str) -> Job:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run's folder. Nothing is checked and pauses are short."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run's folder. Nothing is checked and pauses are short. SIGHUP is not ignored, as it would be under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = tmp_path / "run"
     monkeypatch.setattr(Node, "check", lambda self, stops: Settings(str(folder), 0.2, 3))
     monkeypatch.setattr(module, "pause_after", lambda failures: 0.01 * failures)
     monkeypatch.setattr(module, "GRACE", 0.2)
-    return folder
+    yield folder
+    signal.signal(signal.SIGHUP, before)
 
 
 def stop_when_it_runs(folder: Path, number: int) -> None:
