@@ -7,10 +7,12 @@ has said how long that may be: it knows its phase and the usual time of a step.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from tiphys.launch.launches import Launch
 from tiphys.pretrain.phases import Beat
@@ -64,11 +66,18 @@ class Watchdog:
             self.world or 1 + max((int(f.stem[5:]) for f in self.launch.folder.glob("rank-*.beat")), default=-1)
         )
 
+    def _stopped(self, rank: int) -> bool:
+        """Whether a signal has stopped a rank of this machine."""
+        return host_of(self.launch, rank) == socket.gethostname() and _state(self._seen[rank].beat.process) == "T"
+
     def _stalled(self, now: float) -> str:
-        """All ranks wait for the one that is furthest behind, so its silence is what counts."""
+        """All ranks wait for the one that is furthest behind, so its silence is what counts.
+
+        A rank that was stopped (SIGSTOP) inside an exchange may be ahead of the others, which wait for it all the same.
+        """
         if not self._seen:
             return ""
-        rank = min(self._seen, key=lambda r: (self._seen[r].beat.progress, r))
+        rank = min(self._seen, key=lambda r: (not self._stopped(r), self._seen[r].beat.progress, r))
         seen = self._seen[rank]
         if seen.beat.phase == "end" or now - seen.since <= seen.beat.limit:
             return ""
@@ -82,6 +91,13 @@ class Watchdog:
             f'rank {rank} ({host_of(self.launch, rank)}) stands in "{seen.beat.phase}" at step {seen.beat.step} for '
             f"{now - seen.since:.0f} s{waiting}; stacks are in {self.launch.folder}"
         )
+
+
+def _state(process: int) -> str:
+    """The state of a process of this machine, as in `man 5 proc`; empty if there is none."""
+    with suppress(OSError, IndexError):
+        return Path("/proc", str(process), "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    return ""
 
 
 def host_of(launch: Launch, rank: int) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +104,25 @@ def test_no_beat_is_none(tmp_path: Path) -> None:
     assert Beat.read(tmp_path / "nothing") is None
     (tmp_path / "short").write_bytes(b"123")
     assert Beat.read(tmp_path / "short") is None
+
+
+def test_a_stopped_rank_is_named_although_it_is_ahead(launch: Launch) -> None:
+    """It was stopped inside an exchange that it had begun before the others."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+        clock = Clock()
+        for rank in range(3):
+            launch.stack_file(rank).write_text(f"host {socket.gethostname()}\n")
+            one = Phases()
+            one.open(launch.beat_file(rank), process=child.pid if rank == 1 else os.getpid())
+            for step in range(1, 6):
+                one.mark("step", step)
+            if rank == 1:
+                one.collective()
+        said, _ = said_after(Watchdog(launch, 3, clock), clock, 600)
+        assert said.startswith("rank 1 (")
+    finally:
+        child.kill()
+        child.wait()
