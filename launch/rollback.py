@@ -129,7 +129,7 @@ class Guard(Callback):
             self._protect(trainer)
 
     def on_spike(self, trainer: Trainer, spike: Spike) -> None:
-        with suppress(Exception):
+        with suppress(files.CheckpointError, OSError):  # a save that failed leaves nothing to go back to
             self.checkpointer.writer.wait()  # nothing may be committed after the newer checkpoints are removed
         trainer.world.barrier()
         message = self._go_back(trainer, spike) if trainer.world.rank == 0 else ""

@@ -279,10 +279,10 @@ def _last_words(file: Path) -> str:
 
 def _low_priority() -> None:
     """Training goes before: on the cores, on the disk, and when memory is short."""
-    os.nice(19)
-    with contextlib.suppress(Exception):
-        import psutil
+    import psutil
 
+    os.nice(19)
+    with contextlib.suppress(psutil.Error, AttributeError, OSError):  # not every system has priorities of the disk
         psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("500")

@@ -40,7 +40,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
         distance(wanted),
         at_most(0.05),
         failed,
-        at_least(0.3),
+        at_least(0.4),
         "demands of others",
     )
 
