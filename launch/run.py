@@ -147,7 +147,7 @@ def _train(
     """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
-    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.checkpoint_choice import newest_sound
     from tiphys.pretrain.engine import build_engine
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.pretrained import begin, start_lines
@@ -156,7 +156,7 @@ def _train(
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
     events = _rollback_events(recipe, world)
-    resume = Checkpoint.newest_whole(recipe.run.dir)
+    resume = newest_sound(recipe.run.dir, world)
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
