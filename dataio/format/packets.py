@@ -105,6 +105,8 @@ def pictures(
         if left:
             raise DataError(f"{where}: the decoder gave no picture for {len(left)} of {last + 1} samples; the first is {min(left)}")
         usable = not _changes_parameters(stream, payloads[: last + 1])
+    except DataError:
+        raise
     except (av.FFmpegError, ValueError, MemoryError) as error:
         raise DataError(f"{where}: the {stream.codec} samples cannot be decoded ({error})") from None
     finally:

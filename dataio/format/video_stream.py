@@ -160,7 +160,7 @@ def _avc(data: bytes) -> tuple[int, int]:
         raise ValueError(f"chroma format {chroma}")
     if chroma == 3:
         bits.take(1)
-    return chroma, 8 + max(bits.golomb(), bits.golomb())
+    return max(chroma, 1), 8 + max(bits.golomb(), bits.golomb())  # FFmpeg gives grey pictures colour planes
 
 
 def _hevc(data: bytes) -> tuple[int, int]:
