@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, check_shard, fetch, parse, publish
 from tiphys.dataio.format.limited import check_table, read_statistics
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
-from tiphys.dataio.format.table import Part, Shard, batches, combine
-from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
+from tiphys.dataio.index import EpisodeIndex, Range
 from tiphys.dataio.shards import merge_tasks
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep.foreign import absolute, index_foreign
@@ -42,12 +42,10 @@ __all__ = [
 def read_episode(index: EpisodeIndex, episode: int) -> Episode:
     """Read one whole episode from its shard. It equals what was written, except for fields with a lossy encoding."""
     task = index.tasks[index.task[episode]]
-    steps, rows, shard = int(index.steps[episode]), int(index.rows[episode]), int(index.shard[episode])
+    steps, rows = int(index.steps[episode]), int(index.rows[episode])
     names = [f.name for f in task.fields]
     ranges = index.ranges(episode, 0, rows, names)
-    starts, sizes = [r.offset for r in ranges], [r.size for r in ranges]
-    begin, length = index.json_range(episode)
-    buffers = index.store.read_ranges(index.shard_name(shard), [*starts, begin], [*sizes, length])
+    buffers = index.read([*ranges, Range(int(index.shard[episode]), *index.json_range(episode), "json")])
     fields = index.decode(episode, 0, rows, names, buffers[:-1])["fields"]
     short = index.short(episode)
     for field in task.fields:
@@ -68,10 +66,9 @@ def read_episode(index: EpisodeIndex, episode: int) -> Episode:
 
 def read_field(index: EpisodeIndex, episode: int, field: str) -> Any:
     """Read all rows of one field of an episode from its shard."""
-    rows, shard = int(index.rows[episode]), int(index.shard[episode])
+    rows = int(index.rows[episode])
     ranges = index.ranges(episode, 0, rows, [field])
-    buffers = index.store.read_ranges(index.shard_name(shard), [r.offset for r in ranges], [r.size for r in ranges])
-    return index.decode(episode, 0, rows, [field], buffers)["fields"][field]
+    return index.decode(episode, 0, rows, [field], index.read(ranges))["fields"][field]
 
 
 def _info(index: EpisodeIndex, episode: int, data: memoryview) -> dict[str, Any]:
@@ -302,7 +299,7 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
             base = absolute(source.url)
             rename = {s.name: s.name if here or "://" in s.name else f"{base}/{s.name}" for s in document["shards"]}
             for shard in document["shards"]:
-                shards[rename[shard.name]] = Shard(rename[shard.name], shard.size, shard.crc)
+                shards[rename[shard.name]] = replace(shard, name=rename[shard.name])
             parts.append(Part(file, source.keep, rename))
             broken = document.get("quarantine", [])
             quarantine += [q | {"shard": rename.get(q["shard"], q["shard"])} for q in broken]
@@ -345,5 +342,5 @@ def _used(parts: Sequence[Part]) -> set[str]:
     used: set[str] = set()
     for part in parts:
         for batch in batches(part):
-            used.update(batch.column("shard").unique().to_pylist())
+            used |= shards_of(batch)
     return used

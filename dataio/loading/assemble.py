@@ -95,6 +95,8 @@ class Assembler:
         begins = {name: begin[here] for name, begin in step.gathered.begin.items()}
         simple = np.asarray(begins.get(STEPS, none) >= 0)
         for spec, row_bytes in wanted.large:
+            if not index.has_chunks(spec.name):  # packets only
+                return np.zeros(len(here), bool)
             raw = index.chunk_table(spec.name).kind[episode] == _RAW if row_bytes else none == 0
             simple &= raw & (begins.get(spec.name, none) >= 0)
         return simple
