@@ -22,8 +22,9 @@ from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
 from tiphys.dataio.index import EpisodeIndex, Range
 from tiphys.dataio.shards import merge_tasks
 from tiphys.dataio.statistics import Statistics
-from tiphys.dataio.upkeep.foreign import absolute, index_foreign
+from tiphys.dataio.upkeep.foreign import index_foreign
 from tiphys.dataio.upkeep.verify import Finding, Report, verify
+from tiphys.paths import absolute
 
 __all__ = [
     "Finding",

@@ -117,7 +117,7 @@ class EpisodeIndex:
         Parameters
         ----------
         url : str
-            The dataset's folder, in any store.
+            The dataset's folder, in any store, or that of a raw LeRobot dataset that has been indexed.
         cache_dir : str
             Folder of the cache; by default $TIPHYS_CACHE, or ~/.cache/tiphys if that is not set.
 
@@ -128,12 +128,18 @@ class EpisodeIndex:
         DataError
             If `dataset.json` or `index.parquet` is damaged, or they do not belong together.
         """
+        from tiphys.dataio.inplace import place
         from tiphys.dataio.storage import Store
 
         store = Store(url)
         try:
             raw = store.read(DATASET)
         except FileNotFoundError as error:
+            if place.is_lerobot(store):
+                store = Store(place.location(url, cache_dir))
+                if not store.exists(DATASET):
+                    raise FileNotFoundError(place.advice(url)) from None
+                return cls.open(store.url, cache_dir)
             raise FileNotFoundError(
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error

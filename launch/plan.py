@@ -23,14 +23,17 @@ MAPPED = 200_000  # plans of more episodes are sorted once on each machine and m
 
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
-    """The index of each mixture entry. Local rank 0 decodes new indexes first; the other ranks find them decoded."""
+    """The index of each mixture entry. Local rank 0 makes and decodes new indexes first; the other ranks find them decoded."""
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.inplace.prepare import prepare
 
     opened: dict[str, EpisodeIndex] = {}
 
     def open_all() -> None:
         for entry in recipe.data.mixture:
             if entry.dataset not in opened:
+                if world is not None and world.local == 0:
+                    prepare(entry.dataset)
                 opened[entry.dataset] = EpisodeIndex.open(entry.dataset)
 
     if world is None or world.local == 0:

@@ -312,7 +312,7 @@ class LeRobot(Converter):
                 raise DataError(
                     f"{self.source.url}, episode {record.number}: the metadata name no valid video of {key!r}"
                 )
-        for path in [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]:
+        for path in self._needed(record, wanted):
             if not self.source.exists(path):
                 raise DataError(
                     f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}"
@@ -331,6 +331,10 @@ class LeRobot(Converter):
             steps=record.length,
             success=None if success is None or isinstance(success, str) else bool(np.any(success)),
         )
+
+    def _needed(self, record: Record, wanted: Collection[str]) -> list[str]:
+        """The files that hold an episode's features."""
+        return [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]
 
     def _values(
         self, key: str, feature: Mapping[str, Any], record: Record, table: Any, files: _OpenFiles, where: str

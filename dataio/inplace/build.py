@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from urllib.parse import quote
 
 from crc32c import crc32c
 
@@ -23,7 +24,7 @@ from tiphys.dataio.inplace.chunks import Video
 from tiphys.dataio.inplace.source import VIDEOS
 from tiphys.dataio.shards import ShardWriter
 from tiphys.dataio.storage import ObjectChanged, Store
-from tiphys.dataio.upkeep.foreign import absolute
+from tiphys.paths import absolute
 
 SOURCE = "source"  # key of dataset.json: what was indexed
 INFO = "meta/info.json"
@@ -139,7 +140,8 @@ class _Builder:
             return bytes(data)
 
         track = read_track(read, about.size, where)
-        name = f"{self.base}/{path}"
+        folder, slash, last = path.rpartition("/")
+        name = f"{self.base}/{quote(folder) if self.store.local else folder}{slash}{last}"
         # a local file has another ETag on each machine, and the fingerprint must not
         self._shards[name] = Shard(name, about.size, -1, "" if self.store.local else about.etag)
         return Video(track, name, where)

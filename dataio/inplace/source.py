@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.convert.converter import Piece
 from tiphys.dataio.convert.lerobot import LeRobot, Record, column
 from tiphys.dataio.convert.lerobot_cameras import Camera, is_depth
 from tiphys.dataio.episode import DataError, Episode
@@ -40,6 +41,12 @@ class LeRobotInPlace(LeRobot):
                 )
         return cameras
 
+    def versions(self, piece: Piece) -> list[str]:
+        return []  # nothing is continued later, and each would be a request
+
+    def _needed(self, record: Record, wanted: Collection[str]) -> list[str]:
+        return [record.data]  # whoever opens the videos finds out whether they are there
+
     def _values(
         self, key: str, feature: Mapping[str, Any], record: Record, table: Any, files: Any, where: str
     ) -> np.ndarray:
@@ -48,5 +55,8 @@ class LeRobotInPlace(LeRobot):
         return np.asarray(column(table, "timestamp", where, ()), np.float32)
 
     def _read(self, record: Record, files: Any) -> Episode:
+        for path, _ in record.videos.values():  # our parent opens it: it must not lead elsewhere
+            self.source.check(path)
+            self.source.local_path(path)
         videos = {self._names[k]: list(place) for k, place in record.videos.items()}
         return replace(super()._read(record, files), info={VIDEOS: videos})
