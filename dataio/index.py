@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -439,7 +439,13 @@ class EpisodeIndex:
     # Decoding
 
     def decode(
-        self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
+        self,
+        episode: int,
+        start: int,
+        rows: int,
+        fields: Sequence[str],
+        buffers: Sequence[Buffer],
+        before: Callable[[Range], None] | None = None,
     ) -> dict[str, Any]:
         """Decode rows of an episode from their bytes, after verifying the CRC-32C of every row and chunk.
 
@@ -449,6 +455,8 @@ class EpisodeIndex:
             As given to `ranges`.
         buffers : Sequence[Buffer]
             The bytes of each range that `ranges` returned, in its order.
+        before : callable, optional
+            Called with the range of a large field before it is decoded, because a decoder of pictures may crash.
 
         Returns
         -------
@@ -482,6 +490,8 @@ class EpisodeIndex:
         if wanted.large:
             parts = self._parts(episode, start, rows, fields, buffers)
             for spec in wanted.large:
+                if before is not None and spec.name in parts:
+                    before(parts[spec.name][0])
                 out[spec.name] = self._decode_large(episode, spec, start, rows, parts.get(spec.name))
         for spec in wanted.episodic:
             value = self.episode_value(episode, spec)
@@ -498,17 +508,17 @@ class EpisodeIndex:
         if broken >= 0:
             place = self.ranges(episode, start, rows, ())[0]
             if len(packed) != place.size:
-                raise DataError(f"{self._place(episode, place)}: {len(packed)} bytes arrived; read the range again")
+                raise DataError(f"{self.place(episode, place)}: {len(packed)} bytes arrived; read the range again")
             place = place._replace(offset=place.offset + broken * dtype.itemsize, size=dtype.itemsize)
             raise DataError(
-                f"{self._place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
+                f"{self.place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
                 "again, and if the error stays, run `tiphys verify`"
             )
         table = np.frombuffer(packed, dtype)
         if table["_step"][0] != start:
             place = self.ranges(episode, start, rows, ())[0]
             raise DataError(
-                f"{self._place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
+                f"{self.place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
                 "run `tiphys verify`"
             )
         return table
@@ -523,7 +533,7 @@ class EpisodeIndex:
         views = [memoryview(b).cast("B") for b in buffers]
         for r, view in zip(ranges, views):
             if len(view) != r.size:
-                raise DataError(f"{self._place(episode, r)}: {len(view)} bytes arrived; read the range again")
+                raise DataError(f"{self.place(episode, r)}: {len(view)} bytes arrived; read the range again")
         return {r.field: (r, v) for r, v in zip(ranges, views)}
 
     def _decode_large(
@@ -538,7 +548,7 @@ class EpisodeIndex:
             place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
             if chunk.crc >= 0 and crc32c(data) != chunk.crc:
                 raise DataError(
-                    f"{self._place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
+                    f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
                 )
             try:
                 if chunk.kind == PACKETS:
@@ -546,7 +556,7 @@ class EpisodeIndex:
                 else:
                     pieces.append(_decode_chunk(data, chunk, spec))
             except DataError as error:
-                raise DataError(f"{self._place(episode, place)}: {error}") from error
+                raise DataError(f"{self.place(episode, place)}: {error}") from error
         if spec.per == "episode":
             return pieces[0][0]
         # of packets, only the wanted rows are decoded
@@ -605,7 +615,8 @@ class EpisodeIndex:
         data = self._arrays[f"{name}.bytes"][a:b].tobytes()
         return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape).copy()
 
-    def _place(self, episode: int, r: Range) -> str:
+    def place(self, episode: int, r: Range) -> str:
+        """The name of a range of an episode, for messages."""
         member = STEPS if r.field == STEPS else f"member {r.field}"
         name = self.shard_name(r.shard)
         where = name if "://" in name else f"{self.url}/{name}"

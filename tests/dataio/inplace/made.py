@@ -98,10 +98,11 @@ def make_plan(index: EpisodeIndex, rows: int = 7, needs: Needs = NEEDS[0]) -> Sa
 
 def batches(index: EpisodeIndex, home: Home = ONE, start: int = 0, stop: int = 3, **more: Any) -> dict[Any, Any]:
     """(step, row) -> digest of the row's windows, and under None the events of quarantine."""
+    make_batch = more.pop("make_batch", digest_batch)
     settings = LoaderSettings(cache=more.pop("cache", CacheBudget(memory=4 << 20)), **more)
     out: dict[Any, Any] = {None: []}
     with TrajectoryLoader(
-        make_plan(index), home, digest_batch, NEEDS, settings=settings, start=start, stop=stop
+        make_plan(index), home, make_batch, NEEDS, settings=settings, start=start, stop=stop
     ) as loader:
         for batch in map(copied, loader):
             out[None] += batch.quarantined

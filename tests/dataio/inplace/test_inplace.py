@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from crc32c import crc32c
 
 from tests.dataio.convert.convert_sources import lerobot_v2, lerobot_v3
+from tests.dataio.inplace import crashing
 from tests.dataio.inplace.made import FIELDS, LENGTHS, batches, converted, make_plan, source
 from tiphys.dataio.dataset import filter, merge, read_episode
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.index import EpisodeIndex, Range
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
 from tiphys.dataio.inplace.place import location
 from tiphys.dataio.inplace.prepare import cost_line, prepare
@@ -251,3 +254,26 @@ def test_a_raw_folder_is_indexed_once_and_then_opened_like_a_dataset(robot: Path
     file.write_bytes(file.read_bytes() + b"\0")
     with pytest.raises(DataError, match="has changed since its index was made"):
         prepare(str(copy))
+
+
+def test_a_decoder_that_crashes_costs_its_episode_and_not_the_run(
+    indexed: EpisodeIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = 4
+    table = indexed.packets(TOP)
+    assert table is not None
+    first = int(table.first[deadly]) + 1  # the first chunk may hold pictures of the episode before it
+    before = int(table.samples[int(table.first[deadly]) : first].sum())
+    sizes = table.part("sample_size", deadly, before, 1)
+    assert sizes is not None
+    place = Range(int(table.shard[deadly]), int(table.offset[first]), int(sizes[0]), TOP)
+    (sample,) = indexed.read([place])
+    reference = batches(indexed, stop=2)
+    monkeypatch.setenv(crashing.CRASH, str(crc32c(sample)))
+    found = batches(indexed, stop=2, make_batch=crashing.make_batch)
+    events = found[None]
+    assert {event["id"] for event in events} == {indexed.id(deadly)}
+    assert f"by signal {signal.SIGSEGV:d}" in events[0]["reason"]
+    assert TOP in events[0]["reason"]
+    assert found.keys() == reference.keys()
+    assert 0 < sum(found[key] == reference[key] for key in reference) < len(reference)
