@@ -20,6 +20,7 @@ from tiphys.dataio.format.limited import check_table, read_statistics
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
 from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.inplace.place import resolve
 from tiphys.dataio.shards import merge_tasks
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep.foreign import index_foreign
@@ -165,12 +166,12 @@ def merge(urls: Sequence[str], destination: str) -> EpisodeIndex:
     """
     if not urls:
         raise DataError(f"{destination}: there is nothing to merge; name at least one dataset")
-    return _assemble([_Source(url) for url in urls], destination)
+    return _assemble([_Source(resolve(url)) for url in urls], destination)
 
 
 def append(url: str, sources: Sequence[str]) -> EpisodeIndex:
     """Add the episodes of other datasets to a dataset. Its index then points to their shards, which must stay."""
-    return _assemble([_Source(url), *(_Source(s) for s in sources)], url)
+    return _assemble([_Source(url), *(_Source(resolve(s)) for s in sources)], url)
 
 
 def filter(
@@ -207,6 +208,7 @@ def filter(
         "min_steps": min_steps,
         "max_steps": max_steps,
     }
+    url = resolve(url)
     index = EpisodeIndex.open(url)
     keep = np.ones(index.episodes, bool)
     if tasks:
@@ -245,6 +247,7 @@ def split(url: str, first: str, second: str, share: float) -> tuple[EpisodeIndex
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
+    url = resolve(url)
     index = EpisodeIndex.open(url)
     chosen = index.held_out(share)
     if chosen.all() or not chosen.any():

@@ -15,7 +15,7 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import encodings
-from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load
+from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load, packet_fields
 from tiphys.dataio.format.document import DATASET, STATISTICS, cache_folder, decoded, fetch, parse
 from tiphys.dataio.format.packet_table import PacketTable, packet_table
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
@@ -135,11 +135,8 @@ class EpisodeIndex:
         try:
             raw = store.read(DATASET)
         except FileNotFoundError as error:
-            if place.is_lerobot(store):
-                store = Store(place.location(url, cache_dir))
-                if not store.exists(DATASET):
-                    raise FileNotFoundError(place.advice(url)) from None
-                return cls.open(store.url, cache_dir)
+            if (indexed := place.resolve(url, cache_dir)) != url:
+                return cls.open(indexed, cache_dir)
             raise FileNotFoundError(
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error
@@ -363,6 +360,11 @@ class EpisodeIndex:
         if field not in self._packet_tables:
             self._packet_tables[field] = packet_table(self._arrays, field)
         return self._packet_tables[field]
+
+    @property
+    def packet_fields(self) -> list[str]:
+        """The fields of which some episode has packets."""
+        return packet_fields(self._arrays)
 
     def sample_range(self, episode: int) -> tuple[int, int]:
         """(offset, size) in bytes of the episode's sample in its shard: all its members, with their tar headers."""

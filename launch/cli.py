@@ -365,6 +365,7 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="remove broken episodes from the index; rebuild the index if it is damaged",
     )
+    p.add_argument("--full", action="store_true", help="also decode every picture, video and text")
     p.set_defaults(command="verify")
 
     p = commands.add_parser(

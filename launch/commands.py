@@ -247,7 +247,7 @@ def inspect(args: Namespace) -> int:
 def verify(args: Namespace) -> int:
     from tiphys.dataio.dataset import verify
 
-    found = verify(args.dataset, repair=args.repair)
+    found = verify(args.dataset, repair=args.repair, full=args.full)
     say(found)
     return Status.DONE if found.ok else Status.REFUSED
 

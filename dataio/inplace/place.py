@@ -15,6 +15,7 @@ from tiphys.paths import absolute, expand
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
 
+DATASET = "dataset.json"  # the file that makes a folder a dataset of Tiphys
 INFO = "meta/info.json"  # the file that makes a folder a LeRobot dataset
 SUFFIX = ".tiphys"
 
@@ -39,9 +40,20 @@ def location(url: str, cache_dir: str = "") -> str:
     return str(Path(cache) / "lerobot" / hashlib.sha256(source.encode()).hexdigest()[:32])
 
 
-def advice(url: str) -> str:
-    """What to do with a raw LeRobot folder that has no index."""
-    return (
+def resolve(url: str, cache_dir: str = "") -> str:
+    """The folder of the dataset that a URL names: the index of a raw LeRobot folder, else the URL itself.
+
+    Raises FileNotFoundError, which says what to do, if it is a raw LeRobot folder without an index.
+    """
+    from tiphys.dataio.storage import Store
+
+    store = Store(url)
+    if store.exists(DATASET) or not is_lerobot(store):
+        return url
+    place = location(url, cache_dir)
+    if Store(place).exists(DATASET):
+        return place
+    raise FileNotFoundError(
         f"{url}: is a LeRobot dataset without an index of Tiphys; `tiphys index {url}` makes one at {location(url)}, and copies "
         "no video. `tiphys train` does that by itself"
     )

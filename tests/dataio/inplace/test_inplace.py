@@ -17,7 +17,7 @@ from crc32c import crc32c
 from tests.dataio.convert.convert_sources import lerobot_v2, lerobot_v3
 from tests.dataio.inplace import crashing
 from tests.dataio.inplace.made import FIELDS, LENGTHS, batches, converted, make_plan, source
-from tiphys.dataio.dataset import filter, merge, read_episode
+from tiphys.dataio.dataset import filter, merge, read_episode, verify
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.index import EpisodeIndex, Range
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
@@ -277,3 +277,29 @@ def test_a_decoder_that_crashes_costs_its_episode_and_not_the_run(
     assert TOP in events[0]["reason"]
     assert found.keys() == reference.keys()
     assert 0 < sum(found[key] == reference[key] for key in reference) < len(reference)
+
+
+def test_verify_compares_videos_with_the_index_and_can_decode_them(robot: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(robot, tmp_path / "robot"))
+    url = index_lerobot(str(copy), str(tmp_path / "indexed")).url
+    found = verify(url, full=True)
+    assert found.ok
+    assert any("video bytes unverified" in note for note in found.notes)
+    checked = index_lerobot(str(copy), str(tmp_path / "checked"), IndexOptions(crc=True)).url
+    file = copy / f"videos/{TOP}/chunk-000/file-002.mp4"
+    good, index = file.read_bytes(), EpisodeIndex.open(url)
+    table = index.packets(TOP)
+    assert table is not None
+    damaged = bytearray(good)
+    at = int(table.offset[table.first[6]])
+    damaged[at : at + 200] = bytes(200)
+    file.write_bytes(damaged)
+    assert {f.kind for f in verify(checked).findings} == {"checksum"}
+    assert verify(url).ok
+    assert not verify(url, full=True).ok
+    file.write_bytes(good[:-1])
+    assert {f.kind for f in verify(url).findings} == {"truncated"}
+    file.unlink()
+    assert [f.kind for f in verify(url, repair=True).findings] == ["missing"]
+    assert EpisodeIndex.open(url).episodes == 5
+    assert verify(url).ok
