@@ -21,6 +21,7 @@ from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
 from tiphys.dataio.index import EpisodeIndex, Range
 from tiphys.dataio.inplace.place import resolve
+from tiphys.dataio.inplace.summary import videos
 from tiphys.dataio.shards import merge_tasks
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep.foreign import index_foreign
@@ -92,7 +93,8 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
 
     `bad_values`, task -> field: steps with values that are not finite (`invalid`) or beyond the declared range (`beyond`), the
     number of their `episodes`, and the ids of the `first`; only of fields that have any. A count that is null is unknown, because
-    an earlier version wrote the dataset. The returns of a task without rewards are null.
+    an earlier version wrote the dataset. The returns of a task without rewards are null. `videos` describes those that were not
+    stored anew (`tiphys.dataio.inplace.summary`).
     """
     index = EpisodeIndex.open(url, cache_dir)
     task = np.asarray(index.task)
@@ -146,6 +148,7 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
         "bad_values": bad_values,
         "quarantined": len(index.document.get("quarantine", [])),
         "skipped": int(index.document.get("skipped", 0)),
+        "videos": videos(index),
     }
 
 

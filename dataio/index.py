@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from tiphys.dataio.statistics import FieldStatistics
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from tiphys.dataio.format.video_stream import Stream
     from tiphys.dataio.storage import Store
 
 STEPS = "steps.npy"
@@ -573,7 +574,6 @@ class EpisodeIndex:
     ) -> np.ndarray:
         """The rows of a chunk that lie in [start, start + rows)."""
         from tiphys.dataio.format import packets
-        from tiphys.dataio.format.video_stream import Stream
 
         table = self.packets(spec.name)
         assert table is not None
@@ -589,7 +589,9 @@ class EpisodeIndex:
         assert sizes is not None
         ends = np.cumsum(sizes if gaps is None else sizes + gaps, dtype=np.int64)
         wanted = int(table.lead[number]) + np.arange(low, high) - chunk.row if frame is None else frame
-        stream = Stream.from_entry(table.entry(episode), "")
+        stream = _stream(table.entry(episode))
+        if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
+            raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
         payloads = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
         grey = bool(spec.shape) and spec.shape[-1] == 1
         pictures = packets.decode(stream, payloads, np.arange(samples) if rank is None else rank, wanted, "", grey)
@@ -651,6 +653,13 @@ def _decode_chunk(data: memoryview, chunk: Chunk, spec: FieldSpec) -> np.ndarray
     if spec.dtype == "str" or 0 in spec.shape or chunk.size != chunk.rows * spec.bytes_per_step:
         raise DataError(f"{chunk.size} bytes cannot hold {chunk.rows} rows of {spec.dtype} {spec.shape}")
     return np.frombuffer(data, dtype).reshape(chunk.rows, *spec.shape).copy()
+
+
+@lru_cache(maxsize=256)
+def _stream(entry: bytes) -> Stream:
+    from tiphys.dataio.format.video_stream import Stream
+
+    return Stream.from_entry(entry, "the index")
 
 
 def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -214,7 +214,7 @@ class Store:
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
 
     def expect(self, path: str, etag: str) -> None:
-        """Read this object in one version only: that of the ETag, which an index knows. Empty: any version. No request is made."""
+        """Read this object only in the version of the ETag, which an index knows. Empty: any version. Makes no request."""
         if etag:
             place, key = self._locate(path)
             place._etags.setdefault(key, etag)

@@ -177,6 +177,19 @@ def text_lines(objectives: Objectives) -> list[str]:
     ]
 
 
+def video_lines(plan: SamplingPlan, objectives: Objectives) -> list[str]:
+    """Lines of text: the videos of which far more pictures are decoded than the plan's windows want."""
+    from tiphys.dataio.inplace.summary import warnings
+
+    found: dict[str, None] = {}
+    planned = plan.windows(0)
+    for number, entry in enumerate(plan.entries):
+        units = planned.units[planned.entry == number]
+        if len(units) and entry.index.packet_fields:
+            found |= dict.fromkeys(warnings(entry.index, objectives.needs(number).fields, round(float(units.mean()))))
+    return list(found)
+
+
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
     """The settings of a recipe's loaders. `cache`: what one loader may cache; None: the default."""
     from tiphys.dataio.loader import CacheBudget, LoaderSettings

@@ -17,9 +17,10 @@ from crc32c import crc32c
 from tests.dataio.convert.convert_sources import lerobot_v2, lerobot_v3
 from tests.dataio.inplace import crashing
 from tests.dataio.inplace.made import FIELDS, LENGTHS, batches, converted, make_plan, source
-from tiphys.dataio.dataset import filter, merge, read_episode, verify
+from tiphys.dataio.dataset import filter, inspect, merge, read_episode, verify
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.inplace import summary
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
 from tiphys.dataio.inplace.place import location
 from tiphys.dataio.inplace.prepare import cost_line, prepare
@@ -303,3 +304,20 @@ def test_verify_compares_videos_with_the_index_and_can_decode_them(robot: Path, 
     assert [f.kind for f in verify(url, repair=True).findings] == ["missing"]
     assert EpisodeIndex.open(url).episodes == 5
     assert verify(url).ok
+
+
+def test_inspect_says_what_videos_are_and_what_reading_them_costs(
+    indexed: EpisodeIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = inspect(indexed.url)["videos"][TOP]
+    assert (found["codecs"], found["sizes"], found["files"], found["checked"]) == (["h264"], ["64×64"], 3, True)
+    assert max(map(int, found["groups"])) <= 10
+    long = index_lerobot(str(source(tmp_path / "long", gop=250)), str(tmp_path / "indexed"))
+    more = inspect(long.url)["videos"][TOP]
+    assert more["decoded"]["1"] > 2 * found["decoded"]["1"]
+    assert found["decoded"]["8"] < found["decoded"]["1"]
+    assert any("unverified" in line for line in summary.lines({TOP: more}))
+    monkeypatch.setattr(summary, "MOST_DECODED", 5.0)
+    assert summary.warnings(indexed, [TOP, "action"], 8) == []
+    (line,) = summary.warnings(long, [TOP, "action"], 1)
+    assert f"{sum(LENGTHS)} pictures anew" in line
