@@ -171,11 +171,11 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     indexes, waiting = [], False
     for i, entry in enumerate(recipe.data.mixture):
         try:
-            if is_waiting(entry.dataset):
-                if not index:
-                    waiting = True
-                    continue
+            if index:
                 prepare(entry.dataset)
+            elif is_waiting(entry.dataset):
+                waiting = True
+                continue
             indexes.append(EpisodeIndex.open(entry.dataset))
         except (ValueError, OSError) as error:
             yield f"{seen.where(f'data.mixture[{i}].dataset')}: {error}"

@@ -12,6 +12,8 @@ from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format.table import Shard
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from tiphys.dataio.index import Chunk, EpisodeIndex
     from tiphys.dataio.storage import Store
 
@@ -69,14 +71,14 @@ def verify_video(
 
 def _checked_chunks(
     store: Store, index: EpisodeIndex, shard: Shard, episode: int, spec: FieldSpec
-) -> Iterator[tuple[Chunk, memoryview]]:
+) -> Iterator[tuple[Chunk, Buffer]]:
     """The chunks of a field that have a CRC, with their bytes."""
     chunks = [c for c in index.chunks(episode, spec, 0, int(index.rows[episode])) if c.crc >= 0]
     while chunks:
         count = 1 + int(np.searchsorted(np.cumsum([c.size for c in chunks[1:]]), _AT_ONCE))
         some, chunks = chunks[:count], chunks[count:]
         parts = store.read_ranges(shard.name, [c.offset for c in some], [c.size for c in some])
-        yield from zip(some, map(memoryview, parts), strict=True)
+        yield from zip(some, parts, strict=True)
 
 
 def decode_all(index: EpisodeIndex, episode: int) -> str:

@@ -1,5 +1,8 @@
-"""Stands for a decoder that crashes. Where this module is imported with `CRASH` in the environment, decoding the video sample with
-that CRC-32C ends the process by a segmentation fault."""
+"""Stands for a decoder that crashes.
+
+Where this module is imported with `CRASH` in the environment, decoding the video sample with that CRC-32C ends the process by a
+segmentation fault.
+"""
 
 from __future__ import annotations
 
