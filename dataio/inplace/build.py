@@ -22,8 +22,10 @@ from tiphys.dataio.format.table import Shard
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.chunks import Video
 from tiphys.dataio.inplace.source import VIDEOS
+from tiphys.dataio.messages import redacted
 from tiphys.dataio.shards import ShardWriter
 from tiphys.dataio.storage import ObjectChanged, Store
+from tiphys.dataio.stores.hub import endpoint
 from tiphys.paths import absolute
 
 SOURCE = "source"  # key of dataset.json: what was indexed
@@ -254,15 +256,15 @@ def pinned(url: str) -> str:
     if not url.startswith("hf://datasets/"):
         return url.rstrip("/") or "/"
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = url.removeprefix("hf://datasets/").rstrip("/").partition("@")
     if name.count("/") != 1:
         raise DataError(f"{url}: expected hf://datasets/OWNER/NAME, with @REVISION if it is not the newest one")
     try:
-        commit = HfApi().dataset_info(name, revision=revision or None).sha
-    except HfHubHTTPError as error:
-        raise DataError(f"{url}: the hub does not give this dataset: {str(error).splitlines()[0]}") from None
+        commit = HfApi(endpoint=endpoint()).dataset_info(name, revision=revision or None).sha
+    except OSError as error:  # also if it does not exist
+        reason = redacted((str(error) or type(error).__name__).splitlines()[0])
+        raise DataError(f"{url}: the hub does not give this dataset: {reason}") from None
     return f"hf://datasets/{name}@{commit}"
 
 
