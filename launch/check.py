@@ -163,7 +163,14 @@ def _objectives(seen: Examined) -> Iterator[str]:
 def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.inplace.prepare import is_waiting, prepare
-    from tiphys.launch.checks.data import data_errors, pairing_errors, requirement_errors, reward_errors, target_errors
+    from tiphys.launch.checks.data import (
+        data_errors,
+        hub_errors,
+        pairing_errors,
+        requirement_errors,
+        reward_errors,
+        target_errors,
+    )
     from tiphys.launch.checks.environments import environment_errors
     from tiphys.launch.plan import make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
@@ -193,6 +200,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     yield from target_errors(recipe, objectives, seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    wrong += hub_errors(recipe, indexes, seen.where)
     wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:

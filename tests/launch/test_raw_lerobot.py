@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.dataio.inplace.made import LENGTHS, source
 from tests.processes import environment
+from tiphys.dataio.format.table import Shard
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.launch.check import check
+from tiphys.launch.checks.data import QUOTA, hub_errors
 from tiphys.recipes.load import RecipeError
 
 RECIPE = """
@@ -52,3 +55,15 @@ def test_training_makes_the_index_and_reads_the_videos(folder: Path) -> None:
     steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1, 2]
     assert (folder / "robot.tiphys/dataset.json").is_file()
+
+
+def test_more_files_of_a_hub_than_its_quota_are_refused_with_the_way_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = SimpleNamespace(url="hf://x", shards=[Shard(f"hf://datasets/a/b@c/{n}.mp4", 1) for n in range(6)])
+    monkeypatch.setenv(QUOTA, "6")
+    assert list(hub_errors(None, [index], str)) == []  # type: ignore[arg-type, list-item]
+    monkeypatch.setenv(QUOTA, "5")
+    (line,) = hub_errors(None, [index], str)  # type: ignore[arg-type, list-item]
+    assert "data.mixture[0].dataset" in line
+    assert "hf download" in line

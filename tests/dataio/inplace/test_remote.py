@@ -10,6 +10,7 @@ import pytest
 
 from tests.dataio.inplace.made import CAMERAS, LENGTHS, batches, source
 from tests.dataio.signing_hub import COMMIT, SigningHub
+from tests.servers import moto_server, s3_environment
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.build import index_lerobot
@@ -88,3 +89,20 @@ def test_a_video_that_was_replaced_is_not_mixed_with_its_index(
     monkeypatch.setattr("tests.dataio.signing_hub._etag", lambda data: '"another"')
     with pytest.raises(OSError, match="ETag changed"):
         read_episode(EpisodeIndex.open(index.url), 0)
+
+
+def test_a_published_index_is_used_from_another_machine(robot: Path, tmp_path: Path) -> None:
+    pytest.importorskip("moto", reason="needs the dev extra")
+    with moto_server() as endpoint, s3_environment(endpoint):
+        bucket = Store("s3://bucket/robot")
+        for file in sorted(p for p in robot.rglob("*") if p.is_file()):
+            bucket.upload(str(file.relative_to(robot)), str(file))
+        made = index_lerobot("s3://bucket/robot", "s3://bucket/index")
+        other = EpisodeIndex.open("s3://bucket/index", str(tmp_path / "other"))
+        assert other.fingerprint == made.fingerprint
+        local = index_lerobot(str(robot), str(tmp_path / "local"))
+        assert batches(other, stop=2) == batches(local, stop=2)
+        path = f"videos/{TOP}/chunk-000/file-002.mp4"
+        bucket.write(path, (robot / path).read_bytes()[:-1] + b"\1")
+        with pytest.raises(OSError, match="ETag changed"):
+            read_episode(other, 6)
