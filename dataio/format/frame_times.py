@@ -1,8 +1,8 @@
 """Which picture of a video belongs to the time of a row.
 
-LeRobot gives each row a time: seconds since its episode began, as float32, and for each camera the second of the video at which the
-episode begins. The row's picture is the one that is shown nearest to their sum. Distances are compared exactly, because times in
-the middle between two pictures and times at the edge of the tolerance must not depend on how a sum was rounded.
+LeRobot gives each row a time: seconds since its episode began, as float32, and for each camera the second of the video at which
+the episode begins. The row's picture is the one that is shown nearest to their sum. Distances are compared exactly, because times
+in the middle between two pictures and times at the edge of the tolerance must not depend on how a sum was rounded.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def nearest(
     if bad.any():
         row = int(np.argmax(bad))
         raise DataError(
-            f"{where}: no frame at {seconds[row]:.4f} s; the nearest is at {times[out[row]]:.4f} s. Row {first_row + row} needs one "
-            f"within {allowed[row] * 1000:.4g} ms: the video does not fit its rows"
+            f"{where}: no frame at {seconds[row]:.4f} s; the nearest is at {times[out[row]]:.4f} s. Row {first_row + row} needs "
+            f"one within {allowed[row] * 1000:.4g} ms: the video does not fit its rows"
         )
     return out
 

@@ -166,15 +166,21 @@ def _moov(read: Read, size: int, where: str) -> memoryview:
                 "there on; it is damaged or cut off"
             )
         if kind in (b"moof", b"styp", b"sidx"):
-            raise refused(where, f"it is fragmented ({kind.decode()!r} at byte {at}): each fragment has tables of its own")
+            raise refused(
+                where, f"it is fragmented ({kind.decode()!r} at byte {at}): each fragment has tables of its own"
+            )
         if kind == b"moov":
             if length > MAX_MOOV:
-                raise DataError(f"{where}: its `moov` box has {length:,} bytes; at most {MAX_MOOV:,} are read: split the video")
+                raise DataError(
+                    f"{where}: its `moov` box has {length:,} bytes; at most {MAX_MOOV:,} are read: split the video"
+                )
             if at + length > begin + len(data):
                 begin, data = at, fetch(at, length)
             return data[at - begin + head : at - begin + length]
         at += length
-    raise DataError(f"{where}: has no `moov` box, which lists the pictures; the recording was not finished, or is cut off")
+    raise DataError(
+        f"{where}: has no `moov` box, which lists the pictures; the recording was not finished, or is cut off"
+    )
 
 
 class _Boxes:
@@ -239,7 +245,9 @@ def _track(trak: _Boxes, mdia: _Boxes, moov: memoryview, movie_scale: int, size:
     ordered = np.sort(pts)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        raise DataError(f"{where}: two pictures have the time {ordered[twice[0]]}/{scale} s, so that rows have no one picture")
+        raise DataError(
+            f"{where}: two pictures have the time {ordered[twice[0]]}/{scale} s, so that rows have no one picture"
+        )
     return Track(
         stream=Stream.from_entry(table.entry(description), where),
         timescale=scale,
@@ -284,7 +292,7 @@ def _edit(trak: _Boxes, moov: memoryview, where: str) -> _Edit | None:
     if not count:
         return None
     empty = 0
-    parts = []
+    parts: list[tuple[int, int, int]] = []
     for entry in entries[:16].tolist():
         if entry[1] == -1 and not parts:
             empty += entry[0]
@@ -342,7 +350,9 @@ class _Table:
             raise self._bad("its video track has no pictures")
         if same:  # nothing in the box bounds such a count
             if count > 1024 + len(self._moov) // 4:
-                raise self._bad(f"the box 'stsz' claims {count:,} samples of {same} bytes each, more than its tables can describe")
+                raise self._bad(
+                    f"the box 'stsz' claims {count:,} samples of {same} bytes, more than its tables can describe"
+                )
             sizes = np.full(count, same, np.int64)
         else:
             sizes = _array(self._moov, box, 12, count, np.dtype(">u4"), self._where).astype(np.int64)

@@ -63,7 +63,9 @@ def header(
         raise DataError("a video without a picture, or whose decode times do not ascend, cannot be written")
     hidden = pts[~np.asarray(shown)]
     if ((hidden > visible[0]) & (hidden < visible[-1])).any():
-        raise DataError("a video that hides pictures between others cannot be written: an MP4 of one edit segment cannot say so")
+        raise DataError(
+            "a video that hides pictures between others cannot be written: an MP4 of one edit segment cannot say so"
+        )
     first, end = int(visible[0] - dts[0]), int(visible[-1] - visible[0]) + tick
     length = int(dts[-1] - dts[0]) + tick
     ftyp = _box(b"ftyp", b"isom", struct.pack(">I", 512), b"isomiso2mp41")
@@ -71,7 +73,9 @@ def header(
     mdat = struct.pack(">I4sQ", 1, b"mdat", size + 16) if wide else struct.pack(">I4s", size + 8, b"mdat")
 
     def moov(begin: int) -> bytes:
-        chunk = _full(b"co64", 0, struct.pack(">IQ", 1, begin)) if wide else _full(b"stco", 0, struct.pack(">II", 1, begin))
+        chunk = (
+            _full(b"co64", 0, struct.pack(">IQ", 1, begin)) if wide else _full(b"stco", 0, struct.pack(">II", 1, begin))
+        )
         table = _table(stream, sizes, np.append(steps, tick), pts - dts, np.asarray(sync), chunk)
         return _movie(stream, timescale, first, end, length, table)
 
@@ -103,7 +107,12 @@ def _movie(stream: Stream, timescale: int, first: int, end: int, length: int, ta
 
 
 def _table(
-    stream: Stream, sizes: Sequence[int] | np.ndarray, steps: np.ndarray, delays: np.ndarray, sync: np.ndarray, chunk: bytes
+    stream: Stream,
+    sizes: Sequence[int] | np.ndarray,
+    steps: np.ndarray,
+    delays: np.ndarray,
+    sync: np.ndarray,
+    chunk: bytes,
 ) -> bytes:
     parts = [_full(b"stsd", 0, struct.pack(">I", 1), stream.entry), _runs(b"stts", 0, steps, ">u4")]
     if delays.any():

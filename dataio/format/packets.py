@@ -1,7 +1,7 @@
 """Pictures from the compressed samples of a video stream, as they lie in an MP4. FFmpeg gets these bytes and nothing else.
 
-Decoders are kept, because opening one takes longer than decoding a few pictures. A decoder that has failed, or that has read other
-parameter sets than those of its stream, is not used again.
+Decoders are kept, because opening one takes longer than decoding a few pictures. A decoder that has failed, or that has read
+other parameter sets than those of its stream, is not used again.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def decode(
     DataError
         If a sample is damaged, a picture is missing, or one has another size or pixel format than the stream states.
     """
+    if stream.width * stream.height > MAX_PIXELS:
+        raise DataError(
+            f"{where}: its pictures have {stream.width}×{stream.height} pixels; at most {MAX_PIXELS:,} are decoded"
+        )
     out = np.empty((len(wanted), stream.height, stream.width, 1 if grey else 3), np.uint8)
     places: dict[int, list[int]] = {}
     for place, time in enumerate(np.asarray(wanted).tolist()):
@@ -103,7 +107,9 @@ def pictures(
             if not left:
                 break
         if left:
-            raise DataError(f"{where}: the decoder gave no picture for {len(left)} of {last + 1} samples; the first is {min(left)}")
+            raise DataError(
+                f"{where}: the decoder gave no picture for {len(left)} of {last + 1} samples, first {min(left)}"
+            )
         usable = not _changes_parameters(stream, payloads[: last + 1])
     except DataError:
         raise
@@ -161,8 +167,6 @@ def _keep(stream: Stream, decoder: Any) -> None:
 def _opened(stream: Stream, where: str) -> Any:
     import av
 
-    if stream.width * stream.height > MAX_PIXELS:
-        raise DataError(f"{where}: its pictures have {stream.width}×{stream.height} pixels; at most {MAX_PIXELS:,} are decoded")
     try:
         decoder: Any = av.CodecContext.create(_DECODERS[stream.codec], "r")
         if stream.extradata:
@@ -173,7 +177,12 @@ def _opened(stream: Stream, where: str) -> Any:
             decoder.options = {**decoder.options, "strict": "strict"}
         decoder.thread_count = 1
         primaries, transfer, matrix, span = stream.colour
-        decoder.color_primaries, decoder.color_trc, decoder.colorspace, decoder.color_range = primaries, transfer, matrix, span
+        decoder.color_primaries, decoder.color_trc, decoder.colorspace, decoder.color_range = (
+            primaries,
+            transfer,
+            matrix,
+            span,
+        )
         decoder.open()
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: no {stream.codec} decoder can be opened for it ({error})") from None
@@ -186,15 +195,19 @@ def _check(frame: Any, stream: Stream, where: str) -> None:
             f"{where}: a picture has {frame.width}×{frame.height} pixels, but the video states {stream.width}×{stream.height}; "
             "videos whose size changes are not read in place"
         )
-    formats = {stream.pix_fmt, stream.pix_fmt.replace("yuv", "yuvj")} | ({"gbrp"} if stream.pix_fmt == "yuv444p" else set())
+    formats = {stream.pix_fmt, stream.pix_fmt.replace("yuv", "yuvj")} | (
+        {"gbrp"} if stream.pix_fmt == "yuv444p" else set()
+    )
     if frame.format.name not in formats:
-        raise DataError(f"{where}: a picture has the pixel format {frame.format.name}, but the video states {stream.pix_fmt}")
+        raise DataError(
+            f"{where}: a picture has the pixel format {frame.format.name}, but the video states {stream.pix_fmt}"
+        )
     if frame.is_corrupt:
         raise DataError(f"{where}: the picture at {frame.pts} is damaged")
 
 
 def _changes_parameters(stream: Stream, payloads: Sequence[Buffer]) -> bool:
-    """Whether the samples bring parameter sets that the stream's extradata lack: a decoder would use them for later samples too."""
+    """Whether samples bring parameter sets that the extradata lack: a decoder would use them for later samples too."""
     if stream.codec not in _PARAMETER_SETS:
         return False
     mask, shift, kinds = _PARAMETER_SETS[stream.codec]

@@ -38,7 +38,9 @@ def boxes(data: memoryview, begin: int, end: int, where: str) -> Iterator[Box]:
         elif size == 0:
             size = end - at
         if size < head or size > end - at:
-            raise DataError(f"{where}: the box {kind!r} claims {size:,} bytes, but the box around it has {end - at:,}; it is damaged")
+            raise DataError(
+                f"{where}: the box {kind!r} claims {size:,} bytes, more than the {end - at:,} around it: it is damaged"
+            )
         yield Box(kind, at, at + head, at + size)
         at += size
     raise DataError(f"{where}: more than {_MAX_BOXES} boxes inside one box")
@@ -54,7 +56,9 @@ def integer(data: memoryview, box: Box, at: int, size: int, where: str) -> int:
 
 def refused(where: str, reason: str) -> DataError:
     """The error for a video that is intact, but of a kind that is not read in place."""
-    return DataError(f"{where}: cannot be read in place: {reason}. `tiphys convert` decodes such videos and stores them anew")
+    return DataError(
+        f"{where}: cannot be read in place: {reason}. `tiphys convert` decodes such videos and stores them anew"
+    )
 
 
 @dataclass(frozen=True)
