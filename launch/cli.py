@@ -365,10 +365,31 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="remove broken episodes from the index; rebuild the index if it is damaged",
     )
+    p.add_argument("--full", action="store_true", help="also decode every picture, video and text")
     p.set_defaults(command="verify")
 
-    p = commands.add_parser("index", help="use WebDataset image-text tars as a dataset, without rewriting them")
-    p.add_argument("dataset", help="folder or URL of the tars; the index is written there")
+    p = commands.add_parser(
+        "index",
+        help="use a LeRobot dataset, or WebDataset image-text tars, as a dataset, without rewriting its videos or tars",
+    )
+    p.add_argument("dataset", help="folder or URL of the LeRobot dataset or of the tars, or hf://datasets/OWNER/NAME")
+    p.add_argument(
+        "destination",
+        nargs="?",
+        default="",
+        help="new folder or URL of the index (default: for tars, beside them; for LeRobot, NAME.tiphys beside the folder, or a "
+        "folder of the cache)",
+    )
+    p.add_argument(
+        "--crc", action="store_true", help="LeRobot: read all video and store checksums, so that damage is noticed"
+    )
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        help="LeRobot: seconds between the time of a row and of its picture (default: 0.0001)",
+    )
+    p.add_argument("--skip-bad", action="store_true", help="LeRobot: leave out malformed episodes and list them")
     p.set_defaults(command="index")
 
     _dataset_commands(commands.add_parser("dataset", help="merge, split, filter or append datasets"))

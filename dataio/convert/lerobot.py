@@ -312,7 +312,7 @@ class LeRobot(Converter):
                 raise DataError(
                     f"{self.source.url}, episode {record.number}: the metadata name no valid video of {key!r}"
                 )
-        for path in [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]:
+        for path in self._needed(record, wanted):
             if not self.source.exists(path):
                 raise DataError(
                     f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}"
@@ -332,20 +332,24 @@ class LeRobot(Converter):
             success=None if success is None or isinstance(success, str) else bool(np.any(success)),
         )
 
+    def _needed(self, record: Record, wanted: Collection[str]) -> list[str]:
+        """The files that hold an episode's features."""
+        return [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]
+
     def _values(
         self, key: str, feature: Mapping[str, Any], record: Record, table: Any, files: _OpenFiles, where: str
     ) -> np.ndarray:
         """[T, *shape]: the values of one feature."""
         if key in record.videos:
             path, offset = record.videos[key]
-            times = checked_cast(_column(table, "timestamp", where, ()), np.float64, f"{where}, timestamp") + offset
+            times = checked_cast(column(table, "timestamp", where, ()), np.float64, f"{where}, timestamp") + offset
             frames = files.video(path, self._cameras[key])
             return frames.at(times.tolist(), _TOLERANCE / float(self.info["fps"]))
         if key in self._cameras:
             return self._images(table, key, where, self._cameras[key])
         name, dtype = self._names[key], str(feature.get("dtype"))
         shape = () if dtype == "string" else tuple(feature["shape"])
-        array = _column(table, key, where, shape)
+        array = column(table, key, where, shape)
         if dtype == "string":
             return array
         return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
@@ -362,14 +366,14 @@ class LeRobot(Converter):
                 shape = task.field(field).shape
                 fields[field] = images[..., 0] if len(shape) == 2 else images
             else:
-                fields[field] = _column(table, key, where, task.field(field).shape)
+                fields[field] = column(table, key, where, task.field(field).shape)
         return restore(parse_json(record.exported, f"{where}, {EXPORTED}"), fields, task, where)
 
     def _instruction(self, table: Any, record: Record, where: str) -> Any:
         """The text of the rows' task_index: one text, or one per row if it changes."""
         if "task_index" not in table.schema.names:
             return record.tasks[0] if record.tasks else ""
-        indices = _column(table, "task_index", where, ())
+        indices = column(table, "task_index", where, ())
         unknown = set(np.unique(indices).tolist()) - set(self._instructions)
         if unknown:
             raise DataError(f"{where}: task_index {sorted(unknown)[0]} is not in the table of tasks")
@@ -447,7 +451,7 @@ class _OpenFiles:
         return self._opened("rows", record.data, make).of(record.number, record.length, where)
 
 
-def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
+def column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
     if key not in table.schema.names:
         raise DataError(f"{where}: lacks the column {key!r}")
     return to_rows(table.column(key), f"{where}, {key}", shape)

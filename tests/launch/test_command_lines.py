@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.dataio.convert.convert_sources import lerobot_v2
 from tests.launch.small_recipe import GOLDEN, small_recipe
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch import cli, quickstart, supervise
 from tiphys.launch.check import check
@@ -65,7 +67,11 @@ inspect cart --json
 inspect grid --episode 0
 inspect pictures --episode 0 --picture frames.png
 verify cart --repair
+verify robot --full
 index tars
+index tars tars-index
+index robot robot-index --crc --tolerance 0.02 --skip-bad
+check raw.yaml
 dataset merge all cart grid
 dataset append all pendulum pictures
 dataset split all most rest --share 0.5
@@ -110,6 +116,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(place / "source" / "a.npz", action=np.zeros((4, 1), np.float32), observation=observations)
     (place / "map.yaml").write_text("task: drive\n")
     pictures(place / "pictures")
+    lerobot_v2(place / "robot")
+    index_lerobot(str(place / "robot"), str(place / "robot.tiphys"))
+    lerobot_v2(place / "raw")
+    (place / "raw.yaml").write_text(small_recipe("raw"))
     images(place / "tars")
     return place
 
