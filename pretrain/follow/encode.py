@@ -7,8 +7,8 @@ Each tensor is written in the smallest of four ways:
     ulp      the differences of all elements
     whole    the elements themselves
 
-A difference counts representable numbers (units in the last place), and is zigzag-coded. Integers are written in byte planes, each
-plane compressed by zstd. Elements are processed in blocks that fit a core's cache, in threads: NumPy and zstd release the GIL.
+A difference counts representable numbers (units in the last place), and is zigzag-coded. Integers are written in byte planes,
+each compressed by zstd. Elements are processed in blocks that fit a core's cache, in threads: NumPy and zstd release the GIL.
 
     body | JSON: {"version", "tensors": {name: [type, shape, way, [bytes of each part]]}} | length of the JSON (uint64)
 """
@@ -194,7 +194,7 @@ def _few_differ(base: Raw, new: Raw, blocks: Sequence[int]) -> bool:
     """Whether at most half of the elements differ. Otherwise gaps cost more than they save."""
     parts = [slice(block * BLOCK, (block + 1) * BLOCK) for block in blocks]
     differ = [np.count_nonzero(base.elements()[part] != new.elements()[part]) for part in parts]
-    return 2 * sum(differ) <= sum(len(new.elements()[part]) for part in parts)
+    return bool(2 * sum(differ) <= sum(len(new.elements()[part]) for part in parts))
 
 
 def encode_block(way: str, base: Raw, new: Raw, start: int) -> list[bytes]:

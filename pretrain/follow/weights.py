@@ -97,7 +97,7 @@ class Weights:
         """Bytes of all tensors."""
         return sum(len(tensor.data) for tensor in self.tensors.values())
 
-    def torch(self) -> dict[str, torch.Tensor]:
+    def as_torch(self) -> dict[str, torch.Tensor]:
         """The tensors. They share the memory of these weights, and must not be changed."""
         return {name: as_torch(tensor) for name, tensor in self.tensors.items()}
 
@@ -106,7 +106,7 @@ class Weights:
 
         Raises DataError if names or shapes are not those of the model.
         """
-        mine, given = dict(model.state_dict(keep_vars=True)), self.torch()
+        mine, given = dict(model.state_dict(keep_vars=True)), self.as_torch()
         tied = getattr(model, "_tied_weights_keys", None) or {}
         same = {name: tied[name] for name in tied if name not in given and tied[name] in given}
         wrong = sorted(set(mine) - set(given) - set(same)) + sorted(set(given) - set(mine))
@@ -123,7 +123,7 @@ class Weights:
         """Write them as safetensors files, which must be new: model.safetensors, or files with these tensors."""
         from safetensors.torch import save_file
 
-        tensors = self.torch()
+        tensors = self.as_torch()
         for name, members in (groups or {"model.safetensors": list(tensors)}).items():
             save_file({key: tensors[key] for key in members}, Path(folder) / name, metadata={"format": "pt"})
 
