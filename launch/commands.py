@@ -357,6 +357,8 @@ def evaluate(args: Namespace) -> int:
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
+    if args.follow:
+        return _evaluate_steps(args)
     folder = local_policy(args.policy)
     elsewhere = "://" in args.policy
     found = evaluate(
@@ -375,6 +377,32 @@ def evaluate(args: Namespace) -> int:
         device=args.device,
     )
     say(scores(found))
+    return Status.DONE
+
+
+def _evaluate_steps(args: Namespace) -> int:
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
+    from tiphys.pretrain.follow.scored import scored_steps
+
+    found = scored_steps(
+        args.policy,
+        args.tasks or None,
+        every=args.every,
+        out=args.out,
+        episodes=args.episodes,
+        seed=args.seed,
+        processes=args.processes,
+        sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        pictures=args.pictures,
+        videos=args.videos,
+        demonstrations=args.demonstrations,
+        modules=args.modules,
+        device=args.device,
+    )
+    for one in found:
+        say(f"step {one['step']}\n{scores(one)}")
     return Status.DONE
 
 

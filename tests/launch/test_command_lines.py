@@ -86,6 +86,7 @@ evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations 
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
 evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
 publish policy published --public
+evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --every 1
 """
 
 
