@@ -352,9 +352,32 @@ def evaluate(args: Namespace) -> int:
         demonstrations=args.demonstrations,
         modules=args.modules,
         device=args.device,
+        server=args.server,
+        api_key_file=args.api_key_file,
     )
     say(scores(found))
     return Status.DONE
+
+
+def serve(args: Namespace) -> int:
+    from tiphys.launch.serve import serve
+
+    return serve(
+        args.policy,
+        task=args.task,
+        renamed=args.renamed,
+        execute=args.execute,
+        host=args.host,
+        port=args.port,
+        api_key_file=args.api_key_file,
+        open=args.open,
+        sessions=args.sessions,
+        batch=args.batch,
+        wait=args.wait,
+        sample=args.sample,
+        seed=args.seed,
+        device=args.device,
+    )
 
 
 def label(args: Namespace) -> int:

@@ -75,7 +75,7 @@ def play_group(
     from tiphys.pretrain.acting.states import state_hash
 
     (ask or Ask(spec.name)).reset(policy, len(seeds))
-    policy.history.limit(declared)
+    policy.limit(declared)
     hashed = state_hash(spec)
     playing = []
     for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):
