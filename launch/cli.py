@@ -466,7 +466,9 @@ def _serve_command(commands: Any) -> None:
         "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
     )
     p.add_argument("--seed", type=int, default=0, help="with --sample: seed of the draws (default: %(default)s)")
-    p.add_argument("--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)")
+    p.add_argument(
+        "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
+    )
     p.set_defaults(command="serve")
 
 

@@ -223,7 +223,12 @@ class History:
         """Forget the observations of these environments that were not acted on, because one of them was refused."""
         for episode in (self._episodes[i] for i in environments):
             count = len(episode.actions)
-            kept_by_step: tuple[list[Any], ...] = (episode.observations, episode.returns, episode.demanded, episode.begins)
+            kept_by_step: tuple[list[Any], ...] = (
+                episode.observations,
+                episode.returns,
+                episode.demanded,
+                episode.begins,
+            )
             for steps in kept_by_step:
                 del steps[count:]
             del episode.rewards[max(count - 1, 0) :]

@@ -17,6 +17,7 @@ from tiphys.pretrain.acting.ask import Ask, Asking
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.serving.client import RemotePolicy
 
 
 @dataclass
@@ -56,7 +57,7 @@ class _Playing:
 
 
 def play_group(
-    policy: Policy,
+    policy: Policy | RemotePolicy,
     spec: TaskSpec,
     envs: Sequence[Environment],
     seeds: Sequence[int],

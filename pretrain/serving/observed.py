@@ -128,7 +128,7 @@ def fit(needed: Needed, sent: Sent) -> dict[str, Any]:
     DataError
         If a field is missing or has another shape, or a value is NaN: the message says what was sent and how to rename it.
     """
-    out = {}
+    out: dict[str, Any] = {}
     for name, spec in needed.fields.items():
         found = _named(sent.values, name)
         if found is None:
@@ -231,7 +231,9 @@ def _named(values: Mapping[str, Any], name: str) -> str | None:
 
 
 def _missing(needed: Needed, sent: Sent, name: str) -> str:
-    there = ", ".join(f"{n} {list(np.shape(v))}" if not isinstance(v, str) else f"{n} (text)" for n, v in sent.values.items())
+    there = ", ".join(
+        f"{n} {list(np.shape(v))}" if not isinstance(v, str) else f"{n} (text)" for n, v in sent.values.items()
+    )
     known = {one for n in (*needed.fields, *needed.texts) for one in (n, n.removeprefix("observation."))}
     spare = next((n for n, v in sent.values.items() if n not in known and not isinstance(v, str)), "its/name")
     return (

@@ -1,6 +1,6 @@
 """One client that speaks openpi's wire: the server speaks first, then each binary frame is answered by one.
 
-The wire is that of `openpi_client.websocket_client_policy`. Keys that Tiphys adds to a request: `task`, `objective`, `target_return`,
+The wire is that of `openpi_client.websocket_client_policy`. Tiphys adds keys: `task`, `objective`, `target_return`,
 `sample`, `stream` and `limits` of a reset, `reward` and `executed` of an observation, and `native`.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.pretrain.serving import wire
+from tiphys.pretrain.serving.observed import as_text
 from tiphys.pretrain.serving.served import Wish
 from tiphys.pretrain.serving.sessions import Observed, Session
 
@@ -65,8 +66,8 @@ class Talk:
         session = self._session(name)
         about = {"session_id": name} if name else {}
         if endpoint == "reset":
-            asked = wish(message)
-            await self._server.inference.call(lambda: self._server.sessions.reset(session, asked))
+            asked, words = wish(message), as_text(message.get("prompt"))
+            await self._server.inference.call(lambda: self._server.sessions.reset(session, asked, words))
             return wire.encode({"reset": True, **about})
         acted = await self._server.inference.act(self._observed(session, message))
         timing = {"infer_ms": (perf_counter() - began) * 1e3, **({"prev_total_ms": took * 1e3} if took else {})}
@@ -166,5 +167,3 @@ def _whole(message: Mapping[str, Any], key: str) -> int | None:
     if number is not None and not number.is_integer():
         raise DataError(f"`{key}` must be a whole number")
     return None if number is None else int(number)
-
-

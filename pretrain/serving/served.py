@@ -13,7 +13,7 @@ import numpy as np
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.observation import observation_fields
 from tiphys.pretrain.acting.policy import Policy
-from tiphys.pretrain.serving.observed import Needed, Sent, misfit
+from tiphys.pretrain.serving.observed import Needed, Sent, as_text, misfit
 
 PROTOCOL = 1  # of the keys that Tiphys adds to openpi's
 _MOST_SHOWN = 16  # tasks in a message
@@ -176,15 +176,14 @@ class Served:
         return self._needed[task, objective]
 
     def choose(self, wish: Wish, sent: Sent) -> Needed:
-        """The task of what was sent: the one that the client names, or that of the settings, or the only one that fits.
+        """The task of what was sent: the one that it names, that of the reset, that of the settings, or the only one that fits.
 
         Raises
         ------
         DataError
             If none fits, or several do.
         """
-        named = sent.values.get("task")
-        task = wish.task or (named if isinstance(named, str) and named in self.tasks else "") or self.settings.task
+        task = self.named(sent) or wish.task or self.settings.task
         if task or len(self.tasks) == 1:
             return self.needed(task or self.tasks[0], wish.objective)
         reasons = {name: misfit(self.needed(name, wish.objective), sent) for name in self.tasks}
@@ -197,6 +196,11 @@ class Served:
             )
         nearest = next(iter(reasons.values()))
         raise DataError(f"what was sent fits none of the tasks {self._names(self.tasks)}; for example: {nearest}")
+
+    def named(self, sent: Sent) -> str:
+        """The task that a message names by its key `task`; "" if that is none of the policy's."""
+        found = as_text(sent.values.get("task"))
+        return found if found in self.tasks else ""
 
     def histories(self, wish: Wish, needed: Needed) -> Histories:
         """The histories of a task, for what a client asks. Raises DataError if it cannot be asked."""

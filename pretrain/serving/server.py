@@ -125,7 +125,9 @@ class Server:
     def new_session(self) -> Session:
         """Raises DataError if there are as many sessions as may be."""
         if self.full:
-            raise DataError(f"the server has {self._taken} sessions, which is the most that it was started for (--sessions)")
+            raise DataError(
+                f"the server has {self._taken} sessions, which is the most that it was started for (--sessions)"
+            )
         self._taken += 1
         return Session()
 
@@ -201,7 +203,9 @@ class Server:
         if _path(request) == "/healthz":
             return connection.respond(HTTPStatus.OK, "OK\n")
         if request.headers.get_all("Origin"):
-            return self._refused(connection, HTTPStatus.FORBIDDEN, "web pages may not use this server; it is for programs")
+            return self._refused(
+                connection, HTTPStatus.FORBIDDEN, "web pages may not use this server; it is for programs"
+            )
         if self.door.api_key and not self._has_key(request.headers.get_all("Authorization")):
             said = "this server needs its key; send the header `Authorization: Api-Key KEY`"
             return self._refused(connection, HTTPStatus.UNAUTHORIZED, said)

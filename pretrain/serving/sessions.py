@@ -92,9 +92,13 @@ class Sessions:
         self._members: dict[int, int] = {}  # id of histories -> sessions in them
         self._warned = False
 
-    def reset(self, session: Session, wish: Wish | None = None) -> None:
-        """Let the next observation begin a new episode. `wish`: what it is asked for; None: as before."""
-        session.began, session.words = False, None
+    def reset(self, session: Session, wish: Wish | None = None, words: str | None = None) -> None:
+        """Let the next observation begin a new episode.
+
+        wish    what it is asked for; None: as before
+        words   what is to be done, if the observations do not say it
+        """
+        session.began, session.words = False, words
         session.wish = session.wish if wish is None else wish
 
     def end(self, session: Session) -> None:
@@ -126,7 +130,7 @@ class Sessions:
     def _prepared(self, request: Observed) -> dict[str, Any]:
         """The fields of a request. Begins an episode if it is time for one."""
         session, sent = request.session, request.sent
-        if session.began and session.acted and sent.words not in (None, session.words):
+        if session.began and (sent.words not in (None, session.words) or self._other_task(session, sent)):
             self.reset(session)
         words = session.words if sent.words is None else sent.words
         sent = Sent(sent.values, words)
@@ -141,6 +145,12 @@ class Sessions:
             fields = fit(session.histories.needed, sent)
         session.words = words
         return fields
+
+    @staticmethod
+    def _other_task(session: Session, sent: Sent) -> bool:
+        assert session.served is not None
+        assert session.histories is not None
+        return session.served.named(sent) not in ("", session.histories.needed.task)
 
     def _begin(self, session: Session, served: Served, needed: Needed) -> None:
         histories = served.histories(session.wish, needed)

@@ -29,7 +29,7 @@ from tiphys.dataio.episode import DataError
 MOST_BYTES = 32 << 20  # of a frame
 _DEPTH = 8
 _ELEMENTS = 1 << 16  # of all lists and maps of a frame together
-_KEYS = 256  # of a map
+KEYS = 256  # of a map
 _LIST = 4096
 _KEY = 256  # characters of a key
 _TEXT = 1 << 16  # characters of a text
@@ -41,13 +41,15 @@ class Frame(DataError):
     """A frame that cannot be read. The message says where and why."""
 
 
-def decode(frame: bytes) -> dict[str, Any]:
+def decode(frame: bytes, *, keys: int = KEYS) -> dict[str, Any]:
     """The map that a frame holds.
 
     Parameters
     ----------
     frame : bytes
         A binary frame.
+    keys : int
+        Most keys of a map.
 
     Returns
     -------
@@ -77,7 +79,7 @@ def decode(frame: bytes) -> dict[str, Any]:
             object_hook=count,
             list_hook=count,
             max_array_len=_LIST,
-            max_map_len=_KEYS,
+            max_map_len=keys,
             max_str_len=_TEXT,
             max_bin_len=MOST_BYTES,
             max_ext_len=0,
@@ -186,7 +188,10 @@ def _array(parts: Mapping[str, Any], where: str) -> np.ndarray:
     if len(data) != needed:
         raise Frame(f"{where}: an array {list(shape)} of {dtype} has {needed:,} bytes, but {len(data):,} were sent")
     array = np.frombuffer(data, dtype).reshape(shape) if data else np.zeros(shape, dtype)
-    if dtype.kind == "U" and int(np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder)).max(initial=0)) > 0x10FFFF:
+    if (
+        dtype.kind == "U"
+        and int(np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder)).max(initial=0)) > 0x10FFFF
+    ):
         raise Frame(f"{where}: the array holds no valid text")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
@@ -219,7 +224,9 @@ def _picture(parts: Mapping[str, Any], where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=[form.upper()]) as opened:
             if (opened.height, opened.width) != shape[:2]:
-                raise Frame(f"{where}: the picture has {opened.height} × {opened.width} pixels, not {shape[0]} × {shape[1]}")
+                raise Frame(
+                    f"{where}: the picture has {opened.height} × {opened.width} pixels, not {shape[0]} × {shape[1]}"
+                )
             found = np.array(opened)
     except Frame:
         raise
