@@ -5,7 +5,7 @@
 The server is a process of its own. The policy has 4 layers of width 256, every other one a mixture of 4 experts, with random
 weights; a step has 39 numbers of state and 4 actions, as in Meta-World. Clients are threads of a further process, so that they do
 not share a lock with the server. Each client asks again as soon as it is answered, as a simulator that costs nothing would. Rates
-are clients ÷ median time of an action. `added` is the time from a request to its answer, as the client sees it, less the time of the
+are clients ÷ median time of an action. `added` is the time from a request to its answer, as the client sees it, less that of the
 forward passes, as the server says it (median).
 """
 

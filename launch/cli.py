@@ -451,6 +451,11 @@ def _serve_command(commands: Any) -> None:
         default=0,
         help="actions of a chunk that clients carry out before the next observation (default: all that the policy allows)",
     )
+    p.add_argument(
+        "--follow",
+        action="store_true",
+        help="let new episodes act with the newest weights that are published there, by a run that still trains",
+    )
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
     p.add_argument("--port", type=int, default=8000, help="TCP port; 0: a free one (default: %(default)s)")
     p.add_argument("--api-key-file", default="", help="file with the key that clients must send (default: no key)")

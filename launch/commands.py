@@ -377,6 +377,7 @@ def serve(args: Namespace) -> int:
         sample=args.sample,
         seed=args.seed,
         device=args.device,
+        follow=args.follow,
     )
 
 

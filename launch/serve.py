@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.episode import DataError
@@ -37,6 +38,7 @@ def serve(
     sample: bool = False,
     seed: int = 0,
     device: str = "",
+    follow: bool = False,
 ) -> Status:
     """Serve a policy until SIGINT or SIGTERM. The arguments are those of the command.
 
@@ -52,7 +54,9 @@ def serve(
         import websockets  # noqa: F401
     except ImportError as error:
         raise ImportError(f"serving needs {error.name}; install it with: pip install 'tiphys[serve]'") from None
+    from tiphys.pretrain.follow.follower import Follower
     from tiphys.pretrain.serving.observed import Names
+    from tiphys.pretrain.serving.renewal import Renewal
     from tiphys.pretrain.serving.served import Served, Settings
     from tiphys.pretrain.serving.server import Door, Server, read_key
 
@@ -65,7 +69,9 @@ def serve(
     door = Door(host, port, read_key(api_key_file) if api_key_file else "", open)
     names = Names.from_words(renamed)
     settings = Settings(task, execute, sessions, sample, seed, device)
-    server = Server(Served.load(local_policy(name), settings), door, names, batch=batch, wait=seconds)
+    follower = Follower(name) if follow else None
+    folder = local_policy(name) if follower is None else follower.fetch()
+    server = Server(Served.load(folder, settings), door, names, batch=batch, wait=seconds)
     if door.open and not door.api_key:
         say(f"--open: whoever reaches {host} may use this policy", error=True)
 
@@ -73,7 +79,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         say(f"serving {name} at ws://{shown}:{server.port} (vla-eval: /vla-eval); Ctrl-C stops it")
 
-    asyncio.run(_until_signalled(server, ready))
+    with follower or nullcontext(), nullcontext() if follower is None else Renewal(server, follower):
+        asyncio.run(_until_signalled(server, ready))
     return Status.DONE
 
 

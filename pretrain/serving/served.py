@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.observation import observation_fields
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.serving.observed import Needed, Sent, as_text, misfit
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.model.transformer import DecisionModel
 
 PROTOCOL = 1  # of the keys that Tiphys adds to openpi's
 _MOST_SHOWN = 16  # tasks in a message
@@ -143,6 +146,7 @@ class Served:
 
     def __init__(self, policy: Policy, settings: Settings, digest: str = "") -> None:
         self.settings, self.digest = settings, digest
+        self._step: int | None = None  # if the weights are newer than the model's config
         self.model, self.processor, self.tasks = policy.model, policy.processor, policy.tasks
         self.about: Mapping[str, Any] = getattr(policy.model.config, "tiphys", None) or {}
         if not self.tasks:
@@ -165,7 +169,14 @@ class Served:
     @property
     def step(self) -> int:
         """Training steps that the policy has done."""
-        return int(self.about.get("step", 0) or 0)
+        return int(self.about.get("step", 0) or 0) if self._step is None else self._step
+
+    def renewed(self, model: DecisionModel, step: int, digest: str) -> Served:
+        """The same policy with other weights, and without histories."""
+        policy = Policy(model, self.processor, sample=self.settings.sample, seed=self.settings.seed)
+        found = Served(policy, self.settings, digest)
+        found._step = step
+        return found
 
     def needed(self, task: str, objective: str = "") -> Needed:
         """What is needed in a task. Raises DataError if the policy does not act in it."""

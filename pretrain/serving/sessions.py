@@ -98,20 +98,22 @@ class Sessions:
         wish    what it is asked for; None: as before
         words   what is to be done, if the observations do not say it
         """
+        if session.served is not self._served():
+            self.end(session)  # nothing keeps older weights in memory
         session.began, session.words = False, words
         session.wish = session.wish if wish is None else wish
 
     def end(self, session: Session) -> None:
         """Free a session's place."""
-        histories, session.histories, session.began = session.histories, None, False
-        if histories is None:
+        histories, served = session.histories, session.served
+        session.histories, session.served, session.began = None, None, False
+        if histories is None or served is None:
             return
         histories.give(session.row)
         self._members[id(histories)] -= 1
         if not self._members[id(histories)]:
             del self._members[id(histories)]
-            assert session.served is not None
-            session.served.forget(histories)
+            served.forget(histories)
 
     def act(self, requests: Sequence[Observed]) -> list[Acted | Exception]:
         """Answer requests of different sessions. A refused request leaves its session as it was."""

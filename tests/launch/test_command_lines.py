@@ -33,6 +33,7 @@ import tests.pretrain.token_fixtures as fixtures
 from tests.pretrain.serving.serving_fixtures import serving
 from tests.pretrain.test_checkpoint import part
 from tiphys.dataio import environments
+from tiphys.pretrain.publish import publish
 from tiphys.pretrain.serving.served import Served, Settings
 from tiphys.pretrain.serving.server import Door, Server
 
@@ -85,7 +86,7 @@ evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartP
 evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --server ws://127.0.0.1:29872 --api-key-file key
 serve policy --task CartPole-v1 --map state=observation --execute 1 --port 0 --sessions 8 --batch 4 --wait 2ms --device cpu
-serve policy --host 0.0.0.0 --open --port 0 --sample --seed 3
+serve followed --follow --host 0.0.0.0 --open --port 0 --sample --seed 3
 serve policy --host 0.0.0.0 --port 0 --api-key-file key
 publish policy published --public
 """
@@ -96,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("commands")
     for name in ("cart", "grid", "pendulum"):
         shutil.copytree(GOLDEN / name, place / name)
-    acting.folder(place / "policy")
+    publish(acting.folder(place / "policy"), str(place / "followed"))
     both = fixtures.make_each([environments.spec(acting.CART)], ["bc", "dt"], context=60)
     values = json.loads((acting.folder(place / "both", both) / "processor.json").read_text())
     for objective in values["objectives"].values():

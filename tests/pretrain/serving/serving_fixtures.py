@@ -48,6 +48,7 @@ def served(*tasks: TaskSpec, settings: Settings | None = None, **options: Any) -
 def serving(of: Served, door: Door | None = None, **options: Any) -> Iterator[Server]:
     """A server that listens while the block runs."""
     server = Server(of, door or Door(port=0), **options)
+    del of  # the server may be given a newer one
     ready = threading.Event()
     stopping: list[Any] = []
 
