@@ -11,6 +11,7 @@ from typing import Any
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
 from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
+from tiphys.launch.checks.trackers import tracker_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -53,6 +54,7 @@ def check(
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
     errors += _located(config_errors(recipe, world), seen.where)
+    errors += _located(tracker_errors(recipe), seen.where)
     if data:
         errors += _data(recipe, seen, environments, index)
     if errors:

@@ -21,7 +21,7 @@ from tiphys.paths import expand
 # Arguments that are paths or URLs. A shell leaves `~` as it is in `--to=~/data`.
 _PATHS = frozenset(
     """recipe run runs dataset datasets source destination to first second more mapping policy demonstrations out pictures picture
-    html hostfile""".split()
+    html hostfile api_key_file""".split()
 )
 
 _TRACEBACK = "show the full Python traceback of an error"
@@ -454,6 +454,50 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
     p.set_defaults(command="filter")
 
 
+def _serve_command(commands: Any) -> None:
+    p = commands.add_parser("serve", help="let robots and benchmarks use a policy over a WebSocket (openpi, vla-eval)")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
+    p.add_argument("--task", default="", help="task of clients that name none (default: the one whose fields fit)")
+    p.add_argument(
+        "--map",
+        dest="renamed",
+        nargs="*",
+        default=[],
+        metavar="CLIENT=FIELD",
+        help="names of clients and the fields that they mean, e.g. observation/image=observation.images.top (default: none)",
+    )
+    p.add_argument(
+        "--execute",
+        type=int,
+        default=0,
+        help="actions of a chunk that clients carry out before the next observation (default: all that the policy allows)",
+    )
+    p.add_argument(
+        "--follow",
+        action="store_true",
+        help="let new episodes act with the newest weights that are published there, by a run that still trains",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
+    p.add_argument("--port", type=int, default=8000, help="TCP port; 0: a free one (default: %(default)s)")
+    p.add_argument("--api-key-file", default="", help="file with the key that clients must send (default: no key)")
+    p.add_argument("--open", action="store_true", help="allow another --host without a key: who reaches it may use it")
+    p.add_argument("--sessions", type=int, default=64, help="most clients at once (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=32, help="most requests of a forward pass (default: %(default)s)")
+    p.add_argument(
+        "--wait",
+        default="5ms",
+        help="longest time that a request waits for those of other clients, e.g. 500us, 5ms, 1s (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
+    )
+    p.add_argument("--seed", type=int, default=0, help="with --sample: seed of the draws (default: %(default)s)")
+    p.add_argument(
+        "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
+    )
+    p.set_defaults(command="serve")
+
+
 def _policy_commands(commands: Any) -> None:
     p = commands.add_parser("evaluate", help="let a policy act in its environments and score it")
     p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
@@ -516,7 +560,15 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
     )
+        "--server",
+        default="",
+        metavar="URL",
+        help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
+    )
+    p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
     p.set_defaults(command="evaluate")
+
+    _serve_command(commands)
 
     p = commands.add_parser("label", help="write a dataset with the actions that a policy infers for episodes without")
     p.add_argument(

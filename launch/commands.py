@@ -375,6 +375,8 @@ def evaluate(args: Namespace) -> int:
         demonstrations=args.demonstrations,
         modules=args.modules,
         device=args.device,
+        server=args.server,
+        api_key_file=args.api_key_file,
     )
     say(scores(found))
     return Status.DONE
@@ -404,6 +406,28 @@ def _evaluate_steps(args: Namespace) -> int:
     for one in found:
         say(f"step {one['step']}\n{scores(one)}")
     return Status.DONE
+
+
+def serve(args: Namespace) -> int:
+    from tiphys.launch.serve import serve
+
+    return serve(
+        args.policy,
+        task=args.task,
+        renamed=args.renamed,
+        execute=args.execute,
+        host=args.host,
+        port=args.port,
+        api_key_file=args.api_key_file,
+        open=args.open,
+        sessions=args.sessions,
+        batch=args.batch,
+        wait=args.wait,
+        sample=args.sample,
+        seed=args.seed,
+        device=args.device,
+        follow=args.follow,
+    )
 
 
 def label(args: Namespace) -> int:

@@ -35,11 +35,12 @@ from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
+from tiphys.pretrain.callbacks.track import Tracked, send_rest
 from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
 from tiphys.pretrain.phases import mark
 from tiphys.pretrain.trainer import Diverged, Spiked
-from tiphys.recipes.load import to_yaml
+from tiphys.recipes.load import to_dict, to_yaml
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
 
@@ -98,6 +99,7 @@ def run(
         elif world.rank == 0:
             if aside is not None:
                 aside.drain()
+                send_rest(recipe.track, tracked(recipe))
             status = finish(recipe, objectives, with_traceback=with_traceback)
         attendance.report(status)
         return status
@@ -235,7 +237,7 @@ def callbacks(
     permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
-    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
+    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, TrackRun, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
@@ -264,7 +266,16 @@ def callbacks(
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"
         stages.append(Aside(recipe.run.dir, evaluate, publish, policy, checkpointer, writer, evaluates_published=best))
+    if recipe.track.to:
+        stages.append(
+            TrackRun(recipe.track, tracked(recipe))
+        )  # last, so that nothing waits for a slow tracker at the end
     return stages
+
+
+def tracked(recipe: Recipe) -> Tracked:
+    """What trackers are told about a run."""
+    return Tracked(recipe.name, recipe.run.dir, to_dict(recipe))
 
 
 def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:

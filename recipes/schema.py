@@ -20,6 +20,7 @@ SEEDS = 2**63 - 1  # the largest seed
 # Numbers that are far above what anybody trains. They keep a slip of the pen from being a run that hangs or fills the memory.
 STEPS = 10**12
 POSITIONS = 2**24  # tokens or steps of one window
+TRACKERS = ("wandb", "trackio", "mlflow")  # also the names of their packages
 
 
 @dataclass(frozen=True)
@@ -498,6 +499,17 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Track:
+    """Experiment trackers that the lines of `metrics.jsonl` are sent to."""
+
+    to: list[str] = key(
+        list, "Trackers; each must be installed, and takes its key from its usual place", choices=TRACKERS, resume=True
+    )
+    project: str = key("", "Name of the project, in MLflow of the experiment; empty: `name`", text="name", resume=True)
+    name: str = key("", "Name of the run; empty: the last part of `run.dir`", text="name", resume=True)
+
+
+@dataclass(frozen=True)
 class Run:
     """The run's folder."""
 
@@ -520,4 +532,5 @@ class Recipe:
     validate: Validation = key(Validation, "The loss on held-out episodes")
     evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
     publish: Publish = key(Publish, "Where the policy goes")
+    track: Track = key(Track, "Experiment trackers that metrics are sent to")
     run: Run = key(Run, "The run's folder")

@@ -360,7 +360,7 @@ class Policy:
         ValueError
             If `reset` was not called, or if there is not one observation for each environment.
         DataError
-            If an observation lacks a field, or has a value without encoding.
+            If an observation lacks a field, or has a value without encoding. All environments are then as before the call.
         """
         if not self.task:
             raise ValueError("the policy does not know its task: call reset(task) before act")
@@ -377,8 +377,12 @@ class Policy:
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
         new = self.hop and self.history.layout.mask == CAUSAL
-        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
-        answers, read = self._answer(acting, rows)
+        try:
+            acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
+            answers, read = self._answer(acting, rows)
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
         fields = self.history.decode(answers)
         self.history.acted(fields, rows, acting, read)
         for row in rows:
@@ -386,6 +390,21 @@ class Policy:
         if self.history.layout.agents:
             fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def limit(self, declared: Sequence[FieldSpec]) -> None:
+        """Answer only values that an environment takes, in all environments of `reset`.
+
+        Parameters
+        ----------
+        declared : sequence of FieldSpec
+            The fields of the environment. The range of its discrete action fields counts.
+
+        Raises
+        ------
+        DataError
+            If an entry of an action field has no value that both the policy and the environment know.
+        """
+        self.history.limit(declared)
 
     def _rows(self, environments: Sequence[int]) -> list[int]:
         """The rows of the history that belong to these environments: one for each of their agents."""
