@@ -288,7 +288,7 @@ def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
     """Print what is about to run: layout, model, batch, data, and the values that were derived for DeepSpeed."""
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # ZeRO-3 leaves empty ones
     episodes = sum({entry.index.fingerprint: entry.index.episodes for entry in plan.entries}.values())
     world = engine.world
     lines = [

@@ -172,7 +172,8 @@ class Engine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
+        accelerator = get_accelerator().device_name()
+        sizes = derive(recipe, world, accelerator=accelerator)
         self.world, self.seed = world, recipe.train.seed
         self.native: NativeErrors | None = None  # what `evaluate` also measures
         self.config = cast("DecisionConfig", model.config)
@@ -183,10 +184,13 @@ class Engine:
         module = self._build(model)
         if world.expert > 1:
             _shard_experts(module, self.config, world)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        sized = derive(recipe, world, accelerator=accelerator, elements=sum(p.numel() for p in trained))
+        self.derived |= sized.values
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=sizes.config,
+            model_parameters=trained,
+            config=sized.config,
             dist_init_required=False,
         )
         if recipe.train.compile:

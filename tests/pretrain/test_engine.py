@@ -321,6 +321,28 @@ def test_weights_are_aligned_for_a_gpu() -> None:
     assert key not in dense.config["zero_optimization"]
 
 
+@pytest.mark.parametrize("elements, bucket", [(12_345, 12_345), (7 * 10**9, 500_000_000)])
+def test_the_reduction_bucket_is_no_larger_than_the_model(elements: int, bucket: int) -> None:
+    d = derive(changed(zero_optimization={"stage": 2}), Grid(0, 2, 1, 1), elements=elements)
+    assert d.config["zero_optimization"]["reduce_bucket_size"] == bucket
+    assert str(bucket) in str(d.values["zero_optimization.reduce_bucket_size"])
+    own = changed(zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
+    given = derive(own, Grid(0, 2, 1, 1), elements=elements)
+    assert given.config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert "zero_optimization.reduce_bucket_size" not in given.values
+    plain = derive(changed(zero_optimization={"stage": 0}), Grid(0, 2, 1, 1), elements=elements)
+    assert "reduce_bucket_size" not in plain.config["zero_optimization"]  # stage 0 has no bucket of its own
+
+
+def test_an_engine_asks_for_a_bucket_of_its_trained_parameters(world: ParallelDims) -> None:
+    recipe = changed(zero_optimization={"stage": 1})
+    engine = layouts.build_engine(recipe, DecisionModel(synthetic.config()), world)
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    assert engine.deepspeed.zero_reduce_bucket_size() == trained
+    assert str(trained) in str(engine.derived["zero_optimization.reduce_bucket_size"])
+    engine.destroy()
+
+
 def test_auto_values_are_filled_in_and_reported() -> None:
     scheduler = {
         "type": "WarmupDecayLR",
