@@ -365,6 +365,16 @@ def label(args: Namespace) -> int:
     return Status.DONE
 
 
+def say_job(args: Namespace) -> int:
+    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.policy_files import local_policy
+
+    policy = Policy.load(local_policy(args.policy), args.device, seed=args.seed)
+    said = policy.say(args.prompt, task=args.task, tokens=args.tokens, temperature=args.temperature, top_p=args.top_p)
+    say(args.prompt + said)
+    return Status.DONE
+
+
 def publish(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import whole_policy
     from tiphys.pretrain.publish import publish
