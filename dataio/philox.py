@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
 # HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
 SAMPLE = 32  # actions that a policy draws
+SAY = 33  # tokens of texts that a policy draws
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

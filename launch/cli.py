@@ -560,6 +560,7 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
     )
+    p.add_argument(
         "--server",
         default="",
         metavar="URL",
@@ -578,6 +579,24 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("to", help="folder or URL of the new dataset")
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
     p.set_defaults(command="label")
+
+    p = commands.add_parser("say", help="let a policy that has learned texts continue one")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
+    p.add_argument("prompt", help="how the text begins")
+    p.add_argument("--task", default="", help="task whose texts are meant (default: the first of documents)")
+    p.add_argument("--tokens", type=int, default=128, help="most tokens of the answer (default: %(default)s)")
+    p.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the most probable token (default: %(default)s)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the most probable tokens that together have this probability (default: %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: %(default)s)")
+    p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
+    p.set_defaults(command="say_job")
 
     p = commands.add_parser("publish", help="publish the policy of a run to a folder, a bucket or a model hub")
     p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")

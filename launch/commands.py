@@ -357,6 +357,8 @@ def evaluate(args: Namespace) -> int:
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
+    if args.follow and args.server:
+        raise ValueError("--follow evaluates each step on this machine; leave out --server")
     if args.follow:
         return _evaluate_steps(args)
     folder = local_policy(args.policy)
@@ -435,6 +437,16 @@ def label(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import local_policy
 
     say(label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled")))
+    return Status.DONE
+
+
+def say_job(args: Namespace) -> int:
+    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.policy_files import local_policy
+
+    policy = Policy.load(local_policy(args.policy), args.device, seed=args.seed)
+    said = policy.say(args.prompt, task=args.task, tokens=args.tokens, temperature=args.temperature, top_p=args.top_p)
+    say(args.prompt + said)
     return Status.DONE
 
 

@@ -261,7 +261,7 @@ def callbacks(
 
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         every = validation_every(recipe)
-        stages.append(Validator(every, held_out, writer, NativeErrors(objectives.layouts)))
+        stages.append(Validator(every, held_out, writer, NativeErrors(objectives.layouts), objectives.text.sizes()))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"

@@ -24,6 +24,7 @@ from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, 
 from tiphys.pretrain.distributed.layout_errors import expert_errors
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
+from tiphys.pretrain.model.heads import SUMS
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
@@ -176,6 +177,7 @@ class Engine:
         sizes = derive(recipe, world, accelerator=accelerator)
         self.world, self.seed = world, recipe.train.seed
         self.native: NativeErrors | None = None  # what `evaluate` also measures
+        self.text_sizes = np.zeros(0, np.int64)  # bytes of each id of the text tokenizer, which `evaluate` counts
         self.config = cast("DecisionConfig", model.config)
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
@@ -258,17 +260,19 @@ class Engine:
         Returns
         -------
         dict of str to ndarray
-            `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4] and `by_field`
-            [fields of `native`, 2]: see `action_error`; zeros with a pipeline, whose last stage returns only the loss.
+            `by_task` [tasks, SUMS]: see `heads.add_by_task`. `text_bytes` [tasks]: bytes of the texts among the targets.
+            `errors` [tasks, 4] and `by_field` [fields of `native`, 2]: see `action_error`; zeros with a pipeline, whose last
+            stage returns only the loss.
         """
         mark("validate")
         self.module.eval()
         totals = self._totals()
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
         self._evaluate(list(self.micro_batches(batch, times)), totals)
+        totals.add("text_bytes", torch.from_numpy(self._text_bytes(batch)).to(self.world.device))
         totals.all_reduce()
         sums = totals.numpy()
-        return {name: sums[name] for name in ("by_task", "errors", "by_field")}
+        return {name: sums[name] for name in ("by_task", "text_bytes", "errors", "by_field")}
 
     def canonical(self, local: str) -> str:
         """Name in the whole model of a parameter or buffer of this rank's module."""
@@ -340,6 +344,13 @@ class Engine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _text_bytes(self, batch: TokenBatch) -> np.ndarray:
+        """float64 [tasks]: bytes of the tokens of texts that a batch predicts."""
+        sizes = self.text_sizes
+        said = (batch.target >= 0) & (batch.target < len(sizes))
+        tasks = max(1, len(self.config.tasks))
+        return np.bincount(batch.task[said], sizes[batch.target[said]], tasks).astype(np.float64)
+
     def _counts(self, batch: TokenBatch) -> Counts:
         if batch.step not in self._announced:
             self.announce(batch)
@@ -367,7 +378,13 @@ class Engine:
     def _totals(self) -> Totals:
         tasks, experts = max(1, len(self.config.tasks)), self.config.num_experts
         layers = len(self._expert_layers)
-        shapes = {"loss": (), "by_task": (tasks, 3), "auxiliary": (2,), "experts": (layers, tasks, experts)}
+        shapes = {
+            "loss": (),
+            "by_task": (tasks, SUMS),
+            "text_bytes": (tasks,),
+            "auxiliary": (2,),
+            "experts": (layers, tasks, experts),
+        }
         fields = len(self.native.fields) if self.native is not None else 0
         shapes |= {"errors": (tasks, COLUMNS), "by_field": (fields, 2), "ranks": (self.world.world, 4)}
         return Totals(shapes, self.world.device)
@@ -401,7 +418,7 @@ class Engine:
             tokens=int(counts.tokens),
             targets=int(counts.targets),
             flops=counts.flops,
-            loss_by_task={t: (float(s), int(n)) for t, (_, s, n) in enumerate(totals["by_task"]) if n},
+            loss_by_task={t: (float(s), int(n)) for t, (_, s, n) in enumerate(totals["by_task"][:, :3]) if n},
             task_counts=totals["experts"],
             memory=int(memory.max()),
             **more,

@@ -41,7 +41,7 @@ __all__ = ["Objectives", "table"]
 
 VERSION = 2  # of processor.json
 LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
-_TEXTS_AT_ONCE = 1 << 14
+_TEXTS_AT_ONCE = 1 << 10
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
 _RETURN_LEVELS = np.linspace(0, 1, 101)
@@ -238,8 +238,12 @@ class Objectives:
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.extra + layout.copies * self._preambles(line, layout, mine)
-            if layout.text_last:
+            texts = self._preambles(line, layout, mine)
+            fixed[mine] = layout.extra + layout.copies * texts
+            if layout.document:
+                units[mine], fixed[mine] = texts, 1
+                window[i] = max(layout.text_limit - 1, 1) if layout.text_limit else _NO_LIMIT
+            elif layout.text_last:
                 units[mine] = 1
             elif not layout.has_actions:
                 units[mine] = np.maximum(units[mine], 1)
@@ -320,6 +324,7 @@ class Objectives:
     def _preambles(self, line: _MixtureEntry, timestep: TimestepLayout, mine: np.ndarray) -> np.ndarray:
         """int64 [episodes of the mask `mine`]: number of ids of the texts that stand once in a window."""
         total = np.zeros(int(mine.sum()), np.int64)
+        limit = 0 if timestep.document else timestep.text_limit
         for field in timestep.preamble:
             codes, texts = line.index.text(field)
             codes = np.asarray(codes)[mine]
@@ -329,7 +334,7 @@ class Objectives:
             size = np.zeros(len(texts), np.int64)
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 some = texts[start : start + _TEXTS_AT_ONCE]
-                size[start : start + len(some)] = [len(ids) for ids in self.text.encode(some, timestep.text_limit)]
+                size[start : start + len(some)] = self.text.count(some, limit)
             total += size[codes]
         return total
 

@@ -36,6 +36,8 @@ def training_charts(run: RunFiles) -> Charts:
         charts.insert(2, ("Normalised score of checkpoints", svg.lines({"mean of the tasks": scores})))
     for task, by_field in action_errors(run).items():
         charts.append((f"Open-loop action error of {task}, held out", svg.lines(by_field, marks=seen)))
+    for title, lines in perplexities(run):
+        charts.insert(2, (title, svg.lines(lines, log=True, marks=seen)))
     layout = {name: series(train, name) for name in ("bubble", "bubble_bound", "all_to_all")}
     if any(layout.values()):
         charts.append(("Pipeline bubble and all-to-all, shares", smooth_lines({n: p for n, p in layout.items() if p})))
@@ -52,6 +54,16 @@ def action_errors(run: RunFiles) -> dict[str, dict[str, list[tuple[float, float]
             for field, error in by_field.items():
                 found.setdefault(task, {}).setdefault(field, []).append((line["step"], error))
     return found
+
+
+def perplexities(run: RunFiles) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
+    """(title, task -> points) of the perplexities of texts by token and by byte; none if no text is predicted."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {"byte": {}, "token": {}}
+    for line in run.kind("validation"):
+        for task, known in line.get("perplexity", {}).items():
+            for unit, value in known.items():
+                found[unit].setdefault(task, []).append((line["step"], value))
+    return [(f"Perplexity of texts by {unit}, held out", lines) for unit, lines in found.items() if lines]
 
 
 def achieved_charts(rows: Sequence[tuple[str, str, Mapping[str, Any]]]) -> Charts:

@@ -61,7 +61,7 @@ OPTIONS = {
     "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
     "available": "field that tells which values of a discrete action can be taken; for several agents: that with the role mask",
     "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
-    "text_tokens": "most tokens of a text",
+    "text_tokens": "most tokens of a text; of a document: of a window of it",
     "allow_clipped": "share of an action field's values that may be clamped",
     "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -249,6 +249,8 @@ class Encoding:
                 f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field "
                 "as one token"
             )
+        if layout.document:
+            return replace(layout, text_limit=int(self.option("text_tokens", 0)))
         if not layout.preamble:
             return layout
         each = (room // layout.copies - layout.text_last) // len(layout.preamble)

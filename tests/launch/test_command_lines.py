@@ -85,6 +85,7 @@ dataset filter grid done --success
 dataset lengths small.yaml train.steps=3
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
+say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
@@ -97,6 +98,9 @@ serve policy --host 0.0.0.0 --port 0 --api-key-file key
 publish policy published --public
 evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --every 1
 """
+
+
+BOOK = TaskSpec("book", (FieldSpec("text", "text", "text", "str", per="episode"),))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "small.yaml").write_text(small_recipe("cart"))
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
     (place / "key").write_text("secret\n")
+    acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
     (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))

@@ -90,9 +90,12 @@ def _tokens(objectives: Objectives, layout: Any, window: Any, keys: tuple[int, i
     texts: list[int] = []
     if not window.prompt:
         for name in layout.preamble:
-            texts += objectives.text.encode([window.fields[name]])[0].tolist()[: layout.text_limit]
+            ids = objectives.text.encode([window.fields[name]])[0].tolist()
+            texts += ids if layout.document else ids[: layout.text_limit]
     if layout.text_last:
         texts.append(objectives.vocabulary.end_of_text)
+    if layout.document:
+        texts = texts[window.start : window.start + window.steps + 1]
     first = layout.width if layout.text_last else 0
     once = [
         {
