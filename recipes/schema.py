@@ -139,7 +139,7 @@ class Flow:
     draws: int = key(
         4, "Noises and times that each chunk is learned at; more make the gradient less noisy", low=1, high=64
     )
-    steps: int = key(10, "Euler steps in which a policy draws a chunk", unit="steps", low=1, high=1000, resume=True)
+    steps: int = key(10, "Euler steps in which a policy draws a chunk", unit="steps", low=1, high=1000)
 
 
 @dataclass(frozen=True)

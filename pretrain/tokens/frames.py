@@ -67,9 +67,8 @@ def frame_of(task: TaskSpec, field: FieldSpec, relative: Relative) -> Frame | No
         )
     columns = []
     for i, column in enumerate(relative.columns):
-        if column is not None and (
-            isinstance(column, bool) or not isinstance(column, int) or not 0 <= column < numbers
-        ):
+        whole = isinstance(column, int) and not isinstance(column, bool)
+        if column is not None and not (whole and 0 <= column < numbers):
             raise DataError(
                 f"{where}: columns[{i}] is {column!r}, but {relative.to!r} has the columns 0 to {numbers - 1}"
             )

@@ -1,14 +1,13 @@
 """Relative actions and chunks: statistics of what is predicted, masks past the end, decoding from the observed state."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.ideas.toys import write
-from tests.pretrain.token_fixtures import ARM, GRID, FakeIndex, make
+from tests.pretrain.token_fixtures import ARM, GRID, make
 from tiphys.dataio import frame_statistics as module
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec, Window
 from tiphys.dataio.frame_statistics import frame_statistics
@@ -130,7 +129,7 @@ def test_chunks_are_counted_from_the_observed_state(index: EpisodeIndex, normali
     assert made.needs(0).after == 4
     episode, start = episodes()[0], 3
     batch = TokenBatch.from_arrays(made.make_batch(0, np.array([0]), [[window(episode, start, 7)]], seed=0))
-    (name, found), codec = next(iter(batch.chunks.items())), made.layouts[0][0].elements[1].codec
+    found, codec = next(iter(batch.chunks.values())), made.layouts[0][0].elements[1].codec
     assert codec is not None
     assert batch.targets == len(found.index) == 4  # steps 3, 5, 7 and 9 are observed
     assert found.count.tolist() == [5, 5, 4, 2]  # the episode ends after 11
@@ -212,11 +211,12 @@ def test_tokens_show_relative_and_absolute_values(index: EpisodeIndex) -> None:
     batch = TokenBatch.from_arrays(made.make_batch(0, np.array([0]), [[shown]], seed=0))
     views = view_windows(batch, 0, [shown], made.layouts, made.vocabulary, made.text)[0].elements
     action = next(v for v in views if v.field == "action")
-    assert action.value.startswith("relative ") and ", absolute " in action.value
+    assert action.value.startswith("relative ")
     first = f"{float(np.float32(episode.fields['action'][3, 2])):.3g}"
     assert first in action.value.split("absolute ")[1].split()
     observed = next(v for v in views if v.field == "observation.state")
-    assert observed.predicted.startswith("relative ") and observed.weight == 1
+    assert observed.predicted.startswith("relative ")
+    assert observed.weight == 1
 
 
 REFUSED = {
@@ -245,14 +245,13 @@ def test_what_cannot_be_is_refused(said: str) -> None:
     assert said in str(refused.value)
 
 
-def test_an_image_is_no_state(tmp_path: Path) -> None:
+def test_an_image_is_no_state() -> None:
+    camera = TaskSpec("camera", (FieldSpec("eye", "observation", "image", "uint8", (16, 16, 3)), *ARM.fields))
+    tokens = FieldTokens(relative=Relative(to="eye", columns=[0, 1]))
     with pytest.raises(DataError, match="can only be relative to numbers that are observed"):
-        columns = [0, 1]
-        camera = TaskSpec("camera", (FieldSpec("eye", "observation", "image", "uint8", (16, 16, 3)), *ARM.fields))
-        make([camera], "bc", context=60, fields={"action": FieldTokens(relative=Relative(to="eye", columns=columns))})
+        make([camera], "bc", context=60, fields={"action": tokens})
     with pytest.raises(DataError, match="one continuous action field"):
         make([GRID], "bc", context=60, head="flow")
-    assert FakeIndex([ARM]).tasks == (ARM,)
 
 
 def test_normalised_bins_count_what_they_clamp() -> None:
