@@ -30,7 +30,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     def reached(init: str) -> float:
         objective = {"paradigm": "dt", "context": 64, "window": 10}
         options: dict[str, Any] = {"model": {"init": init}, "data": {"starts": "windows"}}
-        policy = train([{"dataset": labelled}], objective, steps=60, seed=seed, rate=4e-3, **options)
+        policy = train([{"dataset": labelled}], objective, steps=60, seed=seed, rate=1e-3, **options)
         returns = play(policy, world, len(ASKED), seed, asked=ASKED).returns
         return float(np.polyfit(ASKED, returns, 1)[0])
 
