@@ -18,7 +18,7 @@ from benchmarks.ideas.training import train
 from benchmarks.ideas.worlds import behave
 from tiphys.pretrain.acting.policy import Policy
 
-SCHEMES = {"random": 0.1, "bc": 0.1, "goal": 0.4, "forward": 0.2, "backward": 0.2}
+SCHEMES = {"random": 0.1, "bc": 0.1, "goal": 0.35, "forward": 0.2, "backward": 0.25}
 OBJECTIVE: dict[str, Any] = {"paradigm": "unimask", "context": 24, "window": STEPS, "options": {"hiding": SCHEMES}}
 
 
@@ -67,7 +67,7 @@ def learnt(dataset: str, objective: dict[str, Any], seed: int) -> Policy:
     policy = train(
         [{"dataset": dataset}],
         objective,
-        steps=500,
+        steps=600,
         rows=32,
         rate=4e-3,
         seed=seed,

@@ -186,7 +186,9 @@ class _Draft:
         self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
-        self.steps = np.zeros(self.cells + 1, np.int32)  # of the window that a cell belongs to, if targets are so counted
+        self.steps = np.zeros(
+            self.cells + 1, np.int32
+        )  # of the window that a cell belongs to, if targets are so counted
 
     def lay_windows(
         self,
