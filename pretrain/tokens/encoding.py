@@ -729,13 +729,17 @@ class Encoding:
         scale = self.largest_return or 1.0
         if part.code in ("auto", "linear"):
             return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
-            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
+            low, high = -scale, scale
+            if found is not None and found.count and np.max(found.max) > np.min(found.min):
+                # Only what the data have: a policy that prefers low returns would draw one that stands for nothing
+                low, high = float(np.min(found.min)), float(np.max(found.max))
+            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
         if part.code == "quantile" and part.rule == "to_go":
-            from tiphys.dataio.statistics import RETURN_TO_GO
-
-            found = self.statistics.get(RETURN_TO_GO)
             if found is None or not found.count:
                 raise DataError(
                     f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "

@@ -35,7 +35,7 @@ MASKS = {
 }
 LOSSES = {
     "targets": "each target counts by its weight",
-    "factors": "each kind of part has the same share in the loss of a row",
+    "factors": "each window counts as much as it has steps, and each kind of part in it has the same share",
     "pairs": "each window is told from the other windows of its row by its text, and each text by its window",
 }
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
