@@ -531,7 +531,7 @@ class Policy:
         within(temperature, "say, temperature", 0, 1e6)
         within(top_p, "say, top_p", 1e-9, 1)
         many = not isinstance(prompt, str)
-        prompts = list(prompt) if many else [prompt]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
         layout = self._texts_layout(task, objective, observation is not None)

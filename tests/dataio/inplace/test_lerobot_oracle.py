@@ -1,4 +1,4 @@
-"""Windows equal what LeRobot's own map reader gives. Needs a Python with `lerobot` and torchvision, named by TIPHYS_LEROBOT_PYTHON."""
+"""Windows equal those of LeRobot's map reader. TIPHYS_LEROBOT_PYTHON names a Python with `lerobot` and torchvision."""
 
 from __future__ import annotations
 
