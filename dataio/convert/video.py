@@ -60,7 +60,7 @@ class VideoFrames:
             self._container.close()
             raise DataError(f"{where}: the video has a codec that this FFmpeg cannot decode")
         self._stream.thread_type = "AUTO"
-        self._tick = Fraction(self._stream.time_base)
+        self._tick = Fraction(self._stream.time_base or 1)
         self._decoder: Iterator[tuple[int, Any]] = self._decode()
         self._around: list[tuple[int, Any]] = []  # the last one or two decoded frames
         self._position = -1.0  # time of the last decoded frame, in seconds
@@ -97,8 +97,9 @@ class VideoFrames:
             yield self._array(frame)
 
     def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
-        """The frame nearest to each time (seconds of the video, ascending), [len(times), H, W, C]: uint8, or the dtype of `lookup`.
+        """The frame nearest to each time (seconds of the video, ascending), [len(times), H, W, C].
 
+        uint8, or the dtype of `lookup`.
         Raises DataError if no frame is within `tolerance` of a time: a video that does not fit its rows is never shifted.
         """
         if not len(times):

@@ -23,8 +23,8 @@ class KeptVideo:
     """The video of one episode and camera, in place of an array of pictures.
 
     data    an MP4
-    frames  int64 [T]: the picture of each row, as a position in the order in which the MP4's pictures are shown; pictures that its
-            edit list hides have positions too
+    frames  int64 [T]: the picture of each row, as a position in the order in which the MP4's pictures are shown; pictures
+            that its edit list hides have positions too
     """
 
     data: bytes
