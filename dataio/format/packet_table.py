@@ -20,7 +20,7 @@ Chunks hold any number of rows. All numbers by sample and by row are relative to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,16 +42,16 @@ class PacketChunks(NamedTuple):
 
     shard: str
     stream: bytes
-    offset: Sequence[int]
-    size: Sequence[int]
-    crc: Sequence[int]
-    row: Sequence[int]
-    lead: Sequence[int]
-    samples: Sequence[int]
-    sample_size: Sequence[int]
-    gap: Sequence[int]
-    rank: Sequence[int]
-    frame: Sequence[int]
+    offset: np.ndarray
+    size: np.ndarray
+    crc: np.ndarray
+    row: np.ndarray
+    lead: np.ndarray
+    samples: np.ndarray
+    sample_size: np.ndarray
+    gap: np.ndarray
+    rank: np.ndarray
+    frame: np.ndarray
 
     def to_arrow(self) -> dict[str, Any]:
         return {**self._asdict(), "shard": self.shard or None}

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes in a row group
+_MOST_SAMPLES = 1 << 22  # samples of video of which a writer keeps the places in memory
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
 _FIELD_COLUMN = re.compile(r"(text|value|chunks|packets)\.(" + FIELD_NAME.pattern + ")")
 
@@ -117,10 +118,12 @@ class TableWriter:
         self.folder = folder
         self.parts: list[Path] = []
         self._records: list[Record] = []
+        self._samples = 0
 
     def add(self, record: Record) -> None:
         self._records.append(record)
-        if len(self._records) >= PART:
+        self._samples += sum(len(packets.sample_size) for packets in record.packets.values())
+        if len(self._records) >= PART or self._samples >= _MOST_SAMPLES:
             self._flush()
 
     def _flush(self) -> None:
@@ -130,7 +133,7 @@ class TableWriter:
             part = self.folder / f"part-{len(self.parts):06d}.parquet"
             pq.write_table(_table(self._records), part)
             self.parts.append(part)
-            self._records = []
+            self._records, self._samples = [], 0
 
     def finish(self, file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
         """Write the final file and remove the parts."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from urllib.parse import quote
 
+import numpy as np
 from crc32c import crc32c
 
 from tiphys.dataio.convert.converter import BadEpisode, Item
@@ -202,7 +203,7 @@ class _Builder:
         if not self.options.crc:
             return chunks
         crcs: list[int] = []
-        pairs = list(zip(chunks.offset, chunks.size, strict=True))
+        pairs = list(zip(chunks.offset.tolist(), chunks.size.tolist(), strict=True))
         while pairs:
             count, size = 0, 0
             while count < len(pairs) and (not count or size + pairs[count][1] <= _CRC_BYTES):
@@ -210,7 +211,7 @@ class _Builder:
             some, pairs = pairs[:count], pairs[count:]
             data = self.store.read_ranges(path, [o for o, _ in some], [s for _, s in some])
             crcs += [crc32c(one) for one in data]
-        return chunks._replace(crc=crcs)
+        return chunks._replace(crc=np.array(crcs, np.uint32))
 
     def _reject(self, bad: BadEpisode) -> None:
         if not self.options.skip_bad:

@@ -89,17 +89,18 @@ class Video:
         lead = local[row]
         plain = lead[of_row] + np.arange(len(frames)) - row[of_row]
         in_order = np.arange(len(sample)) - first[chunk]
+        nothing = np.zeros(0, np.int32)
         return PacketChunks(
             shard=self.shard,
             stream=track.stream.entry,
-            offset=groups.offset[used].tolist(),
-            size=groups.size[used].tolist(),
-            crc=[],
-            row=row.tolist(),
-            lead=lead.tolist(),
-            samples=count.tolist(),
-            sample_size=track.sizes[sample].tolist(),
-            gap=gap.tolist() if gap.any() else [],
-            rank=rank.tolist() if not np.array_equal(rank, in_order) else [],
-            frame=local.tolist() if not np.array_equal(local, plain) else [],
+            offset=groups.offset[used],
+            size=groups.size[used],
+            crc=np.zeros(0, np.uint32),
+            row=row.astype(np.int32),
+            lead=lead.astype(np.int32),
+            samples=count.astype(np.int32),
+            sample_size=track.sizes[sample].astype(np.int32),
+            gap=gap.astype(np.int32) if gap.any() else nothing,
+            rank=nothing if np.array_equal(rank, in_order) else rank.astype(np.int32),
+            frame=nothing if np.array_equal(local, plain) else local.astype(np.int32),
         )
