@@ -331,7 +331,7 @@ class _Tar:
             for field, (kind, rows, c) in sample.chunks.items()
         }
         packets = {
-            name: p._replace(offset=[data[f"{name}.mp4"] + at for at in p.offset]) if name in sample.videos else p
+            name: p._replace(offset=p.offset + data[f"{name}.mp4"]) if name in sample.videos else p
             for name, p in sample.packets.items()
         }
         return table.Record(

@@ -43,8 +43,8 @@ class KeptVideo:
             raise DataError("a row has a picture that the kept video hides")
         found = Video(track, "", "the kept video").chunks(frames)
         view = memoryview(self.data)
-        crc = [crc32c(view[at : at + size]) for at, size in zip(found.offset, found.size, strict=True)]
-        return found._replace(crc=crc)
+        places = zip(found.offset.tolist(), found.size.tolist(), strict=True)
+        return found._replace(crc=np.array([crc32c(view[at : at + size]) for at, size in places], np.uint32))
 
 
 def keep(video: Video, frames: np.ndarray, read: Callable[[int, int], bytes]) -> KeptVideo:

@@ -86,7 +86,7 @@ def _packets(sample: tar.Sample, data: memoryview, name: str, frames: Any) -> Pa
     if member is None or not isinstance(frames, list) or not all(isinstance(f, int) for f in frames):
         raise DataError(f"its member {name.lower()}.mp4 is missing, or the .json does not name the picture of each row")
     found = KeptVideo(member_bytes(data, member), np.array(frames, np.int64)).chunks()
-    return found._replace(offset=[member.offset + at for at in found.offset])
+    return found._replace(offset=found.offset + member.offset)
 
 
 def member_bytes(data: memoryview, member: tar.Member) -> bytes:
