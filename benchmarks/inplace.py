@@ -1,6 +1,6 @@
 """Training windows from a LeRobot dataset as it is, beside LeRobot's map reader; and copies of its videos, beside a conversion.
 
-    python -m benchmarks.inplace [--episodes 20] [--steps 100] [--windows 200] [--rounds 3] [--json FILE]
+    python -m benchmarks.inplace [--episodes 20] [--steps 100] [--windows 200] [--rounds 3] [--backend pyav] [--json FILE]
 
 TIPHYS_LEROBOT_PYTHON names a Python with `lerobot`, which writes the dataset (one camera, 224 × 224, its default codec) and reads
 it. The readers alternate. Figures are medians of windows per CPU second: of the whole loader process, its CRCs and its batches
@@ -36,7 +36,10 @@ def lerobot(*arguments: object) -> str:
     """What LeRobot's worker prints."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     command = [PYTHON, str(WORKER), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout
 
 
 def tiphys(index: EpisodeIndex, window: int, windows: int, cache: int) -> dict[str, float]:
@@ -81,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("episodes", 20), ("steps", 100), ("windows", 200), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--backend", default="torchcodec", help="LeRobot's decoder: torchcodec or pyav")
     parser.add_argument("--json")
     given = parser.parse_args()
     if not PYTHON:
@@ -97,9 +101,8 @@ def main() -> None:
             ours, theirs = [], []
             for number in range(given.rounds):
                 ours.append(tiphys(index, window, given.windows, cache)["cpu"])
-                theirs.append(
-                    json.loads(lerobot("read", source, window, given.windows, number).splitlines()[-1])["cpu"]
-                )
+                printed = lerobot("read", source, window, given.windows, number, given.backend)
+                theirs.append(json.loads(printed.splitlines()[-1])["cpu"])
             pair = statistics.median(ours), statistics.median(theirs)
             out[f"K = {window}"] = {"tiphys": pair[0], "lerobot": pair[1], "times": pair[0] / pair[1]}
     for name, value in out.items():

@@ -1,7 +1,7 @@
 """LeRobot's map reader. It runs in an environment of its own, which has `lerobot`, and imports nothing of Tiphys.
 
 python lerobot_map.py write FOLDER EPISODES STEPS     # a dataset with one camera of 224 × 224
-python lerobot_map.py read FOLDER K WINDOWS SEED      # random windows of K steps; prints JSON
+python lerobot_map.py read FOLDER K WINDOWS SEED BACKEND      # random windows of K steps; prints JSON
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def write(folder: Path, episodes: int, steps: int) -> None:
     dataset.finalize()
 
 
-def read(folder: Path, window: int, windows: int, seed: int) -> dict[str, float]:
+def read(folder: Path, window: int, windows: int, seed: int, backend: str) -> dict[str, float]:
     """Windows per CPU second, of all threads."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     times = {name: [k / FPS for k in range(window)] for name in (CAMERA, "action")}
-    dataset = LeRobotDataset("tiphys/benchmark", root=folder, delta_timestamps=times)
+    dataset = LeRobotDataset("tiphys/benchmark", root=folder, delta_timestamps=times, video_backend=backend)
     chosen = np.random.default_rng(seed).integers(0, len(dataset) - window, windows + 8).tolist()
     for i in chosen[:8]:  # opens the files
         dataset[i]
@@ -58,4 +58,5 @@ if __name__ == "__main__":
     if operation == "write":
         write(Path(target), *map(int, numbers))
     else:
-        print(json.dumps(read(Path(target), *map(int, numbers))))
+        length, count, start, decoder = numbers
+        print(json.dumps(read(Path(target), int(length), int(count), int(start), decoder)))

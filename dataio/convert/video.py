@@ -120,8 +120,9 @@ class VideoFrames:
         return out
 
     def _seek_near(self, time: float) -> None:
-        """Seek if `time` is before the last decoded frame, or far ahead of it."""
-        if time < self._position or time > max(self._position, 0.0) + _SEEK_SECONDS:
+        """Seek if `time` is before the frames that are kept, or far ahead of them."""
+        kept = self._seconds(self._around[0][0]) if self._around else self._position
+        if time < kept or time > max(self._position, 0.0) + _SEEK_SECONDS:
             try:
                 offset = int(max(0.0, time) / self._stream.time_base)
                 self._container.seek(offset, stream=self._stream, backward=True)
