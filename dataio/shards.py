@@ -330,6 +330,10 @@ class _Tar:
             )
             for field, (kind, rows, c) in sample.chunks.items()
         }
+        packets = {
+            name: p._replace(offset=p.offset + data[f"{name}.mp4"]) if name in sample.videos else p
+            for name, p in sample.packets.items()
+        }
         return table.Record(
             id=e.id,
             task=e.task,
@@ -348,7 +352,7 @@ class _Tar:
             texts=sample.texts,
             values=sample.values,
             chunks=chunks,
-            packets=sample.packets,
+            packets=packets,
         )
 
     def discard(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.encodings import Encoding
 from tiphys.dataio.format.packet_table import PacketChunks
 from tiphys.dataio.format.rows import RowLayout, column, pack_rows, plain
+from tiphys.dataio.inplace.kept import KeptVideo
 
 BLOCK = 512  # bytes of a block of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode
@@ -30,7 +32,8 @@ class Sample:
     texts    text field with one value for the episode -> its text
     values   other field with one value for the episode -> its bytes, little endian
     chunks   large field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC-32C)])
-    packets  large field whose video samples lie elsewhere -> their places
+    packets  large field whose video samples lie elsewhere, or in a member of its own -> their places (in the member)
+    videos   large field with such a member -> the picture of each row
     short    observed fields with fewer rows than the episode
     bytes    size in the tar, with headers and padding
 
@@ -49,6 +52,10 @@ class Sample:
         unknown = episode.fields.keys() - layout.names
         if unknown:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} has no field {', '.join(sorted(unknown))}")
+        kept = {name: value for name, value in episode.fields.items() if isinstance(value, KeptVideo)}
+        episode = (
+            replace(episode, fields={n: v for n, v in episode.fields.items() if n not in kept}) if kept else episode
+        )
         self.episode = episode
         self.rows = pack_rows(layout, episode)
         self.members: dict[str, bytes] = {"steps.npy": npy(self.rows)}
@@ -57,6 +64,10 @@ class Sample:
         self.chunks: dict[str, tuple[str, int, list[tuple[str, int, int, int]]]] = {}
         count = len(self.rows)
         self.packets = dict(packets or {})
+        self.videos = {name: np.asarray(video.frames).tolist() for name, video in kept.items()}
+        for name, video in kept.items():
+            self.packets[name] = video.chunks()
+            self.members[f"{name}.mp4"] = video.data
         for field in layout.large:
             if field.name not in self.packets:
                 self._add_large(field, chosen[field.name], count)
@@ -135,6 +146,8 @@ class Sample:
             "encodings": {name: [chosen[name].kind, chosen[name].rows] for name in sorted(self.chunks)},
             "info": dict(e.info),
         }
+        if self.videos:
+            content["videos"] = self.videos
         try:
             return to_json(content, exact=True, ensure_ascii=False, default=plain).encode()
         except (TypeError, ValueError) as error:

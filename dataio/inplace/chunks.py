@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
+from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format.frame_times import nearest_frames, query_times
 from tiphys.dataio.format.mp4 import Gops, Track, gops
 from tiphys.dataio.format.packet_table import PacketChunks
-from tiphys.dataio.loading.units import expand
 
 
 class Video:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError, Needs
 from tiphys.dataio.index import STEPS
 
@@ -52,13 +53,6 @@ class Span(NamedTuple):
     @property
     def units(self) -> Ints:
         return expand(self.low, self.high)
-
-
-def expand(low: Ints, high: Ints) -> Ints:
-    """All integers of the ranges [low, high), one range after the other."""
-    count = high - low
-    ends = np.cumsum(count)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(low - (ends - count), count)
 
 
 class UnitMap:
