@@ -1,4 +1,4 @@
-"""Ranges of integers: those of integer spaces, entry by entry, as a FieldSpec holds them, and many at once. Only NumPy is needed."""
+"""Ranges of integers: those of integer spaces, entry by entry, as a FieldSpec holds them, and many at once. Needs only NumPy."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.format.video_stream import Box, Stream, boxes, integer, refused
+from tiphys.dataio.format.mp4_boxes import Box, Boxes, array, boxes, integer, refused
+from tiphys.dataio.format.video_stream import Stream
 
 MAX_MOOV = 32 << 20  # bytes of a `moov` box; a picture takes 4 to 13 bytes of it, so this is more than a day of video
 _HEAD = 64 << 10  # bytes of the first read
@@ -120,13 +121,13 @@ def read_track(read: Read, size: int, where: str) -> Track:
         several edit segments, several sizes, more than 8 bits per colour, or an unknown codec.
     """
     moov = _moov(read, size, where)
-    parts = _Boxes(moov, 0, len(moov), where)
+    parts = Boxes(moov, 0, len(moov), where)
     if b"cmov" in parts.names:
         raise refused(where, "its tables are compressed (`cmov`)")
     if b"mvex" in parts.names:
         raise refused(where, "it is fragmented (`mvex`, `moof`): each fragment has tables of its own")
     movie_scale = _time_scale(parts.one(b"mvhd"), moov, where)
-    tracks = [_Boxes(moov, b.begin, b.end, where) for b in parts.all(b"trak")]
+    tracks = [Boxes(moov, b.begin, b.end, where) for b in parts.all(b"trak")]
     for trak in tracks:
         mdia = trak.inside(b"mdia")
         kind = mdia.one(b"hdlr")
@@ -183,33 +184,6 @@ def _moov(read: Read, size: int, where: str) -> memoryview:
     )
 
 
-class _Boxes:
-    """The boxes inside a box, by name."""
-
-    def __init__(self, data: memoryview, begin: int, end: int, where: str):
-        self._data, self._where = data, where
-        self._found: dict[bytes, list[Box]] = {}
-        for box in boxes(data, begin, end, where):
-            self._found.setdefault(box.kind, []).append(box)
-
-    @property
-    def names(self) -> set[bytes]:
-        return set(self._found)
-
-    def all(self, kind: bytes) -> list[Box]:
-        return self._found.get(kind, [])
-
-    def one(self, kind: bytes) -> Box:
-        found = self.all(kind)
-        if len(found) != 1:
-            raise DataError(f"{self._where}: its tables have {len(found)} boxes {kind.decode()!r} where one is needed")
-        return found[0]
-
-    def inside(self, kind: bytes) -> _Boxes:
-        box = self.one(kind)
-        return _Boxes(self._data, box.begin, box.end, self._where)
-
-
 def _time_scale(box: Box, moov: memoryview, where: str) -> int:
     """Ticks per second of `mvhd` or `mdhd`."""
     version = integer(moov, box, 0, 1, where)
@@ -219,7 +193,7 @@ def _time_scale(box: Box, moov: memoryview, where: str) -> int:
     return scale
 
 
-def _track(trak: _Boxes, mdia: _Boxes, moov: memoryview, movie_scale: int, size: int, where: str) -> Track:
+def _track(trak: Boxes, mdia: Boxes, moov: memoryview, movie_scale: int, size: int, where: str) -> Track:
     header = trak.one(b"tkhd")
     matrix = header.begin + (52 if integer(moov, header, 0, 1, where) == 1 else 40)
     if header.end - matrix >= 36 and bytes(moov[matrix : matrix + 20]) != _PLAIN_MATRIX:
@@ -260,7 +234,7 @@ def _track(trak: _Boxes, mdia: _Boxes, moov: memoryview, movie_scale: int, size:
     )
 
 
-def _check_same_file(minf: _Boxes, moov: memoryview, where: str) -> None:
+def _check_same_file(minf: Boxes, moov: memoryview, where: str) -> None:
     """Raises DataError if the track's samples lie in another file."""
     if b"dinf" not in minf.names:
         return
@@ -278,7 +252,7 @@ class _Edit(NamedTuple):
     duration: int
 
 
-def _edit(trak: _Boxes, moov: memoryview, where: str) -> _Edit | None:
+def _edit(trak: Boxes, moov: memoryview, where: str) -> _Edit | None:
     if b"edts" not in trak.names:
         return None
     edits = trak.inside(b"edts")
@@ -288,7 +262,7 @@ def _edit(trak: _Boxes, moov: memoryview, where: str) -> _Edit | None:
     wide = integer(moov, box, 0, 1, where) == 1
     count = integer(moov, box, 4, 4, where)
     dtype = np.dtype([("duration", ">u8" if wide else ">u4"), ("start", ">i8" if wide else ">i4"), ("rate", ">i4")])
-    entries = _array(moov, box, 8, count, dtype, where)
+    entries = array(moov, box, 8, count, dtype, where)
     if not count:
         return None
     empty = 0
@@ -313,28 +287,17 @@ def _rescale(value: int, to: int, of: int) -> int:
     return (2 * value * to + of) // (2 * of)
 
 
-def _array(moov: memoryview, box: Box, at: int, count: int, dtype: np.dtype, where: str) -> np.ndarray:
-    """`count` entries from byte `at` of a box on, without a copy."""
-    begin = box.begin + at
-    if count * dtype.itemsize > box.end - begin:
-        raise DataError(
-            f"{where}: the box {box.kind.decode()!r} claims {count:,} entries, but its {max(box.end - begin, 0):,} bytes "
-            f"hold {max(box.end - begin, 0) // dtype.itemsize:,}"
-        )
-    return np.frombuffer(moov, dtype, count, begin)
-
-
 class _Table:
     """The sample table of a track (`stbl`)."""
 
-    def __init__(self, parts: _Boxes, moov: memoryview, where: str):
+    def __init__(self, parts: Boxes, moov: memoryview, where: str):
         self._parts, self._moov, self._where = parts, moov, where
 
     def _entries(self, kind: bytes, columns: int, dtype: str = ">u4") -> np.ndarray:
         """int64 [count, columns]: the entries of a box that has a count at byte 4."""
         box = self._parts.one(kind)
         count = integer(self._moov, box, 4, 4, self._where)
-        found = _array(self._moov, box, 8, count, np.dtype((dtype, (columns,))), self._where)
+        found = array(self._moov, box, 8, count, np.dtype((dtype, (columns,))), self._where)
         return found.astype(np.int64).reshape(count, columns)
 
     def _bad(self, text: str) -> DataError:
@@ -355,7 +318,7 @@ class _Table:
                 )
             sizes = np.full(count, same, np.int64)
         else:
-            sizes = _array(self._moov, box, 12, count, np.dtype(">u4"), self._where).astype(np.int64)
+            sizes = array(self._moov, box, 12, count, np.dtype(">u4"), self._where).astype(np.int64)
         if not sizes.all():
             raise self._bad(f"sample {int(np.argmin(sizes))} has no bytes")
         if int(sizes.sum()) > file_size:
@@ -367,7 +330,7 @@ class _Table:
         wide = b"co64" in self._parts.names
         box = self._parts.one(b"co64" if wide else b"stco")
         chunks = integer(self._moov, box, 4, 4, self._where)
-        begins = _array(self._moov, box, 8, chunks, np.dtype(">u8" if wide else ">u4"), self._where)
+        begins = array(self._moov, box, 8, chunks, np.dtype(">u8" if wide else ">u4"), self._where)
         if chunks and int(begins.max()) > file_size:
             raise self._bad(f"a chunk begins at byte {int(begins.max()):,}, but the file has {file_size:,} bytes")
         runs = self._entries(b"stsc", 3)

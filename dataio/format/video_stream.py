@@ -3,62 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.format.mp4_boxes import boxes, integer, refused
 
 _CODECS = {b"avc1": "h264", b"avc3": "h264", b"hvc1": "hevc", b"hev1": "hevc", b"av01": "av1", b"vp09": "vp9"}
 _SAMPLING = ("gray", "yuv420p", "yuv422p", "yuv444p")  # by chroma_format_idc
 _UNSPECIFIED = 2  # of primaries, transfer and matrix (ITU-T H.273)
 _ENTRY = 78  # bytes of a visual sample description before the boxes inside it
-_MAX_BOXES = 4096  # inside one box
-
-
-class Box(NamedTuple):
-    """A box of an MP4: its type, its first byte with the header, and the bytes [begin, end) of its content."""
-
-    kind: bytes
-    start: int
-    begin: int
-    end: int
-
-
-def boxes(data: memoryview, begin: int, end: int, where: str) -> Iterator[Box]:
-    """The boxes in the bytes [begin, end). Raises DataError if one leaves them."""
-    at = begin
-    for _ in range(_MAX_BOXES):
-        if end - at < 8:  # QuickTime ends some lists with four zero bytes
-            return
-        size, kind, head = int.from_bytes(data[at : at + 4], "big"), bytes(data[at + 4 : at + 8]), 8
-        if size == 1 and end - at >= 16:
-            size, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
-        elif size == 0:
-            size = end - at
-        if size < head or size > end - at:
-            raise DataError(
-                f"{where}: the box {kind!r} claims {size:,} bytes, more than the {end - at:,} around it: it is damaged"
-            )
-        yield Box(kind, at, at + head, at + size)
-        at += size
-    raise DataError(f"{where}: more than {_MAX_BOXES} boxes inside one box")
-
-
-def integer(data: memoryview, box: Box, at: int, size: int, where: str) -> int:
-    """The unsigned integer of `size` bytes at byte `at` of a box."""
-    begin = box.begin + at
-    if begin + size > box.end:
-        raise DataError(f"{where}: the box {box.kind!r} has {box.end - box.begin} bytes; it is cut off")
-    return int.from_bytes(data[begin : begin + size], "big")
-
-
-def refused(where: str, reason: str) -> DataError:
-    """The error for a video that is intact, but of a kind that is not read in place."""
-    return DataError(
-        f"{where}: cannot be read in place: {reason}. `tiphys convert` decodes such videos and stores them anew"
-    )
 
 
 @dataclass(frozen=True)
