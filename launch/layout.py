@@ -98,6 +98,7 @@ def predict(
     rates: Rates | None = None,
     step_tokens: float = 0.0,
     step_bytes: float = 0.0,
+    counted: bool = True,
 ) -> Needs:
     """What a recipe needs on `world` devices.
 
@@ -116,6 +117,8 @@ def predict(
         For the time of a step.
     step_tokens, step_bytes : float
         Mean tokens and bytes of a global batch.
+    counted : bool
+        False: leave out the activations, which takes much less time.
 
     Returns
     -------
@@ -127,6 +130,7 @@ def predict(
         If the engine would refuse the layout.
     """
     from tiphys.pretrain.distributed.layout_errors import expert_errors, stage_errors
+    from tiphys.pretrain.model.counting import Part
     from tiphys.pretrain.model.pipeline import partition
     from tiphys.pretrain.parallel import refuse
 
@@ -137,7 +141,7 @@ def predict(
     )
     sizes = derive(recipe, grid, accelerator=device)
     bounds = partition(config, layout.pipeline)
-    stages = tuple(_stages(recipe, config, worst, grid, sizes, bounds, device))
+    stages = tuple(_stages(recipe, config, worst if counted else (), grid, sizes, bounds, device))
     parameters = sum(p.numel() for p in Part(config).parameters())
     bubble = (layout.pipeline - 1) / (sizes.accumulation + layout.pipeline - 1)
     width = 2 if sizes.bf16 else 4
@@ -174,7 +178,7 @@ def _stages(
     """The first, the largest middle and the last stage."""
     import torch
 
-    from tiphys.pretrain.model.counting import Part
+    from tiphys.pretrain.model.counting import NOTHING, Part
     from tiphys.pretrain.model.inputs import to_tensors
 
     inputs = [
@@ -192,7 +196,7 @@ def _stages(
             _freeze(part, recipe.model.freeze)
             share = _share(part, grid)
             settings = _settings(recipe, sizes, share, device)
-            passes = max((_count(part, micro, settings) for micro in inputs), key=lambda p: p.peak)
+            passes = max((_count(part, micro, settings) for micro in inputs), key=lambda p: p.peak, default=NOTHING)
             found.append(rank_memory(share, settings, passes, in_flight))
             if grid.expert == 1:
                 break

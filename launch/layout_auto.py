@@ -70,23 +70,43 @@ def choices(
     rates: Rates,
     step_tokens: float = 0.0,
 ) -> list[Choice]:
-    """All layouts that fit, the fastest first. Deterministic: equal times are ordered by their values.
+    """The fastest layouts that fit, at most `SHOWN`. Deterministic.
 
     keys  short names of the keys that are to be chosen; the others stay as the recipe has them
+
+    Of layouts with equal times, the one with the largest micro-batch comes first, then the one without recomputation.
     """
-    found = []
+    timed: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
     for values in _layouts(recipe, config, world, keys):
         section, made = changed(recipe, config, values)
+        numbers: dict[str, Any] = {"device": device, "rates": rates, "step_tokens": step_tokens}
         try:
-            needs = predict(section, made, worst, world, device=device, rates=rates, step_tokens=step_tokens)
+            quick = predict(section, made, worst, world, **numbers, counted=False)
         except LayoutError:
             continue
+        if quick.peak > memory:
+            continue
+        sizes, grid = quick.derived, quick.grid
+        full = {**values, "micro_batch": sizes.micro_batch}
+        order = (
+            round(quick.seconds or 0.0, 9),
+            -sizes.micro_batch,
+            quick.checkpointing,
+            sizes.stage,
+            grid.pipeline,
+            grid.expert,
+        )
+        timed[tuple(sorted(full.items()))] = (order, full)
+    found = list[Choice]()
+    for _, values in sorted(timed.values(), key=lambda one: one[0]):
+        needs = predict(
+            *changed(recipe, config, values), worst, world, device=device, rates=rates, step_tokens=step_tokens
+        )
         if needs.peak <= memory:
-            found.append(Choice({**values, "micro_batch": needs.derived.micro_batch}, needs))
-    found.sort(
-        key=lambda c: (round(c.needs.seconds or 0.0, 9), c.needs.peak, [str(c.values[k]) for k in sorted(c.values)])
-    )
-    return list({tuple(sorted(c.values.items())): c for c in reversed(found)}.values())[::-1]
+            found.append(Choice(values, needs))
+        if len(found) == SHOWN:
+            break
+    return found
 
 
 def _layouts(recipe: Recipe, config: DecisionConfig, world: int, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -122,6 +142,6 @@ def shown(found: Sequence[Choice], keys: Sequence[str]) -> str:
 
     rows = [
         (i, *(c.values[name] for name in keys), f"{c.needs.seconds or 0:.3g} s", human_bytes(c.needs.peak))
-        for i, c in enumerate(found[:SHOWN], 1)
+        for i, c in enumerate(found, 1)
     ]
     return table(("", *(KEYS[name].rpartition(".")[2] for name in keys), "a step", "memory"), rows)

@@ -73,8 +73,8 @@ def calibrate(config: DecisionConfig, batch: TokenBatch, width: int) -> Rates:
 
     dtype = torch.bfloat16 if width == 2 else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = DecisionModel(config).to(dtype).train()
-    torch.nn.Module.to(model, device)
+    model: torch.nn.Module = DecisionModel(config).train()
+    model.to(device, dtype)
     inputs = to_tensors(batch, device)
 
     def passes() -> None:
