@@ -15,6 +15,7 @@ from typing import Any
 
 from tiphys.dataio.messages import say
 from tiphys.launch import statuses
+from tiphys.launch.layout_rates import DEVICES
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
@@ -226,6 +227,28 @@ def _run_commands(commands: Any) -> None:
     )
     p.add_argument("--no-data", action="store_true", help="do not open the datasets")
     p.set_defaults(command="check")
+
+    p = commands.add_parser("layout", help="show the memory, traffic and time that a recipe will need, without a GPU")
+    _recipe_arguments(p)
+    p.add_argument("--gpus", type=int, default=1, help="number of devices, one process each (default: %(default)s)")
+    p.add_argument(
+        "--memory",
+        default="80GiB",
+        help="memory of one device; exit status 3 if it is not enough (default: %(default)s)",
+    )
+    p.add_argument(
+        "--device",
+        choices=("", "cpu", *DEVICES),
+        default="",
+        help="kind of device, for the time of a step (default: a GPU, as fast as this machine was measured)",
+    )
+    p.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first measure the speed of this machine with the recipe's model, and keep it",
+    )
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
+    p.set_defaults(command="layout")
 
     p = commands.add_parser("mixture", help="show or change the mixture of a run while it trains")
     p.add_argument("run", help="folder of the run")

@@ -93,6 +93,22 @@ def check(args: Namespace) -> int:
     return Status.DONE
 
 
+def layout(args: Namespace) -> int:
+    from tiphys.launch.layout_command import layout
+
+    if args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus}: at least one device is needed")
+    return layout(
+        args.recipe,
+        args.overrides,
+        args.gpus,
+        args.memory,
+        device=args.device,
+        calibrated=args.calibrate,
+        as_json=args.json,
+    )
+
+
 def mixture(args: Namespace) -> int:
     from tiphys.launch.mixture import add, request, show
 

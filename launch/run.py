@@ -41,7 +41,7 @@ from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
 from tiphys.pretrain.phases import mark
 from tiphys.pretrain.trainer import Diverged, Spiked
 from tiphys.recipes.load import to_dict, to_yaml
-from tiphys.recipes.schema import Recipe
+from tiphys.recipes.schema import Objective, Recipe
 from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -306,8 +306,18 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
+    lines.append(f"memory       {_memory_line(recipe, engine)}")
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     say("\n".join(lines))
+
+
+def _memory_line(recipe: Recipe, engine: Any) -> str:
+    from tiphys.launch.layout import line, predict
+    from tiphys.pretrain.distributed.layer_costs import typical_batch
+
+    length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
+    full = typical_batch(engine.config, engine.micro_batch, length)
+    return line(predict(recipe, engine.config, [full], engine.world.world, device=engine.world.device.type))
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -329,6 +329,12 @@ class Parallel:
     measure: bool = key(
         True, "Cut the pipeline by the measured time of each layer; false: by its number of operations", resume=True
     )
+    auto: bool = key(
+        False,
+        "Choose the keys that are set to `auto`: `parallel.pipeline`, `parallel.expert`, `model.checkpointing`, the micro-batch "
+        "and the ZeRO stage of `deepspeed` (docs/layout.md)",
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ class Pass:
     gradients: int
 
 
+NOTHING = Pass(0, 0, 0, 0, 0, 0)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the storages on the meta device that are made in its context and still live."""
 

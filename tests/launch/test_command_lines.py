@@ -51,6 +51,8 @@ train small.yaml --on slurm --nodes 2 --processes 1 --slurm "--partition=gpu --m
 submit small.yaml --nodes 1 --processes 2 --slurm "--time=1:00:00 --mem=8G" --dry-run
 check small.yaml train.steps=5 --world 2
 check small.yaml --no-data
+layout small.yaml train.steps=3 --gpus 2 --memory 4GiB --device cpu --json
+layout small.yaml --memory 4GiB --calibrate
 mixture run show
 mixture run set 0=0.5 --at 7
 mixture run add grid=0.25 --like 0
