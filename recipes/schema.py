@@ -119,6 +119,31 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Actions that are counted from the state of the observed step."""
+
+    to: str = key(
+        "", "Actions: count them from this field of the observed step; empty: they stay absolute", text="field"
+    )
+    columns: list[Any] = key(
+        list,
+        "The column of `to` that each entry of the action is counted from, one for each entry; null: it stays absolute",
+    )
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The head that draws chunks of actions by flow matching, with `head: flow`."""
+
+    width: int = key(256, "Width of the head", low=8, high=2**14)
+    depth: int = key(3, "Blocks of the head", unit="blocks", low=1, high=64)
+    draws: int = key(
+        4, "Noises and times that each chunk is learned at; more make the gradient less noisy", low=1, high=64
+    )
+    steps: int = key(10, "Euler steps in which a policy draws a chunk", unit="steps", low=1, high=1000)
+
+
+@dataclass(frozen=True)
 class FieldTokens:
     """How one field of a timestep becomes tokens. It takes precedence over the scheme of the objective."""
 
@@ -134,6 +159,13 @@ class FieldTokens:
     )
     stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1, high=POSITIONS)
     chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1, high=2**16)
+    relative: Relative = key(Relative, "Actions: count them from the state of the observed step")
+    normalise: str = key(
+        "auto",
+        "Actions: what becomes -1 to 1: the range of the data, its quantiles .01 to .99, or one standard deviation around the "
+        "mean; auto: quantile for chunks and relative actions, else the bounds of the space",
+        choices=("auto", "bounds", "quantile", "standard"),
+    )
 
 
 @dataclass(frozen=True)
@@ -182,6 +214,23 @@ class Objective:
         target=True,
         resume=True,
     )
+    horizon: int = key(
+        0, "Actions that are predicted at each observed step; 0: as many as `chunk`", unit="steps", low=0, high=2**12
+    )
+    chunk: int = key(
+        0,
+        "Steps from one observed step to the next, whose actions a policy executes without looking; 0: as `fields` says",
+        unit="steps",
+        low=0,
+        high=2**12,
+    )
+    head: str = key(
+        "auto",
+        "How continuous actions are predicted: ids (bins), the mean (l2) or the median (l1) of the whole chunk, or chunks that "
+        "are drawn by flow matching; auto: as `discretise` says",
+        choices=("auto", "bins", "l2", "l1", "flow"),
+    )
+    flow: Flow = key(Flow, "The head that draws chunks by flow matching")
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
 

@@ -12,7 +12,7 @@ import torch
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import given_fields, native
-from tiphys.dataio.philox import SAMPLE, uniform32, words
+from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
@@ -327,15 +327,15 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        new = self.hop and self.history.layout.mask == CAUSAL
-        try:
-            acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
-            answers, read = self._answer(acting, rows)
-        except Exception:
-            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
-            raise
-        fields = self.history.decode(answers)
-        self.history.acted(fields, rows, acting, read)
+        seen = [o for team in given for o in self._members(team)]
+        planned = np.array([self.history.plans(row) for row in rows], bool)
+        parts = [
+            act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
+            for act, some in ((self._decide, np.flatnonzero(~planned)), (self.history.follow, np.flatnonzero(planned)))
+            if len(some)
+        ]
+        order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
+        fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
@@ -356,6 +356,21 @@ class Policy:
             If an entry of an action field has no value that both the policy and the environment know.
         """
         self.history.limit(declared)
+
+    def _decide(
+        self, observations: list[dict[str, Any]], rewards: list[float] | None, rows: list[int]
+    ) -> dict[str, np.ndarray]:
+        """The actions that the model chooses for these rows of the history, fields [R, *shape]."""
+        new = self.hop and self.history.layout.mask == CAUSAL
+        try:
+            acting = self.history.observe(observations, rewards, rows, new=new)
+            answers, read = self._answer(acting, rows)
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
+        fields = self.history.decode(answers, rows)
+        self.history.acted(fields, rows, acting, read)
+        return fields
 
     def _rows(self, environments: Sequence[int]) -> list[int]:
         """The rows of the history that belong to these environments: one for each of their agents."""
@@ -460,6 +475,18 @@ class Policy:
             steps, streams = steps[:, None], streams[:, None]
         return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
 
+    def _noise(self, environments: Sequence[int], slot: int, head: str) -> torch.Tensor:
+        """What chunks of environments [R] are drawn from, float32 [R, numbers of a chunk].
+
+        It depends on the seed, the environment's stream and its step. Without `sample`, an episode has the same noise at all of
+        its steps; noise of 0 would be the mean of what may follow, which nobody did.
+        """
+        spec = self.model.config.chunks[head]
+        steps, streams = (np.array([of[i] for i in environments]) for of in (self._steps, self._streams))
+        steps = steps if self.sample else np.zeros_like(steps)
+        numbers = spec["steps"] * spec["entries"]
+        return torch.from_numpy(normals(self.seed, steps, streams, slot, numbers, purpose=ACTING_NOISE))
+
     def _choose(
         self,
         acting: Acting,
@@ -473,6 +500,9 @@ class Policy:
         `tilt` is added to the logits; then the answer is always drawn.
         """
         slot = acting.slots[number]
+        if slot.head in self.model.config.chunks:
+            noise = self._noise(environments, number, slot.head).to(hidden.device)
+            return self.model.draw_chunk(hidden, slot.head, noise).float().cpu().numpy()
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()

@@ -198,7 +198,8 @@ class Processor:
             If the policy was not trained on the task.
         """
         layout = self.layouts[objective or self.objective(task)][task]
-        return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
+        shown = frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
+        return shown | frozenset(e.to for e in layout.elements if e.to)
 
     def history(
         self,

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Embedded, Pairs, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Chunks, Embedded, Pairs, Regression, TokenBatch
+from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.flow import drawn
 from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
@@ -182,6 +183,7 @@ class _Draft:
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.chunks: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.pairs: Pairs | None = None
         self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
@@ -350,7 +352,7 @@ class _Draft:
             if isinstance(codec, Patches) and codec.varies:
                 encoded = to_patches(group.pictures(element.field, codec, element.constant))
             else:
-                raw = group.values(element)
+                raw = self._chunks(group, element, at, learnt) if isinstance(codec, Chunk) else group.values(element)
                 if element.rule and not np.isfinite(raw).all():  # a codec would clamp an infinity
                     at_step = int((~np.isfinite(raw)).reshape(len(raw), -1).any(axis=1).argmax())
                     raise NoEncoding(at_step, f"it is {raw[at_step].flat[0]}: a value from here on is NaN or infinite")
@@ -369,13 +371,36 @@ class _Draft:
             if isinstance(codec, Patches):
                 spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[seen]
                 self.patches.setdefault(codec.embedder, []).append(spans)
-        if element.predicted:
+        if element.predicted and not element.horizon:
             kept = there & np.repeat(np.broadcast_to(learnt, len(at)), element.size)
             kept[kept] = self._can_be_target(cell[kept], group.layout)
             weight = np.full(int(kept.sum()), group.layout.weight * element.weight, np.float32)
             target = cell[kept] - group.layout.shift
             self.vectors.setdefault(element.head, []).append((target, value[kept], weight))
             self._count(target, group.layout, element.role)
+
+    def _chunks(self, group: Group, element: Element, at: np.ndarray, learnt: np.ndarray) -> np.ndarray:
+        """The actions that the tokens in cells `at` [N, 1] show, float64 [N, steps, *shape]. Makes the chunks targets."""
+        codec, cell = element.codec, at[:, 0]
+        assert isinstance(codec, Chunk)
+        value, count = group.chunks(element)
+        value = np.where(cell[:, None, None] < self.cells, value, 0.0)  # what is not shown is not looked at
+        target, layout = codec.normalised(value), group.layout
+        there = np.arange(codec.horizon) < count[:, None]
+        target[~there] = 0
+        if element.predicted:
+            kept = np.broadcast_to(learnt, len(cell)) & (count > 0) & self._can_be_target(cell, layout)
+            weight = np.full(int(kept.sum()), layout.weight * element.weight, np.float32)
+            part = (
+                cell[kept] - layout.shift,
+                target[kept].reshape(-1, codec.horizon * codec.entries),
+                count[kept],
+                weight,
+            )
+            self.chunks.setdefault(element.head, []).append(part)
+            self._count(part[0], layout, element.role)
+        missing = np.asarray(codec.low) / 2 + np.asarray(codec.high) / 2  # becomes 0
+        return np.where(there[..., None], value, missing)[:, : codec.steps]
 
     def _can_be_target(self, cell: np.ndarray, layout: TimestepLayout) -> np.ndarray:
         """Mask of the cells that are not the spare one, not in a prompt, and (if read at the cell before) have one in their
@@ -455,11 +480,27 @@ class _Draft:
             cell, value, weight = (np.concatenate(part) for part in zip(*self.vectors[name], strict=True))
             order = np.argsort(cell, kind="stable")
             regression[name] = Regression(cell[order], value[order], weight[order])
+        chunks = {}
+        for name in sorted(self.chunks):
+            cell, value, count, weight = (np.concatenate(part) for part in zip(*self.chunks[name], strict=True))
+            order = np.argsort(cell, kind="stable")
+            cell, value = cell[order], value[order]
+            noise, time = drawn(
+                self.vocabulary.chunks[name],
+                value.shape[1],
+                seed,
+                step,
+                self.rows[cell // self.length],
+                cell % self.length,
+                training,
+            )
+            chunks[name] = Chunks(cell, value, count[order], weight[order], noise, time)
         if (scale := self._balance()) is not None:
             self.dense["weight"][:-1] *= scale
             regression = {
                 n: replace(r, weight=(r.weight * scale[r.index]).astype(np.float32)) for n, r in regression.items()
             }
+            chunks = {n: replace(c, weight=(c.weight * scale[c.index]).astype(np.float32)) for n, c in chunks.items()}
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
         allowed = {}
@@ -469,5 +510,12 @@ class _Draft:
             allowed[name] = Allowed(cell[order], bits[order])
         pairs = {} if self.pairs is None else {"match": self.pairs}
         return TokenBatch(
-            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, allowed=allowed, **dense
+            step=step,
+            row=self.rows,
+            embedded=embedded,
+            regression=regression,
+            pairs=pairs,
+            allowed=allowed,
+            chunks=chunks,
+            **dense,
         )

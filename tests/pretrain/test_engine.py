@@ -140,6 +140,11 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "unimask-expert", "expert": 2, "paradigm": "unimask"},
         {"name": "unimask-pipeline", "pipeline": 2, "paradigm": "unimask"},
         {"name": "prefix-pipeline", "pipeline": 2, "paradigm": "turned"},
+        # Chunks of actions, whose noise and times travel through the pipeline; a rank without any
+        {"name": "flow-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "flow"},
+        {"name": "flow-one-row", "stage": 2, "batch": 1, "paradigm": "flow"},
+        {"name": "flow-pipeline", "pipeline": 2, "paradigm": "flow"},
+        {"name": "l1-pipeline", "pipeline": 2, "paradigm": "l1"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
     compare(jobs, results)

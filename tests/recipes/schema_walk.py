@@ -79,6 +79,8 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return _TEXT
     if hint == list[str]:
         return st.lists(_TEXT, max_size=2)
+    if hint == list[Any]:
+        return st.lists(st.integers(0, 9) | st.none(), max_size=2)
     if hint == dict[str, str]:
         return st.dictionaries(st.sampled_from(["a", "b"]), _TEXT, max_size=2)
     return st.dictionaries(st.sampled_from(["a", "b"]), st.integers() | st.booleans() | _TEXT, max_size=2)

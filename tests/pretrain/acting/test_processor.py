@@ -334,6 +334,8 @@ def test_acting_needs_no_dataset_code():
         "swap",
         "batch",
         "derived",
+        "flow",
+        "frames",
         "group",
         "hiding",
         "images",
