@@ -219,4 +219,6 @@ def test_a_refused_observation_changes_no_environment(sample):
                     policy.act([seen[0], bad], rewards)
         assert policy.act(seen, rewards) == sound.act(seen, rewards)
     states = [policy.history._episodes[i] for i in range(2)], [sound.history._episodes[i] for i in range(2)]
-    assert [(e.returns, e.rewards, e.number) for e in states[0]] == [(e.returns, e.rewards, e.number) for e in states[1]]
+    assert [(e.returns, e.rewards, e.number) for e in states[0]] == [
+        (e.returns, e.rewards, e.number) for e in states[1]
+    ]
