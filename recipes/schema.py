@@ -331,6 +331,18 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Average:
+    """A moving average of the weights, beside those that are trained."""
+
+    decay: float = key(
+        0.0,
+        "Share of the average that each step keeps, at most (1 + step) / (10 + step); 0: no average",
+        low=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True)
 class Train:
     """How long to train."""
 
@@ -352,6 +364,7 @@ class Train:
         high=1000,
         resume=True,
     )
+    ema: Average = key(Average, "A moving average of the weights, in fp32, that policies are made from")
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
@@ -520,6 +533,12 @@ class Publish:
         "bf16",
         "Type of the policy's weights; training keeps fp32 masters beside them",
         choices=("bf16", "fp32"),
+        resume=True,
+    )
+    weights: str = key(
+        "auto",
+        "Weights of the policy: their moving average (`train.ema`), or those of the last step; auto: the average if there is one",
+        choices=("auto", "ema", "raw"),
         resume=True,
     )
     keep: str = key(
