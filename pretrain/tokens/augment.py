@@ -1,4 +1,4 @@
-"""Random crops, rotations and colours of pictures in training, in whole numbers: the same bytes on any machine and in any batch."""
+"""Random crops, rotations and colours of pictures in training, in whole numbers: the same bytes on any machine, in any batch."""
 
 from __future__ import annotations
 
