@@ -24,12 +24,13 @@ from numpy.typing import ArrayLike, NDArray
 
 # Purposes keep streams apart: two different purposes never share a counter.
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
+# HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
 FRAMES = 10  # episodes that statistics of relative actions are computed from
 NOISE, TIME = (
     11,
     12,
-)  # of flow matching; the slot is the position in the row, the attempt a block of four words, or the draw
-# HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
+)  # of flow matching. The slot is the position in the row, the attempt a block of four words, or the draw
+AUGMENT = 13  # how the pictures of a window are changed; the attempt tells cameras apart
 SAMPLE = 32  # actions that a policy draws
 ACTING_NOISE = 33  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words
 
