@@ -538,6 +538,13 @@ def _policy_commands(commands: Any) -> None:
         help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
     )
     p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
+        "--follow",
+        action="store_true",
+        help="evaluate each step that a run publishes there, until it ends; --out gets a line of JSON for each",
+    )
+    p.add_argument(
+        "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
+    )
     p.set_defaults(command="evaluate")
 
     _serve_command(commands)
@@ -551,7 +558,7 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
     p.set_defaults(command="label")
 
-    p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
+    p = commands.add_parser("publish", help="publish the policy of a run to a folder, a bucket or a model hub")
     p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")
     p.add_argument("to", help="folder, s3://bucket/path, or hf://org/name")
     p.add_argument(

@@ -331,11 +331,16 @@ def loader_bench(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
+    from tiphys.dataio.episode import DataError
     from tiphys.launch.display import scores
     from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
+    if args.follow and args.server:
+        raise DataError("--server does not go with --follow: each step is evaluated with its own weights")
+    if args.follow:
+        return _evaluate_steps(args)
     folder = local_policy(args.policy)
     elsewhere = "://" in args.policy
     found = evaluate(
@@ -379,6 +384,32 @@ def serve(args: Namespace) -> int:
         device=args.device,
         follow=args.follow,
     )
+
+
+def _evaluate_steps(args: Namespace) -> int:
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
+    from tiphys.pretrain.follow.scored import scored_steps
+
+    found = scored_steps(
+        args.policy,
+        args.tasks or None,
+        every=args.every,
+        out=args.out,
+        episodes=args.episodes,
+        seed=args.seed,
+        processes=args.processes,
+        sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        pictures=args.pictures,
+        videos=args.videos,
+        demonstrations=args.demonstrations,
+        modules=args.modules,
+        device=args.device,
+    )
+    for one in found:
+        say(f"step {one['step']}\n{scores(one)}")
+    return Status.DONE
 
 
 def label(args: Namespace) -> int:

@@ -22,7 +22,7 @@ from tiphys.paths import expand, local
 from tiphys.plain_yaml import dump
 from tiphys.pretrain.follow.chain import STEPS
 from tiphys.pretrain.follow.hub import PublishError, publish_to_hub
-from tiphys.pretrain.follow.writer import How, publish_to_store
+from tiphys.pretrain.follow.writer import How, mark_final, publish_to_store
 from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
     from tiphys.pretrain.model.config import DecisionConfig
 
-__all__ = ["How", "PublishError", "add_evaluation", "is_policy", "policy_files", "publish", "save_policy"]
+__all__ = ["How", "PublishError", "add_evaluation", "is_policy", "policy_files", "publish", "save_policy", "say_final"]
 CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
     "config.json",
     "processor.json",
@@ -206,6 +206,13 @@ def publish(folder: str | Path, to: str, *, private: bool = True, how: How | Non
     if not remote and Path(place).resolve() == source.resolve():
         return str(source)
     return f"{place.rstrip('/')}/{publish_to_store(source, names, place, how, _older_policy)}"
+
+
+def say_final(to: str) -> None:
+    """Tell those who follow a folder or a bucket that nothing newer will come. A hub has no such mark without a publication."""
+    to = expand(to)
+    if not to.startswith("hf://"):
+        mark_final(to if "://" in to and not to.startswith("file://") else str(local(to)))
 
 
 def policy_files(folder: Path) -> list[str]:

@@ -564,6 +564,20 @@ class Publish:
         choices=("last", "best"),
         resume=True,
     )
+    rate: str = key(
+        "0MiB",
+        "Most bytes a second that are sent to a folder or a bucket; 0MiB: no limit",
+        size=True,
+        resume=True,
+    )
+    grace: float = key(
+        60.0,
+        "How long a published step stays after a newer one does not need it, for those who still read it",
+        unit="minutes",
+        low=1,
+        high=525600,
+        resume=True,
+    )
     private: bool = key(True, "Hubs: the repository is private; one that is public already is refused", resume=True)
     license: str = key("", "Licence of the policy; empty: none is stated", text="SPDX identifier", resume=True)
 

@@ -152,7 +152,8 @@ class ObjectBackend:
                 meta = await self.obstore.head_async(store, key)
                 if meta["e_tag"] != etag:
                     raise Changed
-                mode = {"e_tag": etag, "version": meta.get("version")}  # some stores compare the one, some the other
+                # some stores compare the ETag, some the version
+                mode = {"e_tag": etag} | ({"version": meta["version"]} if meta.get("version") else {})
             await self.obstore.put_async(store, key, data, mode=mode, use_multipart=False)
         except Changed:
             raise

@@ -115,6 +115,11 @@ class History:
         demand = self._demands[environment].again() if self._demands else None
         self._episodes[environment] = _Episode(asked, demand)
 
+    def forget(self) -> None:
+        """The model has seen nothing of these histories, so the next layouts are whole windows."""
+        for episode in self._episodes:
+            episode.held = 0
+
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
 

@@ -62,6 +62,7 @@ class Policy:
         self.model, self.processor = model.eval(), processor
         self.sample, self.seed, self.hop = sample, seed, hop
         self.task = ""
+        self.following: Any = None
 
     @classmethod
     def load(
@@ -94,7 +95,8 @@ class Policy:
         from tiphys.pretrain.model.transformer import DecisionModel
 
         logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
-        if "://" in str(folder):  # a policy's own code has no stores, so this module is not among its imports
+        published = "://" in str(folder) or (Path(expand(folder)) / "latest.json").is_file()
+        if published:  # a policy's own code has no stores, so this module is not among its imports
             folder = import_module("tiphys.pretrain.policy_files").local_policy(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
@@ -110,6 +112,41 @@ class Policy:
                 f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
             ) from error
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
+
+    @classmethod
+    def follow(cls, url: str, device: str = "", *, every: float = 10.0, when: str = "act", **options: Any) -> Policy:
+        """Load a policy that takes over each newer version of its weights that is published at the same place.
+
+        A thread polls, decodes and verifies; `act` and `reset` only exchange the weights. ``policy.following`` knows the `step`
+        and `digest` of the present ones, and its `close()` ends the thread.
+
+        Parameters
+        ----------
+        url : str
+            Where a run publishes: a folder, ``s3://bucket/path`` or ``hf://owner/name``.
+        device : str
+            A torch device, as in `load`.
+        every : float
+            Seconds between two polls, about.
+        when : str
+            ``act``: new weights are taken before any action; ``episode``: only in `reset` and `restart`.
+        **options
+            `sample`, `seed` and `hop`, as in the class.
+
+        Raises
+        ------
+        FileNotFoundError
+            If nothing is published there.
+        DataError
+            If `every` or `when` is not allowed, or as in `load`.
+        """
+        from importlib import import_module
+
+        following = import_module("tiphys.pretrain.follow.following").Following(url, every=every, when=when)
+        policy = cls.load(following.folder, device, **options)
+        policy.following = following
+        following.start(policy)
+        return policy
 
     @classmethod
     def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0, hop: bool = True) -> Policy:
@@ -211,6 +248,8 @@ class Policy:
             return or no goal and gets one; if an option of `acting` is unknown or out of range, or a plan is longer than the
             window.
         """
+        if self.following is not None:
+            self.following.take(self)
         known = self.processor.tasks.get(task)
         fields = {f.name: f for f in known.fields} if known is not None else {}
         name = objective or self.processor.objective(task)
@@ -271,6 +310,8 @@ class Policy:
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
+        if self.following is not None:
+            self.following.take(self)
         asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
         self._instruct(instruction, [environment])
         for agent, row in enumerate(self._rows([environment])):
@@ -278,6 +319,12 @@ class Policy:
             self._steps[row] = 0
             if stream is not None:
                 self._streams[row] = stream * self._agents + agent
+
+    def forget(self) -> None:
+        """Forget what the model has computed of the histories so far. The next action reads them again, by other weights."""
+        if self.task:
+            self.history.forget()
+            self.recall = Recall(self.model, len(self._steps), self.processor.length)
 
     def act(
         self,
@@ -320,6 +367,8 @@ class Policy:
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments, text=text)[0]
+        if self.following is not None and self.following.when == "act":
+            self.following.take(self)
         chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")

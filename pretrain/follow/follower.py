@@ -16,6 +16,7 @@ from tiphys.pretrain.follow.chain import (
     CONFIG,
     LARGEST_MANIFEST,
     LARGEST_TEXT,
+    LATEST,
     PROCESSOR,
     File,
     FollowError,
@@ -91,19 +92,21 @@ class Follower:
             self._folder = None
 
     def fetch(self) -> Path:
-        """The newest policy as a folder for `Policy.load`, without code. The folder is temporary."""
-        self._version = self._pointer = ""
-        self._weights, self._about = None, {}
-        self.poll()
+        """The policy that `poll` gave last, or first the newest, as a folder for `Policy.load`: temporary, and without code.
+
+        The next `fetch` replaces the folder.
+        """
+        if self._weights is None:
+            self.poll()
         assert self._weights is not None
         folder, manifest = self._new_folder("policy"), self._manifest
         for name, file in manifest.texts.items():
             self._place.download(self._small(file), folder / name)
         whole = self._keyframe_files(manifest)
         got = [f for f in weight_files(self._work() / "keyframe") if f.name in whole]
-        if manifest.kind == "keyframe" and len(got) == len(whole):
-            for file in got:
-                file.rename(folder / file.name)
+        if manifest.kind == "keyframe" and got and len(got) == len(whole):
+            for path in got:
+                path.rename(folder / path.name)
         else:
             self._weights.save(folder, groups_of(folder))
         shutil.rmtree(self._work() / "keyframe", ignore_errors=True)
@@ -113,11 +116,16 @@ class Follower:
     def poll(self) -> Weights | None:
         """Newer weights, decoded and verified; None if there are none. Blocks while it reads."""
         for attempt in range(_TRIES):
-            found = self._place.pointer(self._version)
+            try:
+                found = self._place.pointer(self._version)
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{self.url}: nothing that can be followed is published there; it has no {LATEST}"
+                ) from None
             if found is None:
                 return None
             data, version = found
-            pointer = parse_pointer(data, f"{self.url}/latest.json")
+            pointer = parse_pointer(data, f"{self.url}/{LATEST}")
             if pointer.sha256 == self._pointer:
                 self._version, self.final = version, pointer.final
                 return None

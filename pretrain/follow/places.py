@@ -44,7 +44,11 @@ class StorePlace:
         self.url = self._store.url
 
     def pointer(self, version: str) -> tuple[bytes, str] | None:
-        return self._store.read_new(LATEST, version, LARGEST_POINTER)
+        found = self._store.read_new(LATEST, version, LARGEST_POINTER)
+        if found is not None:
+            fresh = Store(self.url)  # it knows no versions of objects, so one that was repaired is read
+            fresh.traffic, self._store = self._store.traffic, fresh
+        return found
 
     def read(self, path: str, limit: int) -> bytes:
         return self._store.read(path, limit)

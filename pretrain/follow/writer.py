@@ -11,7 +11,7 @@ import json
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,14 @@ def publish_to_store(source: Path, names: list[str], to: str, how: How, older: C
     except (OSError, DataError) as error:
         logger(__name__).warning("%s: old steps were not removed (%s)", to, error)
     return planned.folder
+
+
+def mark_final(to: str) -> None:
+    """Say at a place that nothing newer will come, if something was published there."""
+    store = Store(to)
+    before, version = _pointer(store, LATEST)
+    if before is not None and not before.final:
+        store.replace(LATEST, replace(before, final=True).to_bytes(), version)
 
 
 def plan(
