@@ -538,6 +538,7 @@ def _policy_commands(commands: Any) -> None:
         help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
     )
     p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
+    p.add_argument(
         "--follow",
         action="store_true",
         help="evaluate each step that a run publishes there, until it ends; --out gets a line of JSON for each",
