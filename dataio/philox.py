@@ -24,10 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 
 # Purposes keep streams apart: two different purposes never share a counter.
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
-FRAMES = 10  # episodes that statistics of relative actions are computed from
-# of flow matching; the slot is the position in the row, the attempt a block of four words, or the draw
-NOISE, TIME = 11, 12
 # HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
+FRAMES = 10  # episodes that statistics of relative actions are computed from
+# NOISE, TIME: of flow matching. The slot is the position in the row, the attempt a block of four words, or the draw
+NOISE, TIME = 11, 12
+AUGMENT = 13  # how the pictures of a window are changed; the attempt tells cameras apart
 SAMPLE = 32  # actions that a policy draws
 SAY = 33  # tokens of texts that a policy draws
 ACTING_NOISE = 34  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words

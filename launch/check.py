@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
-from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.model import (
+    average_errors,
+    batch_size_errors,
+    freeze_errors,
+    init_errors,
+    model_errors,
+    tokenizer_errors,
+)
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.checks.trackers import tracker_errors
 from tiphys.launch.submit import devices
@@ -53,8 +60,7 @@ def check(
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
-    errors += _located(config_errors(recipe, world), seen.where)
-    errors += _located(tracker_errors(recipe), seen.where)
+    errors += _located([*config_errors(recipe, world), *average_errors(recipe), *tracker_errors(recipe)], seen.where)
     if data:
         errors += _data(recipe, seen, environments, index)
     if errors:

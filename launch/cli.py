@@ -576,6 +576,13 @@ def _policy_commands(commands: Any) -> None:
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
     )
     p.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
+    )
+    p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
+    p.add_argument(
         "--follow",
         action="store_true",
         help="evaluate each step that a run publishes there, until it ends; --out gets a line of JSON for each",
@@ -583,13 +590,6 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
     )
-    p.add_argument(
-        "--server",
-        default="",
-        metavar="URL",
-        help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
-    )
-    p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
     p.set_defaults(command="evaluate")
 
     _serve_command(commands)

@@ -368,13 +368,14 @@ def loader_bench(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
+    from tiphys.dataio.episode import DataError
     from tiphys.launch.display import scores
     from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
     if args.follow and args.server:
-        raise ValueError("--follow evaluates each step on this machine; leave out --server")
+        raise DataError("--server does not go with --follow: each step is evaluated with its own weights")
     if args.follow:
         return _evaluate_steps(args)
     folder = local_policy(args.policy)
@@ -398,6 +399,28 @@ def evaluate(args: Namespace) -> int:
     )
     say(scores(found))
     return Status.DONE
+
+
+def serve(args: Namespace) -> int:
+    from tiphys.launch.serve import serve
+
+    return serve(
+        args.policy,
+        task=args.task,
+        renamed=args.renamed,
+        execute=args.execute,
+        host=args.host,
+        port=args.port,
+        api_key_file=args.api_key_file,
+        open=args.open,
+        sessions=args.sessions,
+        batch=args.batch,
+        wait=args.wait,
+        sample=args.sample,
+        seed=args.seed,
+        device=args.device,
+        follow=args.follow,
+    )
 
 
 def _evaluate_steps(args: Namespace) -> int:
@@ -424,28 +447,6 @@ def _evaluate_steps(args: Namespace) -> int:
     for one in found:
         say(f"step {one['step']}\n{scores(one)}")
     return Status.DONE
-
-
-def serve(args: Namespace) -> int:
-    from tiphys.launch.serve import serve
-
-    return serve(
-        args.policy,
-        task=args.task,
-        renamed=args.renamed,
-        execute=args.execute,
-        host=args.host,
-        port=args.port,
-        api_key_file=args.api_key_file,
-        open=args.open,
-        sessions=args.sessions,
-        batch=args.batch,
-        wait=args.wait,
-        sample=args.sample,
-        seed=args.seed,
-        device=args.device,
-        follow=args.follow,
-    )
 
 
 def label(args: Namespace) -> int:

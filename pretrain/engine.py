@@ -20,7 +20,14 @@ import torch
 
 from tiphys.pretrain.action_error import COLUMNS, NativeErrors, action_errors
 from tiphys.pretrain.distributed.deepspeed_config import derive
-from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
+from tiphys.pretrain.distributed.deepspeed_state import (
+    Address,
+    advance_average,
+    forget_groups,
+    gradient_norm,
+    keep_average,
+    learning_rate,
+)
 from tiphys.pretrain.distributed.layout_errors import expert_errors
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
@@ -198,6 +205,9 @@ class Engine:
         if recipe.train.compile:
             self.deepspeed.compile()
         self.module: torch.nn.Module = self.deepspeed.module
+        self._decay = recipe.train.ema.decay
+        if self._decay:
+            keep_average(self.deepspeed)
         self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
         self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
@@ -240,7 +250,10 @@ class Engine:
         totals = self._totals()
         self.module.train()
         self._exchanges.take()  # drop what an evaluation measured
+        before = self.step
         norm = self._train(batch, counts, totals)
+        if self._decay:
+            advance_average(self.deepspeed, min(self._decay, (1 + before) / (10 + before)))
         measured = [*self._passes(), self._exchanges.take()[0], float(peak_memory(self.world.device))]
         totals["ranks"][self.world.rank] = torch.tensor(measured, dtype=torch.float64)
         self._finish_experts(totals)

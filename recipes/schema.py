@@ -132,6 +132,21 @@ class Relative:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """How pictures are changed at random in training, all of a window and camera alike; never in validation or acting."""
+
+    crop: float = key(
+        1.0, "Share of each side that is cut out at a random place and enlarged again; 1: all", low=0.1, high=1
+    )
+    rotate: float = key(
+        0.0, "Most degrees by which pictures are rotated, to either side", unit="degrees", low=0, high=180
+    )
+    brightness: float = key(0.0, "Largest change of the factor of the brightness", low=0, high=1)
+    contrast: float = key(0.0, "Largest change of the factor of the contrast", low=0, high=1)
+    saturation: float = key(0.0, "Largest change of the factor of the saturation", low=0, high=1)
+
+
+@dataclass(frozen=True)
 class Flow:
     """The head that draws chunks of actions by flow matching, with `head: flow`."""
 
@@ -157,6 +172,7 @@ class FieldTokens:
     crop: int = key(
         0, "Images: height and width of a centre crop before resizing; 0: none", unit="pixels", low=0, high=8192
     )
+    augment: Augment = key(Augment, "Images: how they are changed at random in training")
     stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1, high=POSITIONS)
     chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1, high=2**16)
     relative: Relative = key(Relative, "Actions: count them from the state of the observed step")
@@ -338,6 +354,18 @@ class Parallel:
 
 
 @dataclass(frozen=True)
+class Average:
+    """A moving average of the weights, beside those that are trained."""
+
+    decay: float = key(
+        0.0,
+        "Share of the average that each step keeps, at most (1 + step) / (10 + step); 0: no average",
+        low=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True)
 class Train:
     """How long to train."""
 
@@ -359,6 +387,7 @@ class Train:
         high=1000,
         resume=True,
     )
+    ema: Average = key(Average, "A moving average of the weights, in fp32, that policies are made from")
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
@@ -527,6 +556,12 @@ class Publish:
         "bf16",
         "Type of the policy's weights; training keeps fp32 masters beside them",
         choices=("bf16", "fp32"),
+        resume=True,
+    )
+    weights: str = key(
+        "auto",
+        "Weights of the policy: their moving average (`train.ema`), or those of the last step; auto: the average if there is one",
+        choices=("auto", "ema", "raw"),
         resume=True,
     )
     keep: str = key(

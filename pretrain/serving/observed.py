@@ -46,10 +46,11 @@ class Needed:
         if task not in processor.layouts.get(name, {}):
             raise DataError(f"task {task!r} was not trained with an objective {name!r}")
         layout = processor.layouts[name][task]
-        seen = [e.field for e in layout.elements if e.role == "observation"]
+        spec, used = processor.tasks[task], processor.used_fields(task, name)
+        seen = [f.name for f in spec.with_role("observation") if f.name in used]
+        seen += [e.field for e in layout.elements if e.role == "observation"]
         masks = [e.available for e in layout.elements if e.available]
         texts = (*layout.preamble, *(e.field for e in layout.elements if e.role == "text"))
-        spec = processor.tasks[task]
         return cls(task, name, {n: spec.field(n) for n in dict.fromkeys([*seen, *masks])}, texts)
 
     def shapes(self) -> dict[str, dict[str, Any]]:

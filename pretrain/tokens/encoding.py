@@ -388,11 +388,42 @@ class Encoding:
         elements = []
         for field in fields:
             codec = self.observation(field, part)
+            augment = self.augment(field, codec)
             stride = max(1, self.tokens(field).stride)
             elements.append(
-                Element("observation", field.name, codec, codec.tokens, stride=stride, constant=field.per == "episode")
+                Element(
+                    "observation",
+                    field.name,
+                    codec,
+                    codec.tokens,
+                    stride=stride,
+                    constant=field.per == "episode",
+                    augment=augment,
+                )
             )
         return elements
+
+    def augment(self, field: FieldSpec, codec: Codec) -> dict[str, float]:
+        """How a picture is changed in training; empty: not. Raises DataError if it cannot be."""
+        given = self.tokens(field).augment
+        plain = type(given)()
+        changed = {n: float(v) for n, v in vars(given).items() if v != getattr(plain, n)}
+        if not changed:
+            return {}
+        if not isinstance(codec, Patches):
+            if field.name in self.objective.fields:
+                raise DataError(f"{self.where(field)}: `augment` is for images, and this field is not encoded as one")
+            return {}  # a pattern may match other fields too
+        if field.dtype != "uint8" or (codec.black, codec.white) != (0.0, 255.0):
+            raise DataError(
+                f"{self.where(field)}: `augment` is for images of uint8 from 0 to 255, not of {field.dtype} from "
+                f"{codec.black:g} to {codec.white:g}; leave it out for this field"
+            )
+        if "saturation" in changed and codec.size[2] != 3:
+            raise DataError(
+                f"{self.where(field)}: `augment.saturation` needs 3 channels, not {codec.size[2]}; leave it out"
+            )
+        return changed
 
     def actions(self, part: Part) -> list[Element]:
         codecs = [(field, self.action(field, part)) for field in self.shown("action")]

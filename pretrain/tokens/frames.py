@@ -62,8 +62,8 @@ def frame_of(task: TaskSpec, field: FieldSpec, relative: Relative) -> Frame | No
     entries, numbers = (int(np.prod(f.shape, dtype=np.int64)) for f in (field, state))
     if len(relative.columns) != entries:
         raise DataError(
-            f"{where}: `columns` has {len(relative.columns)} entries, but the action has {entries}; give each entry of the "
-            f"action its column of {relative.to!r}, or null if it stays absolute"
+            f"{where}: `columns` has {len(relative.columns)} entries, but the action has {entries}; give each entry its column "
+            f"of {relative.to!r}, or null if it stays absolute"
         )
     columns = []
     for i, column in enumerate(relative.columns):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
+from tiphys.pretrain.tokens.augment import augmented, draws
 from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Chunks, Embedded, Pairs, Regression, TokenBatch
 from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches
 from tiphys.pretrain.tokens.flow import drawn
@@ -25,6 +26,7 @@ from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 __all__ = ["Layouts", "Placed", "assemble", "placements"]
 
+Keys = tuple[int, int, np.ndarray, np.ndarray]  # seed, step, and of each window of a group its row and its slot
 _READABLE = {"to_go": "return-to-go"}
 FACTORS = (
     "observation",
@@ -93,12 +95,12 @@ def assemble(
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
     draft.lay_windows(pieces, size, start, row_of)
     for group, key in zip(groups, keys, strict=True):
-        draft.lay(group, start[group.number], _concealed(group, key))
+        draft.lay(group, start[group.number], _concealed(group, key), key if training else None)
     draft.pair(groups, of, row_of, start + size - 1)
     return draft.finish(step, seed, training)
 
 
-def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np.ndarray]) -> None:
+def _swap(group: Group, row_of: np.ndarray, keys: Keys) -> None:
     """Lets windows of a group show each other's texts, if their layout says so."""
     if not group.layout.swap:
         return
@@ -106,6 +108,15 @@ def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np
     given = swaps(texts, row_of, group.layout.swap, keys)
     group.heads = [group.heads[i] for i in given.tolist()]
     group.swapped = given != np.arange(len(given))
+
+
+def _augmented(group: Group, element: Element, pictures: np.ndarray, keys: Keys) -> np.ndarray:
+    """The pictures of an element, those of a window changed alike. A prompt and its window are changed apart."""
+    camera, out = group.layout.elements.index(element), np.empty_like(pictures)
+    chance = draws(*keys, camera)
+    for number, (first, steps) in enumerate(zip(group.first.tolist(), group.steps.tolist(), strict=True)):
+        out[first : first + steps] = augmented(pictures[first : first + steps], element.augment, chance[number])
+    return out
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class _Concealed:
     learnt: Mapping[str, np.ndarray]
 
 
-def _concealed(group: Group, keys: tuple[int, int, np.ndarray, np.ndarray]) -> _Concealed:
+def _concealed(group: Group, keys: Keys) -> _Concealed:
     """What the windows of a group hide: what they say themselves (while acting), else what the layout's schemes draw."""
     layout, parts = group.layout, group.layout.parts
     if any(w.hidden for w in group.windows):
@@ -220,14 +231,14 @@ class _Draft:
         dense["causal"][cell] = np.repeat(causal, size)
         self.prompt[cell] = np.repeat(prompt, size)
 
-    def lay(self, group: Group, start: np.ndarray, concealed: _Concealed) -> None:
-        """Everything of a group's windows, which start at cells `start` [G]."""
+    def lay(self, group: Group, start: np.ndarray, concealed: _Concealed, keys: Keys | None) -> None:
+        """Everything of a group's windows, which start at cells `start` [G]. `keys`: what pictures are changed by; None: not."""
         layout = group.layout
         body = start + group.head_size()
         tail = body + group.body_size()
         self._lay_head(group, start)
         if layout.width and group.steps.any():
-            self._lay_body(group, group.cells(body, self.cells), concealed)
+            self._lay_body(group, group.cells(body, self.cells), concealed, keys)
         self._lay_tail(group, tail)
 
     def pair(self, groups: Sequence[Group], of: np.ndarray, row_of: np.ndarray, last: np.ndarray) -> None:
@@ -256,7 +267,7 @@ class _Draft:
             np.array([weight[n] for n in numbers.tolist()], np.float32),
         )
 
-    def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed) -> None:
+    def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed, keys: Keys | None) -> None:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
         layout = group.layout
         self._lay_frame(group, cell)
@@ -274,7 +285,7 @@ class _Draft:
             elif element.role == "separator":
                 self.dense["tokens"][at] = self.vocabulary.separator
             else:
-                self._lay_values(group, element, at, hidden, learnt)
+                self._lay_values(group, element, at, hidden, learnt, keys)
             if element.predicted and not element.head:
                 if element.available:
                     self._restrict(group, element, at[:, 0], np.broadcast_to(learnt, len(at)))
@@ -348,14 +359,23 @@ class _Draft:
         return cell
 
     def _lay_values(
-        self, group: Group, element: Element, at: np.ndarray, hidden: np.ndarray, learnt: np.ndarray
+        self,
+        group: Group,
+        element: Element,
+        at: np.ndarray,
+        hidden: np.ndarray,
+        learnt: np.ndarray,
+        keys: Keys | None,
     ) -> None:
         """The values of an element in the cells `at` [N, size]. A value that is `hidden` [N] is not in the batch."""
         codec = element.codec
         assert codec is not None
         try:
-            if isinstance(codec, Patches) and codec.varies:
-                encoded = to_patches(group.pictures(element.field, codec, element.constant))
+            if isinstance(codec, Patches) and (codec.varies or (element.augment and keys is not None)):
+                pictures = group.pictures(element.field, codec, element.constant)
+                if element.augment and keys is not None:
+                    pictures = _augmented(group, element, pictures, keys)
+                encoded = to_patches(pictures)
             else:
                 raw = self._chunks(group, element, at, learnt) if isinstance(codec, Chunk) else group.values(element)
                 if element.rule and not np.isfinite(raw).all():  # a codec would clamp an infinity

@@ -64,6 +64,7 @@ _OPTIONAL: dict[str, Any] = {
     "available": "",
     "to": "",
     "columns": (),
+    "augment": {},
 }  # keys of an element that processor.json may lack
 
 
@@ -86,6 +87,7 @@ class Element:
     available  for an action: the field that tells, for each of its values, whether it can be taken; empty: all can
     to         for an action: the field of the observed step that it is counted from; empty: it is absolute
     columns    with `to`: what of it is subtracted from each entry of the action (`frames.Frame`)
+    augment    for an image: how it is changed at random in training (`augment.augmented`)
     """
 
     role: str
@@ -103,6 +105,7 @@ class Element:
     available: str = ""
     to: str = ""
     columns: tuple[int, ...] = ()
+    augment: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def frame(self) -> Frame | None:

@@ -85,7 +85,7 @@ FREE = """
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
     track.to track.project track.name
-    publish.dtype publish.to publish.every publish.keep publish.rate publish.grace publish.private publish.license
+    publish.dtype publish.weights publish.to publish.every publish.keep publish.rate publish.grace publish.private publish.license
 """.split()
 
 

@@ -36,9 +36,9 @@ def error(answer: Acted | Exception) -> str:
 
 
 @pytest.mark.parametrize("sample", [False, True])
-@pytest.mark.parametrize("scheme", ["compact", "gato"])
-def test_an_answer_does_not_depend_on_company(sample: bool, scheme: str) -> None:
-    of = served(settings=Settings(sessions=4, sample=sample), sample=sample, scheme=scheme)
+@pytest.mark.parametrize("options", [{}, {"scheme": "gato"}, {"horizon": 5, "chunk": 2, "head": "flow"}], ids=str)
+def test_an_answer_does_not_depend_on_company(sample: bool, options: dict[str, Any]) -> None:
+    of = served(settings=Settings(sessions=4, sample=sample), sample=sample, **options)
     together, alone = Sessions(lambda: of), Sessions(lambda: of)
     for number in range(3):
         one, many = Session(Wish(stream=number)), [Session(Wish(stream=i)) for i in range(3)]
@@ -139,8 +139,9 @@ def test_a_refused_request_leaves_its_session_and_the_others_as_they_were() -> N
     assert (histories(one), histories(two)) == (3, 2)
 
 
-def test_the_executed_actions_are_counted() -> None:
-    of = served(fields=CHUNKS, settings=Settings(sessions=2, execute=3))
+@pytest.mark.parametrize("options", [{"fields": CHUNKS}, {"horizon": 5, "chunk": 3, "head": "l1"}], ids=str)
+def test_the_executed_actions_are_counted(options: dict[str, Any]) -> None:
+    of = served(settings=Settings(sessions=2, execute=3), **options)
     sessions, session = Sessions(lambda: of), Session()
     answer = table(sessions.act([observed(session, STEPS[0, 0])])[0])
     assert (answer.shape, of.metadata["horizon"], of.metadata["execute"]) == ((3, 2), 3, 3)
@@ -151,7 +152,7 @@ def test_the_executed_actions_are_counted() -> None:
     np.testing.assert_allclose(np.stack([a["action"] for a in recorded[:3]]), answer, atol=1e-6)
     assert len(recorded) == 6
     with pytest.raises(DataError, match=r"--execute 2: task 'arm'.*exactly 3 actions"):
-        Served(policy(fields=CHUNKS), Settings(execute=2))
+        Served(policy(**options), Settings(execute=2))
 
 
 def test_a_return_is_asked_for_and_rewards_lower_it() -> None:
