@@ -157,7 +157,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.launch.checks.data import data_errors, pairing_errors, requirement_errors, reward_errors, target_errors
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan, validation_rows
+    from tiphys.launch.plan import balance_of, make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
     indexes = []
@@ -187,6 +187,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     if wrong:
         return
     try:
+        balance_of(recipe, objectives)
         plan = make_plan(recipe, indexes, objectives)
         yield from pairing_errors(recipe, objectives, plan, seen.where)
         if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
