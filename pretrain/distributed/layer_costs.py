@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
-from tiphys.pretrain.model.heads import Head
-from tiphys.pretrain.model.heads import SUMS
+from tiphys.pretrain.model.heads import SUMS, Head
 from tiphys.pretrain.model.inputs import Inputs, scalars, to_tensors
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers

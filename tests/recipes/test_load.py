@@ -187,7 +187,11 @@ def test_a_loss_weight_is_a_number_or_auto(tmp_path, text, value):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("blue", "'blue' is not allowed; allowed: a number"), ("-1", "out of range"), ("true", "must be a number or auto")],
+    [
+        ("blue", "'blue' is not allowed; allowed: a number"),
+        ("-1", "out of range"),
+        ("true", "must be a number or auto"),
+    ],
 )
 def test_a_loss_weight_that_is_neither_is_refused(tmp_path, text, words):
     with pytest.raises(RecipeError, match=words):
