@@ -25,7 +25,7 @@ def published(model: nn.Module) -> Weights:
 
 
 def trained(rate: float, gaps: list[int], warm: int = 40, hidden: int = 128) -> dict[int, tuple[Weights, Weights]]:
-    """Gap -> weights of a small Transformer before and after so many steps of AdamW (decay .1), on sequences that can be learned."""
+    """Gap -> weights of a small Transformer before and after so many steps of AdamW (decay .1) on learnable sequences."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Embedding(256, hidden), nn.TransformerEncoder(layer, 2), nn.Linear(hidden, 256))

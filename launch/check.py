@@ -180,7 +180,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
         target_errors,
     )
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan, validation_rows
+    from tiphys.launch.plan import balance_of, make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
     indexes, waiting = [], False
@@ -216,6 +216,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     if wrong:
         return
     try:
+        balance_of(recipe, objectives)
         plan = make_plan(recipe, indexes, objectives)
         yield from pairing_errors(recipe, objectives, plan, seen.where)
         if recipe.data.validation and any(one.held_out(recipe.data.validation).any() for one in indexes):

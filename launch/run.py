@@ -23,6 +23,7 @@ from tiphys.launch.lease import FolderInUse
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
     Joining,
+    balance_of,
     held_out_batches,
     loader_arguments,
     make_plan,
@@ -165,6 +166,7 @@ def _train(
     attendance.times.add("data")
     model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
+    engine.balance = balance_of(recipe, objectives)
     attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)

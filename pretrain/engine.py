@@ -39,6 +39,7 @@ from tiphys.pretrain.phases import mark
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
+    from tiphys.pretrain.balance import Balance
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.recipes.schema import Recipe
@@ -52,6 +53,8 @@ class StepResult:
     auxiliary        balance loss plus z-loss of the routers
     gradient_norm    norm of the whole gradient, before clipping
     loss_by_task     number of a task -> (sum of the losses, without their weights; number of targets)
+    gradient_by_line name of a mixture line -> its share of Σ weight · loss
+    loss_weights     name of a mixture line whose weight is chosen -> its weight at the next step
     task_counts      [MoE layers, tasks, experts]: tokens routed to each expert
     memory           peak memory so far on the rank that needed most, in bytes (of its device, or resident on a CPU)
     all_to_all       seconds for sending tokens to experts and back, including waits; mean over the ranks; None without
@@ -71,6 +74,8 @@ class StepResult:
     targets: int
     flops: float
     loss_by_task: dict[int, tuple[float, int]] = field(default_factory=dict)
+    gradient_by_line: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
     task_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     memory: int = 0
     all_to_all: float | None = None
@@ -183,6 +188,7 @@ class Engine:
         accelerator = get_accelerator().device_name()
         sizes = derive(recipe, world, accelerator=accelerator)
         self.world, self.seed = world, recipe.train.seed
+        self.balance: Balance | None = None  # of the mixture's lines
         self.native: NativeErrors | None = None  # what `evaluate` also measures
         self.text_sizes = np.zeros(0, np.int64)  # bytes of each id of the text tokenizer, which `evaluate` counts
         self.config = cast("DecisionConfig", model.config)
@@ -251,7 +257,7 @@ class Engine:
         self.module.train()
         self._exchanges.take()  # drop what an evaluation measured
         before = self.step
-        norm = self._train(batch, counts, totals)
+        norm = self._train(batch if self.balance is None else self.balance.weighted(batch), counts, totals)
         if self._decay:
             advance_average(self.deepspeed, min(self._decay, (1 + before) / (10 + before)))
         measured = [*self._passes(), self._exchanges.take()[0], float(peak_memory(self.world.device))]
@@ -415,7 +421,10 @@ class Engine:
 
     def _result(self, counts: Counts, totals: dict[str, np.ndarray], norm: float, rate: float) -> StepResult:
         passes, whole, exchanges, memory = totals["ranks"].T
-        stages, more = self.world.pipeline, {}
+        stages, more = self.world.pipeline, dict[str, Any]()
+        if self.balance is not None:
+            more["gradient_by_line"] = self.balance.observe(self.step, totals["by_task"][:, 0])
+            more["loss_weights"] = self.balance.chosen()
         if stages > 1:
             more["bubble"] = float(1 - passes.mean() / max(whole.max(), 1e-9))
             more["bubble_bound"] = (stages - 1) / (self.accumulation + stages - 1)

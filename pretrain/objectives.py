@@ -165,7 +165,8 @@ class Objectives:
                     superset,
                     partial(framed, task.name),
                 )
-                by_task[number[task.name]] = encoding.layout(number[task.name], entry.settings.loss_weight)
+                weight = _fixed_weight(entry.settings.loss_weight)
+                by_task[number[task.name]] = encoding.layout(number[task.name], weight)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
@@ -485,6 +486,11 @@ def _stored_acting(entry: _MixtureEntry) -> dict[str, Any]:
     rule, options = entry.paradigm.acting
     given = {name: value for name, value in entry.objective.options.items() if name in options}
     return {} if rule in ("next", "ask") else {"acting": [rule, {**options, **given}]}
+
+
+def _fixed_weight(weight: float | str) -> float:
+    """The loss weight that targets have in a batch. One that is chosen (`auto`) is multiplied in while training."""
+    return 1.0 if isinstance(weight, str) else weight
 
 
 def _stored_target(entry: _MixtureEntry) -> float | str:

@@ -49,7 +49,13 @@ class Entry:
     top_of: str = key(
         "episodes", "What `top` is a share of; %BC counts steps (Chen et al. 2021)", choices=("episodes", "steps")
     )
-    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0, high=1e6)
+    loss_weight: float | str = key(
+        1.0,
+        "Factor on the loss of this entry's target tokens; `auto`: so that its share of the gradient is that of its `weight`",
+        low=0,
+        high=1e6,
+        words=("auto",),
+    )
 
 
 @dataclass(frozen=True)

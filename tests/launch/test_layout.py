@@ -86,7 +86,7 @@ def test_open_keys_are_valid_until_they_are_filled() -> None:
 
 
 def test_auto_without_the_switch_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="parallel.pipeline"):
+    with pytest.raises(RecipeError, match=r"parallel\.pipeline"):
         load_recipe("bc", ["parallel.pipeline=auto"])
 
 
