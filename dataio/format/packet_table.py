@@ -196,6 +196,8 @@ def check(table: PacketTable, loaded: Mapping[str, np.ndarray], shard_sizes: np.
     for part in ("shard", "stream"):
         if len(getattr(table, part)) != episodes:
             raise DataError(f"{name}: it does not have one {part} for each of {episodes} episodes")
+    _require(table.shard < len(shard_sizes), f"{name}, episode", "there is no such shard")
+    _require(table.stream < len(table.stream_first) - 1, f"{name}, episode", "there is no such stream")
     count = np.diff(table.first)
     owner = np.repeat(np.arange(episodes), count)
     shard = np.where(table.shard >= 0, table.shard, loaded["shard"])

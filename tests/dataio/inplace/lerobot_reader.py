@@ -1,4 +1,4 @@
-"""Run by a Python that has `lerobot`: writes a dataset of two cameras with several videos each, and reads all of it by the map reader.
+"""Run by a Python with `lerobot`: writes a dataset of two cameras with several videos each, and reads it by the map reader.
 
 python lerobot_reader.py FOLDER OUT.npz
 """

@@ -1,4 +1,7 @@
-"""Windows equal what LeRobot's own map reader gives. Needs a Python with `lerobot` and torchvision, named by TIPHYS_LEROBOT_PYTHON."""
+"""Episodes equal what LeRobot's own map reader gives.
+
+TIPHYS_LEROBOT_PYTHON names a Python with `lerobot` and torchvision; without it, nothing is tested.
+"""
 
 from __future__ import annotations
 
