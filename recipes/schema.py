@@ -49,7 +49,13 @@ class Entry:
     top_of: str = key(
         "episodes", "What `top` is a share of; %BC counts steps (Chen et al. 2021)", choices=("episodes", "steps")
     )
-    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0, high=1e6)
+    loss_weight: float | str = key(
+        1.0,
+        "Factor on the loss of this entry's target tokens; `auto`: so that its share of the gradient is that of its `weight`",
+        low=0,
+        high=1e6,
+        words=("auto",),
+    )
 
 
 @dataclass(frozen=True)
@@ -344,6 +350,12 @@ class Parallel:
     )
     measure: bool = key(
         True, "Cut the pipeline by the measured time of each layer; false: by its number of operations", resume=True
+    )
+    auto: bool = key(
+        False,
+        "Choose the keys that are set to `auto`: `parallel.pipeline`, `parallel.expert`, `model.checkpointing`, the micro-batch "
+        "and the ZeRO stage of `deepspeed` (docs/layout.md)",
+        resume=True,
     )
 
 

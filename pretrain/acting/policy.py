@@ -14,14 +14,16 @@ from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
+from tiphys.dataio.stored import number as within
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
+from tiphys.pretrain.acting.say import Writer, can_say
 from tiphys.pretrain.acting.slots import Acting
-from tiphys.pretrain.tokens.timestep import CAUSAL
+from tiphys.pretrain.tokens.timestep import CAUSAL, TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -376,15 +378,22 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        seen = [o for team in given for o in self._members(team)]
-        planned = np.array([self.history.plans(row) for row in rows], bool)
-        parts = [
-            act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
-            for act, some in ((self._decide, np.flatnonzero(~planned)), (self.history.follow, np.flatnonzero(planned)))
-            if len(some)
-        ]
-        order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
-        fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        try:
+            seen = [o for team in given for o in self._members(team)]
+            planned = np.array([self.history.plans(row) for row in rows], bool)
+            parts = [
+                act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
+                for act, some in (
+                    (self._decide, np.flatnonzero(~planned)),
+                    (self.history.follow, np.flatnonzero(planned)),
+                )
+                if len(some)
+            ]
+            order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
+            fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
@@ -411,12 +420,8 @@ class Policy:
     ) -> dict[str, np.ndarray]:
         """The actions that the model chooses for these rows of the history, fields [R, *shape]."""
         new = self.hop and self.history.layout.mask == CAUSAL
-        try:
-            acting = self.history.observe(observations, rewards, rows, new=new)
-            answers, read = self._answer(acting, rows)
-        except Exception:
-            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
-            raise
+        acting = self.history.observe(observations, rewards, rows, new=new)
+        answers, read = self._answer(acting, rows)
         fields = self.history.decode(answers, rows)
         self.history.acted(fields, rows, acting, read)
         return fields
@@ -478,6 +483,89 @@ class Policy:
         fields = {f.name: f for f in self.processor.tasks[task].fields}
         given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
         return fits(self.model, self.processor, layout, given, texts)
+
+    def say(
+        self,
+        prompt: str | Sequence[str],
+        observation: Any = None,
+        *,
+        task: str = "",
+        objective: str = "",
+        tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Any:
+        """Continue a text, or several together, if the policy has learned texts (documents or captions).
+
+        Parameters
+        ----------
+        prompt : str or sequence of str
+            How each text begins. Captions may begin with "".
+        observation : observation or list of observations, optional
+            The picture (or what else) that a caption is about, as for `act`; one for each prompt.
+        task : str
+            The task whose texts are meant; "": the first that was learned from documents, or with an observation from captions.
+        objective : str
+            The objective that taught it; "": the first that did.
+        tokens : int
+            Most tokens of an answer. It ends earlier where the text does.
+        temperature : float
+            The logits are divided by it before a token is drawn; 0: the most probable token is taken.
+        top_p : float
+            Only the most probable tokens are drawn, which together have at least this probability.
+
+        Returns
+        -------
+        str or list of str
+            What follows each prompt. It depends on the policy's seed, the text's number and the prompt.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If no task (or not this one) taught texts, the prompt of a document is empty, `tokens`, `temperature` or `top_p` is
+            out of range, or an observation lacks a field.
+        """
+        within(tokens, "say, tokens", 1, 1 << 24)
+        within(temperature, "say, temperature", 0, 1e6)
+        within(top_p, "say, top_p", 1e-9, 1)
+        many = not isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        layout = self._texts_layout(task, objective, observation is not None)
+        fields = {f.name: f for f in self.processor.tasks[layout.task].fields}
+        seen = observation if many and observation is not None else [observation] * len(prompts)
+        if len(seen) != len(prompts):
+            raise ValueError(f"{len(seen)} observations for {len(prompts)} prompts; give one for each")
+        about = [{} if layout.document else given_fields(one, fields)[0] for one in seen]
+        writer = Writer(self.model, self.processor, layout, prompts, about)
+        said = writer.write(tokens, temperature, top_p, self.seed)
+        return said if many else said[0]
+
+    def _texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
+        """The layout of the texts that are meant. `seen`: an observation is given."""
+        known = self.processor.layouts
+        if (objective and objective not in known) or (task and task not in self.processor.tasks):
+            raise KeyError(
+                f"the policy was not trained on task {task!r} with objective {objective!r}; it has tasks "
+                f"{', '.join(self.processor.tasks)} and objectives {', '.join(known)}"
+            )
+        layouts = [
+            layout
+            for name, by_task in known.items()
+            for layout in by_task.values()
+            if can_say(layout) and objective in ("", name) and task in ("", layout.task)
+        ]
+        fitting = [layout for layout in layouts if layout.document != seen]
+        if not layouts:
+            of = f"task {task!r}" if task else "no task"
+            raise DataError(f"{of} of this policy taught texts; documents and captions do, with paradigm gato")
+        if not fitting:
+            need = "takes no observation" if seen else "needs the observation that the text is about"
+            raise DataError(f"task {layouts[0].task!r} {need}")
+        return fitting[0]
 
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""

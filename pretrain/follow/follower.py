@@ -160,10 +160,9 @@ class Follower:
                     return self._applied(self._weights, steps)
             except (FileNotFoundError, DataError) as error:
                 logger(__name__).warning("%s; the keyframe is taken instead", error)
-        *first, _ = [*self._chain(manifest), manifest]
-        start = first[0] if first else manifest
+        start, *rest = [manifest] if manifest.kind == "keyframe" else [*self._chain(manifest), manifest]
         try:
-            return self._applied(self._keyframe(start), [*first[1:], manifest] if first else [])
+            return self._applied(self._keyframe(start), rest)
         except DataError as error:
             raise FollowError(
                 f"{self.url}: step {manifest.step} cannot be verified: {error}; publish it again"

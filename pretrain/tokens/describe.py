@@ -11,6 +11,7 @@ import numpy as np
 from tiphys.dataio.episode import Window
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
 from tiphys.pretrain.tokens.codecs import Chunk, Codec, Patches
+from tiphys.pretrain.tokens.frames import chunks
 from tiphys.pretrain.tokens.images import PATCH
 from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
 from tiphys.pretrain.tokens.text import TextTokenizer
@@ -143,6 +144,9 @@ class _Reader:
         part = self.batch.embedded[codec.embedder]
         first, last = np.searchsorted(part.index, (one.first, one.first + one.size))
         decoded = codec.decode(part.value[first:last][None])[0]
+        if isinstance(codec, Chunk) and one.step is not None:
+            valid = np.asarray(self.windows[one.window].valid, bool)
+            decoded = decoded[: chunks(np.zeros((len(valid), 1)), valid, np.array([one.step]), codec.steps)[1][0]]
         if isinstance(codec, Patches):
             return f"{one.size} {'patch' if one.size == 1 else 'patches'} of {PATCH}×{PATCH}", decoded
         return self.framed(one, decoded), None
@@ -175,14 +179,14 @@ class _Reader:
                 assert element is not None
                 words.append(_numbers(_codec(element.codec).decode(part.value[i][None, None])[0]))
                 weight = float(part.weight[i])
-        for chunks in self.batch.chunks.values():
-            for i in np.flatnonzero((chunks.index >= one.first) & (chunks.index < one.first + one.size)).tolist():
-                placed = self.at[int(chunks.index[i]) + int(self.shift[chunks.index[i]])]
+        for found in self.batch.chunks.values():
+            for i in np.flatnonzero((found.index >= one.first) & (found.index < one.first + one.size)).tolist():
+                placed = self.at[int(found.index[i]) + int(self.shift[found.index[i]])]
                 codec = _codec(placed.element.codec if placed.element else None)
                 assert placed.element is not None
-                found = codec.decode(chunks.value[i][None, None])[0][: int(chunks.count[i])]
-                words.append(self.framed(placed, found))
-                weight = float(chunks.weight[i])
+                actions = codec.decode(found.value[i][None, None])[0][: int(found.count[i])]
+                words.append(self.framed(placed, actions))
+                weight = float(found.weight[i])
         return " ".join(words), weight
 
     def words(self, ids: np.ndarray, one: Placed, offsets: Sequence[int]) -> str:

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.dataio.convert.convert_sources import lerobot_v2
 from tests.launch.small_recipe import GOLDEN, small_recipe
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch import cli, quickstart, supervise
 from tiphys.launch.check import check
@@ -49,6 +51,8 @@ train small.yaml --on slurm --nodes 2 --processes 1 --slurm "--partition=gpu --m
 submit small.yaml --nodes 1 --processes 2 --slurm "--time=1:00:00 --mem=8G" --dry-run
 check small.yaml train.steps=5 --world 2
 check small.yaml --no-data
+layout small.yaml train.steps=3 --gpus 2 --memory 4GiB --device cpu --json
+layout small.yaml --memory 4GiB --calibrate
 mixture run show
 mixture run set 0=0.5 --at 7
 mixture run add grid=0.25 --like 0
@@ -70,7 +74,11 @@ inspect cart --json
 inspect grid --episode 0
 inspect pictures --episode 0 --picture frames.png
 verify cart --repair
+verify robot --full
 index tars
+index tars tars-index
+index robot robot-index --crc --tolerance 0.02 --skip-bad
+check raw.yaml
 dataset merge all cart grid
 dataset append all pendulum pictures
 dataset split all most rest --share 0.5
@@ -79,6 +87,7 @@ dataset filter grid done --success
 dataset lengths small.yaml train.steps=3
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
+say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
@@ -91,6 +100,9 @@ serve policy --host 0.0.0.0 --port 0 --api-key-file key
 publish policy published --public
 evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --every 1
 """
+
+
+BOOK = TaskSpec("book", (FieldSpec("text", "text", "text", "str", per="episode"),))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "small.yaml").write_text(small_recipe("cart"))
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
     (place / "key").write_text("secret\n")
+    acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
     (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))
@@ -121,6 +134,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(place / "source" / "a.npz", action=np.zeros((4, 1), np.float32), observation=observations)
     (place / "map.yaml").write_text("task: drive\n")
     pictures(place / "pictures")
+    lerobot_v2(place / "robot")
+    index_lerobot(str(place / "robot"), str(place / "robot.tiphys"))
+    lerobot_v2(place / "raw")
+    (place / "raw.yaml").write_text(small_recipe("raw"))
     images(place / "tars")
     return place
 

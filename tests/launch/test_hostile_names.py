@@ -123,6 +123,7 @@ LINES = [
     "report run",
     "checkpoint list run",
     "label data data labelled",
+    "say data word",
     "submit r.yaml --dry-run",
     "--traceback inspect broken/none",
 ]
