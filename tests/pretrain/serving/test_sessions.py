@@ -171,7 +171,9 @@ def test_ended_sessions_free_their_places() -> None:
     sessions = Sessions(lambda: of)
     for _ in range(5):
         two = [Session(), Session()]
-        assert len({id(table(a)) for a in sessions.act([observed(s, STEPS[0, 0]) for s in two])}) == 2
+        for answer in sessions.act([observed(session, STEPS[0, 0]) for session in two]):
+            table(answer)
+        assert {session.row for session in two} == {0, 1}
         for session in two:
             sessions.end(session)
     assert not of._histories
