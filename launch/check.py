@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
-from tiphys.launch.checks.model import batch_size_errors, freeze_errors, init_errors, model_errors, tokenizer_errors
+from tiphys.launch.checks.model import (
+    average_errors,
+    batch_size_errors,
+    freeze_errors,
+    init_errors,
+    model_errors,
+    tokenizer_errors,
+)
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
+from tiphys.launch.checks.trackers import tracker_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -52,7 +60,7 @@ def check(
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
-    errors += _located(config_errors(recipe, world), seen.where)
+    errors += _located([*config_errors(recipe, world), *average_errors(recipe), *tracker_errors(recipe)], seen.where)
     if data:
         errors += _data(recipe, seen, environments, index)
     if errors:
@@ -172,7 +180,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
         target_errors,
     )
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan, validation_rows
+    from tiphys.launch.plan import balance_of, make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
     indexes, waiting = [], False
@@ -208,6 +216,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     if wrong:
         return
     try:
+        balance_of(recipe, objectives)
         plan = make_plan(recipe, indexes, objectives)
         yield from pairing_errors(recipe, objectives, plan, seen.where)
         if recipe.data.validation and any(one.held_out(recipe.data.validation).any() for one in indexes):

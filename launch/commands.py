@@ -93,6 +93,22 @@ def check(args: Namespace) -> int:
     return Status.DONE
 
 
+def layout(args: Namespace) -> int:
+    from tiphys.launch.layout_command import layout
+
+    if args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus}: at least one device is needed")
+    return layout(
+        args.recipe,
+        args.overrides,
+        args.gpus,
+        args.memory,
+        device=args.device,
+        calibrated=args.calibrate,
+        as_json=args.json,
+    )
+
+
 def mixture(args: Namespace) -> int:
     from tiphys.launch.mixture import add, request, show
 
@@ -352,11 +368,16 @@ def loader_bench(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
+    from tiphys.dataio.episode import DataError
     from tiphys.launch.display import scores
     from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
+    if args.follow and args.server:
+        raise DataError("--server does not go with --follow: each step is evaluated with its own weights")
+    if args.follow:
+        return _evaluate_steps(args)
     folder = local_policy(args.policy)
     elsewhere = "://" in args.policy
     found = evaluate(
@@ -373,8 +394,58 @@ def evaluate(args: Namespace) -> int:
         demonstrations=args.demonstrations,
         modules=args.modules,
         device=args.device,
+        server=args.server,
+        api_key_file=args.api_key_file,
     )
     say(scores(found))
+    return Status.DONE
+
+
+def serve(args: Namespace) -> int:
+    from tiphys.launch.serve import serve
+
+    return serve(
+        args.policy,
+        task=args.task,
+        renamed=args.renamed,
+        execute=args.execute,
+        host=args.host,
+        port=args.port,
+        api_key_file=args.api_key_file,
+        open=args.open,
+        sessions=args.sessions,
+        batch=args.batch,
+        wait=args.wait,
+        sample=args.sample,
+        seed=args.seed,
+        device=args.device,
+        follow=args.follow,
+    )
+
+
+def _evaluate_steps(args: Namespace) -> int:
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
+    from tiphys.pretrain.follow.scored import scored_steps
+
+    found = scored_steps(
+        args.policy,
+        args.tasks or None,
+        every=args.every,
+        out=args.out,
+        episodes=args.episodes,
+        seed=args.seed,
+        processes=args.processes,
+        sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        pictures=args.pictures,
+        videos=args.videos,
+        demonstrations=args.demonstrations,
+        modules=args.modules,
+        device=args.device,
+    )
+    for one in found:
+        say(f"step {one['step']}\n{scores(one)}")
     return Status.DONE
 
 
@@ -383,6 +454,16 @@ def label(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import local_policy
 
     say(label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled")))
+    return Status.DONE
+
+
+def say_job(args: Namespace) -> int:
+    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.policy_files import local_policy
+
+    policy = Policy.load(local_policy(args.policy), args.device, seed=args.seed)
+    said = policy.say(args.prompt, task=args.task, tokens=args.tokens, temperature=args.temperature, top_p=args.top_p)
+    say(args.prompt + said)
     return Status.DONE
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings, MakeBatch
     from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
+    from tiphys.pretrain.balance import Balance
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.parallel import ParallelDims
     from tiphys.pretrain.tokens.batch import TokenBatch
@@ -221,6 +222,13 @@ def _make_batch(recipe: Recipe, objectives: Objectives, training: bool) -> MakeB
     return partial(
         objectives.make_batch, seed=recipe.train.seed, training=training, on_bad_value=recipe.data.on_bad_value
     )
+
+
+def balance_of(recipe: Recipe, objectives: Objectives) -> Balance:
+    """The balance of the mixture's lines. Raises DataError if lines that share tasks disagree whether weights are chosen."""
+    from tiphys.pretrain.balance import Balance
+
+    return Balance.of(recipe, names(recipe), [list(layouts) for layouts in objectives.layouts], len(objectives.tasks))
 
 
 VALIDATIONS = 10  # of a run, if the recipe does not say when
