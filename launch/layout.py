@@ -181,10 +181,7 @@ def _stages(
     from tiphys.pretrain.model.counting import NOTHING, Part
     from tiphys.pretrain.model.inputs import to_tensors
 
-    inputs = [
-        to_tensors(batch.fill(max(batch.rows, sizes.micro_batch)).select(slice(0, sizes.micro_batch)))
-        for batch in worst
-    ]
+    inputs = [to_tensors(_micro_batch(batch, sizes.micro_batch)) for batch in worst]
     count = grid.pipeline
     for stage in sorted({0, min(1, count - 1), count - 1}):
         first, last = bounds[stage], bounds[stage + 1]
@@ -211,6 +208,12 @@ def _stages(
             saved=12 * (share.own if sizes.stage else share.trained),
             in_flight=in_flight,
         )
+
+
+def _micro_batch(batch: TokenBatch, rows: int) -> TokenBatch:
+    """The first `rows` rows; all of them again and again if there are fewer."""
+    times = -(-rows // max(1, batch.rows))
+    return type(batch).concatenate([batch] * times).select(slice(0, rows))
 
 
 def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:
