@@ -2,8 +2,8 @@
 
     python -m benchmarks.layout --device cuda --hidden 1024 --layers 8
 
-Each line is one ZeRO stage on one process: predicted bytes, `torch.cuda.max_memory_allocated`, and their ratio. The reserve of the
-prediction (CUDA context, fragments) is left out, because the allocator does not see it. On a CPU the tests measure the same
+Each line is one ZeRO stage on one process: predicted bytes, `torch.cuda.max_memory_allocated`, and their ratio. The reserve of
+the prediction (CUDA context, fragments) is left out, because the allocator does not see it. On a CPU the tests measure the same
 (`tests/pretrain/distributed/test_memory.py`).
 """
 

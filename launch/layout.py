@@ -403,6 +403,8 @@ def _fits(
     recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, device: str
 ) -> bool:
     try:
+        if predict(recipe, config, worst, world, device=device, counted=False).peak > memory:
+            return False  # without activations already
         return predict(recipe, config, worst, world, device=device).peak <= memory
     except LayoutError:
         return False

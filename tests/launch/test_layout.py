@@ -47,7 +47,8 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     assert remedies(one, CONFIG, WORST, 2, need - 1, device="cpu")
     for change in ({"micro_batch": 16}, {"micro_batch": 1}):
         assert predict(*layout_auto.changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
-    assert remedies(one, CONFIG, WORST, 2, 1000, device="cpu") == []
+    huge = synthetic.config(num_hidden_layers=1, num_experts=0, vocab_size=10**6)
+    assert remedies(recipe(3), huge, WORST, 2, 1000, device="cpu") == []
     assert "does not fit" in lines(predict(one, CONFIG, WORST, 2, device="cpu"), need - 1)[-1]
 
 
@@ -57,8 +58,8 @@ def test_a_layout_that_the_engine_refuses_is_refused() -> None:
 
 
 def chosen(memory: int, keys: tuple[str, ...] = ("pipeline", "zero_stage", "micro_batch")) -> list[layout_auto.Choice]:
-    rates = table_rates("A100")
-    return layout_auto.choices(recipe(), CONFIG, WORST, 2, keys, memory, device="cpu", rates=rates)
+    rates, config = table_rates("A100"), synthetic.config(num_hidden_layers=2, num_experts=0)
+    return layout_auto.choices(recipe(), config, WORST, 2, keys, memory, device="cpu", rates=rates)
 
 
 def test_the_choice_is_the_same_each_time_fits_and_is_the_fastest() -> None:
