@@ -234,6 +234,7 @@ def job(
             # with a hostfile, the environments are played on the first host, which may be another machine than this
             "environments": not hostfile,
             "traceback": with_traceback,
+            "index": True,  # of raw LeRobot folders
         },
         module=None if several else "deepspeed.launcher.launch",
         words=words,

@@ -48,7 +48,8 @@ def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(
         json.dumps(
-            {"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")}
+            {"steps": 30}
+            | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init", "balance")}
         )
     )
 
@@ -69,7 +70,7 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
 
 def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
-    jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
+    jobs += [{"name": "reversed", "order": "reversed", "micro": 3}, {"name": "balanced", "balance": True}]
     compare(jobs, {job["name"]: layouts.do(job) for job in jobs})
 
 
@@ -128,6 +129,8 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "one-expert-pipeline", "pipeline": 2, "config": ONE, "favourite": 3},
         {"name": "no-expert-on-a-stage", "pipeline": 2, "config": DENSE_HALF},
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
+        {"name": "balanced-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "balance": True},
+        {"name": "balanced-pipeline", "pipeline": 2, "balance": True},
         {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
         {"name": "reward-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "reward"},
@@ -140,6 +143,11 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "unimask-expert", "expert": 2, "paradigm": "unimask"},
         {"name": "unimask-pipeline", "pipeline": 2, "paradigm": "unimask"},
         {"name": "prefix-pipeline", "pipeline": 2, "paradigm": "turned"},
+        # Chunks of actions, whose noise and times travel through the pipeline; a rank without any
+        {"name": "flow-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "flow"},
+        {"name": "flow-one-row", "stage": 2, "batch": 1, "paradigm": "flow"},
+        {"name": "flow-pipeline", "pipeline": 2, "paradigm": "flow"},
+        {"name": "l1-pipeline", "pipeline": 2, "paradigm": "l1"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
     compare(jobs, results)

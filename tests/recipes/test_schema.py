@@ -84,7 +84,8 @@ FREE = """
     objectives.*.target_return evaluate.objectives evaluate.target_return evaluate.target_returns evaluate.prompt evaluate.goal
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
-    publish.dtype publish.to publish.every publish.keep publish.private publish.license
+    track.to track.project track.name
+    publish.dtype publish.weights publish.to publish.every publish.keep publish.rate publish.grace publish.private publish.license
 """.split()
 
 
