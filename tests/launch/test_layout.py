@@ -9,7 +9,7 @@ import pytest
 
 from tests.pretrain import synthetic
 from tiphys.launch import layout_auto, layout_command
-from tiphys.launch.layout import lines, predict, remedies
+from tiphys.launch.layout import changed, lines, predict, remedies
 from tiphys.launch.layout_rates import table_rates
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.parallel import LayoutError
@@ -46,7 +46,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     need = predict(one, CONFIG, WORST, 2, device="cpu").peak
     assert remedies(one, CONFIG, WORST, 2, need - 1, device="cpu")
     for change in ({"micro_batch": 16}, {"micro_batch": 1}):
-        assert predict(*layout_auto.changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
+        assert predict(*changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
     huge = synthetic.config(num_hidden_layers=1, num_experts=0, vocab_size=10**6)
     assert remedies(recipe(3), huge, WORST, 2, 1000, device="cpu") == []
     assert "does not fit" in lines(predict(one, CONFIG, WORST, 2, device="cpu"), need - 1)[-1]
