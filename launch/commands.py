@@ -28,7 +28,7 @@ def quickstart(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     import shlex
 
-    from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit
+    from tiphys.launch.submit import ACCEPT_CHANGED_DATA, submit, world_of
 
     if args.on == "slurm":
         return submit_job(args)
@@ -36,9 +36,10 @@ def train(args: Namespace) -> int:
         extra = shlex.split(args.launcher)
     except ValueError as error:
         raise ValueError(f"--launcher {args.launcher!r}: {error}") from None
+    chosen = _chosen(args, lambda: world_of(args.processes, args.hostfile, extra))
     return submit(
         args.recipe,
-        args.overrides,
+        [*args.overrides, *chosen],
         processes=args.processes,
         port=args.port,
         hostfile=args.hostfile,
@@ -47,6 +48,22 @@ def train(args: Namespace) -> int:
         options=[ACCEPT_CHANGED_DATA] if args.accept_changed_data else [],
         with_traceback=args.traceback,
     )
+
+
+def _chosen(args: Namespace, world: Callable[[], int]) -> list[str]:
+    """Overrides for the keys that the recipe leaves to `parallel.auto`. Errors of the recipe are left to its check."""
+    from tiphys.recipes.automatic import open_keys
+    from tiphys.recipes.load import RecipeError, examine
+
+    try:
+        keys = open_keys(examine(args.recipe, args.overrides).written)
+    except (RecipeError, OSError):
+        return []
+    if not keys:
+        return []
+    from tiphys.launch.layout_command import chosen_overrides
+
+    return chosen_overrides(args.recipe, args.overrides, world())
 
 
 def submit_job(args: Namespace) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +182,7 @@ def _stages(
     from tiphys.pretrain.model.counting import NOTHING, Part
     from tiphys.pretrain.model.inputs import to_tensors
 
-    inputs = [
-        to_tensors(batch.fill(max(batch.rows, sizes.micro_batch)).select(slice(0, sizes.micro_batch)))
-        for batch in worst
-    ]
+    inputs = [to_tensors(_micro_batch(batch, sizes.micro_batch)) for batch in worst]
     count = grid.pipeline
     for stage in sorted({0, min(1, count - 1), count - 1}):
         first, last = bounds[stage], bounds[stage + 1]
@@ -211,6 +209,12 @@ def _stages(
             saved=12 * (share.own if sizes.stage else share.trained),
             in_flight=in_flight,
         )
+
+
+def _micro_batch(batch: TokenBatch, rows: int) -> TokenBatch:
+    """The first `rows` rows; all of them again and again if there are fewer."""
+    times = -(-rows // max(1, batch.rows))
+    return type(batch).concatenate([batch] * times).select(slice(0, rows))
 
 
 def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:
@@ -370,12 +374,33 @@ def line(found: Needs) -> str:
     return f"{human_bytes(most.peak.total)} a rank at most, {between} (counted for full rows)"
 
 
+def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -> tuple[Recipe, DecisionConfig]:
+    """The recipe and its model's config with other values of the keys in `recipes/automatic.py`, by their short names."""
+    section = copy.deepcopy(dict(recipe.deepspeed))
+    if "micro_batch" in values:
+        section["train_micro_batch_size_per_gpu"] = values["micro_batch"]
+        section.pop("gradient_accumulation_steps", None)
+    if "zero_stage" in values:
+        section["zero_optimization"] = {**(section.get("zero_optimization") or {}), "stage": values["zero_stage"]}
+    grid = {name: values[name] for name in ("pipeline", "expert") if name in values}
+    again = values.get("checkpointing", recipe.model.checkpointing)
+    made = copy.copy(config)
+    made.checkpointing = again
+    return (
+        dataclasses.replace(
+            recipe,
+            deepspeed=section,
+            parallel=dataclasses.replace(recipe.parallel, **grid),
+            model=dataclasses.replace(recipe.model, checkpointing=again),
+        ),
+        made,
+    )
+
+
 def remedies(
     recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, *, device: str
 ) -> list[str]:
     """Single changes of the recipe with which it fits, in the order in which they cost time."""
-    from tiphys.launch.layout_auto import changed
-
     sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=device)
     micros = [m for m in (1 << i for i in range(22, -1, -1)) if m < sizes.micro_batch]
     tries: list[tuple[str, dict[str, Any]]] = [(f"micro-batch {m}", {"micro_batch": m}) for m in micros]
@@ -400,6 +425,8 @@ def _fits(
     recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, device: str
 ) -> bool:
     try:
+        if predict(recipe, config, worst, world, device=device, counted=False).peak > memory:
+            return False  # without activations already
         return predict(recipe, config, worst, world, device=device).peak <= memory
     except LayoutError:
         return False

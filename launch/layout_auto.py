@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tiphys.launch.layout import Needs, predict
+from tiphys.launch.layout import Needs, changed, predict
 from tiphys.pretrain.distributed.layout_errors import batch_errors, section_errors, zero_errors
 from tiphys.pretrain.parallel import LayoutError
 from tiphys.recipes.automatic import KEYS
@@ -33,29 +31,6 @@ class Choice:
     def overrides(self, keys: Sequence[str]) -> list[str]:
         """`key=value` of the keys that are to be filled."""
         return [f"{KEYS[name]}={str(self.values[name]).lower()}" for name in keys]
-
-
-def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -> tuple[Recipe, DecisionConfig]:
-    """The recipe and its model's config with other values of the keys in `KEYS`, by their short names."""
-    section = copy.deepcopy(dict(recipe.deepspeed))
-    if "micro_batch" in values:
-        section["train_micro_batch_size_per_gpu"] = values["micro_batch"]
-        section.pop("gradient_accumulation_steps", None)
-    if "zero_stage" in values:
-        section["zero_optimization"] = {**(section.get("zero_optimization") or {}), "stage": values["zero_stage"]}
-    grid = {name: values[name] for name in ("pipeline", "expert") if name in values}
-    again = values.get("checkpointing", recipe.model.checkpointing)
-    made = copy.copy(config)
-    made.checkpointing = again
-    return (
-        dataclasses.replace(
-            recipe,
-            deepspeed=section,
-            parallel=dataclasses.replace(recipe.parallel, **grid),
-            model=dataclasses.replace(recipe.model, checkpointing=again),
-        ),
-        made,
-    )
 
 
 def choices(

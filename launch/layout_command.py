@@ -67,8 +67,8 @@ def layout(
     as_json: bool = False,
 ) -> Status:
     """Print what a recipe needs. REFUSED if it does not fit."""
-    from tiphys.launch.layout import lines, predict, remedies
-    from tiphys.launch.layout_auto import changed, choices, shown
+    from tiphys.launch.layout import changed, lines, predict, remedies
+    from tiphys.launch.layout_auto import choices, shown
 
     most = parse_size(memory)
     found = sized(path, overrides, world)

@@ -181,20 +181,10 @@ def submit(
     )
 
 
-def _chosen(recipe: str, overrides: Sequence[str], world: int) -> list[str]:
-    """Overrides for the keys that the recipe leaves to `parallel.auto`. Errors of the recipe are left to its check."""
-    from tiphys.recipes.automatic import open_keys
-    from tiphys.recipes.load import RecipeError, examine
-
-    try:
-        keys = open_keys(examine(recipe, overrides).written)
-    except (RecipeError, OSError):
-        return []
-    if not keys:
-        return []
-    from tiphys.launch.layout_command import chosen_overrides
-
-    return chosen_overrides(recipe, overrides, world)
+def world_of(processes: int, hostfile: str = "", extra: Sequence[str] = ()) -> int:
+    """Number of ranks that these options of `tiphys train` start."""
+    known = read_hosts(os.path.abspath(os.path.expanduser(hostfile))) if hostfile else {"localhost": devices() or 2}
+    return ranks(known, processes, extra)
 
 
 def job(
@@ -216,9 +206,7 @@ def job(
         raise OSError(f"port {port} is in use on this machine; choose another with --port, or leave it out")
     hosts = os.path.abspath(os.path.expanduser(hostfile)) if hostfile else ""
     env = environment(verbose)
-    known = read_hosts(hosts) if hosts else {"localhost": devices() or 2}
-    world = ranks(known, processes, extra)
-    overrides = [*overrides, *_chosen(recipe, overrides, world)]
+    world = world_of(processes, hostfile, extra)
     more = [*(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else []), *options]
     several = bool(hostfile or extra)
     if several:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.pretrain import synthetic
 from tiphys.launch import layout_auto, layout_command
-from tiphys.launch.layout import lines, predict, remedies
+from tiphys.launch.layout import changed, lines, predict, remedies
 from tiphys.launch.layout_rates import table_rates
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.parallel import LayoutError
@@ -46,19 +46,20 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     need = predict(one, CONFIG, WORST, 2, device="cpu").peak
     assert remedies(one, CONFIG, WORST, 2, need - 1, device="cpu")
     for change in ({"micro_batch": 16}, {"micro_batch": 1}):
-        assert predict(*layout_auto.changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
-    assert remedies(one, CONFIG, WORST, 2, 1000, device="cpu") == []
+        assert predict(*changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
+    huge = synthetic.config(num_hidden_layers=1, num_experts=0, vocab_size=10**6)
+    assert remedies(recipe(3), huge, WORST, 2, 1000, device="cpu") == []
     assert "does not fit" in lines(predict(one, CONFIG, WORST, 2, device="cpu"), need - 1)[-1]
 
 
 def test_a_layout_that_the_engine_refuses_is_refused() -> None:
-    with pytest.raises(LayoutError, match="pipeline"):
+    with pytest.raises(LayoutError, match=r"parallel\.pipeline"):
         predict(recipe(parallel={"pipeline": 4}), CONFIG, WORST, 6)
 
 
 def chosen(memory: int, keys: tuple[str, ...] = ("pipeline", "zero_stage", "micro_batch")) -> list[layout_auto.Choice]:
-    rates = table_rates("A100")
-    return layout_auto.choices(recipe(), CONFIG, WORST, 2, keys, memory, device="cpu", rates=rates)
+    rates, config = table_rates("A100"), synthetic.config(num_hidden_layers=2, num_experts=0)
+    return layout_auto.choices(recipe(), config, WORST, 2, keys, memory, device="cpu", rates=rates)
 
 
 def test_the_choice_is_the_same_each_time_fits_and_is_the_fastest() -> None:
