@@ -229,6 +229,12 @@ class Store:
         place, key = self._locate(path)
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
 
+    def expect(self, path: str, etag: str) -> None:
+        """Read this object only in the version of the ETag, which an index knows. Empty: any version. Makes no request."""
+        if etag:
+            place, key = self._locate(path)
+            place._etags.setdefault(key, etag)
+
     async def check_unchanged(self, path: str) -> None:
         """Raises ObjectChanged if the object is not the version that was first read. Some stores do not say with each read."""
         place, key = self._locate(path)

@@ -44,7 +44,7 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     (run / EVALUATION).unlink(missing_ok=True)  # of an earlier policy
     config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
     folder = export_policy(recipe, config, objectives.processor(), checkpoint, run / "policy")
-    say(f"policy       {folder}")
+    say(f"policy       {folder}{averaged(folder)}")
     write_report_of(run, announce=not recipe.evaluate.tasks)
     status, found = Status.DONE, None
     if recipe.evaluate.tasks:
@@ -106,16 +106,24 @@ def export_policy(
 
     dtype = torch.bfloat16 if recipe.publish.dtype == "bf16" else torch.float32
     with RangeReader(source) as reader:
+        weights = SavedWeights(source, reader, dtype, recipe.publish.weights)
         return save_policy(
             to,
-            SavedWeights(source, reader, dtype),
+            weights,
             config,
             processor,
             recipe=to_dict(recipe),
             step=source.step,
             recipe_digest=digest(recipe),
             license=recipe.publish.license,
+            averaged=weights.averaged,
         )
+
+
+def averaged(folder: Path) -> str:
+    """What is said of a policy whose weights are a moving average."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return " (moving average of the weights)" if config.get("tiphys", {}).get("weights") == "average" else ""
 
 
 def evaluation_options(recipe: Recipe) -> dict[str, Any]:

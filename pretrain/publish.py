@@ -60,6 +60,7 @@ def save_policy(
     step: int = 0,
     recipe_digest: str = "",
     license: str = "",
+    averaged: bool = False,
 ) -> Path:
     """Write a policy's folder, whole or not at all. It replaces a policy that is already there.
 
@@ -84,6 +85,8 @@ def save_policy(
         Hash of the recipe, for the model card.
     license : str
         SPDX identifier, for the model card; empty: none is stated.
+    averaged : bool
+        The weights are a moving average; config.json and the model card say so.
 
     Returns
     -------
@@ -99,7 +102,14 @@ def save_policy(
     """
     target, described = Path(folder), _described(weights, config)
     _check_weights(described, config)
-    about = {"license": license, "step": step, "recipe": recipe_digest, "name": str((recipe or {}).get("name", ""))}
+    about: dict[str, Any] = {
+        "license": license,
+        "step": step,
+        "recipe": recipe_digest,
+        "name": str((recipe or {}).get("name", "")),
+    }
+    if averaged:
+        about["weights"] = "average"
     with _Replacing(target) as new:
         config.architectures = ["DecisionModel"]
         config.dtype = next(

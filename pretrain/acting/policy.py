@@ -12,16 +12,18 @@ import torch
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import given_fields, native
-from tiphys.dataio.philox import SAMPLE, uniform32, words
+from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
+from tiphys.dataio.stored import number as within
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
+from tiphys.pretrain.acting.say import Writer, can_say
 from tiphys.pretrain.acting.slots import Acting
-from tiphys.pretrain.tokens.timestep import CAUSAL
+from tiphys.pretrain.tokens.timestep import CAUSAL, TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -360,7 +362,7 @@ class Policy:
         ValueError
             If `reset` was not called, or if there is not one observation for each environment.
         DataError
-            If an observation lacks a field, or has a value without encoding.
+            If an observation lacks a field, or has a value without encoding. All environments are then as before the call.
         """
         if not self.task:
             raise ValueError("the policy does not know its task: call reset(task) before act")
@@ -376,16 +378,53 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        new = self.hop and self.history.layout.mask == CAUSAL
-        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
-        answers, read = self._answer(acting, rows)
-        fields = self.history.decode(answers)
-        self.history.acted(fields, rows, acting, read)
+        try:
+            seen = [o for team in given for o in self._members(team)]
+            planned = np.array([self.history.plans(row) for row in rows], bool)
+            parts = [
+                act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
+                for act, some in (
+                    (self._decide, np.flatnonzero(~planned)),
+                    (self.history.follow, np.flatnonzero(planned)),
+                )
+                if len(some)
+            ]
+            order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
+            fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
             fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def limit(self, declared: Sequence[FieldSpec]) -> None:
+        """Answer only values that an environment takes, in all environments of `reset`.
+
+        Parameters
+        ----------
+        declared : sequence of FieldSpec
+            The fields of the environment. The range of its discrete action fields counts.
+
+        Raises
+        ------
+        DataError
+            If an entry of an action field has no value that both the policy and the environment know.
+        """
+        self.history.limit(declared)
+
+    def _decide(
+        self, observations: list[dict[str, Any]], rewards: list[float] | None, rows: list[int]
+    ) -> dict[str, np.ndarray]:
+        """The actions that the model chooses for these rows of the history, fields [R, *shape]."""
+        new = self.hop and self.history.layout.mask == CAUSAL
+        acting = self.history.observe(observations, rewards, rows, new=new)
+        answers, read = self._answer(acting, rows)
+        fields = self.history.decode(answers, rows)
+        self.history.acted(fields, rows, acting, read)
+        return fields
 
     def _rows(self, environments: Sequence[int]) -> list[int]:
         """The rows of the history that belong to these environments: one for each of their agents."""
@@ -445,6 +484,89 @@ class Policy:
         given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
         return fits(self.model, self.processor, layout, given, texts)
 
+    def say(
+        self,
+        prompt: str | Sequence[str],
+        observation: Any = None,
+        *,
+        task: str = "",
+        objective: str = "",
+        tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Any:
+        """Continue a text, or several together, if the policy has learned texts (documents or captions).
+
+        Parameters
+        ----------
+        prompt : str or sequence of str
+            How each text begins. Captions may begin with "".
+        observation : observation or list of observations, optional
+            The picture (or what else) that a caption is about, as for `act`; one for each prompt.
+        task : str
+            The task whose texts are meant; "": the first that was learned from documents, or with an observation from captions.
+        objective : str
+            The objective that taught it; "": the first that did.
+        tokens : int
+            Most tokens of an answer. It ends earlier where the text does.
+        temperature : float
+            The logits are divided by it before a token is drawn; 0: the most probable token is taken.
+        top_p : float
+            Only the most probable tokens are drawn, which together have at least this probability.
+
+        Returns
+        -------
+        str or list of str
+            What follows each prompt. It depends on the policy's seed, the text's number and the prompt.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If no task (or not this one) taught texts, the prompt of a document is empty, `tokens`, `temperature` or `top_p` is
+            out of range, or an observation lacks a field.
+        """
+        within(tokens, "say, tokens", 1, 1 << 24)
+        within(temperature, "say, temperature", 0, 1e6)
+        within(top_p, "say, top_p", 1e-9, 1)
+        many = not isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        layout = self._texts_layout(task, objective, observation is not None)
+        fields = {f.name: f for f in self.processor.tasks[layout.task].fields}
+        seen = observation if many and observation is not None else [observation] * len(prompts)
+        if len(seen) != len(prompts):
+            raise ValueError(f"{len(seen)} observations for {len(prompts)} prompts; give one for each")
+        about = [{} if layout.document else given_fields(one, fields)[0] for one in seen]
+        writer = Writer(self.model, self.processor, layout, prompts, about)
+        said = writer.write(tokens, temperature, top_p, self.seed)
+        return said if many else said[0]
+
+    def _texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
+        """The layout of the texts that are meant. `seen`: an observation is given."""
+        known = self.processor.layouts
+        if (objective and objective not in known) or (task and task not in self.processor.tasks):
+            raise KeyError(
+                f"the policy was not trained on task {task!r} with objective {objective!r}; it has tasks "
+                f"{', '.join(self.processor.tasks)} and objectives {', '.join(known)}"
+            )
+        layouts = [
+            layout
+            for name, by_task in known.items()
+            for layout in by_task.values()
+            if can_say(layout) and objective in ("", name) and task in ("", layout.task)
+        ]
+        fitting = [layout for layout in layouts if layout.document != seen]
+        if not layouts:
+            of = f"task {task!r}" if task else "no task"
+            raise DataError(f"{of} of this policy taught texts; documents and captions do, with paradigm gato")
+        if not fitting:
+            need = "takes no observation" if seen else "needs the observation that the text is about"
+            raise DataError(f"task {layouts[0].task!r} {need}")
+        return fitting[0]
+
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""
         fields, words = given_fields(observation, self._fields)
@@ -490,6 +612,18 @@ class Policy:
             steps, streams = steps[:, None], streams[:, None]
         return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
 
+    def _noise(self, environments: Sequence[int], slot: int, head: str) -> torch.Tensor:
+        """What chunks of environments [R] are drawn from, float32 [R, numbers of a chunk].
+
+        It depends on the seed, the environment's stream and its step. Without `sample`, an episode has the same noise at all of
+        its steps; noise of 0 would be the mean of what may follow, which nobody did.
+        """
+        spec = self.model.config.chunks[head]
+        steps, streams = (np.array([of[i] for i in environments]) for of in (self._steps, self._streams))
+        steps = steps if self.sample else np.zeros_like(steps)
+        numbers = spec["steps"] * spec["entries"]
+        return torch.from_numpy(normals(self.seed, steps, streams, slot, numbers, purpose=ACTING_NOISE))
+
     def _choose(
         self,
         acting: Acting,
@@ -503,6 +637,9 @@ class Policy:
         `tilt` is added to the logits; then the answer is always drawn.
         """
         slot = acting.slots[number]
+        if slot.head in self.model.config.chunks:
+            noise = self._noise(environments, number, slot.head).to(hidden.device)
+            return self.model.draw_chunk(hidden, slot.head, noise).float().cpu().numpy()
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()

@@ -11,6 +11,7 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.derived import derived
+from tiphys.pretrain.tokens.frames import Frame, chunks
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.views import VIEWS
@@ -121,9 +122,31 @@ class Group:
             first = np.cumsum(self.acted) - self.acted
         else:
             found = self.gather(element.field, element.constant)
+            if element.frame is not None:
+                origin = self.origin(element.frame)
+                found = np.asarray(found, np.float64) - origin.reshape(len(origin), *np.shape(found)[1:])
         if element.role == "observation" or (self.steps == self.acted).all():
             return found
         return found[np.repeat(first, self.steps) + np.minimum(self.within, np.repeat(self.acted - 1, self.steps))]
+
+    def origin(self, frame: Frame) -> np.ndarray:
+        """float64 [N, entries]: what is subtracted from the action of each timestep, of the last observed step."""
+        owner = self.owner
+        observed = self.first[owner] + self.within // self.layout.chunk * self.layout.chunk
+        return frame.origin(self.gather(frame.to))[observed]
+
+    def chunks(self, element: Element) -> tuple[np.ndarray, np.ndarray]:
+        """The actions from each timestep on, float64 [N, horizon, entries], in their frame; and how many there are, int32 [N]."""
+        values, counts = [], []
+        for window, n in zip(self.windows, self.steps.tolist(), strict=True):
+            rows = field_of(window, element.field)
+            found, count = chunks(rows, np.asarray(window.valid, bool), np.arange(n), element.horizon)
+            values.append(found)
+            counts.append(count)
+        value, number = np.concatenate(values), np.concatenate(counts)
+        if element.frame is not None:
+            value = value - self.origin(element.frame)[:, None]
+        return value, number
 
     def pictures(self, name: str, codec: Patches, constant: bool) -> np.ndarray:
         """uint8 or uint16 [N, height, width, C]: pictures whose original sizes differ between windows."""
@@ -201,25 +224,41 @@ def _measure(
     if layout.prompt_reverse:
         windows = [_reversed(layout, w) if w.prompt else w for w in windows]
     # There is nothing to learn from a last row without an action. For a caption such a row is the only one.
-    acted = np.array([w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows], np.int64)
+    acted = np.array(
+        [0 if layout.document else w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows],
+        np.int64,
+    )
     beyond = [
         0 if w.prompt or not n else min(layout.future, max(len(w.step) - n, 0)) for w, n in zip(windows, acted.tolist())
     ]
     texts = [_NO_IDS] * len(windows)
     for name in layout.preamble:
         given = ["" if w.prompt else field_of(w, name) for w in windows]  # the plan counts a prompt without its text
-        found = text.encode(given, layout.text_limit)
+        found = text.encode(given, 0 if layout.document else layout.text_limit)
         texts = [np.concatenate([ids, more]) for ids, more in zip(texts, found, strict=True)]
     tails = [_tail(layout, w, vocabulary) for w in windows]
     heads = [_NO_IDS] * len(windows) if layout.text_last else texts
     if layout.text_last:
         end = np.array([vocabulary.end_of_text], np.int32)
         tails = [np.concatenate([ids, end, tail]) for ids, tail in zip(texts, tails, strict=True)]
+    if layout.document:
+        tails = [_shown(ids, window) for ids, window in zip(tails, windows, strict=True)]
     group = Group(layout, windows, np.array(numbers), acted + np.array(beyond, np.int64), acted, heads, tails)
     parts = layout.prompt_parts and any(w.prompt for w in windows)
     if layout.varies or any(beyond) or parts:
         _find_present(group, text)
     return group
+
+
+def _shown(ids: np.ndarray, window: Window) -> np.ndarray:
+    """The tokens of a document that a window shows. Raises DataError if it has fewer than were planned."""
+    stop = window.start + window.steps + 1
+    if stop > len(ids):
+        raise DataError(
+            f"episode {window.episode!r}: its text has {len(ids) - 1} tokens, but the window needs those up to {stop - 1}; plan "
+            "and dataset do not belong together"
+        )
+    return ids[window.start : stop]
 
 
 def _reversed(layout: TimestepLayout, window: Window) -> Window:
@@ -264,7 +303,7 @@ def _find_present(group: Group, text: TextTokenizer) -> None:
     whole, unprompted = ~group.partial, ~np.array([w.prompt for w in group.windows])[owner]
     for element, column in zip(layout.elements, layout.columns, strict=True):
         span = slice(column, column + element.size)
-        if element.role != "action":
+        if element.role != "action" or element.horizon:
             present[:, span] &= (observed & (numbers % element.stride == 0))[:, None]
         if element.role != "observation":
             present[:, span] &= whole[:, None]
