@@ -32,7 +32,7 @@ from tiphys.pretrain.follow.weights import Raw, Weights
 
 VERSION = 1
 BLOCK = 1 << 17  # elements of a block
-SAMPLES = 8  # blocks by which the way of a large tensor is chosen
+SAMPLES, SAMPLE = 4, 1 << 15  # by so many pieces of so many elements the way of a large tensor is chosen
 LEVEL = 1
 WAYS = ("same", "sparse", "ulp", "whole")
 _LARGEST_INDEX = 256 << 20  # bytes
@@ -177,32 +177,28 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
 
 
 def choose(base: Raw, new: Raw) -> str:
-    """The way that writes a tensor in the fewest bytes: exactly for a small one, by a sample of blocks for a large one."""
+    """The way that writes a tensor in the fewest bytes: exactly for a small one, by a sample for a large one."""
     if np.array_equal(base.data, new.data):
         return "same"
-    blocks = -(-len(new.elements()) // BLOCK)
-    chosen = sorted({round(i * (blocks - 1) / max(1, min(blocks, SAMPLES) - 1)) for i in range(min(blocks, SAMPLES))})
+    count = len(new.elements())
+    starts, size = [0], count
+    if count > SAMPLES * SAMPLE:
+        starts, size = [i * (count - SAMPLE) // (SAMPLES - 1) for i in range(SAMPLES)], SAMPLE
+    differ = sum(np.count_nonzero(base.elements()[s : s + size] != new.elements()[s : s + size]) for s in starts)
+    ways = ("sparse", "ulp", "whole") if 2 * differ <= size * len(starts) else ("ulp", "whole")  # else gaps cost more
     sizes = {
-        way: sum(len(part) for block in chosen for part in encode_block(way, base, new, block * BLOCK))
-        for way in ("sparse", "ulp", "whole")
-        if way != "sparse" or _few_differ(base, new, chosen)
+        way: sum(len(part) for start in starts for part in encode_block(way, base, new, start, size)) for way in ways
     }
     return min(sizes, key=lambda way: (sizes[way], way))
 
 
-def _few_differ(base: Raw, new: Raw, blocks: Sequence[int]) -> bool:
-    """Whether at most half of the elements differ. Otherwise gaps cost more than they save."""
-    parts = [slice(block * BLOCK, (block + 1) * BLOCK) for block in blocks]
-    differ = [np.count_nonzero(base.elements()[part] != new.elements()[part]) for part in parts]
-    return bool(2 * sum(differ) <= sum(len(new.elements()[part]) for part in parts))
-
-
-def encode_block(way: str, base: Raw, new: Raw, start: int) -> list[bytes]:
-    """The parts of the block that begins at an element."""
-    mine = new.elements()[start : start + BLOCK]
+def encode_block(way: str, base: Raw, new: Raw, start: int, count: int = 0) -> list[bytes]:
+    """The parts of the block that begins at an element, and has `count` of them; 0: `BLOCK`, or what is left."""
+    count = count or BLOCK
+    mine = new.elements()[start : start + count]
     if way == "whole":
         return _planes(mine)
-    old = base.elements()[start : start + BLOCK]
+    old = base.elements()[start : start + count]
     if way == "ulp":
         return _planes(_difference(old, mine, new.floating))
     places = np.flatnonzero(old != mine)

@@ -51,6 +51,7 @@ class Following:
         self.folder: Path = self._follower.fetch()
         self.step, self.digest = self._follower.step, self._follower.digest
         self._ready: tuple[Weights, dict[str, torch.Tensor]] | None = None
+        self._old: list[torch.Tensor] = []  # the thread lets them go
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -68,7 +69,7 @@ class Following:
         if ready is None:
             return
         weights, tensors = ready
-        swap(policy.model, tensors)
+        self._old = swap(policy.model, tensors)
         policy.forget()
         self.step, self.digest = weights.step, weights.digest
 
@@ -82,6 +83,7 @@ class Following:
     def _poll(self) -> None:
         pause = self._every
         while not self._stop.wait(jittered(pause)):
+            self._old = []
             try:
                 new = self._follower.poll()
                 if new is not None:

@@ -128,11 +128,16 @@ class Weights:
             save_file({key: tensors[key] for key in members}, Path(folder) / name, metadata={"format": "pt"})
 
 
-def swap(model: torch.nn.Module, ready: Mapping[str, torch.Tensor]) -> None:
-    """Make a model act with weights from `Weights.prepare`. Only pointers change. Call it between two forward passes."""
+def swap(model: torch.nn.Module, ready: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Make a model act with weights from `Weights.prepare`. Only pointers change. Call it between two forward passes.
+
+    Returns the old tensors. Let them go in another thread: it takes the system a while to take their memory back.
+    """
     mine = dict(model.state_dict(keep_vars=True))
+    old = [mine[name].data for name in ready]
     for name, tensor in ready.items():
         mine[name].data = tensor
+    return old
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -83,12 +83,12 @@ def moved(scale: float, count: int = 300_000) -> tuple[Weights, Weights]:
 
 def test_the_smallest_way_is_chosen(tmp_path: Path) -> None:
     sizes = {}
-    for scale, way in ((0.0, "same"), (1e-7, "sparse"), (1e-4, "ulp"), (10.0, "whole")):
+    for scale, way in ((0.0, "same"), (1e-6, "sparse"), (1e-4, "ulp"), (10.0, "whole")):
         base, new = moved(scale)
         assert coding.choose(base.tensors["w"], new.tensors["w"]) == way
         sizes[way] = encode(base, new, tmp_path / "delta") / new.bytes
     assert sizes["same"] < 0.001
-    assert sizes["sparse"] < 0.02
+    assert sizes["sparse"] < 0.03
     assert sizes["ulp"] < 0.4
     base, new = (one.tensors["w"] for one in moved(10.0))
     starts = range(0, len(new.elements()), coding.BLOCK)
