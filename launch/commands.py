@@ -165,7 +165,9 @@ def collect(args: Namespace) -> int:
     from tiphys.pretrain.acting.ask import Asking
 
     policy: Any = None
-    asking = Asking.from_words(args.objective, args.target_return, args.prompt, args.goal)
+    asking = Asking.from_words(
+        args.objective, args.target_return, args.prompt, args.goal, query=args.query, future=args.future
+    )
     if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
         from tiphys.pretrain.policy_files import local_policy
@@ -345,7 +347,15 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
-        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        asking=Asking.from_words(
+            args.objective,
+            args.target_return,
+            args.prompt,
+            args.goal,
+            args.target_returns,
+            query=args.query,
+            future=args.future,
+        ),
         out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,

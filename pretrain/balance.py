@@ -121,7 +121,9 @@ class Balance:
                 return part
             return replace(part, weight=(part.weight * factor[task[part.index]]).astype(np.float32))
 
-        parts = {kind: {name: scaled(part) for name, part in getattr(batch, kind).items()} for kind in SPARSE}
+        parts: dict[str, Any] = {
+            kind: {name: scaled(part) for name, part in getattr(batch, kind).items()} for kind in SPARSE
+        }
         return replace(batch, weight=(batch.weight * factor[batch.task]).astype(np.float32), **parts)
 
     def observe(self, step: int, by_task: np.ndarray) -> dict[str, float]:

@@ -80,6 +80,9 @@ evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
 evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
+evaluate filling --episodes 1 --processes 1 --objective unimask gdt --query rc --future CartPole-v1=cart:1
+collect CartPole-v1 --to filled --episodes 1 --policy filling --objective gdt --future cart:0
+collect CartPole-v1 --to queried --episodes 1 --policy filling --objective unimask --query rc
 publish policy published --public
 """
 
@@ -101,6 +104,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "small.yaml").write_text(small_recipe("cart"))
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
     acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
+    acting.folder(
+        place / "filling", fixtures.make_each([environments.spec(acting.CART)], ["unimask", "gdt"], context=120)
+    )
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
     (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))
