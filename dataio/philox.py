@@ -25,8 +25,13 @@ from numpy.typing import ArrayLike, NDArray
 # Purposes keep streams apart: two different purposes never share a counter.
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
 # HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
+FRAMES = 10  # episodes that statistics of relative actions are computed from
+# NOISE, TIME: of flow matching. The slot is the position in the row, the attempt a block of four words, or the draw
+NOISE, TIME = 11, 12
+AUGMENT = 13  # how the pictures of a window are changed; the attempt tells cameras apart
 SAMPLE = 32  # actions that a policy draws
 SAY = 33  # tokens of texts that a policy draws
+ACTING_NOISE = 34  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -68,6 +73,25 @@ def uniform32(word: Words) -> NDArray[np.float64]:
 def uniform53(high: Words, low: Words) -> NDArray[np.float64]:
     """Two words as a float in [0, 1) with 53 random bits."""
     return ((high << _32 | low) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normals(
+    seed: int, step: ArrayLike, row: ArrayLike, slot: ArrayLike, count: int, first: ArrayLike = 0, purpose: int = NOISE
+) -> NDArray[np.float32]:
+    """Standard normal numbers [n, count] for each (step, row, slot) [n], by Box and Muller 1958.
+
+    They take the attempts from `first` on, one for each four numbers. Raises ValueError if these are more than 16 bits hold.
+    """
+    blocks = -(-count // 4)
+    if blocks and int(np.max(first, initial=0)) + blocks > 1 << 16:
+        raise ValueError(f"{count} normal numbers for one slot need more than {1 << 16} blocks of four words")
+    s, r, o, f = (np.atleast_1d(np.asarray(x, np.uint64))[:, None] for x in (step, row, slot, first))
+    parts = words(seed, s, r, o, f + np.arange(blocks, dtype=np.uint64), purpose)
+    a, b, c, d = map(uniform32, parts)
+    radius = np.sqrt(-2 * np.log([a, c]))
+    angle = 2 * np.pi * np.stack([b, d])
+    found = np.stack([radius * np.cos(angle), radius * np.sin(angle)])  # [2, 2, n, blocks]
+    return np.moveaxis(found, (0, 1), (3, 2)).reshape(len(a), blocks * 4)[:, :count].astype(np.float32)
 
 
 def generator(seed: int, step: int, row: int, purpose: int, slot: int = 0) -> np.random.Generator:

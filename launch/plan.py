@@ -24,14 +24,17 @@ MAPPED = 200_000  # plans of more episodes are sorted once on each machine and m
 
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
-    """The index of each mixture entry. Local rank 0 decodes new indexes first; the other ranks find them decoded."""
+    """The index of each mixture entry. Local rank 0 makes and decodes new indexes first; the other ranks find them decoded."""
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.inplace.prepare import prepare
 
     opened: dict[str, EpisodeIndex] = {}
 
     def open_all() -> None:
         for entry in recipe.data.mixture:
             if entry.dataset not in opened:
+                if world is not None and world.local == 0:
+                    prepare(entry.dataset)
                 opened[entry.dataset] = EpisodeIndex.open(entry.dataset)
 
     if world is None or world.local == 0:
@@ -173,6 +176,19 @@ def text_lines(objectives: Objectives) -> list[str]:
         "could be; `tiphys dataset lengths RECIPE` counts the tokens once"
         for field, index in uncounted_texts(objectives)
     ]
+
+
+def video_lines(plan: SamplingPlan, objectives: Objectives) -> list[str]:
+    """Lines of text: the videos of which far more pictures are decoded than the plan's windows want."""
+    from tiphys.dataio.inplace.summary import warnings
+
+    found: dict[str, None] = {}
+    planned = plan.windows(0)
+    for number, entry in enumerate(plan.entries):
+        units = planned.units[planned.entry == number]
+        if len(units) and entry.index.packet_fields:
+            found |= dict.fromkeys(warnings(entry.index, objectives.needs(number).fields, round(float(units.mean()))))
+    return list(found)
 
 
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:

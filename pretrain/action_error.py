@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.tokens.timestep import TimestepLayout
 
 COLUMNS = (
-    4  # predicted tokens and pairs, wrong ones among them, regressed vectors, and the sum of the vectors' mean |error|
+    4  # predicted tokens and pairs, wrong ones among them, vectors and chunks, and the sum of the vectors' mean |error|
 )
 
 
@@ -152,6 +152,8 @@ class NativeErrors:
 
 def _measurable(layout: TimestepLayout) -> bool:
     predicted = [e for e in layout.elements if e.predicted and e.role != "text"]
+    if any(e.horizon or e.to for e in predicted):  # their values are those of a frame
+        return False
     return bool(predicted) and all(e.role == "action" for e in predicted) and not layout.hiding and not layout.future
 
 
@@ -178,6 +180,9 @@ def action_errors(
             part = model.head.match
             assert part is not None
             guess = part.without_hooks(hidden, output.hidden[targets.payload[:, 0]])
+        elif kind == "chunks":
+            _add(sums, targets.task, TARGETS[kind].column, model.head.chunk_head(head).errors(hidden, targets.payload))
+            continue
         else:
             layer = model.head.regressions[model.head.names[head]]
             guess = F.linear(hidden, layer.weight, layer.bias).float()  # type: ignore[arg-type]

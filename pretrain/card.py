@@ -60,7 +60,10 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
     )
     parts += ["## Tasks", known]
     if about.get("recipe"):
-        parts.append(f"Trained for {about.get('step', 0)} steps with `recipe.yaml` (hash `{about['recipe']}`).")
+        average = " Its weights are a moving average over the steps." if about.get("weights") == "average" else ""
+        parts.append(
+            f"Trained for {about.get('step', 0)} steps with `recipe.yaml` (hash `{about['recipe']}`).{average}"
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tiphys.recipes.schema import Recipe
 
 log = logger(__name__)
+AVERAGE = state_of.AVERAGE
+_TRAINED = ("master", AVERAGE)
 
 
 @dataclass
@@ -205,10 +207,13 @@ class Checkpoint:
         The training step after which it was saved.
     world : int
         Number of ranks that saved it.
+    verified : bool
+        The digests of its files were compared on the ranks of this launch; `load` does not compare them again.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+        self.verified = False
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r})"
@@ -309,7 +314,8 @@ class Checkpoint:
             On all ranks, if digests, parameters or shapes differ on any rank. The engine's state is then undefined.
         """
         world = engine.world
-        _agree(world, lambda: self.verify(world.rank, world.world), "verify")
+        if not self.verified:
+            _agree(world, lambda: self.verify(world.rank, world.world), "verify")
         state = self.state()
         state_of.materialise(engine.deepspeed)
         with RangeReader(self) as reader:
@@ -388,7 +394,8 @@ class RangeReader:
         if key not in self.pieces[name]:
             have = ", ".join(self.pieces[name])
             raise CheckpointError(
-                f"{self.path}: {name} was saved as {have}, not as {key}; check model.freeze, which must be as it was"
+                f"{self.path}: {name} was saved as {have}, not as {key}; check model.freeze and train.ema, which must be as they "
+                "were"
             )
         stop, found, steps = start + into.numel(), 0, set()
         for piece in self.pieces[name][key]:
@@ -452,21 +459,42 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     reader : RangeReader
         Of this checkpoint.
     dtype : torch.dtype, optional
-        Masters are cast to it.
+        Masters and averages are cast to it.
+    weights : "auto", "ema" or "raw"
+        The averages of the masters (`train.ema`) or the masters; auto: the averages if there are any.
+
+    Attributes
+    ----------
+    averaged : bool
+        Whether these are the averages.
+
+    Raises
+    ------
+    CheckpointError
+        If a parameter was saved without its weights, or averages are wanted and there are none.
     """
 
-    def __init__(self, checkpoint: Checkpoint, reader: RangeReader, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, reader: RangeReader, dtype: torch.dtype | None = None, weights: str = "raw"
+    ) -> None:
         self._reader, self._dtype = reader, dtype
         self._keys: dict[str, str] = {}
+        self.averaged = weights != "raw" and any(AVERAGE in keys for keys in reader.pieces.values())
+        if weights == "ema" and not self.averaged:
+            raise CheckpointError(
+                f"{checkpoint.path}: it has no averages of the weights; set `train.ema.decay` before a run begins, or "
+                "`publish.weights: raw`"
+            )
+        order = (*((AVERAGE,) if self.averaged else ()), "master", "frozen", "buffer")
         for name, keys in reader.pieces.items():
-            key = next((k for k in ("master", "frozen", "buffer") if k in keys), "")
+            key = next((k for k in order if k in keys), "")
             if not key:
                 raise CheckpointError(f"{checkpoint.path}: {name} was saved without its weights")
             self._keys[name] = key
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._reader.whole(name, self._keys[name])
-        return tensor.to(self._dtype) if self._dtype is not None and self._keys[name] == "master" else tensor
+        return tensor.to(self._dtype) if self._dtype is not None and self._keys[name] in _TRAINED else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -477,14 +505,16 @@ class SavedWeights(Mapping[str, torch.Tensor]):
     def describe(self, name: str) -> torch.Tensor:
         """A tensor without data of the same shape and type."""
         key = self._keys[name]
-        dtype = self._dtype if self._dtype is not None and key == "master" else self._reader.dtype(name, key)
+        dtype = self._dtype if self._dtype is not None and key in _TRAINED else self._reader.dtype(name, key)
         return torch.empty(self._reader.shapes[name], dtype=dtype, device="meta")
 
 
-def export_weights(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def export_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, weights: str = "raw"
+) -> dict[str, torch.Tensor]:
     """All of `SavedWeights` in memory."""
     with RangeReader(checkpoint) as reader:
-        return dict(SavedWeights(checkpoint, reader, dtype))
+        return dict(SavedWeights(checkpoint, reader, dtype, weights))
 
 
 def optimizer_state(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:

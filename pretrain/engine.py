@@ -20,7 +20,14 @@ import torch
 
 from tiphys.pretrain.action_error import COLUMNS, NativeErrors, action_errors
 from tiphys.pretrain.distributed.deepspeed_config import derive
-from tiphys.pretrain.distributed.deepspeed_state import Address, forget_groups, gradient_norm, learning_rate
+from tiphys.pretrain.distributed.deepspeed_state import (
+    Address,
+    advance_average,
+    forget_groups,
+    gradient_norm,
+    keep_average,
+    learning_rate,
+)
 from tiphys.pretrain.distributed.layout_errors import expert_errors
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
@@ -178,7 +185,8 @@ class Engine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
+        accelerator = get_accelerator().device_name()
+        sizes = derive(recipe, world, accelerator=accelerator)
         self.world, self.seed = world, recipe.train.seed
         self.balance: Balance | None = None  # of the mixture's lines
         self.native: NativeErrors | None = None  # what `evaluate` also measures
@@ -191,15 +199,21 @@ class Engine:
         module = self._build(model)
         if world.expert > 1:
             _shard_experts(module, self.config, world)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        sized = derive(recipe, world, accelerator=accelerator, elements=sum(p.numel() for p in trained))
+        self.derived |= sized.values
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=sizes.config,
+            model_parameters=trained,
+            config=sized.config,
             dist_init_required=False,
         )
         if recipe.train.compile:
             self.deepspeed.compile()
         self.module: torch.nn.Module = self.deepspeed.module
+        self._decay = recipe.train.ema.decay
+        if self._decay:
+            keep_average(self.deepspeed)
         self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
         self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
@@ -242,7 +256,10 @@ class Engine:
         totals = self._totals()
         self.module.train()
         self._exchanges.take()  # drop what an evaluation measured
+        before = self.step
         norm = self._train(batch if self.balance is None else self.balance.weighted(batch), counts, totals)
+        if self._decay:
+            advance_average(self.deepspeed, min(self._decay, (1 + before) / (10 + before)))
         measured = [*self._passes(), self._exchanges.take()[0], float(peak_memory(self.world.device))]
         totals["ranks"][self.world.rank] = torch.tensor(measured, dtype=torch.float64)
         self._finish_experts(totals)

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.episode import BadValue, DataError, Needs, TaskSpec, Window
+from tiphys.dataio.episode import BadValue, DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
-from tiphys.pretrain.tokens.codecs import Bins, Codec, Discrete, Integers, Quantiles, Sign
+from tiphys.pretrain.tokens.codecs import Bins, Chunk, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
+from tiphys.pretrain.tokens.frames import Frame
 from tiphys.pretrain.tokens.paradigms import (
     ACTING_OPTIONS,
     PARADIGMS,
@@ -121,13 +123,14 @@ class Objectives:
         _check_names(entries)
         self._clipped: dict[str, float] = {}
         self._returns = {task.name: _returns(entries, task.name) for task in self.tasks}
+        framed = _Framed(entries)
         definition, text = _tokenizer(recipe, entries), recipe.model.text_vocabulary
         # The codecs decide how large the ranges are, and the ranges decide the ids of the codecs: so the layouts are made twice.
-        continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS)))
+        continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), framed))
         plain = Vocabulary.build(text, continuous=continuous, discrete=discrete)
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
-        self.layouts = self._layouts(entries, number, ranges)
-        embedders, regressions = _heads(self.layouts)
+        self.layouts = self._layouts(entries, number, ranges, framed)
+        embedders, regressions, chunks = _heads(self.layouts)
         pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
             plain,
@@ -136,12 +139,13 @@ class Objectives:
             tasks=tuple(number),
             text_tokenizer=definition,
             pairs=pairs,
+            chunks=chunks,
         )
         self.text = TextTokenizer(definition)
         self.prompts = [_prompt(entry) for entry in entries]
 
     def _layouts(
-        self, entries: Sequence[_MixtureEntry], number: Mapping[str, int], ranges: Ranges
+        self, entries: Sequence[_MixtureEntry], number: Mapping[str, int], ranges: Ranges, framed: _Framed
     ) -> list[dict[int, TimestepLayout]]:
         """Mixture entry -> task -> its layout."""
         found = _statistics(entries)
@@ -151,10 +155,18 @@ class Objectives:
             by_task = {}
             for _, task in entry:
                 largest = self._returns[task.name].largest
-                encoding = Encoding(task, entry.objective, entry.paradigm, found[task.name], ranges, largest, superset)
-                by_task[number[task.name]] = encoding.layout(
-                    number[task.name], _fixed_weight(entry.settings.loss_weight)
+                encoding = Encoding(
+                    task,
+                    entry.objective,
+                    entry.paradigm,
+                    found[task.name],
+                    ranges,
+                    largest,
+                    superset,
+                    partial(framed, task.name),
                 )
+                weight = _fixed_weight(entry.settings.loss_weight)
+                by_task[number[task.name]] = encoding.layout(number[task.name], weight)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
@@ -586,20 +598,29 @@ def _codecs(layouts: Layouts) -> Iterator[Codec]:
             yield from (e.codec for e in layout.elements if e.codec is not None)
 
 
-def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int]]:
-    """The embedders and regression heads that the layouts of all tasks need."""
+def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int], dict[str, dict[str, Any]]]:
+    """The embedders, regression heads and heads of chunks that the layouts of all tasks need."""
     embedders: dict[str, EmbedderSpec] = {}
     for codec in sorted(_codecs(layouts), key=lambda c: c.embedder):
         if codec.embedder:
             spec = codec.embedder_spec()
             embedders[codec.embedder] = embedders.get(codec.embedder, spec).merged(spec, codec.embedder)
     heads = {e.head: e.codec for by_task in layouts for t in by_task.values() for e in t.elements if e.head}
-    return embedders, {head: codec.embedder_spec().shape[0] for head, codec in heads.items() if codec is not None}
+    regressions, chunks = {}, {}
+    for head, predicted in heads.items():
+        if isinstance(predicted, Chunk):
+            chunks[head] = predicted.head
+        elif predicted is not None:
+            regressions[head] = predicted.embedder_spec().shape[0]
+    return embedders, regressions, dict(sorted(chunks.items()))
 
 
 def _needs_quantiles(entry: _MixtureEntry) -> bool:
     """Whether it needs more quantiles than dataset.json has."""
-    coded = (tokens.encoding == "quantile" for tokens in entry.objective.fields.values())
+    if entry.objective.head in ("l2", "l1", "flow") or entry.objective.horizon:
+        return True
+    fields = entry.objective.fields.values()
+    coded = (tokens.encoding == "quantile" or tokens.normalise != "auto" for tokens in fields)
     return any(coded) or any(part.code == "quantile" for part in entry.paradigm.timestep)
 
 
@@ -620,6 +641,29 @@ def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldSt
                     mine.setdefault(field, []).append(statistics)
             seen.add((entry.index.fingerprint, i))
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}
+
+
+class _Framed:
+    """Statistics of relative actions, over all datasets that have the task. Each is computed once."""
+
+    def __init__(self, entries: Sequence[_MixtureEntry]) -> None:
+        self._entries = entries
+        self._known: dict[Any, FieldStatistics] = {}
+
+    def __call__(self, task: str, field: FieldSpec, frame: Frame, horizon: int) -> FieldStatistics:
+        from tiphys.dataio.frame_statistics import frame_statistics
+        from tiphys.dataio.statistics import pooled
+
+        key = (task, field.name, frame, horizon)
+        if key not in self._known:
+            indexes = {(e.index.fingerprint, i): e.index for e in self._entries for i, t in e if t.name == task}
+            self._known[key] = pooled(
+                [
+                    frame_statistics(index, i, field.name, frame.to, frame.columns, horizon)
+                    for (_, i), index in indexes.items()
+                ]
+            )
+        return self._known[key]
 
 
 def _returns(entries: Sequence[_MixtureEntry], name: str) -> _Returns:

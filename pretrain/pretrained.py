@@ -214,8 +214,12 @@ class Pretrained:
     @cached_property
     def _modules(self) -> dict[str, dict[str, str]]:
         """Prefix of the names -> module of an embedder or head now -> its module earlier, for fields that were renamed."""
-        found: dict[str, dict[str, str]] = {"embedding.values.": {}, "head.regressions.": {}}
-        for prefix, names in (("embedding.values.", self.new.embedders), ("head.regressions.", self.new.regressions)):
+        found: dict[str, dict[str, str]] = {"embedding.values.": {}, "head.regressions.": {}, "head.chunks.": {}}
+        for prefix, names in (
+            ("embedding.values.", self.new.embedders),
+            ("head.regressions.", self.new.regressions),
+            ("head.chunks.", self.new.chunks),
+        ):
             for name in names:
                 for now, was in self._earlier.items():
                     parts = name.split(":")
@@ -256,7 +260,8 @@ class Pretrained:
         """Rows of the token table: texts by their pieces, values by their numbers, special tokens by their names."""
         pairs: list[tuple[int, int | None]] = []
         old, new = self._old_words, self._new_words
-        if replace(old, embedders={}, regressions={}, tasks=()) == replace(new, embedders={}, regressions={}, tasks=()):
+        nothing: dict[str, Any] = {"embedders": {}, "regressions": {}, "chunks": {}, "tasks": ()}
+        if replace(old, **nothing) == replace(new, **nothing):
             return np.arange(new.size), np.arange(new.size)
         if old.text_tokenizer == new.text_tokenizer:
             low, high = new.range("text")
@@ -275,7 +280,8 @@ class Pretrained:
 def _names(config: DecisionConfig) -> set[str]:
     """Names of the fields that have an embedder or a regression head, and of the tasks."""
     fields = {name.split(":")[1] for name in config.embedders if name.count(":") > 1}
-    return fields | {name.rpartition(":")[0] for name in config.regressions} | set(config.tasks)
+    fields |= {name.rpartition(":")[0] for name in config.regressions} | {name.split(":")[0] for name in config.chunks}
+    return fields | set(config.tasks)
 
 
 def _pairs(pairs: list[tuple[int, int | None]]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ SEEDS = 2**63 - 1  # the largest seed
 # Numbers that are far above what anybody trains. They keep a slip of the pen from being a run that hangs or fills the memory.
 STEPS = 10**12
 POSITIONS = 2**24  # tokens or steps of one window
+TRACKERS = ("wandb", "trackio", "mlflow")  # also the names of their packages
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,46 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """Actions that are counted from the state of the observed step."""
+
+    to: str = key(
+        "", "Actions: count them from this field of the observed step; empty: they stay absolute", text="field"
+    )
+    columns: list[Any] = key(
+        list,
+        "The column of `to` that each entry of the action is counted from, one for each entry; null: it stays absolute",
+    )
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How pictures are changed at random in training, all of a window and camera alike; never in validation or acting."""
+
+    crop: float = key(
+        1.0, "Share of each side that is cut out at a random place and enlarged again; 1: all", low=0.1, high=1
+    )
+    rotate: float = key(
+        0.0, "Most degrees by which pictures are rotated, to either side", unit="degrees", low=0, high=180
+    )
+    brightness: float = key(0.0, "Largest change of the factor of the brightness", low=0, high=1)
+    contrast: float = key(0.0, "Largest change of the factor of the contrast", low=0, high=1)
+    saturation: float = key(0.0, "Largest change of the factor of the saturation", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The head that draws chunks of actions by flow matching, with `head: flow`."""
+
+    width: int = key(256, "Width of the head", low=8, high=2**14)
+    depth: int = key(3, "Blocks of the head", unit="blocks", low=1, high=64)
+    draws: int = key(
+        4, "Noises and times that each chunk is learned at; more make the gradient less noisy", low=1, high=64
+    )
+    steps: int = key(10, "Euler steps in which a policy draws a chunk", unit="steps", low=1, high=1000)
+
+
+@dataclass(frozen=True)
 class FieldTokens:
     """How one field of a timestep becomes tokens. It takes precedence over the scheme of the objective."""
 
@@ -137,8 +178,16 @@ class FieldTokens:
     crop: int = key(
         0, "Images: height and width of a centre crop before resizing; 0: none", unit="pixels", low=0, high=8192
     )
+    augment: Augment = key(Augment, "Images: how they are changed at random in training")
     stride: int = key(1, "Keep this field's observation in every n-th step only", unit="steps", low=1, high=POSITIONS)
     chunk: int = key(1, "Actions: predict this many steps at once", unit="steps", low=1, high=2**16)
+    relative: Relative = key(Relative, "Actions: count them from the state of the observed step")
+    normalise: str = key(
+        "auto",
+        "Actions: what becomes -1 to 1: the range of the data, its quantiles .01 to .99, or one standard deviation around the "
+        "mean; auto: quantile for chunks and relative actions, else the bounds of the space",
+        choices=("auto", "bounds", "quantile", "standard"),
+    )
 
 
 @dataclass(frozen=True)
@@ -187,6 +236,23 @@ class Objective:
         target=True,
         resume=True,
     )
+    horizon: int = key(
+        0, "Actions that are predicted at each observed step; 0: as many as `chunk`", unit="steps", low=0, high=2**12
+    )
+    chunk: int = key(
+        0,
+        "Steps from one observed step to the next, whose actions a policy executes without looking; 0: as `fields` says",
+        unit="steps",
+        low=0,
+        high=2**12,
+    )
+    head: str = key(
+        "auto",
+        "How continuous actions are predicted: ids (bins), the mean (l2) or the median (l1) of the whole chunk, or chunks that "
+        "are drawn by flow matching; auto: as `discretise` says",
+        choices=("auto", "bins", "l2", "l1", "flow"),
+    )
+    flow: Flow = key(Flow, "The head that draws chunks by flow matching")
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
 
@@ -285,6 +351,24 @@ class Parallel:
     measure: bool = key(
         True, "Cut the pipeline by the measured time of each layer; false: by its number of operations", resume=True
     )
+    auto: bool = key(
+        False,
+        "Choose the keys that are set to `auto`: `parallel.pipeline`, `parallel.expert`, `model.checkpointing`, the micro-batch "
+        "and the ZeRO stage of `deepspeed` (docs/layout.md)",
+        resume=True,
+    )
+
+
+@dataclass(frozen=True)
+class Average:
+    """A moving average of the weights, beside those that are trained."""
+
+    decay: float = key(
+        0.0,
+        "Share of the average that each step keeps, at most (1 + step) / (10 + step); 0: no average",
+        low=0,
+        below=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -309,6 +393,7 @@ class Train:
         high=1000,
         resume=True,
     )
+    ema: Average = key(Average, "A moving average of the weights, in fp32, that policies are made from")
     compile: bool = key(False, "Compile the model with torch.compile", resume=True)
 
 
@@ -491,14 +576,45 @@ class Publish:
         choices=("bf16", "fp32"),
         resume=True,
     )
+    weights: str = key(
+        "auto",
+        "Weights of the policy: their moving average (`train.ema`), or those of the last step; auto: the average if there is one",
+        choices=("auto", "ema", "raw"),
+        resume=True,
+    )
     keep: str = key(
         "last",
         "Publish every new policy, or only one that scores higher than the published one",
         choices=("last", "best"),
         resume=True,
     )
+    rate: str = key(
+        "0MiB",
+        "Most bytes a second that are sent to a folder or a bucket; 0MiB: no limit",
+        size=True,
+        resume=True,
+    )
+    grace: float = key(
+        60.0,
+        "How long a published step stays after a newer one does not need it, for those who still read it",
+        unit="minutes",
+        low=1,
+        high=525600,
+        resume=True,
+    )
     private: bool = key(True, "Hubs: the repository is private; one that is public already is refused", resume=True)
     license: str = key("", "Licence of the policy; empty: none is stated", text="SPDX identifier", resume=True)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Experiment trackers that the lines of `metrics.jsonl` are sent to."""
+
+    to: list[str] = key(
+        list, "Trackers; each must be installed, and takes its key from its usual place", choices=TRACKERS, resume=True
+    )
+    project: str = key("", "Name of the project, in MLflow of the experiment; empty: `name`", text="name", resume=True)
+    name: str = key("", "Name of the run; empty: the last part of `run.dir`", text="name", resume=True)
 
 
 @dataclass(frozen=True)
@@ -524,4 +640,5 @@ class Recipe:
     validate: Validation = key(Validation, "The loss on held-out episodes")
     evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
     publish: Publish = key(Publish, "Where the policy goes")
+    track: Track = key(Track, "Experiment trackers that metrics are sent to")
     run: Run = key(Run, "The run's folder")

@@ -57,6 +57,12 @@ def tokenizer_errors(path: Any, vocabulary: Any) -> Iterator[Error]:
             yield "model.text_tokenizer", str(error).removeprefix("model.text_tokenizer: ")
 
 
+def average_errors(recipe: Recipe) -> Iterator[Error]:
+    """Whether the policy is to have averages that are not made."""
+    if recipe.publish.weights == "ema" and not recipe.train.ema.decay:
+        yield "publish.weights", "there is no average of the weights; set `train.ema.decay`, for example to 0.999"
+
+
 def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
     """Whether `model.init` is a policy with layers of the same sizes, and its digest the one that the recipe was pinned to."""
     from tiphys.pretrain.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +14,10 @@ from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
 from tiphys.pretrain.acting.slots import Acting, Head, Slot, any_value, limited, name_of, slots_of
 from tiphys.pretrain.tokens.agents import one_agent
 from tiphys.pretrain.tokens.batch import ACTION
-from tiphys.pretrain.tokens.codecs import Discrete
+from tiphys.pretrain.tokens.codecs import Chunk, Discrete, as_type
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
-from tiphys.pretrain.tokens.timestep import TimestepLayout
+from tiphys.pretrain.tokens.frames import Frame
+from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.processor import Processor
@@ -31,6 +32,7 @@ class _Episode:
     held    tokens of the window that the model has seen and still knows
     begins  position of each step's first token in the window, as it was laid out last
     fixed   texts and values that stand in every part of the window, as they were laid out last
+    counted number of actions, from the episode's first on, that `demand` knows
     """
 
     asked: float
@@ -41,9 +43,13 @@ class _Episode:
     returns: list[float] = field(default_factory=list)  # return-to-go at each step
     rewards: list[float] = field(default_factory=list)  # of each action, as far as they are known
     demanded: list[np.ndarray] = field(default_factory=list)  # what `demand` was at each step
+    planned: list[Mapping[str, np.ndarray]] = field(
+        default_factory=list
+    )  # actions of a chunk that are still to be executed
     held: int = 0
     begins: list[int] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
+    counted: int = 0
 
 
 class History:
@@ -108,6 +114,11 @@ class History:
         asked = self.target_return[environment] if target_return is None else target_return
         demand = self._demands[environment].again() if self._demands else None
         self._episodes[environment] = _Episode(asked, demand)
+
+    def forget(self) -> None:
+        """The model has seen nothing of these histories, so the next layouts are whole windows."""
+        for episode in self._episodes:
+            episode.held = 0
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -205,7 +216,9 @@ class History:
         if episode.returns:
             episode.rewards.append(reward)
         if episode.demand is not None:
-            if episode.actions:
+            done = episode.number + len(episode.actions)
+            if done > episode.counted:
+                episode.counted = done
                 before, did = episode.observations[-1], episode.actions[-1]
                 episode.demand.took(value_of(episode.demand.field, before, did, reward))
             episode.demanded.append(episode.demand.shares())
@@ -214,6 +227,20 @@ class History:
         else:
             episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
+
+    def retract(self, environments: Sequence[int]) -> None:
+        """Forget the observations of these environments that were not acted on, because one of them was refused."""
+        for episode in (self._episodes[i] for i in environments):
+            count = len(episode.actions)
+            kept_by_step: tuple[list[Any], ...] = (
+                episode.observations,
+                episode.returns,
+                episode.demanded,
+                episode.begins,
+            )
+            for steps in kept_by_step:
+                del steps[count:]
+            del episode.rewards[max(count - 1, 0) :]
 
     def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
         """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.
@@ -251,6 +278,27 @@ class History:
             )
         self._warned = True
 
+    def plans(self, environment: int) -> bool:
+        """Whether the next action of an environment is known already: it belongs to a chunk that is being executed."""
+        return bool(self._episodes[environment].planned)
+
+    def follow(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        rewards: Sequence[float] | None = None,
+        environments: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Add a step of environments that execute a chunk, and return its next actions, fields [R, *shape].
+
+        The arguments are those of `observe`. `acted` must not be called for these environments.
+        """
+        chosen = self._add_step(observations, rewards, environments)
+        actions = []
+        for i in chosen:
+            actions.append(self._episodes[i].planned.pop(0))
+            self._episodes[i].actions.append(actions[-1])
+        return {name: np.stack([one[name] for one in actions]) for name in actions[0]}
+
     def acted(
         self,
         actions: Mapping[str, np.ndarray],
@@ -264,7 +312,7 @@ class History:
         read  the number of slots that it has seen too
         """
         chosen = range(len(self._episodes)) if environments is None else environments
-        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen, read)
+        agree = np.zeros(len(chosen), np.int64) if seen is None else self._agreeing(actions, seen, read, list(chosen))
         for row, i in enumerate(chosen):
             episode = self._episodes[i]
             episode.actions.append({e.field: np.asarray(actions[e.field][row]) for e in self.actions})
@@ -275,7 +323,17 @@ class History:
             else:
                 episode.held = 0
 
-    def _agreeing(self, actions: Mapping[str, np.ndarray], seen: Acting, read: int) -> np.ndarray:
+    def _origin(self, frame: Frame, environments: Sequence[int]) -> np.ndarray:
+        """float64 [R, entries]: what the current action of each environment is counted from, at its last observed step."""
+        states = []
+        for i in environments:
+            seen = self._episodes[i].observations
+            states.append(np.asarray(given(seen[(len(seen) - 1) // self.layout.chunk * self.layout.chunk], frame.to)))
+        return frame.origin(np.stack(states))
+
+    def _agreeing(
+        self, actions: Mapping[str, np.ndarray], seen: Acting, read: int, chosen: Sequence[int]
+    ) -> np.ndarray:
         """[R]: how many of the first `read` slots hold what the action's own encoding is.
 
         An action that was decoded may be encoded differently, for instance if it was clamped.
@@ -286,7 +344,10 @@ class History:
             assert element.codec is not None
             if number >= read:
                 break
-            encoded = element.codec.encode(np.asarray(actions[name_of(element)]))
+            did = np.asarray(actions[name_of(element)])
+            if element.frame is not None:
+                did = did.astype(np.float64) - self._origin(element.frame, chosen).reshape(did.shape)
+            encoded = element.codec.encode(did)
             for column in range(min(element.size, read - number)):
                 if self.slots[number].shown:
                     mine = encoded[:, column].reshape(len(agree), -1)
@@ -295,19 +356,39 @@ class History:
                 number += 1
         return agree
 
-    def decode(self, answers: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def decode(self, answers: Sequence[np.ndarray], environments: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Answers to all slots (ids [R] or vectors [R, d]) -> action fields [R, *shape], in the units of the dataset.
 
-        If returns are answered too, `return` [R] is among the fields.
+        If returns are answered too, `return` [R] is among the fields. Of a chunk, the first action is returned; the others that
+        are to be executed are kept for `follow`. `environments`: those of the answers (None: all).
         """
+        chosen = list(range(len(self._episodes))) if environments is None else list(environments)
         out, at = {}, 0
         for element in self.answered:
             codec = element.codec
             assert codec is not None
             mine = [np.asarray(a) for a in answers[at : at + element.size]]
-            out[name_of(element)] = codec.decode(np.stack(mine, axis=1))
+            out[name_of(element)] = self._native(element, np.stack(mine, axis=1), chosen)
             at += element.size
+            if isinstance(codec, Chunk):
+                chunk = out[element.field]
+                out[element.field] = chunk[:, 0]
+                for actions, i in zip(chunk[:, 1 : codec.steps], chosen, strict=True):
+                    self._episodes[i].planned = [{element.field: one} for one in actions]
         return out
+
+    def _native(self, element: Element, answers: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
+        """Answers [R, size, …] to an element in the units of the dataset, [R, *shape], or [R, n, *shape] of a chunk."""
+        codec = element.codec
+        assert codec is not None
+        if element.frame is None:
+            return codec.decode(answers)
+        exact: Any = replace(codec, dtype="float64")  # type: ignore[call-arg]
+        found = exact.decode(answers)
+        origin = self._origin(element.frame, chosen).reshape(
+            len(found), *(1,) * (found.ndim - 1 - len(codec.shape)), *codec.shape
+        )
+        return as_type(found + origin, element.codec.dtype)  # type: ignore[union-attr]
 
     def return_values(self) -> np.ndarray:
         """float64 [ids]: the returns that the answers to the first slot stand for."""
@@ -334,6 +415,8 @@ class History:
             elif element.role == "reward":
                 mine = np.reshape(episode.rewards[first:], (-1, *self._placeholders[name].shape))
                 fields[name] = np.concatenate([mine, self._placeholders[name][None]]).astype(np.float32)
+        for name in {e.to for e in layout.elements if e.to} - fields.keys():
+            fields[name] = np.stack([np.asarray(given(o, name)) for o in shown])
         fields.update({**dict.fromkeys(layout.preamble, ""), **texts})
         agent = {"agent": np.full(count, environment % layout.agents)} if layout.agents else {}
         return Window(

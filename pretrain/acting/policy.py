@@ -12,7 +12,7 @@ import torch
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import given_fields, native
-from tiphys.dataio.philox import SAMPLE, uniform32, words
+from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.dataio.stored import number as within
 from tiphys.paths import expand
@@ -64,6 +64,7 @@ class Policy:
         self.model, self.processor = model.eval(), processor
         self.sample, self.seed, self.hop = sample, seed, hop
         self.task = ""
+        self.following: Any = None
 
     @classmethod
     def load(
@@ -96,7 +97,8 @@ class Policy:
         from tiphys.pretrain.model.transformer import DecisionModel
 
         logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
-        if "://" in str(folder):  # a policy's own code has no stores, so this module is not among its imports
+        published = "://" in str(folder) or (Path(expand(folder)) / "latest.json").is_file()
+        if published:  # a policy's own code has no stores, so this module is not among its imports
             folder = import_module("tiphys.pretrain.policy_files").local_policy(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
@@ -112,6 +114,41 @@ class Policy:
                 f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
             ) from error
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
+
+    @classmethod
+    def follow(cls, url: str, device: str = "", *, every: float = 10.0, when: str = "act", **options: Any) -> Policy:
+        """Load a policy that takes over each newer version of its weights that is published at the same place.
+
+        A thread polls, decodes and verifies; `act` and `reset` only exchange the weights. ``policy.following`` knows the `step`
+        and `digest` of the present ones, and its `close()` ends the thread.
+
+        Parameters
+        ----------
+        url : str
+            Where a run publishes: a folder, ``s3://bucket/path`` or ``hf://owner/name``.
+        device : str
+            A torch device, as in `load`.
+        every : float
+            Seconds between two polls, about.
+        when : str
+            ``act``: new weights are taken before any action; ``episode``: only in `reset` and `restart`.
+        **options
+            `sample`, `seed` and `hop`, as in the class.
+
+        Raises
+        ------
+        FileNotFoundError
+            If nothing is published there.
+        DataError
+            If `every` or `when` is not allowed, or as in `load`.
+        """
+        from importlib import import_module
+
+        following = import_module("tiphys.pretrain.follow.following").Following(url, every=every, when=when)
+        policy = cls.load(following.folder, device, **options)
+        policy.following = following
+        following.start(policy)
+        return policy
 
     @classmethod
     def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0, hop: bool = True) -> Policy:
@@ -213,6 +250,8 @@ class Policy:
             return or no goal and gets one; if an option of `acting` is unknown or out of range, or a plan is longer than the
             window.
         """
+        if self.following is not None:
+            self.following.take(self)
         known = self.processor.tasks.get(task)
         fields = {f.name: f for f in known.fields} if known is not None else {}
         name = objective or self.processor.objective(task)
@@ -273,6 +312,8 @@ class Policy:
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
+        if self.following is not None:
+            self.following.take(self)
         asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
         self._instruct(instruction, [environment])
         for agent, row in enumerate(self._rows([environment])):
@@ -280,6 +321,12 @@ class Policy:
             self._steps[row] = 0
             if stream is not None:
                 self._streams[row] = stream * self._agents + agent
+
+    def forget(self) -> None:
+        """Forget what the model has computed of the histories so far. The next action reads them again, by other weights."""
+        if self.task:
+            self.history.forget()
+            self.recall = Recall(self.model, len(self._steps), self.processor.length)
 
     def act(
         self,
@@ -315,13 +362,15 @@ class Policy:
         ValueError
             If `reset` was not called, or if there is not one observation for each environment.
         DataError
-            If an observation lacks a field, or has a value without encoding.
+            If an observation lacks a field, or has a value without encoding. All environments are then as before the call.
         """
         if not self.task:
             raise ValueError("the policy does not know its task: call reset(task) before act")
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments, text=text)[0]
+        if self.following is not None and self.following.when == "act":
+            self.following.take(self)
         chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
@@ -329,16 +378,53 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        new = self.hop and self.history.layout.mask == CAUSAL
-        acting = self.history.observe([o for team in given for o in self._members(team)], each, rows, new=new)
-        answers, read = self._answer(acting, rows)
-        fields = self.history.decode(answers)
-        self.history.acted(fields, rows, acting, read)
+        try:
+            seen = [o for team in given for o in self._members(team)]
+            planned = np.array([self.history.plans(row) for row in rows], bool)
+            parts = [
+                act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
+                for act, some in (
+                    (self._decide, np.flatnonzero(~planned)),
+                    (self.history.follow, np.flatnonzero(planned)),
+                )
+                if len(some)
+            ]
+            order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
+            fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
             fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def limit(self, declared: Sequence[FieldSpec]) -> None:
+        """Answer only values that an environment takes, in all environments of `reset`.
+
+        Parameters
+        ----------
+        declared : sequence of FieldSpec
+            The fields of the environment. The range of its discrete action fields counts.
+
+        Raises
+        ------
+        DataError
+            If an entry of an action field has no value that both the policy and the environment know.
+        """
+        self.history.limit(declared)
+
+    def _decide(
+        self, observations: list[dict[str, Any]], rewards: list[float] | None, rows: list[int]
+    ) -> dict[str, np.ndarray]:
+        """The actions that the model chooses for these rows of the history, fields [R, *shape]."""
+        new = self.hop and self.history.layout.mask == CAUSAL
+        acting = self.history.observe(observations, rewards, rows, new=new)
+        answers, read = self._answer(acting, rows)
+        fields = self.history.decode(answers, rows)
+        self.history.acted(fields, rows, acting, read)
+        return fields
 
     def _rows(self, environments: Sequence[int]) -> list[int]:
         """The rows of the history that belong to these environments: one for each of their agents."""
@@ -445,7 +531,7 @@ class Policy:
         within(temperature, "say, temperature", 0, 1e6)
         within(top_p, "say, top_p", 1e-9, 1)
         many = not isinstance(prompt, str)
-        prompts = list(prompt) if many else [prompt]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
         layout = self._texts_layout(task, objective, observation is not None)
@@ -526,6 +612,18 @@ class Policy:
             steps, streams = steps[:, None], streams[:, None]
         return uniform32(words(self.seed, steps, streams, slot, attempt, purpose=SAMPLE)[0])
 
+    def _noise(self, environments: Sequence[int], slot: int, head: str) -> torch.Tensor:
+        """What chunks of environments [R] are drawn from, float32 [R, numbers of a chunk].
+
+        It depends on the seed, the environment's stream and its step. Without `sample`, an episode has the same noise at all of
+        its steps; noise of 0 would be the mean of what may follow, which nobody did.
+        """
+        spec = self.model.config.chunks[head]
+        steps, streams = (np.array([of[i] for i in environments]) for of in (self._steps, self._streams))
+        steps = steps if self.sample else np.zeros_like(steps)
+        numbers = spec["steps"] * spec["entries"]
+        return torch.from_numpy(normals(self.seed, steps, streams, slot, numbers, purpose=ACTING_NOISE))
+
     def _choose(
         self,
         acting: Acting,
@@ -539,6 +637,9 @@ class Policy:
         `tilt` is added to the logits; then the answer is always drawn.
         """
         slot = acting.slots[number]
+        if slot.head in self.model.config.chunks:
+            noise = self._noise(environments, number, slot.head).to(hidden.device)
+            return self.model.draw_chunk(hidden, slot.head, noise).float().cpu().numpy()
         if slot.head:
             return self.model.regress(hidden, slot.head).float().cpu().numpy()
         logits = self.model.logits(hidden)[:, slot.low : slot.high].cpu()

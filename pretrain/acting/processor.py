@@ -198,7 +198,8 @@ class Processor:
             If the policy was not trained on the task.
         """
         layout = self.layouts[objective or self.objective(task)][task]
-        return frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
+        shown = frozenset(e.field for e in layout.elements if e.field) | frozenset(layout.preamble)
+        return shown | frozenset(e.to for e in layout.elements if e.to)
 
     def history(
         self,
@@ -284,7 +285,7 @@ class Processor:
         available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
             query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
-            return Filling(self, layout, environments, asked, prompt, goal, query)
+            return Filling(self, layout, environments, asked, prompt, goal, query, available)
         demands = self._demands(task, name, future, remainder, environments)
         return History(
             self,

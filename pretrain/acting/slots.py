@@ -10,13 +10,14 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Discrete
+from tiphys.pretrain.tokens.codecs import Chunk, Discrete
 from tiphys.pretrain.tokens.timestep import Element
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One answer that the model gives: an id in [low, high), or, if `head` is set, the vector of that regression head.
+    """One answer that the model gives: an id in [low, high), or, if `head` is set, the vector of that regression head, or the
+    chunk of actions of a head of chunks.
 
     For a vector, low and high are 0. `field` is the action field that the answer belongs to. If not `shown`, later answers do
     not depend on this one: the token `mask` stays in its place.
@@ -81,6 +82,7 @@ class Acting:
             self.batch.tokens[rows, column] = value
             return
         part = self.batch.embedded[f"vector:{self.slots[slot].head}"]
+        value = value[:, : part.value.shape[1]]  # of a chunk, its token shows what is executed
         part.value[np.searchsorted(part.index, rows * self.batch.length + column)] = value
 
     def written(self, slot: int) -> np.ndarray:
@@ -134,6 +136,8 @@ def any_value(element: Element) -> np.ndarray:
     """Some valid value, as a placeholder for the one that is still unknown."""
     codec = element.codec
     assert codec is not None
+    if isinstance(codec, Chunk):
+        return np.zeros(codec.shape, codec.dtype)
     if codec.embedder:
         return codec.decode(np.zeros((1, 1, *codec.embedder_spec().shape), np.float32))[0]
     return codec.decode(np.array([[low for low, _ in codec.choices()]]))[0]

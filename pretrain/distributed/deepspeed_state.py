@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state, besides `step`
+AVERAGE = "ema"  # the average of the masters, which lies beside the moments
 WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
 
 
@@ -42,7 +43,7 @@ Named = Callable[[str, torch.nn.Parameter, tuple[int, ...]], Address]
 class Fragment:
     """The flat range [start, start + numel) of a canonical parameter that this rank holds.
 
-    views    key (master, exp_avg, exp_avg_sq, or frozen) -> live flat tensor of `numel` elements
+    views    key (master, exp_avg, exp_avg_sq and perhaps ema, or frozen) -> live flat tensor of `numel` elements
     weight   the same range of the weight that the model computes with; None if a view is that weight itself
     slot     the optimizer's entry that holds `step`
     owner    False: another rank saves this range
@@ -89,6 +90,28 @@ def materialise(engine: Any) -> None:
         state["step"] = torch.tensor(0.0) if isinstance(base, torch.optim.Adam) else 0
         for key in MOMENTS:
             state[key] = torch.zeros_like(flat.data)
+
+
+def keep_average(engine: Any) -> None:
+    """Begin an average of the masters; it is their value until `advance_average`. Raises UnknownState as `materialise` does."""
+    materialise(engine)
+    state = _base(engine.optimizer).state
+    for flat in _flats(engine.optimizer):
+        state[flat][AVERAGE] = flat.data.clone()
+
+
+@torch.no_grad()
+def advance_average(engine: Any, kept: float) -> None:
+    """average = kept · average + (1 − kept) · master. Not collective.
+
+    Two roundings for each element, wherever it lies in a flat tensor: a fused operation would round the ends of a tensor
+    differently.
+    """
+    state = _base(engine.optimizer).state
+    for flat in _flats(engine.optimizer):
+        average = state[flat][AVERAGE]
+        average.mul_(kept)
+        average.add_(flat.data * (1 - kept))
 
 
 def fragments(engine: Any, named: Named) -> Iterator[Fragment]:
@@ -249,7 +272,7 @@ class _Finder:
     def views(self, flat: torch.Tensor, start: int, numel: int) -> dict[str, torch.Tensor]:
         state = self.state[flat]
         span = slice(start, start + numel)
-        moments = {key: state[key].view(-1)[span] for key in MOMENTS if key in state}
+        moments = {key: state[key].view(-1)[span] for key in (*MOMENTS, AVERAGE) if key in state}
         return {"master": flat.data.view(-1)[span], **moments}
 
     def frozen(self, parameter: Any, address: Address) -> Fragment:

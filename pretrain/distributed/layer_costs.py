@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tiphys.pretrain.model.heads import SUMS, Head
 from tiphys.pretrain.model.inputs import Inputs, scalars, to_tensors
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers
-from tiphys.pretrain.tokens.batch import TEXT, Embedded, Regression, TokenBatch
+from tiphys.pretrain.tokens.batch import TEXT, Chunks, Embedded, Regression, TokenBatch
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
@@ -75,6 +75,7 @@ def typical_batch(config: DecisionConfig, rows: int, length: int) -> TokenBatch:
         name: Regression(some, np.zeros((len(some), size), np.float32), np.ones(len(some), np.float32))
         for name, size in config.regressions.items()
     }
+    chunks = {name: _chunks(some, head) for name, head in config.chunks.items()}
     return TokenBatch(
         step=0,
         row=np.arange(rows),
@@ -91,7 +92,14 @@ def typical_batch(config: DecisionConfig, rows: int, length: int) -> TokenBatch:
         weight=(target >= 0).astype(np.float32),
         embedded=embedded,
         regression=regression,
+        chunks=chunks,
     )
+
+
+def _chunks(index: np.ndarray, head: Mapping[str, Any]) -> Chunks:
+    n, size, draws = len(index), head["steps"] * head["entries"], head.get("draws", 0)
+    zeros = [np.zeros(shape, np.float32) for shape in ((n, size), (n, draws, size), (n, draws))]
+    return Chunks(index, zeros[0], np.full(n, head["steps"], np.int32), np.ones(n, np.float32), zeros[1], zeros[2])
 
 
 def _pass(layer: Any, x: Tensor, inputs: Inputs, layout: TokenLayout, config: DecisionConfig) -> Callable[[], None]:

@@ -28,6 +28,8 @@ _WHOLE = {  # the smallest and the largest value of each size
     "timesteps": (0, 1 << 26),
     "locals": (1, 1 << 20),
 }
+_CHUNK = {"steps": 1 << 12, "entries": 1 << 20}  # the largest value of what a head of chunks has
+_FLOW = {"width": 1 << 14, "depth": 64, "draws": 64, "euler": 1000}
 _REAL: dict[str, tuple[float, float]] = {
     "balance": (0.0, 1e6),
     "z_loss": (0, 1e6),
@@ -69,6 +71,9 @@ class DecisionConfig(PretrainedConfig):
         `shape` is that of one value; `values` is the number of symbols in a channel of a grid.
     regressions : mapping
         Regression head -> number of dimensions.
+    chunks : mapping
+        Head that predicts chunks of actions -> {"loss": "l2" | "l1" | "flow", "steps": n, "entries": n}, and for `flow` also
+        its width, depth, draws and Euler steps.
     pairs : bool
         Whether windows and texts get unit vectors that tell how well they fit each other.
     tasks : sequence of str
@@ -150,6 +155,7 @@ class DecisionConfig(PretrainedConfig):
         checkpointing: bool = False,
         tie_word_embeddings: bool = False,
         pairs: bool = False,
+        chunks: Any = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -180,6 +186,7 @@ class DecisionConfig(PretrainedConfig):
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.pairs = pairs
+        self.chunks = {name: dict(head) for name, head in (chunks or {}).items()}
         _check_more(kwargs)
         # Never from a file: it names the code that is loaded
         kwargs["auto_map"] = {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"}
@@ -238,6 +245,14 @@ class DecisionConfig(PretrainedConfig):
             raise DataError("config: tasks is not a list of names")
         for name, n in self.regressions.items():
             number(n, f"config: regression {name!r}", 1, 1 << 24)
+        for name, head in self.chunks.items():
+            known = _CHUNK | (_FLOW if head.get("loss") == "flow" else {})
+            if head.get("loss") not in ("l2", "l1", "flow") or head.keys() != {"loss", *known}:
+                raise DataError(
+                    f"config: the head {name!r} of chunks has loss {head.get('loss')!r} and keys {', '.join(head)}"
+                )
+            for key, most in known.items():
+                number(head[key], f"config: chunks {name!r}, {key}", 1, most)
         for one in self.ranges:
             if len(one) != 3:
                 raise DataError(f"config: range {one!r} is not a name, a lowest and a highest id")
@@ -288,4 +303,5 @@ class DecisionConfig(PretrainedConfig):
             checkpointing=model.checkpointing,
             tie_word_embeddings=model.tie,
             pairs=vocabulary.pairs,
+            chunks=vocabulary.chunks,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def flops_per_batch(config: DecisionConfig, batch: TokenBatch) -> float:
     forward += sum(2 * config.hidden_size * (hi - lo) * n for (lo, hi), n in zip(bounds, counts, strict=True))
     for name, r in batch.regression.items():
         forward += 2 * config.hidden_size * config.regressions[name] * len(r.index)
+    forward += sum(chunk_flops(config.chunks[n], config.hidden_size) * len(c.index) for n, c in batch.chunks.items())
     forward += sum(4 * config.hidden_size**2 * len(p.index) for p in batch.pairs.values())
     for name, e in batch.embedded.items():
         forward += embedder_flops(config.embedders[name], config.hidden_size) * len(e.index)
@@ -53,6 +55,17 @@ def layer_flops(config: DecisionConfig, layer: int) -> float:
         return attention + 6 * size * config.intermediate_size
     experts = config.num_experts_per_tok + int(config.shared_expert)
     return attention + 6 * size * config.moe_intermediate_size * experts + 2 * size * config.num_experts
+
+
+def chunk_flops(head: Mapping[str, Any], size: int) -> float:
+    """Operations of one chunk of actions, with all its draws, forward pass."""
+    numbers, width = head["steps"] * head["entries"], head.get("width", 0)
+    if head["loss"] != "flow":
+        return 2.0 * size * numbers
+    each = (
+        2 * numbers + 64 + width * (7 * head["depth"] + 2)
+    )  # 64: the embedding of time; 7: a block and what adapts it
+    return 2.0 * width * (size + head["draws"] * each)
 
 
 def embedder_flops(spec: dict[str, Any], size: int) -> float:

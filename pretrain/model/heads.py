@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
+from tiphys.pretrain.model.chunks import ChunkHead, make_head
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
 from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
@@ -58,7 +59,9 @@ def _tempered(cosines: Tensor, scale: Tensor) -> Tensor:
 
 
 class Head(Module):
-    """The last norm, the regressed targets, and the pairs of windows and texts. Each regression head is a linear map.
+    """The last norm, the regressed targets, the chunks of actions, and the pairs of windows and texts.
+
+    Each regression head is a linear map.
 
     The error of a regression is squared and averaged over the dimensions, as in Chen et al. 2021.
     """
@@ -68,13 +71,17 @@ class Head(Module):
         self.tasks = max(1, len(config.tasks))
         self.norm = Norm(config.hidden_size, config.norm_epsilon)
         self.names = {name: module_name(name) for name in sorted(config.regressions)}
-        if len(set(self.names.values())) < len(self.names):
+        self.chunk_names = {name: module_name(name) for name in sorted(config.chunks)}
+        if any(len(set(names.values())) < len(names) for names in (self.names, self.chunk_names)):
             raise DataError(f"names of regression heads must differ in more than punctuation: {', '.join(self.names)}")
         self.regressions = nn.ModuleDict(
             {
                 self.names[name]: Linear(config.hidden_size, config.regressions[name], std=STD, bias=True)
                 for name in self.names
             }
+        )
+        self.chunks = nn.ModuleDict(
+            {self.chunk_names[name]: make_head(config.chunks[name], config.hidden_size) for name in self.chunk_names}
         )
         self.match = Match(config.hidden_size) if config.pairs else None
 
@@ -93,9 +100,22 @@ class Head(Module):
             error = TARGETS["regression"].losses(self.predict(hidden[targets.place], name), targets.payload, 0)
             loss = loss + (error * targets.weight).sum() / layout.divisors[0]
             add_by_task(sums, targets.task, error, targets.weight)
+        for name in self.chunk_names:
+            loss = loss + self._chunks(name, hidden, inputs, layout, sums)
         if self.match is not None:
             loss = loss + self._pairs(hidden, inputs, layout, sums)
         return hidden, loss, sums
+
+    def _chunks(
+        self, name: str, hidden: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout, sums: Tensor
+    ) -> Tensor | float:
+        """The part of the loss that chunks of one head have, [1]. Adds to the sums by task."""
+        head, targets = self.chunk_head(name), targets_of(inputs, f"chunks/{name}")
+        if targets is None:
+            return 0.0 if only_acts() else 0.0 * head(hidden[:1], head.empty(hidden.device)).sum()
+        losses = head(hidden[targets.place], targets.payload)
+        add_by_task(sums, targets.task, losses, targets.weight)
+        return (losses * targets.weight).sum() / layout.divisors[0]
 
     def _pairs(self, hidden: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout, sums: Tensor) -> Tensor:
         """The part of the loss that pairs have, [1]. Adds to the sums by task."""
@@ -111,6 +131,12 @@ class Head(Module):
     def predict(self, hidden: Tensor, name: str) -> Tensor:
         """Normed hidden states [n, D] -> float32 [n, d]."""
         return self.regressions[self.names[name]](hidden).float()
+
+    def chunk_head(self, name: str) -> ChunkHead:
+        """The head of this name that predicts chunks of actions."""
+        head = self.chunks[self.chunk_names[name]]
+        assert isinstance(head, ChunkHead)
+        return head
 
 
 class Output(Module):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tiphys.pretrain.distributed.layout_errors import stage_errors
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
-from tiphys.pretrain.model.flops import layer_flops
+from tiphys.pretrain.model.flops import chunk_flops, layer_flops
 from tiphys.pretrain.model.heads import Head, Output
 from tiphys.pretrain.model.inputs import Inputs, missing, scalars, to_device
 from tiphys.pretrain.model.layers import Module
@@ -172,7 +172,8 @@ def layer_operations(config: DecisionConfig, window: int = 256, targets: float =
     """Operations per token of every layer, forward. `window`: tokens in a window; `targets`: share of tokens with a target."""
     attention = 2 * window * config.num_attention_heads * config.head_size
     blocks = [layer_flops(config, i) + attention for i in range(config.num_hidden_layers)]
-    return [0.0, 0.0, *blocks, 0.0, targets * 2 * config.hidden_size * config.vocab_size]
+    chunks = targets * sum(chunk_flops(head, config.hidden_size) for head in config.chunks.values())
+    return [0.0, 0.0, *blocks, chunks, targets * 2 * config.hidden_size * config.vocab_size]
 
 
 def partition(config: DecisionConfig, stages: int, *, costs: Sequence[float] | None = None) -> list[int]:

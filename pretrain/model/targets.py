@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.bits import from_bits, to_bits
+from tiphys.pretrain.model.chunks import payload_size
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
@@ -85,6 +86,17 @@ def _pairs(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
             yield name, p.index, p.weight, np.stack([place[p.index + p.ahead], row, p.text], axis=1)
 
 
+def _chunks(batch: TokenBatch, place: np.ndarray) -> Iterator[Found]:
+    for name, c in batch.chunks.items():
+        if n := len(c.index):
+            numbers = (c.value, c.noise.reshape(n, -1), c.time)
+            yield name, c.index, c.weight, np.concatenate([c.count[:, None], *map(to_bits, numbers)], axis=1)
+
+
+def _by_head(prediction: Tensor, payload: Tensor, low: int) -> Tensor:
+    raise NotImplementedError("a chunk's loss comes from its head (`chunks.ChunkHead`)")
+
+
 def candidates(pairs: Tensor) -> Tensor:
     """bool [n, n]: the texts (columns) that each window is told from: those of its row that differ from its own; and its own.
 
@@ -114,7 +126,7 @@ def _ids_of(config: DecisionConfig, softmax: int) -> int:
 
 # Ids are predicted over a range of the vocabulary, or over some ids of one. Vectors are regressed, with the mean square over
 # their dimensions (Chen et al. 2021). Pairs of windows and texts are told from each other within a row (Radford et al. 2021,
-# fig. 3), so the loss does not depend on how rows are distributed.
+# fig. 3), so the loss does not depend on how rows are distributed. A chunk of actions is one target, whose loss is a mean.
 TARGETS: dict[str, TargetKind] = {
     "target": TargetKind(
         heads=lambda config: [str(i) for i in range(len(config.ranges) + 1)],
@@ -149,6 +161,14 @@ TARGETS: dict[str, TargetKind] = {
         losses=_contrast,
         errors=_mistaken,
         column=0,
+    ),
+    "chunks": TargetKind(
+        heads=lambda config: sorted(config.chunks),
+        payload=lambda config, head: payload_size(config.chunks[head]),
+        collect=_chunks,
+        losses=_by_head,
+        errors=_by_head,
+        column=2,
     ),
 }
 

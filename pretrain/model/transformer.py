@@ -195,6 +195,10 @@ class DecisionModel(PreTrainedModel):
         """Normed hidden states [n, D] -> float32 [n, d], the prediction of one regression head."""
         return self.head.predict(hidden, name)
 
+    def draw_chunk(self, hidden: Tensor, name: str, noise: Tensor | None = None) -> Tensor:
+        """Normed hidden states [n, D] -> chunks of actions, float32 [n, steps · entries], of one head; `flow` draws."""
+        return self.head.chunk_head(name).predict(hidden, noise)
+
     def policy(self, task: str = "", environments: int = 1, **options: Any) -> Policy:
         """A policy that acts in a task, or continues texts (`say`).
 

@@ -89,8 +89,40 @@ class Allowed:
     bits: np.ndarray
 
 
-Sparse = Embedded | Regression | Pairs | Allowed
-SPARSE: dict[str, type[Sparse]] = {"embedded": Embedded, "regression": Regression, "pairs": Pairs, "allowed": Allowed}
+@dataclass(frozen=True)
+class Chunks:
+    """Targets that are chunks of S actions with E entries each, for one head.
+
+    Parameters
+    ----------
+    index : ndarray, int64 [n]
+        row · L + position, ascending.
+    value : ndarray, float32 [n, S · E]
+        The actions.
+    count : ndarray, int32 [n]
+        How many of the S actions there are; the others count for nothing.
+    weight : ndarray, float32 [n]
+        Loss weight of the chunk.
+    noise, time : ndarray, float32 [n, draws, S · E] and [n, draws]
+        What flow matching learns the chunk at; no draws for other losses. At time 1 all is noise.
+    """
+
+    index: np.ndarray
+    value: np.ndarray
+    count: np.ndarray
+    weight: np.ndarray
+    noise: np.ndarray
+    time: np.ndarray
+
+
+Sparse = Embedded | Regression | Pairs | Allowed | Chunks
+SPARSE: dict[str, type[Sparse]] = {
+    "embedded": Embedded,
+    "regression": Regression,
+    "pairs": Pairs,
+    "allowed": Allowed,
+    "chunks": Chunks,
+}
 
 
 def _arrays(part: Sparse, of: Callable[[np.ndarray], np.ndarray], index: np.ndarray) -> Sparse:
@@ -143,6 +175,8 @@ class TokenBatch:
         Head -> the pairs that it tells from each other.
     allowed : mapping of str to Allowed
         Number of a softmax -> the ids that some of its targets are normalised over.
+    chunks : mapping of str to Chunks
+        Head -> the chunks of actions that it predicts.
     """
 
     DENSE: ClassVar[Mapping[str, Any]] = {
@@ -177,6 +211,7 @@ class TokenBatch:
     regression: Mapping[str, Regression] = field(default_factory=dict)
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
     allowed: Mapping[str, Allowed] = field(default_factory=dict)
+    chunks: Mapping[str, Chunks] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -188,11 +223,11 @@ class TokenBatch:
 
     @property
     def targets(self) -> int:
-        """Number of targets: predicted tokens, regressed vectors and pairs. Each counts once, whatever its weight.
+        """Number of targets: predicted tokens, regressed vectors, chunks and pairs. Each counts once, whatever its weight.
 
         The loss of a step is the weighted sum over the targets of the *global* batch, divided by their number.
         """
-        counted: list[Regression | Pairs] = [*self.regression.values(), *self.pairs.values()]
+        counted: list[Sparse] = [*self.regression.values(), *self.pairs.values(), *self.chunks.values()]
         return int((self.target >= 0).sum()) + sum(len(part.index) for part in counted)
 
     @property
@@ -261,6 +296,7 @@ class TokenBatch:
             regression={},
             pairs={},
             allowed={},
+            chunks={},
         )
 
     def fill(self, rows: int) -> TokenBatch:

@@ -167,13 +167,13 @@ class Bins(Codec):
         """The middle of each id's bin."""
         y = (np.asarray(tokens, np.float64) - self.first + 0.5) * (2 / self.bins) - 1
         x = inverse_mu_law(y) if self.companded else from_unit(y, *self._bounds)
-        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+        return as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return ((self.first, self.first + self.bins),) * self.tokens
 
 
-def _as_type(x: np.ndarray, dtype: str) -> np.ndarray:
+def as_type(x: np.ndarray, dtype: str) -> np.ndarray:
     """Values as the field's type: integers are rounded, and stay within the type."""
     if np.dtype(dtype).kind not in "iu":
         return x.astype(dtype)
@@ -228,7 +228,7 @@ class Quantiles(Codec):
         for d, row in enumerate(self._edges):
             low = np.clip(bins[:, d], 0, len(row) - 2)
             found[:, d] = (row[low] + row[low + 1]) / 2
-        return _as_type(found.reshape(len(bins), *self.shape), self.dtype)
+        return as_type(found.reshape(len(bins), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return tuple((self.first, self.first + len(row) - 1) for row in self._edges)
@@ -372,6 +372,74 @@ class Affine(Codec):
 
 
 @dataclass(frozen=True)
+class Chunk(Codec):
+    """The next actions as one token and as one target: [low, high] is mapped to [-1, 1] and not clamped.
+
+    The token shows the first `steps` of them, those that are executed; the target is all `horizon`. Absent actions are 0.
+    """
+
+    kind: ClassVar[str] = "chunk"
+    steps: int = 1
+    horizon: int = 1
+    low: tuple[float, ...] = (-1.0,)
+    high: tuple[float, ...] = (1.0,)
+    loss: str = "l2"  # l2 | l1 | flow
+    width: int = 0  # of the head; these four only for `flow`
+    depth: int = 0
+    draws: int = 0
+    euler: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in ("l2", "l1", "flow") or not 1 <= self.steps <= self.horizon <= 1 << 12:
+            raise DataError(
+                f"codec 'chunk': loss {self.loss!r}, steps {self.steps} and horizon {self.horizon} are not possible"
+            )
+
+    @property
+    def tokens(self) -> int:
+        return 1
+
+    @property
+    def entries(self) -> int:
+        """Entries of one action."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the model needs to know of the head that predicts the chunks."""
+        out = {"loss": self.loss, "steps": self.horizon, "entries": self.entries}
+        return out | (
+            {n: getattr(self, n) for n in ("width", "depth", "draws", "euler")} if self.loss == "flow" else {}
+        )
+
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(self.low, np.float64), np.asarray(self.high, np.float64)
+
+    def normalised(self, x: np.ndarray) -> np.ndarray:
+        """[N, n, *shape] -> float32 [N, n, entries]."""
+        flat = _flat(x, np.float64)
+        return to_unit(flat.reshape(len(flat), -1, self.entries), *self._bounds).astype(np.float32)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Up to `steps` actions [N, n, *shape] -> float32 [N, 1, steps · entries]."""
+        out = np.zeros((len(x), self.steps, self.entries), np.float32)
+        known = self.normalised(x)[:, : self.steps]
+        out[:, : known.shape[1]] = known
+        return out.reshape(len(x), 1, -1)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """[N, 1, n · entries] -> [N, n, *shape], for any number n of actions."""
+        y = np.asarray(tokens, np.float64).reshape(len(tokens), -1, self.entries)
+        return as_type(from_unit(y, *self._bounds).reshape(*y.shape[:2], *self.shape), self.dtype)
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("vector", (self.steps * self.entries,))
+
+
+@dataclass(frozen=True)
 class Grid(Codec):
     """A small grid of discrete values as one token, [N, 1, h, w, c]; values are counted from the lowest one."""
 
@@ -429,7 +497,7 @@ class Integers(Codec):
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         x = np.asarray(tokens, np.int64) - self.first + self.low
-        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+        return as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return ((self.first, self.first + self.values[0]),) * self.tokens
@@ -450,7 +518,7 @@ class Sign(Codec):
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         x = np.asarray(tokens, np.int64) - self.first - 1
-        return _as_type(x.reshape(len(x), *self.shape), self.dtype)
+        return as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def choices(self) -> tuple[tuple[int, int], ...]:
         return ((self.first, self.first + 3),) * self.tokens
@@ -480,7 +548,7 @@ class Histogram(Codec):
 
 
 CODECS: dict[str, type[Codec]] = {
-    c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Grid, Integers, Sign, Histogram)
+    c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Chunk, Grid, Integers, Sign, Histogram)
 }
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from tiphys.dataio.episode import Window
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
-from tiphys.pretrain.tokens.codecs import Codec, Patches
+from tiphys.pretrain.tokens.codecs import Chunk, Codec, Patches
+from tiphys.pretrain.tokens.frames import chunks
 from tiphys.pretrain.tokens.images import PATCH
 from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
 from tiphys.pretrain.tokens.text import TextTokenizer
@@ -136,14 +137,30 @@ class _Reader:
     def value(self, one: Placed) -> tuple[str, np.ndarray | None]:
         """The value of an element in words, and its picture."""
         codec = one.element.codec if one.element else None
+        if one.element is not None and one.element.to and not isinstance(codec, Chunk):
+            return self.framed(one, _codec(codec).decode(self.tokens[one.first : one.first + one.size][None])[0]), None
         if codec is None or not codec.embedder:
             return self.words(self.tokens, one, range(one.size)), None
         part = self.batch.embedded[codec.embedder]
         first, last = np.searchsorted(part.index, (one.first, one.first + one.size))
         decoded = codec.decode(part.value[first:last][None])[0]
+        if isinstance(codec, Chunk) and one.step is not None:
+            valid = np.asarray(self.windows[one.window].valid, bool)
+            decoded = decoded[: chunks(np.zeros((len(valid), 1)), valid, np.array([one.step]), codec.steps)[1][0]]
         if isinstance(codec, Patches):
             return f"{one.size} {'patch' if one.size == 1 else 'patches'} of {PATCH}×{PATCH}", decoded
-        return _numbers(decoded), None
+        return self.framed(one, decoded), None
+
+    def framed(self, one: Placed, value: np.ndarray) -> str:
+        """A value in words; of a relative action, its absolute value too."""
+        if one.element is None or one.element.frame is None or one.step is None:
+            return _numbers(value)
+        window = self.windows[one.window]
+        chunk = self.layouts[window.entry][window.task].chunk
+        observed = one.step // chunk * chunk
+        origin = one.element.frame.origin(np.asarray(window.fields[one.element.to])[observed : observed + 1])
+        shape = _codec(one.element.codec).shape
+        return f"relative {_numbers(value)}, absolute {_numbers((value + origin.reshape(shape)).astype(value.dtype))}"
 
     def predicted(self, one: Placed) -> tuple[str, float | None]:
         """The targets at an element's positions in words, and their loss weight."""
@@ -162,6 +179,14 @@ class _Reader:
                 assert element is not None
                 words.append(_numbers(_codec(element.codec).decode(part.value[i][None, None])[0]))
                 weight = float(part.weight[i])
+        for found in self.batch.chunks.values():
+            for i in np.flatnonzero((found.index >= one.first) & (found.index < one.first + one.size)).tolist():
+                placed = self.at[int(found.index[i]) + int(self.shift[found.index[i]])]
+                codec = _codec(placed.element.codec if placed.element else None)
+                assert placed.element is not None
+                actions = codec.decode(found.value[i][None, None])[0][: int(found.count[i])]
+                words.append(self.framed(placed, actions))
+                weight = float(found.weight[i])
         return " ".join(words), weight
 
     def words(self, ids: np.ndarray, one: Placed, offsets: Sequence[int]) -> str:
@@ -172,6 +197,8 @@ class _Reader:
         if one.element.role == "separator":
             return ""
         decoded = _codec(one.element.codec).decode(mine[None])[0]
+        if one.element.to and len(offsets) == one.size:
+            return self.framed(one, decoded)
         return _numbers(decoded if len(offsets) == one.size else np.ravel(decoded)[list(offsets)])
 
     def read(self, ids: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.codecs import (
     Affine,
     Bins,
+    Chunk,
     Codec,
     Discrete,
     Grid,
@@ -28,6 +29,7 @@ from tiphys.pretrain.tokens.codecs import (
 )
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
+from tiphys.pretrain.tokens.frames import Frame, flat_entries, frame_of, range_of
 from tiphys.pretrain.tokens.paradigms import (
     ACTING_OPTIONS,
     ACTION,
@@ -42,7 +44,7 @@ from tiphys.pretrain.tokens.paradigms import (
     Part,
     hiding_of,
 )
-from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.timestep import BOTH, Element, TimestepLayout
 from tiphys.pretrain.tokens.views import AGENTS, ONE
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
@@ -67,6 +69,10 @@ OPTIONS = {
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
 } | {name: meaning for name, (meaning, _, _) in ACTING_OPTIONS.items()}
 _IMAGES, _REST = 0, 1
+_POSITIONS = 1 << 16  # that the noise of flow matching tells apart
+_LEVELS = np.linspace(0, 1, 1001)
+# (action field, its frame, horizon) -> statistics of the relative actions
+Framed = Callable[[FieldSpec, Frame, int], "FieldStatistics"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Encoding:
     ranges: Ranges
     largest_return: float  # largest absolute return in the data
     superset: bool = False  # the statistics also count episodes that are not in the data
+    framed: Framed | None = None
     agents: int = 0  # > 0: task and statistics are those of one of so many agents
     agent_fields: tuple[str, ...] = ()
 
@@ -104,6 +111,8 @@ class Encoding:
     def linear(self, part: Part) -> bool:
         """Whether the continuous actions of a part are regressed vectors instead of ids."""
         choice = self.objective.discretise
+        if self.objective.head != "auto":
+            return self.objective.head != "bins"
         return part.code == "linear" if choice == "auto" else choice == "no"
 
     def option(self, name: str, default: Any) -> Any:
@@ -131,6 +140,8 @@ class Encoding:
             )
         if has_actions and REWARD in self.paradigm.requires:
             self.check_rewards()
+        if has_actions:
+            self.check_chunks()
         elements: list[Element] = []
         for part in self.paradigm.timestep:
             if part.kind == OBSERVATION:
@@ -280,7 +291,54 @@ class Encoding:
     def shown(self, *roles: str) -> list[FieldSpec]:
         return [f for f in self.task.with_role(*roles) if self.tokens(f).encoding != "skip"]
 
+    def check_chunks(self) -> None:
+        """Raises DataError if the recipe's horizon, chunk and head cannot be."""
+        where, given = f"task {self.task.name!r}", self.objective
+        fields, chunk = self.shown("action"), self.chunk()
+        head = given.head in ("l2", "l1", "flow")
+        if given.head != "auto" and given.discretise != "auto" and (given.discretise == "yes") == head:
+            raise DataError(
+                f"{where}: `head: {given.head}` contradicts `discretise: {given.discretise}`; leave one out"
+            )
+        if given.horizon and given.horizon < chunk:
+            raise DataError(
+                f"{where}: a horizon of {given.horizon} is shorter than the chunk of {chunk} steps that are executed; raise "
+                "`horizon`, or lower `chunk`"
+            )
+        if not (head or given.horizon > chunk):
+            return
+        if self.paradigm.mask == BOTH:
+            raise DataError(
+                f"{where}: paradigm {self.paradigm.name!r} sees what comes later, so it would see the actions of its `horizon`; "
+                "use a causal paradigm, such as bc"
+            )
+        if self.paradigm.views != ONE:
+            raise DataError(
+                f"{where}: paradigm {self.paradigm.name!r} cannot predict chunks; set `head: bins` and no `horizon`"
+            )
+        if given.head == "bins" or (not head and len(fields) and fields[0].modality != "continuous"):
+            raise DataError(
+                f"{where}: ids of actions are predicted one after another and are seen by the steps that follow, so their "
+                f"`horizon` is the chunk, {chunk}, not {given.horizon}; set `head: l2`, `l1` or `flow`, or leave `horizon` out"
+            )
+        other = [f.name for f in fields if f.modality != "continuous"]
+        if len(fields) > 1 or other:
+            raise DataError(
+                f"{where}: one head predicts a chunk of one continuous action field, but the task has "
+                f"{', '.join(f.name for f in fields)}; give the others `encoding: skip`, or join them when you convert"
+            )
+        if given.head == "flow" and given.context > _POSITIONS:
+            raise DataError(f"{where}: with `head: flow`, `context` is at most {_POSITIONS}, not {given.context}")
+
     def chunk(self) -> int:
+        if self.objective.chunk:
+            single = {self.tokens(f).chunk for f in self.shown("action")} - {1, self.objective.chunk}
+            if single:
+                raise DataError(
+                    f"task {self.task.name!r}: the objective's `chunk` is {self.objective.chunk}, but that of a field is "
+                    f"{min(single)}; leave one out"
+                )
+            return self.objective.chunk
         chunks = {max(1, self.tokens(f).chunk) for f in self.shown("action")}
         if len(chunks) > 1:
             raise DataError(
@@ -299,7 +357,7 @@ class Encoding:
         if not part.weight:
             return element if part.shown else replace(element, shown=False)
         codec = element.codec
-        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine | Vector | Histogram) else ""
+        head = codec.embedder.removeprefix("vector:") if isinstance(codec, Affine | Vector | Histogram | Chunk) else ""
         if codec is not None and codec.embedder and not head:
             raise DataError(
                 f"task {self.task.name!r}: paradigm {self.paradigm.name!r} predicts the {element.role} {element.field!r}, "
@@ -330,18 +388,101 @@ class Encoding:
         elements = []
         for field in fields:
             codec = self.observation(field, part)
+            augment = self.augment(field, codec)
             stride = max(1, self.tokens(field).stride)
             elements.append(
-                Element("observation", field.name, codec, codec.tokens, stride=stride, constant=field.per == "episode")
+                Element(
+                    "observation",
+                    field.name,
+                    codec,
+                    codec.tokens,
+                    stride=stride,
+                    constant=field.per == "episode",
+                    augment=augment,
+                )
             )
         return elements
+
+    def augment(self, field: FieldSpec, codec: Codec) -> dict[str, float]:
+        """How a picture is changed in training; empty: not. Raises DataError if it cannot be."""
+        given = self.tokens(field).augment
+        plain = type(given)()
+        changed = {n: float(v) for n, v in vars(given).items() if v != getattr(plain, n)}
+        if not changed:
+            return {}
+        if not isinstance(codec, Patches):
+            if field.name in self.objective.fields:
+                raise DataError(f"{self.where(field)}: `augment` is for images, and this field is not encoded as one")
+            return {}  # a pattern may match other fields too
+        if field.dtype != "uint8" or (codec.black, codec.white) != (0.0, 255.0):
+            raise DataError(
+                f"{self.where(field)}: `augment` is for images of uint8 from 0 to 255, not of {field.dtype} from "
+                f"{codec.black:g} to {codec.white:g}; leave it out for this field"
+            )
+        if "saturation" in changed and codec.size[2] != 3:
+            raise DataError(
+                f"{self.where(field)}: `augment.saturation` needs 3 channels, not {codec.size[2]}; leave it out"
+            )
+        return changed
 
     def actions(self, part: Part) -> list[Element]:
         codecs = [(field, self.action(field, part)) for field in self.shown("action")]
         return [
-            Element("action", field.name, codec, codec.tokens, available=self.available(field, codec))
+            self.in_frame(Element("action", field.name, codec, codec.tokens, available=self.available(field, codec)))
             for field, codec in codecs
         ]
+
+    def in_frame(self, element: Element) -> Element:
+        """The element of an action with what it is counted from."""
+        frame = self.frame(self.task.field(element.field))
+        return element if frame is None else replace(element, to=frame.to, columns=frame.columns)
+
+    def frame(self, field: FieldSpec) -> Frame | None:
+        """What an action is counted from. Raises DataError if that cannot be."""
+        frame = frame_of(self.task, field, self.tokens(field).relative)
+        if frame is not None and self.paradigm.mask == BOTH:
+            raise DataError(
+                f"{self.where(field)}: paradigm {self.paradigm.name!r} infers actions, so they stay absolute"
+            )
+        if frame is not None and (self.paradigm.views != ONE or self.paradigm.acting[0] == "beam"):
+            raise DataError(f"{self.where(field)}: paradigm {self.paradigm.name!r} has absolute actions only")
+        return frame
+
+    def normalisation(
+        self, field: FieldSpec, kind: str, horizon: int
+    ) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+        """(low, high) of an action that become −1 and 1, by the values that are predicted; and the share of them outside."""
+        frame = self.frame(field)
+        if frame is not None:
+            assert self.framed is not None
+            found = self.framed(field, frame, horizon)
+        elif (known := self.statistics.get(field.name)) is None or not known.count:
+            raise DataError(
+                f"{self.where(field)}: `normalise: {kind}` needs statistics of the field, and the dataset has none"
+            )
+        else:
+            found = known
+        low, high = range_of(found, kind)
+        if len(low) != flat_entries(field.shape):
+            raise DataError(
+                f"{self.where(field)}: the dataset has no statistics of its single entries; set `encoding: skip`"
+            )
+        values = found.at(_LEVELS)
+        return _numbers(low), _numbers(high), float(((values < low) | (values > high)).mean())
+
+    def chunked(self, field: FieldSpec, loss: str) -> Codec:
+        """The codec of chunks of actions that one head predicts."""
+        chunk, given = self.chunk(), self.tokens(field).normalise
+        horizon = self.objective.horizon or chunk
+        low, high, _ = self.normalisation(field, "quantile" if given == "auto" else given, horizon)
+        flow, entries = self.objective.flow, flat_entries(field.shape)
+        more = (
+            {"width": flow.width, "depth": flow.depth, "draws": flow.draws, "euler": flow.steps}
+            if loss == "flow"
+            else {}
+        )
+        name = f"vector:{field.name}:{chunk}x{entries}" + (f":{horizon}" if horizon > chunk else "") + f":{loss}"
+        return Chunk(name, field.shape, chunk, horizon, low, high, loss, **more, dtype=field.dtype)
 
     # the codec of one field
 
@@ -393,9 +534,20 @@ class Encoding:
                 f"{self.where(field)}: an action must be discrete or continuous, not {field.modality!r}; "
                 "set `encoding: skip` for it"
             )
-        if kind == "quantile":
+        frame, normalise, head = self.frame(field), self.tokens(field).normalise, self.objective.head
+        if (
+            head in ("l2", "l1", "flow")
+            or self.objective.horizon > self.chunk()
+            or (self.linear(part) and frame is not None)
+        ):
+            return self.chunked(field, "l2" if head == "auto" else head)
+        if kind == "quantile" and frame is None and normalise == "auto":
             return self.binned(field, kind)
-        low, high = self.action_range(field)
+        if frame is not None or normalise != "auto":
+            low, high, beyond = self.normalisation(field, "bounds" if normalise == "auto" else normalise, self.chunk())
+            self.refuse_clipped(field, beyond, "choose `normalise: bounds`")
+        else:
+            low, high = self.action_range(field)
         if kind == "auto" and self.linear(part):
             numbers = int(np.prod(field.shape, dtype=np.int64))
             return Affine(f"vector:{field.name}:{numbers}", field.shape, low, high, 1.0, field.dtype)
@@ -409,15 +561,18 @@ class Encoding:
         the data would be clamped, unless `allow_clipped` is at least that share.
         """
         low, high = self._data_range(field) if (bounds := _bounds(field)) is None else bounds
-        clipped = self.clipped(field)
-        if clipped > float(self.option("allow_clipped", CLIPPED)):
-            raise DataError(
-                f"{self.where(field)}: {clipped:.2%} of its values lie outside low/high and would be clipped; widen `low`/`high` "
-                f"in the mapping file and convert again, or set `options: {{allow_clipped: {clipped:.4f}}}` of the objective"
-            )
+        self.refuse_clipped(field, self.clipped(field), "widen `low`/`high` in the mapping file and convert again")
         if _within_unit(low, high):
             return (-1.0,), (1.0,)
         return _numbers(low), _numbers(high)
+
+    def refuse_clipped(self, field: FieldSpec, clipped: float, instead: str) -> None:
+        """Raises DataError if more of a field's values would be clamped than the objective allows."""
+        if clipped > float(self.option("allow_clipped", CLIPPED)):
+            raise DataError(
+                f"{self.where(field)}: {clipped:.2%} of its values lie outside low/high and would be clipped; {instead}, or set "
+                f"`options: {{allow_clipped: {math.ceil(clipped * 1e4) / 1e4:.4f}}}` of the objective"
+            )
 
     def _data_range(self, field: FieldSpec) -> tuple[np.ndarray, np.ndarray]:
         found = self.statistics.get(field.name)
@@ -433,6 +588,11 @@ class Encoding:
     def clipped(self, field: FieldSpec) -> float:
         """Share of an action field's values in the data that are clamped."""
         found, bounds = self.statistics.get(field.name), _bounds(field)
+        tokens = self.tokens(field)
+        if field.modality == "continuous" and (
+            tokens.relative.to or tokens.normalise != "auto" or self.objective.horizon
+        ):
+            return self.clipped_in_frame(field)
         if field.modality != "continuous" or found is None or not found.count:
             return 0.0
         if bounds is None:
@@ -440,6 +600,14 @@ class Encoding:
         if _within_unit(*bounds) and _within_unit(found.min, found.max):
             return 0.0
         return found.clipped
+
+    def clipped_in_frame(self, field: FieldSpec) -> float:
+        """Share of the clamped values of an action that is relative or normalised by its data; 0 for chunks."""
+        codecs = [self.action(field, part) for part in self.paradigm.timestep if part.kind == ACTION]
+        if not codecs or isinstance(codecs[0], Chunk):
+            return 0.0
+        kind = self.tokens(field).normalise
+        return self.normalisation(field, "bounds" if kind == "auto" else kind, self.chunk())[2]
 
     def discrete(self, field: FieldSpec) -> Codec:
         values, low = self.counted(field)
@@ -592,13 +760,17 @@ class Encoding:
         scale = self.largest_return or 1.0
         if part.code in ("auto", "linear"):
             return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
-            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
+            low, high = -scale, scale
+            if found is not None and found.count and np.max(found.max) > np.min(found.min):
+                # Only what the data have: a policy that prefers low returns would draw one that stands for nothing
+                low, high = float(np.min(found.min)), float(np.max(found.max))
+            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
         if part.code == "quantile" and part.rule == "to_go":
-            from tiphys.dataio.statistics import RETURN_TO_GO
-
-            found = self.statistics.get(RETURN_TO_GO)
             if found is None or not found.count:
                 raise DataError(
                     f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "

@@ -11,6 +11,7 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.derived import derived
+from tiphys.pretrain.tokens.frames import Frame, chunks
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.views import VIEWS
@@ -121,9 +122,31 @@ class Group:
             first = np.cumsum(self.acted) - self.acted
         else:
             found = self.gather(element.field, element.constant)
+            if element.frame is not None:
+                origin = self.origin(element.frame)
+                found = np.asarray(found, np.float64) - origin.reshape(len(origin), *np.shape(found)[1:])
         if element.role == "observation" or (self.steps == self.acted).all():
             return found
         return found[np.repeat(first, self.steps) + np.minimum(self.within, np.repeat(self.acted - 1, self.steps))]
+
+    def origin(self, frame: Frame) -> np.ndarray:
+        """float64 [N, entries]: what is subtracted from the action of each timestep, of the last observed step."""
+        owner = self.owner
+        observed = self.first[owner] + self.within // self.layout.chunk * self.layout.chunk
+        return frame.origin(self.gather(frame.to))[observed]
+
+    def chunks(self, element: Element) -> tuple[np.ndarray, np.ndarray]:
+        """The actions from each timestep on, float64 [N, horizon, entries], in their frame; and how many there are, int32 [N]."""
+        values, counts = [], []
+        for window, n in zip(self.windows, self.steps.tolist(), strict=True):
+            rows = field_of(window, element.field)
+            found, count = chunks(rows, np.asarray(window.valid, bool), np.arange(n), element.horizon)
+            values.append(found)
+            counts.append(count)
+        value, number = np.concatenate(values), np.concatenate(counts)
+        if element.frame is not None:
+            value = value - self.origin(element.frame)[:, None]
+        return value, number
 
     def pictures(self, name: str, codec: Patches, constant: bool) -> np.ndarray:
         """uint8 or uint16 [N, height, width, C]: pictures whose original sizes differ between windows."""
@@ -280,7 +303,7 @@ def _find_present(group: Group, text: TextTokenizer) -> None:
     whole, unprompted = ~group.partial, ~np.array([w.prompt for w in group.windows])[owner]
     for element, column in zip(layout.elements, layout.columns, strict=True):
         span = slice(column, column + element.size)
-        if element.role != "action":
+        if element.role != "action" or element.horizon:
             present[:, span] &= (observed & (numbers % element.stride == 0))[:, None]
         if element.role != "observation":
             present[:, span] &= whole[:, None]

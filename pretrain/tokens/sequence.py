@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, Window
-from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Embedded, Pairs, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.augment import augmented, draws
+from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Chunks, Embedded, Pairs, Regression, TokenBatch
+from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.flow import drawn
 from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
 from tiphys.pretrain.tokens.images import places, to_patches
@@ -24,6 +26,7 @@ from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 __all__ = ["Layouts", "Placed", "assemble", "placements"]
 
+Keys = tuple[int, int, np.ndarray, np.ndarray]  # seed, step, and of each window of a group its row and its slot
 _READABLE = {"to_go": "return-to-go"}
 FACTORS = (
     "observation",
@@ -92,12 +95,12 @@ def assemble(
     draft = _Draft(np.asarray(rows, np.int64), length, vocabulary)
     draft.lay_windows(pieces, size, start, row_of)
     for group, key in zip(groups, keys, strict=True):
-        draft.lay(group, start[group.number], _concealed(group, key))
+        draft.lay(group, start[group.number], _concealed(group, key), key if training else None)
     draft.pair(groups, of, row_of, start + size - 1)
     return draft.finish(step, seed, training)
 
 
-def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np.ndarray]) -> None:
+def _swap(group: Group, row_of: np.ndarray, keys: Keys) -> None:
     """Lets windows of a group show each other's texts, if their layout says so."""
     if not group.layout.swap:
         return
@@ -105,6 +108,15 @@ def _swap(group: Group, row_of: np.ndarray, keys: tuple[int, int, np.ndarray, np
     given = swaps(texts, row_of, group.layout.swap, keys)
     group.heads = [group.heads[i] for i in given.tolist()]
     group.swapped = given != np.arange(len(given))
+
+
+def _augmented(group: Group, element: Element, pictures: np.ndarray, keys: Keys) -> np.ndarray:
+    """The pictures of an element, those of a window changed alike. A prompt and its window are changed apart."""
+    camera, out = group.layout.elements.index(element), np.empty_like(pictures)
+    chance = draws(*keys, camera)
+    for number, (first, steps) in enumerate(zip(group.first.tolist(), group.steps.tolist(), strict=True)):
+        out[first : first + steps] = augmented(pictures[first : first + steps], element.augment, chance[number])
+    return out
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class _Concealed:
     learnt: Mapping[str, np.ndarray]
 
 
-def _concealed(group: Group, keys: tuple[int, int, np.ndarray, np.ndarray]) -> _Concealed:
+def _concealed(group: Group, keys: Keys) -> _Concealed:
     """What the windows of a group hide: what they say themselves (while acting), else what the layout's schemes draw."""
     layout, parts = group.layout, group.layout.parts
     if any(w.hidden for w in group.windows):
@@ -182,10 +194,14 @@ class _Draft:
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.chunks: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.pairs: Pairs | None = None
         self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
+        self.steps = np.zeros(
+            self.cells + 1, np.int32
+        )  # of the window that a cell belongs to, if targets are so counted
 
     def lay_windows(
         self,
@@ -215,14 +231,14 @@ class _Draft:
         dense["causal"][cell] = np.repeat(causal, size)
         self.prompt[cell] = np.repeat(prompt, size)
 
-    def lay(self, group: Group, start: np.ndarray, concealed: _Concealed) -> None:
-        """Everything of a group's windows, which start at cells `start` [G]."""
+    def lay(self, group: Group, start: np.ndarray, concealed: _Concealed, keys: Keys | None) -> None:
+        """Everything of a group's windows, which start at cells `start` [G]. `keys`: what pictures are changed by; None: not."""
         layout = group.layout
         body = start + group.head_size()
         tail = body + group.body_size()
         self._lay_head(group, start)
         if layout.width and group.steps.any():
-            self._lay_body(group, group.cells(body, self.cells), concealed)
+            self._lay_body(group, group.cells(body, self.cells), concealed, keys)
         self._lay_tail(group, tail)
 
     def pair(self, groups: Sequence[Group], of: np.ndarray, row_of: np.ndarray, last: np.ndarray) -> None:
@@ -251,10 +267,12 @@ class _Draft:
             np.array([weight[n] for n in numbers.tolist()], np.float32),
         )
 
-    def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed) -> None:
+    def _lay_body(self, group: Group, cell: np.ndarray, concealed: _Concealed, keys: Keys | None) -> None:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
         layout = group.layout
         self._lay_frame(group, cell)
+        if layout.loss == "factors":
+            self.steps[cell] = group.steps[group.owner][:, None]
         step_texts, own = iter(group.step_texts), ~group.swapped[group.owner]
         for number, (element, column) in enumerate(zip(layout.elements, layout.columns, strict=True)):
             at = cell[:, column : column + element.size]
@@ -267,7 +285,7 @@ class _Draft:
             elif element.role == "separator":
                 self.dense["tokens"][at] = self.vocabulary.separator
             else:
-                self._lay_values(group, element, at, hidden, learnt)
+                self._lay_values(group, element, at, hidden, learnt, keys)
             if element.predicted and not element.head:
                 if element.available:
                     self._restrict(group, element, at[:, 0], np.broadcast_to(learnt, len(at)))
@@ -341,16 +359,25 @@ class _Draft:
         return cell
 
     def _lay_values(
-        self, group: Group, element: Element, at: np.ndarray, hidden: np.ndarray, learnt: np.ndarray
+        self,
+        group: Group,
+        element: Element,
+        at: np.ndarray,
+        hidden: np.ndarray,
+        learnt: np.ndarray,
+        keys: Keys | None,
     ) -> None:
         """The values of an element in the cells `at` [N, size]. A value that is `hidden` [N] is not in the batch."""
         codec = element.codec
         assert codec is not None
         try:
-            if isinstance(codec, Patches) and codec.varies:
-                encoded = to_patches(group.pictures(element.field, codec, element.constant))
+            if isinstance(codec, Patches) and (codec.varies or (element.augment and keys is not None)):
+                pictures = group.pictures(element.field, codec, element.constant)
+                if element.augment and keys is not None:
+                    pictures = _augmented(group, element, pictures, keys)
+                encoded = to_patches(pictures)
             else:
-                raw = group.values(element)
+                raw = self._chunks(group, element, at, learnt) if isinstance(codec, Chunk) else group.values(element)
                 if element.rule and not np.isfinite(raw).all():  # a codec would clamp an infinity
                     at_step = int((~np.isfinite(raw)).reshape(len(raw), -1).any(axis=1).argmax())
                     raise NoEncoding(at_step, f"it is {raw[at_step].flat[0]}: a value from here on is NaN or infinite")
@@ -369,13 +396,36 @@ class _Draft:
             if isinstance(codec, Patches):
                 spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[seen]
                 self.patches.setdefault(codec.embedder, []).append(spans)
-        if element.predicted:
+        if element.predicted and not element.horizon:
             kept = there & np.repeat(np.broadcast_to(learnt, len(at)), element.size)
             kept[kept] = self._can_be_target(cell[kept], group.layout)
             weight = np.full(int(kept.sum()), group.layout.weight * element.weight, np.float32)
             target = cell[kept] - group.layout.shift
             self.vectors.setdefault(element.head, []).append((target, value[kept], weight))
             self._count(target, group.layout, element.role)
+
+    def _chunks(self, group: Group, element: Element, at: np.ndarray, learnt: np.ndarray) -> np.ndarray:
+        """The actions that the tokens in cells `at` [N, 1] show, float64 [N, steps, *shape]. Makes the chunks targets."""
+        codec, cell = element.codec, at[:, 0]
+        assert isinstance(codec, Chunk)
+        value, count = group.chunks(element)
+        value = np.where(cell[:, None, None] < self.cells, value, 0.0)  # what is not shown is not looked at
+        target, layout = codec.normalised(value), group.layout
+        there = np.arange(codec.horizon) < count[:, None]
+        target[~there] = 0
+        if element.predicted:
+            kept = np.broadcast_to(learnt, len(cell)) & (count > 0) & self._can_be_target(cell, layout)
+            weight = np.full(int(kept.sum()), layout.weight * element.weight, np.float32)
+            part = (
+                cell[kept] - layout.shift,
+                target[kept].reshape(-1, codec.horizon * codec.entries),
+                count[kept],
+                weight,
+            )
+            self.chunks.setdefault(element.head, []).append(part)
+            self._count(part[0], layout, element.role)
+        missing = np.asarray(codec.low) / 2 + np.asarray(codec.high) / 2  # becomes 0
+        return np.where(there[..., None], value, missing)[:, : codec.steps]
 
     def _can_be_target(self, cell: np.ndarray, layout: TimestepLayout) -> np.ndarray:
         """Mask of the cells that are not the spare one, not in a prompt, and (if read at the cell before) have one in their
@@ -427,16 +477,22 @@ class _Draft:
             self.factor[at] = FACTORS.index(role) + 1
 
     def _balance(self) -> np.ndarray | None:
-        """float64 [cells]: factors of the weights, so that each kind of part has the same share in the loss of a row."""
+        """float64 [cells]: factors of the weights. Each window counts as much as it has steps, and each kind of part in it alike.
+
+        Otherwise a window of which one part is learned would count a tenth of one of which ten are, and would learn nothing.
+        """
         at = np.flatnonzero(self.factor[:-1])
         if not len(at):
             return None
-        key = at // self.length * (len(FACTORS) + 1) + self.factor[at]
+        segment = self.dense["segment"][:-1].astype(np.int64)
+        window = np.arange(self.cells) // self.length * (segment.max() + 1) + segment
+        steps = np.zeros(int(window.max()) + 1, np.int64)
+        np.maximum.at(steps, window, self.steps[:-1])
+        key = window[at] * (len(FACTORS) + 1) + self.factor[at]
         kinds, kind, count = np.unique(key, return_inverse=True, return_counts=True)
-        row = kinds // (len(FACTORS) + 1)
-        every, each = np.bincount(row, count), np.bincount(row)
+        owner = kinds // (len(FACTORS) + 1)
         scale = np.ones(self.cells)
-        scale[at] = (every[row] / (each[row] * count))[kind]
+        scale[at] = (steps[owner] / (np.bincount(owner)[owner] * count))[kind]
         return scale
 
     def finish(self, step: int, seed: int, training: bool) -> TokenBatch:
@@ -455,11 +511,27 @@ class _Draft:
             cell, value, weight = (np.concatenate(part) for part in zip(*self.vectors[name], strict=True))
             order = np.argsort(cell, kind="stable")
             regression[name] = Regression(cell[order], value[order], weight[order])
+        chunks = {}
+        for name in sorted(self.chunks):
+            cell, value, count, weight = (np.concatenate(part) for part in zip(*self.chunks[name], strict=True))
+            order = np.argsort(cell, kind="stable")
+            cell, value = cell[order], value[order]
+            noise, time = drawn(
+                self.vocabulary.chunks[name],
+                value.shape[1],
+                seed,
+                step,
+                self.rows[cell // self.length],
+                cell % self.length,
+                training,
+            )
+            chunks[name] = Chunks(cell, value, count[order], weight[order], noise, time)
         if (scale := self._balance()) is not None:
             self.dense["weight"][:-1] *= scale
             regression = {
                 n: replace(r, weight=(r.weight * scale[r.index]).astype(np.float32)) for n, r in regression.items()
             }
+            chunks = {n: replace(c, weight=(c.weight * scale[c.index]).astype(np.float32)) for n, c in chunks.items()}
         shape = (len(self.rows), self.length)
         dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
         allowed = {}
@@ -469,5 +541,12 @@ class _Draft:
             allowed[name] = Allowed(cell[order], bits[order])
         pairs = {} if self.pairs is None else {"match": self.pairs}
         return TokenBatch(
-            step=step, row=self.rows, embedded=embedded, regression=regression, pairs=pairs, allowed=allowed, **dense
+            step=step,
+            row=self.rows,
+            embedded=embedded,
+            regression=regression,
+            pairs=pairs,
+            allowed=allowed,
+            chunks=chunks,
+            **dense,
         )

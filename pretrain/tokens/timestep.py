@@ -17,8 +17,9 @@ import numpy as np
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number, stored
 from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
-from tiphys.pretrain.tokens.codecs import Codec, check_codec, codec_from_dict
+from tiphys.pretrain.tokens.codecs import Chunk, Codec, check_codec, codec_from_dict
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
+from tiphys.pretrain.tokens.frames import ABSOLUTE, Frame
 from tiphys.pretrain.tokens.hiding import HIDING
 from tiphys.pretrain.tokens.views import ONE, VIEWS
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
@@ -34,7 +35,7 @@ MASKS = {
 }
 LOSSES = {
     "targets": "each target counts by its weight",
-    "factors": "each kind of part has the same share in the loss of a row",
+    "factors": "each window counts as much as it has steps, and each kind of part in it has the same share",
     "pairs": "each window is told from the other windows of its row by its text, and each text by its window",
 }
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
@@ -61,6 +62,9 @@ _OPTIONAL: dict[str, Any] = {
     "source": "",
     "options": {},
     "available": "",
+    "to": "",
+    "columns": (),
+    "augment": {},
 }  # keys of an element that processor.json may lack
 
 
@@ -81,6 +85,9 @@ class Element:
     source     the rule that its values come from (`derived.SOURCES`); empty: its field
     options    options of that rule
     available  for an action: the field that tells, for each of its values, whether it can be taken; empty: all can
+    to         for an action: the field of the observed step that it is counted from; empty: it is absolute
+    columns    with `to`: what of it is subtracted from each entry of the action (`frames.Frame`)
+    augment    for an image: how it is changed at random in training (`augment.augmented`)
     """
 
     role: str
@@ -96,6 +103,19 @@ class Element:
     source: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     available: str = ""
+    to: str = ""
+    columns: tuple[int, ...] = ()
+    augment: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def frame(self) -> Frame | None:
+        """What the action is counted from; None if it is absolute."""
+        return Frame(self.to, tuple(self.columns)) if self.to else None
+
+    @property
+    def horizon(self) -> int:
+        """Actions of a chunk that is predicted at each observed step; 0: the element is the action of one step."""
+        return self.codec.horizon if isinstance(self.codec, Chunk) else 0
 
     @property
     def rule(self) -> str:
@@ -134,8 +154,14 @@ class Element:
                 raise DataError(f"{where}: it has no codec")
             return
         check_codec(self.codec, self.size, vocabulary, where)
-        if self.head and self.head not in vocabulary.regressions:
+        if self.head and self.head not in (vocabulary.chunks if self.horizon else vocabulary.regressions):
             raise DataError(f"{where}: the vocabulary has no regression head {self.head!r}")
+        if self.to and (
+            self.role != "action"
+            or len(self.columns) != math.prod(self.codec.shape)
+            or any(not ABSOLUTE <= column < 1 << 24 for column in self.columns)
+        ):
+            raise DataError(f"{where}: its columns {self.columns} of {self.to!r} are not those of an action")
 
 
 @dataclass(frozen=True)
@@ -243,7 +269,8 @@ class TimestepLayout:
 
     def acting(self) -> TimestepLayout:
         """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one."""
-        elements = tuple(replace(e, available="") for e in self.elements)  # what is available has no targets to act on
+        # What is available has no targets to act on, and chunks have none
+        elements = tuple(replace(e, available="", predicted=e.predicted and not e.horizon) for e in self.elements)
         return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, views=ONE)
 
     @cached_property
@@ -274,12 +301,14 @@ class TimestepLayout:
             known |= dict.fromkeys([e.field] if e.field else fields_of(e.rule) if e.rule else [])
         known |= dict.fromkeys(e.field for e in self.tail if e.field)
         known |= dict.fromkeys(e.available for e in self.elements if e.available)
+        known |= dict.fromkeys(e.to for e in self.elements if e.to)
         return tuple(known)
 
     @cached_property
     def after(self) -> int:
         """Rows after a window's last step that its tokens are made from; TO_THE_END: all of them."""
         reach = [source_of(e.rule)[0].future for e in self.elements if e.rule]
+        reach += [e.horizon - 1 for e in self.elements if e.horizon]
         return TO_THE_END if ALL in reach else max(self.future, *reach, 0)
 
     @cached_property
@@ -316,11 +345,12 @@ class TimestepLayout:
     def cadence(self) -> tuple[tuple[int, int], ...]:
         """(positions, period): how many positions are shown at every period-th step, counted from the first whole chunk.
 
-        Actions are shown at every step. Other elements are shown at the steps that begin a chunk and that `stride` divides.
+        Actions are shown at every step, unless they are chunks. Other elements
+        are shown at the steps that begin a chunk and that `stride` divides.
         """
         found: dict[int, int] = {}
         for e in self.elements:
-            period = 1 if e.role == "action" else math.lcm(self.chunk, e.stride)
+            period = 1 if e.role == "action" and not e.horizon else math.lcm(self.chunk, e.stride)
             found[period] = found.get(period, 0) + e.size * self.copies
         return tuple((size, period) for period, size in sorted(found.items()))
 

@@ -79,6 +79,8 @@ class Vocabulary:
         Whether windows are told from each other by their texts.
     text_tokenizer : str
         JSON of the Hugging Face ``tokenizers`` library.
+    chunks : mapping of str to mapping
+        Head that predicts chunks of actions -> `codecs.Chunk.head`.
 
     Raises
     ------
@@ -97,6 +99,7 @@ class Vocabulary:
     tasks: tuple[str, ...] = ()
     text_tokenizer: str = ""
     pairs: bool = False
+    chunks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ranges = tuple((str(name), int(low), int(high)) for name, low, high in self.ranges)
@@ -182,8 +185,8 @@ class Vocabulary:
         raise KeyError(f"id {token} is outside the vocabulary; its ids are 0 … {self.size - 1}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON. `pairs` is left out if it is False."""
-        return {k: v for k, v in asdict(self).items() if k != "pairs" or v}
+        """JSON. `pairs` and `chunks` are left out if there are none."""
+        return {k: v for k, v in asdict(self).items() if k not in ("pairs", "chunks") or v}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Vocabulary:

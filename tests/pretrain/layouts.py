@@ -39,7 +39,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
     deepspeed = {**synthetic.recipe().deepspeed, **sizes, "zero_optimization": zero, **job.get("deepspeed", {})}
     parallel = {"pipeline": job.get("pipeline", 1), "expert": job.get("expert", 1)}
     parallel["measure"] = job.get("measure", False)
-    return synthetic.recipe(job.get("run", ""), deepspeed=deepspeed, parallel=parallel)
+    return synthetic.recipe(job.get("run", ""), deepspeed=deepspeed, parallel=parallel, train=job.get("train", {}))
 
 
 def config_of(job: dict[str, Any]) -> DecisionConfig:

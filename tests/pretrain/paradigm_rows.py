@@ -13,7 +13,7 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Model
+from tiphys.recipes.schema import Flow, Model
 
 TASKS = {
     "reward": (GRID, 96, 4),
@@ -21,9 +21,19 @@ TASKS = {
 }  # task, context, and windows in a row, instead of these of `arm`
 
 
+CHUNKS: dict[
+    str, dict[str, Any]
+] = {  # behaviour cloning with these options, some rows of which end before their chunks do
+    "flow": {"head": "flow", "horizon": 3, "chunk": 2, "flow": Flow(width=16, depth=1, draws=2)},
+    "l1": {"head": "l1", "horizon": 3, "chunk": 2},
+}
+
+
 @functools.cache
 def objectives(name: str) -> Objectives:
     task, context, _ = TASKS.get(name, (ARM, 48, 2))
+    if name in CHUNKS:
+        return make([ARM], "bc", context=48, **CHUNKS[name])
     if name in PARADIGMS:
         return make([task], name, context=context, options={"agents": 2} if task is TEAM else {})
     PARADIGMS[name] = ROWS[name]

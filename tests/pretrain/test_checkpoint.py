@@ -300,6 +300,7 @@ def folder(run: Path, step: int) -> Path:
 SCHEDULE = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8, "warmup_max_lr": 3e-3}}}
 # The bias of the router is in buffers only: if it were lost or counted twice, the next steps would differ.
 EVERY = {"steps": 6, "save_at": 3, "deepspeed": SCHEDULE, "config": {"bias_rate": 0.05, "router_task": True}}
+EVERY |= {"train": {"ema": {"decay": 0.9}}}  # the average of the weights is one more part of the state
 
 
 Leg = tuple[str, str, dict[str, Any]]  # name of the checkpoint to load, name under which to save it again, layout

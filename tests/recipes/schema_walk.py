@@ -59,7 +59,8 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
             return st.lists(sections(section), max_size=2)
         return st.dictionaries(_TEXT, sections(section), max_size=2) if shape == "dict" else sections(section)
     if key.choices:
-        return st.sampled_from(key.choices)
+        words = st.sampled_from(key.choices)
+        return st.lists(words, max_size=2) if hint == list[str] else words
     if key.size:
         return st.sampled_from(["0", "512MiB", "1.5k", "2 TB"])
     if key.target:
@@ -79,6 +80,8 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return _TEXT
     if hint == list[str]:
         return st.lists(_TEXT, max_size=2)
+    if hint == list[Any]:
+        return st.lists(st.integers(0, 9) | st.none(), max_size=2)
     if hint == dict[str, str]:
         return st.dictionaries(st.sampled_from(["a", "b"]), _TEXT, max_size=2)
     return st.dictionaries(st.sampled_from(["a", "b"]), st.integers() | st.booleans() | _TEXT, max_size=2)

@@ -330,10 +330,13 @@ def test_acting_needs_no_dataset_code():
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     files = {
         "agents",
+        "augment",
         "views",
         "swap",
         "batch",
         "derived",
+        "flow",
+        "frames",
         "group",
         "hiding",
         "images",
