@@ -198,7 +198,8 @@ def collect(args: Namespace) -> int:
         policy = PolicyExpert(str(local_policy(args.policy)), asking)
     elif asking != Asking():
         raise DataError(
-            "--objective, --target-return, --prompt, --goal, --query and --future ask something of a policy of Tiphys; give its folder with --policy"
+            "--objective, --target-return, --prompt, --goal, --query and --future ask something of a policy of Tiphys; give its "
+            "folder with --policy"
         )
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
