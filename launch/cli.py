@@ -161,6 +161,21 @@ def _asking_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[TASK=]GOAL",
         help="observation to reach, as JSON, or as DATASET:EPISODE, whose last one is meant (default: none)",
     )
+    asked.add_argument(
+        "--query",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]QUERY",
+        help="what an objective that fills in hidden parts is asked: bc, rc or goal (default: as the recipe said, or goal with a "
+        "--goal)",
+    )
+    asked.add_argument(
+        "--future",
+        nargs="*",
+        default=[],
+        metavar="[TASK=]DATASET[:EPISODE]",
+        help="episode whose histogram is to be matched, for objectives that show histograms of the future (default: none)",
+    )
 
 
 def _run_commands(commands: Any) -> None:

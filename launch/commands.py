@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.messages import say
 from tiphys.launch.statuses import Status
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.acting.ask import Asking
 
 # -- runs -------------------------------------------------------------------------------------------------------------
 
@@ -204,7 +207,7 @@ def collect(args: Namespace) -> int:
     from tiphys.pretrain.acting.ask import Asking
 
     policy: Any = None
-    asking = Asking.from_words(args.objective, args.target_return, args.prompt, args.goal)
+    asking = _asked(args)
     if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
         from tiphys.pretrain.acting.play import PolicyExpert
         from tiphys.pretrain.policy_files import local_policy
@@ -212,7 +215,8 @@ def collect(args: Namespace) -> int:
         policy = PolicyExpert(str(local_policy(args.policy)), asking)
     elif asking != Asking():
         raise DataError(
-            "--objective, --target-return, --prompt and --goal ask something of a policy of Tiphys; give its folder with --policy"
+            "--objective, --target-return, --prompt, --goal, --query and --future ask something of a policy of Tiphys; give its "
+            "folder with --policy"
         )
     elif args.policy:
         from tiphys.dataio.environments.agents import agent
@@ -384,10 +388,24 @@ def loader_bench(args: Namespace) -> int:
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 
+def _asked(args: Namespace, target_returns: Sequence[str] = ()) -> Asking:
+    """What the options of a command ask of a policy."""
+    from tiphys.pretrain.acting.ask import Asking
+
+    return Asking.from_words(
+        args.objective,
+        args.target_return,
+        args.prompt,
+        args.goal,
+        target_returns,
+        query=args.query,
+        future=args.future,
+    )
+
+
 def evaluate(args: Namespace) -> int:
     from tiphys.dataio.episode import DataError
     from tiphys.launch.display import scores
-    from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
@@ -404,7 +422,7 @@ def evaluate(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
-        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        asking=_asked(args, args.target_returns),
         out=args.out or ("" if elsewhere else folder.parent / "evaluation.json"),
         pictures=args.pictures,
         videos=args.videos,
@@ -442,7 +460,6 @@ def serve(args: Namespace) -> int:
 
 def _evaluate_steps(args: Namespace) -> int:
     from tiphys.launch.display import scores
-    from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.follow.scored import scored_steps
 
     found = scored_steps(
@@ -454,7 +471,7 @@ def _evaluate_steps(args: Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         sample=args.sample,
-        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        asking=_asked(args, args.target_returns),
         pictures=args.pictures,
         videos=args.videos,
         demonstrations=args.demonstrations,

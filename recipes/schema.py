@@ -513,6 +513,18 @@ class Evaluation:
         text="JSON, or dataset:episode (its last observation)",
         resume=True,
     )
+    query: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, what objectives that fill in hidden parts are asked; otherwise their option `query`",
+        text="bc, rc or goal",
+        resume=True,
+    )
+    future: dict[str, str] = key(
+        dict,
+        "By name of the task, or glob, an episode whose histogram is to be matched, for objectives that show one (gdt)",
+        text="dataset, or dataset:episode",
+        resume=True,
+    )
     modules: list[str] = key(
         list,
         "Python modules that environments named `module:EnvId` may import, beside those named in `tasks`",

@@ -1,4 +1,4 @@
-"""What a policy is asked for when it plays: objective, target return, prompt and goal, by task."""
+"""What a policy is asked for when it plays: objective, target return, prompt, goal, query and future, by task."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import numpy as np
 from tiphys.dataio.episode import DataError, Episode, TaskSpec, Window
 from tiphys.dataio.format.rows import returns_to_go
 from tiphys.paths import expand
+from tiphys.pretrain.acting.demand import shows_histogram
+from tiphys.pretrain.acting.fill import query_of
+from tiphys.pretrain.tokens.derived import source_of
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -21,16 +24,23 @@ if TYPE_CHECKING:
     from tiphys.pretrain.serving.client import RemotePolicy
     from tiphys.recipes.schema import Evaluation
 
-KEYS = ("target_return", "prompt", "goal")
+KEYS = ("target_return", "prompt", "goal", "query", "future")
+_ABLE = {  # what an objective does that can take each
+    "target_return": "shows the model returns",
+    "goal": "acts towards a goal",
+    "query": "fills in hidden parts",
+    "future": "shows the model histograms of the future",
+}
 
 
 @dataclass(frozen=True)
 class Ask:
     """What a policy is asked for in some episodes of a task.
 
-    objective, target_return, prompt, goal    arguments of `Policy.reset`
-    asked                                     the return that is then asked for, in rewards; None: the objective shows none
-    written                                   for one of `Asking.target_returns`: how it was written
+    objective, target_return, prompt, goal, query, future
+               arguments of `Policy.reset`
+    asked      the return that is then asked for, in rewards; None: the objective shows none
+    written    for one of `Asking.target_returns`: how it was written
     """
 
     task: str
@@ -38,6 +48,8 @@ class Ask:
     target_return: float | None = None
     prompt: Window | None = None
     goal: Mapping[str, Any] | None = None
+    query: str = ""
+    future: Window | None = None
     asked: float | None = None
     written: str = ""
 
@@ -50,6 +62,8 @@ class Ask:
             target_return=self.target_return,
             prompt=self.prompt,
             goal=self.goal,
+            query=self.query,
+            future=self.future,
         )
 
 
@@ -67,6 +81,10 @@ class Asking:
         Demonstrations, ``DATASET`` or ``DATASET:EPISODE``, see `demonstration`.
     goal : mapping of str to str
         Observations to reach: JSON, or ``DATASET:EPISODE``, whose last observation is meant.
+    query : mapping of str to str
+        What objectives that fill in hidden parts are asked: keys of `hiding.QUERIES`.
+    future : mapping of str to str
+        Whole episodes whose histogram is to be matched, ``DATASET`` or ``DATASET:EPISODE``.
     target_returns : sequence of str
         Further returns to ask for in turn, of every objective that shows returns.
     """
@@ -76,6 +94,8 @@ class Asking:
     prompt: Mapping[str, str] = field(default_factory=dict)
     goal: Mapping[str, str] = field(default_factory=dict)
     target_returns: Sequence[str] = ()
+    query: Mapping[str, str] = field(default_factory=dict)
+    future: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_words(
@@ -85,9 +105,11 @@ class Asking:
         prompt: Sequence[str] = (),
         goal: Sequence[str] = (),
         target_returns: Sequence[str] = (),
+        query: Sequence[str] = (),
+        future: Sequence[str] = (),
     ) -> Asking:
         """From the words of a command line: ``VALUE`` for every task, or ``TASK=VALUE``."""
-        given = {"target_return": target_return, "prompt": prompt, "goal": goal}
+        given = {"target_return": target_return, "prompt": prompt, "goal": goal, "query": query, "future": future}
         by_task = {k: dict(map(_by_task, words)) for k, words in given.items()}
         return cls(tuple(objectives), **by_task, target_returns=tuple(target_returns))
 
@@ -95,7 +117,15 @@ class Asking:
     def from_recipe(cls, evaluate: Evaluation) -> Asking:
         """What the section `evaluate` of a recipe asks."""
         e = evaluate
-        return cls(tuple(e.objectives), e.target_return, e.prompt, e.goal, tuple(e.target_returns))
+        return cls(
+            tuple(e.objectives),
+            e.target_return,
+            e.prompt,
+            e.goal,
+            tuple(e.target_returns),
+            query=e.query,
+            future=e.future,
+        )
 
     def words(self) -> list[str]:
         """The inverse of `from_words`, with the options of `tiphys evaluate`."""
@@ -147,14 +177,14 @@ class Asking:
                     continue
                 able = [(t, n) for t, n in mine if key == "prompt" or _takes(processor, t, n, key)]
                 if not able:
-                    does = "shows the model returns" if key == "target_return" else "acts towards a goal"
                     names = ", ".join(f"{n!r} (task {t!r})" for t, n in mine)
-                    yield f"{key}.{pattern}", f"no objective that is played {does}, so none can take it: {names}"
+                    yield f"{key}.{pattern}", f"no objective that is played {_ABLE[key]}, so none can take it: {names}"
                 for task, name in able:
                     try:
                         _value(processor, task, name, key, value)
                     except (ValueError, OSError) as error:
                         yield f"{key}.{pattern}", str(error)
+        yield from self._unfit(processor, plays)
         shown = [(t, n) for t, n in plays if _shows_returns(processor, t, n)]
         if self.target_returns and plays and not shown:
             yield "target_returns", "no objective that is played shows the model returns, so none can be asked for"
@@ -164,6 +194,22 @@ class Asking:
                     processor.asked(task, name, written)
                 except DataError as error:
                     yield "target_returns", str(error)
+
+    def _unfit(self, processor: Processor, plays: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Queries that do not fit the objective or the goal, and objectives that lack the future that they need."""
+        for task, name in plays:
+            where = f"task {task!r}, objective {name!r}"
+            pattern = _chosen(self.query, task)
+            if _takes(processor, task, name, "query"):
+                aim = None if _chosen(self.goal, task) is None else self.goal
+                stated = str(processor.rule(name)[1].get("query", "bc"))
+                hiding = processor.layouts[name][task].hiding
+                try:
+                    query_of(stated, "" if pattern is None else self.query[pattern], aim, hiding, where)
+                except DataError as error:
+                    yield "query" if pattern is None else f"query.{pattern}", str(error)
+            if _takes(processor, task, name, "future") and _chosen(self.future, task) is None:
+                yield "future", f"{where}: it acts on what is to come; name an episode to match, as DATASET:EPISODE"
 
     def _objectives(self, processor: Processor, task: str) -> list[str]:
         if not self.objectives:
@@ -201,7 +247,13 @@ def _shows_returns(processor: Processor, task: str, objective: str) -> bool:
 
 
 def _takes(processor: Processor, task: str, objective: str, key: str) -> bool:
-    return processor.takes_goal(objective) if key == "goal" else _shows_returns(processor, task, objective)
+    if key == "goal":
+        return processor.takes_goal(objective)
+    if key == "query":
+        return processor.rule(objective)[0] == "fill"
+    if key == "future":
+        return any(map(shows_histogram, processor.layouts[objective][task].elements))
+    return _shows_returns(processor, task, objective)
 
 
 def _value(processor: Processor, task: str, objective: str, key: str, given: Any) -> Any:
@@ -209,14 +261,19 @@ def _value(processor: Processor, task: str, objective: str, key: str, given: Any
         return processor.asked(task, objective, given)
     if key == "goal":
         return goal(given, task)
+    if key == "query":
+        return given
     shown = demonstration(given, task)
     needed = processor.used_fields(task, objective)
+    if key == "future":
+        elements = filter(shows_histogram, processor.layouts[objective][task].elements)
+        needed = frozenset(source_of(e.rule)[1] for e in elements)
     if missing := sorted(needed - set(shown.fields)):
         raise DataError(
             f"{given}: its episode {shown.episode!r} has no field {', '.join(missing)}, which task {task!r} shows"
         )
     shown.fields = {name: shown.fields[name] for name in needed}  # it goes to other processes
-    return processor.prompt(task, objective, shown)
+    return shown if key == "future" else processor.prompt(task, objective, shown)
 
 
 def demonstration(address: str, task: str) -> Window:

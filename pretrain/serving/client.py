@@ -64,18 +64,20 @@ class RemotePolicy:
         target_return: float | str | None = None,
         prompt: Any = None,
         goal: Any = None,
+        query: str = "",
+        future: Any = None,
     ) -> None:
-        """Begin new episodes of a task. As `Policy.reset`, but without demonstrations and goals.
+        """Begin new episodes of a task. As `Policy.reset`, but without demonstrations, goals, queries and futures.
 
         Raises
         ------
         DataError
-            If there is a prompt or a goal.
+            If there is a prompt, a goal, a query or a future.
         ServerRefused
             If the server cannot be reached, or holds another policy.
         """
-        if prompt is not None or goal is not None:
-            raise DataError("a server takes no demonstration and no goal; evaluate without --server")
+        if prompt is not None or goal is not None or query or future is not None:
+            raise DataError("a server takes no demonstration, goal, query or future; evaluate without --server")
         self._asked = {"task": task, "objective": objective, "target_return": target_return, "sample": self.sample}
         self._spec = self.processor.tasks[task]
         self._fields = {f.name: f for f in self._spec.fields}

@@ -93,6 +93,9 @@ evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
 evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
+evaluate filling --episodes 1 --processes 1 --objective unimask gdt --query rc --future CartPole-v1=cart:1
+collect CartPole-v1 --to filled --episodes 1 --policy filling --objective gdt --future cart:0
+collect CartPole-v1 --to queried --episodes 1 --policy filling --objective unimask --query rc
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --server ws://127.0.0.1:29872 --api-key-file key
 serve policy --task CartPole-v1 --map state=observation --execute 1 --port 0 --sessions 8 --batch 4 --wait 2ms --device cpu
 serve followed --follow --host 0.0.0.0 --open --port 0 --sample --seed 3
@@ -120,6 +123,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
     (place / "key").write_text("secret\n")
     acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
+    acting.folder(
+        place / "filling", fixtures.make_each([environments.spec(acting.CART)], ["unimask", "gdt"], context=120)
+    )
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
     (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))

@@ -82,6 +82,7 @@ FREE = """
     train.steps train.log_every train.compile train.rollbacks restart.attempts
     checkpoint.every checkpoint.minutes checkpoint.keep checkpoint.asynchronous checkpoint.patience checkpoint.deadline
     objectives.*.target_return evaluate.objectives evaluate.target_return evaluate.target_returns evaluate.prompt evaluate.goal
+    evaluate.query evaluate.future
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
     track.to track.project track.name

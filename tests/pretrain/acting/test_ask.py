@@ -144,3 +144,51 @@ def test_a_prompt_of_another_task_lacks_fields(processor: Processor, tmp_path: P
         writer.close()
     with pytest.raises(DataError, match=r"episode 'one' has no field observation, which task 'arm' shows"):
         Asking(prompt={"*": f"{tmp_path / 'grid'}:0"}).asks(processor, ["arm"])
+
+
+@pytest.fixture(scope="module")
+def filling() -> Processor:
+    """Objectives that fill in hidden parts; the second was trained for one query only. The third shows histograms."""
+    made = fixtures.make_each([fixtures.ARM], ["unimask", "gdt"], context=200)
+    values = json.loads(json.dumps(made.processor()))
+    only = json.loads(json.dumps(values["objectives"]["unimask"]))
+    for layout in only["timesteps"].values():
+        layout["hiding"] = [["rc", 1.0]]
+    values["objectives"] |= {"only": only}
+    return Processor.from_dict(values)
+
+
+def test_a_query_and_a_future_reach_the_objectives_that_take_them(filling: Processor, data: str) -> None:
+    asking = Asking.from_words(["unimask", "gdt"], query=["rc"], future=[f"arm={data}:1"])
+    one, other = asking.asks(filling, ["arm"])
+    assert (one.query, one.future) == ("rc", None)
+    assert other.query == ""
+    assert other.future is not None
+    assert len(other.future.fields) == 1
+    assert (
+        Asking.from_recipe(Evaluation(objectives=["unimask", "gdt"], query={"*": "rc"}, future={"arm": f"{data}:1"}))
+        == asking
+    )
+
+
+@pytest.mark.parametrize(
+    ("asking", "reason"),
+    [
+        (
+            Asking(["unimask"], query={"*": "sideways"}),
+            r"query\.\*: .*no query is called 'sideways'; there are bc, rc, goal",
+        ),
+        (Asking(["only"], query={"*": "bc"}), r"query\.\*: .*was not trained for the query 'bc', but for rc"),
+        (Asking(["only"]), r"query: .*was not trained for the query 'bc'"),
+        (Asking(["unimask"], query={"*": "goal"}), r"query\.\*: .*needs a goal"),
+        (Asking(["unimask"], query={"arm": "rc"}, goal={"*": "[1]"}), r"query\.arm: .*takes no goal"),
+        (Asking(["gdt"], query={"*": "bc"}), r"query\.\*: no objective that is played fills in hidden parts"),
+        (Asking(["gdt"]), "future: .*name an episode to match"),
+        (Asking(["unimask"], future={"*": "x"}), r"future\.\*: no objective that is played shows the model histograms"),
+    ],
+)
+def test_a_query_that_was_not_learned_and_a_future_that_lacks_are_refused(
+    filling: Processor, asking: Asking, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        asking.asks(filling, ["arm"])
