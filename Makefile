@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Extras for users, and those that the tests need as well.
 USER_EXTRAS := envs,agents,convert,s3fs
-TEST_EXTRAS := $(USER_EXTRAS),atari,ray,dev
+TEST_EXTRAS := $(USER_EXTRAS),serve,atari,ray,dev
 # A file of exact versions with the hashes of their files, which are verified. CI sets it; without it the ranges count.
 LOCK ?=
 READY := $(VENV)/.ready

@@ -1,10 +1,11 @@
-"""The range of integer spaces, entry by entry, in the form that a FieldSpec holds. It needs only NumPy."""
+"""Ranges of integers: those of integer spaces, entry by entry, as a FieldSpec holds them, and many at once. Needs only NumPy."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 MOST_VALUES = 1 << 16  # of an entry; more values than any vocabulary has
 
@@ -38,3 +39,10 @@ def compact(bound: np.ndarray) -> tuple[float, ...]:
     """One number if all entries are equal, else one for each entry, in C order."""
     flat = np.asarray(bound, np.float64).reshape(-1)
     return (float(flat[0]),) if bool(np.all(flat == flat[0])) else tuple(flat.tolist())
+
+
+def expand(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All integers of the ranges [low, high), one range after the other."""
+    count = high - low
+    ends = np.cumsum(count)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(low - (ends - count), count)

@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, check_shard, fetch, parse, publish
 from tiphys.dataio.format.limited import check_table, read_statistics
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
-from tiphys.dataio.format.table import Part, Shard, batches, combine
-from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
+from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.inplace.place import resolve
+from tiphys.dataio.inplace.summary import videos
 from tiphys.dataio.shards import merge_tasks
 from tiphys.dataio.statistics import Statistics
-from tiphys.dataio.upkeep.foreign import absolute, index_foreign
+from tiphys.dataio.upkeep.foreign import index_foreign
 from tiphys.dataio.upkeep.verify import Finding, Report, verify
+from tiphys.paths import absolute
 
 __all__ = [
     "Finding",
@@ -42,12 +45,10 @@ __all__ = [
 def read_episode(index: EpisodeIndex, episode: int) -> Episode:
     """Read one whole episode from its shard. It equals what was written, except for fields with a lossy encoding."""
     task = index.tasks[index.task[episode]]
-    steps, rows, shard = int(index.steps[episode]), int(index.rows[episode]), int(index.shard[episode])
+    steps, rows = int(index.steps[episode]), int(index.rows[episode])
     names = [f.name for f in task.fields]
     ranges = index.ranges(episode, 0, rows, names)
-    starts, sizes = [r.offset for r in ranges], [r.size for r in ranges]
-    begin, length = index.json_range(episode)
-    buffers = index.store.read_ranges(index.shard_name(shard), [*starts, begin], [*sizes, length])
+    buffers = index.read([*ranges, Range(int(index.shard[episode]), *index.json_range(episode), "json")])
     fields = index.decode(episode, 0, rows, names, buffers[:-1])["fields"]
     short = index.short(episode)
     for field in task.fields:
@@ -68,10 +69,9 @@ def read_episode(index: EpisodeIndex, episode: int) -> Episode:
 
 def read_field(index: EpisodeIndex, episode: int, field: str) -> Any:
     """Read all rows of one field of an episode from its shard."""
-    rows, shard = int(index.rows[episode]), int(index.shard[episode])
+    rows = int(index.rows[episode])
     ranges = index.ranges(episode, 0, rows, [field])
-    buffers = index.store.read_ranges(index.shard_name(shard), [r.offset for r in ranges], [r.size for r in ranges])
-    return index.decode(episode, 0, rows, [field], buffers)["fields"][field]
+    return index.decode(episode, 0, rows, [field], index.read(ranges))["fields"][field]
 
 
 def _info(index: EpisodeIndex, episode: int, data: memoryview) -> dict[str, Any]:
@@ -93,7 +93,8 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
 
     `bad_values`, task -> field: steps with values that are not finite (`invalid`) or beyond the declared range (`beyond`), the
     number of their `episodes`, and the ids of the `first`; only of fields that have any. A count that is null is unknown, because
-    an earlier version wrote the dataset. The returns of a task without rewards are null.
+    an earlier version wrote the dataset. The returns of a task without rewards are null. `videos` describes those that were not
+    stored anew (`tiphys.dataio.inplace.summary`).
     """
     index = EpisodeIndex.open(url, cache_dir)
     task = np.asarray(index.task)
@@ -147,6 +148,7 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
         "bad_values": bad_values,
         "quarantined": len(index.document.get("quarantine", [])),
         "skipped": int(index.document.get("skipped", 0)),
+        "videos": videos(index),
     }
 
 
@@ -167,12 +169,12 @@ def merge(urls: Sequence[str], destination: str) -> EpisodeIndex:
     """
     if not urls:
         raise DataError(f"{destination}: there is nothing to merge; name at least one dataset")
-    return _assemble([_Source(url) for url in urls], destination)
+    return _assemble([_Source(resolve(url)) for url in urls], destination)
 
 
 def append(url: str, sources: Sequence[str]) -> EpisodeIndex:
     """Add the episodes of other datasets to a dataset. Its index then points to their shards, which must stay."""
-    return _assemble([_Source(url), *(_Source(s) for s in sources)], url)
+    return _assemble([_Source(url), *(_Source(resolve(s)) for s in sources)], url)
 
 
 def filter(
@@ -209,6 +211,7 @@ def filter(
         "min_steps": min_steps,
         "max_steps": max_steps,
     }
+    url = resolve(url)
     index = EpisodeIndex.open(url)
     keep = np.ones(index.episodes, bool)
     if tasks:
@@ -247,6 +250,7 @@ def split(url: str, first: str, second: str, share: float) -> tuple[EpisodeIndex
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be in [0, 1], not {share}")
+    url = resolve(url)
     index = EpisodeIndex.open(url)
     chosen = index.held_out(share)
     if chosen.all() or not chosen.any():
@@ -302,7 +306,7 @@ def _assemble(sources: Sequence[_Source], destination: str) -> EpisodeIndex:
             base = absolute(source.url)
             rename = {s.name: s.name if here or "://" in s.name else f"{base}/{s.name}" for s in document["shards"]}
             for shard in document["shards"]:
-                shards[rename[shard.name]] = Shard(rename[shard.name], shard.size, shard.crc)
+                shards[rename[shard.name]] = replace(shard, name=rename[shard.name])
             parts.append(Part(file, source.keep, rename))
             broken = document.get("quarantine", [])
             quarantine += [q | {"shard": rename.get(q["shard"], q["shard"])} for q in broken]
@@ -345,5 +349,5 @@ def _used(parts: Sequence[Part]) -> set[str]:
     used: set[str] = set()
     for part in parts:
         for batch in batches(part):
-            used.update(batch.column("shard").unique().to_pylist())
+            used |= shards_of(batch)
     return used

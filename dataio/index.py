@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,9 @@ from crc32c import crc32c
 
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import encodings
-from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load
+from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load, packet_fields
 from tiphys.dataio.format.document import DATASET, STATISTICS, cache_folder, decoded, fetch, parse
+from tiphys.dataio.format.packet_table import PacketTable, packet_table
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
 from tiphys.dataio.format.table import Shard, hash_id
 from tiphys.dataio.statistics import FieldStatistics
@@ -24,9 +25,11 @@ from tiphys.dataio.statistics import FieldStatistics
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from tiphys.dataio.format.video_stream import Stream
     from tiphys.dataio.storage import Store
 
 STEPS = "steps.npy"
+PACKETS = "packets"  # kind of chunks that `packets.FIELD` lists
 
 
 class Range(NamedTuple):
@@ -102,6 +105,7 @@ class EpisodeIndex:
         self.layouts = tuple(RowLayout(t) for t in self.tasks)
         self._row_bytes = np.array([one.dtype.itemsize for one in self.layouts] or [0], np.int64)
         self._chunk_tables: dict[str, ChunkTable] = {}
+        self._packet_tables: dict[str, PacketTable | None] = {}
         self._wanted_fields: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
 
     @classmethod
@@ -114,7 +118,7 @@ class EpisodeIndex:
         Parameters
         ----------
         url : str
-            The dataset's folder, in any store.
+            The dataset's folder, in any store, or that of a raw LeRobot dataset that has been indexed.
         cache_dir : str
             Folder of the cache; by default $TIPHYS_CACHE, or ~/.cache/tiphys if that is not set.
 
@@ -125,12 +129,15 @@ class EpisodeIndex:
         DataError
             If `dataset.json` or `index.parquet` is damaged, or they do not belong together.
         """
+        from tiphys.dataio.inplace import place
         from tiphys.dataio.storage import Store
 
         store = Store(url)
         try:
             raw = store.read(DATASET)
         except FileNotFoundError as error:
+            if (indexed := place.resolve(url, cache_dir)) != url:
+                return cls.open(indexed, cache_dir)
             raise FileNotFoundError(
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error
@@ -292,7 +299,25 @@ class EpisodeIndex:
             chunks = self.chunks(episode, spec, start, rows)
             if chunks:
                 begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
-                out.append(Range(shard, begin, end - begin, spec.name))
+                out.append(Range(self._shard_of(episode, spec.name), begin, end - begin, spec.name))
+        return out
+
+    def _shard_of(self, episode: int, field: str) -> int:
+        """The shard that holds a large field of an episode."""
+        packets = self.packets(field)
+        elsewhere = -1 if packets is None else int(packets.shard[episode])
+        return self.shard.item(episode) if elsewhere < 0 else elsewhere
+
+    def read(self, ranges: Sequence[Range]) -> list[Buffer]:
+        """The bytes of ranges, one after the other from the store: for single episodes, not for training."""
+        out: list[Any] = [b""] * len(ranges)
+        for shard in dict.fromkeys(r.shard for r in ranges):
+            mine = [i for i, r in enumerate(ranges) if r.shard == shard]
+            starts, sizes = [ranges[i].offset for i in mine], [ranges[i].size for i in mine]
+            about = self.shards[shard]
+            self.store.expect(about.name, about.etag)
+            for i, data in zip(mine, self.store.read_ranges(about.name, starts, sizes), strict=True):
+                out[i] = data
         return out
 
     def _wanted(self, task: int, fields: Sequence[str]) -> _Wanted:
@@ -331,6 +356,17 @@ class EpisodeIndex:
             self._chunk_tables[field] = table
         return table
 
+    def packets(self, field: str) -> PacketTable | None:
+        """The field's video samples that lie in files of their own, as arrays; None if no episode has any."""
+        if field not in self._packet_tables:
+            self._packet_tables[field] = packet_table(self._arrays, field)
+        return self._packet_tables[field]
+
+    @property
+    def packet_fields(self) -> list[str]:
+        """The fields of which some episode has packets."""
+        return packet_fields(self._arrays)
+
     def sample_range(self, episode: int) -> tuple[int, int]:
         """(offset, size) in bytes of the episode's sample in its shard: all its members, with their tar headers."""
         return self._arrays["sample"].item(episode), self._arrays["sample_bytes"].item(episode)
@@ -341,6 +377,9 @@ class EpisodeIndex:
 
     def chunks(self, episode: int, spec: FieldSpec, start: int, rows: int) -> list[Chunk]:
         """The chunks that hold the rows [start, start + rows) of a large field, as far as the field has these rows."""
+        packets = self.packets(spec.name)
+        if packets is not None and packets.has(episode):
+            return self._packet_chunks(packets, episode, start, rows)
         table = self.chunk_table(spec.name)
         kind, frames = table.kind.item(episode), table.rows.item(episode)
         if kind < 0 or frames < 1:
@@ -360,6 +399,26 @@ class EpisodeIndex:
                 rows=min(frames, last - (i - a) * frames),
             )
             for i in range(low, high)
+        ]
+
+    def _packet_chunks(self, table: PacketTable, episode: int, start: int, rows: int) -> list[Chunk]:
+        first, end = (int(x) for x in table.first[episode : episode + 2])
+        low, high = table.chunk_of([episode, episode], [start, start + rows - 1]).tolist()
+        crc = table.part("crc", episode, 0, end - first)
+        after = [
+            *table.row[low + 1 : high + 1].tolist(),
+            int(table.row[high + 1]) if high + 1 < end else int(self.rows[episode]),
+        ]
+        return [
+            Chunk(
+                kind=PACKETS,
+                offset=int(table.offset[i]),
+                size=int(table.size[i]),
+                crc=-1 if crc is None else int(crc[i - first]),
+                row=int(table.row[i]),
+                rows=after[i - low] - int(table.row[i]),
+            )
+            for i in range(low, high + 1)
         ]
 
     def _field_rows(self, episode: int, spec: FieldSpec) -> int:
@@ -383,7 +442,13 @@ class EpisodeIndex:
     # Decoding
 
     def decode(
-        self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
+        self,
+        episode: int,
+        start: int,
+        rows: int,
+        fields: Sequence[str],
+        buffers: Sequence[Buffer],
+        before: Callable[[Range], None] | None = None,
     ) -> dict[str, Any]:
         """Decode rows of an episode from their bytes, after verifying the CRC-32C of every row and chunk.
 
@@ -393,6 +458,8 @@ class EpisodeIndex:
             As given to `ranges`.
         buffers : Sequence[Buffer]
             The bytes of each range that `ranges` returned, in its order.
+        before : callable, optional
+            Called with the range of a large field before it is decoded, because a decoder of pictures may crash.
 
         Returns
         -------
@@ -426,6 +493,8 @@ class EpisodeIndex:
         if wanted.large:
             parts = self._parts(episode, start, rows, fields, buffers)
             for spec in wanted.large:
+                if before is not None and spec.name in parts:
+                    before(parts[spec.name][0])
                 out[spec.name] = self._decode_large(episode, spec, start, rows, parts.get(spec.name))
         for spec in wanted.episodic:
             value = self.episode_value(episode, spec)
@@ -442,17 +511,17 @@ class EpisodeIndex:
         if broken >= 0:
             place = self.ranges(episode, start, rows, ())[0]
             if len(packed) != place.size:
-                raise DataError(f"{self._place(episode, place)}: {len(packed)} bytes arrived; read the range again")
+                raise DataError(f"{self.place(episode, place)}: {len(packed)} bytes arrived; read the range again")
             place = place._replace(offset=place.offset + broken * dtype.itemsize, size=dtype.itemsize)
             raise DataError(
-                f"{self._place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
+                f"{self.place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
                 "again, and if the error stays, run `tiphys verify`"
             )
         table = np.frombuffer(packed, dtype)
         if table["_step"][0] != start:
             place = self.ranges(episode, start, rows, ())[0]
             raise DataError(
-                f"{self._place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
+                f"{self.place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
                 "run `tiphys verify`"
             )
         return table
@@ -467,7 +536,7 @@ class EpisodeIndex:
         views = [memoryview(b).cast("B") for b in buffers]
         for r, view in zip(ranges, views):
             if len(view) != r.size:
-                raise DataError(f"{self._place(episode, r)}: {len(view)} bytes arrived; read the range again")
+                raise DataError(f"{self.place(episode, r)}: {len(view)} bytes arrived; read the range again")
         return {r.field: (r, v) for r, v in zip(ranges, views)}
 
     def _decode_large(
@@ -480,21 +549,55 @@ class EpisodeIndex:
             begin = chunk.offset - part[0].offset
             data = part[1][begin : begin + chunk.size]
             place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
-            if crc32c(data) != chunk.crc:
+            if chunk.crc >= 0 and crc32c(data) != chunk.crc:
                 raise DataError(
-                    f"{self._place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
+                    f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
                 )
             try:
-                pieces.append(_decode_chunk(data, chunk, spec))
+                if chunk.kind == PACKETS:
+                    pieces.append(self._decode_packets(episode, spec, chunk, start, rows, data))
+                else:
+                    pieces.append(_decode_chunk(data, chunk, spec))
             except DataError as error:
-                raise DataError(f"{self._place(episode, place)}: {error}") from error
+                raise DataError(f"{self.place(episode, place)}: {error}") from error
         if spec.per == "episode":
             return pieces[0][0]
-        low = start - (chunks[0].row if chunks else 0)
+        # of packets, only the wanted rows are decoded
+        low = 0 if chunks and chunks[0].kind == PACKETS else start - (chunks[0].row if chunks else 0)
         array = np.concatenate(pieces)[low : low + rows] if pieces else _nothing(spec, 0)
         if len(array) < rows:  # the last row holds only an observation, and this field has no value there
             array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
         return array
+
+    def _decode_packets(
+        self, episode: int, spec: FieldSpec, chunk: Chunk, start: int, rows: int, data: memoryview
+    ) -> np.ndarray:
+        """The rows of a chunk that lie in [start, start + rows)."""
+        from tiphys.dataio.format import packets
+
+        table = self.packets(spec.name)
+        assert table is not None
+        first = int(table.first[episode])
+        number = int(table.chunk_of([episode], [chunk.row])[0])
+        samples = int(table.samples[number])
+        before = int(table.samples[first:number].sum())
+        low, high = max(start, chunk.row), min(start + rows, chunk.row + chunk.rows)
+        sizes = table.part("sample_size", episode, before, samples)
+        gaps = table.part("gap", episode, before, samples)
+        rank = table.part("rank", episode, before, samples)
+        frame = table.part("frame", episode, low, high - low)
+        assert sizes is not None
+        ends = np.cumsum(sizes if gaps is None else sizes + gaps, dtype=np.int64)
+        wanted = int(table.lead[number]) + np.arange(low, high) - chunk.row if frame is None else frame
+        stream = _stream(table.entry(episode))
+        if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
+            raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
+        payloads = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+        grey = bool(spec.shape) and spec.shape[-1] == 1
+        pictures = packets.decode(stream, payloads, np.arange(samples) if rank is None else rank, wanted, "", grey)
+        if not all(want in (0, have) for want, have in zip(spec.shape, pictures.shape[1:], strict=True)):
+            raise DataError(f"the video has pictures of shape {pictures.shape[1:]}, not {spec.shape}")
+        return pictures
 
     def episode_value(self, episode: int, spec: FieldSpec) -> Any:
         """The value of a field that has one value for the whole episode: a str, or an array of the field's shape.
@@ -516,7 +619,8 @@ class EpisodeIndex:
         data = self._arrays[f"{name}.bytes"][a:b].tobytes()
         return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape).copy()
 
-    def _place(self, episode: int, r: Range) -> str:
+    def place(self, episode: int, r: Range) -> str:
+        """The name of a range of an episode, for messages."""
         member = STEPS if r.field == STEPS else f"member {r.field}"
         name = self.shard_name(r.shard)
         where = name if "://" in name else f"{self.url}/{name}"
@@ -534,10 +638,10 @@ class _Wanted(NamedTuple):
 class Chunk(NamedTuple):
     """A few rows of a large field that are stored together. They can only be read as a whole."""
 
-    kind: str  # one of encodings.KINDS
+    kind: str  # one of encodings.KINDS, or PACKETS
     offset: int  # of its first byte in the shard
     size: int  # bytes
-    crc: int  # CRC-32C of its bytes
+    crc: int  # CRC-32C of its bytes; −1: unknown
     row: int  # first row
     rows: int
 
@@ -549,6 +653,13 @@ def _decode_chunk(data: memoryview, chunk: Chunk, spec: FieldSpec) -> np.ndarray
     if spec.dtype == "str" or 0 in spec.shape or chunk.size != chunk.rows * spec.bytes_per_step:
         raise DataError(f"{chunk.size} bytes cannot hold {chunk.rows} rows of {spec.dtype} {spec.shape}")
     return np.frombuffer(data, dtype).reshape(chunk.rows, *spec.shape).copy()
+
+
+@lru_cache(maxsize=256)
+def _stream(entry: bytes) -> Stream:
+    from tiphys.dataio.format.video_stream import Stream
+
+    return Stream.from_entry(entry, "the index")
 
 
 def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -26,6 +26,7 @@ import numpy as np
 from tiphys.dataio.episode import Needs, Window
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.loading import shared_memory
+from tiphys.dataio.loading.decode_note import CRASHES, DecodeNote
 from tiphys.dataio.messages import logger
 from tiphys.dataio.peers import PeerSettings
 from tiphys.dataio.python_path import child_environment, python
@@ -40,6 +41,7 @@ log = logger(__name__)
 Join = Callable[[Sequence["PlanEntry"]], "Joined"]
 MakeBatch = Callable[[int, np.ndarray, list[list[Window]]], dict[str, np.ndarray]]
 _RESTARTS = 3  # of a loader process that dies before it hands over a batch
+_MOST_DEADLY = 8  # episodes whose decoding ended the process; after so many, something else is wrong
 # Arrays of some hundred KiB come and go all the time. From the heap they cost a third less than as fresh pages (mallopt(3)).
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 # Passing a request from one obstore thread to another costs a third of a small request's time: use few threads on few cores.
@@ -138,6 +140,7 @@ class ProcessSpec:
     peers: PeerSettings | None
     step: int
     stop: int | None
+    deadly: Mapping[tuple[str, int], str] = field(default_factory=dict)  # as in `loading.assemble.Assembler`
 
 
 @dataclass
@@ -242,6 +245,7 @@ class TrajectoryLoader:
         self._connected: dict[str, Any] | None = None
         self._process: _Process | None = None
         self._failures = 0
+        self._deadly: dict[tuple[str, int], str] = {}
         self._changes: list[int] = []  # the first step that each change of the plan touched, since the process started
         self._horizon = start
 
@@ -264,6 +268,7 @@ class TrajectoryLoader:
             peers=self.peers,
             step=self.step,
             stop=self.stop,
+            deadly=dict(self._deadly),
         )
 
     def cache_plan(self) -> dict[str, Any]:
@@ -346,8 +351,16 @@ class TrajectoryLoader:
 
     def _died(self) -> None:
         assert self._process is not None
+        decoding = self._process.note.read()
         code = self._process.close()
         self._process = None
+        if decoding is not None and -code in CRASHES and len(self._deadly) < _MOST_DEADLY:
+            reason = f"{decoding.place}: its decoder ended the loader process by signal {-code}"
+            if self._deadly.setdefault((decoding.dataset, decoding.episode), reason) is reason:
+                log.warning(
+                    "%s; the episode is left out, and the process is started again at step %d", reason, self.step
+                )
+                return
         self._failures += 1
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
         if self._failures > _RESTARTS:
@@ -474,6 +487,7 @@ class _Process:
             )
         self.connection = Connection(ours.detach())
         self.reader = shared_memory.SlotReader(memory)
+        self.note = DecodeNote(memory, shared_memory.NOTE)
         self._close = weakref.finalize(self, _end, self.popen, self.connection, memory)
         with contextlib.suppress(OSError):  # if the process died at once, the next receive notices it
             self.connection.send_bytes(pickle.dumps(spec, protocol=5))
@@ -486,6 +500,7 @@ class _Process:
 
     def close(self) -> int:
         self._close()
+        self.note.close()
         return self.popen.returncode
 
 

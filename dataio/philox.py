@@ -26,13 +26,12 @@ from numpy.typing import ArrayLike, NDArray
 WINDOW, BUCKET, PROMPT, EPOCH, PLACE, HIDE, TASK_DROPOUT, DEPTH, NEGATIVE, VALIDATION = range(10)
 # HIDE: what a window hides. Attempt 0 chooses the scheme and its numbers, the attempts after it are for the parts of the steps
 FRAMES = 10  # episodes that statistics of relative actions are computed from
-NOISE, TIME = (
-    11,
-    12,
-)  # of flow matching. The slot is the position in the row, the attempt a block of four words, or the draw
+# NOISE, TIME: of flow matching. The slot is the position in the row, the attempt a block of four words, or the draw
+NOISE, TIME = 11, 12
 AUGMENT = 13  # how the pictures of a window are changed; the attempt tells cameras apart
 SAMPLE = 32  # actions that a policy draws
-ACTING_NOISE = 33  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words
+SAY = 33  # tokens of texts that a policy draws
+ACTING_NOISE = 34  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85

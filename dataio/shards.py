@@ -22,6 +22,7 @@ from tiphys.dataio.format import arrays, limited, table
 from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.packet_table import PacketChunks
 from tiphys.dataio.format.rows import RowLayout, check_task, plain
 from tiphys.dataio.format.sample import BLOCK, Sample
 from tiphys.dataio.index import EpisodeIndex
@@ -54,6 +55,8 @@ class ShardWriter:
         `shards/PIECE-000000.tar` …, its index is `pieces/PIECE.parquet`. `merge_pieces` makes the dataset of the pieces.
     scratch : str
         Folder for the shard that is being written; by default the system's temporary folder.
+    folder : str
+        Folder of the shards within the dataset's.
 
     Raises
     ------
@@ -72,6 +75,7 @@ class ShardWriter:
         encodings: Mapping[str, Encoding] | None = None,
         piece: str = "",
         scratch: str = "",
+        folder: str = "shards",
     ) -> None:
         from tiphys.dataio.storage import Store
 
@@ -95,6 +99,9 @@ class ShardWriter:
         self._uploader = ThreadPoolExecutor(1, "tiphys-upload")
         self._uploads: list[Future[None]] = []
         self._closed = False
+        self._folder = folder
+        self.others: dict[str, table.Shard] = {}  # files that `write` was told to hold packets
+        self.more: dict[str, Any] = {}  # further keys of dataset.json
 
     def add_task(self, task: TaskSpec) -> None:
         """Allow episodes of one more task.
@@ -110,8 +117,15 @@ class ShardWriter:
         self._chosen[task.name] = {f.name: codecs.choose(f, self.encodings) for f in layout.large}
         self.tasks[task.name] = task
 
-    def write(self, episode: Episode) -> None:
+    def write(self, episode: Episode, packets: Mapping[str, PacketChunks] | None = None) -> None:
         """Add one episode.
+
+        Parameters
+        ----------
+        episode : Episode
+            With all fields of its task, except those of `packets`.
+        packets : Mapping[str, PacketChunks], optional
+            Field -> its video samples, which stay where they are. `others` must name their shards before `close`.
 
         Raises
         ------
@@ -126,7 +140,7 @@ class ShardWriter:
         if layout is None:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} was not declared; call add_task first")
         try:
-            sample = Sample(layout, episode, self._chosen[episode.task])
+            sample = Sample(layout, episode, self._chosen[episode.task], packets)
         except UnicodeEncodeError as error:
             raise DataError(f"episode {ascii(episode.id)[:80]}: a text is not valid Unicode: {error}") from None
         with self._full_disk():
@@ -134,7 +148,7 @@ class ShardWriter:
                 self._finish_shard()
             if self._tar is None:
                 stem = f"{self.piece}-{len(self._shards):06d}" if self.piece else f"{len(self._shards):06d}"
-                self._tar = _Tar(self._scratch / f"{stem}.tar", stem)
+                self._tar = _Tar(self._scratch / f"{stem}.tar", stem, self._folder)
             record = self._tar.add(sample)
             self._table.add(record)
         self._statistics.add(layout, episode.id, sample.rows)
@@ -190,10 +204,10 @@ class ShardWriter:
         if self._tar is not None:
             self._finish_shard()
         index = self._scratch / INDEX
-        self._table.finish(index, list(self.tasks.values()), self._shards)
+        self._table.finish(index, list(self.tasks.values()), [*self._shards, *self.others.values()])
         self._wait_for_uploads(0)
         if not self.piece:
-            publish(self._store, index, self._statistics)
+            publish(self._store, index, self._statistics, **self.more)
             return EpisodeIndex.open(self.url)
         statistics = self._scratch / STATISTICS
         self._statistics.write(statistics)
@@ -286,11 +300,11 @@ def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
 class _Tar:
     """One shard in the scratch folder, written by webdataset's TarWriter. Offsets are computed from the sizes of the members."""
 
-    def __init__(self, file: Path, stem: str) -> None:
+    def __init__(self, file: Path, stem: str, folder: str) -> None:
         from webdataset.writer import TarWriter
 
         self.file, self.stem = file, stem
-        self.name = f"shards/{file.name}"
+        self.name = f"{folder}/{file.name}"
         self.size = 0  # bytes of the members so far, with headers and padding
         self.samples = 0
         self.stream = _ChecksummedFile(file)
@@ -316,6 +330,10 @@ class _Tar:
             )
             for field, (kind, rows, c) in sample.chunks.items()
         }
+        packets = {
+            name: p._replace(offset=p.offset + data[f"{name}.mp4"]) if name in sample.videos else p
+            for name, p in sample.packets.items()
+        }
         return table.Record(
             id=e.id,
             task=e.task,
@@ -334,6 +352,7 @@ class _Tar:
             texts=sample.texts,
             values=sample.values,
             chunks=chunks,
+            packets=packets,
         )
 
     def discard(self) -> None:

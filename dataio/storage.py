@@ -8,6 +8,7 @@ pauses; after 429 and 503 fewer requests are sent at once; an object that is rep
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import re
@@ -208,10 +209,31 @@ class Store:
                 out[i] = view[offset : offset + size] if size != len(view) else body
         return out
 
+    def read_new(self, path: str, etag: str = "", limit: int = WHOLE) -> tuple[bytes, str] | None:
+        """An object's content and version, if it no longer has the version `etag`; else None, for which no content is sent.
+
+        Raises DataError if it has more than `limit` bytes.
+        """
+        place, key = self._locate(path)
+        found = _wait(place._patiently(key, "", lambda: place._backend.fetch_new(key, etag, limit + 1)))
+        if found is None:
+            return None
+        data = bytes(found[0])
+        place.traffic.bytes += len(data)
+        if len(data) > limit:
+            raise DataError(f"{place._name(key)}: at most {limit:,} bytes are read of such an object, but it has more")
+        return data, found[1].etag
+
     def head(self, path: str) -> ObjectInfo:
         """Size and version of an object."""
         place, key = self._locate(path)
         return _wait(place._patiently(key, "", lambda: place._backend.head(key)))
+
+    def expect(self, path: str, etag: str) -> None:
+        """Read this object only in the version of the ETag, which an index knows. Empty: any version. Makes no request."""
+        if etag:
+            place, key = self._locate(path)
+            place._etags.setdefault(key, etag)
 
     async def check_unchanged(self, path: str) -> None:
         """Raises ObjectChanged if the object is not the version that was first read. Some stores do not say with each read."""
@@ -235,14 +257,42 @@ class Store:
         """Write an object atomically: no reader ever sees a part of it, even after a crash or on a full disk."""
         self._put(path, data)
 
-    def upload(self, path: str, file: str) -> None:
-        """Copy a local file to an object, atomically."""
-        self._put(path, Path(file))
+    def upload(self, path: str, file: str, rate: int = 0) -> None:
+        """Copy a local file to an object, atomically, with at most `rate` bytes a second (0: no limit)."""
+        self._put(path, Path(file), rate)
 
-    def _put(self, path: str, source: bytes | Path) -> None:
+    def _put(self, path: str, source: bytes | Path, rate: int = 0) -> None:
         place, key = self._locate(path)
         place._etags.pop(key, None)
-        _wait(place._patiently(key, "", lambda: place._backend.put(key, source), writing=True))
+        _wait(place._patiently(key, "", lambda: place._backend.put(key, source, rate), writing=True))
+
+    def replace(self, path: str, data: bytes, etag: str) -> None:
+        """Write an object atomically, if nobody else has written it meanwhile.
+
+        Parameters
+        ----------
+        path : str
+            The object.
+        data : bytes
+            Its new content.
+        etag : str
+            Its version (`head`, `read_new`); "": it must not exist yet.
+
+        Raises
+        ------
+        ObjectChanged
+            If it has another version, or exists already.
+        """
+        place, key = self._locate(path)
+        place._etags.pop(key, None)
+        try:
+            _wait(place._patiently(key, "", lambda: place._backend.replace(key, data, etag), writing=True))
+        except ObjectChanged:
+            # an earlier try may have succeeded although its answer was lost
+            with contextlib.suppress(FileNotFoundError, DataError):
+                if self.read(path, len(data)) == data:
+                    return
+            raise ObjectChanged(f"{place._name(key)}: somebody else has written it meanwhile") from None
 
     def delete(self, path: str) -> None:
         """Remove an object. If it does not exist, some stores raise FileNotFoundError and others do not."""
@@ -473,6 +523,14 @@ class Store:
             f"{self._name(key)}: was replaced while it was being read (its ETag changed). "
             "A dataset must not change during a run: write a new one beside it"
         )
+
+    def times(self, prefix: str = "") -> dict[str, float]:
+        """Paths of all objects in a folder, at any depth -> when they were written, in seconds of the store's clock.
+
+        A time is infinite if the store does not say it.
+        """
+        place, key = self._locate(prefix)
+        return _wait(place._patiently(key, "", lambda: place._backend.times(key)))
 
     # The last method, because it hides the builtin `list` in the rest of the class
     def list(self, prefix: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from tiphys.launch.checks.model import (
     tokenizer_errors,
 )
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
+from tiphys.launch.checks.trackers import tracker_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
@@ -35,13 +36,20 @@ Where = Callable[[str], str]
 
 
 def check(
-    path: str | Path, overrides: Iterable[str] = (), *, world: int = 0, data: bool = True, environments: bool = True
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    world: int = 0,
+    data: bool = True,
+    environments: bool = True,
+    index: bool = False,
 ) -> Recipe:
     """The recipe, if nothing is wrong with it. Raises RecipeError with everything that is wrong.
 
     world   number of processes it is meant for; 0: unknown, so that only what fails on every number of processes is an error
     data    also open the datasets and apply the objectives to their tasks
     environments  with `data`: also make each environment of `evaluate.tasks` once
+    index   with `data`: make the indexes that raw LeRobot folders lack; otherwise such folders are not looked into
     """
     seen = examine(path, overrides)
     errors = list(seen.errors)
@@ -52,9 +60,9 @@ def check(
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
-    errors += _located([*config_errors(recipe, world), *average_errors(recipe)], seen.where)
+    errors += _located([*config_errors(recipe, world), *average_errors(recipe), *tracker_errors(recipe)], seen.where)
     if data:
-        errors += _data(recipe, seen, environments)
+        errors += _data(recipe, seen, environments, index)
     if errors:
         raise RecipeError(errors)
     return recipe
@@ -160,20 +168,33 @@ def _objectives(seen: Examined) -> Iterator[str]:
             yield f"{where(f'data.mixture[{i}].objective')}: no objective is called {wanted!r}. {hint}"
 
 
-def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
+def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> Iterator[str]:
     from tiphys.dataio.index import EpisodeIndex
-    from tiphys.launch.checks.data import data_errors, pairing_errors, requirement_errors, reward_errors, target_errors
+    from tiphys.dataio.inplace.prepare import is_waiting, prepare
+    from tiphys.launch.checks.data import (
+        data_errors,
+        hub_errors,
+        pairing_errors,
+        requirement_errors,
+        reward_errors,
+        target_errors,
+    )
     from tiphys.launch.checks.environments import environment_errors
-    from tiphys.launch.plan import make_plan, validation_rows
+    from tiphys.launch.plan import balance_of, make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
-    indexes = []
+    indexes, waiting = [], False
     for i, entry in enumerate(recipe.data.mixture):
         try:
+            if index:
+                prepare(entry.dataset)
+            elif is_waiting(entry.dataset):
+                waiting = True
+                continue
             indexes.append(EpisodeIndex.open(entry.dataset))
         except (ValueError, OSError) as error:
             yield f"{seen.where(f'data.mixture[{i}].dataset')}: {error}"
-    if len(indexes) < len(recipe.data.mixture):
+    if len(indexes) < len(recipe.data.mixture) or waiting:
         return
     unrewarded = list(reward_errors(recipe, indexes, seen.where))
     yield from unrewarded
@@ -187,6 +208,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     yield from target_errors(recipe, objectives, seen.where)
     wrong = list(data_errors(recipe, indexes, objectives, seen.where))
+    wrong += hub_errors(recipe, indexes, seen.where)
     wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:
@@ -194,9 +216,10 @@ def _data(recipe: Recipe, seen: Examined, environments: bool) -> Iterator[str]:
     if wrong:
         return
     try:
+        balance_of(recipe, objectives)
         plan = make_plan(recipe, indexes, objectives)
         yield from pairing_errors(recipe, objectives, plan, seen.where)
-        if recipe.data.validation and any(index.held_out(recipe.data.validation).any() for index in indexes):
+        if recipe.data.validation and any(one.held_out(recipe.data.validation).any() for one in indexes):
             make_plan(recipe, indexes, objectives, held_out=True, rows=validation_rows(recipe))
     except ValueError as error:
         yield f"{seen.where('data.mixture')}: {error}"

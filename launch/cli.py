@@ -15,13 +15,14 @@ from typing import Any
 
 from tiphys.dataio.messages import say
 from tiphys.launch import statuses
+from tiphys.launch.layout_rates import DEVICES
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
 # Arguments that are paths or URLs. A shell leaves `~` as it is in `--to=~/data`.
 _PATHS = frozenset(
     """recipe run runs dataset datasets source destination to first second more mapping policy demonstrations out pictures picture
-    html hostfile""".split()
+    html hostfile api_key_file""".split()
 )
 
 _TRACEBACK = "show the full Python traceback of an error"
@@ -227,6 +228,28 @@ def _run_commands(commands: Any) -> None:
     p.add_argument("--no-data", action="store_true", help="do not open the datasets")
     p.set_defaults(command="check")
 
+    p = commands.add_parser("layout", help="show the memory, traffic and time that a recipe will need, without a GPU")
+    _recipe_arguments(p)
+    p.add_argument("--gpus", type=int, default=1, help="number of devices, one process each (default: %(default)s)")
+    p.add_argument(
+        "--memory",
+        default="80GiB",
+        help="memory of one device; exit status 3 if it is not enough (default: %(default)s)",
+    )
+    p.add_argument(
+        "--device",
+        choices=("", "cpu", *DEVICES),
+        default="",
+        help="kind of device, for the time of a step (default: a GPU, as fast as this machine was measured)",
+    )
+    p.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first measure the speed of this machine with the recipe's model, and keep it",
+    )
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
+    p.set_defaults(command="layout")
+
     p = commands.add_parser("mixture", help="show or change the mixture of a run while it trains")
     p.add_argument("run", help="folder of the run")
     p.add_argument(
@@ -365,10 +388,31 @@ def _data_commands(commands: Any) -> None:
         action="store_true",
         help="remove broken episodes from the index; rebuild the index if it is damaged",
     )
+    p.add_argument("--full", action="store_true", help="also decode every picture, video and text")
     p.set_defaults(command="verify")
 
-    p = commands.add_parser("index", help="use WebDataset image-text tars as a dataset, without rewriting them")
-    p.add_argument("dataset", help="folder or URL of the tars; the index is written there")
+    p = commands.add_parser(
+        "index",
+        help="use a LeRobot dataset, or WebDataset image-text tars, as a dataset, without rewriting its videos or tars",
+    )
+    p.add_argument("dataset", help="folder or URL of the LeRobot dataset or of the tars, or hf://datasets/OWNER/NAME")
+    p.add_argument(
+        "destination",
+        nargs="?",
+        default="",
+        help="new folder or URL of the index (default: for tars, beside them; for LeRobot, NAME.tiphys beside the folder, or a "
+        "folder of the cache)",
+    )
+    p.add_argument(
+        "--crc", action="store_true", help="LeRobot: read all video and store checksums, so that damage is noticed"
+    )
+    p.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        help="LeRobot: seconds between the time of a row and of its picture (default: 0.0001)",
+    )
+    p.add_argument("--skip-bad", action="store_true", help="LeRobot: leave out malformed episodes and list them")
     p.set_defaults(command="index")
 
     _dataset_commands(commands.add_parser("dataset", help="merge, split, filter or append datasets"))
@@ -433,6 +477,50 @@ def _dataset_commands(parser: argparse.ArgumentParser) -> None:
     p.set_defaults(command="filter")
 
 
+def _serve_command(commands: Any) -> None:
+    p = commands.add_parser("serve", help="let robots and benchmarks use a policy over a WebSocket (openpi, vla-eval)")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
+    p.add_argument("--task", default="", help="task of clients that name none (default: the one whose fields fit)")
+    p.add_argument(
+        "--map",
+        dest="renamed",
+        nargs="*",
+        default=[],
+        metavar="CLIENT=FIELD",
+        help="names of clients and the fields that they mean, e.g. observation/image=observation.images.top (default: none)",
+    )
+    p.add_argument(
+        "--execute",
+        type=int,
+        default=0,
+        help="actions of a chunk that clients carry out before the next observation (default: all that the policy allows)",
+    )
+    p.add_argument(
+        "--follow",
+        action="store_true",
+        help="let new episodes act with the newest weights that are published there, by a run that still trains",
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine only)")
+    p.add_argument("--port", type=int, default=8000, help="TCP port; 0: a free one (default: %(default)s)")
+    p.add_argument("--api-key-file", default="", help="file with the key that clients must send (default: no key)")
+    p.add_argument("--open", action="store_true", help="allow another --host without a key: who reaches it may use it")
+    p.add_argument("--sessions", type=int, default=64, help="most clients at once (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=32, help="most requests of a forward pass (default: %(default)s)")
+    p.add_argument(
+        "--wait",
+        default="5ms",
+        help="longest time that a request waits for those of other clients, e.g. 500us, 5ms, 1s (default: %(default)s)",
+    )
+    p.add_argument(
+        "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
+    )
+    p.add_argument("--seed", type=int, default=0, help="with --sample: seed of the draws (default: %(default)s)")
+    p.add_argument(
+        "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
+    )
+    p.set_defaults(command="serve")
+
+
 def _policy_commands(commands: Any) -> None:
     p = commands.add_parser("evaluate", help="let a policy act in its environments and score it")
     p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
@@ -487,7 +575,24 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
     )
+    p.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help="ws://HOST:PORT of a `tiphys serve` that serves this policy: it chooses the actions (default: this machine does)",
+    )
+    p.add_argument("--api-key-file", default="", help="with --server: file with the server's API key (default: none)")
+    p.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate each step that a run publishes there, until it ends; --out gets a line of JSON for each",
+    )
+    p.add_argument(
+        "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
+    )
     p.set_defaults(command="evaluate")
+
+    _serve_command(commands)
 
     p = commands.add_parser("label", help="write a dataset with the actions that a policy infers for episodes without")
     p.add_argument(
@@ -498,7 +603,25 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
     p.set_defaults(command="label")
 
-    p = commands.add_parser("publish", help="copy the policy of a run to a folder, a bucket or a model hub")
+    p = commands.add_parser("say", help="let a policy that has learned texts continue one")
+    p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
+    p.add_argument("prompt", help="how the text begins")
+    p.add_argument("--task", default="", help="task whose texts are meant (default: the first of documents)")
+    p.add_argument("--tokens", type=int, default=128, help="most tokens of the answer (default: %(default)s)")
+    p.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the most probable token (default: %(default)s)"
+    )
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw among the most probable tokens that together have this probability (default: %(default)s)",
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: %(default)s)")
+    p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
+    p.set_defaults(command="say_job")
+
+    p = commands.add_parser("publish", help="publish the policy of a run to a folder, a bucket or a model hub")
     p.add_argument("run", help="folder of a run or of a policy, s3://bucket/path or hf://org/name")
     p.add_argument("to", help="folder, s3://bucket/path, or hf://org/name")
     p.add_argument(

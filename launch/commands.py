@@ -72,19 +72,41 @@ def check(args: Namespace) -> int:
     recipe = check(args.recipe, args.overrides, world=args.world, data=not args.no_data)
     say(f"{args.recipe}: recipe {recipe.name!r} is valid")
     if not args.no_data:
+        from tiphys.dataio.inplace.prepare import cost_line, is_waiting
         from tiphys.launch.checks.data import bad_fields
-        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines
+        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines, video_lines
         from tiphys.pretrain.objectives import Objectives
         from tiphys.pretrain.pretrained import begin, start_lines
 
+        waiting = [d for d in dict.fromkeys(entry.dataset for entry in recipe.data.mixture) if is_waiting(d)]
+        if waiting:
+            say("\n".join(cost_line(dataset) for dataset in waiting))
+            return Status.DONE
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
         if recipe.model.init:
             say("\n".join(start_lines(begin(recipe, objectives.vocabulary, stages=2))))
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
             say(f"{found}; training leaves such episodes out")
-        say("\n".join(step_rate_lines(make_plan(recipe, indexes, objectives)) + text_lines(objectives)))
+        plan = make_plan(recipe, indexes, objectives)
+        say("\n".join(step_rate_lines(plan) + text_lines(objectives) + video_lines(plan, objectives)))
     return Status.DONE
+
+
+def layout(args: Namespace) -> int:
+    from tiphys.launch.layout_command import layout
+
+    if args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus}: at least one device is needed")
+    return layout(
+        args.recipe,
+        args.overrides,
+        args.gpus,
+        args.memory,
+        device=args.device,
+        calibrated=args.calibrate,
+        as_json=args.json,
+    )
 
 
 def mixture(args: Namespace) -> int:
@@ -242,18 +264,33 @@ def inspect(args: Namespace) -> int:
 def verify(args: Namespace) -> int:
     from tiphys.dataio.dataset import verify
 
-    found = verify(args.dataset, repair=args.repair)
+    found = verify(args.dataset, repair=args.repair, full=args.full)
     say(found)
     return Status.DONE if found.ok else Status.REFUSED
 
 
 def index(args: Namespace) -> int:
+    from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
+    from tiphys.dataio.inplace.place import is_lerobot, location
+    from tiphys.dataio.storage import Store
     from tiphys.dataio.upkeep.foreign import index_foreign
 
-    made = index_foreign(args.dataset)
+    if is_lerobot(Store(args.dataset)):
+        tolerance = {} if args.tolerance is None else {"tolerance": args.tolerance}
+        options = IndexOptions(crc=args.crc, skip_bad=args.skip_bad, **tolerance)
+        destination = args.destination or location(args.dataset)
+        made = index_lerobot(args.dataset, destination, options, progress_bar("indexing"))
+        what = f"{made.episodes} episodes indexed in place at {destination}"
+    elif args.crc or args.skip_bad or args.tolerance is not None:
+        raise ValueError(
+            f"{args.dataset}: --crc, --tolerance and --skip-bad are for LeRobot datasets, and this is none"
+        )
+    else:
+        made = index_foreign(args.dataset, args.destination)
+        what = f"{made.episodes} samples indexed in place"
     skipped, notes = made.document.get("skipped", 0), made.document.get("notes", [])
     left_out = f", {skipped} left out" if skipped else ""
-    say(f"{args.dataset}: {made.episodes} samples indexed in place{left_out}")
+    say(f"{args.dataset}: {what}{left_out}")
     for note in notes[:20]:
         say(f"  {note}")
     if len(notes) > 20:
@@ -331,11 +368,16 @@ def loader_bench(args: Namespace) -> int:
 
 
 def evaluate(args: Namespace) -> int:
+    from tiphys.dataio.episode import DataError
     from tiphys.launch.display import scores
     from tiphys.pretrain.acting.ask import Asking
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.policy_files import local_policy
 
+    if args.follow and args.server:
+        raise DataError("--server does not go with --follow: each step is evaluated with its own weights")
+    if args.follow:
+        return _evaluate_steps(args)
     folder = local_policy(args.policy)
     elsewhere = "://" in args.policy
     found = evaluate(
@@ -352,8 +394,58 @@ def evaluate(args: Namespace) -> int:
         demonstrations=args.demonstrations,
         modules=args.modules,
         device=args.device,
+        server=args.server,
+        api_key_file=args.api_key_file,
     )
     say(scores(found))
+    return Status.DONE
+
+
+def serve(args: Namespace) -> int:
+    from tiphys.launch.serve import serve
+
+    return serve(
+        args.policy,
+        task=args.task,
+        renamed=args.renamed,
+        execute=args.execute,
+        host=args.host,
+        port=args.port,
+        api_key_file=args.api_key_file,
+        open=args.open,
+        sessions=args.sessions,
+        batch=args.batch,
+        wait=args.wait,
+        sample=args.sample,
+        seed=args.seed,
+        device=args.device,
+        follow=args.follow,
+    )
+
+
+def _evaluate_steps(args: Namespace) -> int:
+    from tiphys.launch.display import scores
+    from tiphys.pretrain.acting.ask import Asking
+    from tiphys.pretrain.follow.scored import scored_steps
+
+    found = scored_steps(
+        args.policy,
+        args.tasks or None,
+        every=args.every,
+        out=args.out,
+        episodes=args.episodes,
+        seed=args.seed,
+        processes=args.processes,
+        sample=args.sample,
+        asking=Asking.from_words(args.objective, args.target_return, args.prompt, args.goal, args.target_returns),
+        pictures=args.pictures,
+        videos=args.videos,
+        demonstrations=args.demonstrations,
+        modules=args.modules,
+        device=args.device,
+    )
+    for one in found:
+        say(f"step {one['step']}\n{scores(one)}")
     return Status.DONE
 
 
@@ -362,6 +454,16 @@ def label(args: Namespace) -> int:
     from tiphys.pretrain.policy_files import local_policy
 
     say(label(local_policy(args.policy), args.dataset, args.to, device=args.device, progress=progress_bar("labelled")))
+    return Status.DONE
+
+
+def say_job(args: Namespace) -> int:
+    from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.policy_files import local_policy
+
+    policy = Policy.load(local_policy(args.policy), args.device, seed=args.seed)
+    said = policy.say(args.prompt, task=args.task, tokens=args.tokens, temperature=args.temperature, top_p=args.top_p)
+    say(args.prompt + said)
     return Status.DONE
 
 

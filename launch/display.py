@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tiphys.dataio.inplace.summary import lines as video_lines
 from tiphys.dataio.messages import printable
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -149,7 +150,7 @@ def summary(found: Mapping[str, Any]) -> str:
         f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {human_bytes(found['bytes'])} "
         f"in {found['shards']} shards"
         + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
-        + (f", {found['skipped']} samples without a picture left out" if found.get("skipped") else "")
+        + (f", {found['skipped']} left out" if found.get("skipped") else "")
     ]
     rows = [
         (
@@ -187,6 +188,7 @@ def summary(found: Mapping[str, Any]) -> str:
     if unknown:
         lines.append(f"bad values of {', '.join(unknown)}: unknown, because an earlier version wrote the dataset")
     lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "unit"), fields))
+    lines += video_lines(found["videos"])
     return printable("\n".join(lines))
 
 

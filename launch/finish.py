@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
 
 EVALUATION = "evaluation.json"
+BASE = "aside/base"  # in the run's folder: the weights that were published last
 
 
 def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False) -> Status:
@@ -159,9 +162,13 @@ def evaluation_command(folder: str | Path, tasks: Sequence[str] = (), *, out: st
     return [*command, "--tasks", *tasks] if tasks else command
 
 
-def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None) -> None:
-    """Publish a policy. With `publish.keep: best`, only if it scores higher than the one that this run published before."""
-    from tiphys.pretrain.publish import publish
+def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None, *, final: bool = True) -> None:
+    """Publish a policy. With `publish.keep: best`, only if it scores higher than the one that this run published before.
+
+    final   the run has ended
+    """
+    from tiphys.pretrain.publish import How, publish, say_final
+    from tiphys.recipes.sizes import parse_size
 
     record = Path(recipe.run.dir) / "published.json"
     score = mean_score(found)
@@ -169,9 +176,31 @@ def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None
         before = json.loads(record.read_text(encoding="utf-8"))["score"]
         if before is not None and (score is None or score <= before):
             say(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}")
+            if final:
+                say_final(recipe.publish.to)
             return
-    say(f"published    {publish(folder, recipe.publish.to, private=recipe.publish.private)}")
+    base, keys = Path(recipe.run.dir) / BASE, recipe.publish
+    how = How(base, parse_size(keys.rate), 60 * keys.grace, score, final)
+    say(f"published    {publish(folder, keys.to, private=keys.private, how=how)}")
+    _keep_weights(folder, base)
     write_json(record, {"to": recipe.publish.to, "score": score})
+
+
+def _keep_weights(folder: Path, base: Path) -> None:
+    """Keep published weights: the next ones are published as what has changed. Without them all is published again."""
+    from tiphys.pretrain.follow.weights import weight_files
+
+    try:
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir(parents=True)
+        for file in weight_files(folder):
+            try:
+                os.link(file, base / file.name)
+            except OSError:  # the file system has no links
+                shutil.copyfile(file, base / file.name)
+    except OSError as error:
+        shutil.rmtree(base, ignore_errors=True)
+        say(f"{base}: the weights were not kept ({error}); the next ones will be published whole")
 
 
 def mean_score(found: Mapping[str, Any] | None) -> float | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.loader import CacheBudget, Joined, LoaderSettings, MakeBatch
     from tiphys.dataio.plan.entries import PlanEntry
     from tiphys.dataio.sampling import SamplingPlan
+    from tiphys.pretrain.balance import Balance
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.parallel import ParallelDims
     from tiphys.pretrain.tokens.batch import TokenBatch
@@ -23,14 +24,17 @@ MAPPED = 200_000  # plans of more episodes are sorted once on each machine and m
 
 
 def open_datasets(recipe: Recipe, world: ParallelDims | None = None) -> list[EpisodeIndex]:
-    """The index of each mixture entry. Local rank 0 decodes new indexes first; the other ranks find them decoded."""
+    """The index of each mixture entry. Local rank 0 makes and decodes new indexes first; the other ranks find them decoded."""
     from tiphys.dataio.index import EpisodeIndex
+    from tiphys.dataio.inplace.prepare import prepare
 
     opened: dict[str, EpisodeIndex] = {}
 
     def open_all() -> None:
         for entry in recipe.data.mixture:
             if entry.dataset not in opened:
+                if world is not None and world.local == 0:
+                    prepare(entry.dataset)
                 opened[entry.dataset] = EpisodeIndex.open(entry.dataset)
 
     if world is None or world.local == 0:
@@ -174,6 +178,19 @@ def text_lines(objectives: Objectives) -> list[str]:
     ]
 
 
+def video_lines(plan: SamplingPlan, objectives: Objectives) -> list[str]:
+    """Lines of text: the videos of which far more pictures are decoded than the plan's windows want."""
+    from tiphys.dataio.inplace.summary import warnings
+
+    found: dict[str, None] = {}
+    planned = plan.windows(0)
+    for number, entry in enumerate(plan.entries):
+        units = planned.units[planned.entry == number]
+        if len(units) and entry.index.packet_fields:
+            found |= dict.fromkeys(warnings(entry.index, objectives.needs(number).fields, round(float(units.mean()))))
+    return list(found)
+
+
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:
     """The settings of a recipe's loaders. `cache`: what one loader may cache; None: the default."""
     from tiphys.dataio.loader import CacheBudget, LoaderSettings
@@ -205,6 +222,13 @@ def _make_batch(recipe: Recipe, objectives: Objectives, training: bool) -> MakeB
     return partial(
         objectives.make_batch, seed=recipe.train.seed, training=training, on_bad_value=recipe.data.on_bad_value
     )
+
+
+def balance_of(recipe: Recipe, objectives: Objectives) -> Balance:
+    """The balance of the mixture's lines. Raises DataError if lines that share tasks disagree whether weights are chosen."""
+    from tiphys.pretrain.balance import Balance
+
+    return Balance.of(recipe, names(recipe), [list(layouts) for layouts in objectives.layouts], len(objectives.tasks))
 
 
 VALIDATIONS = 10  # of a run, if the recipe does not say when

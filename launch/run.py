@@ -23,6 +23,7 @@ from tiphys.launch.lease import FolderInUse
 from tiphys.launch.mixture import follow
 from tiphys.launch.plan import (
     Joining,
+    balance_of,
     held_out_batches,
     loader_arguments,
     make_plan,
@@ -35,12 +36,13 @@ from tiphys.launch.refusals import OF_A_RANK, show, status_of
 from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
+from tiphys.pretrain.callbacks.track import Tracked, send_rest
 from tiphys.pretrain.checkpoint_files import StorageFull
 from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
 from tiphys.pretrain.phases import mark
 from tiphys.pretrain.trainer import Diverged, Spiked
-from tiphys.recipes.load import to_yaml
-from tiphys.recipes.schema import Recipe
+from tiphys.recipes.load import to_dict, to_yaml
+from tiphys.recipes.schema import Objective, Recipe
 from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ def run(
         elif world.rank == 0:
             if aside is not None:
                 aside.drain()
+                send_rest(recipe.track, tracked(recipe))
             status = finish(recipe, objectives, with_traceback=with_traceback)
         attendance.report(status)
         return status
@@ -147,7 +150,7 @@ def _train(
     """Train on every rank. Returns the signal that stopped the run early, or 0, and what goes on beside training."""
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
-    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.checkpoint_choice import newest_sound
     from tiphys.pretrain.engine import build_engine
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.pretrained import begin, start_lines
@@ -156,13 +159,14 @@ def _train(
     indexes = open_datasets(recipe, world)
     objectives = Objectives(recipe, indexes)
     events = _rollback_events(recipe, world)
-    resume = Checkpoint.newest_whole(recipe.run.dir)
+    resume = newest_sound(recipe.run.dir, world)
     earlier = settle(recipe, indexes, objectives, resume=resume, accept=accept, world=world)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     attendance.times.add("data")
     model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
     engine = build_engine(recipe, model, world)
+    engine.balance = balance_of(recipe, objectives)
     attendance.times.add("engine")
     if world.rank == 0:
         write_recipe(recipe)
@@ -235,7 +239,7 @@ def callbacks(
     permit: Callable[[], None] = lambda: None,
 ) -> list[Callback]:
     """The callbacks of a run, in the order in which they act. `permit` raises if this run may not save (any more)."""
-    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, Validator
+    from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter, Progress, TrackRun, Validator
 
     names = [task.name for task in objectives.tasks]
     writer = MetricsWriter(recipe.run.dir, recipe.train.log_every, names)
@@ -259,12 +263,21 @@ def callbacks(
 
         held_out = partial(held_out_batches, recipe, indexes, objectives, world)
         every = validation_every(recipe)
-        stages.append(Validator(every, held_out, writer, NativeErrors(objectives.layouts)))
+        stages.append(Validator(every, held_out, writer, NativeErrors(objectives.layouts), objectives.text.sizes()))
     if evaluate.steps or publish.steps:
         policy = partial(policy_parts, recipe, objectives)
         best = recipe.publish.keep == "best"
         stages.append(Aside(recipe.run.dir, evaluate, publish, policy, checkpointer, writer, evaluates_published=best))
+    if recipe.track.to:
+        stages.append(
+            TrackRun(recipe.track, tracked(recipe))
+        )  # last, so that nothing waits for a slow tracker at the end
     return stages
+
+
+def tracked(recipe: Recipe) -> Tracked:
+    """What trackers are told about a run."""
+    return Tracked(recipe.name, recipe.run.dir, to_dict(recipe))
 
 
 def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
@@ -277,7 +290,7 @@ def policy_parts(recipe: Recipe, objectives: Objectives) -> dict[str, Any]:
 
 def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine: Any) -> None:
     """Print what is about to run: layout, model, batch, data, and the values that were derived for DeepSpeed."""
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # ZeRO-3 leaves empty ones
     episodes = sum({entry.index.fingerprint: entry.index.episodes for entry in plan.entries}.values())
     world = engine.world
     lines = [
@@ -295,8 +308,18 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
+    lines.append(f"memory       {_memory_line(recipe, engine)}")
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     say("\n".join(lines))
+
+
+def _memory_line(recipe: Recipe, engine: Any) -> str:
+    from tiphys.launch.layout import line, predict
+    from tiphys.pretrain.distributed.layer_costs import typical_batch
+
+    length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
+    full = typical_batch(engine.config, engine.micro_batch, length)
+    return line(predict(recipe, engine.config, [full], engine.world.world, device=engine.world.device.type))
 
 
 def write_recipe(recipe: Recipe) -> None:

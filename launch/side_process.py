@@ -248,7 +248,7 @@ def publish(run_dir: Path, recipe: Recipe, step: int, *, evaluated: bool) -> Non
         add_evaluation(folder, found)
     elif recipe.publish.keep == "best":
         raise Explained("it was not evaluated, and publish.keep is best")
-    publish_policy(recipe, folder, found)
+    publish_policy(recipe, folder, found, final=False)
 
 
 def _environment(devices: str) -> dict[str, str]:

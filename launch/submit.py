@@ -181,6 +181,22 @@ def submit(
     )
 
 
+def _chosen(recipe: str, overrides: Sequence[str], world: int) -> list[str]:
+    """Overrides for the keys that the recipe leaves to `parallel.auto`. Errors of the recipe are left to its check."""
+    from tiphys.recipes.automatic import open_keys
+    from tiphys.recipes.load import RecipeError, examine
+
+    try:
+        keys = open_keys(examine(recipe, overrides).written)
+    except (RecipeError, OSError):
+        return []
+    if not keys:
+        return []
+    from tiphys.launch.layout_command import chosen_overrides
+
+    return chosen_overrides(recipe, overrides, world)
+
+
 def job(
     recipe: str,
     overrides: Sequence[str],
@@ -202,6 +218,7 @@ def job(
     env = environment(verbose)
     known = read_hosts(hosts) if hosts else {"localhost": devices() or 2}
     world = ranks(known, processes, extra)
+    overrides = [*overrides, *_chosen(recipe, overrides, world)]
     more = [*(["--verbose"] if verbose else []), *(["--traceback"] if with_traceback else []), *options]
     several = bool(hostfile or extra)
     if several:
@@ -217,6 +234,7 @@ def job(
             # with a hostfile, the environments are played on the first host, which may be another machine than this
             "environments": not hostfile,
             "traceback": with_traceback,
+            "index": True,  # of raw LeRobot folders
         },
         module=None if several else "deepspeed.launcher.launch",
         words=words,

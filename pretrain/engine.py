@@ -31,6 +31,7 @@ from tiphys.pretrain.distributed.deepspeed_state import (
 from tiphys.pretrain.distributed.layout_errors import expert_errors
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
+from tiphys.pretrain.model.heads import SUMS
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
@@ -38,6 +39,7 @@ from tiphys.pretrain.phases import mark
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 if TYPE_CHECKING:
+    from tiphys.pretrain.balance import Balance
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.recipes.schema import Recipe
@@ -51,6 +53,8 @@ class StepResult:
     auxiliary        balance loss plus z-loss of the routers
     gradient_norm    norm of the whole gradient, before clipping
     loss_by_task     number of a task -> (sum of the losses, without their weights; number of targets)
+    gradient_by_line name of a mixture line -> its share of Σ weight · loss
+    loss_weights     name of a mixture line whose weight is chosen -> its weight at the next step
     task_counts      [MoE layers, tasks, experts]: tokens routed to each expert
     memory           peak memory so far on the rank that needed most, in bytes (of its device, or resident on a CPU)
     all_to_all       seconds for sending tokens to experts and back, including waits; mean over the ranks; None without
@@ -70,6 +74,8 @@ class StepResult:
     targets: int
     flops: float
     loss_by_task: dict[int, tuple[float, int]] = field(default_factory=dict)
+    gradient_by_line: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
     task_counts: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     memory: int = 0
     all_to_all: float | None = None
@@ -179,9 +185,12 @@ class Engine:
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
-        sizes = derive(recipe, world, accelerator=get_accelerator().device_name())
+        accelerator = get_accelerator().device_name()
+        sizes = derive(recipe, world, accelerator=accelerator)
         self.world, self.seed = world, recipe.train.seed
+        self.balance: Balance | None = None  # of the mixture's lines
         self.native: NativeErrors | None = None  # what `evaluate` also measures
+        self.text_sizes = np.zeros(0, np.int64)  # bytes of each id of the text tokenizer, which `evaluate` counts
         self.config = cast("DecisionConfig", model.config)
         self.derived, self.zero_stage, self.bf16 = sizes.values, sizes.stage, sizes.bf16
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
@@ -190,10 +199,13 @@ class Engine:
         module = self._build(model)
         if world.expert > 1:
             _shard_experts(module, self.config, world)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        sized = derive(recipe, world, accelerator=accelerator, elements=sum(p.numel() for p in trained))
+        self.derived |= sized.values
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=sizes.config,
+            model_parameters=trained,
+            config=sized.config,
             dist_init_required=False,
         )
         if recipe.train.compile:
@@ -245,7 +257,7 @@ class Engine:
         self.module.train()
         self._exchanges.take()  # drop what an evaluation measured
         before = self.step
-        norm = self._train(batch, counts, totals)
+        norm = self._train(batch if self.balance is None else self.balance.weighted(batch), counts, totals)
         if self._decay:
             advance_average(self.deepspeed, min(self._decay, (1 + before) / (10 + before)))
         measured = [*self._passes(), self._exchanges.take()[0], float(peak_memory(self.world.device))]
@@ -267,17 +279,19 @@ class Engine:
         Returns
         -------
         dict of str to ndarray
-            `by_task` [tasks, 3]: Σ weight · loss, Σ loss and number of targets of each task. `errors` [tasks, 4] and `by_field`
-            [fields of `native`, 2]: see `action_error`; zeros with a pipeline, whose last stage returns only the loss.
+            `by_task` [tasks, SUMS]: see `heads.add_by_task`. `text_bytes` [tasks]: bytes of the texts among the targets.
+            `errors` [tasks, 4] and `by_field` [fields of `native`, 2]: see `action_error`; zeros with a pipeline, whose last
+            stage returns only the loss.
         """
         mark("validate")
         self.module.eval()
         totals = self._totals()
         times = math.ceil(max(self.world.gather(batch.rows)) / self.micro_batch)
         self._evaluate(list(self.micro_batches(batch, times)), totals)
+        totals.add("text_bytes", torch.from_numpy(self._text_bytes(batch)).to(self.world.device))
         totals.all_reduce()
         sums = totals.numpy()
-        return {name: sums[name] for name in ("by_task", "errors", "by_field")}
+        return {name: sums[name] for name in ("by_task", "text_bytes", "errors", "by_field")}
 
     def canonical(self, local: str) -> str:
         """Name in the whole model of a parameter or buffer of this rank's module."""
@@ -349,6 +363,13 @@ class Engine:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _text_bytes(self, batch: TokenBatch) -> np.ndarray:
+        """float64 [tasks]: bytes of the tokens of texts that a batch predicts."""
+        sizes = self.text_sizes
+        said = (batch.target >= 0) & (batch.target < len(sizes))
+        tasks = max(1, len(self.config.tasks))
+        return np.bincount(batch.task[said], sizes[batch.target[said]], tasks).astype(np.float64)
+
     def _counts(self, batch: TokenBatch) -> Counts:
         if batch.step not in self._announced:
             self.announce(batch)
@@ -376,7 +397,13 @@ class Engine:
     def _totals(self) -> Totals:
         tasks, experts = max(1, len(self.config.tasks)), self.config.num_experts
         layers = len(self._expert_layers)
-        shapes = {"loss": (), "by_task": (tasks, 3), "auxiliary": (2,), "experts": (layers, tasks, experts)}
+        shapes = {
+            "loss": (),
+            "by_task": (tasks, SUMS),
+            "text_bytes": (tasks,),
+            "auxiliary": (2,),
+            "experts": (layers, tasks, experts),
+        }
         fields = len(self.native.fields) if self.native is not None else 0
         shapes |= {"errors": (tasks, COLUMNS), "by_field": (fields, 2), "ranks": (self.world.world, 4)}
         return Totals(shapes, self.world.device)
@@ -394,7 +421,10 @@ class Engine:
 
     def _result(self, counts: Counts, totals: dict[str, np.ndarray], norm: float, rate: float) -> StepResult:
         passes, whole, exchanges, memory = totals["ranks"].T
-        stages, more = self.world.pipeline, {}
+        stages, more = self.world.pipeline, dict[str, Any]()
+        if self.balance is not None:
+            more["gradient_by_line"] = self.balance.observe(self.step, totals["by_task"][:, 0])
+            more["loss_weights"] = self.balance.chosen()
         if stages > 1:
             more["bubble"] = float(1 - passes.mean() / max(whole.max(), 1e-9))
             more["bubble_bound"] = (stages - 1) / (self.accumulation + stages - 1)
@@ -410,7 +440,7 @@ class Engine:
             tokens=int(counts.tokens),
             targets=int(counts.targets),
             flops=counts.flops,
-            loss_by_task={t: (float(s), int(n)) for t, (_, s, n) in enumerate(totals["by_task"]) if n},
+            loss_by_task={t: (float(s), int(n)) for t, (_, s, n) in enumerate(totals["by_task"][:, :3]) if n},
             task_counts=totals["experts"],
             memory=int(memory.max()),
             **more,

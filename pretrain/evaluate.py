@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from tiphys.pretrain.policy_files import local_policy
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.serving.client import RemotePolicy
 
 GROUP = 10  # episodes that share a forward pass
 
@@ -52,6 +53,8 @@ def evaluate(
     demonstrations: Sequence[str] = (),
     modules: Sequence[str] = (),
     device: str = "",
+    server: str = "",
+    api_key_file: str | Path = "",
 ) -> dict[str, Any]:
     """Play episodes of each task with a policy, and score them.
 
@@ -85,6 +88,11 @@ def evaluate(
         them.
     device : str
         As for `Policy.load`.
+    server : str
+        ``ws://host:port`` of a `tiphys serve` that holds this policy and chooses the actions; "": this machine does. The scores
+        are the same.
+    api_key_file : str or Path
+        File with the server's API key; "": it needs none.
 
     Returns
     -------
@@ -101,6 +109,8 @@ def evaluate(
         asked so, or if ``episodes`` is less than 1.
     EnvironmentFault
         If an environment raises.
+    ServerRefused
+        If the server cannot be reached, refuses or holds another policy.
     """
     folder, out, pictures = expand(folder), expand(out), expand(pictures)
     environments.allow(modules, tasks or ())
@@ -121,8 +131,11 @@ def evaluate(
         for s in starts
     ]
     count = min(processes or os.cpu_count() or 1, len(jobs))
+    away = _Away.of(server, str(folder), api_key_file) if server else None
+    if away is not None:
+        count = min(count, away.groups(str(folder)))
     played: list[list[Played]] = [[] for _ in asks]
-    with Workers(count, _start, str(folder), sample, device, allowed()) as workers:
+    with Workers(count, _start, str(folder), sample, device, allowed(), away) as workers:
         for job, group in zip(jobs, workers.in_order(jobs), strict=True):
             played[job.number] += group
         found = _results(specs, asks, played)
@@ -202,9 +215,12 @@ class _Group:
         )
         if problems:
             raise DataError("; ".join(problems))
-        return play_group(
-            _policy, self.spec, stage.environments(len(self.seeds)), self.seeds, stage.limit, stage.declared, self.ask
-        )
+        envs = stage.environments(len(self.seeds))
+        try:
+            return play_group(_policy, self.spec, envs, self.seeds, stage.limit, stage.declared, self.ask)
+        finally:
+            if _away is not None:
+                _policy.close()  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -241,12 +257,48 @@ class _Demonstrated:
         return demonstrated_states(self.spec, self.datasets, self.part)
 
 
+@dataclass(frozen=True)
+class _Away:
+    """A server that holds the policy."""
+
+    url: str
+    api_key: str = field(repr=False)
+    digest: str
+
+    @classmethod
+    def of(cls, url: str, folder: str, api_key_file: str | Path) -> _Away:
+        from tiphys.pretrain.pretrained import policy_digest
+        from tiphys.pretrain.serving.server import read_key
+
+        return cls(url, read_key(expand(api_key_file)) if api_key_file else "", policy_digest(folder))
+
+    def policy(self, folder: str, sample: bool) -> RemotePolicy:
+        from tiphys.pretrain.serving.client import RemotePolicy
+
+        return RemotePolicy.of(folder, self.url, api_key=self.api_key, digest=self.digest, sample=sample)
+
+    def groups(self, folder: str) -> int:
+        """How many groups of episodes it takes at once."""
+        sessions = self.policy(folder, False).sessions()
+        if sessions < GROUP:
+            raise DataError(
+                f"{self.url}: the server takes {sessions} sessions; start it with --sessions {GROUP} or more"
+            )
+        return sessions // GROUP
+
+
 # The policy of a worker process.
-_policy: Policy | None = None
+_policy: Policy | RemotePolicy | None = None
+_away: _Away | None = None
 
 
-def _start(folder: str, sample: bool, device: str, modules: Sequence[str] = ()) -> None:
-    global _policy
+def _start(folder: str, sample: bool, device: str, modules: Sequence[str] = (), away: _Away | None = None) -> None:
+    global _policy, _away
+    _away = away
+    if away is not None:
+        environments.allow(modules)
+        _policy = away.policy(folder, sample)
+        return
     import torch
 
     from tiphys.pretrain.acting.policy import Policy

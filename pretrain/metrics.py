@@ -66,6 +66,8 @@ class StepMetrics:
             **{name: round(share, 5) for name, share in self.shares().items()},
             "phases": {name: round(seconds, 5) for name, seconds in self.phases.items()},
             "loss_by_task": by_task,
+            **({"gradient_by_line": r.gradient_by_line} if r.gradient_by_line else {}),
+            **({"loss_weights": r.loss_weights} if r.loss_weights else {}),
             "loader": dict(self.counters),
         }
 

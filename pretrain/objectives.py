@@ -43,7 +43,7 @@ __all__ = ["Objectives", "table"]
 
 VERSION = 2  # of processor.json
 LEAVE_OUT = "set data.on_bad_value=quarantine, so that training leaves such episodes out"
-_TEXTS_AT_ONCE = 1 << 14
+_TEXTS_AT_ONCE = 1 << 10
 _NO_LIMIT = 1 << 30  # steps of a window that only the context bounds
 _MOST_IDS = 1 << 16  # of one range of the vocabulary
 _RETURN_LEVELS = np.linspace(0, 1, 101)
@@ -165,7 +165,8 @@ class Objectives:
                     superset,
                     partial(framed, task.name),
                 )
-                by_task[number[task.name]] = encoding.layout(number[task.name], entry.settings.loss_weight)
+                weight = _fixed_weight(entry.settings.loss_weight)
+                by_task[number[task.name]] = encoding.layout(number[task.name], weight)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
@@ -251,8 +252,12 @@ class Objectives:
             if layout.width:
                 costs[i] = StepCost(layout.cadence, layout.chunk)
             window[i] = layout.window or _NO_LIMIT
-            fixed[mine] = layout.extra + layout.copies * self._preambles(line, layout, mine)
-            if layout.text_last:
+            texts = self._preambles(line, layout, mine)
+            fixed[mine] = layout.extra + layout.copies * texts
+            if layout.document:
+                units[mine], fixed[mine] = texts, 1
+                window[i] = max(layout.text_limit - 1, 1) if layout.text_limit else _NO_LIMIT
+            elif layout.text_last:
                 units[mine] = 1
             elif not layout.has_actions:
                 units[mine] = np.maximum(units[mine], 1)
@@ -333,6 +338,7 @@ class Objectives:
     def _preambles(self, line: _MixtureEntry, timestep: TimestepLayout, mine: np.ndarray) -> np.ndarray:
         """int64 [episodes of the mask `mine`]: number of ids of the texts that stand once in a window."""
         total = np.zeros(int(mine.sum()), np.int64)
+        limit = 0 if timestep.document else timestep.text_limit
         for field in timestep.preamble:
             codes, texts = line.index.text(field)
             codes = np.asarray(codes)[mine]
@@ -342,7 +348,7 @@ class Objectives:
             size = np.zeros(len(texts), np.int64)
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 some = texts[start : start + _TEXTS_AT_ONCE]
-                size[start : start + len(some)] = [len(ids) for ids in self.text.encode(some, timestep.text_limit)]
+                size[start : start + len(some)] = self.text.count(some, limit)
             total += size[codes]
         return total
 
@@ -480,6 +486,11 @@ def _stored_acting(entry: _MixtureEntry) -> dict[str, Any]:
     rule, options = entry.paradigm.acting
     given = {name: value for name, value in entry.objective.options.items() if name in options}
     return {} if rule in ("next", "ask") else {"acting": [rule, {**options, **given}]}
+
+
+def _fixed_weight(weight: float | str) -> float:
+    """The loss weight that targets have in a batch. One that is chosen (`auto`) is multiplied in while training."""
+    return 1.0 if isinstance(weight, str) else weight
 
 
 def _stored_target(entry: _MixtureEntry) -> float | str:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import re
 import shutil
-import tempfile
 from pathlib import Path
 
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.errors import Explained
 from tiphys.dataio.storage import ObjectChanged, Store
+from tiphys.pretrain.follow.chain import CONFIG, LARGEST_TEXT, LATEST, TEXTS, WEIGHTS, temporary_folder
+from tiphys.pretrain.follow.follower import Follower
+from tiphys.pretrain.hub_errors import FetchError, hub_message
 from tiphys.pretrain.sources import code_files
 
-CONFIG = "config.json"
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-# Code is not fetched: Tiphys acts with its own.
-TEXTS = (CONFIG, "processor.json", "model.safetensors.index.json", "recipe.yaml", "evaluation.json", "README.md")
-LARGEST_TEXT = 256 << 20  # bytes; a processor holds the vocabulary of a text tokenizer
 _PART = 64 << 20  # bytes that are read at once
-
-
-class FetchError(Explained, RuntimeError):
-    """A policy could not be fetched. The message says from where, why, and what to do."""
 
 
 def local_policy(name: str | Path) -> Path:
@@ -55,17 +44,21 @@ def local_policy(name: str | Path) -> Path:
         return _from_store(text)
     folder = Path(text.removeprefix("file://"))
     for place in (folder / "policy", folder):
+        if (place / LATEST).is_file():
+            return Follower(str(place)).fetch()
         if (place / CONFIG).is_file():
             return place
-    raise FileNotFoundError(f"{name}: neither the folder of a run with a policy nor a policy; it has no {CONFIG}")
+    raise FileNotFoundError(
+        f"{name}: neither the folder of a run with a policy nor a policy; it has no {CONFIG} and no {LATEST}"
+    )
 
 
 def whole_policy(name: str | Path) -> Path:
     """Like `local_policy`, but what was fetched also has the source code that makes it act elsewhere: that of this Tiphys."""
     folder = local_policy(name)
-    if "://" not in str(name):
+    if (folder / "policy.py").is_file():
         return folder
-    whole = _temporary()
+    whole = temporary_folder()
     shutil.copytree(folder, whole, dirs_exist_ok=True)  # a hub's client keeps links to its cache
     for file, source in code_files().items():
         (whole / file).write_text(source, encoding="utf-8")
@@ -74,11 +67,13 @@ def whole_policy(name: str | Path) -> Path:
 
 def _from_store(url: str) -> Path:
     store = Store(url)
+    if store.exists(LATEST):
+        return Follower(url).fetch()
     there = store.list()
     if CONFIG not in there:
         raise FileNotFoundError(f"{url}: there is no policy; it has no {CONFIG}")
     before = store.head(CONFIG)
-    folder = _temporary()
+    folder = temporary_folder()
     for name in there:
         if name in TEXTS or WEIGHTS.fullmatch(name):
             _fetch(store, name, folder / name)
@@ -102,18 +97,6 @@ def _fetch(store: Store, name: str, file: Path) -> None:
             out.write(part)
 
 
-def _temporary() -> Path:
-    folder = tempfile.mkdtemp(prefix="tiphys-policy-")
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not a forked child
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return Path(folder)
-
-
 def _from_hub(url: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -124,39 +107,3 @@ def _from_hub(url: str) -> Path:
     if not (Path(folder) / CONFIG).is_file():
         raise FileNotFoundError(f"{url}: there is no policy; it has no {CONFIG}")
     return Path(folder)
-
-
-_HINTS = {
-    401: "log in with `hf auth login` or set HF_TOKEN",
-    403: "this key has no permission there",
-    404: "check the name, and log in with `hf auth login` if it is private",
-    429: "the hub gets too many requests; try again later",
-}
-
-
-def hub_message(url: str, error: Exception) -> str:
-    """What an error of a hub's client says, in one line without secrets, and what to do."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled) or (
-        isinstance(error, LocalEntryNotFoundError) and os.environ.get("HF_HUB_OFFLINE") in ("1", "true")
-    ):
-        return f"{url}: HF_HUB_OFFLINE is set, so the hub cannot be used; unset it"
-    status = getattr(getattr(error, "response", None), "status_code", 0) or 0
-    kind = type(error).__name__
-    said = " ".join(str(error).split())[:300] or kind
-    if not status:
-        place = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        return without_secrets(
-            f"{url}: the hub {place} cannot be reached ({kind}: {said}); check the network, then try again"
-        )
-    hint = _HINTS.get(status, "the hub has a fault; try again later" if status >= 500 else "")
-    return without_secrets(f"{url}: {said}" + (f"; {hint}" if hint else ""))
-
-
-def without_secrets(text: str) -> str:
-    """The text, with everything that looks like a hub's key replaced by ***."""
-    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        if secret:
-            text = text.replace(secret, "***")
-    return re.sub(r"hf_\w{8,}", "***", text)

@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import atomic_path, finite, to_json, write_json
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.errors import Explained
 from tiphys.paths import expand, local
 from tiphys.plain_yaml import dump
-from tiphys.pretrain.policy_files import hub_message
+from tiphys.pretrain.follow.chain import STEPS
+from tiphys.pretrain.follow.hub import PublishError, publish_to_hub
+from tiphys.pretrain.follow.writer import How, mark_final, publish_to_store
 from tiphys.pretrain.sources import code_files
 
 if TYPE_CHECKING:
     import torch
 
+    from tiphys.dataio.storage import Store
     from tiphys.pretrain.model.config import DecisionConfig
 
+__all__ = ["How", "PublishError", "add_evaluation", "is_policy", "policy_files", "publish", "save_policy", "say_final"]
 CONFIG, PROCESSOR, RECIPE, EVALUATION, CARD = (
     "config.json",
     "processor.json",
@@ -44,10 +47,6 @@ _LARGEST_FILE = 1 << 30  # bytes of one file of weights, unless a tensor is larg
 _POLICY_FILE = re.compile(
     r"(config|processor|evaluation|model\.safetensors\.index)\.json|recipe\.yaml|README\.md|LICENSE|\w+\.py|model[\w-]*\.safetensors"
 )
-
-
-class PublishError(Explained, RuntimeError):
-    """A policy could not be published. The message says where, why, and what to do; it contains no secret."""
 
 
 def save_policy(
@@ -164,8 +163,8 @@ def add_evaluation(folder: str | Path, evaluation: Mapping[str, Any] | None) -> 
     (folder / CARD).write_text(model_card(config, processor, evaluation), encoding="utf-8")
 
 
-def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
-    """Copy a policy to a folder, a bucket or a hub.
+def publish(folder: str | Path, to: str, *, private: bool = True, how: How | None = None) -> str:
+    """Publish a policy to a folder, a bucket or a hub, in the form that others can follow (docs/following.md).
 
     Parameters
     ----------
@@ -175,11 +174,13 @@ def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
         A folder, a bucket (`s3://bucket/path`) or a repository of a hub (`hf://owner/name`).
     private : bool
         Only for hubs: a new repository is private, and a public one is refused.
+    how : How, optional
+        What a delta is made from, limits, and the score. None: whole weights, without a limit, and nothing newer will come.
 
     Returns
     -------
     str
-        Where the policy is; for a hub `hf://owner/name@commit`.
+        Where the policy is: a folder of its own below `to`; for a hub `hf://owner/name@commit`.
 
     Raises
     ------
@@ -187,24 +188,31 @@ def publish(folder: str | Path, to: str, *, private: bool = True) -> str:
         If `folder` is not a policy or contains links, or `to` is not a valid address of a repository.
     PublishError
         If the hub refuses, cannot be reached, or the repository is public but `private` is true.
+    FollowError
+        If somebody else published there at the same time.
     FileExistsError
         If `to` contains something other than a policy.
     OSError
         If a bucket cannot be read or written.
     """
-    source, to = Path(expand(folder)), expand(to)
+    source, to, how = Path(expand(folder)), expand(to), how or How(final=True)
     if not is_policy(source):
         raise DataError(f"{source} is not a policy: it has no {CONFIG} of a tiphys model")
+    names = policy_files(source)
     if to.startswith("hf://"):
-        return _to_hub(source, to.removeprefix("hf://").strip("/"), private)
-    if "://" in to and not to.startswith("file://"):
-        return _to_bucket(source, to)
-    target = Path(local(to))
-    if target.resolve() != source.resolve():
-        with _Replacing(target) as new:
-            for name in policy_files(source):
-                shutil.copyfile(source / name, new / name, follow_symlinks=False)
-    return str(target)
+        return publish_to_hub(source, names, to.removeprefix("hf://").strip("/"), private, how)
+    remote = "://" in to and not to.startswith("file://")
+    place = to if remote else str(local(to))
+    if not remote and Path(place).resolve() == source.resolve():
+        return str(source)
+    return f"{place.rstrip('/')}/{publish_to_store(source, names, place, how, _older_policy)}"
+
+
+def say_final(to: str) -> None:
+    """Tell those who follow a folder or a bucket that nothing newer will come. A hub has no such mark without a publication."""
+    to = expand(to)
+    if not to.startswith("hf://"):
+        mark_final(to if "://" in to and not to.startswith("file://") else str(local(to)))
 
 
 def policy_files(folder: Path) -> list[str]:
@@ -229,59 +237,13 @@ def is_policy(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == "tiphys"
 
 
-def _to_bucket(source: Path, to: str) -> str:
-    """`config.json` is deleted first and uploaded last. Without it there is no policy, so no reader sees a mix of two."""
-    from tiphys.dataio.storage import Store
-
-    store, files = Store(to), policy_files(source)
-    there = set(store.list())
-    if there and CONFIG not in there and not there <= set(files):
-        raise FileExistsError(f"{to} contains something other than a policy; choose an empty path")
-    if CONFIG in there:
-        store.delete(CONFIG)
-    for name in [f for f in files if f != CONFIG] + [CONFIG]:
-        store.upload(name, str(source / name))
-    for name in there - set(files):
-        if "/" not in name and name.endswith((".py", ".json", ".safetensors", ".yaml", ".md")):
-            store.delete(name)  # left by an earlier version
-    return to
-
-
-def _to_hub(source: Path, name: str, private: bool) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DataError(f"hf://{name} is not a repository; write hf://owner/name")
-    if os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") != "https://huggingface.co":
-        os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # only huggingface.co has Xet storage
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET or os.environ.get("HF_HUB_DISABLE_XET", "") in (
-        "1",
-        "true",
-    )
-    api, files = HfApi(), policy_files(source)
-    try:
-        try:
-            public = not api.model_info(name).private
-        except RepositoryNotFoundError:
-            public = False
-            api.create_repo(name, private=private, exist_ok=True)
-        if public and private:
-            raise PublishError(f"hf://{name} is already public: publish with --public, or under another name")
-        step = json.loads((source / CONFIG).read_text(encoding="utf-8")).get("tiphys", {}).get("step", 0)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=source,
-            allow_patterns=files,
-            commit_message=f"Policy at step {step}",
-            delete_patterns=["*.py", "*.json", "*.safetensors"],  # left by an earlier version
-        )
-    except PublishError:
-        raise
-    except Exception as error:  # of the hub's client, of its HTTP library, or of the network
-        # not chained, because the original error holds a request whose headers contain the key
-        raise PublishError(hub_message(f"hf://{name}", error)) from None
-    return f"hf://{name}@{commit.oid}"
+def _older_policy(store: Store) -> list[str]:
+    """The files of a policy at the root of a place, its config first. Raises FileExistsError if there is something else."""
+    there = {path for path in store.list() if not path.startswith(f"{STEPS}/")}
+    files = {path for path in there if _POLICY_FILE.fullmatch(path)}
+    if there and CONFIG not in there and there != files:
+        raise FileExistsError(f"{store.url} contains something other than a policy; choose an empty path")
+    return sorted(files, key=lambda path: path != CONFIG)
 
 
 def _check_weights(tensors: Mapping[str, torch.Tensor], config: DecisionConfig) -> None:

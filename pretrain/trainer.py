@@ -225,6 +225,8 @@ class Trainer:
         self.resumed = checkpoint
         if checkpoint is None:
             self._changes = [event["step"] for event in _of_mixture(self._events)]
+            if self.engine.balance is not None:
+                self.engine.balance.follow(self._events)
             if self.loader is not None and self._events:
                 self.loader.load_state_dict({**self.loader.state_dict(), "log": self._events})
             return
@@ -237,6 +239,8 @@ class Trainer:
                 "`tiphys train … --accept-changed-data` continues with them"
             )
         checkpoint.load(self.engine)
+        if self.engine.balance is not None and "balance" in state:
+            self.engine.balance.load_state_dict(state["balance"])
         self.health.load_state_dict(state.get("health") or {**self.health.state_dict(), "proven": checkpoint.step})
         loader = state["loader"]
         log = loader.get("log", [])
@@ -244,6 +248,8 @@ class Trainer:
             loader = {**loader, "log": [*log, *lacking]}
         if self.loader is not None:
             self.loader.load_state_dict(loader)
+        if self.engine.balance is not None:
+            self.engine.balance.follow(loader.get("log", []))
         changes = _of_mixture(loader.get("log", []))  # on all ranks, because all judge the losses
         self._changes = [event["step"] for event in changes if event["step"] >= self.step]
 
@@ -251,6 +257,8 @@ class Trainer:
         """What a checkpoint contains besides the engine's state."""
         loader = {"step": self.step} if self.loader is None else {**self.loader.state_dict(), "step": self.step}
         state = {"step": self.step, "loader": loader, "health": self.health.state_dict()}
+        if self.engine.balance is not None and self.engine.balance.chooses:
+            state["balance"] = self.engine.balance.state_dict()
         return {**state, "datasets": self.fingerprints, **recipe_state(self.recipe)}
 
     def _batches(self) -> Iterator[tuple[TokenBatch, float, Loaded | None]]:
@@ -320,6 +328,8 @@ class Trainer:
             self.loader.append(events)
         if changes := [event for event in events if event["kind"] != "quarantine"]:
             self._changes += [event["step"] for event in _of_mixture(changes)]
+            if self.engine.balance is not None:
+                self.engine.balance.follow(changes)
             self._notify("on_change", changes)
 
     def _notify(self, stage: str, *arguments: Any) -> None:

@@ -25,7 +25,7 @@ class Key:
 
     help      what it means, in one sentence without the final dot
     unit      what a number counts
-    choices   the words that are allowed
+    choices   the words that are allowed, also of each string of a list
     text      what a string without choices holds: a folder, a name, …
     size      a string holds a number of bytes (`sizes.parse_size`)
     target    a string, or each string of a list or section, holds a target return (`target_return.TargetReturn`)
@@ -33,6 +33,7 @@ class Key:
     low, high     the lowest and the highest allowed number, themselves allowed
     above, below  the same, themselves not allowed
     also      further numbers that are allowed, outside the range
+    words     words that may stand in place of a number
     resume    it may change between a checkpoint and its continuation
     """
 
@@ -48,6 +49,7 @@ class Key:
     above: float | None = None
     below: float | None = None
     also: tuple[float, ...] = ()
+    words: tuple[str, ...] = ()
     resume: bool = False
 
     def allowed(self) -> str:
@@ -60,7 +62,7 @@ class Key:
             return FORMS
         bounds = (("at least", self.low), ("above", self.above), ("at most", self.high), ("below", self.below))
         limits = ", ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
-        return "; or ".join([limits, *map(str, self.also)])
+        return "; or ".join([limits, *map(str, self.also), *self.words])
 
     def problem(self, value: Any) -> str:
         """Why a value of the key's type is not allowed; empty if it is."""
@@ -76,10 +78,14 @@ class Key:
                     TargetReturn.parse(one)
             except ValueError as error:
                 return str(error)
-        elif self.choices and value not in self.choices:
-            near = difflib.get_close_matches(str(value), self.choices, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            return f"{value!r} is not allowed; allowed: {self.allowed()}.{hint}"
+        elif self.choices:
+            each = [value] if isinstance(value, str | int | float) else value
+            for one in (one for one in each if one not in self.choices):
+                near = difflib.get_close_matches(str(one), self.choices, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                return f"{one!r} is not allowed; allowed: {self.allowed()}.{hint}"
+        elif self.words and isinstance(value, str):
+            return "" if value in self.words else f"{value!r} is not allowed; allowed: a number {self.allowed()}"
         elif isinstance(value, int | float) and not isinstance(value, bool) and not self._in_range(value):
             return f"{value!r} is out of range; allowed: {self.allowed()}"
         return ""

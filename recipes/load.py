@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tiphys.paths import expand
 from tiphys.plain_yaml import MOST_BYTES, Document, YamlError, dump, read
+from tiphys.recipes.automatic import with_defaults
 from tiphys.recipes.interpolation import ABSENT, resolve
 from tiphys.recipes.keys import leaf_at
 from tiphys.recipes.overrides import override
@@ -38,9 +39,10 @@ class Examined:
     """A recipe as it was written: plain values, what the schema finds wrong with them, and where each key is."""
 
     file: Path
-    raw: dict[str, Any]
+    raw: dict[str, Any]  # keys that `parallel.auto` is still to fill have a value that is valid anywhere
     errors: list[str]
     where: Callable[[str], str]  # key path -> `file:line: key path`
+    written: dict[str, Any]  # as `raw`, before that
 
 
 def examine(path: str | Path, overrides: Iterable[str] = ()) -> Examined:
@@ -50,8 +52,9 @@ def examine(path: str | Path, overrides: Iterable[str] = ()) -> Examined:
     document = _read(file)
     where, raw = _Where(str(file), document), document.values or {}
     override(raw, overrides, errors)
-    raw, unresolved = _resolved(raw, where)
-    return Examined(file, raw, [*errors, *unresolved, *schema_errors(raw, where)], where)
+    written, unresolved = _resolved(raw, where)
+    raw = with_defaults(written)
+    return Examined(file, raw, [*errors, *unresolved, *schema_errors(raw, where)], where, written)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -56,6 +56,7 @@ def _type(leaf: Leaf) -> str:
     words: dict[Any, str] = {
         int: "whole number",
         float: "number",
+        float | str: "number or word",
         str: "text",
         bool: "true or false",
         list[str]: "list of texts",

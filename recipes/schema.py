@@ -20,6 +20,7 @@ SEEDS = 2**63 - 1  # the largest seed
 # Numbers that are far above what anybody trains. They keep a slip of the pen from being a run that hangs or fills the memory.
 STEPS = 10**12
 POSITIONS = 2**24  # tokens or steps of one window
+TRACKERS = ("wandb", "trackio", "mlflow")  # also the names of their packages
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,13 @@ class Entry:
     top_of: str = key(
         "episodes", "What `top` is a share of; %BC counts steps (Chen et al. 2021)", choices=("episodes", "steps")
     )
-    loss_weight: float = key(1.0, "Factor on the loss of this entry's target tokens", low=0, high=1e6)
+    loss_weight: float | str = key(
+        1.0,
+        "Factor on the loss of this entry's target tokens; `auto`: so that its share of the gradient is that of its `weight`",
+        low=0,
+        high=1e6,
+        words=("auto",),
+    )
 
 
 @dataclass(frozen=True)
@@ -344,6 +351,12 @@ class Parallel:
     measure: bool = key(
         True, "Cut the pipeline by the measured time of each layer; false: by its number of operations", resume=True
     )
+    auto: bool = key(
+        False,
+        "Choose the keys that are set to `auto`: `parallel.pipeline`, `parallel.expert`, `model.checkpointing`, the micro-batch "
+        "and the ZeRO stage of `deepspeed` (docs/layout.md)",
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -563,8 +576,33 @@ class Publish:
         choices=("last", "best"),
         resume=True,
     )
+    rate: str = key(
+        "0MiB",
+        "Most bytes a second that are sent to a folder or a bucket; 0MiB: no limit",
+        size=True,
+        resume=True,
+    )
+    grace: float = key(
+        60.0,
+        "How long a published step stays after a newer one does not need it, for those who still read it",
+        unit="minutes",
+        low=1,
+        high=525600,
+        resume=True,
+    )
     private: bool = key(True, "Hubs: the repository is private; one that is public already is refused", resume=True)
     license: str = key("", "Licence of the policy; empty: none is stated", text="SPDX identifier", resume=True)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Experiment trackers that the lines of `metrics.jsonl` are sent to."""
+
+    to: list[str] = key(
+        list, "Trackers; each must be installed, and takes its key from its usual place", choices=TRACKERS, resume=True
+    )
+    project: str = key("", "Name of the project, in MLflow of the experiment; empty: `name`", text="name", resume=True)
+    name: str = key("", "Name of the run; empty: the last part of `run.dir`", text="name", resume=True)
 
 
 @dataclass(frozen=True)
@@ -590,4 +628,5 @@ class Recipe:
     validate: Validation = key(Validation, "The loss on held-out episodes")
     evaluate: Evaluation = key(Evaluation, "How well the policy acts in its environments")
     publish: Publish = key(Publish, "Where the policy goes")
+    track: Track = key(Track, "Experiment trackers that metrics are sent to")
     run: Run = key(Run, "The run's folder")

@@ -59,6 +59,8 @@ def _adapted_value(key: Key, value: Any) -> Any:
         return "yes" if value else "no"
     if key.size and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if key.words and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     if key.target:
         if isinstance(value, dict):
             return {name: _as_text(one) for name, one in value.items()}
@@ -135,6 +137,8 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
         read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
     except (OmegaConfBaseException, OverflowError, TypeError, ValueError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint)
+        if hint == float | str:
+            wanted = " or ".join(["a number", *key_of(of).words])
         yield f"{where(at)}: must be {wanted}, not {value!r}" if wanted else f"{where(at)}: {first_line(error)}"
         return
     problem = key_of(of).problem(read[name])

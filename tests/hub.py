@@ -32,11 +32,16 @@ class Refused(Exception):
 class Repository:
     name: str
     private: bool
+    count: int = 0  # of all commits that there ever were
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)  # (id, file -> content), newest last
 
-    def commit(self, files: dict[str, bytes]) -> str:
-        digest = hashlib.sha1(json.dumps([len(self.commits), sorted(files)]).encode()).hexdigest()
+    titles: list[str] = field(default_factory=list)  # of the commits
+
+    def commit(self, files: dict[str, bytes], title: str = "initial commit") -> str:
+        self.count += 1
+        digest = hashlib.sha1(json.dumps([self.count, sorted(files)]).encode()).hexdigest()
         self.commits.append((digest, files))
+        self.titles.append(title)
         return digest
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
@@ -234,7 +239,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, name: str, revision: str) -> None:
         self._writable(name)
         repository = self._repository(name)
-        files = dict(repository.files(revision))
+        files, header = dict(repository.files(revision)), json.loads(self.body.splitlines()[0])["value"]
+        if header.get("parentCommit", repository.commits[-1][0]) != repository.commits[-1][0]:
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
         for line in self.body.splitlines()[1:]:
             what, value = (json.loads(line)[k] for k in ("key", "value"))
             if what == "file":
@@ -247,8 +254,27 @@ class _Handler(BaseHTTPRequestHandler):
                 files.pop(value["path"], None)
             else:
                 raise Refused(400, f"unsupported operation {what}")
-        commit = repository.commit(files)
+        commit = repository.commit(files, header["summary"])
         self._send(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"})
+
+    def _commits(self, name: str, revision: str) -> None:
+        found = self._repository(name).commits
+        self._send(
+            200,
+            [
+                {"id": commit, "title": title, "date": "2026-01-01T00:00:00.000Z", "message": "", "authors": []}
+                for title, (commit, _) in reversed([*zip(self._repository(name).titles, found)])
+            ],
+        )
+
+    def _squash(self, name: str, revision: str) -> None:
+        self._writable(name)
+        repository = self._repository(name)
+        files = repository.files(revision)
+        repository.commits.clear()
+        repository.titles.clear()
+        repository.commit(files, "Super-squash branch 'main'")
+        self._send(200, {})
 
     def _yaml(self) -> None:
         self._send(200, {"errors": [], "warnings": []})
@@ -284,6 +310,8 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", f"/api/models/{_NAME}/tree/([^/]+)", _Handler._tree),
     ("POST", f"/api/models/{_NAME}/preupload/([^/]+)", _Handler._preupload),
     ("POST", f"/api/models/{_NAME}/commit/([^/]+)", _Handler._commit),
+    ("GET", f"/api/models/{_NAME}/commits/([^/]+)", _Handler._commits),
+    ("POST", f"/api/models/{_NAME}/super-squash/([^/]+)", _Handler._squash),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler._lfs),
     ("PUT", "/blobs/([0-9a-f]{64})", _Handler._blob),
     ("GET|HEAD", rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler._resolve),

@@ -55,7 +55,7 @@ def test_the_house_names_every_source_file_once():
 
 
 def test_the_architecture_is_one_page():
-    assert len((REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()) <= 110
+    assert len((REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()) <= 125
 
 
 @pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
@@ -35,3 +36,8 @@ def local(url: str) -> str:
             f"{url}: a file URL holds a complete path, such as file:///home/me/data; write a path without file://"
         )
     return unquote(parts.path)
+
+
+def absolute(url: str) -> str:
+    """A folder as an absolute URL."""
+    return url.rstrip("/") if "://" in url else Path(expand(url)).resolve().as_uri()

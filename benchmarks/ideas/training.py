@@ -17,6 +17,8 @@ from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.layers import STD
+from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.pretrained import begin
 from tiphys.pretrain.publish import save_policy
@@ -74,6 +76,8 @@ def train(
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
     net = begin(recipe, objectives.vocabulary).train()
+    if not recipe.model.init:
+        _widen(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     with TrajectoryLoader(plan, Home(0, 1), **loader_arguments(recipe, objectives), stop=steps) as loader:
@@ -86,6 +90,19 @@ def train(
             optimizer.step()
             schedule.step()
     return Policy(net, Processor.from_dict(objectives.processor()), sample=sample, seed=seed)
+
+
+@torch.no_grad()
+def _widen(net: DecisionModel) -> None:
+    """Begin with weights of the standard deviation 1 / √width instead of that of the product, which suits widths near 1000.
+
+    With a width of 32, weights of .02 make all attention uniform at the beginning, and a model that must learn to compare two
+    tokens stays there for longer than an experiment lasts.
+    """
+    factor = net.config.hidden_size**-0.5 / STD
+    for name, parameter in net.named_parameters():
+        if parameter.dim() == 2 and not name.startswith("embedding.values."):  # those are drawn by their own width
+            parameter.mul_(factor)
 
 
 def publish(policy: Policy, folder: Path) -> str:

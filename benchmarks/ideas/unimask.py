@@ -18,7 +18,7 @@ from benchmarks.ideas.training import train
 from benchmarks.ideas.worlds import behave
 from tiphys.pretrain.acting.policy import Policy
 
-SCHEMES = {"random": 0.2, "bc": 0.1, "goal": 0.3, "forward": 0.2, "backward": 0.2}
+SCHEMES = {"random": 0.1, "bc": 0.1, "goal": 0.35, "forward": 0.2, "backward": 0.25}
 OBJECTIVE: dict[str, Any] = {"paradigm": "unimask", "context": 24, "window": STEPS, "options": {"hiding": SCHEMES}}
 
 
@@ -67,9 +67,9 @@ def learnt(dataset: str, objective: dict[str, Any], seed: int) -> Policy:
     policy = train(
         [{"dataset": dataset}],
         objective,
-        steps=300,
-        rows=64,
-        rate=6e-3,
+        steps=600,
+        rows=32,
+        rate=4e-3,
         seed=seed,
         model={"hidden": 64, "heads": 4, "timesteps": 8},
         data={"starts": "windows"},

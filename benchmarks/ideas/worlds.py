@@ -245,36 +245,37 @@ class Goal:
 
 
 class Cued:
-    """A reward of 1 for each action that equals the cue, which is drawn anew at each step. `rewarded`: the task has rewards."""
+    """A reward of 1 for each action that equals the cue of the step before; at the first step, for the action 0.
 
-    def __init__(self, steps: int = 10, values: int = 3, rewarded: bool = True) -> None:
+    A cue is drawn anew at each step. `rewarded`: the task has rewards.
+    """
+
+    def __init__(self, steps: int = 10, values: int = 4, rewarded: bool = True) -> None:
         self.steps, self.values = steps, values
         fields = [discrete("observation", "observation", values), discrete("action", "action", values)]
         self.task = TaskSpec("cued", tuple([*fields, REWARD] if rewarded else fields))
 
     def reset(self, n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
         self.random = random
-        return self._show(n)
-
-    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        earned = (actions == self.cue).astype(np.float64)
-        return self._show(len(actions)), earned
-
-    def _show(self, n: int) -> dict[str, np.ndarray]:
-        self.cue = self.random.integers(0, self.values, n)
+        self.wanted, self.cue = np.zeros(n, np.int64), random.integers(0, self.values, n)
         return {"observation": self.cue}
 
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        earned = (actions == self.wanted).astype(np.float64)
+        self.wanted, self.cue = self.cue, self.random.integers(0, self.values, len(actions))
+        return {"observation": self.cue}, earned
+
     def competent(self, random: np.random.Generator) -> Behaviour:
-        """Acts as the cue says with a probability that is drawn for each episode."""
+        """Does what is wanted with a probability that is drawn for each episode."""
         skill = np.zeros(0)
 
         def act(fields: Mapping[str, np.ndarray], step: int) -> np.ndarray:
             nonlocal skill
-            cue = fields["observation"]
+            n = len(self.wanted)
             if step == 0:
-                skill = random.random(len(cue))
-            other = (cue + random.integers(1, self.values, len(cue))) % self.values
-            return np.where(random.random(len(cue)) < skill, cue, other)
+                skill = random.random(n)
+            other = (self.wanted + random.integers(1, self.values, n)) % self.values
+            return np.where(random.random(n) < skill, self.wanted, other)
 
         return act
 

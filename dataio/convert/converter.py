@@ -78,6 +78,8 @@ class Converter(ABC):
     options_known: ClassVar[frozenset[str]] = frozenset()
     dropped: frozenset[str] = frozenset()  # fields that the mapping file drops; `episodes` may leave them out, unread
 
+    kept: frozenset[str] = frozenset()  # fields whose videos are copied: `episodes` gives a KeptVideo for each of them
+
     def __init__(self, source: Source, options: Mapping[str, Any] | None = None):
         self.source = source
         self.options = dict(options or {})

@@ -13,6 +13,7 @@ from numpy.dtypes import StringDType
 from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.convert.limits import FIELDS, TEXT_BYTES
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.inplace.kept import KeptVideo
 
 # first part of a field's name -> how the formats spell it
 _ALIASES = {
@@ -218,6 +219,15 @@ def conform(episode: Episode, task: TaskSpec, where: str) -> Episode:
 
 
 def _conform_field(value: Any, spec: FieldSpec, steps: int, where: str) -> Any:
+    if isinstance(value, KeptVideo):
+        stream, rows = value.track.stream, len(value.frames)
+        shape = spec.shape[:2]
+        if spec.dtype != "uint8" or len(spec.shape) != 3 or shape != (stream.height, stream.width) or rows != steps:
+            raise DataError(
+                f"{where}: the video of {spec.name!r} has {rows} pictures of {stream.height} × {stream.width}, but the field has "
+                f"{spec.dtype} {spec.shape} in {steps} rows"
+            )
+        return value
     if spec.dtype == "str":
         if spec.per == "episode":
             return value if isinstance(value, str) else constant_text(np.atleast_1d(value), spec.name, where)

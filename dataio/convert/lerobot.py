@@ -8,13 +8,14 @@ pictures while they are read.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from tiphys.dataio.convert.parquet import batches, open_parquet, read_columns, t
 from tiphys.dataio.convert.source import Source, expand
 from tiphys.dataio.convert.video import VideoFrames, frame_size
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.format.mp4 import read_track
+from tiphys.dataio.inplace.chunks import Video
+from tiphys.dataio.inplace.kept import KeptVideo, keep
 
 _BOOKKEEPING = (
     "timestamp",
@@ -292,6 +296,11 @@ class LeRobot(Converter):
     def episodes(self, piece: Piece, start: int = 0) -> Iterator[Item]:
         records = self._records[piece.data["first"] :][: piece.data["count"]]
         dropped = {k for k in self._features if self._names.get(k) in (None, *self.dropped)}
+        for key in self._features:
+            if self._names.get(key) in self.kept and key not in self._videos:
+                raise DataError(
+                    f"mapping: {key!r} is no video in {self.source.url}, so `encoding: keep` cannot copy it"
+                )
         with _OpenFiles(self.source, [*_BOOKKEEPING, *(self._features.keys() - dropped)]) as files:
             for number, record in enumerate(records):
                 if number >= start:
@@ -312,7 +321,7 @@ class LeRobot(Converter):
                 raise DataError(
                     f"{self.source.url}, episode {record.number}: the metadata name no valid video of {key!r}"
                 )
-        for path in [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]:
+        for path in self._needed(record, wanted):
             if not self.source.exists(path):
                 raise DataError(
                     f"{self.source.where(path)}: is missing, though the metadata lists episode {record.number}"
@@ -332,20 +341,27 @@ class LeRobot(Converter):
             success=None if success is None or isinstance(success, str) else bool(np.any(success)),
         )
 
+    def _needed(self, record: Record, wanted: Collection[str]) -> list[str]:
+        """The files that hold an episode's features."""
+        return [record.data, *(v for k, (v, _) in record.videos.items() if k in wanted)]
+
     def _values(
         self, key: str, feature: Mapping[str, Any], record: Record, table: Any, files: _OpenFiles, where: str
-    ) -> np.ndarray:
-        """[T, *shape]: the values of one feature."""
+    ) -> Any:
+        """[T, *shape]: the values of one feature, or a KeptVideo."""
         if key in record.videos:
             path, offset = record.videos[key]
-            times = checked_cast(_column(table, "timestamp", where, ()), np.float64, f"{where}, timestamp") + offset
+            if self._names[key] in self.kept:
+                stamps = np.asarray(column(table, "timestamp", where, ()), np.float32)
+                return files.kept(path, key).part(offset, stamps, _TOLERANCE / float(self.info["fps"]), where)
+            times = checked_cast(column(table, "timestamp", where, ()), np.float64, f"{where}, timestamp") + offset
             frames = files.video(path, self._cameras[key])
             return frames.at(times.tolist(), _TOLERANCE / float(self.info["fps"]))
         if key in self._cameras:
             return self._images(table, key, where, self._cameras[key])
         name, dtype = self._names[key], str(feature.get("dtype"))
         shape = () if dtype == "string" else tuple(feature["shape"])
-        array = _column(table, key, where, shape)
+        array = column(table, key, where, shape)
         if dtype == "string":
             return array
         return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
@@ -362,14 +378,14 @@ class LeRobot(Converter):
                 shape = task.field(field).shape
                 fields[field] = images[..., 0] if len(shape) == 2 else images
             else:
-                fields[field] = _column(table, key, where, task.field(field).shape)
+                fields[field] = column(table, key, where, task.field(field).shape)
         return restore(parse_json(record.exported, f"{where}, {EXPORTED}"), fields, task, where)
 
     def _instruction(self, table: Any, record: Record, where: str) -> Any:
         """The text of the rows' task_index: one text, or one per row if it changes."""
         if "task_index" not in table.schema.names:
             return record.tasks[0] if record.tasks else ""
-        indices = _column(table, "task_index", where, ())
+        indices = column(table, "task_index", where, ())
         unknown = set(np.unique(indices).tolist()) - set(self._instructions)
         if unknown:
             raise DataError(f"{where}: task_index {sorted(unknown)[0]} is not in the table of tasks")
@@ -427,6 +443,12 @@ class _OpenFiles:
 
         return self._opened(f"video {shown.field.name}", path, make)
 
+    def kept(self, path: str, key: str) -> _Copied:
+        def make(stack: ExitStack) -> _Copied:
+            return _Copied(stack.enter_context(self._source.open(path)), self._source.where(path))
+
+        return self._opened(f"samples of {key}", path, make)
+
     def _opened(self, slot: str, path: str, make: Any) -> Any:
         """What `make` opens for the path. Each slot holds one open file; another path replaces it."""
         if slot in self._open and self._open[slot][0] != path:
@@ -447,7 +469,23 @@ class _OpenFiles:
         return self._opened("rows", record.data, make).of(record.number, record.length, where)
 
 
-def _column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
+class _Copied:
+    """An open video of which parts are copied."""
+
+    def __init__(self, stream: BinaryIO, where: str):
+        self._stream = stream
+        self._video = Video(read_track(self._read, stream.seek(0, os.SEEK_END), where), "", where)
+
+    def part(self, start: float, timestamps: np.ndarray, tolerance: float, where: str) -> KeptVideo:
+        """The pictures of an episode that begins at second `start`."""
+        return keep(self._video, self._video.frames(start, timestamps, tolerance, where), self._read)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._stream.seek(offset)
+        return self._stream.read(size)
+
+
+def column(table: Any, key: str, where: str, shape: tuple[int, ...]) -> np.ndarray:
     if key not in table.schema.names:
         raise DataError(f"{where}: lacks the column {key!r}")
     return to_rows(table.column(key), f"{where}, {key}", shape)

@@ -50,12 +50,16 @@ FIELD_KEYS = {
     "unit": ("text", "Unit of its values, such as mm"),
     "values": ("whole number", "Number of values of a discrete field, which are 0, 1, …"),
     "per": ("step or episode", "Whether it has a value for each step or one for the episode"),
-    "encoding": ("raw, png, webp, jpeg, webp-lossy, h264 or av1", "How images are stored; default: without loss"),
+    "encoding": (
+        "raw, png, webp, jpeg, webp-lossy, h264, av1 or keep",
+        "How images are stored; default: without loss; keep: a video stays as it is",
+    ),
     "frames": ("whole number", "With `encoding`: images of one chunk"),
     "quality": ("whole number", "With a lossy `encoding`: its quality; 0: the default of the encoding"),
     "drop": ("true or false", "Leave the field out; `field: drop` is the same"),
 }
 _TASK_KEYS = ("environment", "normalise", "random", "expert", "max_steps")  # attributes of TaskSpec
+KEEP = "keep"  # an encoding of the mapping file: videos are copied
 _KEYS, _FIELD_KEYS = frozenset(KEYS), frozenset(FIELD_KEYS)
 _TEXTS = ("name", "role", "modality", "dtype", "per", "encoding")  # settings of a field that are texts
 
@@ -241,6 +245,12 @@ class Mapping:
         names = {f.name for t in found for f in t.fields}
         return tuple(sorted(n for n in names if self.field_settings(n).get("drop")))
 
+    def kept(self, found: list[TaskSpec]) -> tuple[str, ...]:
+        """The names in the source of the fields whose videos are copied."""
+        names = {f.name for t in found for f in t.fields}
+        settings = {n: self.field_settings(n) for n in names}
+        return tuple(sorted(n for n, s in settings.items() if s.get("encoding") == KEEP and not s.get("drop")))
+
     def episode(self, episode: Episode) -> Episode:
         """The episode as it will be stored."""
         fields: dict[str, Any] = {}
@@ -261,6 +271,12 @@ class Mapping:
                 raise DataError(f"mapping: fields.{spec.name}: {alone[0]} has an effect only with `encoding`; name one")
             if "encoding" in settings and not settings.get("drop"):
                 kind, frames, quality = settings["encoding"], settings.get("frames", 0), settings.get("quality", 0)
+                if kind == KEEP:
+                    if frames or quality:
+                        raise DataError(
+                            f"mapping: fields.{spec.name}: `encoding: keep` copies a video; remove frames and quality"
+                        )
+                    continue
                 if not isinstance(frames, int) or not isinstance(quality, int):
                     raise DataError(f"mapping: fields.{spec.name}: frames and quality must be whole numbers")
                 out[settings.get("name", spec.name)] = Encoding(str(kind), frames, quality)

@@ -51,6 +51,7 @@ class Job:
     names: dict[str, tuple[str, str | None]]  # as in `process.Plan`
     encodings: dict[str, dict[str, Any]]
     dropped: tuple[str, ...]  # names of fields in the source
+    kept: tuple[str, ...]  # names of fields in the source whose videos are copied
     shard_bytes: int
     skip_bad: bool
     memory: int
@@ -114,6 +115,7 @@ def convert(
         names=plan.names,
         encodings={k: asdict(e) for k, e in encodings.items()},
         dropped=resolved.dropped(plan.tasks),
+        kept=_kept(resolved, plan.tasks, format),
         shard_bytes=shard_bytes,
         skip_bad=skip_bad,
         memory=memory,
@@ -191,6 +193,20 @@ def convert_piece(job: Job) -> str:
     return job.piece.name
 
 
+def _kept(rules: Mapping, tasks: list[TaskSpec], format: str) -> tuple[str, ...]:
+    """The fields whose videos are copied. Raises DataError if the format or another option rules that out."""
+    kept = rules.kept(tasks)
+    if kept and format != "lerobot":
+        raise DataError(
+            f"mapping: fields.{kept[0]}: `encoding: keep` copies videos of the format lerobot, not of {format}"
+        )
+    if kept and rules.options.get("resize"):
+        raise DataError(
+            f"mapping: fields.{kept[0]}: a video with `encoding: keep` cannot be resized; remove `resize` or `keep`"
+        )
+    return kept
+
+
 def _add(counts: dict[tuple[str, str], tuple[int, int]], key: tuple[str, str], more: tuple[int, int]) -> None:
     known = counts.get(key, (0, 0))
     counts[key] = known[0] + more[0], known[1] + more[1]
@@ -201,11 +217,20 @@ _readers: dict[str, Reader] = {}  # the reader of this process, used again for t
 
 def _reader(job: Job) -> Reader:
     options, fields = job.mapping.get("options") or {}, job.mapping.get("fields") or {}
-    key = json.dumps([job.source, job.target, options, fields, job.dropped, job.memory, job.timeout], sort_keys=True)
+    key = json.dumps(
+        [job.source, job.target, options, fields, job.dropped, job.kept, job.memory, job.timeout], sort_keys=True
+    )
     if key not in _readers:
         _close_readers()
         _readers[key] = Reader(
-            job.source, job.target, options, fields, dropped=job.dropped, memory=job.memory, timeout=job.timeout
+            job.source,
+            job.target,
+            options,
+            fields,
+            dropped=job.dropped,
+            kept=job.kept,
+            memory=job.memory,
+            timeout=job.timeout,
         )
     return _readers[key]
 

@@ -80,6 +80,7 @@ class Reader:
         fields: Mapping[str, Any] | None = None,
         *,
         dropped: Sequence[str] = (),
+        kept: Sequence[str] = (),
         memory: int = MEMORY,
         timeout: float = TIMEOUT,
     ):
@@ -90,6 +91,7 @@ class Reader:
             "options": dict(options or {}),
             "fields": dict(fields or {}),
             "dropped": list(dropped),
+            "kept": list(kept),
         }
         self.notes: dict[str, None] = {}  # what the converter left out while it read the current piece, in order
         self._memory, self._timeout = memory, timeout
@@ -273,8 +275,8 @@ def _execute(request: dict[str, Any], source: Source, out: BinaryIO) -> None:
         return
     converter: Converter = load_converter(request["target"])(source, request["options"])
     converter.dropped = frozenset(request.get("dropped", ()))
+    converter.kept = frozenset(request.get("kept", ()))
     converter.names = FieldNames(request["fields"])
-    converter.dropped = frozenset(request.get("dropped", ()))
     if request["operation"] == "plan":
         converter.refuse_archive()  # before a parser of another format sees its bytes
         pieces, tasks = converter.pieces(), converter.tasks()

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from tiphys.dataio.convert.converter import BadEpisode
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.messages import printable
@@ -66,7 +68,7 @@ def outside(episode: Episode, task: TaskSpec) -> dict[str, tuple[int, int]]:
     out = {}
     for spec in task.fields:
         value = episode.fields.get(spec.name)
-        if value is not None and spec.dtype != "str" and not (spec.low is None and spec.high is None):
+        if isinstance(value, np.ndarray) and spec.dtype != "str" and not (spec.low is None and spec.high is None):
             out[spec.name] = (spec.outside(value), int(value.size))
     return out
 

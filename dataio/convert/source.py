@@ -86,6 +86,8 @@ class Source:
     def name(self) -> str:
         """The last part of the URL without its suffix. It names datasets that have no name of their own."""
         base = self.single or self.url.rstrip("/").rpartition("/")[2] or "dataset"
+        if self.url.startswith("hf://"):
+            base = base.partition("@")[0]  # the revision
         return re.sub(r"(\.zarr)?(\.(zip|hdf5|h5|tar|npz|parquet|jsonl|txt|zarr))?$", "", base) or "dataset"
 
     @property

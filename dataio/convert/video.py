@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tiphys.dataio.convert.limits import EPISODE_BYTES, PIXELS, check_shape
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.format.frame_times import nearest as nearest_picture
+from tiphys.dataio.format.packets import to_array
 
 _DEEP = re.compile(r"(?:gray|yuv4\d\dp)(?:9|1[0246])[lb]e")  # formats whose first plane holds uint16
 _SEEK_SECONDS = (
@@ -57,11 +60,10 @@ class VideoFrames:
             self._container.close()
             raise DataError(f"{where}: the video has a codec that this FFmpeg cannot decode")
         self._stream.thread_type = "AUTO"
-        self._decoder: Iterator[tuple[float, Any]] = self._decode()
-        self._pending: tuple[float, Any] | None = None
+        self._tick = Fraction(self._stream.time_base or 1)
+        self._decoder: Iterator[tuple[int, Any]] = self._decode()
+        self._around: list[tuple[int, Any]] = []  # the last one or two decoded frames
         self._position = -1.0  # time of the last decoded frame, in seconds
-        stream_: Any = self._stream
-        self._first = float(stream_.start_time * stream_.time_base) if stream_.start_time else 0.0
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         if width * height > PIXELS:
             raise DataError(f"{where}: frames of {width} × {height} pixels; the limit is {PIXELS:,} pixels")
@@ -95,8 +97,9 @@ class VideoFrames:
             yield self._array(frame)
 
     def at(self, times: Sequence[float], tolerance: float) -> np.ndarray:
-        """The frame nearest to each time (in seconds, ascending), [len(times), H, W, C]: uint8, or the dtype of `lookup`.
+        """The frame nearest to each time (seconds of the video, ascending), [len(times), H, W, C].
 
+        uint8, or the dtype of `lookup`.
         Raises DataError if no frame is within `tolerance` of a time: a video that does not fit its rows is never shifted.
         """
         if not len(times):
@@ -117,51 +120,43 @@ class VideoFrames:
         return out
 
     def _seek_near(self, time: float) -> None:
-        """Seek if `time` is before the last decoded frame, or far ahead of it."""
-        if time < self._position or time > max(self._position, 0.0) + _SEEK_SECONDS:
+        """Seek if `time` is before the frames that are kept, or far ahead of them."""
+        kept = self._seconds(self._around[0][0]) if self._around else self._position
+        if time < kept or time > max(self._position, 0.0) + _SEEK_SECONDS:
             try:
-                offset = int(max(0.0, time + self._first) / self._stream.time_base)
+                offset = int(max(0.0, time) / self._stream.time_base)
                 self._container.seek(offset, stream=self._stream, backward=True)
             except (self._av.FFmpegError, OverflowError) as error:
                 raise DataError(f"{self._where}: cannot seek to {time:.3f} s ({error})") from None
-            self._decoder, self._pending, self._position = self._decode(), None, -1.0
+            self._decoder, self._around, self._position = self._decode(), [], -1.0
 
     def _nearest(self, time: float, tolerance: float, row: int) -> np.ndarray:
-        """The frame nearest to `time`. Earlier frames are skipped; the last frame is kept, as the next row may need it."""
-        best: tuple[float, Any] | None = None
-        while True:
-            if self._pending is None:
-                self._pending = next(self._decoder, None)
-            if self._pending is None or (best is not None and abs(self._pending[0] - time) >= abs(best[0] - time)):
+        """The frame nearest to `time`. Earlier frames are skipped; those around it are kept, as the next row may need them."""
+        while not self._around or self._seconds(self._around[-1][0]) <= time:
+            following = next(self._decoder, None)
+            if following is None:
                 break
-            best, self._pending = self._pending, None
-            if best[0] >= time:
-                break
-        if best is None or abs(best[0] - time) > tolerance:
-            found = "the video ends" if best is None else f"the nearest is at {best[0]:.3f} s"
-            raise DataError(
-                f"{self._where}: no frame at {time:.3f} s; {found}. Row {row} needs one within {tolerance * 1000:.1f} ms: the "
-                "video does not fit its rows"
-            )
-        if self._pending is None:
-            self._pending = best  # two rows may share a frame
-        return self._array(best[1])
+            self._around = [*self._around[-1:], following]
+        shown = np.array([ticks for ticks, _ in self._around], np.int64)
+        (found,) = nearest_picture(shown, self._tick, np.array([time]), tolerance, self._where, row).tolist()
+        return self._array(self._around[found][1])
 
-    def _decode(self) -> Iterator[tuple[float, Any]]:
-        """(seconds since the first frame, frame), in order of presentation."""
+    def _seconds(self, ticks: int) -> float:
+        return float(ticks * self._tick)
+
+    def _decode(self) -> Iterator[tuple[int, Any]]:
+        """(ticks at which it is shown, frame), in order of presentation."""
         try:
             for frame in self._container.decode(self._stream):
                 if frame.width * frame.height > PIXELS:
                     raise DataError(
                         f"{self._where}: a frame of {frame.width} × {frame.height} pixels; the limit is {PIXELS:,}"
                     )
-                time = (
-                    self._position + 1 / (self.rate or 30.0)
-                    if frame.pts is None
-                    else float(frame.pts * frame.time_base) - self._first
-                )
-                self._position = time
-                yield time, frame
+                ticks = frame.pts
+                if ticks is None:
+                    ticks = round((self._position + 1 / (self.rate or 30.0)) / self._tick)
+                self._position = self._seconds(ticks)
+                yield ticks, frame
         except (self._av.FFmpegError, ValueError, OSError) as error:
             raise DataError(
                 f"{self._where}: cannot be decoded after {max(self._position, 0):.3f} s ({error})"
@@ -182,8 +177,7 @@ class VideoFrames:
             return self._lookup[np.minimum(nearest(grey, self._size), levels - 1)][..., None]
         if self._size is not None:
             frame = frame.reformat(width=self._size[1], height=self._size[0], format=self._format, interpolation="AREA")
-        array = frame.to_ndarray(format=self._format)
-        return array[..., None] if array.ndim == 2 else array
+        return to_array(frame, self._format == "gray")
 
 
 def _levels(layout: Any) -> int:

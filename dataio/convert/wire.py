@@ -25,6 +25,7 @@ from tiphys.dataio.convert.limits import (
     parse_json,
 )
 from tiphys.dataio.episode import DataError, Episode
+from tiphys.dataio.inplace.kept import MAX_BYTES, KeptVideo
 
 _DTYPE_KINDS = "biuf"  # bool, integers, floats
 
@@ -48,6 +49,12 @@ def dump(episode: Episode) -> list[bytes | memoryview]:
     for name, value in episode.fields.items():
         if isinstance(value, str):
             header["fields"][name] = {"text": value}
+            continue
+        if isinstance(value, KeptVideo):
+            frames = np.asarray(value.frames, "<i8")
+            total += len(value.data) + frames.nbytes
+            header["fields"][name] = {"video": len(value.data), "rows": len(frames)}
+            buffers += [value.data, bytes_of(frames)]
             continue
         array = np.asarray(value)
         if array.dtype.kind in "UST":
@@ -118,6 +125,14 @@ def _field(entry: dict[str, Any], read_into: Callable[[memoryview], None], where
         return str(entry["text"])
     if "texts" in entry:
         return np.array([str(t) for t in entry["texts"]], dtype=StringDType())
+    if "video" in entry:
+        size, rows = int(entry["video"]), int(entry["rows"])
+        if not 0 < size <= MAX_BYTES + (MAX_BYTES >> 4) or not 0 < rows <= EPISODE_STEPS:
+            raise DataError(f"{where}: the reader sent a video of {size:,} bytes for {rows:,} rows")
+        data, frames = bytearray(size), np.empty(rows, "<i8")
+        read_into(memoryview(data))
+        read_into(bytes_of(frames))
+        return KeptVideo(bytes(data), frames)
     dtype = np.dtype(str(entry["dtype"]))
     if dtype.kind not in _DTYPE_KINDS:
         raise DataError(f"{where}: the reader sent an array of dtype {dtype}")

@@ -28,7 +28,7 @@ def misfits(task: TaskSpec, needed: Collection[str], declared: Sequence[FieldSpe
             yield f"{where}: {env} has no such field, it has {', '.join(parts) or 'none'}; rename the field in the mapping file"
             continue
         other = has[field.name]
-        if not _same_numbers(field.shape, other.shape):
+        if not same_numbers(field.shape, other.shape):
             yield f"{where}: its data have shape {field.shape}, but {env} has shape {other.shape}"
         elif (field.modality == "text") != (other.modality == "text"):
             yield f"{where}: it is {field.modality} in the data, but {other.modality} in {env}"
@@ -44,7 +44,7 @@ def misfits(task: TaskSpec, needed: Collection[str], declared: Sequence[FieldSpe
         )
 
 
-def _same_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def same_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether shapes are equal but for axes of length 1, which change nothing. 0: an extent that varies."""
     one, other = (tuple(n for n in shape if n != 1) for shape in (one, other))
     return len(one) == len(other) and all(0 in (a, b) or a == b for a, b in zip(one, other, strict=True))
@@ -71,7 +71,7 @@ def fitted(action: Any, space: Any, where: str, name: str = "action") -> Any:
         return action
     value = np.asarray(action)
     shape = () if kind == "Discrete" else tuple(space.shape)
-    if value.dtype.kind not in "biuf" or not _same_numbers(value.shape, shape):
+    if value.dtype.kind not in "biuf" or not same_numbers(value.shape, shape):
         raise DataError(
             f"{where}, field {name!r}: the action has shape {value.shape} ({value.dtype}), but the environment takes {shape}"
         )

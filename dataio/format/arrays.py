@@ -13,6 +13,7 @@ import numpy as np
 
 from tiphys.dataio.atomic import write_json
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format import packet_table
 from tiphys.dataio.format.encodings import KINDS
 from tiphys.dataio.format.rows import row_dtype
 from tiphys.dataio.format.table import PART, Shard, check_schema
@@ -53,9 +54,16 @@ def _decode(file: Path, sink: Sink, tasks: Sequence[str], shards: Sequence[str])
         check_schema(source.schema_arrow)
         names = source.schema_arrow.names
         strings = [n for n in names if n in ("agent", "short") or n.startswith("text.")]
+        places = {name: number for number, name in enumerate(shards)}
+        packets = {n: packet_table.Decoder(sink, n, places) for n in names if n.startswith(packet_table.PREFIX)}
         for batch in source.iter_batches(batch_size=PART, columns=[n for n in names if n not in strings]):
             for name in batch.schema.names:
-                _decode_column(sink, name, batch.column(name), {"task": tasks, "shard": shards})
+                if name in packets:
+                    packets[name].add(batch.column(name))
+                else:
+                    _decode_column(sink, name, batch.column(name), {"task": tasks, "shard": shards})
+        for decoder in packets.values():
+            decoder.close()
         for name in strings:
             _decode_dictionary(sink, name, source.read([name]).column(name))
     return sink.close(_expected(names))
@@ -153,6 +161,8 @@ def _expected(columns: Iterable[str]) -> dict[str, Any]:
         elif name.startswith("chunks."):
             out |= {f"{name}.kind": np.int8, f"{name}.rows": np.int32, f"{name}.first": None}
             out |= {f"{name}.offset": np.int64, f"{name}.size": np.int64, f"{name}.crc": np.uint32}
+        elif name.startswith(packet_table.PREFIX):
+            out |= packet_table.expected(name)
     return out
 
 
@@ -320,6 +330,12 @@ def chunk_table(loaded: Mapping[str, np.ndarray], field: str) -> ChunkTable | No
     return ChunkTable(*(loaded[f"chunks.{field}.{name}"] for name in ChunkTable._fields))
 
 
+def packet_fields(loaded: Mapping[str, np.ndarray]) -> list[str]:
+    """The fields of which the index has packets."""
+    prefix, suffix = packet_table.PREFIX, "~first"
+    return [n[len(prefix) : -len(suffix)] for n in loaded if n.startswith(prefix) and n.endswith(suffix)]
+
+
 def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: Sequence[Shard], where: str) -> None:
     """Raises DataError if an index points outside its shards or contains impossible counts."""
     _check_lengths(loaded, where)
@@ -339,6 +355,10 @@ def check(loaded: Mapping[str, np.ndarray], tasks: Sequence[TaskSpec], shards: S
         inside = _inside(loaded[f"{name}.offset"], loaded[f"{name}.size"], size[owner])
         _require(inside, f"{where}, {name}, chunk", "it lies outside its shard")
         _check_chunks(chunk_table(loaded, name.removeprefix("chunks.")), loaded, tasks, where, name)
+    for field in packet_fields(loaded):
+        table = packet_table.packet_table(loaded, field)
+        assert table is not None
+        packet_table.check(table, loaded, size, f"{where}, {packet_table.PREFIX}{field}")
 
 
 def _check_lengths(loaded: Mapping[str, np.ndarray], where: str) -> None:
@@ -346,6 +366,8 @@ def _check_lengths(loaded: Mapping[str, np.ndarray], where: str) -> None:
     episodes = len(loaded["task"])
     parts = [".bytes", ".offset", ".size", ".crc"]
     for name, array in loaded.items():
+        if name.startswith(packet_table.PREFIX):
+            continue  # `packet_table.check` knows them
         codes = name.endswith(".first") and name.removesuffix(".first") in loaded  # distinct texts, not episodes
         column = name in ("offset", "size") or not name.endswith(tuple(parts))
         if column and not codes and len(array) != episodes + name.endswith(".first"):

@@ -44,7 +44,9 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
             raise DataError(f"{where}: digests: {INDEX}: {digest!r} is not a SHA-256")
         document["tasks"] = task_specs(document["tasks"], f"{where}: tasks")
-        document["shards"] = [table.Shard(str(n), int(size), int(crc)) for n, size, crc in document["shards"]]
+        document["shards"] = [
+            table.Shard(str(n), int(size), int(crc), *map(str, etag)) for n, size, crc, *etag in document["shards"]
+        ]
         for task in document["tasks"]:
             check_task(task)
         for shard in document["shards"]:
@@ -161,7 +163,7 @@ def dataset_document(index: Path, statistics: Statistics) -> dict[str, Any]:
     return {
         "version": VERSION,
         "tasks": [t.to_dict() for t in tasks],
-        "shards": [[s.name, s.size, s.crc] for s in shards],
+        "shards": [s.to_list() for s in shards],
         "statistics": {t: {f: s.to_dict() for f, s in fields.items()} for t, fields in result.items()},
         "digests": {INDEX: sha256(index)},
     }

@@ -27,6 +27,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format import priority
+from tiphys.dataio.format.packets import to_array
 
 KINDS = ("raw", "png", "webp", "jpeg", "webp-lossy", "h264", "av1", "text")
 EXTENSIONS = {
@@ -294,7 +295,7 @@ def _decode_video(chunk: bytes | memoryview, kind: str, rows: int) -> np.ndarray
                 raise DataError(
                     f"the video has a frame of {frame.width}×{frame.height}, but claims {size[0]}×{size[1]}"
                 )
-            frames.append(frame.to_ndarray(format="rgb24"))
+            frames.append(to_array(frame))
             if len(frames) > rows:
                 break
     if len(frames) != rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,9 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, Episode, FieldSpec
 from tiphys.dataio.format import encodings as codecs
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.packet_table import PacketChunks
 from tiphys.dataio.format.rows import RowLayout, column, pack_rows, plain
+from tiphys.dataio.inplace.kept import KeptVideo
 
 BLOCK = 512  # bytes of a block of a tar
 MAX_SAMPLE = 4 << 30  # bytes of one episode
@@ -29,18 +32,30 @@ class Sample:
     texts    text field with one value for the episode -> its text
     values   other field with one value for the episode -> its bytes, little endian
     chunks   large field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC-32C)])
+    packets  large field whose video samples lie elsewhere, or in a member of its own -> their places (in the member)
+    videos   large field with such a member -> the picture of each row
     short    observed fields with fewer rows than the episode
     bytes    size in the tar, with headers and padding
 
     Raises DataError if the episode does not fit the task.
     """
 
-    def __init__(self, layout: RowLayout, episode: Episode, chosen: Mapping[str, Encoding]) -> None:
+    def __init__(
+        self,
+        layout: RowLayout,
+        episode: Episode,
+        chosen: Mapping[str, Encoding],
+        packets: Mapping[str, PacketChunks] | None = None,
+    ) -> None:
         if not 0 < len(episode.id.encode()) <= 512 or episode.steps < 0:
             raise DataError(f"episode {episode.id[:60]!r}: its id must have 1 to 512 bytes, and steps must be ≥ 0")
         unknown = episode.fields.keys() - layout.names
         if unknown:
             raise DataError(f"episode {episode.id!r}: task {episode.task!r} has no field {', '.join(sorted(unknown))}")
+        kept = {name: value for name, value in episode.fields.items() if isinstance(value, KeptVideo)}
+        episode = (
+            replace(episode, fields={n: v for n, v in episode.fields.items() if n not in kept}) if kept else episode
+        )
         self.episode = episode
         self.rows = pack_rows(layout, episode)
         self.members: dict[str, bytes] = {"steps.npy": npy(self.rows)}
@@ -48,11 +63,18 @@ class Sample:
         self.values: dict[str, bytes] = {}
         self.chunks: dict[str, tuple[str, int, list[tuple[str, int, int, int]]]] = {}
         count = len(self.rows)
+        self.packets = dict(packets or {})
+        self.videos = {name: np.asarray(video.frames).tolist() for name, video in kept.items()}
+        for name, video in kept.items():
+            self.packets[name] = video.chunks()
+            self.members[f"{name}.mp4"] = video.data
         for field in layout.large:
-            self._add_large(field, chosen[field.name], count)
+            if field.name not in self.packets:
+                self._add_large(field, chosen[field.name], count)
         for field in layout.episodic:
             self._add_episodic(field)
-        self.short = [f.name for f in layout.observed if len(episode.fields[f.name]) < count]
+        inside = [f.name for f in layout.observed if f.name not in self.packets]
+        self.short = [name for name in inside if len(episode.fields[name]) < count]
         self.members["json"] = self._json(chosen)
         self.bytes = sum(BLOCK + -(-len(m) // BLOCK) * BLOCK for m in self.members.values())
         if self.bytes > MAX_SAMPLE:
@@ -124,6 +146,8 @@ class Sample:
             "encodings": {name: [chosen[name].kind, chosen[name].rows] for name in sorted(self.chunks)},
             "info": dict(e.info),
         }
+        if self.videos:
+            content["videos"] = self.videos
         try:
             return to_json(content, exact=True, ensure_ascii=False, default=plain).encode()
         except (TypeError, ValueError) as error:

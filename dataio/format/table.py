@@ -17,6 +17,7 @@ Columns
 | `text.FIELD` | string | a text with one value for the whole episode |
 | `value.FIELD` | binary | an array with one value for the whole episode, little endian |
 | `chunks.FIELD` | struct | a large field: `kind`, `rows` of a chunk, and for each chunk `offset` in the shard, `size`, `crc` |
+| `packets.FIELD` | struct | a video that stays as it is: see `format.packet_table` |
 
 The file describes itself: the key `tiphys` of its key-value metadata holds the tasks, and the shards with sizes and CRCs. Its
 pages have checksums.
@@ -37,6 +38,8 @@ from crc32c import crc32c
 
 from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, TaskSpec
+from tiphys.dataio.format import packet_table
+from tiphys.dataio.format.packet_table import PacketChunks
 from tiphys.dataio.format.rows import FIELD_NAME
 from tiphys.dataio.stored import stored, task_specs
 
@@ -44,8 +47,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes in a row group
+_MOST_SAMPLES = 1 << 22  # samples of video of which a writer keeps the places in memory
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
-_FIELD_COLUMN = re.compile(r"(text|value|chunks)\.(" + FIELD_NAME.pattern + ")")
+_FIELD_COLUMN = re.compile(r"(text|value|chunks|packets)\.(" + FIELD_NAME.pattern + ")")
 
 
 class Chunks(NamedTuple):
@@ -60,11 +64,19 @@ class Chunks(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard: its path in the dataset's folder or its URL, its size in bytes, and the CRC-32C of the whole (−1: unknown)."""
+    """A shard: its path in the dataset's folder or its URL, its size in bytes, and the CRC-32C of the whole (−1: unknown).
+
+    `etag` is the version of an object that Tiphys did not write; empty: unknown, or Tiphys wrote it.
+    """
 
     name: str
     size: int
     crc: int = -1
+    etag: str = ""
+
+    def to_list(self) -> list[Any]:
+        """As JSON."""
+        return [self.name, self.size, self.crc, *([self.etag] if self.etag else [])]
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Record:
     texts: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, bytes] = field(default_factory=dict)
     chunks: Mapping[str, Chunks] = field(default_factory=dict)
+    packets: Mapping[str, PacketChunks] = field(default_factory=dict)
 
 
 def hash_id(episode_id: str) -> int:
@@ -105,10 +118,12 @@ class TableWriter:
         self.folder = folder
         self.parts: list[Path] = []
         self._records: list[Record] = []
+        self._samples = 0
 
     def add(self, record: Record) -> None:
         self._records.append(record)
-        if len(self._records) >= PART:
+        self._samples += sum(len(packets.sample_size) for packets in record.packets.values())
+        if len(self._records) >= PART or self._samples >= _MOST_SAMPLES:
             self._flush()
 
     def _flush(self) -> None:
@@ -118,7 +133,7 @@ class TableWriter:
             part = self.folder / f"part-{len(self.parts):06d}.parquet"
             pq.write_table(_table(self._records), part)
             self.parts.append(part)
-            self._records = []
+            self._records, self._samples = [], 0
 
     def finish(self, file: Path, tasks: Sequence[TaskSpec], shards: Sequence[Shard]) -> None:
         """Write the final file and remove the parts."""
@@ -153,6 +168,9 @@ def _table(records: Sequence[Record]) -> pa.Table:
     for name in sorted({n for r in records for n in r.chunks}):
         parts = [r.chunks.get(name) for r in records]
         columns[f"chunks.{name}"] = pa.array([p and p._asdict() for p in parts], chunk_type())
+    for name in sorted({n for r in records for n in r.packets}):
+        packets = [r.packets.get(name) for r in records]
+        columns[f"packets.{name}"] = pa.array([p and p.to_arrow() for p in packets], packet_table.arrow_type())
     return pa.table(columns)
 
 
@@ -169,7 +187,7 @@ def check_schema(schema: pa.Schema) -> None:
     import pyarrow as pa
 
     fixed = _table([]).schema
-    by_kind = {"text": pa.string(), "value": pa.binary(), "chunks": chunk_type()}
+    by_kind = {"text": pa.string(), "value": pa.binary(), "chunks": chunk_type(), "packets": packet_table.arrow_type()}
     for column in schema:
         match = _FIELD_COLUMN.fullmatch(column.name)  # names become file names
         if not match and column.name not in fixed.names:
@@ -206,7 +224,7 @@ def combine(parts: Iterable[Part], file: Path, tasks: Sequence[TaskSpec], shards
     with pq.ParquetWriter(file, schema, **options) as writer:
         for group in _groups(parts, schema):
             writer.write_table(group)
-        listed = [[s.name, s.size, s.crc] for s in shards]
+        listed = [s.to_list() for s in shards]
         text = to_json({"version": 1, "tasks": [t.to_dict() for t in tasks], "shards": listed})
         writer.add_key_value_metadata({METADATA: text, METADATA_CRC: str(crc32c(text.encode()))})
 
@@ -268,18 +286,46 @@ def batches(part: Part) -> Iterator[pa.RecordBatch]:
             keep = None if part.keep is None else part.keep[first : first + len(batch)]
             first += len(batch)
             if part.rename:
-                names = batch.column("shard").dictionary_encode()
-                renamed = pa.array([part.rename.get(n, n) for n in names.dictionary.to_pylist()], pa.string())
-                column = pa.DictionaryArray.from_arrays(names.indices, renamed).cast(pa.string())
-                batch = batch.set_column(batch.schema.get_field_index("shard"), "shard", column)
+                batch = _renamed(batch, part.rename)
             if keep is not None:
                 batch = batch.filter(pa.array(keep))
             if len(batch):
                 yield batch
 
 
+def _renamed(batch: pa.RecordBatch, rename: Mapping[str, str]) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    def renamed(column: pa.Array) -> pa.Array:
+        names = column.dictionary_encode()
+        new = pa.array([rename.get(n, n) for n in names.dictionary.to_pylist()], pa.string())
+        return pa.DictionaryArray.from_arrays(names.indices, new).cast(pa.string())
+
+    for number, field_ in enumerate(batch.schema):
+        if field_.name == "shard":
+            batch = batch.set_column(number, field_, renamed(batch.column(number)))
+        elif field_.name.startswith(packet_table.PREFIX):
+            column = batch.column(number)
+            parts = [column.field(i) for i in range(column.type.num_fields)]  # without the mask of the struct itself
+            parts[column.type.get_field_index("shard")] = renamed(parts[column.type.get_field_index("shard")])
+            new = pa.StructArray.from_arrays(parts, fields=list(column.type), mask=column.is_null())
+            batch = batch.set_column(number, field_, new)
+    return batch
+
+
+def shards_of(batch: pa.RecordBatch) -> set[str]:
+    """Names of the shards that hold the rows or the packets of a batch's episodes."""
+    import pyarrow.compute as pc
+
+    columns = [batch.column("shard")]
+    columns += [
+        pc.struct_field(batch.column(n), "shard") for n in batch.schema.names if n.startswith(packet_table.PREFIX)
+    ]
+    return {name for column in columns for name in column.unique().to_pylist() if name is not None}
+
+
 def _shard(values: Sequence[Any]) -> Shard:
-    return stored(Shard, dict(zip(("name", "size", "crc"), values, strict=False)), "a shard")
+    return stored(Shard, dict(zip(("name", "size", "crc", "etag"), values, strict=False)), "a shard")
 
 
 def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.format.encodings import KINDS
 from tiphys.dataio.format.rows import broken_row, is_large, is_small, row_dtype
 from tiphys.dataio.index import STEPS
+from tiphys.dataio.loading.decode_note import DecodeNote, Decoding
 from tiphys.dataio.loading.gather import UNWANTED, Copy, Gathered, gather
-from tiphys.dataio.loading.units import Span, UnitMap, UnitRanges, expand
+from tiphys.dataio.loading.units import Span, UnitMap, UnitRanges
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -52,11 +54,19 @@ class _Step(NamedTuple):
 class Assembler:
     """Decodes the windows of a plan.
 
-    tasks  entry -> task of its dataset -> the task's number in the run's list; None: the dataset's own numbers
+    tasks   entry -> task of its dataset -> the task's number in the run's list; None: the dataset's own numbers
+    note    where to note what is being decoded
+    deadly  (fingerprint of a dataset, episode) -> what happened when it was decoded; never decoded again
     """
 
-    def __init__(self, units: UnitMap, tasks: Sequence[np.ndarray] | None = None):
-        self.units, self.tasks = units, tasks
+    def __init__(
+        self,
+        units: UnitMap,
+        tasks: Sequence[np.ndarray] | None = None,
+        note: DecodeNote | None = None,
+        deadly: Mapping[tuple[str, int], str] | None = None,
+    ):
+        self.units, self.tasks, self.note, self.deadly = units, tasks, note, deadly or {}
         self._wanted: dict[tuple[int, int], TaskFields] = {}
 
     def wanted(self, entry: int, task: int) -> TaskFields:
@@ -95,6 +105,8 @@ class Assembler:
         begins = {name: begin[here] for name, begin in step.gathered.begin.items()}
         simple = np.asarray(begins.get(STEPS, none) >= 0)
         for spec, row_bytes in wanted.large:
+            if not index.has_chunks(spec.name):  # packets only
+                return np.zeros(len(here), bool)
             raw = index.chunk_table(spec.name).kind[episode] == _RAW if row_bytes else none == 0
             simple &= raw & (begins.get(spec.name, none) >= 0)
         return simple
@@ -200,10 +212,32 @@ class Assembler:
                         f"{index.url}/{name}, bytes {part.offset}–{part.offset + part.size}: could not be read"
                     )
                 buffers.append(got)
-            decoded = index.decode(episode, first, count, wanted.names, buffers)
+            decoded = self._decoded(index, episode, first, count, wanted, buffers)
         except DataError as error:
             return error
         return self.window(planned, i, decoded)
+
+    def _decoded(
+        self, index: EpisodeIndex, episode: int, first: int, count: int, wanted: TaskFields, buffers: Sequence[Any]
+    ) -> dict[str, Any]:
+        """`EpisodeIndex.decode`, with a note for our parent if a decoder of pictures may crash."""
+        known = self.deadly.get((index.fingerprint, episode))
+        if known is not None:
+            raise DataError(known)
+        note = self.note
+        if note is None:
+            return index.decode(episode, first, count, wanted.names, buffers)
+        try:
+            return index.decode(
+                episode,
+                first,
+                count,
+                wanted.names,
+                buffers,
+                lambda part: note.write(Decoding(index.fingerprint, episode, index.place(episode, part))),
+            )
+        finally:
+            note.clear()
 
     def window(self, planned: PlannedWindows, i: int, decoded: Mapping[str, Any]) -> Window:
         """The i-th planned window, from what `EpisodeIndex.decode` returned for it."""

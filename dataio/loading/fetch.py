@@ -61,6 +61,7 @@ class Fetcher:
             store, about = self.stores[dataset], self.units.datasets[dataset].shards[shard]
             numbers, starts, sizes = (a[group].tolist() for a in (units, where.offset, where.size))
             try:
+                store.expect(about.name, about.etag)
                 buffers: Sequence[Any] = await store.read_ranges_async(about.name, starts, sizes, about.size)
             except (FileNotFoundError, DataError) as error:
                 failed.update(dict.fromkeys(numbers, error))

@@ -26,7 +26,7 @@ import numpy as np
 from tiphys.dataio.cache import Block, RangeCache
 from tiphys.dataio.caching.tiers import InheritedTier
 from tiphys.dataio.episode import BadValue, Window
-from tiphys.dataio.loading import shared_memory
+from tiphys.dataio.loading import decode_note, shared_memory
 from tiphys.dataio.loading.ahead import Ahead
 from tiphys.dataio.loading.assemble import Assembler
 from tiphys.dataio.loading.counters import Counters
@@ -76,7 +76,8 @@ class LoaderProcess:
         sizing = sized(self.placement, spec)
         self.units, self._staging, self._home = sizing.units, sizing.staging, sizing.home
         self._piece = sizing.piece
-        self.assembler = Assembler(self.units, spec.tasks)
+        note = decode_note.DecodeNote(memory, shared_memory.NOTE)
+        self.assembler = Assembler(self.units, spec.tasks, note, spec.deadly)
         self.fetcher = Fetcher(self.units, self.settings.requests, self.settings.timeout, self.settings.attempts)
         self.step, self.generation = spec.step, 0  # step: the next one to be handed over
         self.ahead = Ahead(self.plan, self.placement, self.units, _AHEAD)

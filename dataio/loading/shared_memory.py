@@ -16,10 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tiphys.dataio.loading import decode_note
+
 SLOTS = 64
 _SPACING = 1 << 36  # bytes from one slot's beginning to the next one's
 _ALIGNMENT = 64
 _GRAIN = 1 << 16  # bytes to which mappings are rounded up
+NOTE = SLOTS * _SPACING  # where the note of `decode_note` is
 
 
 class ArrayPlace(NamedTuple):
@@ -38,7 +41,7 @@ def create() -> int:
     else:  # not Linux: a file on disk without a name
         fd, path = tempfile.mkstemp()
         os.unlink(path)
-    os.ftruncate(fd, SLOTS * _SPACING)
+    os.ftruncate(fd, NOTE + decode_note.SIZE)
     return fd
 
 

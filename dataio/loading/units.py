@@ -8,15 +8,17 @@ arithmetic and two bisections.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError, Needs
 from tiphys.dataio.index import STEPS
 
 if TYPE_CHECKING:
+    from tiphys.dataio.format.packet_table import PacketTable
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.sampling import PlannedWindows
 
@@ -53,13 +55,6 @@ class Span(NamedTuple):
         return expand(self.low, self.high)
 
 
-def expand(low: Ints, high: Ints) -> Ints:
-    """All integers of the ranges [low, high), one range after the other."""
-    count = high - low
-    ends = np.cumsum(count)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(low - (ends - count), count)
-
-
 class UnitMap:
     """The units of the datasets that a plan's entries draw from.
 
@@ -92,9 +87,11 @@ class UnitMap:
             row_bytes = max((index.row_bytes(t) for t in range(len(index.tasks))), default=1)
             self._add(StepsColumn(number, index, self.units, rows_of(row_bytes)), mine)
             for field in wanted:
+                users = [e for e in mine if field in needs[e].fields]
                 if index.has_chunks(field):
-                    users = [e for e in mine if field in needs[e].fields]
                     self._add(ChunksColumn(number, index, field, self.units, rows_of), users)
+                if index.packets(field) is not None:
+                    self._add(PacketsColumn(number, index, field, self.units, rows_of), users)
         self._firsts = np.array([c.first_unit for c in self.columns], np.int64)
 
     def _add(self, column: StepsColumn | ChunksColumn, entries: Sequence[int]) -> None:
@@ -213,9 +210,9 @@ class ChunksColumn:
 
     def __init__(self, dataset: int, index: EpisodeIndex, field: str, first_unit: int, rows_of: Callable[[float], int]):
         self.dataset, self.index, self.first_unit, self.field = dataset, index, first_unit, field
-        table = index.chunk_table(field)
+        table = self._table = self._open()
         self.first = np.asarray(table.first, np.int64)
-        self.frames = np.maximum(np.asarray(table.rows, np.int64), 1)
+        self.frames = self._frames()
         self.offset, self.size = table.offset, table.size
         frames = int((np.diff(self.first) * self.frames).sum())
         self.unit_rows = rows_of(float(np.asarray(self.size, np.int64).sum()) / max(frames, 1))
@@ -225,6 +222,21 @@ class ChunksColumn:
         self.total = int(self.bytes_of_episodes().sum())
         whole = {t.name: {f.name for f in t.fields if f.per == "episode"} for t in index.tasks}
         self._whole = np.array([field in whole[t.name] for t in index.tasks] or [False])
+
+    def _open(self) -> Any:
+        return self.index.chunk_table(self.field)
+
+    def _frames(self) -> Ints:
+        """int64 [E]: rows of a chunk."""
+        return np.maximum(np.asarray(self._table.rows, np.int64), 1)
+
+    def _chunks(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints]:
+        """The chunks [low, high) of each window, counted from its episode's first one."""
+        frames, chunks = self.frames[episode], self.first[episode + 1] - self.first[episode]
+        return np.minimum(first // frames, chunks), np.minimum(-(-(first + count) // frames), chunks)
+
+    def _shards(self, episode: Ints) -> Ints:
+        return self.index.shard[episode]
 
     def bytes_of_episodes(self) -> Ints:
         """int64 [E]: from each episode's first chunk to its last one."""
@@ -238,10 +250,8 @@ class ChunksColumn:
         """(low, high, begin, end) of each window, as in Span."""
         one = self._whole[self.index.task[episode]]
         first, count = np.where(one, 0, first), np.where(one, 1, count)
-        frames, group = self.frames[episode], self.group[episode]
-        chunks = self.first[episode + 1] - self.first[episode]
-        low = np.minimum(first // frames, chunks)
-        high = np.minimum(-(-(first + count) // frames), chunks)
+        group = self.group[episode]
+        low, high = self._chunks(episode, first, count)
         some = high > low
         base = self.base[episode] + self.first_unit
         a, z = np.where(some, self.first[episode] + low, 0), np.where(some, self.first[episode] + high - 1, 0)
@@ -256,7 +266,35 @@ class ChunksColumn:
         a = self.first[episode] + (local - self.base[episode]) * self.group[episode]
         z = np.minimum(a + self.group[episode], self.first[episode + 1]) - 1
         offset = self.offset[a].astype(np.int64)
-        return self.index.shard[episode], offset, self.offset[z] + self.size[z] - offset
+        return self._shards(episode), offset, self.offset[z] + self.size[z] - offset
+
+
+class PacketsColumn(ChunksColumn):
+    """The units of one field whose video samples lie in files of their own. A chunk is a group of pictures."""
+
+    _table: PacketTable
+
+    def _open(self) -> PacketTable:
+        table = self.index.packets(self.field)
+        assert table is not None
+        return table
+
+    def _frames(self) -> Ints:
+        chunks = np.maximum(np.diff(np.asarray(self._table.first, np.int64)), 1)
+        return np.maximum(np.asarray(self.index.rows, np.int64) // chunks, 1)
+
+    def _chunks(self, episode: Ints, first: Ints, count: Ints) -> tuple[Ints, Ints]:
+        low, high = np.zeros(len(episode), np.int64), np.zeros(len(episode), np.int64)
+        some = np.flatnonzero((np.asarray(self._table.stream[episode]) >= 0) & (count > 0))
+        if len(some):
+            e, base = episode[some], self.first[episode[some]]
+            low[some] = self._table.chunk_of(e, first[some]) - base
+            high[some] = self._table.chunk_of(e, first[some] + count[some] - 1) - base + 1
+        return low, high
+
+    def _shards(self, episode: Ints) -> Ints:
+        shard = np.asarray(self._table.shard[episode])
+        return np.where(shard >= 0, shard, self.index.shard[episode])
 
 
 def _bases(units: Ints) -> Ints:

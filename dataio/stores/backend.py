@@ -6,6 +6,7 @@ or `Transient`. `storage.Store` retries, joins requests and checks the results.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -33,6 +34,11 @@ class Refused(Exception):
     """The store refuses this request, and would refuse it later too."""
 
 
+def pause(done: int, began: float, rate: int) -> float:
+    """Seconds to wait, so that `done` bytes since `began` (`time.monotonic`) are at most `rate` a second; 0: no limit."""
+    return max(0.0, began + done / rate - time.monotonic()) if rate else 0.0
+
+
 class ObjectInfo(NamedTuple):
     """Size and version of an object."""
 
@@ -49,8 +55,17 @@ class Backend(Protocol):
     async def head(self, key: str) -> ObjectInfo:
         """Size and version of an object."""
 
-    async def put(self, key: str, source: bytes | Path) -> None:
-        """Write an object atomically, from bytes or a local file."""
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        """A whole object, or its first `limit` bytes; None if it still has this ETag."""
+
+    async def put(self, key: str, source: bytes | Path, rate: int = 0) -> None:
+        """Write an object atomically, from bytes or a local file. `rate`: most bytes a second; 0: no limit."""
+
+    async def replace(self, key: str, data: bytes, etag: str) -> None:
+        """Write an object atomically if it still has this ETag; "": if it does not exist. Raises `Changed` otherwise."""
+
+    async def times(self, folder: str) -> dict[str, float]:
+        """Keys of all objects in a folder, at any depth -> when they were written, in seconds of the store's clock."""
 
     async def keys(self, folder: str) -> list[str]:
         """Sorted keys of all objects in a folder, at any depth; empty if there is no such folder."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
-import shutil
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.atomic import TEMPORARY, atomic_file
-from tiphys.dataio.stores.backend import Changed, ObjectInfo, Refused
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, Refused, pause
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -46,17 +48,48 @@ class LocalBackend:
     async def head(self, key: str) -> ObjectInfo:
         return _local_info(os.stat(self.path(key)))
 
-    async def put(self, key: str, source: bytes | Path) -> None:
-        await asyncio.to_thread(self._put, key, source)
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        if etag and (await self.head(key)).etag == etag:
+            return None
+        return await self.fetch(key, 0, limit, "")
 
-    def _put(self, key: str, source: bytes | Path) -> None:
+    async def put(self, key: str, source: bytes | Path, rate: int = 0) -> None:
+        await asyncio.to_thread(self._put, key, source, rate)
+
+    def _put(self, key: str, source: bytes | Path, rate: int) -> None:
         target = self.path(key)
         with atomic_file(target) as file:
             if isinstance(source, Path):
+                began = time.monotonic()
                 with open(source, "rb") as origin:
-                    shutil.copyfileobj(origin, file, 1 << 20)
+                    while part := origin.read(1 << 20):
+                        file.write(part)
+                        time.sleep(pause(file.tell(), began, rate))
             else:
                 file.write(source)
+
+    async def replace(self, key: str, data: bytes, etag: str) -> None:
+        await asyncio.to_thread(self._replace, key, data, etag)
+
+    def _replace(self, key: str, data: bytes, etag: str) -> None:
+        target = self.path(key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # other writers wait, also those of other processes
+            found = _local_info(os.stat(target)).etag if target.exists() else ""
+            if found != etag:
+                raise Changed
+            self._put(key, data, 0)
+        finally:
+            os.close(folder)
+
+    async def times(self, folder: str) -> dict[str, float]:
+        found = {}
+        for key in await self.keys(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[key] = self.path(key).stat().st_mtime
+        return found
 
     async def keys(self, folder: str) -> list[str]:
         found = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.messages import redacted
-from tiphys.dataio.stores.backend import ObjectInfo, Transient
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, Transient
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,6 +26,15 @@ _VERSIONS = (
     "last_modified",
     "created",
 )
+
+
+_TIMES = ("mtime", "modified", "last_modified", "LastModified", "created")
+
+
+def _written(info: dict[str, Any]) -> float:
+    """When a file was written, in seconds; infinite if the store does not say."""
+    value = next((info[name] for name in _TIMES if info.get(name)), None)
+    return float(value.timestamp() if hasattr(value, "timestamp") else value) if value is not None else float("inf")
 
 
 class FsspecBackend:
@@ -54,11 +63,35 @@ class FsspecBackend:
         version = [f"{name}={info[name]}" for name in _VERSIONS if info.get(name)]
         return ObjectInfo(int(info["size"]), ";".join([*version, str(info["size"])]) if version else "")
 
-    async def put(self, key: str, source: bytes | Path) -> None:
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        info = await self.head(key)
+        if etag and info.etag == etag:
+            return None
+        return await self._call(self.fs.cat_file, self._path(key), start=0, end=limit), info
+
+    async def put(self, key: str, source: bytes | Path, rate: int = 0) -> None:
         if isinstance(source, Path):
+            if rate:  # these stores take whole files only, so the line rests before
+                await asyncio.sleep(source.stat().st_size / rate)
             await self._call(self.fs.put_file, str(source), self._path(key))
         else:
             await self._call(self.fs.pipe_file, self._path(key), source)
+
+    async def replace(self, key: str, data: bytes, etag: str) -> None:
+        """These stores have no conditions: two writers at the very same moment are not noticed."""
+        try:
+            found = (await self.head(key)).etag
+        except FileNotFoundError:
+            found = ""
+        if found != etag:
+            raise Changed
+        await self.put(key, data)
+
+    async def times(self, folder: str) -> dict[str, float]:
+        root = self.fs._strip_protocol(self.root).rstrip("/")
+        self.fs.invalidate_cache()
+        found = await self._call(self.fs.find, self._path(folder), detail=True)
+        return {name[len(root) + 1 :]: _written(info) for name, info in found.items()}
 
     async def keys(self, folder: str) -> list[str]:
         root = self.fs._strip_protocol(self.root).rstrip("/")

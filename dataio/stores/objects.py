@@ -8,7 +8,8 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import redacted
 from tiphys.dataio.stores import threads
-from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient
+from tiphys.dataio.stores.backend import Changed, ObjectInfo, OutOfRange, Refused, Throttled, Transient, pause
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -125,12 +126,53 @@ class ObjectBackend:
             raise await self._failed(error, key, store) from error
         return ObjectInfo(meta["size"], meta["e_tag"] or "")
 
-    async def put(self, key: str, source: bytes | Path) -> None:
-        store = self.store
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        store, options = self.store, {"if_none_match": etag} if etag else {}
+        ends = asyncio.get_running_loop().time() + threads.patience(limit, self._timeout)
         try:
-            await self.obstore.put_async(store, key, source)
+            return await threads.by(ends, threads.call(self._get, store, key, options, limit))
+        except self.obstore.exceptions.NotModifiedError:
+            return None
         except Exception as error:
             raise await self._failed(error, key, store) from error
+
+    async def put(self, key: str, source: bytes | Path, rate: int = 0) -> None:
+        store = self.store
+        given: Any = _paced(source, rate) if rate and isinstance(source, Path) else source
+        try:
+            await self.obstore.put_async(store, key, given)
+        except Exception as error:
+            raise await self._failed(error, key, store) from error
+
+    async def replace(self, key: str, data: bytes, etag: str) -> None:
+        store = self.store
+        mode: Any = "create"
+        try:
+            if etag:
+                meta = await self.obstore.head_async(store, key)
+                if meta["e_tag"] != etag:
+                    raise Changed
+                # some stores compare the ETag, some the version
+                mode = {"e_tag": etag} | ({"version": meta["version"]} if meta.get("version") else {})
+            await self.obstore.put_async(store, key, data, mode=mode, use_multipart=False)
+        except Changed:
+            raise
+        except (self.obstore.exceptions.AlreadyExistsError, self.obstore.exceptions.PreconditionError):
+            raise Changed from None
+        except Exception as error:
+            failed = await self._failed(error, key, store)
+            if etag and isinstance(failed, FileNotFoundError):
+                raise Changed from None
+            raise failed from error
+
+    async def times(self, folder: str) -> dict[str, float]:
+        found, store = dict[str, float](), self.store
+        try:
+            async for page in self.obstore.list(store, prefix=folder or None, chunk_size=1000):
+                found |= {meta["path"]: meta["last_modified"].timestamp() for meta in page}
+        except Exception as error:
+            raise await self._failed(error, folder, store) from error
+        return found
 
     async def keys(self, folder: str) -> list[str]:
         found, store = list[str](), self.store
@@ -147,6 +189,16 @@ class ObjectBackend:
             await self.obstore.delete_async(store, key)
         except Exception as error:
             raise await self._failed(error, key, store) from error
+
+
+async def _paced(file: Path, rate: int) -> AsyncIterator[bytes]:
+    """The parts of a file, at most `rate` bytes a second."""
+    began, done = time.monotonic(), 0
+    with file.open("rb") as opened:
+        while part := await asyncio.to_thread(opened.read, 1 << 20):
+            yield part
+            done += len(part)
+            await asyncio.sleep(pause(done, began, rate))
 
 
 _STATUS = re.compile(r"status code: (\d{3})")

@@ -8,9 +8,10 @@ from urllib.parse import urlsplit
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import redacted
-from tiphys.dataio.stores.backend import Backend
+from tiphys.dataio.stores.backend import Backend, Refused
 from tiphys.dataio.stores.files import LocalBackend
 from tiphys.dataio.stores.filesystems import FsspecBackend
+from tiphys.dataio.stores.hub import HubBackend
 from tiphys.dataio.stores.objects import ObjectBackend
 from tiphys.dataio.stores.web import WebBackend
 from tiphys.paths import local
@@ -61,4 +62,9 @@ def backend(url: str, timeout: float, by_data: bool = False) -> Backend:
             raise DataError(str(error)) from None
     if by_data and scheme in ("http", "https"):
         return WebBackend(url, timeout)
+    if scheme == "hf":
+        try:
+            return HubBackend(url, timeout)
+        except Refused as error:
+            raise DataError(str(error)) from None
     return ObjectBackend(url, timeout) if scheme in OBJECT_SCHEMES else FsspecBackend(url)

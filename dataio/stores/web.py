@@ -59,7 +59,16 @@ class WebBackend:
 
         return await threads.call(self._request, "HEAD", key, {}, read)
 
-    async def put(self, key: str, source: bytes | Path) -> None:
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        raise Refused(_REFUSED)
+
+    async def put(self, key: str, source: bytes | Path, rate: int = 0) -> None:
+        raise Refused(_REFUSED)
+
+    async def replace(self, key: str, data: bytes, etag: str) -> None:
+        raise Refused(_REFUSED)
+
+    async def times(self, folder: str) -> dict[str, float]:
         raise Refused(_REFUSED)
 
     async def keys(self, folder: str) -> list[str]:

@@ -18,7 +18,7 @@ from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep.rebuild import member_bytes
-from tiphys.paths import expand
+from tiphys.paths import absolute
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -103,11 +103,6 @@ def caption_task(name: str) -> TaskSpec:
             FieldSpec("text", "text", "text", "str", per="episode"),
         ),
     )
-
-
-def absolute(url: str) -> str:
-    """A folder as an absolute URL."""
-    return url.rstrip("/") if "://" in url else Path(expand(url)).resolve().as_uri()
 
 
 def _size_and_crc(store: Store, name: str, scratch: Path) -> tuple[int, int]:

@@ -14,8 +14,10 @@ from crc32c import crc32c
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.format import encodings, limited, tar
 from tiphys.dataio.format.encodings import Encoding
+from tiphys.dataio.format.packet_table import PacketChunks
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.format.table import Chunks, Record
+from tiphys.dataio.inplace.kept import KeptVideo
 
 _JSON = 256 << 20  # most bytes of the .json member of a sample
 
@@ -52,7 +54,7 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[s
             texts[field.name] = str(value)
         elif value is not None:
             values[field.name] = np.asarray(value, np.dtype(field.dtype).newbyteorder("<")).tobytes()
-    names = rows.dtype.names or ()
+    names, videos = rows.dtype.names or (), own["videos"]
     reward = float(np.sum(rows["reward"][: own["steps"]], dtype=np.float64)) if "reward" in names else 0.0
     return Record(
         id=own["id"],
@@ -71,8 +73,20 @@ def _record(sample: tar.Sample, data: memoryview, shard: str, layouts: Mapping[s
         short=tuple(own["short"]),
         texts=texts,
         values=values,
-        chunks={f.name: _chunks(sample, data, f, own["encodings"].get(f.name)) for f in layout.large},
+        chunks={
+            f.name: _chunks(sample, data, f, own["encodings"].get(f.name)) for f in layout.large if f.name not in videos
+        },
+        packets={name: _packets(sample, data, name, frames) for name, frames in videos.items()},
     )
+
+
+def _packets(sample: tar.Sample, data: memoryview, name: str, frames: Any) -> PacketChunks:
+    """The places of the samples of a kept video, from its member and the pictures that the sample's `.json` names."""
+    member = sample.members.get(f"{name.lower()}.mp4")
+    if member is None or not isinstance(frames, list) or not all(isinstance(f, int) for f in frames):
+        raise DataError(f"its member {name.lower()}.mp4 is missing, or the .json does not name the picture of each row")
+    found = KeptVideo(member_bytes(data, member), np.array(frames, np.int64)).chunks()
+    return found._replace(offset=found.offset + member.offset)
 
 
 def member_bytes(data: memoryview, member: tar.Member) -> bytes:
@@ -90,6 +104,8 @@ def parse_sample_json(raw: bytes) -> dict[str, Any]:
         for key, kind in (("fields", dict), ("short", list), ("encodings", dict), ("agent", str), ("info", dict)):
             if not isinstance(own[key], kind):
                 raise TypeError(f"{key} is not a {kind.__name__}")
+        if not isinstance(own.setdefault("videos", {}), dict):
+            raise TypeError("videos is not a dict")
         if own["success"] not in (None, True, False):
             raise TypeError("success must be true, false or null")
         return own

@@ -19,9 +19,10 @@ from tiphys.dataio.format import arrays, limited, table, tar
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_document, fetch, parse, publish, sha256
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.inplace.place import resolve
 from tiphys.dataio.messages import printable, redacted
 from tiphys.dataio.statistics import Statistics
-from tiphys.dataio.upkeep import rebuild
+from tiphys.dataio.upkeep import rebuild, verify_videos
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -76,23 +77,30 @@ class Report:
         return {"ok": self.ok, **asdict(self), "repaired": sorted(self.repaired)}
 
 
-def verify(url: str, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> Report:
+def verify(
+    url: str, repair: bool = False, progress: Callable[[int, int], None] | None = None, *, full: bool = False
+) -> Report:
     """Read a whole dataset and check sizes, tar structure, every CRC, and whether index and shards agree.
 
     With `repair`, broken episodes are moved from the index to the list `quarantine` in dataset.json, and a missing or damaged
     index is made again from the shards. No shard is ever rewritten. `progress(done, total)` is called after each shard.
 
+    Of videos that Tiphys did not write, it checks size and version, and the bytes if their checksums are in the index. With
+    `full`, every picture, video and text is decoded too.
+
     Raises FileNotFoundError if there is neither dataset.json nor index.parquet.
     """
     from tiphys.dataio.storage import Store
 
-    store, report = Store(url), Report(url)
+    store, report = Store(resolve(url)), Report(url)
     scratch = Path(tempfile.mkdtemp(prefix="tiphys-verify-"))
     try:
         index = _load(store, scratch, report, repair)
         if index is not None:
             _verify_statistics(store, index, scratch, report, repair)
             reasons, statistics = _verify_shards(store, index, scratch, report, repair, progress)
+            if full:
+                reasons |= _decode(index, reasons, report)
             _compare_listing(store, index, report)
             if repair and (reasons or report.repairs):
                 _rewrite(store, index, reasons, scratch, statistics)
@@ -243,7 +251,13 @@ def _verify_shards(
     bounds = np.searchsorted(index.shard[order], np.arange(len(index.shards) + 1))
     reasons: dict[int, str] = {}
     statistics = Statistics()
+    videos = verify_videos.users(index)
     for number, shard in enumerate(index.shards):
+        if number in videos:
+            reasons |= verify_videos.verify_video(store, index, shard, videos[number], report.add)
+            if progress is not None:
+                progress(number + 1, len(index.shards))
+            continue
         mine = order[bounds[number] : bounds[number + 1]]
         file = _local(store, shard, scratch, report)
         if file is None:
@@ -294,6 +308,16 @@ def _verify_shard(
     return reasons
 
 
+def _decode(index: EpisodeIndex, reasons: dict[int, str], report: Report) -> dict[int, str]:
+    """Decode all episodes without a reason so far. Returns episode -> why it cannot be decoded."""
+    found: dict[int, str] = {}
+    for e in range(index.episodes):
+        if e not in reasons and (wrong := verify_videos.decode_all(index, e)):
+            found[e] = wrong
+            report.add("structure", index.shard_name(int(index.shard[e])), wrong, index.id(e))
+    return found
+
+
 def _verify_episode(
     index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sample | None, statistics: Statistics | None
 ) -> None:
@@ -311,8 +335,10 @@ def _verify_episode(
             raise DataError(f"steps.npy, bytes {at}–{at + one - 1}: the CRC-32C of row {broken} does not match")
     layout = index.layouts[index.task[e]]
     for spec in layout.large:
+        if verify_videos.is_elsewhere(index, e, spec.name):
+            continue
         for chunk in index.chunks(e, spec, 0, rows):
-            if crc32c(data[chunk.offset : chunk.offset + chunk.size]) != chunk.crc:
+            if chunk.crc >= 0 and crc32c(data[chunk.offset : chunk.offset + chunk.size]) != chunk.crc:
                 end = chunk.offset + chunk.size - 1
                 raise DataError(f"{spec.name}, bytes {chunk.offset}–{end}: the chunk's CRC-32C does not match")
     if offset >= 0:
@@ -336,6 +362,8 @@ def _verify_sample(index: EpisodeIndex, e: int, data: memoryview, sample: tar.Sa
         raise DataError(f"sample {sample.key!r}: the rows of steps.npy do not begin where the index says")
     places = [(m.offset, m.offset + m.size, n) for n, m in sample.members.items()]
     for spec in layout.large:
+        if verify_videos.is_elsewhere(index, e, spec.name):
+            continue
         members = [(a, b) for a, b, n in places if n.startswith(f"{spec.name.lower()}.")]
         for chunk in index.chunks(e, spec, 0, int(index.rows[e])):
             if not any(a <= chunk.offset and chunk.offset + chunk.size <= b for a, b in members):
@@ -348,7 +376,9 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
     keep[list(reasons)] = False
     out = scratch / "kept"
     out.mkdir()
-    table.combine([table.Part(scratch / INDEX, keep)], out / INDEX, index.tasks, index.shards)
+    videos = verify_videos.users(index)
+    used = [s for n, s in enumerate(index.shards) if n not in videos or any(keep[e] for e, _ in videos[n])]
+    table.combine([table.Part(scratch / INDEX, keep)], out / INDEX, index.tasks, used)
     before: list[dict[str, Any]] = index.document.get("quarantine", [])
     listed = []
     for e, reason in sorted(reasons.items()):
@@ -356,12 +386,17 @@ def _rewrite(store: Store, index: EpisodeIndex, reasons: dict[int, str], scratch
         listed.append({"id": index.id(e), "task": index.tasks[index.task[e]].name, **place, "reason": reason})
     again = {(q["shard"], q["sample"]) for q in listed}
     listed = [q for q in before if (q["shard"], q["sample"]) not in again] + listed
-    kept = {k: index.document[k] for k in ("skipped",) if k in index.document}
+    kept = {k: index.document[k] for k in ("skipped", "notes", "source") if k in index.document}
     publish(store, out / INDEX, statistics, quarantine=listed, **kept)
 
 
 def _compare_listing(store: Store, index: EpisodeIndex, report: Report) -> None:
     """Notes on shards that are in the folder but not in the index, and on episodes with the same id."""
+    unverified = [f for f in index.packet_fields if not len(index.packets(f).crc)]  # type: ignore[union-attr]
+    if unverified:
+        report.notes.append(
+            f"video bytes unverified: {', '.join(unverified)}; `tiphys index --crc` stores their checksums"
+        )
     unique = len(np.unique(index.hash))
     if unique < index.episodes:
         report.notes.append(f"{index.episodes - unique} episodes have the id of another episode")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.tokens.codecs import Codec
 
+QUOTA = "TIPHYS_HUB_QUOTA"  # files that a hub resolves in five minutes
+_QUOTA = 5000  # of a free account
 _PAIRS = 8  # windows of a row that are told apart by their texts, at least
 _PLANNED = 4  # steps whose rows are looked at
 _SHOWN = 5  # episodes that a message names
@@ -70,6 +73,20 @@ def data_errors(
             yield (
                 f"{where(f'data.mixture[{i}].prefer')}: {entry.prefer!r} prefers episodes by their returns, but these tasks of "
                 f"{entry.dataset} have no rewards: {', '.join(without[:20])}; leave them out with `tasks`, or set prefer: uniform"
+            )
+
+
+def hub_errors(recipe: Recipe, indexes: Sequence[EpisodeIndex], where: Callable[[str], str]) -> Iterator[str]:
+    """Datasets whose files on a hub are more than its quota lets be resolved."""
+    quota = int(os.environ.get(QUOTA) or _QUOTA)
+    for number, index in enumerate(indexes):
+        files = sum(shard.name.startswith("hf://") for shard in index.shards)
+        if files > quota:
+            yield (
+                f"{where(f'data.mixture[{number}].dataset')}: {index.url} reads {files:,} files of a hub, which resolves "
+                f"{quota:,} in five minutes: training would wait for it again and again. Copy the dataset to a bucket or a disk "
+                f"(`hf download OWNER/NAME --repo-type dataset --local-dir FOLDER`), and index the copy; or set {QUOTA} to the "
+                "quota that you have"
             )
 
 

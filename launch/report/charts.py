@@ -36,11 +36,18 @@ def training_charts(run: RunFiles) -> Charts:
         charts.insert(2, ("Normalised score of checkpoints", svg.lines({"mean of the tasks": scores})))
     for task, by_field in action_errors(run).items():
         charts.append((f"Open-loop action error of {task}, held out", svg.lines(by_field, marks=seen)))
+    for title, lines in perplexities(run):
+        charts.insert(2, (title, svg.lines(lines, log=True, marks=seen)))
+    shares = by_line(run, "gradient_by_line")
+    if len(shares) > 1:
+        charts.append(("Share of the gradient (Σ weight · loss) by mixture line", smooth_lines(shares, marks=seen)))
+    if weights := by_line(run, "loss_weights"):
+        charts.append(("Loss weights that are chosen", svg.lines(weights, log=True, marks=seen)))
     layout = {name: series(train, name) for name in ("bubble", "bubble_bound", "all_to_all")}
     if any(layout.values()):
         charts.append(("Pipeline bubble and all-to-all, shares", smooth_lines({n: p for n, p in layout.items() if p})))
-    if shares := mixture(run):
-        charts.append(("Mixture, share of the windows", svg.lines(shares, marks=seen)))
+    if drawn := mixture(run):
+        charts.append(("Mixture, share of the windows", svg.lines(drawn, marks=seen)))
     return charts
 
 
@@ -51,6 +58,25 @@ def action_errors(run: RunFiles) -> dict[str, dict[str, list[tuple[float, float]
         for task, by_field in line.get("action_error", {}).items():
             for field, error in by_field.items():
                 found.setdefault(task, {}).setdefault(field, []).append((line["step"], error))
+    return found
+
+
+def perplexities(run: RunFiles) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
+    """(title, task -> points) of the perplexities of texts by token and by byte; none if no text is predicted."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {"byte": {}, "token": {}}
+    for line in run.kind("validation"):
+        for task, known in line.get("perplexity", {}).items():
+            for unit, value in known.items():
+                found[unit].setdefault(task, []).append((line["step"], value))
+    return [(f"Perplexity of texts by {unit}, held out", lines) for unit, lines in found.items() if lines]
+
+
+def by_line(run: RunFiles, key: str) -> dict[str, list[tuple[float, float]]]:
+    """Mixture line -> points (step, value) of a key of the training's lines that has a value for each."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in run.train:
+        for name, value in line.get(key, {}).items():
+            found.setdefault(name, []).append((line["step"], value))
     return found
 
 

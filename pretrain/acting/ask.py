@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.pretrain.acting.policy import Policy
     from tiphys.pretrain.acting.processor import Processor
+    from tiphys.pretrain.serving.client import RemotePolicy
     from tiphys.recipes.schema import Evaluation
 
 KEYS = ("target_return", "prompt", "goal")
@@ -40,7 +41,7 @@ class Ask:
     asked: float | None = None
     written: str = ""
 
-    def reset(self, policy: Policy, environments: int = 1) -> None:
+    def reset(self, policy: Policy | RemotePolicy, environments: int = 1) -> None:
         """Begin new episodes with a policy."""
         policy.reset(
             self.task,

@@ -26,7 +26,8 @@ class Beam:
     together hold the share `cdf`. The model then says the reward and the value (the discounted sum of later rewards), of which
     the expected values count, and the next observation, whose most probable ids are taken. The `width` plans with the highest
     Σ γⁱ r + γᵗ⁺¹ V stay; of plans with the same actions only one, as long as there are others. A plan whose most probable next
-    token is the end of the episode earns nothing more.
+    token is the end of the episode earns nothing more. An action that cannot be taken now begins no plan; which can be taken
+    later is not known.
 
     Parameters
     ----------
@@ -117,11 +118,14 @@ class Beam:
         """Ids [n] of an action, drawn among the more probable ones."""
         low, high = self.choices[column]
         logits = self.policy.model.logits(hidden)[:, low:high].cpu().double()
+        each = len(logits) // len(self.chosen)
+        if step == 0 and slot in self.acting.allowed:
+            can = np.repeat(self.acting.allowed[slot], each, axis=0)
+            logits = logits.masked_fill(~torch.from_numpy(can), float("-inf"))
         chance, order = logits.softmax(-1).sort(-1)
         dropped = chance.cumsum(-1) < self.cdf
         dropped[:, -1] = False  # the most probable one
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), float("-inf"))
-        each = len(logits) // len(self.chosen)
         attempt = 1 + step * self.width * self.expand + np.arange(each)
         return drawn(logits, self.policy.uniform(self.chosen, slot, attempt).reshape(-1)) + low
 

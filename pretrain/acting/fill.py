@@ -43,8 +43,11 @@ class Filling(History):
         prompt: Window | None,
         goal: Mapping[str, Any] | None,
         query: str,
+        available: Mapping[str, str] | None = None,
     ):
-        super().__init__(processor, layout, environments, target_return, prompt, hop=True, goal=goal)
+        super().__init__(
+            processor, layout, environments, target_return, prompt, hop=True, goal=goal, available=available
+        )
         self.query = query
         self.needs_rewards = self.needs_rewards and query == "rc"
 
@@ -67,7 +70,8 @@ class Filling(History):
         now = (batch.modality == ACTION) & (batch.timestep == np.array(numbers)[:, None])
         here = now & (batch.segment == batch.segment.max(axis=1, keepdims=True))
         nothing = np.zeros(len(rows), np.int64)
-        return Acting(batch, here.argmax(axis=1), self.slots, nothing, nothing, ((),) * len(rows))
+        acting = Acting(batch, here.argmax(axis=1), self.slots, nothing, nothing, ((),) * len(rows))
+        return acting._restricted(self._allowed(observations))
 
     def _filled(self, window: Window) -> Window:
         """The window with hidden steps behind the current one."""

@@ -32,6 +32,7 @@ class _Episode:
     held    tokens of the window that the model has seen and still knows
     begins  position of each step's first token in the window, as it was laid out last
     fixed   texts and values that stand in every part of the window, as they were laid out last
+    counted number of actions, from the episode's first on, that `demand` knows
     """
 
     asked: float
@@ -48,6 +49,7 @@ class _Episode:
     held: int = 0
     begins: list[int] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
+    counted: int = 0
 
 
 class History:
@@ -112,6 +114,11 @@ class History:
         asked = self.target_return[environment] if target_return is None else target_return
         demand = self._demands[environment].again() if self._demands else None
         self._episodes[environment] = _Episode(asked, demand)
+
+    def forget(self) -> None:
+        """The model has seen nothing of these histories, so the next layouts are whole windows."""
+        for episode in self._episodes:
+            episode.held = 0
 
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes.
@@ -209,7 +216,9 @@ class History:
         if episode.returns:
             episode.rewards.append(reward)
         if episode.demand is not None:
-            if episode.actions:
+            done = episode.number + len(episode.actions)
+            if done > episode.counted:
+                episode.counted = done
                 before, did = episode.observations[-1], episode.actions[-1]
                 episode.demand.took(value_of(episode.demand.field, before, did, reward))
             episode.demanded.append(episode.demand.shares())
@@ -218,6 +227,20 @@ class History:
         else:
             episode.returns.append(episode.returns[-1] - reward if episode.returns else episode.asked)
         episode.observations.append(observation)
+
+    def retract(self, environments: Sequence[int]) -> None:
+        """Forget the observations of these environments that were not acted on, because one of them was refused."""
+        for episode in (self._episodes[i] for i in environments):
+            count = len(episode.actions)
+            kept_by_step: tuple[list[Any], ...] = (
+                episode.observations,
+                episode.returns,
+                episode.demanded,
+                episode.begins,
+            )
+            for steps in kept_by_step:
+                del steps[count:]
+            del episode.rewards[max(count - 1, 0) :]
 
     def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
         """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.

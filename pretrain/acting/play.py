@@ -17,6 +17,7 @@ from tiphys.pretrain.acting.ask import Ask, Asking
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.serving.client import RemotePolicy
 
 
 @dataclass
@@ -56,7 +57,7 @@ class _Playing:
 
 
 def play_group(
-    policy: Policy,
+    policy: Policy | RemotePolicy,
     spec: TaskSpec,
     envs: Sequence[Environment],
     seeds: Sequence[int],
@@ -75,7 +76,7 @@ def play_group(
     from tiphys.pretrain.acting.states import state_hash
 
     (ask or Ask(spec.name)).reset(policy, len(seeds))
-    policy.history.limit(declared)
+    policy.limit(declared)
     hashed = state_hash(spec)
     playing = []
     for i, (env, seed) in enumerate(zip(envs, seeds, strict=True)):

@@ -14,14 +14,16 @@ from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import given_fields, native
 from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
+from tiphys.dataio.stored import number as within
 from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.match import fits, matches_texts
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
+from tiphys.pretrain.acting.say import Writer, can_say
 from tiphys.pretrain.acting.slots import Acting
-from tiphys.pretrain.tokens.timestep import CAUSAL
+from tiphys.pretrain.tokens.timestep import CAUSAL, TimestepLayout
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
@@ -62,6 +64,7 @@ class Policy:
         self.model, self.processor = model.eval(), processor
         self.sample, self.seed, self.hop = sample, seed, hop
         self.task = ""
+        self.following: Any = None
 
     @classmethod
     def load(
@@ -94,7 +97,8 @@ class Policy:
         from tiphys.pretrain.model.transformer import DecisionModel
 
         logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
-        if "://" in str(folder):  # a policy's own code has no stores, so this module is not among its imports
+        published = "://" in str(folder) or (Path(expand(folder)) / "latest.json").is_file()
+        if published:  # a policy's own code has no stores, so this module is not among its imports
             folder = import_module("tiphys.pretrain.policy_files").local_policy(folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
@@ -110,6 +114,41 @@ class Policy:
                 f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
             ) from error
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
+
+    @classmethod
+    def follow(cls, url: str, device: str = "", *, every: float = 10.0, when: str = "act", **options: Any) -> Policy:
+        """Load a policy that takes over each newer version of its weights that is published at the same place.
+
+        A thread polls, decodes and verifies; `act` and `reset` only exchange the weights. ``policy.following`` knows the `step`
+        and `digest` of the present ones, and its `close()` ends the thread.
+
+        Parameters
+        ----------
+        url : str
+            Where a run publishes: a folder, ``s3://bucket/path`` or ``hf://owner/name``.
+        device : str
+            A torch device, as in `load`.
+        every : float
+            Seconds between two polls, about.
+        when : str
+            ``act``: new weights are taken before any action; ``episode``: only in `reset` and `restart`.
+        **options
+            `sample`, `seed` and `hop`, as in the class.
+
+        Raises
+        ------
+        FileNotFoundError
+            If nothing is published there.
+        DataError
+            If `every` or `when` is not allowed, or as in `load`.
+        """
+        from importlib import import_module
+
+        following = import_module("tiphys.pretrain.follow.following").Following(url, every=every, when=when)
+        policy = cls.load(following.folder, device, **options)
+        policy.following = following
+        following.start(policy)
+        return policy
 
     @classmethod
     def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0, hop: bool = True) -> Policy:
@@ -211,6 +250,8 @@ class Policy:
             return or no goal and gets one; if an option of `acting` is unknown or out of range, or a plan is longer than the
             window.
         """
+        if self.following is not None:
+            self.following.take(self)
         known = self.processor.tasks.get(task)
         fields = {f.name: f for f in known.fields} if known is not None else {}
         name = objective or self.processor.objective(task)
@@ -271,6 +312,8 @@ class Policy:
         instruction : str, optional
             What is to be done, in words. None: as before.
         """
+        if self.following is not None:
+            self.following.take(self)
         asked = None if target_return is None else self.processor.asked(self.task, self._objective, target_return)
         self._instruct(instruction, [environment])
         for agent, row in enumerate(self._rows([environment])):
@@ -278,6 +321,12 @@ class Policy:
             self._steps[row] = 0
             if stream is not None:
                 self._streams[row] = stream * self._agents + agent
+
+    def forget(self) -> None:
+        """Forget what the model has computed of the histories so far. The next action reads them again, by other weights."""
+        if self.task:
+            self.history.forget()
+            self.recall = Recall(self.model, len(self._steps), self.processor.length)
 
     def act(
         self,
@@ -313,13 +362,15 @@ class Policy:
         ValueError
             If `reset` was not called, or if there is not one observation for each environment.
         DataError
-            If an observation lacks a field, or has a value without encoding.
+            If an observation lacks a field, or has a value without encoding. All environments are then as before the call.
         """
         if not self.task:
             raise ValueError("the policy does not know its task: call reset(task) before act")
         if not isinstance(observations, list):
             one = None if rewards is None else [float(rewards)]  # type: ignore[arg-type]
             return self.act([observations], one, environments, text=text)[0]
+        if self.following is not None and self.following.when == "act":
+            self.following.take(self)
         chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
             raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
@@ -327,20 +378,42 @@ class Policy:
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
         each = None if rewards is None else np.repeat(np.asarray(rewards, np.float64), agents).tolist()
-        seen = [o for team in given for o in self._members(team)]
-        planned = np.array([self.history.plans(row) for row in rows], bool)
-        parts = [
-            act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
-            for act, some in ((self._decide, np.flatnonzero(~planned)), (self.history.follow, np.flatnonzero(planned)))
-            if len(some)
-        ]
-        order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
-        fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        try:
+            seen = [o for team in given for o in self._members(team)]
+            planned = np.array([self.history.plans(row) for row in rows], bool)
+            parts = [
+                act([seen[n] for n in some], None if each is None else [each[n] for n in some], [rows[n] for n in some])
+                for act, some in (
+                    (self._decide, np.flatnonzero(~planned)),
+                    (self.history.follow, np.flatnonzero(planned)),
+                )
+                if len(some)
+            ]
+            order = np.argsort(np.argsort(planned, kind="stable"), kind="stable")
+            fields = {name: np.concatenate([part[name] for part in parts if name in part])[order] for name in parts[-1]}
+        except Exception:
+            self.history.retract(rows)  # so that the environments can go on with an observation that is valid
+            raise
         for row in rows:
             self._steps[row] += 1
         if self.history.layout.agents:
             fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
+
+    def limit(self, declared: Sequence[FieldSpec]) -> None:
+        """Answer only values that an environment takes, in all environments of `reset`.
+
+        Parameters
+        ----------
+        declared : sequence of FieldSpec
+            The fields of the environment. The range of its discrete action fields counts.
+
+        Raises
+        ------
+        DataError
+            If an entry of an action field has no value that both the policy and the environment know.
+        """
+        self.history.limit(declared)
 
     def _decide(
         self, observations: list[dict[str, Any]], rewards: list[float] | None, rows: list[int]
@@ -410,6 +483,89 @@ class Policy:
         fields = {f.name: f for f in self.processor.tasks[task].fields}
         given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
         return fits(self.model, self.processor, layout, given, texts)
+
+    def say(
+        self,
+        prompt: str | Sequence[str],
+        observation: Any = None,
+        *,
+        task: str = "",
+        objective: str = "",
+        tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Any:
+        """Continue a text, or several together, if the policy has learned texts (documents or captions).
+
+        Parameters
+        ----------
+        prompt : str or sequence of str
+            How each text begins. Captions may begin with "".
+        observation : observation or list of observations, optional
+            The picture (or what else) that a caption is about, as for `act`; one for each prompt.
+        task : str
+            The task whose texts are meant; "": the first that was learned from documents, or with an observation from captions.
+        objective : str
+            The objective that taught it; "": the first that did.
+        tokens : int
+            Most tokens of an answer. It ends earlier where the text does.
+        temperature : float
+            The logits are divided by it before a token is drawn; 0: the most probable token is taken.
+        top_p : float
+            Only the most probable tokens are drawn, which together have at least this probability.
+
+        Returns
+        -------
+        str or list of str
+            What follows each prompt. It depends on the policy's seed, the text's number and the prompt.
+
+        Raises
+        ------
+        KeyError
+            If the policy was not trained on the task, or not with this objective.
+        DataError
+            If no task (or not this one) taught texts, the prompt of a document is empty, `tokens`, `temperature` or `top_p` is
+            out of range, or an observation lacks a field.
+        """
+        within(tokens, "say, tokens", 1, 1 << 24)
+        within(temperature, "say, temperature", 0, 1e6)
+        within(top_p, "say, top_p", 1e-9, 1)
+        many = not isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        layout = self._texts_layout(task, objective, observation is not None)
+        fields = {f.name: f for f in self.processor.tasks[layout.task].fields}
+        seen = observation if many and observation is not None else [observation] * len(prompts)
+        if len(seen) != len(prompts):
+            raise ValueError(f"{len(seen)} observations for {len(prompts)} prompts; give one for each")
+        about = [{} if layout.document else given_fields(one, fields)[0] for one in seen]
+        writer = Writer(self.model, self.processor, layout, prompts, about)
+        said = writer.write(tokens, temperature, top_p, self.seed)
+        return said if many else said[0]
+
+    def _texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
+        """The layout of the texts that are meant. `seen`: an observation is given."""
+        known = self.processor.layouts
+        if (objective and objective not in known) or (task and task not in self.processor.tasks):
+            raise KeyError(
+                f"the policy was not trained on task {task!r} with objective {objective!r}; it has tasks "
+                f"{', '.join(self.processor.tasks)} and objectives {', '.join(known)}"
+            )
+        layouts = [
+            layout
+            for name, by_task in known.items()
+            for layout in by_task.values()
+            if can_say(layout) and objective in ("", name) and task in ("", layout.task)
+        ]
+        fitting = [layout for layout in layouts if layout.document != seen]
+        if not layouts:
+            of = f"task {task!r}" if task else "no task"
+            raise DataError(f"{of} of this policy taught texts; documents and captions do, with paradigm gato")
+        if not fitting:
+            need = "takes no observation" if seen else "needs the observation that the text is about"
+            raise DataError(f"task {layouts[0].task!r} {need}")
+        return fitting[0]
 
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""

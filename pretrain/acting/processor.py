@@ -285,7 +285,7 @@ class Processor:
         available = {e.field: e.available for e in learnt.elements if e.available}
         if rule == "fill":
             query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
-            return Filling(self, layout, environments, asked, prompt, goal, query)
+            return Filling(self, layout, environments, asked, prompt, goal, query, available)
         demands = self._demands(task, name, future, remainder, environments)
         return History(
             self,

@@ -77,7 +77,7 @@ class MetricsWriter(Callback):
                 file.write(to_json(line) + "\n")
         if self._board is not None and "step" in line:
             prefix = f"{line['kind']}/" if "kind" in line else "train/"
-            for name, value in _numbers(line):
+            for name, value in numbers(line):
                 if name != "step":
                     with suppress(OSError):  # a full disk
                         self._board.add_scalar(prefix + name, value, line["step"])
@@ -115,9 +115,10 @@ def _drop_later(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _numbers(line: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+def numbers(line: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+    """(name, value) of the numbers of a line; the names of nested ones are joined by `/`."""
     for name, value in line.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}/")
+            yield from numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
             yield prefix + name, value

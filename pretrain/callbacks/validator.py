@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from tiphys.dataio.messages import say
 from tiphys.pretrain.callbacks.base import Callback, Every
 from tiphys.pretrain.phases import mark
@@ -23,6 +25,7 @@ class Validator(Callback):
     every      0: only at the end
     batches    returns this rank's held-out batches; called once, when they are needed for the first time
     native     measures action errors in the units of the data; None: they are not measured
+    texts      bytes of each id of the text tokenizer, for perplexities; None: they are not counted
     """
 
     def __init__(
@@ -31,8 +34,10 @@ class Validator(Callback):
         batches: Callable[[], Iterable[TokenBatch]],
         write: MetricsWriter | None,
         native: NativeErrors | None = None,
+        texts: np.ndarray | None = None,
     ) -> None:
         self.clock, self._load, self._writer, self._native = Every(every), batches, write, native
+        self._texts = np.zeros(0, np.int64) if texts is None else texts
         self._batches: list[TokenBatch] | None = None
         self._done = -1
 
@@ -51,7 +56,7 @@ class Validator(Callback):
         mark("validate")
         if self._batches is None:
             self._batches = list(self._load())
-        trainer.engine.native = self._native
+        trainer.engine.native, trainer.engine.text_sizes = self._native, self._texts
         result = validate(trainer.engine, self._batches)
         self._done = trainer.step
         if trainer.world.rank == 0:

@@ -57,8 +57,13 @@ class _Changes:
         self.values[path] = f"{value} ({why})" if why else value
 
 
-def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
+MOST_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once by default
+
+
+def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu", elements: int = 0) -> Derived:
     """DeepSpeed's configuration for this layout.
+
+    elements  trained parameters of this rank's part of the model, before ZeRO divides them; 0: not known
 
     Raises LayoutError, with all reasons, if DeepSpeed cannot run the section on this layout or would run it wrongly.
     """
@@ -86,6 +91,8 @@ def derive(recipe: Recipe, grid: Grid, *, accelerator: str = "cpu") -> Derived:
             True,
             "grouped products would copy weights that are not aligned",
         )
+    if elements and stage and "reduce_bucket_size" not in changes.config.get("zero_optimization", {}):
+        changes.set("zero_optimization.reduce_bucket_size", min(MOST_BUCKET, elements), "elements")
     if accelerator == "cpu" and not changes.config["optimizer"].get("params", {}).get("torch_adam"):
         changes.set("optimizer.params.torch_adam", True, "on a CPU the fused optimizer would have to be compiled first")
     return Derived(changes.config, changes.values, rows, rows_per_rank, micro, accumulation, stage, bf16)

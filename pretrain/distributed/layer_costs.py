@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tiphys.pretrain.model.embedding import Embedding, TokenTable
-from tiphys.pretrain.model.heads import Head
+from tiphys.pretrain.model.heads import SUMS, Head
 from tiphys.pretrain.model.inputs import Inputs, scalars, to_tensors
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import Block, build_layers
@@ -114,7 +114,7 @@ def _pass(layer: Any, x: Tensor, inputs: Inputs, layout: TokenLayout, config: De
             return checkpoint(layer, x, layout, use_reentrant=False) if config.checkpointing else layer(x, layout)
         if isinstance(layer, Head):
             return layer(x, inputs, layout)[0]
-        sums = torch.zeros(max(1, len(config.tasks)), 3, device=x.device)
+        sums = torch.zeros(max(1, len(config.tasks)), SUMS, device=x.device)
         return layer(x, torch.zeros(1, device=x.device), sums, inputs, layout)[0]
 
     def work() -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
 
+SUMS = 5  # numbers of each task that `add_by_task` adds up
+
+
 class Match(Module):
     """Unit vectors of windows and of texts, and how well each fits each (Radford et al. 2021; Fan et al. 2022).
 
@@ -83,11 +86,11 @@ class Head(Module):
         self.match = Match(config.hidden_size) if config.pairs else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, 3] (see `add_by_task`)."""
+        """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, SUMS] (see `add_by_task`)."""
         hidden = self.norm(x)
         # Every float that leaves a layer must have a gradient, so the sum begins with a zero that depends on x.
         loss = 0.0 * hidden[:1].float().sum(-1)
-        sums = torch.zeros(self.tasks, 3, device=x.device)
+        sums = torch.zeros(self.tasks, SUMS, device=x.device)
         for name in self.names:
             targets = targets_of(inputs, f"regression/{name}")
             if targets is None:
@@ -144,12 +147,13 @@ class Output(Module):
         self.weight: nn.Parameter
         self.declare("weight", config.vocab_size, config.hidden_size, std=STD)
         self.bounds = output_bounds(config)
+        self.text = next(((int(low), int(high)) for name, low, high in config.ranges if name == "text"), (0, 0))
 
     def forward(
         self, hidden: Tensor, loss: Tensor, sums: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout
     ) -> tuple[Tensor, Tensor]:
-        """The whole loss (a scalar) and the sums by task, [tasks, 3]."""
-        return output_loss(self.weight, self.bounds, hidden, loss, sums, inputs, layout)
+        """The whole loss (a scalar) and the sums by task, [tasks, SUMS]."""
+        return output_loss(self.weight, self.bounds, self.text, hidden, loss, sums, inputs, layout)
 
 
 def output_bounds(config: DecisionConfig) -> list[tuple[int, int]]:
@@ -160,13 +164,17 @@ def output_bounds(config: DecisionConfig) -> list[tuple[int, int]]:
 def output_loss(
     weight: Tensor,
     bounds: list[tuple[int, int]],
+    text: tuple[int, int],
     hidden: Tensor,
     loss: Tensor,
     sums: Tensor,
     inputs: Mapping[str, Tensor],
     layout: TokenLayout,
 ) -> tuple[Tensor, Tensor]:
-    """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task."""
+    """Add Σ weight · cross-entropy ÷ normaliser, in float32, to `loss` [1]. Returns the scalar and the sums by task.
+
+    bounds, text  [low, high) ids of each softmax, and of texts
+    """
     total, any_target = loss.sum(), False
     for kind, i in ((kind, i) for kind in IDS for i in range(len(bounds))):
         targets, (low, high) = targets_of(inputs, f"{kind}/{i}"), bounds[i]
@@ -175,7 +183,8 @@ def output_loss(
         logits = F.linear(hidden[targets.place], weight[low:high]).float()
         losses = TARGETS[kind].losses(logits, targets.payload, low)
         total = total + (losses * targets.weight).sum() / layout.divisors[0]
-        sums = add_by_task(sums, targets.task, losses, targets.weight)
+        said = (targets.payload[:, 0] >= text[0]) & (targets.payload[:, 0] < text[1])
+        sums = add_by_task(sums, targets.task, losses, targets.weight, said)
         any_target = True
     if not any_target:
         total = total + 0.0 * (weight[0] * hidden[0]).sum().float()
@@ -183,8 +192,13 @@ def output_loss(
 
 
 @torch.no_grad()
-def add_by_task(sums: Tensor, task: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
-    """Add to sums [tasks, 3], for each task: Σ weight · loss, Σ loss, number of targets."""
-    losses = losses.detach()
-    columns = torch.stack([losses * weights, losses, torch.ones_like(losses)], -1)
+def add_by_task(sums: Tensor, task: Tensor, losses: Tensor, weights: Tensor, said: Tensor | None = None) -> Tensor:
+    """Add to sums [tasks, SUMS], for each task: Σ weight · loss, Σ loss, number of targets; Σ loss and number of those of them
+    that are tokens of a text.
+
+    said  bool [n]: the targets that are; None: none
+    """
+    losses, ones = losses.detach(), torch.ones_like(losses)
+    text = torch.zeros_like(losses) if said is None else said.to(losses.dtype)
+    columns = torch.stack([losses * weights, losses, ones, losses * text, text], -1)
     return sums.index_add_(0, task, columns)

@@ -127,7 +127,7 @@ class HeadStage(Head):
 
 
 class OutputStage(Output):
-    """Returns the loss, a scalar. `loss_by_task` [tasks, 3] is a sum over micro-batches until `take_loss_by_task` is called."""
+    """Returns the loss, a scalar. `loss_by_task` [tasks, SUMS] adds micro-batches up until `take_loss_by_task` is called."""
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__(config)

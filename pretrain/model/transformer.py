@@ -67,7 +67,7 @@ class DecisionOutput(NamedTuple):
 
     loss          scalar: Σ weight · loss over the targets ÷ normaliser, without auxiliary terms
     auxiliary     float32 [2]: balance loss and z-loss; they are already part of the gradient, but not of `loss`
-    loss_by_task  float32 [tasks, 3]: Σ weight · loss, Σ loss, number of targets
+    loss_by_task  float32 [tasks, SUMS]: see `heads.add_by_task`
     hidden        [T, D] after the last norm, in compact order (`inputs.unpack` restores rows and positions)
     """
 
@@ -199,13 +199,13 @@ class DecisionModel(PreTrainedModel):
         """Normed hidden states [n, D] -> chunks of actions, float32 [n, steps · entries], of one head; `flow` draws."""
         return self.head.chunk_head(name).predict(hidden, noise)
 
-    def policy(self, task: str, environments: int = 1, **options: Any) -> Policy:
-        """A policy that acts in a task.
+    def policy(self, task: str = "", environments: int = 1, **options: Any) -> Policy:
+        """A policy that acts in a task, or continues texts (`say`).
 
         Parameters
         ----------
         task : str
-            Name of the task.
+            Name of the task; "": `reset` says it later, and `say` needs none.
         environments : int
             Number of environments that are played at the same time.
         **options
@@ -219,5 +219,6 @@ class DecisionModel(PreTrainedModel):
         from tiphys.pretrain.acting.policy import Policy
 
         policy = Policy.of(self, **options)
-        policy.reset(task, environments)
+        if task:
+            policy.reset(task, environments)
         return policy

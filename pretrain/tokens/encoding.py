@@ -63,7 +63,7 @@ OPTIONS = {
     "agents": "number of agents, whose values are the first axis of actions and observations; for a paradigm of several agents",
     "available": "field that tells which values of a discrete action can be taken; for several agents: that with the role mask",
     "swap": "for a paradigm that learns which texts fit: share of the windows that show the text of another window",
-    "text_tokens": "most tokens of a text",
+    "text_tokens": "most tokens of a text; of a document: of a window of it",
     "allow_clipped": "share of an action field's values that may be clamped",
     "histogram": "field of whose future values histograms are shown (gdt)",
     "action_quantile": "for an action field without bounds: its range goes from this quantile q to 1 − q; 0: from min to max",
@@ -260,6 +260,8 @@ class Encoding:
                 f"{layout.width * layout.copies} tokens ({parts}); raise `context`, or resize, skip or encode a field "
                 "as one token"
             )
+        if layout.document:
+            return replace(layout, text_limit=int(self.option("text_tokens", 0)))
         if not layout.preamble:
             return layout
         each = (room // layout.copies - layout.text_last) // len(layout.preamble)
@@ -758,13 +760,17 @@ class Encoding:
         scale = self.largest_return or 1.0
         if part.code in ("auto", "linear"):
             return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
-            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (-scale,), (scale,), False)
+            low, high = -scale, scale
+            if found is not None and found.count and np.max(found.max) > np.min(found.min):
+                # Only what the data have: a policy that prefers low returns would draw one that stands for nothing
+                low, high = float(np.min(found.min)), float(np.max(found.max))
+            return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
         if part.code == "quantile" and part.rule == "to_go":
-            from tiphys.dataio.statistics import RETURN_TO_GO
-
-            found = self.statistics.get(RETURN_TO_GO)
             if found is None or not found.count:
                 raise DataError(
                     f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "

@@ -224,25 +224,41 @@ def _measure(
     if layout.prompt_reverse:
         windows = [_reversed(layout, w) if w.prompt else w for w in windows]
     # There is nothing to learn from a last row without an action. For a caption such a row is the only one.
-    acted = np.array([w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows], np.int64)
+    acted = np.array(
+        [0 if layout.document else w.steps - (layout.has_actions and not w.valid[w.steps - 1]) for w in windows],
+        np.int64,
+    )
     beyond = [
         0 if w.prompt or not n else min(layout.future, max(len(w.step) - n, 0)) for w, n in zip(windows, acted.tolist())
     ]
     texts = [_NO_IDS] * len(windows)
     for name in layout.preamble:
         given = ["" if w.prompt else field_of(w, name) for w in windows]  # the plan counts a prompt without its text
-        found = text.encode(given, layout.text_limit)
+        found = text.encode(given, 0 if layout.document else layout.text_limit)
         texts = [np.concatenate([ids, more]) for ids, more in zip(texts, found, strict=True)]
     tails = [_tail(layout, w, vocabulary) for w in windows]
     heads = [_NO_IDS] * len(windows) if layout.text_last else texts
     if layout.text_last:
         end = np.array([vocabulary.end_of_text], np.int32)
         tails = [np.concatenate([ids, end, tail]) for ids, tail in zip(texts, tails, strict=True)]
+    if layout.document:
+        tails = [_shown(ids, window) for ids, window in zip(tails, windows, strict=True)]
     group = Group(layout, windows, np.array(numbers), acted + np.array(beyond, np.int64), acted, heads, tails)
     parts = layout.prompt_parts and any(w.prompt for w in windows)
     if layout.varies or any(beyond) or parts:
         _find_present(group, text)
     return group
+
+
+def _shown(ids: np.ndarray, window: Window) -> np.ndarray:
+    """The tokens of a document that a window shows. Raises DataError if it has fewer than were planned."""
+    stop = window.start + window.steps + 1
+    if stop > len(ids):
+        raise DataError(
+            f"episode {window.episode!r}: its text has {len(ids) - 1} tokens, but the window needs those up to {stop - 1}; plan "
+            "and dataset do not belong together"
+        )
+    return ids[window.start : stop]
 
 
 def _reversed(layout: TimestepLayout, window: Window) -> Window:

@@ -356,7 +356,7 @@ PARADIGMS: dict[str, Paradigm] = {
             acting=("fill", {QUERY: "bc"}),
             requires=(REWARD,),
             differs="what is hidden is a token of its own, not zeros; ids are predicted over their range; the kinds of parts "
-            "have equal shares in the loss of a row, not of a batch; hidden numbers are predicted independently of each other",
+            "have equal shares in the loss of a window, not of a batch; hidden numbers are predicted independently of each other",
         ),
         Paradigm(
             "idm",

@@ -199,6 +199,9 @@ class _Draft:
         self.allowed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.prompt = np.zeros(self.cells + 1, bool)
         self.factor = np.zeros(self.cells + 1, np.uint8)  # 1 + index in FACTORS of targets that are counted by kind
+        self.steps = np.zeros(
+            self.cells + 1, np.int32
+        )  # of the window that a cell belongs to, if targets are so counted
 
     def lay_windows(
         self,
@@ -268,6 +271,8 @@ class _Draft:
         """The timesteps; `cell` [N, W] is where each of their columns stands."""
         layout = group.layout
         self._lay_frame(group, cell)
+        if layout.loss == "factors":
+            self.steps[cell] = group.steps[group.owner][:, None]
         step_texts, own = iter(group.step_texts), ~group.swapped[group.owner]
         for number, (element, column) in enumerate(zip(layout.elements, layout.columns, strict=True)):
             at = cell[:, column : column + element.size]
@@ -472,16 +477,22 @@ class _Draft:
             self.factor[at] = FACTORS.index(role) + 1
 
     def _balance(self) -> np.ndarray | None:
-        """float64 [cells]: factors of the weights, so that each kind of part has the same share in the loss of a row."""
+        """float64 [cells]: factors of the weights. Each window counts as much as it has steps, and each kind of part in it alike.
+
+        Otherwise a window of which one part is learned would count a tenth of one of which ten are, and would learn nothing.
+        """
         at = np.flatnonzero(self.factor[:-1])
         if not len(at):
             return None
-        key = at // self.length * (len(FACTORS) + 1) + self.factor[at]
+        segment = self.dense["segment"][:-1].astype(np.int64)
+        window = np.arange(self.cells) // self.length * (segment.max() + 1) + segment
+        steps = np.zeros(int(window.max()) + 1, np.int64)
+        np.maximum.at(steps, window, self.steps[:-1])
+        key = window[at] * (len(FACTORS) + 1) + self.factor[at]
         kinds, kind, count = np.unique(key, return_inverse=True, return_counts=True)
-        row = kinds // (len(FACTORS) + 1)
-        every, each = np.bincount(row, count), np.bincount(row)
+        owner = kinds // (len(FACTORS) + 1)
         scale = np.ones(self.cells)
-        scale[at] = (every[row] / (each[row] * count))[kind]
+        scale[at] = (steps[owner] / (np.bincount(owner)[owner] * count))[kind]
         return scale
 
     def finish(self, step: int, seed: int, training: bool) -> TokenBatch:

@@ -35,7 +35,7 @@ MASKS = {
 }
 LOSSES = {
     "targets": "each target counts by its weight",
-    "factors": "each kind of part has the same share in the loss of a row",
+    "factors": "each window counts as much as it has steps, and each kind of part in it has the same share",
     "pairs": "each window is told from the other windows of its row by its text, and each text by its window",
 }
 _JSON_KEYS = {  # name here -> key in processor.json, version 1; all other names are the same in both
@@ -172,10 +172,10 @@ class TimestepLayout:
     elements      in order; texts that change from step to step come first
     preamble      text fields that have one text for the whole episode. They stand once in a window, before its first timestep.
                   They have local positions of their own, so that an observation's local positions are the same in every timestep
-    text_limit    most ids of one text of the preamble
+    text_limit    most ids of one text of the preamble; of a document: most tokens of a window. 0: no limit
     predict_text  the preamble is predicted
     text_last     the preamble stands after the observations, and an end-of-text token follows it: captions and documents
-                  (no actions)
+                  (no actions). A document, which has no observations, is as long as its texts: windows show a part of it
     chunk         steps 0, chunk, 2·chunk … of a window show every element, the steps between them only the actions
     softmax       vocabulary | range: what a predicted id is normalised over
     weight        loss weight of each target, times that of its element
@@ -230,6 +230,16 @@ class TimestepLayout:
     def copies(self) -> int:
         """How many sequences of a window have timesteps."""
         return VIEWS[self.views].copies(self)
+
+    @cached_property
+    def document(self) -> bool:
+        """Whether windows show consecutive tokens of the texts, and nothing else.
+
+        Texts of n tokens are n units of the plan. Unit i is the prediction of the token after token i, or of the end. So the
+        window [start, start + units) shows the tokens [start, start + units], each token is predicted equally often, and tiles
+        that do not overlap miss none.
+        """
+        return self.text_last and not self.elements
 
     @property
     def shift(self) -> int:

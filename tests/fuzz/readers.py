@@ -73,6 +73,8 @@ def make(folder: Path) -> dict[str, Callable[[], Reader]]:
         "checkpoint": lambda: _checkpoint(folder),
         "recipe": _recipe,
         "mapping": lambda: Reader((_MAPPING,), _yaml, _read_mapping),
+        "mp4": lambda: Reader(tuple(p.read_bytes() for p in sorted(_VIDEOS.glob("*.mp4"))), _moov, _read_mp4),
+        "samples": lambda: Reader(tuple(p.read_bytes() for p in sorted(_VIDEOS.glob("*.mp4"))), _bytes, _read_samples),
     }
 
 
@@ -137,6 +139,42 @@ def _read_statistics(data: bytes, folder: Path) -> None:
     for fields in merged.result(["rich"]).values():
         for one in fields.values():
             json.dumps(one.to_dict())
+
+
+# -- Videos -----------------------------------------------------------------------------------------------------------
+
+_VIDEOS = Path(__file__).parent.parent / "dataio" / "format" / "data"
+
+
+def _moov(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes of the tables are others, often those of a number; or parts of the file are."""
+    if rng.random() < 0.2:
+        return _bytes(data, rng)
+    out, begin = bytearray(data), data.index(b"moov")
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(begin, len(out) - 4)
+        out[at : at + 4] = rng.choice(
+            [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\1", rng.randbytes(4)]
+        )
+    return bytes(out)
+
+
+def _read_mp4(data: bytes, _: Path) -> Any:
+    from tiphys.dataio.format.mp4 import gops, read_track
+
+    found = read_track(lambda offset, size: data[offset : offset + size], len(data), "x")
+    cut = gops(found)
+    assert int((found.offsets + found.sizes).max()) <= len(data)
+    assert int((cut.last - cut.first).sum()) == len(found)
+    return found
+
+
+def _read_samples(data: bytes, folder: Path) -> None:
+    from tiphys.dataio.format import packets
+
+    found = _read_mp4(data, folder)
+    samples = [data[o : o + s] for o, s in zip(found.offsets.tolist(), found.sizes.tolist(), strict=True)]
+    packets.decode(found.stream, samples, found.rank, found.rank[:3])
 
 
 # -- Shards -----------------------------------------------------------------------------------------------------------

@@ -269,12 +269,13 @@ def test_a_real_run_evaluates_and_publishes_its_checkpoints(tmp_path: Path, monk
     (evaluated,) = [line for line in lines if line.get("kind") == "evaluation"]
     assert evaluated["step"] == 2
     assert evaluated["tasks"]["CartPole-v1"]["episodes"] == 1
-    weights = tmp_path / "published" / "model.safetensors"
+    (published,) = (tmp_path / "published" / "steps").iterdir()
+    weights = published / "model.safetensors"
     assert (weights.stat().st_mode & 0o777) == 0o666 & ~_mask()
     with safe_open(weights, "pt") as file:
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} >= {"torch.bfloat16"}  # noqa: SIM118
-    assert json.loads((tmp_path / "published" / "config.json").read_text())["tiphys"]["step"] == 2
-    assert (tmp_path / "published" / "evaluation.json").is_file()
+    assert json.loads((published / "config.json").read_text())["tiphys"]["step"] == 2
+    assert (published / "evaluation.json").is_file()
 
 
 def _mask() -> int:

@@ -8,7 +8,8 @@ import json
 import shlex
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.dataio.convert.convert_sources import lerobot_v2
 from tests.launch.small_recipe import GOLDEN, small_recipe
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch import cli, quickstart, supervise
 from tiphys.launch.check import check
@@ -29,8 +32,12 @@ pytest.importorskip("gymnasium", reason="needs the envs extra")
 pytest.importorskip("minigrid", reason="needs the envs extra")
 import tests.pretrain.acting.acting_fixtures as acting
 import tests.pretrain.token_fixtures as fixtures
+from tests.pretrain.serving.serving_fixtures import serving
 from tests.pretrain.test_checkpoint import part
 from tiphys.dataio import environments
+from tiphys.pretrain.publish import publish
+from tiphys.pretrain.serving.served import Served, Settings
+from tiphys.pretrain.serving.server import Door, Server
 
 pytestmark = pytest.mark.envs
 
@@ -44,6 +51,8 @@ train small.yaml --on slurm --nodes 2 --processes 1 --slurm "--partition=gpu --m
 submit small.yaml --nodes 1 --processes 2 --slurm "--time=1:00:00 --mem=8G" --dry-run
 check small.yaml train.steps=5 --world 2
 check small.yaml --no-data
+layout small.yaml train.steps=3 --gpus 2 --memory 4GiB --device cpu --json
+layout small.yaml --memory 4GiB --calibrate
 mixture run show
 mixture run set 0=0.5 --at 7
 mixture run add grid=0.25 --like 0
@@ -65,7 +74,11 @@ inspect cart --json
 inspect grid --episode 0
 inspect pictures --episode 0 --picture frames.png
 verify cart --repair
+verify robot --full
 index tars
+index tars tars-index
+index robot robot-index --crc --tolerance 0.02 --skip-bad
+check raw.yaml
 dataset merge all cart grid
 dataset append all pendulum pictures
 dataset split all most rest --share 0.5
@@ -74,13 +87,22 @@ dataset filter grid done --success
 dataset lengths small.yaml train.steps=3
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
+say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart
 evaluate both --tasks CartPole-v1 --episodes 1 --processes 1 --goal [0,0,0,0]
+evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --server ws://127.0.0.1:29872 --api-key-file key
+serve policy --task CartPole-v1 --map state=observation --execute 1 --port 0 --sessions 8 --batch 4 --wait 2ms --device cpu
+serve followed --follow --host 0.0.0.0 --open --port 0 --sample --seed 3
+serve policy --host 0.0.0.0 --port 0 --api-key-file key
 publish policy published --public
+evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --every 1
 """
+
+
+BOOK = TaskSpec("book", (FieldSpec("text", "text", "text", "str", per="episode"),))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("commands")
     for name in ("cart", "grid", "pendulum"):
         shutil.copytree(GOLDEN / name, place / name)
-    acting.folder(place / "policy")
+    publish(acting.folder(place / "policy"), str(place / "followed"))
     both = fixtures.make_each([environments.spec(acting.CART)], ["bc", "dt"], context=60)
     values = json.loads((acting.folder(place / "both", both) / "processor.json").read_text())
     for objective in values["objectives"].values():
@@ -96,6 +118,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "both" / "processor.json").write_text(json.dumps(values))
     (place / "small.yaml").write_text(small_recipe("cart"))
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
+    (place / "key").write_text("secret\n")
+    acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
     (place / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (place / "run").mkdir()
     (place / "run" / "recipe.yaml").write_text(small_recipe("cart"))
@@ -110,6 +134,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(place / "source" / "a.npz", action=np.zeros((4, 1), np.float32), observation=observations)
     (place / "map.yaml").write_text("task: drive\n")
     pictures(place / "pictures")
+    lerobot_v2(place / "robot")
+    index_lerobot(str(place / "robot"), str(place / "robot.tiphys"))
+    lerobot_v2(place / "raw")
+    (place / "raw.yaml").write_text(small_recipe("raw"))
     images(place / "tars")
     return place
 
@@ -154,6 +182,11 @@ class Launched:
         return Status.DONE
 
 
+async def serves_nobody(self: Server, stop: Any, ready: Callable[[], None]) -> None:
+    """Stands for `Server.run`, which ends with a signal."""
+    ready()
+
+
 @pytest.mark.parametrize("line", LINES.strip().splitlines())
 def test_the_line_works(
     line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -165,8 +198,12 @@ def test_the_line_works(
     elif not line.startswith("train"):
         monkeypatch.undo()
         monkeypatch.chdir(folder)
+    if line.startswith("serve"):
+        monkeypatch.setattr(Server, "run", serves_nobody)
     Launched.jobs.clear()
-    status = cli.main(shlex.split(line))
+    door = Door(port=29872, api_key="secret")
+    with serving(Served.load("policy", Settings()), door) if "--server" in line else nullcontext():
+        status = cli.main(shlex.split(line))
     said = capsys.readouterr()
     assert status == Status.DONE, said.err
     assert line.split()[0] not in ("quickstart", "train") or "--dry-run" in line or len(Launched.jobs) == 1

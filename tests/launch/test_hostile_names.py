@@ -45,6 +45,7 @@ NOT_WALKED = {
     "objectives": "reads no data",
     "evaluate": "prints the table of `tests/dataio/test_messages.py`",
     "publish": "prints where to",
+    "serve": "prints what clients send with `say`; tests/pretrain/serving/test_server.py",
 }
 
 
@@ -122,6 +123,7 @@ LINES = [
     "report run",
     "checkpoint list run",
     "label data data labelled",
+    "say data word",
     "submit r.yaml --dry-run",
     "--traceback inspect broken/none",
 ]

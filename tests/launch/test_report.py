@@ -182,6 +182,28 @@ def test_a_step_is_broken_down(run):
     assert "saving checkpoints 10.0%" in write_report(run).read_text()
 
 
+def test_it_shows_perplexities_of_texts(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in (1, 2):
+            known = {"book": {"token": 9.0 / step, "byte": 2.0}}
+            file.write(json.dumps({"kind": "validation", "step": step, "loss": 0.5, "perplexity": known}) + "\n")
+    page = write_report(run).read_text()
+    assert "Perplexity of texts by token, held out" in page
+    assert page.index("Perplexity of texts by token") < page.index("Perplexity of texts by byte")
+
+
+def test_it_shows_the_gradient_of_each_line_and_chosen_weights(run):
+    with open(run / "metrics.jsonl") as file:
+        line = json.loads(file.readline())
+    known = {"gradient_by_line": {"0:a": 0.7, "1:b": 0.3}, "loss_weights": {"1:b": 0.01}}
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in (8, 9):
+            file.write(json.dumps({**line, "step": step, **known}) + "\n")
+    page = write_report(run).read_text()
+    assert "Share of the gradient (Σ weight · loss) by mixture line" in page
+    assert "Loss weights that are chosen" in page
+
+
 def test_charts_start_at_step_0_say_how_they_smooth_and_keep_spikes():
     points = [(step, 1.0) for step in range(1000, 5000)]
     points[1234] = (points[1234][0], 99.0)

@@ -32,14 +32,16 @@ def lay(
     regression: dict[str, list[Any]] = {}
     for r, windows in enumerate(rows):
         p, segment, position, continued = 0, 0, 0, False
-        factors = Counter(_counted(objectives, windows, r if numbers is None else int(numbers[r]), step, seed))
         for slot, window in enumerate(windows):
             layout = objectives.layouts[window.entry][window.task]
             if not continued:
                 segment, position = segment + 1, 0
             continued = window.prompt
             keys = (seed, step, r if numbers is None else int(numbers[r]), slot)
-            for token in _tokens(objectives, layout, window, keys):
+            tokens = _tokens(objectives, layout, window, keys)
+            factors = Counter(_counted(tokens, layout, window, first=position == 0))
+            steps = len({token["timestep"] for token in tokens if token["where"] == "body"})
+            for token in tokens:
                 out["tokens"][r, p] = vocabulary.mask if token["hidden"] else token.get("id", vocabulary.embedded)
                 out["modality"][r, p] = CODE[token["modality"]]
                 out["segment"][r, p] = segment
@@ -56,7 +58,7 @@ def lay(
                 if token["learnt"] and position >= shift and not window.prompt:
                     weight = layout.weight * token["weight"]
                     if layout.loss == "factors":
-                        weight *= sum(factors.values()) / len(factors) / factors[token["role"]]
+                        weight *= steps / len(factors) / factors[token["role"]]
                     if token.get("head"):
                         part = (r * length + p - shift, token["value"], weight)
                         regression.setdefault(token["head"], []).append(part)
@@ -69,17 +71,12 @@ def lay(
     return {**out, "embedded": embedded, "regression": regression}
 
 
-def _counted(objectives: Objectives, windows: list[Any], row: int, step: int, seed: int) -> list[str]:
-    """The kind of part of each target of a row whose layout counts them by kind."""
-    found, continued = [], False
-    for slot, window in enumerate(windows):
-        layout = objectives.layouts[window.entry][window.task]
-        for n, token in enumerate(_tokens(objectives, layout, window, (seed, step, row, slot))):
-            first = n == 0 and not continued and layout.mask != "both"
-            if token["learnt"] and not first and not window.prompt and layout.loss == "factors":
-                found.append(token["role"])
-        continued = window.prompt
-    return found
+def _counted(tokens: list[dict[str, Any]], layout: Any, window: Any, first: bool) -> list[str]:
+    """The kind of part of each target of a window whose layout counts them by kind. `first`: nothing stands before it."""
+    if window.prompt or layout.loss != "factors":
+        return []
+    unread = first and layout.mask != "both"  # nothing before it predicts the first token
+    return [token["role"] for n, token in enumerate(tokens) if token["learnt"] and not (unread and n == 0)]
 
 
 def _tokens(objectives: Objectives, layout: Any, window: Any, keys: tuple[int, int, int, int]) -> list[dict[str, Any]]:
@@ -90,9 +87,12 @@ def _tokens(objectives: Objectives, layout: Any, window: Any, keys: tuple[int, i
     texts: list[int] = []
     if not window.prompt:
         for name in layout.preamble:
-            texts += objectives.text.encode([window.fields[name]])[0].tolist()[: layout.text_limit]
+            ids = objectives.text.encode([window.fields[name]])[0].tolist()
+            texts += ids if layout.document else ids[: layout.text_limit]
     if layout.text_last:
         texts.append(objectives.vocabulary.end_of_text)
+    if layout.document:
+        texts = texts[window.start : window.start + window.steps + 1]
     first = layout.width if layout.text_last else 0
     once = [
         {

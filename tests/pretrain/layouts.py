@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tests.pretrain import paradigm_rows, synthetic
+from tiphys.pretrain.balance import Balance, Line
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_writer import Writer
 from tiphys.pretrain.engine import Engine, build_engine
@@ -74,6 +75,14 @@ def model_of(job: dict[str, Any]) -> DecisionModel:
     return model
 
 
+def balance_of(job: dict[str, Any]) -> Balance | None:
+    """With `balance`: each task is a mixture line, and the loss weights of two of the three are chosen."""
+    if not job.get("balance"):
+        return None
+    lines = [Line(str(task), (str(task),), (task,), task > 0) for task in range(3)]
+    return Balance(lines, {"0": 0.2, "1": 0.7, "2": 0.1}, 3)
+
+
 def rows_for(world: ParallelDims, step: int, job: dict[str, Any], batch: int = BATCH) -> TokenBatch:
     """This rank's rows of a step. `order` of a job distributes the same global batch in another way."""
     order = job.get("order", "")
@@ -93,6 +102,7 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     world = ParallelDims(Parallel(job.get("pipeline", 1), job.get("expert", 1)))
     recipe = recipe_of(job)
     engine = build_engine(recipe, model_of(job), world)
+    engine.balance = balance_of(job)
     if "load" in job:
         Checkpoint.open(job["load"]).load(engine)
     if job.get("resave"):
@@ -135,15 +145,19 @@ def plain(job: dict[str, Any]) -> Plain:
         model.parameters(), lr=options["lr"], betas=tuple(options["betas"]), weight_decay=options["weight_decay"]
     )
     model.train()
-    out = []
+    out, balance = [], balance_of(job)
     for step in range(job.get("steps", STEPS)):
         batch = rows_of(job, step, list(range(recipe.deepspeed["train_batch_size"])))
+        batch = batch if balance is None else balance.weighted(batch)
         inputs = to_tensors(batch, task_dropout=model.config.task_dropout, seed=recipe.train.seed)
-        loss = model(inputs, batch.targets, batch.real_tokens).loss
+        output = model(inputs, batch.targets, batch.real_tokens)
+        loss = output.loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.deepspeed["gradient_clipping"])
         optimizer.step()
+        if balance is not None:
+            balance.observe(step + 1, output.loss_by_task[:, 0].double().numpy())
         for layer, counts in zip(mixtures(model), step_counts(model)[0], strict=True):
             layer.finish_step(counts)
         out.append([loss.item(), norm.item()])

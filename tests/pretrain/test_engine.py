@@ -48,7 +48,8 @@ def oracle_of(job: dict[str, Any]) -> Plain:
     """Plain PyTorch, 30 steps, with those settings of a job that are not its layout."""
     return _oracle(
         json.dumps(
-            {"steps": 30} | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init")}
+            {"steps": 30}
+            | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init", "balance")}
         )
     )
 
@@ -69,7 +70,7 @@ def compare(jobs: list[dict[str, Any]], results: dict[str, Any], tolerance: floa
 
 def test_one_rank_equals_plain_pytorch(world: ParallelDims) -> None:
     jobs: list[dict[str, Any]] = [{"name": f"zero-{stage}", "stage": stage} for stage in (0, 1, 2, 3)]
-    jobs += [{"name": "reversed", "order": "reversed", "micro": 3}]
+    jobs += [{"name": "reversed", "order": "reversed", "micro": 3}, {"name": "balanced", "balance": True}]
     compare(jobs, {job["name"]: layouts.do(job) for job in jobs})
 
 
@@ -128,6 +129,8 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "one-expert-pipeline", "pipeline": 2, "config": ONE, "favourite": 3},
         {"name": "no-expert-on-a-stage", "pipeline": 2, "config": DENSE_HALF},
         {"name": "dense", "pipeline": 2, "config": {"num_experts": 0}},
+        {"name": "balanced-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "balance": True},
+        {"name": "balanced-pipeline", "pipeline": 2, "balance": True},
         {"name": "everything-expert", "expert": 2, "stage": 2, "config": EVERYTHING},
         {"name": "everything-pipeline", "pipeline": 2, "config": EVERYTHING},
         {"name": "reward-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "reward"},
@@ -324,6 +327,28 @@ def test_weights_are_aligned_for_a_gpu() -> None:
     assert key not in derive(recipe, Grid(0, 2, 1, 1)).config["zero_optimization"]
     dense = derive(RECIPE, Grid(0, 2, 1, 1), accelerator="cuda")
     assert key not in dense.config["zero_optimization"]
+
+
+@pytest.mark.parametrize("elements, bucket", [(12_345, 12_345), (7 * 10**9, 500_000_000)])
+def test_the_reduction_bucket_is_no_larger_than_the_model(elements: int, bucket: int) -> None:
+    d = derive(changed(zero_optimization={"stage": 2}), Grid(0, 2, 1, 1), elements=elements)
+    assert d.config["zero_optimization"]["reduce_bucket_size"] == bucket
+    assert str(bucket) in str(d.values["zero_optimization.reduce_bucket_size"])
+    own = changed(zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
+    given = derive(own, Grid(0, 2, 1, 1), elements=elements)
+    assert given.config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert "zero_optimization.reduce_bucket_size" not in given.values
+    plain = derive(changed(zero_optimization={"stage": 0}), Grid(0, 2, 1, 1), elements=elements)
+    assert "reduce_bucket_size" not in plain.config["zero_optimization"]  # stage 0 has no bucket of its own
+
+
+def test_an_engine_asks_for_a_bucket_of_its_trained_parameters(world: ParallelDims) -> None:
+    recipe = changed(zero_optimization={"stage": 1})
+    engine = layouts.build_engine(recipe, DecisionModel(synthetic.config()), world)
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
+    assert engine.deepspeed.zero_reduce_bucket_size() == trained
+    assert str(trained) in str(engine.derived["zero_optimization.reduce_bucket_size"])
+    engine.destroy()
 
 
 def test_auto_values_are_filled_in_and_reported() -> None:

@@ -220,16 +220,19 @@ def test_an_end_is_that_of_the_world_where_the_data_tell_it(rows_of_tests):
         assert (batch.tokens == end).any() == done
 
 
-def test_factors_have_equal_shares_in_a_row(rows_of_tests):
+def test_windows_and_the_kinds_of_parts_in_them_have_equal_shares(rows_of_tests):
+    """Whatever a window draws to hide: one part, or nearly all of them."""
     objectives, rng = make([ARM], "mixture", context=420), np.random.default_rng(3)
     for number in range(6):
         windows = [window(objectives, "arm", 6, rng, after=1) for _ in range(4)]
         batch = TokenBatch.from_arrays(objectives.make_batch(0, np.array([number]), [windows], seed=0))
-        sums = {name: r.weight.sum() for name, r in batch.regression.items() if len(r.weight)}
-        if batch.weight.any():
-            sums["reward"] = batch.weight.sum() / 3  # its part has the weight 3
-        assert max(sums.values()) == pytest.approx(min(sums.values()), rel=1e-5)
-        assert sum(sums.values()) == pytest.approx(batch.targets, rel=1e-5)
+        for segment in range(1, 5):
+            mine = np.flatnonzero(batch.segment[0] == segment)
+            sums = {name: r.weight[np.isin(r.index, mine)].sum() for name, r in batch.regression.items()}
+            sums["reward"] = batch.weight[0, mine].sum() / 3  # its part has the weight 3
+            learnt = [share for share in sums.values() if share]
+            assert max(learnt) == pytest.approx(min(learnt), rel=1e-5)
+            assert sum(learnt) == pytest.approx(len(np.unique(batch.timestep[0, mine])), rel=1e-5)
 
 
 def test_weights_of_the_parts_reach_the_targets(rows_of_tests):

@@ -18,10 +18,11 @@ from tiphys.dataio.storage import Store, StoreError
 from tiphys.dataio.stores.objects import _translated
 from tiphys.launch.cli import main
 from tiphys.launch.statuses import Status
-from tiphys.pretrain import policy_files
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.evaluate import evaluate
-from tiphys.pretrain.policy_files import FetchError, local_policy
+from tiphys.pretrain.follow import follower
+from tiphys.pretrain.hub_errors import FetchError
+from tiphys.pretrain.policy_files import local_policy
 from tiphys.pretrain.publish import PublishError, publish
 from tiphys.pretrain.sources import code_files
 
@@ -52,7 +53,8 @@ def test_a_policy_acts_from_a_bucket(folder: Path, bucket: Store, capsys: pytest
 
 def test_a_policy_goes_from_a_bucket_to_a_folder_with_its_code(bucket: Store, tmp_path: Path) -> None:
     assert main(["publish", URL, str(tmp_path / "copy")]) == Status.DONE
-    names = {p.name for p in (tmp_path / "copy").iterdir()}
+    (step,) = (tmp_path / "copy" / "steps").iterdir()
+    names = {p.name for p in step.iterdir()}
     assert {"model.safetensors", "processor.json", *code_files()} <= names
 
 
@@ -63,7 +65,7 @@ def test_only_files_of_a_policy_are_fetched(bucket: Store, monkeypatch: pytest.M
     got = {p.name for p in local_policy(URL).rglob("*")}
     assert {"config.json", "model.safetensors", "processor.json"} <= got
     assert not {Path(name).name for name in foreign if name != "sub/config.json"} & got
-    monkeypatch.setattr(policy_files, "LARGEST_TEXT", 10)
+    monkeypatch.setattr(follower, "LARGEST_TEXT", 10)
     with pytest.raises(DataError, match=r"config.json: \d+ bytes are too many"):
         local_policy(URL)
 

@@ -20,12 +20,14 @@ pytest.importorskip("minigrid")
 import tests.pretrain.acting.acting_fixtures as acting
 from tests.hub import Hub
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.storage import Store
 from tiphys.pretrain import sources
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.card import model_card
 from tiphys.pretrain.evaluate import evaluate
+from tiphys.pretrain.hub_errors import without_secrets
 from tiphys.pretrain.model.config import DecisionConfig
-from tiphys.pretrain.policy_files import without_secrets
+from tiphys.pretrain.policy_files import local_policy
 from tiphys.pretrain.publish import PublishError, add_evaluation, is_policy, publish, save_policy
 
 pytestmark = pytest.mark.envs
@@ -240,32 +242,14 @@ def test_publishing_to_a_folder_and_to_a_store(folder, tmp_path):
         publish(tmp_path, str(tmp_path / "copy"))
 
 
-def test_readers_of_a_bucket_never_find_a_mix_of_two_policies(folder, monkeypatch):
-    """The order of writes: a reader finds the old policy, no policy, or the new one."""
-    from tiphys.dataio.storage import Store
-
+def test_a_store_has_one_policy_more_after_each_publication(folder):
+    """Nothing is overwritten; tests/pretrain/follow has what readers see meanwhile."""
     url = "memory://bucket/policy"
-    store = Store(url)
-    publish(folder, url)
-    names = {p.name for p in folder.iterdir()}
-    assert set(store.list()) == names
-    store.write("model-00002-of-00002.safetensors", b"of a version before")
-    publish(folder, url)
-    assert set(store.list()) == names
-    uploaded = 0
-    real = Store.upload
-
-    def breaks(self: Store, path: str, file: str) -> None:
-        nonlocal uploaded
-        uploaded += 1
-        if uploaded > 4:
-            raise OSError("the line is cut")
-        real(self, path, file)
-
-    monkeypatch.setattr(Store, "upload", breaks)
-    with pytest.raises(OSError, match="cut"):
-        publish(folder, url)
-    assert "config.json" not in store.list()
+    first, second = publish(folder, url), publish(folder, url)
+    assert first != second
+    for at in (first, second):
+        assert set(Store(at).list()) == {p.name for p in folder.iterdir()} | {"manifest.json"}
+    assert here(local_policy(url)) == here(folder)
 
 
 PUBLISHER = """
@@ -290,7 +274,8 @@ def test_publishing_to_a_hub(folder, tmp_path):
         assert done.stdout.startswith("hf://owner/small@")
         repository = hub.repositories["owner/small"]
         assert repository.private
-        assert {n for n in repository.files() if n != ".gitattributes"} == {p.name for p in folder.iterdir()}
+        there = {n for n in repository.files() if n != ".gitattributes" and not n.startswith("steps/")}
+        assert there == {p.name for p in folder.iterdir()} | {"latest.json"}
         repository.commit(repository.files() | {"model-00002-of-00002.safetensors": b"old"})
         assert from_a_process(hub, folder, "hf://owner/small", secret, tmp_path).returncode == 0
         assert "model-00002-of-00002.safetensors" not in repository.files()
@@ -341,7 +326,7 @@ def test_what_a_link_points_at_is_never_published(folder, tmp_path, name):
             with pytest.raises(DataError, match=f"{name} is a link"):
                 publish(copy, to)
     assert "PRIVATE" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "new").rglob("*") if p.is_file())
-    assert not (tmp_path / "new" / "photos").exists()
+    assert not list((tmp_path / "new").rglob("photos"))
 
 
 def test_other_files_are_not_published(folder, tmp_path):
@@ -349,7 +334,7 @@ def test_other_files_are_not_published(folder, tmp_path):
     for name in (".env", "id_rsa", "data.csv"):
         (copy / name).write_text("mine")
     new = Path(publish(copy, str(tmp_path / "new")))
-    assert {p.name for p in new.iterdir()} == {p.name for p in copy.iterdir()} - {".env", "id_rsa", "data.csv"}
+    assert {p.name for p in new.iterdir()} == {p.name for p in folder.iterdir()} | {"manifest.json"}
 
 
 def changed(folder: Path, tmp_path: Path, **values: Any) -> Path:
@@ -392,10 +377,10 @@ def test_pickled_weights_are_not_loaded(folder, tmp_path):
 def test_the_mode_follows_the_umask(folder, tmp_path):
     old = os.umask(0o077)
     try:
-        made = Path(publish(folder, str(tmp_path / "new")))
+        publish(folder, str(tmp_path / "new"))
     finally:
         os.umask(old)
-    assert all(p.stat().st_mode & 0o077 == 0 for p in (made, *made.iterdir()))
+    assert all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "new").rglob("*"))
 
 
 def test_a_tasks_name_cannot_leave_the_examples_of_the_card(folder):

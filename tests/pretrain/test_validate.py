@@ -46,7 +46,8 @@ def test_action_errors_equal_a_loop_over_targets() -> None:
 
 def test_means_are_by_task() -> None:
     result = ValidationResult(
-        np.array([[4.0, 2.0, 2], [0, 0, 0], [1.0, 3.0, 1]]), np.array([[4.0, 1, 0, 0], [0] * 4, [0, 0, 2, 3.0]])
+        np.array([[4.0, 2.0, 2, 0, 0], [0] * 5, [1.0, 3.0, 1, 0, 0]]),
+        np.array([[4.0, 1, 0, 0], [0] * 4, [0, 0, 2, 3.0]]),
     )
     assert result.loss == pytest.approx(5 / 3)
     assert result.to_json(["reach"]) == {
@@ -55,13 +56,22 @@ def test_means_are_by_task() -> None:
         "loss_by_task": {"reach": 1.0, "2": 3.0},
         "wrong_by_task": {"reach": 0.25},
         "error_by_task": {"2": 1.5},
+        "perplexity": {},
         "action_error": {},
     }
 
 
+def test_perplexity_is_by_token_and_by_byte() -> None:
+    sums = np.array([[0, 9.0, 5, 8 * np.log(2), 4], [0, 3.0, 2, 0, 0], [0, 1.0, 1, 1e9, 1]])
+    found = ValidationResult(sums, np.zeros((3, 4)), text_bytes=np.array([8.0, 0, 0])).to_json(["book", "reach", "x"])
+    assert found["perplexity"]["book"] == {"token": pytest.approx(4), "byte": pytest.approx(2)}
+    assert "reach" not in found["perplexity"]
+    assert np.isfinite(found["perplexity"]["x"]["token"])
+
+
 def test_errors_by_field_are_means_in_the_units_of_the_data() -> None:
     fields, sums = [(0, "action.arm"), (0, "action.hand"), (1, "action")], np.array([[3.0, 2], [0, 0], [1.0, 4]])
-    result = ValidationResult(np.zeros((2, 3)), np.zeros((2, 4)), fields, sums)
+    result = ValidationResult(np.zeros((2, 5)), np.zeros((2, 4)), fields, sums)
     assert result.to_json(["reach"])["action_error"] == {"reach": {"action.arm": 1.5}, "1": {"action": 0.25}}
 
 

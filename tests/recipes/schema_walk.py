@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiphys.recipes.keys import Key, Leaf, key_of, leaves, section_fields, subsection
 from tiphys.recipes.schema import Recipe
 
-NUMBERS = [leaf for leaf in leaves(Recipe) if leaf.type in (int, float)]
+NUMBERS = [leaf for leaf in leaves(Recipe) if leaf.type in (int, float, float | str)]
 WORDS = [leaf for leaf in leaves(Recipe) if leaf.type in (str, list[str])]
 _TEXT = st.text("abz019._-/:* é", max_size=8).filter(lambda text: text != "???")
 
@@ -25,7 +25,7 @@ def outside(leaf: Leaf) -> list[Any]:
     values = [after(key.low, -math.inf)] if key.low is not None else []
     values += [after(key.high, math.inf)] if key.high is not None else []
     values += [leaf.type(bound) for bound in (key.above, key.below) if bound is not None]
-    return values + ([math.nan, math.inf, -math.inf] if leaf.type is float else [])
+    return values + ([math.nan, math.inf, -math.inf] if leaf.type is not int else [])
 
 
 def given(leaf: Leaf, value: Any) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
             return st.lists(sections(section), max_size=2)
         return st.dictionaries(_TEXT, sections(section), max_size=2) if shape == "dict" else sections(section)
     if key.choices:
-        return st.sampled_from(key.choices)
+        words = st.sampled_from(key.choices)
+        return st.lists(words, max_size=2) if hint == list[str] else words
     if key.size:
         return st.sampled_from(["0", "512MiB", "1.5k", "2 TB"])
     if key.target:
@@ -71,7 +72,7 @@ def _values(hint: Any, key: Key) -> st.SearchStrategy[Any]:
         return st.booleans()
     if hint is int:
         return st.integers(key.low, key.high)  # type: ignore[arg-type]
-    if hint is float:
+    if hint in (float, float | str):
         low, high = (key.low if key.above is None else key.above), (key.high if key.below is None else key.below)
         numbers = st.floats(low, high, allow_nan=False, allow_infinity=False)
         return numbers.filter(lambda number: not key.problem(number))

@@ -176,3 +176,23 @@ def test_texts_survive_being_written_as_yaml_and_read(tmp_path_factory, name, ta
     recipe = from_dict(values | {"data": {"mixture": [{"dataset": "c"}]}})
     file.write_text(to_yaml(recipe), encoding="utf-8")
     assert load_recipe(file) == recipe
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("2", 2.0), ("0.5", 0.5)])
+def test_a_loss_weight_is_a_number_or_auto(tmp_path, text, value):
+    file = write(tmp_path, GOOD)
+    found = load_recipe(file, [f"data.mixture[0].loss_weight={text}"]).data.mixture[0].loss_weight
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("blue", "'blue' is not allowed; allowed: a number"),
+        ("-1", "out of range"),
+        ("true", "must be a number or auto"),
+    ],
+)
+def test_a_loss_weight_that_is_neither_is_refused(tmp_path, text, words):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write(tmp_path, GOOD), [f"data.mixture[0].loss_weight={text}"])

@@ -76,7 +76,7 @@ def test_a_recipe_survives_its_plain_form(values):
 
 
 FREE = """
-    name run.dir parallel.pipeline parallel.expert parallel.measure model.checkpointing
+    name run.dir parallel.pipeline parallel.expert parallel.measure parallel.auto model.checkpointing
     data.cache.dir data.cache.memory data.cache.disk data.on_bad_value data.requests data.prefetch data.timeout data.attempts
     data.unit_rows
     train.steps train.log_every train.compile train.rollbacks restart.attempts
@@ -84,7 +84,8 @@ FREE = """
     objectives.*.target_return evaluate.objectives evaluate.target_return evaluate.target_returns evaluate.prompt evaluate.goal
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
-    publish.dtype publish.weights publish.to publish.every publish.keep publish.private publish.license
+    track.to track.project track.name
+    publish.dtype publish.weights publish.to publish.every publish.keep publish.rate publish.grace publish.private publish.license
 """.split()
 
 

@@ -363,7 +363,7 @@ def test_a_video_that_does_not_fit_its_rows(tmp_path: Path) -> None:
     lerobot_v2(tmp_path / "s")
     path = tmp_path / "s/videos/chunk-000/observation.images.top/episode_000000.mp4"
     video(path, scene(3, 0), 10)
-    assert "no frame at 0.300 s; the nearest is at 0.200 s" in problem(tmp_path / "s", "lerobot")
+    assert "no frame at 0.3000 s; the nearest is at 0.2000 s" in problem(tmp_path / "s", "lerobot")
     video(path, scene(5, 0), 4)
     assert "does not fit its rows" in problem(tmp_path / "s", "lerobot")
 

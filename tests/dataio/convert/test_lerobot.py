@@ -271,7 +271,7 @@ def test_rows_between_two_frames_are_refused(tmp_path: Path) -> None:
             converted(folder, tmp_path / "out")
         else:
             with pytest.raises(
-                DataError, match=r"episode_000001\.mp4: no frame at 0\.230 s; .* Row 2 needs one within 25\.0 ms"
+                DataError, match=r"episode_000001\.mp4: no frame at 0\.2300 s; .* Row 2 needs one within 25 ms"
             ):
                 converted(folder, tmp_path / "bad")
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from tests.dataio.loading_fixtures import CONTROL, PICTURES, dataset
+from tiphys.dataio.bounds import expand
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import DataError, Needs
 from tiphys.dataio.loading.assemble import Assembler
 from tiphys.dataio.loading.fetch import Fetcher
 from tiphys.dataio.loading.gather import copy_from
-from tiphys.dataio.loading.units import UnitMap, expand
+from tiphys.dataio.loading.units import UnitMap
 
 NEEDS = Needs(
     ("observation", "action", "reward", "instruction", "observation.image", "observation.wrist", "observation.state"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tests.pretrain.token_fixtures as fixtures
+from tiphys.dataio.episode import DataError
 from tiphys.dataio.observation import observation_fields
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
@@ -202,3 +203,22 @@ def test_a_policy_that_asks_for_a_return_says_once_that_it_gets_no_rewards():
         policy.reset("arm", target_return=3.0)
         policy.act(observation("arm", rng))
         policy.act(observation("arm", rng), rewards=1.0)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_refused_observation_changes_no_environment(sample):
+    policy, sound = (policy_of(fixtures.make([fixtures.GRID], "dt", context=400), sample=sample) for _ in range(2))
+    rng = np.random.default_rng(1)
+    for one in (policy, sound):
+        one.reset("grid", 2)
+    for step in range(12):  # across a hop
+        seen, rewards = [observation("grid", rng) for _ in range(2)], [0.25, 0.5]
+        if step % 3 == 2:
+            for bad in (seen[1] | {"direction": 9}, {"image": seen[1]["image"]}):
+                with pytest.raises(DataError):
+                    policy.act([seen[0], bad], rewards)
+        assert policy.act(seen, rewards) == sound.act(seen, rewards)
+    states = [policy.history._episodes[i] for i in range(2)], [sound.history._episodes[i] for i in range(2)]
+    assert [(e.returns, e.rewards, e.number) for e in states[0]] == [
+        (e.returns, e.rewards, e.number) for e in states[1]
+    ]

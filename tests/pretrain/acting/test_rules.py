@@ -12,12 +12,14 @@ import torch
 import tests.pretrain.token_fixtures as fixtures
 from tests.pretrain.acting.test_policy import policy_of
 from tests.pretrain.acting.test_recall import play, recorded
-from tiphys.dataio.episode import DataError
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.statistics import RETURN_TO_GO, Sketch
 from tiphys.pretrain.acting import beam
 from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
-from tiphys.pretrain.tokens.paradigms import ACTING
+from tiphys.pretrain.tokens.encoding import Encoding, Ranges
+from tiphys.pretrain.tokens.paradigms import ACTING, PARADIGMS
 
 PLAN = {"horizon": 3, "width": 1, "expand": 1}
 
@@ -134,6 +136,40 @@ def test_returns_are_drawn_in_favour_of_high_ones():
     assert means[0] < means[1] - 1
     assert means[1] < means[2] - 1
     assert play(recorded(of), "arm", 25, rng) <= 1e-4
+
+
+@pytest.mark.parametrize("paradigm", ["bc", "mgdt", "tt", "unimask"])
+def test_every_rule_acts_only_as_it_can(paradigm):
+    fields = (
+        FieldSpec("observation.seen", "observation", "discrete", "int64", (), values=4),
+        FieldSpec("can", "mask", "discrete", "bool", (5,), values=2),
+        FieldSpec("action", "action", "discrete", "int64", (), values=5),
+        FieldSpec("reward", "reward", "continuous", "float32"),
+    )
+    of = fixtures.make([TaskSpec("room", fields)], paradigm, context=60, options={"available": "can"})
+    policy, rng = policy_of(of), np.random.default_rng(0)
+    policy.reset("room", 4, acting=PLAN if paradigm == "tt" else None)
+    for step in range(5):
+        can = rng.random((4, 5)) < 0.3
+        can[:, step] = True
+        seen = [{"observation.seen": i, "can": mask} for i, mask in enumerate(can)]
+        assert can[np.arange(4), policy.act(seen, [0.5] * 4)].all()
+
+
+def test_only_returns_of_the_data_can_be_drawn():
+    """Bins of others would be drawn by the exponential of how far they are from the data."""
+    of = fixtures.make([fixtures.ARM], "mgdt", context=40)
+    found = Sketch(())
+    found.add(np.array([[2.0], [7.0]]))
+    part = next(part for part in PARADIGMS["mgdt"].timestep if part.kind == "return")
+    encoding = SimpleNamespace(
+        statistics={RETURN_TO_GO: found.result()}, largest_return=7.0, ranges=Ranges(600, 1024, 0, 0)
+    )
+    encoding.task = of.tasks[0]
+    codec = Encoding.return_codec(encoding, part)
+    values = codec.decode(np.arange(*codec.choices()[0])[:, None])
+    assert 2 <= values.min() < 2.1
+    assert 6.9 < values.max() <= 7
 
 
 def test_draws_of_plans_do_not_depend_on_other_environments():

@@ -1,0 +1,405 @@
+"""What a recipe will need on a number of devices: memory by part and stage, traffic, and the time of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tiphys.launch.display import human_bytes
+from tiphys.pretrain.distributed.deepspeed_config import Derived, derive
+from tiphys.pretrain.distributed.memory import Memory, Settings, Share, rank_memory
+from tiphys.pretrain.parallel import Grid, LayoutError
+from tiphys.recipes.sizes import parse_size
+
+if TYPE_CHECKING:
+    from tiphys.launch.layout_rates import Rates
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.model.counting import Part, Pass
+    from tiphys.pretrain.tokens.batch import TokenBatch
+    from tiphys.recipes.schema import Recipe
+
+UNEVEN = 2.0  # times as many rows as are sent may arrive at a rank that holds popular experts
+PROCESS = 330_000_000  # bytes of Python, torch and DeepSpeed in each process
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The ranks of one pipeline stage.
+
+    peak, between   bytes in a step at most, and between two steps; `peak` with experts that are used unevenly
+    even            the peak if all experts are used alike
+    saved           bytes that the rank copies to the host's memory for a checkpoint
+    """
+
+    name: str
+    layers: tuple[int, int]
+    parameters: int
+    peak: Memory
+    even: Memory
+    between: int
+    saved: int
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one layout of a recipe needs.
+
+    traffic     bytes that a rank sends in a step, by purpose
+    seconds     of a step; None if no rates are known
+    bubble      share of the time that pipeline stages wait by the schedule
+    """
+
+    grid: Grid
+    derived: Derived
+    width: int
+    parameters: int
+    stages: tuple[Stage, ...]
+    host: dict[str, int]
+    loader: float
+    traffic: dict[str, int]
+    bubble: float
+    seconds: float | None
+    basis: str
+    tokens: float
+    checkpointing: bool
+
+    @property
+    def peak(self) -> int:
+        return max(stage.peak.total for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON."""
+        found = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("grid", "derived", "stages")
+        }
+        stages = [dataclasses.asdict(s) | {"peak_bytes": s.peak.total, "even_bytes": s.even.total} for s in self.stages]
+        layout = {"world": self.grid.world, "pipeline": self.grid.pipeline, "data": self.grid.data}
+        layout |= {
+            "expert": self.grid.expert,
+            "zero_stage": self.derived.stage,
+            "micro_batch": self.derived.micro_batch,
+        }
+        layout |= {"accumulation": self.derived.accumulation}
+        return {"layout": layout, **found, "peak_bytes": self.peak, "stages": stages}
+
+
+def predict(
+    recipe: Recipe,
+    config: DecisionConfig,
+    worst: Sequence[TokenBatch],
+    world: int,
+    *,
+    device: str = "cuda",
+    rates: Rates | None = None,
+    step_tokens: float = 0.0,
+    step_bytes: float = 0.0,
+    counted: bool = True,
+) -> Needs:
+    """What a recipe needs on `world` devices.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    config : DecisionConfig
+        Of its model.
+    worst : sequence of TokenBatch
+        Batches with the largest rows first; the first micro-batch of each is counted.
+    world : int
+        Number of processes.
+    device : str
+        `cuda` or `cpu`.
+    rates : Rates, optional
+        For the time of a step.
+    step_tokens, step_bytes : float
+        Mean tokens and bytes of a global batch.
+    counted : bool
+        False: leave out the activations, which takes much less time.
+
+    Returns
+    -------
+    Needs
+
+    Raises
+    ------
+    LayoutError
+        If the engine would refuse the layout.
+    """
+    from tiphys.pretrain.distributed.layout_errors import expert_errors, stage_errors
+    from tiphys.pretrain.model.counting import Part
+    from tiphys.pretrain.model.pipeline import partition
+    from tiphys.pretrain.parallel import refuse
+
+    layout = recipe.parallel
+    grid = Grid(0, world, layout.pipeline, layout.expert)
+    refuse(
+        [*stage_errors(layout.pipeline, config.num_hidden_layers), *expert_errors(layout.expert, config.num_experts)]
+    )
+    sizes = derive(recipe, grid, accelerator=device)
+    bounds = partition(config, layout.pipeline)
+    stages = tuple(_stages(recipe, config, worst if counted else (), grid, sizes, bounds, device))
+    parameters = sum(p.numel() for p in Part(config).parameters())
+    bubble = (layout.pipeline - 1) / (sizes.accumulation + layout.pipeline - 1)
+    width = 2 if sizes.bf16 else 4
+    traffic = _traffic(grid, sizes, stages, config, worst, width)
+    seconds = (
+        None if rates is None else _seconds(config, worst, grid, sizes, stages, traffic, bubble, rates, step_tokens)
+    )
+    return Needs(
+        grid=grid,
+        derived=sizes,
+        width=width,
+        parameters=parameters,
+        stages=stages,
+        host=_host(recipe, grid, stages),
+        loader=0.0 if not seconds else step_bytes / grid.data / seconds,
+        traffic=traffic,
+        bubble=bubble,
+        seconds=seconds,
+        basis=rates.basis if rates else "",
+        tokens=step_tokens,
+        checkpointing=config.checkpointing,
+    )
+
+
+def _stages(
+    recipe: Recipe,
+    config: DecisionConfig,
+    worst: Sequence[TokenBatch],
+    grid: Grid,
+    sizes: Derived,
+    bounds: Sequence[int],
+    device: str,
+) -> Iterator[Stage]:
+    """The first, the largest middle and the last stage."""
+    import torch
+
+    from tiphys.pretrain.model.counting import NOTHING, Part
+    from tiphys.pretrain.model.inputs import to_tensors
+
+    inputs = [
+        to_tensors(batch.fill(max(batch.rows, sizes.micro_batch)).select(slice(0, sizes.micro_batch)))
+        for batch in worst
+    ]
+    count = grid.pipeline
+    for stage in sorted({0, min(1, count - 1), count - 1}):
+        first, last = bounds[stage], bounds[stage + 1]
+        in_flight = min(count - stage, sizes.accumulation)
+        found = []
+        for uneven in (1.0, UNEVEN):
+            part = Part(config, first, last, ranks=grid.expert, imbalance=uneven)
+            part.to(torch.bfloat16 if sizes.bf16 else torch.float32)
+            _freeze(part, recipe.model.freeze)
+            share = _share(part, grid)
+            settings = _settings(recipe, sizes, share, device)
+            passes = max((_count(part, micro, settings) for micro in inputs), key=lambda p: p.peak, default=NOTHING)
+            found.append(rank_memory(share, settings, passes, in_flight))
+            if grid.expert == 1:
+                break
+        name = "all" if count == 1 else "first" if stage == 0 else "last" if stage == count - 1 else "middle"
+        yield Stage(
+            name=name,
+            layers=(first, last),
+            parameters=share.trained + share.frozen,
+            peak=found[-1][0],
+            even=found[0][0],
+            between=found[0][1],
+            saved=12 * (share.own if sizes.stage else share.trained),
+            in_flight=in_flight,
+        )
+
+
+def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:
+    from tiphys.pretrain.model.counting import count_pass
+
+    bucket = settings.bucket * settings.width * (settings.stage in (1, 2))
+    return count_pass(part, inputs, device=settings.device, stay=settings.stage < 2, bucket=bucket)
+
+
+def _freeze(part: Part, patterns: Sequence[str]) -> None:
+    import fnmatch
+
+    for name, parameter in part.named_parameters():
+        whole = name.removeprefix("parts.").replace("layers_", "layers.", 1)
+        parameter.requires_grad_(not any(fnmatch.fnmatchcase(whole, pattern) for pattern in patterns))
+
+
+def _share(part: Part, grid: Grid) -> Share:
+    from tiphys.pretrain.model.counting import RankExperts
+
+    divided = {id(p) for m in part.modules() if isinstance(m, RankExperts) for p in m.parameters()}
+    trained = [p for p in part.parameters() if p.requires_grad]
+    return Share(
+        dense=sum(p.numel() for p in trained if id(p) not in divided),
+        expert=sum(p.numel() for p in trained if id(p) in divided),
+        frozen=sum(p.numel() for p in part.parameters() if not p.requires_grad),
+        largest=max((p.numel() for p in part.parameters()), default=0),
+        data=grid.data,
+        groups=grid.data // grid.expert,
+    )
+
+
+def _settings(recipe: Recipe, sizes: Derived, share: Share, device: str) -> Settings:
+    zero: Any = sizes.config.get("zero_optimization") or {}
+    overlap = zero.get("overlap_comm")
+    overlap = sizes.stage == 3 if overlap is None else bool(overlap)
+    bucket = int(zero.get("reduce_bucket_size") or min(500_000_000, share.trained))
+    return Settings(
+        stage=sizes.stage,
+        width=2 if sizes.bf16 else 4,
+        bucket=bucket,
+        overlap=overlap and recipe.parallel.pipeline == 1,
+        offload=_offloaded(zero, "offload_optimizer"),
+        offload_weights=_offloaded(zero, "offload_param"),
+        accumulation=sizes.accumulation,
+        device=device,
+    )
+
+
+def _offloaded(zero: Any, name: str) -> bool:
+    return (zero.get(name) or {}).get("device", "none") == "cpu"
+
+
+def _host(recipe: Recipe, grid: Grid, stages: Sequence[Stage]) -> dict[str, int]:
+    """Bytes of the host's memory for each rank of the first stage."""
+    zero: Any = recipe.deepspeed.get("zero_optimization") or {}
+    saved = max(stage.saved for stage in stages)
+    return {
+        "processes": 2 * PROCESS,
+        "loader cache of a node": parse_size(recipe.data.cache.memory),
+        "finished batches": parse_size(recipe.data.prefetch),
+        "snapshot of a save": saved,
+        "offloaded optimizer": saved if _offloaded(zero, "offload_optimizer") else 0,
+    }
+
+
+def _traffic(
+    grid: Grid, sizes: Derived, stages: Sequence[Stage], config: DecisionConfig, worst: Sequence[TokenBatch], width: int
+) -> dict[str, int]:
+    """A ring of n ranks sends (n − 1) / n of the bytes for each reduction or gathering."""
+    part = (grid.data - 1) / grid.data * max(stage.parameters for stage in stages) * width
+    times = {0: 2, 1: 3, 2: 1 + sizes.accumulation, 3: 3 * sizes.accumulation}[sizes.stage]
+    tokens = max(_tokens(batch, sizes.micro_batch) for batch in worst) * sizes.accumulation
+    sparse = sum(config.has_experts(i) for i in range(config.num_hidden_layers)) / grid.pipeline
+    rows = tokens * config.hidden_size * width
+    away = (grid.expert - 1) / grid.expert
+    return {
+        "gradients and weights": int(part * times),
+        "tokens to experts": int(4 * rows * config.num_experts_per_tok * sparse * away) if config.num_experts else 0,
+        "between stages": int(2 * rows) if grid.pipeline > 1 else 0,
+    }
+
+
+def _tokens(batch: TokenBatch, rows: int) -> int:
+    return int((batch.segment[:rows] > 0).sum())
+
+
+def _seconds(
+    config: DecisionConfig,
+    worst: Sequence[TokenBatch],
+    grid: Grid,
+    sizes: Derived,
+    stages: Sequence[Stage],
+    traffic: dict[str, int],
+    bubble: float,
+    rates: Rates,
+    step_tokens: float,
+) -> float:
+    """Passes ÷ (1 − bubble), the optimizer's step, and all traffic, one after another."""
+    from tiphys.launch.layout_rates import MOVED
+    from tiphys.pretrain.model.flops import flops_per_batch
+
+    batch = worst[0]
+    tokens = max(1, batch.real_tokens)
+    operations = flops_per_batch(config, batch) * (step_tokens or tokens) / tokens
+    again = 4 / 3 if config.checkpointing else 1.0
+    filled = sizes.rows_per_rank * grid.data / sizes.rows  # the slowest rank has ⌈B / ranks⌉ rows
+    passes = operations * again * filled / grid.world / rates.flops / (1 - bubble)
+    own = max(stage.saved for stage in stages) / 12
+    return passes + own * MOVED / rates.memory + sum(traffic.values()) / rates.link
+
+
+def lines(found: Needs, memory: int = 0) -> list[str]:
+    """What a layout needs, for people. `memory`: bytes of one device; 0: not known."""
+    grid, d = found.grid, found.derived
+    out = [
+        f"layout       {grid.world} devices = {grid.pipeline} pipeline × {grid.data} data, {grid.expert} expert; ZeRO-{d.stage}, "
+        f"{'bf16' if d.bf16 else 'fp32'}; {d.accumulation} × {d.micro_batch} rows a rank"
+        + (", checkpointing" if found.checkpointing else ""),
+        f"model        {found.parameters / 1e6:,.2f}M parameters",
+    ]
+    for stage in found.stages:
+        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in vars(stage.peak).items() if size)
+        even = "" if stage.even == stage.peak else f"; {human_bytes(stage.even.total)} if all experts are used alike"
+        name = "every rank" if stage.name == "all" else f"{stage.name} stage"
+        between = f"{human_bytes(stage.between)} between steps"
+        out.append(f"memory       {name}: {human_bytes(stage.peak.total)} at most, {between}{even}")
+        out.append(f"             {parts}")
+    out.append(f"host         {', '.join(f'{name} {human_bytes(size)}' for name, size in found.host.items() if size)}")
+    sent = ", ".join(f"{name} {human_bytes(size)}" for name, size in found.traffic.items() if size)
+    out.append(f"traffic      {sent or 'none'} a step and rank")
+    if grid.pipeline > 1:
+        out.append(f"bubble       {found.bubble:.1%} of the passes")
+    if found.seconds is not None:
+        out.append(
+            f"time         {found.seconds:.3g} s a step, {found.tokens / found.seconds:,.0f} tokens/s, loader "
+            f"{human_bytes(found.loader)}/s a rank ({found.basis})"
+        )
+    else:
+        out.append(
+            "time         not known: run `tiphys layout --calibrate` on the machine, or name its device with --device"
+        )
+    if memory:
+        fits = found.peak <= memory
+        out.append(f"{'fits' if fits else 'does not fit'}: needs {_gib(found.peak)} of {_gib(memory)} GiB")
+    return out
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}" if size < 2**30 else f"{size / 2**30:.1f}"
+
+
+def line(found: Needs) -> str:
+    """One line for the beginning of a run."""
+    most = max(found.stages, key=lambda s: s.peak.total)
+    between = f"{human_bytes(most.between)} between steps"
+    return f"{human_bytes(most.peak.total)} a rank at most, {between} (counted for full rows)"
+
+
+def remedies(
+    recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, *, device: str
+) -> list[str]:
+    """Single changes of the recipe with which it fits, in the order in which they cost time."""
+    from tiphys.launch.layout_auto import changed
+
+    sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=device)
+    micros = [m for m in (1 << i for i in range(22, -1, -1)) if m < sizes.micro_batch]
+    tries: list[tuple[str, dict[str, Any]]] = [(f"micro-batch {m}", {"micro_batch": m}) for m in micros]
+    tries += [] if recipe.model.checkpointing else [("model.checkpointing: true", {"checkpointing": True})]
+    tries += [(f"ZeRO stage {s}", {"zero_stage": s}) for s in (1, 2, 3) if s > sizes.stage]
+    both = (
+        [] if recipe.model.checkpointing else [("model.checkpointing: true", {"checkpointing": True, "micro_batch": 1})]
+    )
+    out, seen = list[str](), set[str]()
+    for name, change in tries:
+        kind = name.split()[0]
+        if kind not in seen and _fits(*changed(recipe, config, change), worst, world, memory, device):
+            seen.add(kind)
+            out.append(name)
+    for name, change in both:
+        if not out and _fits(*changed(recipe, config, change), worst, world, memory, device):
+            out.append(f"{name} and micro-batch 1")
+    return out
+
+
+def _fits(
+    recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, device: str
+) -> bool:
+    try:
+        return predict(recipe, config, worst, world, device=device).peak <= memory
+    except LayoutError:
+        return False

@@ -1,0 +1,198 @@
+"""`tiphys layout`: from a recipe's file to what it will need; and the layout of a run whose recipe leaves it to the system."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiphys.dataio.atomic import to_json, write_json
+from tiphys.dataio.errors import Explained
+from tiphys.dataio.messages import say
+from tiphys.launch.layout_rates import Rates, calibrate, measured_rates, table_rates
+from tiphys.launch.statuses import Status
+from tiphys.recipes.automatic import KEYS, open_keys
+from tiphys.recipes.sizes import parse_size
+
+if TYPE_CHECKING:
+    from tiphys.launch.layout_batches import Batches
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.recipes.schema import Recipe
+
+FILE = "layout.json"  # in a run's folder: the layout that was chosen, and for how many processes
+
+
+class NothingFits(Explained, ValueError):
+    """No layout of a recipe fits the memory."""
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A recipe with the model and the batches that it will have. `keys`: short names of those that are to be filled."""
+
+    recipe: Recipe
+    config: DecisionConfig
+    batches: Batches
+    keys: list[str]
+
+
+def sized(path: str, overrides: Sequence[str], world: int = 0) -> Sized:
+    """Open a recipe and its datasets. Raises RecipeError if anything is wrong."""
+    from tiphys.launch.check import check
+    from tiphys.launch.layout_batches import find_batches
+    from tiphys.launch.plan import make_plan, open_datasets
+    from tiphys.pretrain.model.config import DecisionConfig
+    from tiphys.pretrain.objectives import Objectives
+    from tiphys.recipes.load import examine
+
+    keys = open_keys(examine(path, overrides).written)
+    recipe = check(path, overrides, world=0 if keys else world, environments=False)
+    indexes = open_datasets(recipe)
+    objectives = Objectives(recipe, indexes)
+    plan = make_plan(recipe, indexes, objectives)
+    config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
+    return Sized(recipe, config, find_batches(recipe, plan, objectives), keys)
+
+
+def layout(
+    path: str,
+    overrides: Sequence[str],
+    world: int,
+    memory: str,
+    *,
+    device: str = "",
+    calibrated: bool = False,
+    as_json: bool = False,
+) -> Status:
+    """Print what a recipe needs. REFUSED if it does not fit."""
+    from tiphys.launch.layout import lines, predict, remedies
+    from tiphys.launch.layout_auto import changed, choices, shown
+
+    most = parse_size(memory)
+    found = sized(path, overrides, world)
+    recipe, config, batches = found.recipe, found.config, found.batches
+    kind = "cpu" if device == "cpu" else "cuda"
+    if calibrated:
+        kind = "cuda" if _has_cuda() else "cpu"
+        rates: Rates | None = _calibrate(recipe, config, batches, world, kind)
+    else:
+        rates = _rates(recipe, device, kind)
+    numbers: dict[str, Any] = {"device": kind, "rates": rates, "step_tokens": batches.tokens}
+    table = ""
+    if found.keys:
+        offered = choices(
+            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or _any(kind)}
+        )
+        if not offered:
+            raise NothingFits(f"no layout on {world} devices fits {memory}; use more devices or a smaller model")
+        table = shown(offered, found.keys)
+        recipe, config = changed(recipe, config, offered[0].values)
+    needs = predict(recipe, config, batches.worst, world, **numbers, step_bytes=batches.bytes)
+    advice = [] if needs.peak <= most else remedies(recipe, config, batches.worst, world, most, device=kind)
+    if as_json:
+        say(to_json({**needs.to_dict(), "memory": most, "fits": needs.peak <= most, "change": advice}, indent=1))
+    else:
+        text = lines(needs, most)
+        if needs.peak > most:
+            text[-1] = f"needs {needs.peak / 2**30:.3g} of {most / 2**30:.3g} GiB; " + (
+                f"fits with {' or '.join(advice)}" if advice else "use more devices, or a smaller model or context"
+            )
+        say("\n".join([*([table] if table else []), *text]))
+    return Status.DONE if needs.peak <= most else Status.REFUSED
+
+
+def chosen_overrides(path: str, overrides: Sequence[str], world: int) -> list[str]:
+    """`key=value` for each key that a recipe leaves to `parallel.auto`; empty if there is none.
+
+    A run that is resumed on as many processes keeps its layout. Raises NothingFits if nothing fits.
+    """
+    from tiphys.launch.layout_auto import choices, shown
+    from tiphys.recipes.load import examine, find
+
+    seen = examine(path, overrides)
+    keys = open_keys(seen.written)
+    if not keys:
+        return []
+    run = Path(str((seen.raw.get("run") or {}).get("dir", "")))
+    known = _kept(run / FILE, world, keys)
+    if known:
+        say(f"layout       as before: {' '.join(known)}")
+        return known
+    found = sized(str(find(path)), overrides)
+    kind = "cuda" if _has_cuda() else "cpu"
+    rates = _rates(found.recipe, "", kind) or _any(kind)
+    memory = _device_memory(world)
+    offered = choices(
+        found.recipe,
+        found.config,
+        found.batches.worst,
+        world,
+        keys,
+        memory,
+        device=kind,
+        rates=rates,
+        step_tokens=found.batches.tokens,
+    )
+    if not offered:
+        raise NothingFits(
+            f"parallel.auto: no layout on {world} processes fits {memory / 2**30:.1f} GiB; use more processes"
+        )
+    say(shown(offered, keys))
+    words = offered[0].overrides(keys)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / FILE, {"world": world, "overrides": words, "basis": rates.basis})
+    say(f"layout       chosen: {' '.join(words)} ({rates.basis})")
+    return words
+
+
+def _kept(file: Path, world: int, keys: Sequence[str]) -> list[str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        words = [str(word) for word in found["overrides"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    named = {word.partition("=")[0] for word in words}
+    return words if found.get("world") == world and named == {KEYS[name] for name in keys} else []
+
+
+def _calibrate(recipe: Recipe, config: DecisionConfig, batches: Batches, world: int, kind: str) -> Rates:
+    from tiphys.pretrain.distributed.deepspeed_config import derive
+    from tiphys.pretrain.parallel import Grid
+
+    sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=kind)
+    batch = batches.worst[0]
+    return calibrate(config, batch.select(slice(0, min(batch.rows, sizes.micro_batch))), 2 if sizes.bf16 else 4)
+
+
+def _rates(recipe: Recipe, device: str, kind: str) -> Rates | None:
+    from tiphys.pretrain.distributed.layout_errors import bf16_enabled
+
+    if device and device != "cpu":
+        return table_rates(device)
+    here = "cuda" if _has_cuda() else "cpu"
+    return measured_rates(2 if bf16_enabled(recipe.deepspeed) else 4) if kind == here else None
+
+
+def _any(kind: str) -> Rates:
+    """Rates for a ranking if nothing is known of the device."""
+    rates = table_rates("A100")
+    return replace(rates, basis="not measured: run `tiphys layout --calibrate`; ranked as on an A100")
+
+
+def _has_cuda() -> bool:
+    from tiphys.launch.submit import devices
+
+    return devices() > 0
+
+
+def _device_memory(world: int) -> int:
+    """Bytes that one process may use: the memory of a GPU, or the machine's divided among the processes."""
+    import os
+
+    if _has_cuda():
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, world)

@@ -1,0 +1,106 @@
+"""`tiphys layout`: what fits, what to change, and the layout that the system chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tests.pretrain import synthetic
+from tiphys.launch import layout_auto, layout_command
+from tiphys.launch.layout import lines, predict, remedies
+from tiphys.launch.layout_rates import table_rates
+from tiphys.pretrain.distributed.layer_costs import typical_batch
+from tiphys.pretrain.parallel import LayoutError
+from tiphys.recipes.automatic import KEYS, open_keys, with_defaults
+from tiphys.recipes.load import RecipeError, load_recipe
+from tiphys.recipes.schema import Recipe
+
+CONFIG = synthetic.config(num_hidden_layers=4)
+WORST = [typical_batch(CONFIG, 8, 64)]
+GIB = 2**30
+
+
+def recipe(stage: int = 1, **sections: Any) -> Recipe:
+    section = {"train_batch_size": 64, "zero_optimization": {"stage": stage}}
+    return synthetic.recipe(**{"deepspeed": section, "objectives": {"gato": {"context": 64}}} | sections)
+
+
+def test_a_stage_holds_as_many_micro_batches_as_the_schedule_has_in_flight() -> None:
+    section = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
+    found = predict(recipe(deepspeed=section, parallel={"pipeline": 4}), CONFIG, WORST, 4, device="cpu")
+    assert [(s.name, s.in_flight) for s in found.stages] == [("first", 4), ("middle", 3), ("last", 1)]
+    assert found.bubble == pytest.approx(3 / 11)
+
+
+def test_popular_experts_are_part_of_what_is_needed() -> None:
+    (stage,) = predict(recipe(parallel={"expert": 2}), CONFIG, WORST, 2).stages
+    assert stage.peak.total > stage.even.total
+    (whole,) = predict(recipe(), CONFIG, WORST, 2).stages
+    assert whole.peak == whole.even  # all tokens may go to one expert: the rows are the same
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    one = recipe()
+    need = predict(one, CONFIG, WORST, 2, device="cpu").peak
+    assert remedies(one, CONFIG, WORST, 2, need - 1, device="cpu")
+    for change in ({"micro_batch": 16}, {"micro_batch": 1}):
+        assert predict(*layout_auto.changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
+    assert remedies(one, CONFIG, WORST, 2, 1000, device="cpu") == []
+    assert "does not fit" in lines(predict(one, CONFIG, WORST, 2, device="cpu"), need - 1)[-1]
+
+
+def test_a_layout_that_the_engine_refuses_is_refused() -> None:
+    with pytest.raises(LayoutError, match="pipeline"):
+        predict(recipe(parallel={"pipeline": 4}), CONFIG, WORST, 6)
+
+
+def chosen(memory: int, keys: tuple[str, ...] = ("pipeline", "zero_stage", "micro_batch")) -> list[layout_auto.Choice]:
+    rates = table_rates("A100")
+    return layout_auto.choices(recipe(), CONFIG, WORST, 2, keys, memory, device="cpu", rates=rates)
+
+
+def test_the_choice_is_the_same_each_time_fits_and_is_the_fastest() -> None:
+    found = chosen(GIB)
+    assert len(found) == layout_auto.SHOWN
+    assert [c.values for c in found] == [c.values for c in chosen(GIB)]
+    times = [c.needs.seconds or 0.0 for c in found]
+    assert times == sorted(times)
+    less = chosen(found[0].needs.peak - 1)
+    assert all(c.needs.peak < found[0].needs.peak for c in less)
+    assert chosen(1000) == []
+
+
+def test_open_keys_are_valid_until_they_are_filled() -> None:
+    raw: dict[str, Any] = {
+        "parallel": {"auto": True, "pipeline": "auto"},
+        "deepspeed": {"zero_optimization": {"stage": "auto"}},
+    }
+    assert open_keys(raw) == ["pipeline", "zero_stage"]
+    assert with_defaults(raw)["parallel"]["pipeline"] == 1
+    assert raw["parallel"]["pipeline"] == "auto"
+    raw["parallel"]["auto"] = False
+    assert open_keys(raw) == []
+    assert set(KEYS) >= {"expert", "micro_batch", "checkpointing"}
+
+
+def test_auto_without_the_switch_is_an_error() -> None:
+    with pytest.raises(RecipeError, match=r"parallel\.pipeline"):
+        load_recipe("bc", ["parallel.pipeline=auto"])
+
+
+def test_a_resumed_run_keeps_its_layout_unless_the_world_changed(tmp_path: Any) -> None:
+    file = tmp_path / layout_command.FILE
+    file.write_text('{"world": 4, "overrides": ["parallel.pipeline=2"]}')
+    assert layout_command._kept(file, 4, ["pipeline"]) == ["parallel.pipeline=2"]
+    assert layout_command._kept(file, 8, ["pipeline"]) == []
+    assert layout_command._kept(file, 4, ["pipeline", "expert"]) == []
+    assert layout_command._kept(tmp_path / "none", 4, ["pipeline"]) == []
+
+
+def test_frozen_weights_have_no_masters() -> None:
+    frozen = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, freeze=["layers.*"]))
+    some, every = (predict(r, CONFIG, WORST, 2, device="cpu").stages[0].peak for r in (frozen, recipe()))
+    assert some.masters < every.masters
+    assert some.weights == every.weights
