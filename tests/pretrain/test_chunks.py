@@ -13,14 +13,18 @@ from benchmarks.ideas.training import publish, train
 from tests.pretrain.token_fixtures import ARM, make, window
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.philox import normals
+from tiphys.dataio.plan.cost import Costs
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.action_error import action_errors
+from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.model.bits import to_bits
 from tiphys.pretrain.model.chunks import FlowHead
 from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.layers import initialise
+from tiphys.pretrain.model.pipeline import layer_operations
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import TokenBatch
@@ -267,3 +271,31 @@ def test_without_sample_the_noise_of_an_episode_stays() -> None:
     assert (first[0] != first[1]).all()
     policy.sample = True
     assert (policy._noise([0, 1], 0, name) != first).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_windows_take_the_positions_that_the_plan_is_told(chunk: int) -> None:
+    made = make([ARM], "bc", context=40, horizon=4, chunk=chunk, head="l1", prompt=0.5)
+    lengths, rng = made.lengths(0), np.random.default_rng(0)
+    costs, at = Costs([lengths.costs[0]], made.length), np.zeros(1, np.int64)
+    for steps in range(1, 8):
+        for start in (0, 1, 5):
+            body = int(costs.cost(at, at + start, at + start + steps)[0])
+            for options in ({}, {"after": 3}, {"prompt": True}):
+                shown = window(made, "arm", steps, rng, start=start, **options)
+                batch = TokenBatch.from_arrays(made.make_batch(0, np.array([0]), [[shown]], seed=0))
+                assert batch.real_tokens <= int(lengths.fixed[0]) + body
+                assert not (options.get("prompt") and batch.targets)
+
+
+def test_the_cost_of_a_stage_counts_draws() -> None:
+    costs = []
+    for draws in (1, 4):
+        made = make([ARM], "bc", context=40, head="flow", flow=Flow(draws=draws))
+        config = DecisionConfig.from_recipe(Model(layers=2, hidden=32, heads=2), made.vocabulary)
+        shown = [[window(made, "arm", 5, np.random.default_rng(0))]]
+        batch = TokenBatch.from_arrays(made.make_batch(0, np.array([0]), shown, seed=0))
+        costs.append((layer_operations(config)[-2], flops_per_batch(config, batch)))
+        assert typical_batch(config, 1, 64).chunks
+    assert costs[1][0] > 3.5 * costs[0][0]
+    assert costs[1][1] > costs[0][1]
