@@ -46,4 +46,4 @@ def reached(policy: Policy, world: Chain, seed: int, kappa: float) -> float:
 
 def learnt(world: Chain, data: Played, folder: Path, seed: int) -> Policy:
     dataset = write(folder, [world.task], data.episodes(world.task, "chain"))
-    return train([{"dataset": dataset}], {"paradigm": "mgdt", "context": 48}, steps=400, rows=16, seed=seed)
+    return train([{"dataset": dataset}], {"paradigm": "mgdt", "context": 48}, steps=400, rows=16, seed=seed, wide=True)

@@ -77,6 +77,7 @@ def learnt(dataset: str, paradigm: str, seed: int, **options: float) -> Policy:
         seed=seed,
         data={"starts": "windows"},
         sample=False,
+        wide=True,
     )
 
 

@@ -29,7 +29,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
 
     def reached(init: str) -> float:
         objective = {"paradigm": "dt", "context": 64, "window": 10}
-        options: dict[str, Any] = {"model": {"init": init}, "data": {"starts": "windows"}}
+        options: dict[str, Any] = {"model": {"init": init}, "data": {"starts": "windows"}, "wide": True}
         policy = train([{"dataset": labelled}], objective, steps=60, seed=seed, rate=8e-3, **options)
         returns = play(policy, world, len(ASKED), seed, asked=ASKED).returns
         return float(np.polyfit(ASKED, returns, 1)[0])
@@ -52,5 +52,7 @@ def pretrained(world: Cued, data: Played, folder: Path, seed: int) -> str:
     """The folder of a policy that has learned episodes without rewards."""
     dataset = write(folder / "data", [world.task], data.episodes(world.task, "bare"))
     objective = {"paradigm": "pdt", "context": 64, "window": 10}
-    policy = train([{"dataset": dataset}], objective, steps=400, seed=seed, rate=4e-3, data={"starts": "windows"})
+    policy = train(
+        [{"dataset": dataset}], objective, steps=400, seed=seed, rate=4e-3, data={"starts": "windows"}, wide=True
+    )
     return publish(policy, folder / "policy")

@@ -39,6 +39,7 @@ def train(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     sample: bool = True,
+    wide: bool = False,
 ) -> Policy:
     """Train a small model, and return its policy.
 
@@ -60,6 +61,8 @@ def train(
         Further keys of the recipe's `data` section.
     sample : bool
         The policy draws its actions.
+    wide : bool
+        Begin with weights whose standard deviation is 1 / √width (see `_widen`). Ignored with `model.init`.
     """
     recipe = from_dict(
         {
@@ -76,7 +79,7 @@ def train(
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
     net = begin(recipe, objectives.vocabulary).train()
-    if not recipe.model.init:
+    if wide and not recipe.model.init:
         _widen(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)

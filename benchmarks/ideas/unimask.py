@@ -74,5 +74,6 @@ def learnt(dataset: str, objective: dict[str, Any], seed: int) -> Policy:
         model={"hidden": 64, "heads": 4, "timesteps": 8},
         data={"starts": "windows"},
         sample=False,
+        wide=True,
     )
     return policy

@@ -250,7 +250,7 @@ class Cued:
     A cue is drawn anew at each step. `rewarded`: the task has rewards.
     """
 
-    def __init__(self, steps: int = 10, values: int = 4, rewarded: bool = True) -> None:
+    def __init__(self, steps: int = 10, values: int = 12, rewarded: bool = True) -> None:
         self.steps, self.values = steps, values
         fields = [discrete("observation", "observation", values), discrete("action", "action", values)]
         self.task = TaskSpec("cued", tuple([*fields, REWARD] if rewarded else fields))
