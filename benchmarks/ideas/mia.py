@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from benchmarks.ideas.toys import write
-from benchmarks.ideas.training import train
+from benchmarks.ideas.training import WIDE, train
 from benchmarks.ideas.worlds import discrete
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.policy import Policy
@@ -77,7 +77,7 @@ def learnt(dataset: str, paradigm: str, seed: int, **options: float) -> Policy:
         seed=seed,
         data={"starts": "windows"},
         sample=False,
-        wide=True,
+        model=WIDE,
     )
 
 

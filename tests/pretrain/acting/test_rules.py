@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiphys.pretrain.acting import beam
 from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.encoding import Encoding, Ranges
 from tiphys.pretrain.tokens.paradigms import ACTING, PARADIGMS
 
@@ -156,20 +158,36 @@ def test_every_rule_acts_only_as_it_can(paradigm):
         assert can[np.arange(4), policy.act(seen, [0.5] * 4)].all()
 
 
-def test_only_returns_of_the_data_can_be_drawn():
-    """Bins of others would be drawn by the exponential of how far they are from the data."""
-    of = fixtures.make([fixtures.ARM], "mgdt", context=40)
-    found = Sketch(())
-    found.add(np.array([[2.0], [7.0]]))
-    part = next(part for part in PARADIGMS["mgdt"].timestep if part.kind == "return")
+@pytest.mark.parametrize(
+    ("paradigm", "returns", "rewards", "low", "high"),
+    [
+        ("mgdt", (2.0, 7.0), (0.0, 1.0), 2.0, 7.0),
+        ("tt", (2.0, 7.0), (0.0, 1.0), 0.0, 7.0),
+        ("tt", (-7.0, -2.0), (-1.0, -0.5), -7.0, 0.0),
+        ("tt", (-2.0, 7.0), (-1.0, 1.0), -7.0, 7.0),
+    ],
+    ids=["to go", "discounted", "discounted costs", "discounted, of both signs"],
+)
+def test_bins_of_returns_cover_what_the_data_can_have(paradigm, returns, rewards, low, high):
+    """A policy that prefers low returns would draw one that stands for nothing; half of the bins would be lost."""
+
+    def found(values):
+        sketch = Sketch(())
+        sketch.add(np.array(values)[:, None])
+        return sketch.result()
+
+    part = next(part for part in PARADIGMS[paradigm].timestep if part.kind == "return")
     encoding = SimpleNamespace(
-        statistics={RETURN_TO_GO: found.result()}, largest_return=7.0, ranges=Ranges(600, 1024, 0, 0)
+        statistics={RETURN_TO_GO: found(returns), REWARD_FIELD: found(rewards)},
+        largest_return=7.0,
+        ranges=Ranges(600, 1024, 0, 0),
+        task=fixtures.ARM,
     )
-    encoding.task = of.tasks[0]
+    encoding.return_range = partial(Encoding.return_range, encoding)
     codec = Encoding.return_codec(encoding, part)
     values = codec.decode(np.arange(*codec.choices()[0])[:, None])
-    assert 2 <= values.min() < 2.1
-    assert 6.9 < values.max() <= 7
+    assert low <= values.min() < low + 0.1
+    assert high - 0.1 < values.max() <= high
 
 
 def test_draws_of_plans_do_not_depend_on_other_environments():
