@@ -794,10 +794,11 @@ class Encoding:
         low, high = float(np.min(found.min)), float(np.max(found.max))
         if part.rule == "to_go":
             return low, high
-        # A discount moves a sum of rewards of one sign towards 0, but sums of both signs anywhere
+        low, high = min(low, 0.0), max(high, 0.0)
         if rewards is None or not rewards.count or np.min(rewards.min) < 0 < np.max(rewards.max):
-            return -scale, scale
-        return min(low, 0.0), max(high, 0.0)
+            # Σ γᵏ r of both signs is a return-to-go less a weighted mean of later ones (summation by parts)
+            return low - high, high - low
+        return low, high  # a discount moves a sum of rewards of one sign towards 0
 
 
 def without_rewards(task: TaskSpec, objective: Objective, paradigm: Paradigm) -> str:
