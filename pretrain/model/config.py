@@ -38,6 +38,7 @@ _REAL: dict[str, tuple[float, float]] = {
     "theta": (1e-6, 1e12),
     "norm_epsilon": (0, 1),
     "dropout": (0, 1),
+    "initializer_range": (1e-4, 1),
 }
 # Keys of `transformers` that a config may have beside ours. Others could choose code: kernels, quantisation, other classes
 _OTHERS = frozenset(
@@ -108,6 +109,9 @@ class DecisionConfig(PretrainedConfig):
         Base of the rotary frequencies (Su et al. 2021).
     norm_epsilon : float
         Added to the mean square in RMSNorm.
+    initializer_range : float
+        Standard deviation of the weights that are drawn (Radford et al. 2019). Matrices that write to the residual stream
+        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths.
     dropout : float
         Share of the elements that training drops after attention and MLP.
     checkpointing : bool
@@ -156,6 +160,7 @@ class DecisionConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         pairs: bool = False,
         chunks: Any = None,
+        initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -183,6 +188,7 @@ class DecisionConfig(PretrainedConfig):
         self.locals = locals
         self.theta = theta
         self.norm_epsilon = norm_epsilon
+        self.initializer_range = initializer_range
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.pairs = pairs
@@ -264,6 +270,11 @@ class DecisionConfig(PretrainedConfig):
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of drawn matrices that write to the residual stream."""
+        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
     def has_experts(self, layer: int) -> bool:
         """Whether the layer of this number is a mixture of experts."""
         return bool(self.num_experts) and layer % self.moe_every == self.moe_every - 1
@@ -299,6 +310,7 @@ class DecisionConfig(PretrainedConfig):
             task_dropout=moe.task_dropout if moe.task else 0.0,
             timesteps=model.timesteps,
             theta=model.rope_theta,
+            initializer_range=model.init_std,
             dropout=model.dropout,
             checkpointing=model.checkpointing,
             tie_word_embeddings=model.tie,
