@@ -14,6 +14,7 @@ import numpy as np
 
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec, Window
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.messages import say
 from tiphys.dataio.shards import ShardWriter
 from tiphys.launch.tokens import Row, as_text
 from tiphys.pretrain.acting.ask import demonstration
@@ -240,10 +241,10 @@ def updated(page: str) -> str:
 
 def main() -> int:
     if not PAGE.is_file():
-        print(f"{PAGE}: no such file; run this in a checkout of Tiphys", file=sys.stderr)
+        say(f"{PAGE}: no such file; run this in a checkout of Tiphys")
         return 2
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {PAGE}")
+    say(f"written: {PAGE}")
     return 0
 
 
