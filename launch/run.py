@@ -319,7 +319,8 @@ def _memory_line(recipe: Recipe, engine: Any) -> str:
 
     length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
     full = typical_batch(engine.config, engine.micro_batch, length)
-    return line(predict(recipe, engine.config, [full], engine.world.world, device=engine.world.device.type))
+    world, bounds = engine.world, getattr(engine, "bounds", ())  # a pipeline's stages, as they were cut
+    return line(predict(recipe, engine.config, [full], world.world, device=world.device.type, bounds=bounds))
 
 
 def write_recipe(recipe: Recipe) -> None:
