@@ -329,8 +329,8 @@ class Model:
 
     init: str = key(
         "",
-        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
-        text="folder of a policy or run, URL, or hf://org/name",
+        "Begin with the weights of this policy, run or language model; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy, run or model, URL, or hf://org/name",
         path=True,
     )
     init_map: dict[str, Any] = key(
