@@ -369,6 +369,12 @@ class Model:
         low=0,
         high=2**22,
     )
+    init_std: float = key(
+        0.02,
+        "Standard deviation of the weights that are drawn; a `hidden` of 32 to 64 may need about 1 / √`hidden`",
+        low=1e-4,
+        high=1,
+    )
     tie: bool = key(False, "One matrix for token embedding and output")
     text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1, high=2**22)
     text_tokenizer: str = key(

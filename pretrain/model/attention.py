@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, cuda_capability
+from tiphys.pretrain.model.layers import Linear, Module, Norm, cuda_capability
 from tiphys.pretrain.model.rope import Rope
 from tiphys.pretrain.model.token_layout import Group, TokenLayout
 
@@ -37,10 +37,11 @@ class Attention(Module):
         super().__init__()
         self.number, self.rope = number, Rope.of(config.theta, config.rope)
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
-        self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size, bias=config.qkv_bias)
+        together = (self.heads + 2 * self.kv_heads) * self.size
+        self.qkv = Linear(config.hidden_size, together, std=config.initializer_range, bias=config.qkv_bias)
         self.q_norm = Norm(self.size, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = Norm(self.size, config.norm_epsilon) if config.qk_norm else None
-        self.out = Linear(self.heads * self.size, config.hidden_size, std=STD / (2 * config.num_hidden_layers) ** 0.5)
+        self.out = Linear(self.heads * self.size, config.hidden_size, std=config.residual_std)
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""

@@ -41,6 +41,7 @@ _REAL: dict[str, tuple[float, float]] = {
     "theta": (1e-6, 1e12),
     "norm_epsilon": (0, 1),
     "dropout": (0, 1),
+    "initializer_range": (1e-4, 1),
 }
 # Keys of `transformers` that a config may have beside ours. Others could choose code: kernels, quantisation, other classes
 _OTHERS = frozenset(
@@ -121,6 +122,9 @@ class DecisionConfig(PretrainedConfig):
         The first layers that are dense whatever `moe_every` says.
     norm_epsilon : float
         Added to the mean square in RMSNorm.
+    initializer_range : float
+        Standard deviation of the weights that are drawn (Radford et al. 2019). Matrices that write to the residual stream
+        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths.
     dropout : float
         Share of the elements that training drops after attention and MLP.
     checkpointing : bool
@@ -169,6 +173,7 @@ class DecisionConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         pairs: bool = False,
         chunks: Any = None,
+        initializer_range: float = 0.02,
         rope: Any = None,
         head_size: int = 0,
         qk_norm: bool = False,
@@ -201,6 +206,7 @@ class DecisionConfig(PretrainedConfig):
         self.locals = locals
         self.theta = theta
         self.norm_epsilon = norm_epsilon
+        self.initializer_range = initializer_range
         self.dropout = dropout
         self.checkpointing = checkpointing
         self.pairs = pairs
@@ -289,6 +295,11 @@ class DecisionConfig(PretrainedConfig):
                 one[2], f"config: range {one[0]!r}", number(one[1], f"config: range {one[0]!r}", 0, 1 << 26), 1 << 26
             )
 
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of drawn matrices that write to the residual stream."""
+        return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
+
     def has_experts(self, layer: int) -> bool:
         """Whether the layer of this number is a mixture of experts."""
         return bool(self.num_experts) and layer >= self.first_dense and (layer + 1) % self.moe_every == 0
@@ -323,6 +334,7 @@ class DecisionConfig(PretrainedConfig):
             router_task=moe.task,
             task_dropout=moe.task_dropout if moe.task else 0.0,
             timesteps=model.timesteps,
+            initializer_range=model.init_std,
             theta=rope.theta,
             rope=rope.values(),
             norm_epsilon=model.norm_epsilon,
