@@ -299,24 +299,27 @@ class Rope:
         "How frequencies are stretched for windows that are longer than those of an earlier training",
         choices=("default", "linear", "llama3", "yarn"),
     )
-    factor: float = key(1.0, "`linear`, `llama3`, `yarn`: how many times longer the windows are", low=1e-3, high=1e6)
+    factor: float = key(1.0, "How many times longer the windows are (`linear`, `llama3`, `yarn`)", low=1e-3, high=1e6)
     original_length: int = key(
-        8192, "`llama3`, `yarn`: length of the earlier windows", unit="positions", low=1, high=10**9
+        8192, "Length of the earlier windows (`llama3`, `yarn`)", unit="positions", low=1, high=10**9
     )
     low_frequency: float = key(
-        1.0, "`llama3`: frequencies with fewer turns over `original_length` are divided by `factor`", low=1e-6, high=1e6
+        1.0,
+        "Frequencies with fewer turns over `original_length` are divided by `factor` (`llama3`)",
+        low=1e-6,
+        high=1e6,
     )
     high_frequency: float = key(
-        4.0, "`llama3`: frequencies with more turns over `original_length` are kept", low=1e-6, high=1e6
+        4.0, "Frequencies with more turns over `original_length` are kept (`llama3`)", low=1e-6, high=1e6
     )
     beta_fast: float = key(
-        32.0, "`yarn`: frequencies with more turns over `original_length` are kept", low=1e-6, high=1e6
+        32.0, "Frequencies with more turns over `original_length` are kept (`yarn`)", low=1e-6, high=1e6
     )
     beta_slow: float = key(
-        1.0, "`yarn`: frequencies with fewer turns over `original_length` are divided by `factor`", low=1e-6, high=1e6
+        1.0, "Frequencies with fewer turns over `original_length` are divided by `factor` (`yarn`)", low=1e-6, high=1e6
     )
     attention_factor: float = key(
-        0.0, "`yarn`: factor of queries and of keys; 0: 0.1 × ln(`factor`) + 1", low=0, high=1e3
+        0.0, "Factor of queries and of keys (`yarn`); 0: 0.1 × ln(`factor`) + 1", low=0, high=1e3
     )
 
 
@@ -326,8 +329,8 @@ class Model:
 
     init: str = key(
         "",
-        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
-        text="folder of a policy or run, URL, or hf://org/name",
+        "Begin with the weights of this policy, run or language model; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy, run or model, URL, or hf://org/name",
         path=True,
     )
     init_map: dict[str, Any] = key(

@@ -1,1 +1,0 @@
-"""Models of `transformers` that a recipe may begin with."""
