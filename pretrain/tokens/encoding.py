@@ -589,9 +589,7 @@ class Encoding:
         """Share of an action field's values in the data that are clamped."""
         found, bounds = self.statistics.get(field.name), _bounds(field)
         tokens = self.tokens(field)
-        if field.modality == "continuous" and (
-            tokens.relative.to or tokens.normalise != "auto" or self.beyond_bins()
-        ):
+        if field.modality == "continuous" and (tokens.relative.to or tokens.normalise != "auto" or self.beyond_bins()):
             return self.clipped_in_frame(field)
         if field.modality != "continuous" or found is None or not found.count:
             return 0.0
