@@ -27,7 +27,7 @@ from tiphys.pretrain.tokens.codecs import (
     Sign,
     Vector,
 )
-from tiphys.pretrain.tokens.derived import source_of
+from tiphys.pretrain.tokens.derived import REWARD_FIELD, source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.frames import Frame, flat_entries, frame_of, range_of
 from tiphys.pretrain.tokens.paradigms import (
@@ -762,10 +762,7 @@ class Encoding:
 
         found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
-            low, high = -scale, scale
-            if found is not None and found.count and np.max(found.max) > np.min(found.min):
-                # Only what the data have: a policy that prefers low returns would draw one that stands for nothing
-                low, high = float(np.min(found.min)), float(np.max(found.max))
+            low, high = self.return_range(part, scale)
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
         if part.code == "quantile" and part.rule == "to_go":
@@ -781,6 +778,25 @@ class Encoding:
         if part.code == "sign":
             return Sign("", (), self.ranges.discrete)
         raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+    def return_range(self, part: Part, scale: float) -> tuple[float, float]:
+        """What uniform bins of a return cover: only what the data can have.
+
+        A policy that prefers low returns would otherwise draw one that stands for nothing, and bins would be wider than needed.
+        """
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        found, rewards = self.statistics.get(RETURN_TO_GO), self.statistics.get(REWARD_FIELD)
+        if found is None or not found.count or not np.max(found.max) > np.min(found.min):
+            return -scale, scale
+        low, high = float(np.min(found.min)), float(np.max(found.max))
+        if part.rule == "to_go":
+            return low, high
+        low, high = min(low, 0.0), max(high, 0.0)
+        if rewards is None or not rewards.count or np.min(rewards.min) < 0 < np.max(rewards.max):
+            # Σ γᵏ r of both signs is a return-to-go less a weighted mean of later ones (summation by parts)
+            return low - high, high - low
+        return low, high  # a discount moves a sum of rewards of one sign towards 0
 
 
 def without_rewards(task: TaskSpec, objective: Objective, paradigm: Paradigm) -> str:

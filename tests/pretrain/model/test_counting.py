@@ -16,10 +16,15 @@ from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.moe import mixtures
 from tiphys.pretrain.model.transformer import DecisionModel
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 192, "moe_intermediate_size": 96}
+SIZES = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "moe_intermediate_size": 96,
+}
 ODD = {"hidden_size": 60, "num_attention_heads": 6, "intermediate_size": 101, "moe_intermediate_size": 37}
-# Larger than the others: convolutions on a CPU also take workspaces of up to .5 MB, which are not counted.
-IMAGES = {"rows": 4, "length": 256, "embedders": {"image": {"kind": "patch", "shape": [16, 16, 3], "values": 0}}}
+IMAGES = {"embedders": {"image": {"kind": "patch", "shape": [16, 16, 3], "values": 0}}}
 
 
 def compare(dtype: torch.dtype, *, rows: int = 2, length: int = 128, short: bool = False, **config: Any) -> float:
@@ -67,6 +72,9 @@ def test_counted_bytes_are_those_of_the_allocator(dtype: torch.dtype, config: di
         ),
         ODD,
         IMAGES,
+        {**IMAGES, "num_experts": 0, "length": 64},
+        {**IMAGES, "rows": 4, "length": 256},
+        {"embedders": {"grid": {"kind": "grid", "shape": [7, 7, 3], "values": 12}}},
         {"vocab_size": 256_000, "rows": 1},
         {"num_experts_per_tok": 1, "shared_expert": True},
     ],
@@ -83,7 +91,7 @@ def counted(**changes: Any) -> Pass:
 
 
 def test_stages_of_a_pipeline_hold_less_than_the_whole_model() -> None:
-    whole, first, last = counted(), counted(first=0, last=4), counted(first=4)
+    whole, first, last = counted(), counted(first=0, last=3), counted(first=3)
     assert first.kept + last.kept >= whole.kept * 0.99
     assert max(first.peak, last.peak) < whole.peak
     assert first.gradients + last.gradients == whole.gradients
@@ -103,7 +111,7 @@ def test_a_gpu_rounds_to_blocks_of_512_bytes() -> None:
 
 def test_nothing_of_a_model_of_100_billion_parameters_is_made() -> None:
     config = synthetic.config(
-        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, intermediate_size=34816, num_experts=0
+        hidden_size=32768, num_hidden_layers=5, num_attention_heads=64, intermediate_size=139264, num_experts=0
     )
     part = Part(config).to(torch.bfloat16)
     assert sum(p.numel() for p in part.parameters()) > 80e9

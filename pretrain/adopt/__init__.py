@@ -1,0 +1,1 @@
+"""Models of `transformers` that a recipe may begin with."""
