@@ -57,10 +57,10 @@ def size_errors(
 
 
 def _that_fit(hidden: int, heads: int) -> str:
-    """The nearest number of heads that fits the width, and the next width that fits the heads."""
+    """The largest smaller number of heads that fits the width, and the next width that fits the heads."""
     wider = f"model.hidden={hidden + -hidden % (2 * heads)}"
-    fitting = [n for n in range(1, min(heads, hidden // 2) + 1) if hidden % (2 * n) == 0]
-    return f"model.heads={fitting[-1]} or {wider}" if fitting else wider
+    fewer = next((n for n in range(min(heads, hidden // 2), 0, -1) if hidden % (2 * n) == 0), 0)
+    return f"model.heads={fewer} or {wider}" if fewer else wider
 
 
 def parameter_errors(
