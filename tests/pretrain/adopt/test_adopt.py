@@ -168,6 +168,16 @@ def test_texts_are_found_by_another_tokenizer_too(objectives, experts):
             assert torch.equal(model.token.weight[i], table[pieces[piece]]), piece
 
 
+def test_new_rows_resemble_those_that_are_found(objectives, experts):
+    model = begin(recipe_of(experts[0]), objectives.vocabulary)
+    found, drawn = model.token.weight[:600], model.token.weight[600:]
+    torch.testing.assert_close(drawn.mean(0), found.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.std(0), found.std(0), rtol=0.1, atol=0)
+    again = begin(recipe_of(experts[0]), objectives.vocabulary)
+    assert torch.equal(again.token.weight, model.token.weight)
+    assert not torch.equal(model.output.weight[600:], drawn)
+
+
 def test_one_tensor_at_a_time_is_held(objectives, experts, monkeypatch):
     """At most two tensors of the largest size live at once, beside the model."""
     source = AdoptedWeights(experts[0], family_config(experts[0]))
