@@ -376,7 +376,14 @@ class Model:
         high=1,
     )
     tie: bool = key(False, "One matrix for token embedding and output")
-    text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1, high=2**22)
+    text_vocabulary: int = key(
+        0,
+        "Size of the range of text tokens; 0: as many as the tokenizer has, which learns at most 32000 from the texts",
+        unit="tokens",
+        low=256,
+        high=2**22,
+        also=(0,),
+    )
     text_tokenizer: str = key(
         "",
         "Text tokenizer; empty: a byte-level BPE learned from the recipe's texts",

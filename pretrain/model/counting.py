@@ -9,6 +9,7 @@ tensors whose channels lie in another order than those of the others.
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -278,6 +279,11 @@ class Part(nn.Module):
                     mixture.experts = RankExperts(config, ranks, imbalance)
         if config.tie_word_embeddings and {"token", "output"} <= self.parts.keys():
             self.parts["output"].weight = self.parts["token"].weight
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        """The name in the whole model of a parameter of this part."""
+        return re.sub(r"^layers_(\d+)\.", r"layers.\1.", name.removeprefix("parts."))
 
     def forward(self, x: Any, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [T, D] from the stage before, None for the first one -> the loss or [T, D], and the hidden states."""

@@ -39,7 +39,7 @@ def size_errors(
         yield (
             "model.heads",
             f"model.hidden ({hidden}) must be a multiple of 2 × model.heads ({2 * heads}), "
-            "because rotary positions need an even head size",
+            f"because rotary positions need an even head size; set {_that_fit(hidden, heads)}",
         )
     if kv_heads and heads % kv_heads:
         yield "model.kv_heads", f"model.heads ({heads}) must be a multiple of model.kv_heads ({kv_heads})"
@@ -54,6 +54,13 @@ def size_errors(
         yield "model.moe.every", f"{every} is out of range; allowed: 1 to model.layers ({layers})"
     elif first_dense >= (last := layers // every * every):
         yield "model.moe.first_dense", f"{first_dense} leaves no layer with experts; allowed: less than {last}"
+
+
+def _that_fit(hidden: int, heads: int) -> str:
+    """The nearest number of heads that fits the width, and the next width that fits the heads."""
+    wider = f"model.hidden={hidden + -hidden % (2 * heads)}"
+    fitting = [n for n in range(1, min(heads, hidden // 2) + 1) if hidden % (2 * n) == 0]
+    return f"model.heads={fitting[-1]} or {wider}" if fitting else wider
 
 
 def parameter_errors(

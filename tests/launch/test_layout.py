@@ -6,12 +6,16 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pretrain import synthetic
 from tiphys.launch import layout_auto, layout_command
-from tiphys.launch.layout import changed, lines, predict, remedies
+from tiphys.launch.layout import _freeze, changed, lines, predict, remedies
 from tiphys.launch.layout_rates import table_rates
 from tiphys.pretrain.distributed.layer_costs import typical_batch
+from tiphys.pretrain.engine import freeze
+from tiphys.pretrain.model.counting import Part
+from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import LayoutError
 from tiphys.recipes.automatic import KEYS, open_keys, with_defaults
 from tiphys.recipes.load import RecipeError, load_recipe
@@ -34,6 +38,16 @@ def test_a_stage_holds_as_many_micro_batches_as_the_schedule_has_in_flight() -> 
     found = predict(recipe(deepspeed=section, parallel={"pipeline": 4}), config, WORST, 4, device="cpu")
     assert [(s.name, s.in_flight) for s in found.stages] == [("first", 4), ("middle", 3), ("last", 1)]
     assert found.bubble == pytest.approx(3 / 11)
+    assert not found.cut
+    assert "measured times" in "\n".join(lines(found))
+
+
+def test_stages_are_those_of_the_run_if_they_are_known() -> None:
+    config = synthetic.config(num_hidden_layers=6, num_experts=0)
+    known = {"bounds": [0, 3, 4, 7, 10], "device": "cpu", "counted": False}
+    found = predict(recipe(parallel={"pipeline": 4}), config, WORST, 4, **known)
+    assert [s.layers for s in found.stages] == [(0, 3), (4, 7), (7, 10)]
+    assert found.cut
 
 
 def test_popular_experts_are_part_of_what_is_needed() -> None:
@@ -101,6 +115,30 @@ def test_a_resumed_run_keeps_its_layout_unless_the_world_changed(tmp_path: Any) 
     assert layout_command._kept(file, 8, ["pipeline"]) == []
     assert layout_command._kept(file, 4, ["pipeline", "expert"]) == []
     assert layout_command._kept(tmp_path / "none", 4, ["pipeline"]) == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "token.*",
+        "embedding.*",
+        "embedding.values.vector_*",
+        "*.layers_1.*",
+        "layers.1.*",
+        "*experts*",
+        "head.*",
+        "output.*",
+    ],
+)
+def test_a_pattern_freezes_the_parameters_that_it_freezes_in_the_run(pattern: str) -> None:
+    spec = CONFIG.embedders["vector:state:5"]
+    config = synthetic.config(num_hidden_layers=2, embedders={"vector:state:5": spec, "layers_1": spec})
+    with torch.device("meta"):
+        model, part = DecisionModel(config), Part(config)
+    freeze(model, [pattern])
+    _freeze(part, [pattern])
+    expected = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {part.canonical_name(name): p.requires_grad for name, p in part.named_parameters()} == expected
 
 
 def test_frozen_weights_have_no_masters() -> None:

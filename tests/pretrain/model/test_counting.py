@@ -12,8 +12,9 @@ from tests.pretrain import synthetic
 from tests.pretrain.model.allocator import peak_bytes
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.model.counting import Part, Pass, count_pass
-from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.inputs import scalars, to_tensors
 from tiphys.pretrain.model.moe import mixtures
+from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.model.transformer import DecisionModel
 
 SIZES = {
@@ -81,6 +82,28 @@ def test_counted_bytes_are_those_of_the_allocator(dtype: torch.dtype, config: di
 )
 def test_counted_bytes_of_many_models(dtype: torch.dtype, config: dict[str, Any]) -> None:
     assert compare(dtype, **config) < 0.01
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_heavy_first_stage(dtype: torch.dtype) -> None:
+    made = synthetic.config(**(SIZES | IMAGES | {"num_experts": 0}))
+    inputs = to_tensors(typical_batch(made, 4, 256))
+    first, later = ({"first": 0, "last": 3}, {"first": 3})
+    real = Part(made, **first).to_empty(device="cpu").to(dtype)
+    for parameter in real.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+
+    def passes() -> None:
+        layout = TokenLayout(inputs["windows"], inputs["attributes"], scalars(1.0, 1.0, 1.0, torch.device("cpu")))
+        out, _ = real(None, inputs, layout)
+        out.backward(torch.empty_like(out))
+
+    passes()
+    real.zero_grad(set_to_none=True)
+    found = count_pass(Part(made, **first).to(dtype), inputs)
+    assert found.peak == pytest.approx(peak_bytes(passes), rel=0.01)
+    assert found.peak > 3 * count_pass(Part(made, **later).to(dtype), inputs).peak
 
 
 def counted(**changes: Any) -> Pass:
