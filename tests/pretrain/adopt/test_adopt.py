@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -12,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.hub import Hub, Repository
 from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, make
 from tiphys import plain_yaml
 from tiphys.dataio.episode import DataError
@@ -286,3 +290,18 @@ def test_the_adopted_model_is_published_and_acts_alike(objectives, experts, tmp_
     again = DecisionModel.from_pretrained(tmp_path, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, 600, (2, 30))
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_from_a_hub_come_neither_pickles_nor_code(experts, tmp_path):
+    files = {p.name: p.read_bytes() for p in experts[0].iterdir()}
+    files |= {"modeling.py": b"raise SystemExit(3)", "pytorch_model.bin": b"x"}
+    code = "from tiphys.pretrain.policy_files import local_policy as f; print(*sorted(p.name for p in f('hf://org/m').iterdir()))"
+    with Hub() as hub:
+        hub.repositories["org/m"] = Repository("org/m", private=False)
+        hub.repositories["org/m"].commit(files)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        environment["HF_HUB_DISABLE_XET"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=100
+        )
+    assert done.stdout.split() == ["config.json", "model.safetensors", "tokenizer.json"]
