@@ -91,6 +91,8 @@ class Pretrained:
         What messages call the earlier model.
     zeros : collection of str
         Parameters that begin at 0 if the earlier model lacks them, because it computes the same then.
+    resemble : bool
+        Rows of the token tables that are not found have the mean of the found rows, and their standard deviation around it.
 
     Raises
     ------
@@ -107,8 +109,10 @@ class Pretrained:
         renamed: Mapping[str, str] | None = None,
         where: str = "model.init",
         zeros: Collection[str] = (),
+        resemble: bool = False,
     ) -> None:
-        self.weights, self.where, self.zeros = weights, where, frozenset(zeros)
+        self.weights, self.where = weights, where
+        self.zeros, self.resemble = frozenset(zeros), resemble
         (self.old, self._old_words), (self.new, self._new_words) = old, new
         self._earlier = {now: was for was, now in (renamed or {}).items()}
         wrong = list(size_errors(self.old, self.new))
@@ -157,6 +161,11 @@ class Pretrained:
         new, old = torch.from_numpy(found.new[mine] - first), torch.from_numpy(found.old[mine])
         for some in torch.arange(len(new)).split(_ROWS):
             target[new[some]] = rows[old[some]].to(target)
+        if self.resemble and name in _TABLES:
+            others = torch.ones(len(target), dtype=torch.bool)
+            others[new] = False
+            mean, std = _spread(rows, torch.from_numpy(found.old))
+            target[others] = mean.to(target) + target[others] / self.new.initializer_range * std.to(target)
 
     def lines(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What of a model with these parameters is taken over, drawn and left out, for people."""
@@ -278,6 +287,13 @@ def _pairs(pairs: list[tuple[int, int | None]]) -> tuple[np.ndarray, np.ndarray]
     return kept[:, 0], kept[:, 1]
 
 
+def _spread(rows: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column over the rows `used`, float64 [D], in parts of _ROWS."""
+    mean = sum((rows[some].double().sum(0) for some in used.split(_ROWS)), torch.zeros(rows.shape[1])) / len(used)
+    squares = sum(((rows[some].double() - mean).square().sum(0) for some in used.split(_ROWS)), torch.zeros_like(mean))
+    return mean, (squares / len(used)).sqrt()
+
+
 def _folded(names: Iterable[str], among: Iterable[str]) -> list[str]:
     """Parameter names, with one name for a layer, an embedder or a head if all of its parameters among these are meant."""
     groups: dict[str, set[str]] = {}
@@ -371,7 +387,7 @@ def _adopted(folder: Path, recipe: Recipe, new: tuple[DecisionConfig, Vocabulary
         )
         raise DataError(f"{init}: its layers have other sizes: {keys}; the section that fits is {whole.strip()[1:-1]}")
     vocabulary = text_vocabulary(folder, old.vocab_size, new[1])
-    return Pretrained(AdoptedWeights(folder, old), (old, vocabulary), new, where=init, zeros=ZEROS)
+    return Pretrained(AdoptedWeights(folder, old), (old, vocabulary), new, where=init, zeros=ZEROS, resemble=True)
 
 
 def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, stages: int = 1) -> DecisionModel:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -12,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.hub import Hub, Repository
 from tests.pretrain.token_fixtures import ARM, CAMERA, GRID, make
 from tiphys import plain_yaml
 from tiphys.dataio.episode import DataError
@@ -168,6 +172,16 @@ def test_texts_are_found_by_another_tokenizer_too(objectives, experts):
             assert torch.equal(model.token.weight[i], table[pieces[piece]]), piece
 
 
+def test_new_rows_resemble_those_that_are_found(objectives, experts):
+    model = begin(recipe_of(experts[0]), objectives.vocabulary)
+    found, drawn = model.token.weight[:600], model.token.weight[600:]
+    torch.testing.assert_close(drawn.mean(0), found.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.std(0), found.std(0), rtol=0.1, atol=0)
+    again = begin(recipe_of(experts[0]), objectives.vocabulary)
+    assert torch.equal(again.token.weight, model.token.weight)
+    assert not torch.equal(model.output.weight[600:], drawn)
+
+
 def test_one_tensor_at_a_time_is_held(objectives, experts, monkeypatch):
     """At most two tensors of the largest size live at once, beside the model."""
     source = AdoptedWeights(experts[0], family_config(experts[0]))
@@ -276,3 +290,18 @@ def test_the_adopted_model_is_published_and_acts_alike(objectives, experts, tmp_
     again = DecisionModel.from_pretrained(tmp_path, dtype=torch.float32)
     ids = np.random.default_rng(0).integers(0, 600, (2, 30))
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_from_a_hub_come_neither_pickles_nor_code(experts, tmp_path):
+    files = {p.name: p.read_bytes() for p in experts[0].iterdir()}
+    files |= {"modeling.py": b"raise SystemExit(3)", "pytorch_model.bin": b"x"}
+    code = "from tiphys.pretrain.policy_files import local_policy as f; print(*sorted(p.name for p in f('hf://org/m').iterdir()))"
+    with Hub() as hub:
+        hub.repositories["org/m"] = Repository("org/m", private=False)
+        hub.repositories["org/m"].commit(files)
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        environment["HF_HUB_DISABLE_XET"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=100
+        )
+    assert done.stdout.split() == ["config.json", "model.safetensors", "tokenizer.json"]
