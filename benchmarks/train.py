@@ -87,7 +87,7 @@ class DeepSpeedMixture(nn.Module):
 
         self.moe = MoE(
             config.hidden_size,
-            Mlp(config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers),
+            Mlp(config, config.moe_intermediate_size),
             num_experts=config.num_experts,
             k=config.num_experts_per_tok,
             drop_tokens=False,

@@ -58,7 +58,7 @@ def seen(coin: int, step: int) -> np.ndarray:
 
 
 def episode(random: np.random.Generator, number: int) -> Episode:
-    """Both agents keep to the coin; in one step of three they do nothing, if they can."""
+    """Both agents keep to the coin; in one step of three they do nothing, if they can, which costs no reward."""
     coin, can = begin(random)
     rest = can[..., NOTHING] & (random.random((STEPS, AGENTS)) < 1 / 3)
     rest[0] = False
@@ -67,7 +67,7 @@ def episode(random: np.random.Generator, number: int) -> Episode:
         "observation.coin": np.stack([seen(coin, t) for t in range(STEPS)]),
         "mask": can,
         "action": actions,
-        "reward": (actions == coin).all(1).astype(np.float32),
+        "reward": np.isin(actions, (coin, NOTHING)).all(1).astype(np.float32),
     }
     return Episode(f"agree-{number}", TASK.name, fields, STEPS)
 
@@ -89,7 +89,7 @@ def play(policy: Policy, seed: int, masked: bool = True, episodes: int = 60) -> 
         told = can[:, step] if masked else np.ones_like(can[:, step])
         given = [{"coin": seen(coin, step), "mask": told[i]} for i, coin in enumerate(coins)]
         actions = np.stack(policy.act(given, rewards))
-        rewards = (actions == coins[:, None]).all(1).astype(float).tolist()
+        rewards = ((actions == coins[:, None]) | (actions == NOTHING)).all(1).astype(float).tolist()
         illegal.append(~np.take_along_axis(can[:, step], actions[..., None], -1)[..., 0])
         kept += (actions == coins[:, None])[actions != NOTHING].tolist() if step else []
     return float(np.mean(kept)), float(np.mean(illegal))

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from benchmarks.ideas.toys import write
-from benchmarks.ideas.training import train
+from benchmarks.ideas.training import WIDE, train
 from benchmarks.ideas.worlds import Chain, Played, behave, competent, play
 from tiphys.pretrain.acting.policy import Policy
 
@@ -46,4 +46,4 @@ def reached(policy: Policy, world: Chain, seed: int, kappa: float) -> float:
 
 def learnt(world: Chain, data: Played, folder: Path, seed: int) -> Policy:
     dataset = write(folder, [world.task], data.episodes(world.task, "chain"))
-    return train([{"dataset": dataset}], {"paradigm": "mgdt", "context": 48}, steps=400, rows=16, seed=seed, wide=True)
+    return train([{"dataset": dataset}], {"paradigm": "mgdt", "context": 48}, steps=400, rows=16, seed=seed, model=WIDE)

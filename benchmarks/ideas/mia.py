@@ -1,7 +1,7 @@
 """Multimodal interactive agent (Abramson et al. 2021): it also learns whether a text belongs to what was seen.
 
 Four things lie in places, and the text names the one to walk to; what was seen tells where the agent went, so which text fits.
-Controls: no text is swapped; the policy is compared with plain behaviour cloning.
+Controls: no text is swapped; the policy is compared with plain behaviour cloning. Both policies draw their actions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from benchmarks.ideas.toys import write
-from benchmarks.ideas.training import train
+from benchmarks.ideas.training import WIDE, train
 from benchmarks.ideas.worlds import discrete
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.policy import Policy
@@ -76,8 +76,7 @@ def learnt(dataset: str, paradigm: str, seed: int, **options: float) -> Policy:
         rows=16,
         seed=seed,
         data={"starts": "windows"},
-        sample=False,
-        wide=True,
+        model=WIDE,
     )
 
 

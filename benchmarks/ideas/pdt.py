@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from benchmarks.ideas.toys import write
-from benchmarks.ideas.training import publish, train
+from benchmarks.ideas.training import WIDE, publish, train
 from benchmarks.ideas.worlds import Cued, Played, behave, play
 
 ASKED = np.repeat(np.arange(11.0), 15)
@@ -29,7 +29,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
 
     def reached(init: str) -> float:
         objective = {"paradigm": "dt", "context": 64, "window": 10}
-        options: dict[str, Any] = {"model": {"init": init}, "data": {"starts": "windows"}, "wide": True}
+        options: dict[str, Any] = {"model": {"init": init, **WIDE}, "data": {"starts": "windows"}}
         policy = train([{"dataset": labelled}], objective, steps=60, seed=seed, rate=8e-3, **options)
         returns = play(policy, world, len(ASKED), seed, asked=ASKED).returns
         return float(np.polyfit(ASKED, returns, 1)[0])
@@ -53,6 +53,6 @@ def pretrained(world: Cued, data: Played, folder: Path, seed: int) -> str:
     dataset = write(folder / "data", [world.task], data.episodes(world.task, "bare"))
     objective = {"paradigm": "pdt", "context": 64, "window": 10}
     policy = train(
-        [{"dataset": dataset}], objective, steps=400, seed=seed, rate=4e-3, data={"starts": "windows"}, wide=True
+        [{"dataset": dataset}], objective, steps=400, seed=seed, rate=4e-3, data={"starts": "windows"}, model=WIDE
     )
     return publish(policy, folder / "policy")

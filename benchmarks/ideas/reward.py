@@ -19,6 +19,7 @@ from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.policy import Policy
 
 SYMBOLS, FRAMES, SHOWN = 16, 8, 0.3
+EPISODES = 1500  # a model of this size learns 600 by heart
 TEXTS = [f"find {word}" for word in "ash bay cow dew elk fir gem hen ice jam kit log mud nut oak pig".split()]
 TASK = TaskSpec(
     "look",
@@ -32,7 +33,7 @@ TASK = TaskSpec(
 
 def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     random = np.random.default_rng([seed, 1])
-    named, frames = seen(random, 600)
+    named, frames = seen(random, EPISODES)
     policy = learnt(named, frames, folder / "data", seed)
     asked, clips = seen(random, 400)
     failed = None

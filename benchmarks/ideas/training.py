@@ -17,8 +17,6 @@ from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.inputs import to_tensors
-from tiphys.pretrain.model.layers import STD
-from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.pretrained import begin
 from tiphys.pretrain.publish import save_policy
@@ -26,6 +24,9 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.load import from_dict
 
 SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300}
+# With weights of .02, attention of so narrow a model is nearly uniform in the beginning, and a model that must learn to compare
+# two tokens stays there for longer than an experiment lasts.
+WIDE = {"init_std": 0.177}  # 1 / √width
 
 
 def train(
@@ -39,7 +40,6 @@ def train(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     sample: bool = True,
-    wide: bool = False,
 ) -> Policy:
     """Train a small model, and return its policy.
 
@@ -61,8 +61,6 @@ def train(
         Further keys of the recipe's `data` section.
     sample : bool
         The policy draws its actions.
-    wide : bool
-        Begin with weights whose standard deviation is 1 / √width (see `_widen`). Ignored with `model.init`.
     """
     recipe = from_dict(
         {
@@ -79,8 +77,6 @@ def train(
     objectives = Objectives(recipe, indexes)
     plan = make_plan(recipe, indexes, objectives)
     net = begin(recipe, objectives.vocabulary).train()
-    if wide and not recipe.model.init:
-        _widen(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     with TrajectoryLoader(plan, Home(0, 1), **loader_arguments(recipe, objectives), stop=steps) as loader:
@@ -93,19 +89,6 @@ def train(
             optimizer.step()
             schedule.step()
     return Policy(net, Processor.from_dict(objectives.processor()), sample=sample, seed=seed)
-
-
-@torch.no_grad()
-def _widen(net: DecisionModel) -> None:
-    """Begin with weights of the standard deviation 1 / √width instead of that of the product, which suits widths near 1000.
-
-    With a width of 32, weights of .02 make all attention uniform at the beginning, and a model that must learn to compare two
-    tokens stays there for longer than an experiment lasts.
-    """
-    factor = net.config.hidden_size**-0.5 / STD
-    for name, parameter in net.named_parameters():
-        if parameter.dim() == 2 and not name.startswith("embedding.values."):  # those are drawn by their own width
-            parameter.mul_(factor)
 
 
 def publish(policy: Policy, folder: Path) -> str:

@@ -71,9 +71,8 @@ def learnt(dataset: str, objective: dict[str, Any], seed: int) -> Policy:
         rows=32,
         rate=4e-3,
         seed=seed,
-        model={"hidden": 64, "heads": 4, "timesteps": 8},
+        model={"hidden": 64, "heads": 4, "timesteps": 8, "init_std": 0.125},
         data={"starts": "windows"},
         sample=False,
-        wide=True,
     )
     return policy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tiphys.pretrain.model.bits import from_bits
-from tiphys.pretrain.model.layers import STD, Module
+from tiphys.pretrain.model.layers import Module
 
 _FREQUENCIES = 32  # of the embedding of time
 _PER_BLOCK = 3  # shift, scale and gate
@@ -23,9 +23,9 @@ def payload_size(head: Mapping[str, Any]) -> int:
     return 1 + size + head.get("draws", 0) * (size + 1)
 
 
-def make_head(head: Mapping[str, Any], size: int) -> ChunkHead:
-    """The head of a config's `chunks`, on hidden states of `size` numbers."""
-    return (FlowHead if head["loss"] == "flow" else MeanHead)(head, size)
+def make_head(head: Mapping[str, Any], size: int, std: float) -> ChunkHead:
+    """The head of a config's `chunks`, on hidden states of `size` numbers; `std` is that of its weights at the start."""
+    return FlowHead(head, size) if head["loss"] == "flow" else MeanHead(head, size, std)
 
 
 class ChunkHead(Module):
@@ -70,11 +70,11 @@ class ChunkHead(Module):
 class MeanHead(ChunkHead):
     """A linear map. `l2` learns the mean of the chunks that may follow, `l1` the median of each number."""
 
-    def __init__(self, head: Mapping[str, Any], size: int) -> None:
+    def __init__(self, head: Mapping[str, Any], size: int, std: float) -> None:
         super().__init__(head)
         self.weight: nn.Parameter
         self.bias: nn.Parameter
-        self.declare("weight", self.steps * self.entries, size, std=STD)
+        self.declare("weight", self.steps * self.entries, size, std=std)
         self.declare("bias", self.steps * self.entries)
 
     def forward(self, hidden: Tensor, payload: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.flops import CHANNELS
-from tiphys.pretrain.model.layers import STD, Linear, Module, Table, only_acts
+from tiphys.pretrain.model.layers import Linear, Module, Table, only_acts
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
@@ -56,7 +56,7 @@ class PatchEmbedder(Module):
     Values [n, H, W, C]: floats as the codec scaled them, or uint8 pixels, which are scaled to [−1, 1] / √16 here.
     """
 
-    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+    def __init__(self, shape: tuple[int, ...], size: int, std: float) -> None:
         super().__init__()
         height, width, channels = shape
         self.stem = Convolution(channels, CHANNELS, stride=2)
@@ -64,7 +64,7 @@ class PatchEmbedder(Module):
         self.norm2, self.conv2 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
         inputs = CHANNELS * -(-height // 2) * -(-width // 2)
         self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
-        self.row, self.column = Table(BINS, size), Table(BINS, size)
+        self.row, self.column = Table(BINS, size, std=std), Table(BINS, size, std=std)
 
     def forward(self, value: Tensor, place: Tensor) -> Tensor:
         if value.dtype == torch.uint8:
@@ -111,10 +111,11 @@ class GridEmbedder(Module):
         return self.out(F.gelu(self.conv2(x)).flatten(1))
 
 
-def make_embedder(spec: Mapping[str, Any], size: int) -> nn.Module:
+def make_embedder(spec: Mapping[str, Any], size: int, std: float) -> nn.Module:
+    """The embedder of a spec of `DecisionConfig.embedders`; `std` is that of its position embeddings at the start."""
     shape = tuple(spec["shape"])
     if spec["kind"] == "patch":
-        return PatchEmbedder(shape, size)
+        return PatchEmbedder(shape, size, std)
     if spec["kind"] == "grid":
         return GridEmbedder(shape, spec["values"], size)
     return VectorEmbedder(shape, size)
@@ -126,7 +127,7 @@ class TokenTable(Module):
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
         self.weight: nn.Parameter
-        self.declare("weight", config.vocab_size, config.hidden_size, std=STD)
+        self.declare("weight", config.vocab_size, config.hidden_size, std=config.initializer_range)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)
@@ -142,9 +143,10 @@ class Embedding(Module):
         if len(set(self.names.values())) < len(self.names):
             raise DataError(f"embedder names must differ in more than punctuation: {', '.join(self.names)}")
         self.shapes = {name: tuple(e["shape"]) for name, e in config.embedders.items()}
-        self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size) for n in self.names})
-        self.local = Table(config.locals, size)
-        self.timestep = Table(config.timesteps, size) if config.timesteps else None
+        std = config.initializer_range
+        self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size, std) for n in self.names})
+        self.local = Table(config.locals, size, std=std)
+        self.timestep = Table(config.timesteps, size, std=std) if config.timesteps else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """x [T, D] from the token table -> [T, D]."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.chunks import ChunkHead, make_head
 from tiphys.pretrain.model.embedding import module_name
-from tiphys.pretrain.model.layers import STD, Linear, Module, Norm, only_acts
+from tiphys.pretrain.model.layers import Linear, Module, Norm, only_acts
 from tiphys.pretrain.model.targets import IDS, TARGETS, targets_of
 from tiphys.pretrain.model.token_layout import TokenLayout
 
@@ -30,9 +30,9 @@ class Match(Module):
     The logarithm of the inverse temperature is learned, from log(1 / 0.07) on and up to log 100.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, std: float) -> None:
         super().__init__()
-        self.window, self.text = Linear(size, size), Linear(size, size)
+        self.window, self.text = Linear(size, size, std=std), Linear(size, size, std=std)
         self.scale: nn.Parameter
         self.declare("scale", 1, fill=math.log(1 / 0.07))
 
@@ -68,6 +68,7 @@ class Head(Module):
 
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
+        std = config.initializer_range
         self.tasks = max(1, len(config.tasks))
         self.norm = Norm(config.hidden_size, config.norm_epsilon)
         self.names = {name: module_name(name) for name in sorted(config.regressions)}
@@ -76,14 +77,17 @@ class Head(Module):
             raise DataError(f"names of regression heads must differ in more than punctuation: {', '.join(self.names)}")
         self.regressions = nn.ModuleDict(
             {
-                self.names[name]: Linear(config.hidden_size, config.regressions[name], std=STD, bias=True)
+                self.names[name]: Linear(config.hidden_size, config.regressions[name], std=std, bias=True)
                 for name in self.names
             }
         )
         self.chunks = nn.ModuleDict(
-            {self.chunk_names[name]: make_head(config.chunks[name], config.hidden_size) for name in self.chunk_names}
+            {
+                self.chunk_names[name]: make_head(config.chunks[name], config.hidden_size, std)
+                for name in self.chunk_names
+            }
         )
-        self.match = Match(config.hidden_size) if config.pairs else None
+        self.match = Match(config.hidden_size, std) if config.pairs else None
 
     def forward(self, x: Tensor, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> normed [T, D]; this part of the loss [1]; sums by task float32 [tasks, SUMS] (see `add_by_task`)."""
@@ -145,7 +149,7 @@ class Output(Module):
     def __init__(self, config: DecisionConfig) -> None:
         super().__init__()
         self.weight: nn.Parameter
-        self.declare("weight", config.vocab_size, config.hidden_size, std=STD)
+        self.declare("weight", config.vocab_size, config.hidden_size, std=config.initializer_range)
         self.bounds = output_bounds(config)
         self.text = next(((int(low), int(high)) for name, low, high in config.ranges if name == "text"), (0, 0))
 

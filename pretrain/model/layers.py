@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-STD = 0.02  # of weights (Radford et al. 2019); matrices that write to the residual stream divide it by √(2 · layers)
+if TYPE_CHECKING:
+    from tiphys.pretrain.model.config import DecisionConfig
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Norm(Module):
 class Linear(Module):
     """x Wᵀ + b with W [outputs, inputs]."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float = STD, bias: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, *, std: float, bias: bool = False) -> None:
         super().__init__()
         self.weight: nn.Parameter
         self.bias: nn.Parameter | None
@@ -161,7 +162,7 @@ class Linear(Module):
 class Table(Module):
     """A learned embedding [count, size]; indices outside [0, count) are clamped."""
 
-    def __init__(self, count: int, size: int, *, std: float = STD) -> None:
+    def __init__(self, count: int, size: int, *, std: float) -> None:
         super().__init__()
         self.weight: nn.Parameter
         self.declare("weight", count, size, std=std)
@@ -179,10 +180,10 @@ class Table(Module):
 class Mlp(Module):
     """SwiGLU (Shazeer 2020): (silu(x G) · x U) D, with G and U in one matrix."""
 
-    def __init__(self, size: int, inner: int, depth: int) -> None:
+    def __init__(self, config: DecisionConfig, inner: int) -> None:
         super().__init__()
-        self.up = Linear(size, 2 * inner)
-        self.down = Linear(inner, size, std=STD / (2 * depth) ** 0.5)
+        self.up = Linear(config.hidden_size, 2 * inner, std=config.initializer_range)
+        self.down = Linear(inner, config.hidden_size, std=config.residual_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(gated(self.up(x)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.layers import STD, Mlp, Module, cuda_capability, gated, only_acts
+from tiphys.pretrain.model.layers import Mlp, Module, cuda_capability, gated, only_acts
 from tiphys.pretrain.model.token_layout import TokenLayout
 from tiphys.pretrain.tokens.batch import MODALITIES
 
@@ -25,7 +25,7 @@ class Router(Module):
         self.task: nn.Parameter
         self.weight: nn.Parameter
         self.sees_modality, self.sees_task = config.router_modality, config.router_task
-        self.declare("weight", config.num_experts, config.hidden_size, std=STD)
+        self.declare("weight", config.num_experts, config.hidden_size, std=config.initializer_range)
         if self.sees_modality:
             self.declare("modality", len(MODALITIES), config.num_experts)
         if self.sees_task:
@@ -50,9 +50,9 @@ class Experts(Module):
         count = count or config.num_experts
         self.up: nn.Parameter
         self.down: nn.Parameter
-        self.declare("up", count, size, 2 * inner, std=STD, first=first, whole=config.num_experts)
-        deep = STD / (2 * config.num_hidden_layers) ** 0.5
-        self.declare("down", count, inner, size, std=deep, first=first, whole=config.num_experts)
+        std, whole = config.initializer_range, config.num_experts
+        self.declare("up", count, size, 2 * inner, std=std, first=first, whole=whole)
+        self.declare("down", count, inner, size, std=config.residual_std, first=first, whole=whole)
 
     def prepare(self, counts: Tensor) -> Any:
         """Start what `forward` needs to know of counts int64 [E], the rows of each expert, before the rows are sorted."""
@@ -155,11 +155,7 @@ class MixtureOfExperts(Module):
         self.z_loss, self.bias_rate = config.z_loss, config.bias_rate
         self.router = Router(config)
         self.experts: nn.Module = Experts(config)
-        self.shared = (
-            Mlp(config.hidden_size, config.moe_intermediate_size, config.num_hidden_layers)
-            if config.shared_expert
-            else None
-        )
+        self.shared = Mlp(config, config.moe_intermediate_size) if config.shared_expert else None
         self.register_buffer("previous", torch.ones(config.num_experts, dtype=torch.int64))
         self.register_buffer("bias_steps", torch.zeros(config.num_experts, dtype=torch.int64))
         self.counts: Tensor | None = None

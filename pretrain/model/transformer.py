@@ -36,11 +36,7 @@ class Block(Module):
         self.attention = Attention(config, number)
         self.norm2 = Norm(config.hidden_size, config.norm_epsilon)
         self.sparse = config.has_experts(number)
-        self.mlp: nn.Module = (
-            MixtureOfExperts(config, number)
-            if self.sparse
-            else Mlp(config.hidden_size, config.intermediate_size, config.num_hidden_layers)
-        )
+        self.mlp: nn.Module = MixtureOfExperts(config, number) if self.sparse else Mlp(config, config.intermediate_size)
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""

@@ -27,7 +27,7 @@ from tiphys.pretrain.tokens.codecs import (
     Sign,
     Vector,
 )
-from tiphys.pretrain.tokens.derived import source_of
+from tiphys.pretrain.tokens.derived import REWARD_FIELD, source_of
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.frames import Frame, flat_entries, frame_of, range_of
 from tiphys.pretrain.tokens.paradigms import (
@@ -535,11 +535,7 @@ class Encoding:
                 "set `encoding: skip` for it"
             )
         frame, normalise, head = self.frame(field), self.tokens(field).normalise, self.objective.head
-        if (
-            head in ("l2", "l1", "flow")
-            or self.objective.horizon > self.chunk()
-            or (self.linear(part) and frame is not None)
-        ):
+        if self.beyond_bins() or (self.linear(part) and frame is not None):
             return self.chunked(field, "l2" if head == "auto" else head)
         if kind == "quantile" and frame is None and normalise == "auto":
             return self.binned(field, kind)
@@ -553,6 +549,10 @@ class Encoding:
             return Affine(f"vector:{field.name}:{numbers}", field.shape, low, high, 1.0, field.dtype)
         bins = self.tokens(field).bins if kind == "uniform" else CONTINUOUS_BINS
         return Bins("", field.shape, self.ranges.continuous, bins, low, high, False, field.dtype)
+
+    def beyond_bins(self) -> bool:
+        """Whether the objective predicts whole chunks as vectors, whatever else is said of the action."""
+        return self.objective.head in ("l2", "l1", "flow") or self.objective.horizon > self.chunk()
 
     def action_range(self, field: FieldSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(low, high) that is mapped to [-1, 1]: the bounds of the space, else the range of the data.
@@ -589,9 +589,7 @@ class Encoding:
         """Share of an action field's values in the data that are clamped."""
         found, bounds = self.statistics.get(field.name), _bounds(field)
         tokens = self.tokens(field)
-        if field.modality == "continuous" and (
-            tokens.relative.to or tokens.normalise != "auto" or self.objective.horizon
-        ):
+        if field.modality == "continuous" and (tokens.relative.to or tokens.normalise != "auto" or self.beyond_bins()):
             return self.clipped_in_frame(field)
         if field.modality != "continuous" or found is None or not found.count:
             return 0.0
@@ -764,10 +762,7 @@ class Encoding:
 
         found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
-            low, high = -scale, scale
-            if found is not None and found.count and np.max(found.max) > np.min(found.min):
-                # Only what the data have: a policy that prefers low returns would draw one that stands for nothing
-                low, high = float(np.min(found.min)), float(np.max(found.max))
+            low, high = self.return_range(part, scale)
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
         if part.code == "quantile" and part.rule == "to_go":
@@ -783,6 +778,25 @@ class Encoding:
         if part.code == "sign":
             return Sign("", (), self.ranges.discrete)
         raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+    def return_range(self, part: Part, scale: float) -> tuple[float, float]:
+        """What uniform bins of a return cover: only what the data can have.
+
+        A policy that prefers low returns would otherwise draw one that stands for nothing, and bins would be wider than needed.
+        """
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        found, rewards = self.statistics.get(RETURN_TO_GO), self.statistics.get(REWARD_FIELD)
+        if found is None or not found.count or not np.max(found.max) > np.min(found.min):
+            return -scale, scale
+        low, high = float(np.min(found.min)), float(np.max(found.max))
+        if part.rule == "to_go":
+            return low, high
+        low, high = min(low, 0.0), max(high, 0.0)
+        if rewards is None or not rewards.count or np.min(rewards.min) < 0 < np.max(rewards.max):
+            # Σ γᵏ r of both signs is a return-to-go less a weighted mean of later ones (summation by parts)
+            return low - high, high - low
+        return low, high  # a discount moves a sum of rewards of one sign towards 0
 
 
 def without_rewards(task: TaskSpec, objective: Objective, paradigm: Paradigm) -> str:

@@ -60,6 +60,17 @@ def test_the_same_model_begins_with_every_weight(before, policy):
     assert line == f"{len(old.state_dict())} of {len(old.state_dict())} tensors come from {folder}"
 
 
+def test_a_published_config_says_how_wide_weights_were_drawn(before, tmp_path):
+    """A model that begins with them may draw what they lack by another width."""
+    old = published(tmp_path / "policy", before, init_std=0.1)
+    assert old.token.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert DecisionConfig.from_pretrained(tmp_path / "policy").initializer_range == 0.1
+    new = begin(recipe_of(tmp_path / "policy", timesteps=50, init_std=0.05), before.vocabulary)
+    assert torch.equal(new.token.weight, old.token.weight)
+    assert new.embedding.timestep.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert DecisionConfig.from_dict({}).initializer_range == 0.02  # of a policy that does not say it
+
+
 def test_what_is_not_found_is_drawn_by_name_and_listed(before, policy):
     folder, old = policy
     after = make([CAMERA, ARM], "dt", context=300)  # other tasks, fields and texts; the arm is task 1 of both
@@ -219,6 +230,6 @@ def test_a_policy_without_safetensors_or_of_another_kind_is_refused(before, tmp_
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(DataError, match="not a valid safetensors file"):
         begin(recipe_of(tmp_path / "policy"), before.vocabulary)
-    (tmp_path / "policy" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="model_type 'llama'"):
+    (tmp_path / "policy" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(DataError, match="model_type 'gpt2'; known: llama"):
         begin(recipe_of(tmp_path / "policy"), before.vocabulary)

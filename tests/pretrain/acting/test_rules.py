@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,9 @@ from tiphys.pretrain.acting import beam
 from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.encoding import Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import ACTING, PARADIGMS
+from tiphys.pretrain.tokens.paradigms import ACTING, PARADIGMS, Part
 
 PLAN = {"horizon": 3, "width": 1, "expand": 1}
 
@@ -156,20 +158,49 @@ def test_every_rule_acts_only_as_it_can(paradigm):
         assert can[np.arange(4), policy.act(seen, [0.5] * 4)].all()
 
 
-def test_only_returns_of_the_data_can_be_drawn():
-    """Bins of others would be drawn by the exponential of how far they are from the data."""
-    of = fixtures.make([fixtures.ARM], "mgdt", context=40)
-    found = Sketch(())
-    found.add(np.array([[2.0], [7.0]]))
-    part = next(part for part in PARADIGMS["mgdt"].timestep if part.kind == "return")
+@pytest.mark.parametrize(
+    ("paradigm", "returns", "rewards", "low", "high"),
+    [
+        ("mgdt", (2.0, 7.0), (0.0, 1.0), 2.0, 7.0),
+        ("tt", (2.0, 7.0), (0.0, 1.0), 0.0, 7.0),
+        ("tt", (-7.0, -2.0), (-1.0, -0.5), -7.0, 0.0),
+        ("tt", (-2.0, 7.0), (-1.0, 1.0), -9.0, 9.0),
+    ],
+    ids=["to go", "discounted", "discounted costs", "discounted, of both signs"],
+)
+def test_bins_of_returns_cover_what_the_data_can_have(paradigm, returns, rewards, low, high):
+    """A policy that prefers low returns would draw one that stands for nothing; half of the bins would be lost."""
+
+    def found(values):
+        sketch = Sketch(())
+        sketch.add(np.array(values)[:, None])
+        return sketch.result()
+
+    part = next(part for part in PARADIGMS[paradigm].timestep if part.kind == "return")
     encoding = SimpleNamespace(
-        statistics={RETURN_TO_GO: found.result()}, largest_return=7.0, ranges=Ranges(600, 1024, 0, 0)
+        statistics={RETURN_TO_GO: found(returns), REWARD_FIELD: found(rewards)},
+        largest_return=7.0,
+        ranges=Ranges(600, 1024, 0, 0),
+        task=fixtures.ARM,
     )
-    encoding.task = of.tasks[0]
+    encoding.return_range = partial(Encoding.return_range, encoding)
     codec = Encoding.return_codec(encoding, part)
     values = codec.decode(np.arange(*codec.choices()[0])[:, None])
-    assert 2 <= values.min() < 2.1
-    assert 6.9 < values.max() <= 7
+    assert low <= values.min() < low + 0.1
+    assert high - 0.1 < values.max() <= high
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.9, 0.99, 1.0])
+def test_no_discounted_return_lies_outside_its_bins(discount):
+    rng, part = np.random.default_rng(4), Part("return", "uniform", source=f"discounted:{discount}")
+    for _ in range(50):
+        rewards = rng.normal(size=30) * rng.choice([0.1, 3.0], 30) * (rng.random(30) < rng.random())
+        to_go = rewards[::-1].cumsum()[::-1]
+        given = ((RETURN_TO_GO, to_go), (REWARD_FIELD, rewards))
+        statistics = {name: SimpleNamespace(count=30, min=v.min(), max=v.max()) for name, v in given}
+        low, high = Encoding.return_range(SimpleNamespace(statistics=statistics), part, abs(to_go[0]))
+        values = [rewards[t + 1 :] @ discount ** np.arange(29 - t) for t in range(30)]
+        assert not rewards.any() or low - 1e-9 <= min(values) <= max(values) <= high + 1e-9
 
 
 def test_draws_of_plans_do_not_depend_on_other_environments():

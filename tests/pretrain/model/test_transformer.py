@@ -1,5 +1,7 @@
 """The whole model: packing, order and grouping of rows, recomputation and the cache must not change its results."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,22 @@ def model():
     for moe in mixtures(made):
         moe.previous.copy_(torch.tensor([5, 1, 9, 2]))
     return made.train()
+
+
+def test_the_width_of_drawn_weights_is_that_of_the_config():
+    """Only a factor changes: embedders, norms and biases stay as they are."""
+    narrow = dict(DecisionModel(make_config(pairs=True), seed=3).named_parameters())
+    wide = dict(DecisionModel(make_config(pairs=True, initializer_range=0.08), seed=3).named_parameters())
+    for name, parameter in narrow.items():
+        own = (
+            parameter.dim() == 1
+            or re.search(r"embedding\.values\.(?!.*\.(row|column)\.)", name)
+            or "router.task" in name
+        )
+        torch.testing.assert_close(wide[name], parameter * (1 if own or "router.modality" in name else 4), msg=name)
+    assert wide["layers.0.attention.qkv.weight"].std().item() == pytest.approx(0.08, rel=0.05)
+    depth = make_config().num_hidden_layers
+    assert wide["layers.0.attention.out.weight"].std().item() == pytest.approx(0.08 / (2 * depth) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(
