@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.pretrain import synthetic
 from tiphys.launch import layout_auto, layout_command
 from tiphys.launch.layout import _freeze, changed, lines, predict, remedies
 from tiphys.launch.layout_rates import table_rates
+from tiphys.launch.run import _memory_line
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.engine import freeze
 from tiphys.pretrain.model.counting import Part
@@ -146,3 +148,26 @@ def test_frozen_weights_have_no_masters() -> None:
     some, every = (predict(r, DENSE, WORST, 2, device="cpu").stages[0].peak for r in (frozen, recipe()))
     assert some.masters < every.masters
     assert some.weights == every.weights
+
+
+def test_a_calibrated_layout_cuts_stages_by_measured_times_unless_the_recipe_does_not() -> None:
+    found, none = (
+        layout_command._measured_bounds(recipe(parallel={"pipeline": 2, "measure": measure}), DENSE, 2, "cpu")
+        for measure in (True, False)
+    )
+    assert list(found) == [0, 3, 6]  # two blocks: there is one way
+    assert list(none) == []
+
+
+def test_the_line_of_a_run_is_for_the_stages_as_they_were_cut() -> None:
+    config = synthetic.config(num_hidden_layers=4, num_experts=0)
+    uneven, even = (
+        _memory_line(
+            recipe(parallel={"pipeline": 2}),
+            SimpleNamespace(
+                config=config, micro_batch=2, bounds=bounds, world=SimpleNamespace(world=2, device=torch.device("cpu"))
+            ),
+        )
+        for bounds in ([0, 5, 8], [0, 4, 8])
+    )
+    assert uneven != even
