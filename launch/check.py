@@ -10,11 +10,14 @@ from typing import Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
 from tiphys.launch.checks.model import (
+    EXPERT_SIZES,
+    MODEL_SIZES,
     average_errors,
     batch_size_errors,
     freeze_errors,
     init_errors,
     model_errors,
+    rope_errors,
     tokenizer_errors,
 )
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
@@ -60,7 +63,8 @@ def check(
     if errors:
         raise RecipeError(errors)
     recipe = from_dict(seen.raw, str(seen.file))
-    errors += _located([*config_errors(recipe, world), *average_errors(recipe), *tracker_errors(recipe)], seen.where)
+    found = (*config_errors(recipe, world), *rope_errors(recipe), *average_errors(recipe), *tracker_errors(recipe))
+    errors += _located(found, seen.where)
     if data:
         errors += _data(recipe, seen, environments, index)
     if errors:
@@ -127,8 +131,8 @@ def _layout(seen: Examined, world: int) -> Iterator[str]:
 
 def _model(seen: Examined) -> Iterator[str]:
     given = _section(seen.raw, "model")
-    model = _values(Model, given, "layers", "hidden", "heads", "kv_heads", "ffn", "text_vocabulary", "timesteps")
-    moe = _values(Experts, _section(given, "moe"), "experts", "experts_per_token", "every", "hidden")
+    model = _values(Model, given, *MODEL_SIZES)
+    moe = _values(Experts, _section(given, "moe"), *EXPERT_SIZES)
     if model is not None:
         yield from _located(model_errors(model, moe), seen.where)
         yield from _located(tokenizer_errors(given.get("text_tokenizer"), model["text_vocabulary"]), seen.where)

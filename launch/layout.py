@@ -51,6 +51,7 @@ class Needs:
     traffic     bytes that a rank sends in a step, by purpose
     seconds     of a step; None if no rates are known
     bubble      share of the time that pipeline stages wait by the schedule
+    cut         the stages are those of the run; False: a run measures its layers and may cut elsewhere (`parallel.measure`)
     """
 
     grid: Grid
@@ -66,6 +67,7 @@ class Needs:
     basis: str
     tokens: float
     checkpointing: bool
+    cut: bool
 
     @property
     def peak(self) -> int:
@@ -100,6 +102,7 @@ def predict(
     step_tokens: float = 0.0,
     step_bytes: float = 0.0,
     counted: bool = True,
+    bounds: Sequence[int] = (),
 ) -> Needs:
     """What a recipe needs on `world` devices.
 
@@ -120,6 +123,8 @@ def predict(
         Mean tokens and bytes of a global batch.
     counted : bool
         False: leave out the activations, which takes much less time.
+    bounds : sequence of int, optional
+        First layer of each pipeline stage, and the number of layers. By default stages are cut by operations.
 
     Returns
     -------
@@ -141,7 +146,8 @@ def predict(
         [*stage_errors(layout.pipeline, config.num_hidden_layers), *expert_errors(layout.expert, config.num_experts)]
     )
     sizes = derive(recipe, grid, accelerator=device)
-    bounds = partition(config, layout.pipeline)
+    cut = bool(bounds) or layout.pipeline == 1 or not layout.measure
+    bounds = bounds or partition(config, layout.pipeline)
     stages = tuple(_stages(recipe, config, worst if counted else (), grid, sizes, bounds, device))
     parameters = sum(p.numel() for p in Part(config).parameters())
     bubble = (layout.pipeline - 1) / (sizes.accumulation + layout.pipeline - 1)
@@ -164,6 +170,7 @@ def predict(
         basis=rates.basis if rates else "",
         tokens=step_tokens,
         checkpointing=config.checkpointing,
+        cut=cut,
     )
 
 
@@ -176,7 +183,7 @@ def _stages(
     bounds: Sequence[int],
     device: str,
 ) -> Iterator[Stage]:
-    """The first, the largest middle and the last stage."""
+    """The first and the last stage, and those between them that have the most layers or the most activations."""
     import torch
 
     from tiphys.pretrain.model.counting import NOTHING, Part
@@ -184,7 +191,16 @@ def _stages(
 
     inputs = [to_tensors(_micro_batch(batch, sizes.micro_batch)) for batch in worst]
     count = grid.pipeline
-    for stage in sorted({0, min(1, count - 1), count - 1}):
+    middle = range(1, count - 1)
+
+    def layers(stage: int) -> int:
+        return bounds[stage + 1] - bounds[stage]
+
+    def activations(stage: int) -> int:
+        return layers(stage) * min(count - stage, sizes.accumulation)
+
+    largest = {max(middle, key=key) for key in (layers, activations)} if middle else set()
+    for stage in sorted({0, *largest, count - 1}):
         first, last = bounds[stage], bounds[stage + 1]
         in_flight = min(count - stage, sizes.accumulation)
         found = []
@@ -228,7 +244,7 @@ def _freeze(part: Part, patterns: Sequence[str]) -> None:
     import fnmatch
 
     for name, parameter in part.named_parameters():
-        whole = name.removeprefix("parts.").replace("layers_", "layers.", 1)
+        whole = part.canonical_name(name)
         parameter.requires_grad_(not any(fnmatch.fnmatchcase(whole, pattern) for pattern in patterns))
 
 
@@ -348,6 +364,10 @@ def lines(found: Needs, memory: int = 0) -> list[str]:
     out.append(f"traffic      {sent or 'none'} a step and rank")
     if grid.pipeline > 1:
         out.append(f"bubble       {found.bubble:.1%} of the passes")
+    if not found.cut:
+        out.append(
+            "stages       cut by operations; the run cuts them by measured times and may move layers (parallel.measure)"
+        )
     if found.seconds is not None:
         out.append(
             f"time         {found.seconds:.3g} s a step, {found.tokens / found.seconds:,.0f} tokens/s, loader "
@@ -371,7 +391,7 @@ def line(found: Needs) -> str:
     """One line for the beginning of a run."""
     most = max(found.stages, key=lambda s: s.peak.total)
     between = f"{human_bytes(most.between)} between steps"
-    return f"{human_bytes(most.peak.total)} a rank at most, {between} (counted for full rows)"
+    return f"{human_bytes(most.peak.total)} a rank at most, {between} (for full rows of all kinds of tokens)"
 
 
 def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -> tuple[Recipe, DecisionConfig]:

@@ -89,7 +89,8 @@ def layout(
             raise NothingFits(f"no layout on {world} devices fits {memory}; use more devices or a smaller model")
         table = shown(offered, found.keys)
         recipe, config = changed(recipe, config, offered[0].values)
-    needs = predict(recipe, config, batches.worst, world, **numbers, step_bytes=batches.bytes)
+    bounds = _measured_bounds(recipe, config, world, kind) if calibrated else ()
+    needs = predict(recipe, config, batches.worst, world, **numbers, step_bytes=batches.bytes, bounds=bounds)
     advice = [] if needs.peak <= most else remedies(recipe, config, batches.worst, world, most, device=kind)
     if as_json:
         say(to_json({**needs.to_dict(), "memory": most, "fits": needs.peak <= most, "change": advice}, indent=1))
@@ -164,6 +165,26 @@ def _calibrate(recipe: Recipe, config: DecisionConfig, batches: Batches, world: 
     sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=kind)
     batch = batches.worst[0]
     return calibrate(config, batch.select(slice(0, min(batch.rows, sizes.micro_batch))), 2 if sizes.bf16 else 4)
+
+
+def _measured_bounds(recipe: Recipe, config: DecisionConfig, world: int, kind: str) -> Sequence[int]:
+    """Pipeline stages as a run on this machine would cut them. Empty if it would not measure."""
+    import torch
+
+    from tiphys.pretrain.distributed.deepspeed_config import derive
+    from tiphys.pretrain.distributed.layer_costs import layer_seconds
+    from tiphys.pretrain.model.pipeline import partition
+    from tiphys.pretrain.parallel import Grid
+    from tiphys.recipes.schema import Objective
+
+    layout = recipe.parallel
+    if layout.pipeline == 1 or not layout.measure:
+        return ()
+    sizes = derive(recipe, Grid(0, world, layout.pipeline, layout.expert), accelerator=kind)
+    length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
+    dtype = torch.bfloat16 if sizes.bf16 else torch.float32
+    costs = layer_seconds(config, sizes.micro_batch, length, torch.device(kind), dtype, expert=layout.expert)
+    return partition(config, layout.pipeline, costs=costs)
 
 
 def _rates(recipe: Recipe, device: str, kind: str) -> Rates | None:

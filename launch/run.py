@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -298,6 +299,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"layout       {world.world} processes = {world.pipeline} pipeline × {world.data} data, {world.expert} expert; "
         f"ZeRO-{engine.zero_stage}, {'bf16' if engine.bf16 else 'fp32'}",
         f"model        {parameters / 1e6:.2f}M parameters on this rank, "
+        f"{_in_vocabulary(engine) / 1e6:.2f}M of them for the vocabulary of {engine.config.vocab_size} ids; "
         f"{recipe.model.layers} layers of width {recipe.model.hidden}",
         f"batch        {engine.rows} rows × {objectives.length} positions; "
         f"{engine.accumulation} × {engine.micro_batch} rows a rank",
@@ -313,13 +315,20 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     say("\n".join(lines))
 
 
+def _in_vocabulary(engine: Any) -> int:
+    """Parameters of this rank with a row for each id: the embeddings, and the outputs if they are not the same."""
+    shapes = [tuple(getattr(p, "ds_shape", p.shape)) for p in engine.module.parameters()]
+    return sum(math.prod(shape) for shape in shapes if shape[:1] == (engine.config.vocab_size,))
+
+
 def _memory_line(recipe: Recipe, engine: Any) -> str:
     from tiphys.launch.layout import line, predict
     from tiphys.pretrain.distributed.layer_costs import typical_batch
 
     length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
     full = typical_batch(engine.config, engine.micro_batch, length)
-    return line(predict(recipe, engine.config, [full], engine.world.world, device=engine.world.device.type))
+    world, bounds = engine.world, getattr(engine, "bounds", ())  # a pipeline's stages, as they were cut
+    return line(predict(recipe, engine.config, [full], world.world, device=world.device.type, bounds=bounds))
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -124,7 +125,9 @@ class Objectives:
         self._clipped: dict[str, float] = {}
         self._returns = {task.name: _returns(entries, task.name) for task in self.tasks}
         framed = _Framed(entries)
-        definition, text = _tokenizer(recipe, entries), recipe.model.text_vocabulary
+        definition = _tokenizer(recipe, entries)
+        self.text = TextTokenizer(definition)
+        text = recipe.model.text_vocabulary or self.text.size
         # The codecs decide how large the ranges are, and the ranges decide the ids of the codecs: so the layouts are made twice.
         continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), framed))
         plain = Vocabulary.build(text, continuous=continuous, discrete=discrete)
@@ -141,7 +144,6 @@ class Objectives:
             pairs=pairs,
             chunks=chunks,
         )
-        self.text = TextTokenizer(definition)
         self.prompts = [_prompt(entry) for entry in entries]
 
     def _layouts(
@@ -558,7 +560,11 @@ def _check_names(entries: Sequence[_MixtureEntry]) -> None:
         for pattern in entry.objective.fields:
             if not any(name == pattern or fnmatchcase(name, pattern) for name in fields[entry.name]):
                 has = ", ".join(sorted(fields[entry.name]))
-                raise DataError(f"objectives.{entry.name}.fields: no field matches {pattern!r}; the tasks have {has}")
+                near = difflib.get_close_matches(pattern, fields[entry.name], n=1)
+                hint = (
+                    f"did you mean {near[0]!r}? The tasks have" if near else "write one of those that the tasks have:"
+                )
+                raise DataError(f"objectives.{entry.name}.fields: no field matches {pattern!r}; {hint} {has}")
 
 
 def _numbers(entry: _MixtureEntry, number: Mapping[str, int]) -> np.ndarray:
@@ -578,7 +584,7 @@ def _tokenizer(recipe: Recipe, entries: Sequence[_MixtureEntry]) -> str:
         fields = {f.name for _, task in entry for f in task.fields if f.modality == "text" and f.per == "episode"}
         for field in sorted(fields):
             texts.update(entry.index.text(field)[1])
-    return text_tokenizers.learn(texts, size)
+    return text_tokenizers.learn(texts, size or text_tokenizers.MOST_LEARNT)
 
 
 def _sizes(layouts: Layouts) -> tuple[int, int]:

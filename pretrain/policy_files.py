@@ -12,6 +12,7 @@ from tiphys.pretrain.follow.follower import Follower
 from tiphys.pretrain.hub_errors import FetchError, hub_message
 from tiphys.pretrain.sources import code_files
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # of models of other libraries
 _PART = 64 << 20  # bytes that are read at once
 
 
@@ -75,7 +76,7 @@ def _from_store(url: str) -> Path:
     before = store.head(CONFIG)
     folder = temporary_folder()
     for name in there:
-        if name in TEXTS or WEIGHTS.fullmatch(name):
+        if name in (*TEXTS, *TOKENIZERS) or WEIGHTS.fullmatch(name):
             _fetch(store, name, folder / name)
     if Store(url).head(CONFIG) != before:
         raise ObjectChanged(f"{url}: another policy was published there while this one was fetched; try again")
@@ -101,7 +102,9 @@ def _from_hub(url: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(url.removeprefix("hf://").strip("/"), allow_patterns=[*TEXTS, "model*.safetensors"])
+        folder = snapshot_download(
+            url.removeprefix("hf://").strip("/"), allow_patterns=[*TEXTS, *TOKENIZERS, "model*.safetensors"]
+        )
     except Exception as error:
         raise FetchError(hub_message(url, error)) from None
     if not (Path(folder) / CONFIG).is_file():

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.vocabulary import SPECIALS, Vocabulary
+from tiphys.pretrain.weight_files import PolicyWeights, Weights, weight_files
 
 if TYPE_CHECKING:
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -38,52 +40,23 @@ SIZES = {
     "hidden_size": "model.hidden",
     "num_attention_heads": "model.heads",
     "num_key_value_heads": "model.kv_heads",
+    "head_size": "model.head_size",
     "intermediate_size": "model.ffn",
-    "theta": "model.rope_theta",
+    "norm_epsilon": "model.norm_epsilon",
+    "qk_norm": "model.qk_norm",
+    "qkv_bias": "model.qkv_bias",
+    "theta": "model.rope.theta",
+    "rope": "model.rope",
 }
 EXPERTS = {
     "num_experts": "model.moe.experts",
     "moe_every": "model.moe.every",
+    "first_dense": "model.moe.first_dense",
     "moe_intermediate_size": "model.moe.hidden",
     "shared_expert": "model.moe.shared",
 }
 _TABLES = ("token.weight", "output.weight")
-
-
-class Weights(Protocol):
-    """Tensors by their names in the whole model, read when they are asked for."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each tensor."""
-        ...
-
-    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """The rows [first, first + count) of a tensor; None: all from `first` on."""
-        ...
-
-
-class PolicyWeights:
-    """The weights in a policy's folder: safetensors, in one file or several."""
-
-    def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in weight_files(folder):
-            try:
-                opened = safe_open(file, "pt")
-            except SafetensorError as error:
-                raise DataError(f"{file}: not a valid safetensors file ({error}); copy the policy again") from None
-            for name in opened.keys():  # noqa: SIM118  (not a dict)
-                self._files[name] = opened
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-
-    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        if not self.shapes[name]:
-            return self._files[name].get_tensor(name)
-        return self._files[name].get_slice(name)[first : None if count is None else first + count]
+_ROWS = 4096  # of a table that are copied at once
 
 
 @dataclass(frozen=True)
@@ -116,6 +89,8 @@ class Pretrained:
         Earlier name of a field or task -> its name now.
     where : str
         What messages call the earlier model.
+    zeros : collection of str
+        Parameters that begin at 0 if the earlier model lacks them, because it computes the same then.
 
     Raises
     ------
@@ -131,8 +106,9 @@ class Pretrained:
         new: tuple[DecisionConfig, Vocabulary],
         renamed: Mapping[str, str] | None = None,
         where: str = "model.init",
+        zeros: Collection[str] = (),
     ) -> None:
-        self.weights, self.where = weights, where
+        self.weights, self.where, self.zeros = weights, where, frozenset(zeros)
         (self.old, self._old_words), (self.new, self._new_words) = old, new
         self._earlier = {now: was for was, now in (renamed or {}).items()}
         wrong = list(size_errors(self.old, self.new))
@@ -160,7 +136,9 @@ class Pretrained:
     def covers(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether every value of a parameter is found, so that none has to be drawn."""
         found = self.find(name, shape)
-        return found is not None and (found.new is None or len(found.new) == shape[0])
+        if found is None:
+            return name in self.zeros
+        return found.new is None or len(found.new) == shape[0]
 
     @torch.no_grad()
     def copy(self, name: str, target: Tensor, first: int = 0, whole: int | None = None) -> None:
@@ -168,13 +146,17 @@ class Pretrained:
         shape = tuple(target.shape) if whole is None else (whole, *target.shape[1:])
         found = self.find(name, shape)
         if found is None:
+            if name in self.zeros:
+                target.zero_()
             return
         if found.new is None or found.old is None:
             target.copy_(self.weights.read(found.name, first, len(target) if whole is not None else None))
             return
         mine = (found.new >= first) & (found.new < first + len(target))
         rows = self.weights.read(found.name)
-        target[torch.from_numpy(found.new[mine] - first)] = rows[torch.from_numpy(found.old[mine])].to(target)
+        new, old = torch.from_numpy(found.new[mine] - first), torch.from_numpy(found.old[mine])
+        for some in torch.arange(len(new)).split(_ROWS):
+            target[new[some]] = rows[old[some]].to(target)
 
     def lines(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What of a model with these parameters is taken over, drawn and left out, for people."""
@@ -185,12 +167,16 @@ class Pretrained:
             for n, f in found.items()
             if f is not None and f.new is not None and n not in whole
         ]
-        used = {f.name for f in found.values() if f is not None}
+        used, there = {f.name for f in found.values() if f is not None}, self.weights.shapes
         out = [f"{len(whole)} of {len(found)} tensors come from {self.where}"]
         for what, names in (
             ("in part", partly),
-            ("drawn", _folded(n for n, f in found.items() if f is None)),
-            ("left out", _folded(n for n in self.weights.shapes if n not in used and not self._alias(n))),
+            ("begin at 0", [n for n in found if n in self.zeros and found[n] is None]),
+            ("drawn", _folded([n for n, f in found.items() if f is None and n not in self.zeros], found)),
+            (
+                "left out",
+                _folded([n for n in there if n not in used and not self._alias(n)], there),
+            ),
         ):
             out += [f"{what}: {', '.join(names)}"] if names else []
         return out
@@ -268,12 +254,15 @@ class Pretrained:
             pairs += [(i, i) for i in range(low, min(high, old.range("text")[1]))]
         else:
             pieces = TextTokenizer(old.text_tokenizer).pieces()
-            pairs += [(i, pieces.get(piece)) for piece, i in TextTokenizer(new.text_tokenizer).pieces().items()]
+            known = range(*old.range("text"))  # a tokenizer may have pieces that the model has no row for
+            now = TextTokenizer(new.text_tokenizer).pieces()
+            pairs += [(i, pieces[piece]) for piece, i in now.items() if pieces.get(piece, -1) in known]
         for name, low, high in new.ranges:
             if name not in ("text", "special") and any(known == name for known, *_ in old.ranges):
                 first, last = old.range(name)
                 pairs += [(low + i, first + i) for i in range(min(high - low, last - first))]
-        pairs += [(getattr(new, name), getattr(old, name)) for name in SPECIALS]
+        if any(name == "special" for name, *_ in old.ranges):
+            pairs += [(getattr(new, name), getattr(old, name)) for name in SPECIALS]
         return _pairs(pairs)
 
 
@@ -289,15 +278,21 @@ def _pairs(pairs: list[tuple[int, int | None]]) -> tuple[np.ndarray, np.ndarray]
     return kept[:, 0], kept[:, 1]
 
 
-def _folded(names: Iterable[str]) -> list[str]:
-    """Parameter names, with one name for all parameters of a layer, an embedder or a head."""
-    found: dict[str, None] = {}
+def _folded(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Parameter names, with one name for a layer, an embedder or a head if all of its parameters among these are meant."""
+    groups: dict[str, set[str]] = {}
+    for name in among:
+        groups.setdefault(_group(name), set()).add(name)
+    meant, found = set(names), dict[str, None]()
     for name in names:
-        parts = name.split(".")
-        found[".".join([*parts[: 3 if parts[0] in ("embedding", "head") else 2], "*"]) if len(parts) > 3 else name] = (
-            None
-        )
+        group = _group(name)
+        found[group if groups[group] <= meant else name] = None
     return list(found)
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[: 3 if parts[0] in ("embedding", "head") else 2], "*"]) if len(parts) > 3 else name
 
 
 def size_errors(old: DecisionConfig, new: DecisionConfig) -> Iterator[tuple[str, str]]:
@@ -309,20 +304,19 @@ def size_errors(old: DecisionConfig, new: DecisionConfig) -> Iterator[tuple[str,
             yield key, f"is {now!r} here and {was!r} there"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files with a policy's weights. Raises DataError if there are none."""
-    found = sorted(folder.glob("model*.safetensors"))
-    if not found:
-        raise DataError(f"{folder}: there are no weights; model.init reads model.safetensors only, never pickles")
-    return found
-
-
 def policy_digest(source: str) -> str:
-    """SHA-256 of the weights, sizes and vocabulary of a policy or a run. Raises DataError or OSError if there is none."""
-    from tiphys.pretrain.policy_files import local_policy
+    """SHA-256 of the weights, sizes and vocabulary of a policy, a run or a model of another library.
+
+    Raises DataError or OSError if there is none.
+    """
+    from tiphys.pretrain.policy_files import TOKENIZERS, local_policy
 
     folder, digest = local_policy(source), hashlib.sha256()
-    for file in (folder / "processor.json", *weight_files(folder)):
+    if (folder / "processor.json").is_file():
+        texts = ["processor.json"]
+    else:
+        texts = ["config.json", *(name for name in TOKENIZERS if (folder / name).is_file())]
+    for file in (*(folder / name for name in texts), *weight_files(folder)):
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
@@ -334,7 +328,7 @@ def open_pretrained(recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> P
     Raises
     ------
     DataError, OSError
-        If there is no policy at `model.init`, or one whose layers have other sizes.
+        If there is no policy and no known model at `model.init`, or one whose layers have other sizes.
     """
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.policy_files import local_policy
@@ -343,18 +337,41 @@ def open_pretrained(recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> P
         return None
     folder = local_policy(recipe.model.init)
     try:
-        processor = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or config.get("model_type") != "tiphys":
+            return _adopted(folder, recipe, new)
+        processor = json.loads((folder / "processor.json").read_text(encoding="utf-8"))
         vocabulary = Vocabulary.from_dict(processor["vocabulary"])
+    except DataError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: processor.json or config.json is not valid ({error})") from None
-    if config.get("model_type") != "tiphys":
-        raise DataError(
-            f"{folder}: not a policy of Tiphys; its config.json has model_type {config.get('model_type')!r}"
-        )
     old = DecisionConfig.from_pretrained(folder)
     renamed = {str(was): str(now) for was, now in recipe.model.init_map.items()}
     return Pretrained(PolicyWeights(folder), (old, vocabulary), new, renamed, recipe.model.init)
+
+
+def _adopted(folder: Path, recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> Pretrained:
+    """A model of `transformers`. Raises DataError, with the whole `model:` section to set, if the recipe has other sizes."""
+    from tiphys.pretrain.adopt.families import family_config, misfits, section
+    from tiphys.pretrain.adopt.tokenizer import text_vocabulary, tokenizer_file
+    from tiphys.pretrain.adopt.weights import ZEROS, AdoptedWeights
+
+    init, old = recipe.model.init, family_config(folder)
+    if recipe.model.init_map:
+        raise DataError(f"model.init_map: {init} has no fields and tasks; remove the key")
+    wrong = [*size_errors(old, new[0]), *misfits(old, new[0])]
+    if wrong:
+        keys = "; ".join(f"{key} {why}" for key, why in wrong)
+        whole = yaml.safe_dump(
+            {"model": section(old, init, str(tokenizer_file(folder) or ""))},
+            default_flow_style=True,
+            sort_keys=False,
+            width=10**6,
+        )
+        raise DataError(f"{init}: its layers have other sizes: {keys}; the section that fits is {whole.strip()[1:-1]}")
+    vocabulary = text_vocabulary(folder, old.vocab_size, new[1])
+    return Pretrained(AdoptedWeights(folder, old), (old, vocabulary), new, where=init, zeros=ZEROS)
 
 
 def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, stages: int = 1) -> DecisionModel:

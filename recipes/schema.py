@@ -266,6 +266,7 @@ class Experts:
     every: int = key(
         2, "Every n-th layer, the last one of each n, is a mixture of experts", unit="layers", low=1, high=4096
     )
+    first_dense: int = key(0, "The first layers that are dense whatever `every` says", unit="layers", low=0, high=4096)
     hidden: int = key(0, "Inner width of one expert; 0: that of a dense layer", low=0, high=2**20)
     shared: bool = key(False, "One more expert that every token passes through")
     balance: float = key(
@@ -289,13 +290,47 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions."""
+
+    theta: float = key(0.0, "Base of the frequencies; 0: `model.rope_theta`", low=1, high=1e12, also=(0.0,))
+    type: str = key(
+        "default",
+        "How frequencies are stretched for windows that are longer than those of an earlier training",
+        choices=("default", "linear", "llama3", "yarn"),
+    )
+    factor: float = key(1.0, "How many times longer the windows are (`linear`, `llama3`, `yarn`)", low=1e-3, high=1e6)
+    original_length: int = key(
+        8192, "Length of the earlier windows (`llama3`, `yarn`)", unit="positions", low=1, high=10**9
+    )
+    low_frequency: float = key(
+        1.0,
+        "Frequencies with fewer turns over `original_length` are divided by `factor` (`llama3`)",
+        low=1e-6,
+        high=1e6,
+    )
+    high_frequency: float = key(
+        4.0, "Frequencies with more turns over `original_length` are kept (`llama3`)", low=1e-6, high=1e6
+    )
+    beta_fast: float = key(
+        32.0, "Frequencies with more turns over `original_length` are kept (`yarn`)", low=1e-6, high=1e6
+    )
+    beta_slow: float = key(
+        1.0, "Frequencies with fewer turns over `original_length` are divided by `factor` (`yarn`)", low=1e-6, high=1e6
+    )
+    attention_factor: float = key(
+        0.0, "Factor of queries and of keys (`yarn`); 0: 0.1 × ln(`factor`) + 1", low=0, high=1e3
+    )
+
+
+@dataclass(frozen=True)
 class Model:
     """The size of the model and its text tokenizer."""
 
     init: str = key(
         "",
-        "Begin with the weights of this policy or run; parameters that it lacks are drawn. Empty: all are drawn",
-        text="folder of a policy or run, URL, or hf://org/name",
+        "Begin with the weights of this policy, run or language model; parameters that it lacks are drawn. Empty: all are drawn",
+        text="folder of a policy, run or model, URL, or hf://org/name",
         path=True,
     )
     init_map: dict[str, Any] = key(
@@ -306,16 +341,27 @@ class Model:
     )
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
-    hidden: int = key(512, "Width of the hidden states; a multiple of 2 × `heads`", low=1, high=2**17)
+    hidden: int = key(
+        512, "Width of the hidden states; a multiple of 2 × `heads` unless there is a `head_size`", low=1, high=2**17
+    )
     heads: int = key(8, "Attention heads", low=1, high=2**12)
     kv_heads: int = key(
         0, "Heads of keys and values; `heads` must be a multiple of it; 0: as many as `heads`", low=0, high=2**12
     )
+    head_size: int = key(
+        0, "Size of a head's queries, keys and values, an even number; 0: `hidden` / `heads`", low=0, high=2**14
+    )
+    qk_norm: bool = key(False, "RMSNorm of each head's queries and keys")
+    qkv_bias: bool = key(False, "Queries, keys and values have a bias")
     ffn: int = key(
         0, "Inner width of the gated MLP; 0: 8/3 × `hidden`, rounded up to a multiple of 64", low=0, high=2**20
     )
     dropout: float = key(0.0, "Dropout of single elements; above 0, the loss depends on the layout", low=0, below=1)
-    rope_theta: float = key(10000.0, "Base of the rotary positions", low=1, high=1e12)
+    norm_epsilon: float = key(1e-6, "Added to the mean square in RMSNorm", above=0, high=1)
+    rope_theta: float = key(
+        10000.0, "Base of the rotary positions; `rope.theta`, if it is not 0, takes its place", low=1, high=1e12
+    )
+    rope: Rope = key(Rope, "Rotary positions, stretched if an earlier model had them so")
     timesteps: int = key(
         0,
         "Size of a learned embedding of the step's number in its episode (Decision Transformer); 0: none",
@@ -330,7 +376,14 @@ class Model:
         high=1,
     )
     tie: bool = key(False, "One matrix for token embedding and output")
-    text_vocabulary: int = key(32000, "Size of the range of text tokens", unit="tokens", low=1, high=2**22)
+    text_vocabulary: int = key(
+        0,
+        "Size of the range of text tokens; 0: as many as the tokenizer has, which learns at most 32000 from the texts",
+        unit="tokens",
+        low=256,
+        high=2**22,
+        also=(0,),
+    )
     text_tokenizer: str = key(
         "",
         "Text tokenizer; empty: a byte-level BPE learned from the recipe's texts",

@@ -139,7 +139,9 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint)
         if hint == float | str:
             wanted = " or ".join(["a number", *key_of(of).words])
-        yield f"{where(at)}: must be {wanted}, not {value!r}" if wanted else f"{where(at)}: {first_line(error)}"
+        allowed = key_of(of).allowed()
+        more = f"; allowed: {allowed}" if allowed and hint != float | str else ""
+        yield f"{where(at)}: must be {wanted}, not {value!r}{more}" if wanted else f"{where(at)}: {first_line(error)}"
         return
     problem = key_of(of).problem(read[name])
     if problem:

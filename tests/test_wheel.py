@@ -30,10 +30,12 @@ run: {dir: run}
 """
 ACT = """
 import sys
+from pathlib import Path
 import gymnasium
 from transformers import AutoModel
 
-policy = AutoModel.from_pretrained("published", trust_remote_code=True).policy("CartPole-v1")
+[step] = Path("published/steps").iterdir()
+policy = AutoModel.from_pretrained(step, trust_remote_code=True).policy("CartPole-v1")
 assert policy.act(gymnasium.make("CartPole-v1").reset(seed=0)[0]) in (0, 1)
 assert not any(name.split(".")[0] == "tiphys" for name in sys.modules)
 """

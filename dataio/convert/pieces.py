@@ -9,6 +9,7 @@ number of processes, on their order, or on how often the conversion was killed.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Mapping as Dict
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.converter import BadEpisode, Piece, converters
@@ -59,6 +60,27 @@ class Job:
     piece: Piece = field(default_factory=lambda: Piece(""))
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _names_its_mapping(work: Callable[P, R]) -> Callable[P, R]:
+    """Errors of a mapping name its file, not only the argument `mapping`."""
+
+    @functools.wraps(work)
+    def named(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return work(*args, **options)
+        except DataError as error:
+            file = options.get("mapping")
+            if isinstance(file, str) and str(error).startswith("mapping: "):
+                raise DataError(file + str(error).removeprefix("mapping")) from None
+            raise
+
+    return named
+
+
+@_names_its_mapping
 def convert(
     source: str,
     destination: str,

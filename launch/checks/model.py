@@ -9,31 +9,41 @@ from typing import TYPE_CHECKING, Any
 from tiphys.launch.checks.values import Error
 from tiphys.pretrain.distributed.layout_errors import MOST_ROWS
 from tiphys.pretrain.model.size_errors import parameter_errors, size_errors
+from tiphys.recipes.schema import Model
 
 if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
     from tiphys.recipes.schema import Recipe
 
 MOST_POSITIONS = 2**34  # of a global batch
+MODEL_SIZES = ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "text_vocabulary", "timesteps")
+EXPERT_SIZES = ("experts", "experts_per_token", "every", "first_dense", "hidden")
 
 
 def model_errors(model: dict[str, int], moe: dict[str, int] | None) -> Iterator[Error]:
-    """What is wrong with the sizes. `moe`: None if the schema has refused them."""
-    experts = moe or {"experts": 0, "experts_per_token": 1, "every": 1, "hidden": 0}
-    found = list(
-        size_errors(
-            **{key: model[key] for key in ("layers", "hidden", "heads", "kv_heads")},
-            **{key: experts[key] for key in ("experts", "experts_per_token", "every")},
-        )
-    )
+    """What is wrong with the sizes, by MODEL_SIZES and EXPERT_SIZES. `moe`: None if the schema has refused them."""
+    experts = moe or {**dict.fromkeys(EXPERT_SIZES, 0), "experts_per_token": 1, "every": 1}
+    shared = {key: model[key] for key in ("layers", "hidden", "heads", "head_size")}
+    shared |= {key: experts[key] for key in ("experts", "every", "first_dense")}
+    found = list(size_errors(**shared, kv_heads=model["kv_heads"], experts_per_token=experts["experts_per_token"]))
     yield from found
     if not found:
-        yield from parameter_errors(
-            **{key: model[key] for key in ("layers", "hidden", "ffn", "text_vocabulary", "timesteps")},
-            experts=experts["experts"],
-            every=experts["every"],
-            expert_hidden=experts["hidden"],
+        more = {key: model[key] for key in ("ffn", "text_vocabulary", "timesteps")}
+        yield from parameter_errors(**shared, **more, expert_hidden=experts["hidden"])
+
+
+def rope_errors(recipe: Recipe) -> Iterator[Error]:
+    """Whether the rotary positions have one base, and frequencies that are in order."""
+    model, rope = recipe.model, recipe.model.rope
+    if rope.theta and model.rope_theta not in (Model.rope_theta, rope.theta):
+        yield "model.rope.theta", f"{rope.theta:g}, but model.rope_theta is {model.rope_theta:g}; remove one of them"
+    if rope.type == "llama3" and rope.low_frequency >= rope.high_frequency:
+        yield (
+            "model.rope.low_frequency",
+            f"{rope.low_frequency:g} must be below high_frequency ({rope.high_frequency:g})",
         )
+    if rope.type == "yarn" and (rope.theta or model.rope_theta) == 1:
+        yield "model.rope.theta", "1 gives all pairs one frequency, which `yarn` cannot stretch"
 
 
 def batch_size_errors(rows: Any, contexts: list[Any]) -> Iterator[Error]:

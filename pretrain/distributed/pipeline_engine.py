@@ -45,7 +45,8 @@ class PipelineEngine(Engine):
         return self._stage.canonical_name(local)
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
-        self._stage = DecisionPipeline(self.config, self._bounds(), seed=self.seed, source=model.source)
+        self.bounds = self._bounds()
+        self._stage = DecisionPipeline(self.config, self.bounds, seed=self.seed, source=model.source)
         whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, part in [*self._stage.named_parameters(), *self._stage.named_buffers()]:
             source = whole[self._stage.canonical_name(name)]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tiphys.pretrain.model.layers import Linear, Module, cuda_capability
+from tiphys.pretrain.model.layers import Linear, Module, Norm, cuda_capability
+from tiphys.pretrain.model.rope import Rope
 from tiphys.pretrain.model.token_layout import Group, TokenLayout
 
 if TYPE_CHECKING:
@@ -34,17 +35,22 @@ class Attention(Module):
 
     def __init__(self, config: DecisionConfig, number: int) -> None:
         super().__init__()
-        self.number, self.theta = number, config.theta
+        self.number, self.rope = number, Rope.of(config.theta, config.rope)
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_size
         together = (self.heads + 2 * self.kv_heads) * self.size
-        self.qkv = Linear(config.hidden_size, together, std=config.initializer_range)
+        self.qkv = Linear(config.hidden_size, together, std=config.initializer_range, bias=config.qkv_bias)
+        self.q_norm = Norm(self.size, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = Norm(self.size, config.norm_epsilon) if config.qk_norm else None
         self.out = Linear(self.heads * self.size, config.hidden_size, std=config.residual_std)
 
     def forward(self, x: Tensor, layout: TokenLayout, cache: Extension | None = None) -> Tensor:
         """x [T, D] -> [T, D]."""
         qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.size)
         rotated, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
-        q, k = rotate(rotated, layout.rotary(self.size, self.theta)).split([self.heads, self.kv_heads], 1)
+        if self.q_norm is not None and self.k_norm is not None:  # of each head (Henry et al. 2020)
+            q, k = rotated.split([self.heads, self.kv_heads], 1)
+            rotated = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        q, k = rotate(rotated, layout.rotary(self.size, self.rope)).split([self.heads, self.kv_heads], 1)
         if cache is not None:
             mixed = cache.attend(self.number, q, k, v, layout)
         elif _has_varlen(q):

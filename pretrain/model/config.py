@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number
+from tiphys.pretrain.model.rope import Rope, recipe_rope
 from tiphys.pretrain.model.size_errors import size_errors
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _WHOLE = {  # the smallest and the largest value of each size
     "num_experts_per_tok": (1, 1 << 14),
     "moe_every": (1, 1 << 12),
     "moe_intermediate_size": (1, 1 << 20),
+    "head_size": (0, 1 << 14),
+    "first_dense": (0, 1 << 12),
     "timesteps": (0, 1 << 26),
     "locals": (1, 1 << 20),
 }
@@ -107,6 +110,16 @@ class DecisionConfig(PretrainedConfig):
         Size of the embedding of the position within a timestep (Reed et al. 2022, app. C.3).
     theta : float
         Base of the rotary frequencies (Su et al. 2021).
+    rope : mapping
+        How the frequencies are stretched, as `Rope.values` gives it; empty: not at all.
+    head_size : int
+        Size of a head's queries, keys and values; 0: hidden_size / num_attention_heads.
+    qk_norm : bool
+        RMSNorm of each head's queries and keys, before they are rotated.
+    qkv_bias : bool
+        Add a bias to queries, keys and values.
+    first_dense : int
+        The first layers that are dense whatever `moe_every` says.
     norm_epsilon : float
         Added to the mean square in RMSNorm.
     initializer_range : float
@@ -161,6 +174,11 @@ class DecisionConfig(PretrainedConfig):
         pairs: bool = False,
         chunks: Any = None,
         initializer_range: float = 0.02,
+        rope: Any = None,
+        head_size: int = 0,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        first_dense: int = 0,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -193,6 +211,11 @@ class DecisionConfig(PretrainedConfig):
         self.checkpointing = checkpointing
         self.pairs = pairs
         self.chunks = {name: dict(head) for name, head in (chunks or {}).items()}
+        self.rope = dict(rope or {})
+        self.head_size = head_size
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.first_dense = first_dense
         _check_more(kwargs)
         # Never from a file: it names the code that is loaded
         kwargs["auto_map"] = {"AutoConfig": "config.DecisionConfig", "AutoModel": "transformer.DecisionModel"}
@@ -218,10 +241,14 @@ class DecisionConfig(PretrainedConfig):
             experts=self.num_experts,
             experts_per_token=self.num_experts_per_tok,
             every=self.moe_every,
+            head_size=self.head_size,
+            first_dense=self.first_dense,
         )
+        Rope.of(self.theta, self.rope)
         lines = [f"{key}: {reason}" for key, reason in errors]
         if lines:
             raise ValueError("\n".join(lines))
+        self.head_size = self.head_size or self.hidden_size // self.num_attention_heads
         for name, e in self.embedders.items():
             if e.keys() != {"kind", "shape", "values"}:
                 raise DataError(f"embedder {name!r} has the keys {', '.join(e)}, not kind, shape and values")
@@ -244,6 +271,8 @@ class DecisionConfig(PretrainedConfig):
             "checkpointing",
             "tie_word_embeddings",
             "pairs",
+            "qk_norm",
+            "qkv_bias",
         ):
             if not isinstance(getattr(self, name), bool):
                 raise DataError(f"config: {name} is {getattr(self, name)!r}, neither true nor false")
@@ -267,22 +296,18 @@ class DecisionConfig(PretrainedConfig):
             )
 
     @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
     def residual_std(self) -> float:
         """Standard deviation of drawn matrices that write to the residual stream."""
         return self.initializer_range / (2 * self.num_hidden_layers) ** 0.5
 
     def has_experts(self, layer: int) -> bool:
         """Whether the layer of this number is a mixture of experts."""
-        return bool(self.num_experts) and layer % self.moe_every == self.moe_every - 1
+        return bool(self.num_experts) and layer >= self.first_dense and (layer + 1) % self.moe_every == 0
 
     @classmethod
     def from_recipe(cls, model: Any, vocabulary: Vocabulary) -> DecisionConfig:
         """From the recipe's `model:` section (`tiphys.recipes.schema.Model`) and the vocabulary of the objectives."""
-        moe = model.moe
+        moe, rope = model.moe, recipe_rope(model)
         return cls(
             vocab_size=vocabulary.size,
             ranges=vocabulary.ranges,
@@ -309,8 +334,14 @@ class DecisionConfig(PretrainedConfig):
             router_task=moe.task,
             task_dropout=moe.task_dropout if moe.task else 0.0,
             timesteps=model.timesteps,
-            theta=model.rope_theta,
             initializer_range=model.init_std,
+            theta=rope.theta,
+            rope=rope.values(),
+            norm_epsilon=model.norm_epsilon,
+            head_size=model.head_size,
+            qk_norm=model.qk_norm,
+            qkv_bias=model.qkv_bias,
+            first_dense=moe.first_dense,
             dropout=model.dropout,
             checkpointing=model.checkpointing,
             tie_word_embeddings=model.tie,

@@ -1,12 +1,15 @@
 """Bytes of a forward and a backward pass, counted without computing: the layers run on the meta device, which stores no data.
 
-Every storage that an operation makes is counted from its creation until nothing refers to it, as an allocator would. Two kinds
+Every storage that an operation makes is counted from its creation until nothing refers to it, as an allocator would. Three kinds
 of operations are replaced, because on the meta device they would take another path than on a real one: fused attention keeps q,
-k, v, its output and the logarithms of its sums; products of experts keep their two factors.
+k, v, its output and the logarithms of its sums; products of experts keep their two factors; a convolution copies those of its
+tensors whose channels lie in another order than those of the others.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -84,13 +87,22 @@ class LiveBytes(TorchDispatchMode):
             self._known[storage._cdata] = weakref.ref(storage, partial(self._gone, storage._cdata, 0))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._grouped_mm.default:  # on the meta device it knows bfloat16 only
+        workspace = 0
+        if func in _CONVOLUTIONS:
+            found = _Convolution(func, args, kwargs)
+            for copy in found.copies:
+                self._see(copy)
+            out, workspace = found.out, found.workspace if self.block == BLOCK["cpu"] else 0
+        elif func in _NORMS:
+            out = _in_order(func(*args, **(kwargs or {})), _order(args[0]))
+        elif func is torch.ops.aten._grouped_mm.default:  # on the meta device it knows bfloat16 only
             out = _grouped(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._see(tensor)
+        self.peak = max(self.peak, self.live + workspace)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -106,6 +118,50 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int, _: Any) -> None:
         self._known.pop(key, None)
         self.live -= size
+
+
+# operation -> how many of its first arguments get one order of channels; the last two of them, input and weights, say which
+_CONVOLUTIONS = {torch.ops.aten.convolution.default: 2, torch.ops.aten.convolution_backward.default: 3}
+
+
+class _Convolution:
+    """A convolution, or its backward pass, as libraries compute it: all 4-d tensors in one order of channels.
+
+    copies     of the arguments in another order; they live while it runs
+    workspace  bytes that oneDNN takes beside them on a CPU, at most: weights in its own layout and, if channels come first, the
+               images too
+    """
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: Any) -> None:
+        given = args[: _CONVOLUTIONS[func]]
+        *images, weights = given
+        order = _order(*given[-2:])
+        self.copies = [t.contiguous(memory_format=order) for t in given]
+        self.out = _in_order(func(*args, **(kwargs or {})), order)
+        self.workspace = 2 * weights.nbytes + (order == torch.contiguous_format) * sum(t.nbytes for t in images)
+        self.workspace += _BF16_WORKSPACE * (weights.dtype == torch.bfloat16)
+
+
+_BF16_WORKSPACE = 72 << 10  # bytes; measured with oneDNN of torch 2.13
+
+
+_NORMS = {torch.ops.aten.native_group_norm.default, torch.ops.aten.native_group_norm_backward.default}
+
+
+def _in_order(made: Any, order: torch.memory_format) -> Any:
+    """The results of an operation, with this order of the channels in images."""
+    if isinstance(made, Tensor):
+        return torch.empty_like(made, memory_format=order) if made.dim() == 4 else made
+    return tuple(_in_order(t, order) for t in made) if isinstance(made, tuple) else made
+
+
+def _order(*tensors: Tensor) -> torch.memory_format:
+    """Channels come last if they do so in one of these images."""
+    return torch.channels_last if any(_channels_last(t) for t in tensors) else torch.contiguous_format
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
@@ -148,17 +204,24 @@ class _GroupedProduct(torch.autograd.Function):
 class _AsOnADevice(TorchFunctionMode):
     """Replaces what would take another path on the meta device. `rows`: of all experts of a layer together."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, device: str = "") -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.device = rows, device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _FusedAttention.apply(*args[:3])
+        if func is F.group_norm and self.device == "cpu":  # other devices copy images whose channels come last
+            return _group_norm(*args, **(kwargs or {}))
         if func is Tensor.tolist and args[0].is_meta:  # rows of each expert
             each, more = divmod(self.rows, len(args[0]))
             return [each + (i < more) for i in range(len(args[0]))]
         return func(*args, **(kwargs or {}))
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    count, channels, *size = x.shape
+    return torch.native_group_norm(x, weight, bias, count, channels, math.prod(size), groups, eps)[0]
 
 
 class RankExperts(nn.Module):
@@ -216,6 +279,11 @@ class Part(nn.Module):
                     mixture.experts = RankExperts(config, ranks, imbalance)
         if config.tie_word_embeddings and {"token", "output"} <= self.parts.keys():
             self.parts["output"].weight = self.parts["token"].weight
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        """The name in the whole model of a parameter of this part."""
+        return re.sub(r"^layers_(\d+)\.", r"layers.\1.", name.removeprefix("parts."))
 
     def forward(self, x: Any, inputs: Mapping[str, Tensor], layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """x [T, D] from the stage before, None for the first one -> the loss or [T, D], and the hidden states."""
@@ -306,7 +374,7 @@ class _Counter:
         for mixture in (m for m in self.part.modules() if isinstance(m, MixtureOfExperts)):
             mixture.counts = mixture.losses = None
         x = None
-        with _as_on(self.device), _AsOnADevice(self.tokens * config.num_experts_per_tok), mode:
+        with _as_on(self.device), _AsOnADevice(self.tokens * config.num_experts_per_tok, self.device), mode:
             if "token" not in self.part.parts:
                 x = torch.empty(self.tokens, config.hidden_size, dtype=_dtype(self.part), device=META)
                 x.requires_grad_()

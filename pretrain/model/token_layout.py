@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tiphys.pretrain.model.bits import from_bits
 from tiphys.pretrain.model.inputs import to_device
+from tiphys.pretrain.model.rope import Rope
 
 _PARTS = 8  # length classes in each octave: a window is padded by less than 1/8 of its length
 
@@ -170,14 +171,14 @@ class TokenLayout:
         parts = [to_device(torch.from_numpy(x), self.device) for x in (tokens, ends.astype(np.int32))]
         return parts[0], int(size.max()), parts[1]
 
-    def rotary(self, size: int, theta: float) -> Tensor:
+    def rotary(self, size: int, rope: Rope) -> Tensor:
         """Rotary angles (Su et al. 2021): cosine and sine of position · frequency, float32 [T, 1, size / 2, 2]."""
-        return self._cached(("rotary", size, theta), lambda: self._rotary(size, theta))
+        return self._cached(("rotary", size, rope), lambda: self._rotary(size, rope))
 
-    def _rotary(self, size: int, theta: float) -> Tensor:
-        frequency = theta ** (-torch.arange(0, size, 2, device=self.device, dtype=torch.float32) / size)
-        angle = self.attributes[:, :1].float() * frequency
-        return torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+    def _rotary(self, size: int, rope: Rope) -> Tensor:
+        angle = self.attributes[:, :1].float() * rope.frequencies(size, self.device)
+        turn = torch.stack([angle.cos(), angle.sin()], -1)[:, None]
+        return turn if rope.scale == 1 else turn * rope.scale
 
     def first_pass(self, layer: int) -> bool:
         """True at the first call for `layer`, False at later ones (when its forward pass is recomputed)."""

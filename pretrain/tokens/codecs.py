@@ -335,7 +335,7 @@ class Vector(Codec):
         mean, std = self._moments
         n = tokens.shape[-1] // 2
         x = np.asarray(tokens, np.float64)[:, 0, :n] * std + mean
-        return x.reshape(len(x), *self.shape).astype(self.dtype)
+        return as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def embedder_spec(self) -> EmbedderSpec:
         return EmbedderSpec("vector", (2 * int(np.prod(self.shape, dtype=np.int64)),))
@@ -365,7 +365,7 @@ class Affine(Codec):
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         y = np.clip(np.asarray(tokens, np.float64)[:, 0], -self.limit, self.limit)
         x = from_unit(y, np.asarray(self.low, np.float64), np.asarray(self.high, np.float64))
-        return x.reshape(len(x), *self.shape).astype(self.dtype)
+        return as_type(x.reshape(len(x), *self.shape), self.dtype)
 
     def embedder_spec(self) -> EmbedderSpec:
         return EmbedderSpec("vector", (int(np.prod(self.shape, dtype=np.int64)),))

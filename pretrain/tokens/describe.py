@@ -10,7 +10,7 @@ import numpy as np
 
 from tiphys.dataio.episode import Window
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
-from tiphys.pretrain.tokens.codecs import Chunk, Codec, Patches
+from tiphys.pretrain.tokens.codecs import Chunk, Codec, Patches, as_type
 from tiphys.pretrain.tokens.frames import chunks
 from tiphys.pretrain.tokens.images import PATCH
 from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
@@ -160,7 +160,9 @@ class _Reader:
         observed = one.step // chunk * chunk
         origin = one.element.frame.origin(np.asarray(window.fields[one.element.to])[observed : observed + 1])
         shape = _codec(one.element.codec).shape
-        return f"relative {_numbers(value)}, absolute {_numbers((value + origin.reshape(shape)).astype(value.dtype))}"
+        return (
+            f"relative {_numbers(value)}, absolute {_numbers(as_type(value + origin.reshape(shape), str(value.dtype)))}"
+        )
 
     def predicted(self, one: Placed) -> tuple[str, float | None]:
         """The targets at an element's positions in words, and their loss weight."""

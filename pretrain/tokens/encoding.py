@@ -535,11 +535,7 @@ class Encoding:
                 "set `encoding: skip` for it"
             )
         frame, normalise, head = self.frame(field), self.tokens(field).normalise, self.objective.head
-        if (
-            head in ("l2", "l1", "flow")
-            or self.objective.horizon > self.chunk()
-            or (self.linear(part) and frame is not None)
-        ):
+        if self.beyond_bins() or (self.linear(part) and frame is not None):
             return self.chunked(field, "l2" if head == "auto" else head)
         if kind == "quantile" and frame is None and normalise == "auto":
             return self.binned(field, kind)
@@ -553,6 +549,10 @@ class Encoding:
             return Affine(f"vector:{field.name}:{numbers}", field.shape, low, high, 1.0, field.dtype)
         bins = self.tokens(field).bins if kind == "uniform" else CONTINUOUS_BINS
         return Bins("", field.shape, self.ranges.continuous, bins, low, high, False, field.dtype)
+
+    def beyond_bins(self) -> bool:
+        """Whether the objective predicts whole chunks as vectors, whatever else is said of the action."""
+        return self.objective.head in ("l2", "l1", "flow") or self.objective.horizon > self.chunk()
 
     def action_range(self, field: FieldSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(low, high) that is mapped to [-1, 1]: the bounds of the space, else the range of the data.
@@ -589,9 +589,7 @@ class Encoding:
         """Share of an action field's values in the data that are clamped."""
         found, bounds = self.statistics.get(field.name), _bounds(field)
         tokens = self.tokens(field)
-        if field.modality == "continuous" and (
-            tokens.relative.to or tokens.normalise != "auto" or self.objective.horizon
-        ):
+        if field.modality == "continuous" and (tokens.relative.to or tokens.normalise != "auto" or self.beyond_bins()):
             return self.clipped_in_frame(field)
         if field.modality != "continuous" or found is None or not found.count:
             return 0.0

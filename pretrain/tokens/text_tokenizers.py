@@ -10,6 +10,7 @@ from tiphys.dataio.private import read_regular
 from tiphys.pretrain.tokens.text import TextTokenizer
 
 BYTES = 256
+MOST_LEARNT = 32_000  # ids, if the recipe does not say how many
 _MOST_BYTES = 256 << 20  # of a tokenizer's file
 _LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for untrusted texts
 
@@ -17,7 +18,7 @@ _LEARN_FROM = 16 << 20  # characters; enough for 32,000 merges, and a bound for 
 def load(path: str, vocabulary: int) -> str:
     """The tokenizer's JSON, from a tokenizer.json or a SentencePiece model (.model).
 
-    Raises DataError if the file cannot be read, is neither, or has more than `vocabulary` ids.
+    Raises DataError if the file cannot be read, is neither, or has more than `vocabulary` ids (0: any number).
     """
     try:
         data = read_regular(path, _MOST_BYTES)
@@ -35,7 +36,7 @@ def load(path: str, vocabulary: int) -> str:
         size = TextTokenizer(definition).size
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"model.text_tokenizer: {path} is not a valid tokenizer: {error}") from error
-    if size > vocabulary:
+    if vocabulary and size > vocabulary:
         raise DataError(
             f"model.text_tokenizer: {path} has {size} ids, but model.text_vocabulary is {vocabulary}; set it to {size}"
         )

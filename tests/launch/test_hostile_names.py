@@ -116,6 +116,7 @@ LINES = [
     "check r.yaml",
     "check r.yaml objectives.bc.fields=[x]",
     "tokens r.yaml",
+    "layout r.yaml --gpus 1 --memory 80GiB",
     "tokens r.yaml --html page.html",
     "mixture run show",
     "mixture run set x=1",

@@ -6,18 +6,23 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from tests.pretrain import synthetic
 from tiphys.launch import layout_auto, layout_command
-from tiphys.launch.layout import changed, lines, predict, remedies
+from tiphys.launch.layout import _freeze, changed, lines, predict, remedies
 from tiphys.launch.layout_rates import table_rates
 from tiphys.pretrain.distributed.layer_costs import typical_batch
+from tiphys.pretrain.engine import freeze
+from tiphys.pretrain.model.counting import Part
+from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import LayoutError
 from tiphys.recipes.automatic import KEYS, open_keys, with_defaults
 from tiphys.recipes.load import RecipeError, load_recipe
 from tiphys.recipes.schema import Recipe
 
-CONFIG = synthetic.config(num_hidden_layers=4)
+CONFIG = synthetic.config(num_hidden_layers=2)
+DENSE = synthetic.config(num_hidden_layers=2, num_experts=0)
 WORST = [typical_batch(CONFIG, 8, 64)]
 GIB = 2**30
 
@@ -29,9 +34,20 @@ def recipe(stage: int = 1, **sections: Any) -> Recipe:
 
 def test_a_stage_holds_as_many_micro_batches_as_the_schedule_has_in_flight() -> None:
     section = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
-    found = predict(recipe(deepspeed=section, parallel={"pipeline": 4}), CONFIG, WORST, 4, device="cpu")
+    config = synthetic.config(num_hidden_layers=4, num_experts=0)
+    found = predict(recipe(deepspeed=section, parallel={"pipeline": 4}), config, WORST, 4, device="cpu")
     assert [(s.name, s.in_flight) for s in found.stages] == [("first", 4), ("middle", 3), ("last", 1)]
     assert found.bubble == pytest.approx(3 / 11)
+    assert not found.cut
+    assert "measured times" in "\n".join(lines(found))
+
+
+def test_stages_are_those_of_the_run_if_they_are_known() -> None:
+    config = synthetic.config(num_hidden_layers=6, num_experts=0)
+    known = {"bounds": [0, 3, 4, 7, 10], "device": "cpu", "counted": False}
+    found = predict(recipe(parallel={"pipeline": 4}), config, WORST, 4, **known)
+    assert [s.layers for s in found.stages] == [(0, 3), (4, 7), (7, 10)]
+    assert found.cut
 
 
 def test_popular_experts_are_part_of_what_is_needed() -> None:
@@ -43,33 +59,34 @@ def test_popular_experts_are_part_of_what_is_needed() -> None:
 
 def test_what_does_not_fit_says_what_to_change() -> None:
     one = recipe()
-    need = predict(one, CONFIG, WORST, 2, device="cpu").peak
-    assert remedies(one, CONFIG, WORST, 2, need - 1, device="cpu")
-    for change in ({"micro_batch": 16}, {"micro_batch": 1}):
-        assert predict(*changed(one, CONFIG, change), WORST, 2, device="cpu").peak < need
-    huge = synthetic.config(num_hidden_layers=1, num_experts=0, vocab_size=10**6)
-    assert remedies(recipe(3), huge, WORST, 2, 1000, device="cpu") == []
-    assert "does not fit" in lines(predict(one, CONFIG, WORST, 2, device="cpu"), need - 1)[-1]
+    needs = predict(one, DENSE, WORST, 2, device="cpu")
+    advice = remedies(one, DENSE, WORST, 2, needs.peak - 1, device="cpu")
+    assert advice[0] == "micro-batch 16"
+    assert predict(*changed(one, DENSE, {"micro_batch": 16}), WORST, 2, device="cpu").peak < needs.peak
+    assert remedies(one, DENSE, WORST, 2, 1000, device="cpu") == []
+    assert "does not fit" in lines(needs, needs.peak - 1)[-1]
 
 
 def test_a_layout_that_the_engine_refuses_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"parallel\.pipeline"):
-        predict(recipe(parallel={"pipeline": 4}), CONFIG, WORST, 6)
+        predict(recipe(parallel={"pipeline": 3}), CONFIG, WORST, 6)
 
 
 def chosen(memory: int, keys: tuple[str, ...] = ("pipeline", "zero_stage", "micro_batch")) -> list[layout_auto.Choice]:
-    rates, config = table_rates("A100"), synthetic.config(num_hidden_layers=2, num_experts=0)
-    return layout_auto.choices(recipe(), config, WORST, 2, keys, memory, device="cpu", rates=rates)
+    rates = table_rates("A100")
+    return layout_auto.choices(recipe(), DENSE, WORST, 2, keys, memory, device="cpu", rates=rates)
 
 
 def test_the_choice_is_the_same_each_time_fits_and_is_the_fastest() -> None:
     found = chosen(GIB)
     assert len(found) == layout_auto.SHOWN
-    assert [c.values for c in found] == [c.values for c in chosen(GIB)]
+    assert len({str(c.values) for c in found}) == layout_auto.SHOWN
     times = [c.needs.seconds or 0.0 for c in found]
     assert times == sorted(times)
-    less = chosen(found[0].needs.peak - 1)
-    assert all(c.needs.peak < found[0].needs.peak for c in less)
+    keys, most = ("micro_batch",), found[0].needs.peak
+    less = chosen(most - 1, keys)
+    assert all(c.needs.peak < most for c in less)
+    assert [c.values for c in less] == [c.values for c in chosen(most - 1, keys)]
     assert chosen(1000) == []
 
 
@@ -100,8 +117,32 @@ def test_a_resumed_run_keeps_its_layout_unless_the_world_changed(tmp_path: Any) 
     assert layout_command._kept(tmp_path / "none", 4, ["pipeline"]) == []
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "token.*",
+        "embedding.*",
+        "embedding.values.vector_*",
+        "*.layers_1.*",
+        "layers.1.*",
+        "*experts*",
+        "head.*",
+        "output.*",
+    ],
+)
+def test_a_pattern_freezes_the_parameters_that_it_freezes_in_the_run(pattern: str) -> None:
+    spec = CONFIG.embedders["vector:state:5"]
+    config = synthetic.config(num_hidden_layers=2, embedders={"vector:state:5": spec, "layers_1": spec})
+    with torch.device("meta"):
+        model, part = DecisionModel(config), Part(config)
+    freeze(model, [pattern])
+    _freeze(part, [pattern])
+    expected = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert {part.canonical_name(name): p.requires_grad for name, p in part.named_parameters()} == expected
+
+
 def test_frozen_weights_have_no_masters() -> None:
     frozen = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, freeze=["layers.*"]))
-    some, every = (predict(r, CONFIG, WORST, 2, device="cpu").stages[0].peak for r in (frozen, recipe()))
+    some, every = (predict(r, DENSE, WORST, 2, device="cpu").stages[0].peak for r in (frozen, recipe()))
     assert some.masters < every.masters
     assert some.weights == every.weights

@@ -105,6 +105,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     line = {"step": 1, "rows": 4, "tokens": 9, "loss": 1.0, "seconds": 1.0, "data_wait": 0.1}
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     (run / "evaluation.json").write_text('{"tasks": {"of": "an earlier policy"}}')
+    (run / "policy").mkdir()
+    (run / "policy" / "config.json").write_text("{}")
     checkpoint = type("Saved", (), {"step": 1, "path": run / "checkpoints"})()
     monkeypatch.setattr(Checkpoint, "newest_whole", lambda folder: checkpoint)
     monkeypatch.setattr(ends, "export_policy", lambda recipe, config, processor, checkpoint, folder: folder)

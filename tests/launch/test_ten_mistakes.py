@@ -22,26 +22,32 @@ RECIPES = {
         ["data.mixture[0].objective=bcc"],
         ["r.yaml:3: data.mixture[0].objective: no objective is called 'bcc'", "Did you mean 'bc'?"],
     ),
-    "a word instead of a number": (["train.steps=many"], ["r.yaml:7: train.steps: must be a whole number, not 'many'"]),
+    "a word instead of a number": (
+        ["train.steps=many"],
+        ["r.yaml:7: train.steps: must be a whole number, not 'many'; allowed: at least 1"],
+    ),
     "a number out of range": (["train.steps=-1"], ["r.yaml:7: train.steps: -1 is out of range", "allowed: at least 1"]),
     "heads that do not divide the width": (
         ["model.heads=3"],
-        ["r.yaml:5: model.heads: model.hidden (32) must be a multiple of 2 × model.heads (6)"],
+        [
+            "r.yaml:5: model.heads: model.hidden (32) must be a multiple of 2 × model.heads (6)",
+            "set model.heads=2 or model.hidden=36",
+        ],
     ),
     "two errors at once": (["train.steps=-1", "model.layers=0"], ["2 errors", "train.steps", "model.layers"]),
     "a field that the data do not have": (
         ["objectives.bc.fields.imgae.resize=64"],
-        ["r.yaml:4: objectives", "no field matches 'imgae'", "the tasks have action, observation"],
+        ["r.yaml:4: objectives", "no field matches 'imgae'", "those that the tasks have: action, observation"],
     ),
 }
 MAPPINGS = {
     "a field that the source does not have": (
         "fields: {observaton: drop}",
-        ["mapping: no field matches 'observaton'", "did you mean 'observation'?"],
+        ["m.yaml: no field matches 'observaton'", "did you mean 'observation'?"],
     ),
     "bounds that are exchanged": (
         "fields: {observation: {low: 1, high: -1}}",
-        ["mapping: fields.observation: low 1 is above high -1; exchange them"],
+        ["m.yaml: fields.observation: low 1 is above high -1; exchange them"],
     ),
 }
 

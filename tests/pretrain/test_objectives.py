@@ -442,7 +442,10 @@ def test_clipped_actions_are_refused_unless_allowed():
 
 
 def test_a_pattern_that_matches_no_field_is_refused():
-    with pytest.raises(DataError, match=r"fields: no field matches 'observation.imag'; the tasks have action, "):
+    with pytest.raises(
+        DataError,
+        match=r"fields: no field matches 'observation.imag'; did you mean 'observation.image'\? The tasks have action, ",
+    ):
         make([GRID], "bc", context=64, fields={"observation.imag": FieldTokens(encoding="skip")})
 
 
@@ -551,3 +554,12 @@ def test_images_of_different_sizes_are_resized_to_one():
     ids = [*o.text.encode(["go"])[0], o.vocabulary.end_of_text]
     assert batch.tokens[0, 4 : 4 + len(ids)].tolist() == ids
     assert batch.target[0, 3 : 3 + len(ids)].tolist() == ids  # the last patch predicts the caption's first token
+
+
+def test_the_range_of_text_is_as_large_as_the_tokenizer() -> None:
+    for task, most in ((ARM, 256), (GRID, 400)):
+        made = make([task], "bc", text=0, context=100)
+        low, high = made.vocabulary.range("text")
+        assert (low, high) == (0, made.text.size)
+        assert 256 <= high <= most
+        assert make([task], "bc", text=600, context=100).vocabulary.range("text") == (0, 600)

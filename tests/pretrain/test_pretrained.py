@@ -230,6 +230,6 @@ def test_a_policy_without_safetensors_or_of_another_kind_is_refused(before, tmp_
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"\x00" * 40)
     with pytest.raises(DataError, match="not a valid safetensors file"):
         begin(recipe_of(tmp_path / "policy"), before.vocabulary)
-    (tmp_path / "policy" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(DataError, match="model_type 'llama'"):
+    (tmp_path / "policy" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(DataError, match="model_type 'gpt2'; known: llama"):
         begin(recipe_of(tmp_path / "policy"), before.vocabulary)

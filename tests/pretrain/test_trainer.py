@@ -152,6 +152,7 @@ class FakeWorld:
 class FakeEngine:
     """Counts steps, and records which rows it gets."""
 
+    balance = None
     bf16 = False
 
     def __init__(self) -> None:

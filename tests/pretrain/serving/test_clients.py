@@ -99,7 +99,7 @@ def test_our_client_says_what_is_wrong(tmp_path: Path) -> None:
             RemotePolicy.of(tmp_path, url, api_key="k", digest="other").reset("arm")
         away = RemotePolicy.of(tmp_path, url, api_key="k", digest="digest")
         assert away.sessions() == 8
-        with pytest.raises(DataError, match="no demonstration and no goal"):
+        with pytest.raises(DataError, match="takes no demonstration, goal, query or future"):
             away.reset("arm", goal={})
         away.reset("arm", objective="other")
         away.restart(0)

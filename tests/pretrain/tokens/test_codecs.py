@@ -323,3 +323,14 @@ def test_integers_and_signs_are_clamped_and_decoded_exactly(x):
 def test_integers_need_a_range():
     with pytest.raises(DataError, match="low 3 is above high 2"):
         Integers("", (), FIRST, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_integers_of_one_token_come_back_exactly(dtype: str) -> None:
+    x = np.arange(60, dtype=dtype).reshape(-1, 3)
+    for codec in (
+        Vector("vector:f:3", (3,), mean=(7.3,), std=(1.7,), dtype=dtype),
+        Affine("vector:f:3", (3,), low=(0.0,), high=(59.0,), dtype=dtype),
+    ):
+        near = x[:7]  # a vector keeps ten standard deviations
+        np.testing.assert_array_equal(codec.decode(codec.encode(near)), near)

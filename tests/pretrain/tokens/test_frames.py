@@ -265,3 +265,8 @@ def test_normalised_bins_count_what_they_clamp() -> None:
         options={"allow_clipped": 0.05},
     )
     assert 0.01 < made.clipped()["arm/action"] < 0.05
+
+
+def test_bins_may_have_the_horizon_of_their_chunk() -> None:
+    made, plain = (make([ARM], "bc", context=60, chunk=2, **more) for more in ({"horizon": 2}, {}))
+    assert made.processor() == plain.processor()
