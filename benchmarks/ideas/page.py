@@ -106,7 +106,9 @@ def _groups(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _line(group: Sequence[dict[str, Any]]) -> str:
     first = group[0]
-    cells = [first["measure"].replace("|", "\\|"), first["bar"], _numbers(group, "score")]
+    wrong = [str(mark["seed"]) for mark in group if mark["fault"]]
+    missed = f"; **missed** with seed {', '.join(wrong)}" if wrong else ""
+    cells = [first["measure"].replace("|", "\\|"), first["bar"], _numbers(group, "score") + missed]
     cells += [first["broken"], first["control_bar"] or "", _numbers(group, "control")]
     return f"| {' | '.join(cells)} |"
 
