@@ -106,9 +106,15 @@ def _groups(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _line(group: Sequence[dict[str, Any]]) -> str:
     first = group[0]
-    cells = [first["measure"].replace("|", "\\|"), first["bar"], _numbers(group, "score")]
-    cells += [first["broken"], first["control_bar"] or "", _numbers(group, "control")]
+    cells = [first["measure"].replace("|", "\\|"), first["bar"], _numbers(group, "score") + _missed(group, "the bar")]
+    cells += [first["broken"], first["control_bar"] or "", _numbers(group, "control") + _missed(group, "the control")]
     return f"| {' | '.join(cells)} |"
+
+
+def _missed(group: Sequence[dict[str, Any]], what: str) -> str:
+    """Says with which seeds a bar is missed, if there are any."""
+    seeds = [str(mark["seed"]) for mark in group if mark["fault"].startswith(what)]
+    return f"; **missed** with seed {', '.join(seeds)}" if seeds else ""
 
 
 def _numbers(group: Sequence[dict[str, Any]], key: str) -> str:

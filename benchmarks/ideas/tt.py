@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from benchmarks.ideas.toys import write
-from benchmarks.ideas.training import train
+from benchmarks.ideas.training import WIDE, train
 from benchmarks.ideas.worlds import Behaviour, WaitOrTake, behave, play
 from tiphys.pretrain.acting import beam
 
@@ -33,6 +33,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
         steps=300,
         rows=16,
         seed=seed,
+        model=WIDE,
     )
     planned = float(play(policy, world, 20, seed, acting=PLAN).returns.mean())
     blind = None
