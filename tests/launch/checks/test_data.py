@@ -142,7 +142,7 @@ def test_a_dataset_of_two_entries_is_counted_once(tmp_path, capsys, monkeypatch)
     plan = make_plan(settings, [index, index], objectives)
     world = SimpleNamespace(world=1, pipeline=1, data=1, expert=1)
     engine = SimpleNamespace(module=Linear(1, 1), world=world, zero_stage=0, bf16=False, rows=4, accumulation=1)
-    engine.micro_batch, engine.derived = 4, {}
+    engine.micro_batch, engine.derived, engine.config = 4, {}, SimpleNamespace(vocab_size=7)
     announce(settings, objectives, plan, engine)
     assert "1 tasks, 8 episodes" in capsys.readouterr().out
 
