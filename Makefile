@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Extras for users, and those that the tests need as well.
 USER_EXTRAS := envs,agents,convert,s3fs
 TEST_EXTRAS := $(USER_EXTRAS),serve,atari,ray,dev
+# How many processes share the tests, file by file. Some tests start several ranks, so one process for each core is enough.
+TEST_PROCESSES ?= 2
 # A file of exact versions with the hashes of their files, which are verified. CI sets it; without it the ranges count.
 LOCK ?=
 READY := $(VENV)/.ready
@@ -35,10 +37,10 @@ quickstart: setup
 	$(BIN)/tiphys quickstart
 
 test: $(TEST_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-all: $(TEST_READY)
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m ""
 
 check: $(TEST_READY)
 	$(BIN)/ruff check .
