@@ -290,6 +290,18 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Upcycle:
+    """A mixture of experts that begins with a dense model: its experts are copies of the dense MLPs."""
+
+    fresh: float = key(
+        0.0,
+        "Share of each expert's inner columns that is drawn instead of copied, so that experts differ from the beginning",
+        low=0,
+        high=1,
+    )
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary positions."""
 
@@ -333,12 +345,19 @@ class Model:
         text="folder of a policy, run or model, URL, or hf://org/name",
         path=True,
     )
+    init_revision: str = key(
+        "", "With an `init` of hf://: which revision of it; empty: the newest one", text="commit, tag or branch"
+    )
     init_map: dict[str, Any] = key(
         dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
     )
     init_digest: str = key(
         "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
     )
+    init_commit: str = key(
+        "", "Commit of an `init` of hf://; filled in when a run begins, and fetched from then on", text="hex digits"
+    )
+    upcycle: Upcycle = key(Upcycle, "With `moe` and a dense `init`: its experts are copies of the dense MLPs")
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(
