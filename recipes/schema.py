@@ -253,6 +253,15 @@ class Objective:
         choices=("auto", "bins", "l2", "l1", "flow"),
     )
     flow: Flow = key(Flow, "The head that draws chunks by flow matching")
+    insulate: int = key(
+        0,
+        "With `head: flow`, `l2` or `l1`: the trunk is not trained by the head but by so many bins of each number of the same "
+        "chunk, for example 256; 0: by the head",
+        unit="bins",
+        low=2,
+        high=2**16,
+        also=(0,),
+    )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
 

@@ -153,6 +153,7 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "flow-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "flow"},
         {"name": "flow-one-row", "stage": 2, "batch": 1, "paradigm": "flow"},
         {"name": "flow-pipeline", "pipeline": 2, "paradigm": "flow"},
+        {"name": "insulated-pipeline", "pipeline": 2, "paradigm": "insulated"},
         {"name": "l1-pipeline", "pipeline": 2, "paradigm": "l1"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
