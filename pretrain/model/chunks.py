@@ -57,7 +57,7 @@ class ChunkHead(Module):
         raise NotImplementedError
 
     def bin_losses(self, hidden: Tensor, payload: Tensor) -> Tensor:
-        """The mean cross-entropy of the bins of a chunk's numbers: as `forward`. They divide [-1, 1] evenly; others are clamped."""
+        """The mean cross-entropy of the bins of a chunk's numbers, which divide [-1, 1] evenly: as `forward`."""
         actions, mask, _, _ = self.unpack(payload)
         logits = F.linear(hidden, self.bins_weight, self.bins_bias).float().view(*actions.shape, self.bins)
         bins = ((actions + 1) * (self.bins / 2)).floor().clamp(0, self.bins - 1).to(torch.int64)
