@@ -105,7 +105,7 @@ def check(args: Namespace) -> int:
         indexes = open_datasets(recipe)
         objectives = Objectives(recipe, indexes)
         if recipe.model.init:
-            say("\n".join(start_lines(begin(recipe, objectives.vocabulary, stages=2))))
+            say("\n".join(start_lines(begin(recipe, objectives.vocabulary, divided=True))))
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
             say(f"{found}; training leaves such episodes out")
         plan = make_plan(recipe, indexes, objectives)

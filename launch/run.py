@@ -152,7 +152,7 @@ def _train(
     from tiphys.dataio.loader import TrajectoryLoader
     from tiphys.launch.node_cache import NodeCache
     from tiphys.pretrain.checkpoint_choice import newest_sound
-    from tiphys.pretrain.engine import build_engine
+    from tiphys.pretrain.engine import build_engine, divides_weights
     from tiphys.pretrain.objectives import Objectives
     from tiphys.pretrain.pretrained import begin, start_lines
     from tiphys.pretrain.trainer import Trainer
@@ -165,7 +165,7 @@ def _train(
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining, known_as=earlier[0] if earlier else ())
     attendance.times.add("data")
-    model = begin(recipe, objectives.vocabulary, fresh=resume is None, stages=world.pipeline)
+    model = begin(recipe, objectives.vocabulary, fresh=resume is None, divided=divides_weights(recipe, world))
     engine = build_engine(recipe, model, world)
     engine.balance = balance_of(recipe, objectives)
     attendance.times.add("engine")

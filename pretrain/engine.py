@@ -24,15 +24,18 @@ from tiphys.pretrain.distributed.deepspeed_state import (
     Address,
     advance_average,
     forget_groups,
+    fragments,
     gradient_norm,
     keep_average,
     learning_rate,
+    refresh,
 )
-from tiphys.pretrain.distributed.layout_errors import expert_errors
+from tiphys.pretrain.distributed.layout_errors import expert_errors, zero_stage
 from tiphys.pretrain.distributed.spans import Spans, peak_memory
 from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.heads import SUMS
 from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.layers import Source, copy_buffers, declared, initial_range, initialise
 from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.parallel import LayoutError, ParallelDims, Sum, refuse
 from tiphys.pretrain.phases import mark
@@ -121,6 +124,11 @@ class Totals:
         return out
 
 
+def divides_weights(recipe: Recipe, world: ParallelDims) -> bool:
+    """Whether no rank holds all weights on this layout: there are pipeline stages, divided experts or partitions of ZeRO-3."""
+    return world.pipeline > 1 or world.expert > 1 or zero_stage(recipe.deepspeed) == 3
+
+
 def build_engine(recipe: Recipe, model: DecisionModel, world: ParallelDims) -> Engine:
     """Put a model under DeepSpeed, as the recipe's `deepspeed:` and `parallel:` sections say.
 
@@ -196,9 +204,12 @@ class Engine:
         self.rows, self.rows_per_rank = sizes.rows, sizes.rows_per_rank
         self.micro_batch, self.accumulation = sizes.micro_batch, sizes.accumulation
         freeze(model, recipe.model.freeze)
+        undrawn = any(p.is_meta for p in model.parameters())
         module = self._build(model)
         if world.expert > 1:
             _shard_experts(module, self.config, world)
+        if undrawn and sizes.stage < 3:
+            initialise(module, self.seed, self.canonical, model.source)
         trained = [p for p in module.parameters() if p.requires_grad]
         sized = derive(recipe, world, accelerator=accelerator, elements=sum(p.numel() for p in trained))
         self.derived |= sized.values
@@ -211,11 +222,13 @@ class Engine:
         if recipe.train.compile:
             self.deepspeed.compile()
         self.module: torch.nn.Module = self.deepspeed.module
+        self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
+        self._first_expert = _first_experts(self.module)
+        if undrawn and sizes.stage == 3:
+            self._fill_partitions(model.source)
         self._decay = recipe.train.ema.decay
         if self._decay:
             keep_average(self.deepspeed)
-        self._expert_layers = [i for i in range(self.config.num_hidden_layers) if self.config.has_experts(i)]
-        self._first_expert = _first_experts(self.module)
         self._announced: dict[int, Sum] = {}
         self._exchanges = Spans(world.device)
         if world.expert > 1 and not recipe.train.compile:
@@ -319,13 +332,27 @@ class Engine:
     # --- what PipelineEngine overrides ---------------------------------------------------------------------------------
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
-        """This rank's part of the model, with its weights and the choice of frozen parameters."""
+        """This rank's part of the model, with the choice of frozen parameters, and with its weights if `model` has them."""
         if not any(p.is_meta for p in model.parameters()):
             return model
-        drawn = type(model)(self.config, seed=self.seed, source=model.source)
-        for ours, theirs in zip(drawn.parameters(), model.parameters(), strict=True):
+        made = type(model)(self.config, drawn=False)
+        for ours, theirs in zip(made.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
-        return drawn
+        return made
+
+    def _fill_partitions(self, source: Source | None) -> None:
+        """Fill the part of each parameter that ZeRO-3 has given this rank. Collective."""
+        starts = {id(parameter): start for _, parameter, start in declared(self.module)}
+        by_name = {self.canonical(name): starts[id(p)] for name, p in self.module.named_parameters() if id(p) in starts}
+        for part in fragments(self.deepspeed, self.address):
+            start = by_name[part.name]
+            values = initial_range(part.name, part.shape, start, self.seed, source, part.start, part.numel)
+            for view in (part.views.get("master"), part.views.get("frozen")):
+                if view is not None:
+                    # masters begin with what the weights can say, as on other layouts
+                    view.copy_(values if part.weight is None else values.to(part.weight.dtype))
+        copy_buffers(self.module, self.canonical, source)
+        refresh(self.deepspeed)
 
     def _train(self, batch: TokenBatch, counts: Counts, totals: Totals) -> Any:
         """Forward, backward and step. Adds the losses to `totals` and returns the gradient norm."""

@@ -611,11 +611,16 @@ def _heads(layouts: Layouts) -> tuple[dict[str, EmbedderSpec], dict[str, int], d
         if codec.embedder:
             spec = codec.embedder_spec()
             embedders[codec.embedder] = embedders.get(codec.embedder, spec).merged(spec, codec.embedder)
-    heads = {e.head: e.codec for by_task in layouts for t in by_task.values() for e in t.elements if e.head}
-    regressions, chunks = {}, {}
-    for head, predicted in heads.items():
+    heads = ((e.head, e.codec) for by_task in layouts for t in by_task.values() for e in t.elements if e.head)
+    regressions: dict[str, int] = {}
+    chunks: dict[str, dict[str, Any]] = {}
+    for head, predicted in heads:
         if isinstance(predicted, Chunk):
-            chunks[head] = predicted.head
+            if chunks.setdefault(head, predicted.head) != predicted.head:
+                raise DataError(
+                    f"two objectives predict chunks by the head {head!r} with other sizes: {chunks[head]} and {predicted.head}; "
+                    "give them the same `flow`"
+                )
         elif predicted is not None:
             regressions[head] = predicted.embedder_spec().shape[0]
     return embedders, regressions, dict(sorted(chunks.items()))

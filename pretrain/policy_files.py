@@ -16,13 +16,15 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # of models of other librari
 _PART = 64 << 20  # bytes that are read at once
 
 
-def local_policy(name: str | Path) -> Path:
+def local_policy(name: str | Path, revision: str = "") -> Path:
     """The local folder of a policy.
 
     Parameters
     ----------
     name : str or Path
         Folder of a run or of a policy, ``hf://owner/name``, or the URL of a policy in a store, such as ``s3://bucket/path``.
+    revision : str
+        Commit, tag or branch of a hub's repository; empty: its newest commit. `hub_commit` tells which commit that was.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def local_policy(name: str | Path) -> Path:
     """
     text = str(name)
     if text.startswith("hf://"):
-        return _from_hub(text)
+        return _from_hub(text, revision)
     if "://" in text and not text.startswith("file://"):
         return _from_store(text)
     folder = Path(text.removeprefix("file://"))
@@ -52,6 +54,11 @@ def local_policy(name: str | Path) -> Path:
     raise FileNotFoundError(
         f"{name}: neither the folder of a run with a policy nor a policy; it has no {CONFIG} and no {LATEST}"
     )
+
+
+def hub_commit(folder: Path) -> str:
+    """The commit of a folder that `local_policy` has fetched from a hub; empty: it is none."""
+    return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def whole_policy(name: str | Path) -> Path:
@@ -98,12 +105,14 @@ def _fetch(store: Store, name: str, file: Path) -> None:
             out.write(part)
 
 
-def _from_hub(url: str) -> Path:
+def _from_hub(url: str, revision: str = "") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            url.removeprefix("hf://").strip("/"), allow_patterns=[*TEXTS, *TOKENIZERS, "model*.safetensors"]
+            url.removeprefix("hf://").strip("/"),
+            revision=revision or None,
+            allow_patterns=[*TEXTS, *TOKENIZERS, "model*.safetensors"],
         )
     except Exception as error:
         raise FetchError(hub_message(url, error)) from None

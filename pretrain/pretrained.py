@@ -26,6 +26,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.model.embedding import module_name
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.vocabulary import SPECIALS, Vocabulary
+from tiphys.pretrain.upcycle import UpcycledWeights, is_upcycled, upcycled_config
 from tiphys.pretrain.weight_files import PolicyWeights, Weights, weight_files
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.parallel import ParallelDims
-    from tiphys.recipes.schema import Recipe
+    from tiphys.recipes.schema import Model, Recipe
 
 # Sizes that the layers of both models must share: attribute of the config -> key of the recipe
 SIZES = {
@@ -93,12 +94,17 @@ class Pretrained:
         Parameters that begin at 0 if the earlier model lacks them, because it computes the same then.
     resemble : bool
         Rows of the token tables that are not found have the mean of the found rows, and their standard deviation around it.
+    seed : int
+        Of the columns that are drawn if a dense model becomes a mixture of experts.
+    fresh : float
+        Share of each expert's inner columns that is drawn then (`upcycle`).
 
     Raises
     ------
     DataError
         If the layers of the two models have different sizes: the message names each key of the recipe and both values. If
-        `renamed` has a name that neither model knows.
+        `renamed` has a name that neither model knows. If experts are to be copies, and a token passes through one only; if
+        `fresh` is not 0 and no experts are copies.
     """
 
     def __init__(
@@ -110,14 +116,26 @@ class Pretrained:
         where: str = "model.init",
         zeros: Collection[str] = (),
         resemble: bool = False,
+        seed: int = 0,
+        fresh: float = 0.0,
     ) -> None:
         self.weights, self.where = weights, where
         self.zeros, self.resemble = frozenset(zeros), resemble
         (self.old, self._old_words), (self.new, self._new_words) = old, new
+        self._upcycled: list[str] = []
         self._earlier = {now: was for was, now in (renamed or {}).items()}
         wrong = list(size_errors(self.old, self.new))
         if wrong:
             raise DataError(f"{where}: its layers have other sizes: " + "; ".join(f"{key} {why}" for key, why in wrong))
+        if is_upcycled(self.old, self.new):
+            self.old = upcycled_config(self.old, self.new)
+            self.weights = experts = UpcycledWeights(weights, self.old, fresh, seed)
+            self._upcycled = experts.lines()
+        elif fresh:
+            raise DataError(
+                f"model.upcycle.fresh: {fresh}, but no expert is a copy: that needs a dense model at model.init ({where}) and "
+                "model.moe.experts; remove the key"
+            )
         for was, now in (renamed or {}).items():
             for name, config, whose in ((was, self.old, where), (now, self.new, "this recipe")):
                 if name not in (known := _names(config)):
@@ -157,14 +175,19 @@ class Pretrained:
             target.copy_(self.weights.read(found.name, first, len(target) if whole is not None else None))
             return
         mine = (found.new >= first) & (found.new < first + len(target))
-        rows = self.weights.read(found.name)
-        new, old = torch.from_numpy(found.new[mine] - first), torch.from_numpy(found.old[mine])
+        resemble = self.resemble and name in _TABLES
+        needed = found.old if resemble else found.old[mine]
+        if not len(needed):
+            return
+        low = int(needed.min())
+        rows = self.weights.read(found.name, low, int(needed.max()) + 1 - low)
+        new, old = torch.from_numpy(found.new[mine] - first), torch.from_numpy(found.old[mine] - low)
         for some in torch.arange(len(new)).split(_ROWS):
             target[new[some]] = rows[old[some]].to(target)
-        if self.resemble and name in _TABLES:
+        if resemble:
             others = torch.ones(len(target), dtype=torch.bool)
             others[new] = False
-            mean, std = _spread(rows, torch.from_numpy(found.old))
+            mean, std = _spread(rows, torch.from_numpy(found.old - low))
             target[others] = mean.to(target) + target[others] / self.new.initializer_range * std.to(target)
 
     def lines(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -177,7 +200,7 @@ class Pretrained:
             if f is not None and f.new is not None and n not in whole
         ]
         used, there = {f.name for f in found.values() if f is not None}, self.weights.shapes
-        out = [f"{len(whole)} of {len(found)} tensors come from {self.where}"]
+        out = [f"{len(whole)} of {len(found)} tensors come from {self.where}", *self._upcycled]
         for what, names in (
             ("in part", partly),
             ("begin at 0", [n for n in found if n in self.zeros and found[n] is None]),
@@ -312,15 +335,23 @@ def _group(name: str) -> str:
 
 
 def size_errors(old: DecisionConfig, new: DecisionConfig) -> Iterator[tuple[str, str]]:
-    """(key of the recipe, reason) for each size of the layers in which the models differ."""
-    experts = EXPERTS if old.num_experts or new.num_experts else {}
+    """(key of the recipe, reason) for each size of the layers in which the models differ.
+
+    A mixture of experts may begin with a dense model, whose MLPs have the width of its experts.
+    """
+    if is_upcycled(old, new) and new.moe_intermediate_size != old.intermediate_size:
+        yield (
+            "model.moe.hidden",
+            f"is {new.moe_intermediate_size} here, and the MLPs there have {old.intermediate_size}",
+        )
+    experts = EXPERTS if old.num_experts else {}
     for attribute, key in {**SIZES, **experts}.items():
         was, now = getattr(old, attribute), getattr(new, attribute)
         if was != now:
             yield key, f"is {now!r} here and {was!r} there"
 
 
-def policy_digest(source: str) -> str:
+def policy_digest(source: str | Path) -> str:
     """SHA-256 of the weights, sizes and vocabulary of a policy, a run or a model of another library.
 
     Raises DataError or OSError if there is none.
@@ -351,7 +382,7 @@ def open_pretrained(recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> P
 
     if not recipe.model.init:
         return None
-    folder = local_policy(recipe.model.init)
+    folder = local_policy(recipe.model.init, recipe.model.init_commit or recipe.model.init_revision)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("model_type") != "tiphys":
@@ -364,7 +395,7 @@ def open_pretrained(recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> P
         raise DataError(f"{folder}: processor.json or config.json is not valid ({error})") from None
     old = DecisionConfig.from_pretrained(folder)
     renamed = {str(was): str(now) for was, now in recipe.model.init_map.items()}
-    return Pretrained(PolicyWeights(folder), (old, vocabulary), new, renamed, recipe.model.init)
+    return Pretrained(PolicyWeights(folder), (old, vocabulary), new, renamed, recipe.model.init, **_fresh(recipe))
 
 
 def _adopted(folder: Path, recipe: Recipe, new: tuple[DecisionConfig, Vocabulary]) -> Pretrained:
@@ -387,10 +418,15 @@ def _adopted(folder: Path, recipe: Recipe, new: tuple[DecisionConfig, Vocabulary
         )
         raise DataError(f"{init}: its layers have other sizes: {keys}; the section that fits is {whole.strip()[1:-1]}")
     vocabulary = text_vocabulary(folder, old.vocab_size, new[1])
-    return Pretrained(AdoptedWeights(folder, old), (old, vocabulary), new, where=init, zeros=ZEROS, resemble=True)
+    weights, known = AdoptedWeights(folder, old), (old, vocabulary)
+    return Pretrained(weights, known, new, where=init, zeros=ZEROS, resemble=True, **_fresh(recipe))
 
 
-def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, stages: int = 1) -> DecisionModel:
+def _fresh(recipe: Recipe) -> dict[str, Any]:
+    return {"seed": recipe.train.seed, "fresh": recipe.model.upcycle.fresh}
+
+
+def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, divided: bool = False) -> DecisionModel:
     """The model of a recipe as training begins.
 
     Parameters
@@ -400,16 +436,15 @@ def begin(recipe: Recipe, vocabulary: Vocabulary, *, fresh: bool = True, stages:
         Of the recipe's objectives.
     fresh : bool
         False: a checkpoint follows, so `model.init` is not opened.
-    stages : int
-        With several pipeline stages, a model that begins with other weights is on the meta device: each stage then reads its
-        own part.
+    divided : bool
+        The model is on the meta device: no rank holds all weights, so each draws or reads its part when the engine is built.
     """
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
 
     config = DecisionConfig.from_recipe(recipe.model, vocabulary)
     source = open_pretrained(recipe, (config, vocabulary)) if fresh else None
-    with torch.device("meta") if source is not None and stages > 1 else nullcontext():
+    with torch.device("meta") if divided else nullcontext():
         return DecisionModel(config, seed=recipe.train.seed, source=source)
 
 
@@ -423,7 +458,8 @@ def start_lines(model: DecisionModel) -> list[str]:
 def pinned(recipe: Recipe, resume: Checkpoint | None, world: ParallelDims | None = None) -> Recipe:
     """The recipe with the digest of `model.init`, by which its hash names the weights that it began with.
 
-    A run that continues keeps the digest of its checkpoint, and does not open the source.
+    If they come from a hub, it also has their commit, so that all ranks fetch the same one. A run that continues keeps the digest
+    and the commit of its checkpoint, and does not open the source.
 
     Parameters
     ----------
@@ -440,28 +476,40 @@ def pinned(recipe: Recipe, resume: Checkpoint | None, world: ParallelDims | None
     """
     if not recipe.model.init:
         return recipe
+    model = recipe.model
     if resume is not None:
-        saved = resume.state()["recipe"]["model"].get("init_digest", "")
-        return replace(recipe, model=replace(recipe.model, init_digest=recipe.model.init_digest or saved))
-    digest = _digest(recipe.model.init, world)
-    if recipe.model.init_digest not in ("", digest):
+        saved = resume.state()["recipe"]["model"]
+        kept = {key: getattr(model, key) or saved.get(key, "") for key in ("init_digest", "init_commit")}
+        return replace(recipe, model=replace(model, **kept))
+    digest, commit = _digest_and_commit(model, world)
+    if model.init_digest not in ("", digest):
         raise DataError(
-            f"model.init_digest: the recipe was pinned to {recipe.model.init_digest[:16]}…, but {recipe.model.init} now has "
+            f"model.init_digest: the recipe was pinned to {model.init_digest[:16]}…, but {model.init} now has "
             f"{digest[:16]}…; restore that policy, or remove model.init_digest"
         )
-    return replace(recipe, model=replace(recipe.model, init_digest=digest))
+    return replace(recipe, model=replace(model, init_digest=digest, init_commit=commit))
 
 
-def _digest(source: str, world: ParallelDims | None) -> str:
-    """The digest of a source. The first rank reads it for all, and its error is the error of all ranks."""
-    digest = error = ""
+def _digest_and_commit(model: Model, world: ParallelDims | None) -> tuple[str, str]:
+    """Of the source of a model. The first rank reads it for all, and its error is the error of all ranks."""
+    from tiphys.pretrain.policy_files import hub_commit, local_policy
+
+    digest = commit = error = ""
+    revision = model.init_commit or model.init_revision
+    if revision and not model.init.startswith("hf://"):
+        raise DataError(
+            f"model.init_revision: {revision}: only a repository of a hub has revisions, but model.init is {model.init}; remove "
+            "the key, and model.init_commit if it is set"
+        )
     if world is None or world.rank == 0:
         try:
-            digest = policy_digest(source)
+            folder = local_policy(model.init, revision)
+            digest = policy_digest(folder)
+            commit = hub_commit(folder) if model.init.startswith("hf://") else ""
         except (OSError, ValueError, RuntimeError) as found:
             error = str(found)
     if world is not None:
-        digest, error = world.gather([digest, error])[0]
+        digest, commit, error = world.gather([digest, commit, error])[0]
     if error:
         raise DataError(f"model.init: {error}")
-    return digest
+    return digest, commit

@@ -253,6 +253,15 @@ class Objective:
         choices=("auto", "bins", "l2", "l1", "flow"),
     )
     flow: Flow = key(Flow, "The head that draws chunks by flow matching")
+    insulate: int = key(
+        0,
+        "With `head: flow`, `l2` or `l1`: the trunk is not trained by the head but by so many bins of each number of the same "
+        "chunk, for example 256; 0: by the head",
+        unit="bins",
+        low=2,
+        high=2**16,
+        also=(0,),
+    )
     fields: dict[str, FieldTokens] = key(dict, "How single fields become tokens, by field name or glob")
     options: dict[str, Any] = key(dict, "Further options of one paradigm, by name")
 
@@ -286,6 +295,18 @@ class Experts:
     task: bool = key(False, "The router sees the task of the token")
     task_dropout: float = key(
         0.1, "With `task: true`, the share of rows whose task is hidden from the router", low=0, high=1
+    )
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """A mixture of experts that begins with a dense model: its experts are copies of the dense MLPs."""
+
+    fresh: float = key(
+        0.0,
+        "Share of each expert's inner columns that is drawn instead of copied, so that experts differ from the beginning",
+        low=0,
+        high=1,
     )
 
 
@@ -333,12 +354,19 @@ class Model:
         text="folder of a policy, run or model, URL, or hf://org/name",
         path=True,
     )
+    init_revision: str = key(
+        "", "With an `init` of hf://: which revision of it; empty: the newest one", text="commit, tag or branch"
+    )
     init_map: dict[str, Any] = key(
         dict, "Fields and tasks that have another name in `init`: their name there, and their name here"
     )
     init_digest: str = key(
         "", "SHA-256 of `init`; filled in when a run begins, refused if it differs", text="hex digits"
     )
+    init_commit: str = key(
+        "", "Commit of an `init` of hf://; filled in when a run begins, and fetched from then on", text="hex digits"
+    )
+    upcycle: Upcycle = key(Upcycle, "With `moe` and a dense `init`: its experts are copies of the dense MLPs")
     freeze: list[str] = key(list, "Parameters that are not trained", text="globs of parameter names")
     layers: int = key(8, "Transformer layers", low=1, high=4096)
     hidden: int = key(

@@ -36,6 +36,7 @@ class Repository:
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)  # (id, file -> content), newest last
 
     titles: list[str] = field(default_factory=list)  # of the commits
+    tags: dict[str, str] = field(default_factory=dict)  # name -> id of a commit
 
     def commit(self, files: dict[str, bytes], title: str = "initial commit") -> str:
         self.count += 1
@@ -51,7 +52,7 @@ class Repository:
         if revision == "main":
             return self.commits[-1]
         for commit in self.commits:
-            if commit[0] == revision:
+            if commit[0] == self.tags.get(revision, revision):
                 return commit
         raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 

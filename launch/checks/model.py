@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 MOST_POSITIONS = 2**34  # of a global batch
 MODEL_SIZES = ("layers", "hidden", "heads", "kv_heads", "head_size", "ffn", "text_vocabulary", "timesteps")
+INIT_KEYS = (
+    *(f"model.{key}" for key in ("init", "init_map", "init_digest", "init_revision", "upcycle.fresh")),
+    "model.moe.experts_per_token",
+)
 EXPERT_SIZES = ("experts", "experts_per_token", "every", "first_dense", "hidden")
 
 
@@ -79,6 +83,8 @@ def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.pretrained import open_pretrained, pinned
 
+    if not recipe.model.init and recipe.model.upcycle.fresh:
+        yield "model.upcycle.fresh", "there is no `model.init` whose MLPs could be copied; set it, or remove this key"
     if not recipe.model.init or Checkpoint.newest_whole(recipe.run.dir) is not None:
         return  # a run that continues does not open it
     if wrong := [v for v in recipe.model.init_map.values() if not isinstance(v, str)]:
@@ -89,7 +95,8 @@ def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
         config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
         open_pretrained(recipe, (config, objectives.vocabulary))
     except (OSError, ValueError, RuntimeError) as error:
-        yield "model.init", str(error).removeprefix("model.init: ")
+        where, _, reason = str(error).partition(": ")
+        yield (where, reason) if where in INIT_KEYS else ("model.init", str(error))
 
 
 def freeze_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:

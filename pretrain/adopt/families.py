@@ -186,5 +186,5 @@ def misfits(there: DecisionConfig, here: DecisionConfig) -> Iterator[tuple[str, 
         yield "model.layers", f"is {here.num_hidden_layers} here and {there.num_hidden_layers} there"
     if here.tie_word_embeddings and not there.tie_word_embeddings:
         yield "model.tie", "is True here and False there"
-    if here.num_experts and here.num_experts_per_tok != there.num_experts_per_tok:
+    if there.num_experts and here.num_experts_per_tok != there.num_experts_per_tok:
         yield "model.moe.experts_per_token", f"is {here.num_experts_per_tok} here and {there.num_experts_per_tok} there"

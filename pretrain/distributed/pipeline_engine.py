@@ -46,12 +46,12 @@ class PipelineEngine(Engine):
 
     def _build(self, model: DecisionModel) -> torch.nn.Module:
         self.bounds = self._bounds()
-        self._stage = DecisionPipeline(self.config, self.bounds, seed=self.seed, source=model.source)
+        self._stage = DecisionPipeline(self.config, self.bounds)
         whole = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, part in [*self._stage.named_parameters(), *self._stage.named_buffers()]:
             source = whole[self._stage.canonical_name(name)]
             part.requires_grad_(source.requires_grad)
-            if not source.is_meta:  # otherwise the stage has drawn it by name, as the whole model would
+            if not source.is_meta:
                 part.data.copy_(source.data)
         return self._stage
 

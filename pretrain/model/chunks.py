@@ -24,21 +24,45 @@ def payload_size(head: Mapping[str, Any]) -> int:
 
 
 def make_head(head: Mapping[str, Any], size: int, std: float) -> ChunkHead:
-    """The head of a config's `chunks`, on hidden states of `size` numbers; `std` is that of its weights at the start."""
-    return FlowHead(head, size) if head["loss"] == "flow" else MeanHead(head, size, std)
+    """The head of a config's `chunks`, on hidden states of `size` numbers; `std` is that of its linear maps at the start."""
+    return FlowHead(head, size, std) if head["loss"] == "flow" else MeanHead(head, size, std)
 
 
 class ChunkHead(Module):
-    """A head that predicts chunks of `steps` actions with `entries` numbers."""
+    """A head that predicts chunks of `steps` actions with `entries` numbers.
 
-    def __init__(self, head: Mapping[str, Any]) -> None:
+    With `insulate` bins it does not train the hidden states. A linear map does, which predicts the bin of each number by itself.
+    That map is not used for acting (knowledge insulation, Driess et al. 2025).
+    """
+
+    def __init__(self, head: Mapping[str, Any], size: int, std: float) -> None:
         super().__init__()
         self.steps, self.entries = int(head["steps"]), int(head["entries"])
         self.kind, self.draws, self.euler = head["loss"], int(head.get("draws", 0)), int(head.get("euler", 0))
+        self.bins = int(head.get("insulate", 0))
+        if self.bins:
+            self.bins_weight: nn.Parameter
+            self.bins_bias: nn.Parameter
+            self.declare("bins_weight", self.steps * self.entries * self.bins, size, std=std)
+            self.declare("bins_bias", self.steps * self.entries * self.bins)
 
     def forward(self, hidden: Tensor, payload: Tensor) -> Tensor:
         """Normed hidden states [n, D], int32 payload [n, payload_size] -> the loss of each chunk, float32 [n]."""
+        if not self.bins:
+            return self.losses(hidden, payload)
+        return self.losses(hidden.detach(), payload) + self.bin_losses(hidden, payload)
+
+    def losses(self, hidden: Tensor, payload: Tensor) -> Tensor:
+        """What the head itself learns: as `forward`."""
         raise NotImplementedError
+
+    def bin_losses(self, hidden: Tensor, payload: Tensor) -> Tensor:
+        """The mean cross-entropy of the bins of a chunk's numbers, which divide [-1, 1] evenly: as `forward`."""
+        actions, mask, _, _ = self.unpack(payload)
+        logits = F.linear(hidden, self.bins_weight, self.bins_bias).float().view(*actions.shape, self.bins)
+        bins = ((actions + 1) * (self.bins / 2)).floor().clamp(0, self.bins - 1).to(torch.int64)
+        each = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(actions.shape)
+        return (each * mask).sum(-1) / mask.sum(-1)
 
     def predict(self, hidden: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normed hidden states [n, D] -> chunks, float32 [n, steps · entries]. No module is called, so no hook runs."""
@@ -71,13 +95,13 @@ class MeanHead(ChunkHead):
     """A linear map. `l2` learns the mean of the chunks that may follow, `l1` the median of each number."""
 
     def __init__(self, head: Mapping[str, Any], size: int, std: float) -> None:
-        super().__init__(head)
+        super().__init__(head, size, std)
         self.weight: nn.Parameter
         self.bias: nn.Parameter
         self.declare("weight", self.steps * self.entries, size, std=std)
         self.declare("bias", self.steps * self.entries)
 
-    def forward(self, hidden: Tensor, payload: Tensor) -> Tensor:
+    def losses(self, hidden: Tensor, payload: Tensor) -> Tensor:
         actions, mask, _, _ = self.unpack(payload)
         error = self.predict(hidden) - actions
         error = error.abs() if self.kind == "l1" else error.square()
@@ -97,8 +121,8 @@ class FlowHead(ChunkHead):
     All parameters belong to this module, so it can be computed without hooks.
     """
 
-    def __init__(self, head: Mapping[str, Any], size: int) -> None:
-        super().__init__(head)
+    def __init__(self, head: Mapping[str, Any], size: int, std: float) -> None:
+        super().__init__(head, size, std)
         self.out_weight: nn.Parameter
         width, numbers = int(head["width"]), self.steps * self.entries
         self.width, self.depth = width, int(head["depth"])
@@ -118,7 +142,7 @@ class FlowHead(ChunkHead):
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias"))
 
-    def forward(self, hidden: Tensor, payload: Tensor) -> Tensor:
+    def losses(self, hidden: Tensor, payload: Tensor) -> Tensor:
         actions, mask, noise, time = self.unpack(payload)
         t, a = time[..., None], actions[:, None]
         error = self.velocity(hidden, t * noise + (1 - t) * a, time) - (noise - a)

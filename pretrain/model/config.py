@@ -77,7 +77,8 @@ class DecisionConfig(PretrainedConfig):
         Regression head -> number of dimensions.
     chunks : mapping
         Head that predicts chunks of actions -> {"loss": "l2" | "l1" | "flow", "steps": n, "entries": n}, and for `flow` also
-        its width, depth, draws and Euler steps.
+        its width, depth, draws and Euler steps. With "insulate": n, bins of each number, the head does not train the hidden
+        states, and a map to the bins does.
     pairs : bool
         Whether windows and texts get unit vectors that tell how well they fit each other.
     tasks : sequence of str
@@ -282,6 +283,7 @@ class DecisionConfig(PretrainedConfig):
             number(n, f"config: regression {name!r}", 1, 1 << 24)
         for name, head in self.chunks.items():
             known = _CHUNK | (_FLOW if head.get("loss") == "flow" else {})
+            known |= {"insulate": 1 << 16} if "insulate" in head else {}
             if head.get("loss") not in ("l2", "l1", "flow") or head.keys() != {"loss", *known}:
                 raise DataError(
                     f"config: the head {name!r} of chunks has loss {head.get('loss')!r} and keys {', '.join(head)}"

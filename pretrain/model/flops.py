@@ -60,12 +60,13 @@ def layer_flops(config: DecisionConfig, layer: int) -> float:
 def chunk_flops(head: Mapping[str, Any], size: int) -> float:
     """Operations of one chunk of actions, with all its draws, forward pass."""
     numbers, width = head["steps"] * head["entries"], head.get("width", 0)
+    bins = 2.0 * size * numbers * head.get("insulate", 0)
     if head["loss"] != "flow":
-        return 2.0 * size * numbers
+        return 2.0 * size * numbers + bins
     each = (
         2 * numbers + 64 + width * (7 * head["depth"] + 2)
     )  # 64: the embedding of time; 7: a block and what adapts it
-    return 2.0 * width * (size + head["draws"] * each)
+    return 2.0 * width * (size + head["draws"] * each) + bins
 
 
 def embedder_flops(spec: dict[str, Any], size: int) -> float:

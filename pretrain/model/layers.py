@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -73,21 +74,55 @@ def initialise(
     A pipeline stage or an expert rank therefore starts with exactly the weights that the whole model has there.
     `canonical` maps the names of this module's parameters to those of the whole model (`pipeline.canonical_name`).
     """
+    for local, parameter, start in declared(module):
+        if parameter.is_meta:
+            continue
+        address = canonical(local)
+        whole = (start.whole or len(parameter), *parameter.shape[1:])
+        if source is None or not source.covers(address, whole):
+            _draw(parameter, seed, address, start)
+        if source is not None:
+            source.copy(address, parameter, start.first or 0, whole[0])
+    copy_buffers(module, canonical, source)
+
+
+def declared(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Start]]:
+    """(name, parameter, initial values) of each declared parameter; tied weights come once, under the first name."""
     done = set()
     for prefix, part in module.named_modules():
-        if not isinstance(part, Module):
-            continue
-        for name, start in part.starts.items():
+        for name, start in part.starts.items() if isinstance(part, Module) else ():
             parameter = getattr(part, name)
-            if parameter is None or parameter.is_meta or id(parameter) in done:
-                continue  # tied weights are drawn once, under the first name
-            done.add(id(parameter))
-            address = canonical(f"{prefix}.{name}" if prefix else name)
-            whole = (start.whole or len(parameter), *parameter.shape[1:])
-            if source is None or not source.covers(address, whole):
-                _draw(parameter, seed, address, start)
-            if source is not None:
-                source.copy(address, parameter, start.first or 0, whole[0])
+            if parameter is not None and id(parameter) not in done:
+                done.add(id(parameter))
+                yield f"{prefix}.{name}" if prefix else name, parameter, start
+
+
+@torch.no_grad()
+def initial_range(
+    address: str, shape: tuple[int, ...], start: Start, seed: int, source: Source | None, at: int, numel: int
+) -> Tensor:
+    """The elements [at, at + numel) of a flattened parameter of the whole model, as `initialise` fills them: float32 [numel].
+
+    Only the rows that hold these elements are read from `source`, and only their slices of a stack are drawn.
+    """
+    width = math.prod(shape[1:])
+    first, last = at // width, -(-(at + numel) // width)
+    rows = torch.empty(last - first, *shape[1:])
+    if source is None or not source.covers(address, shape):
+        if start.first is None:
+            whole = torch.empty(shape)
+            _draw(whole, seed, address, start)
+            rows.copy_(whole[first:last])
+        else:
+            _draw(rows, seed, address, replace(start, first=first))
+    if source is not None:
+        source.copy(address, rows, first, shape[0])
+    return rows.view(-1)[at - first * width :][:numel]
+
+
+@torch.no_grad()
+def copy_buffers(module: nn.Module, canonical: Callable[[str], str], source: Source | None) -> None:
+    """Take the values of every saved buffer from `source`, if it has them."""
     if source is not None:
         saved = module.state_dict(keep_vars=True).keys()
         for name, buffer in module.named_buffers():
@@ -108,10 +143,14 @@ def _fill(target: Tensor, seed: int, address: str, start: Start) -> None:
     if start.std == 0:
         target.fill_(start.fill)
         return
-    digest = hashlib.blake2b(f"{seed}/{address}".encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
-    values = generator.standard_normal(target.numel(), dtype=np.float32)
+    values = named_generator(seed, address).standard_normal(target.numel(), dtype=np.float32)
     target.copy_(torch.from_numpy(values).view(target.shape).mul_(start.std).add_(start.fill))
+
+
+def named_generator(seed: int, address: str) -> np.random.Generator:
+    """The random numbers of a seed and a name."""
+    digest = hashlib.blake2b(f"{seed}/{address}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, np.uint64)))
 
 
 @torch.compiler.assume_constant_result

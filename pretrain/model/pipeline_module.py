@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
-from tiphys.pretrain.model.layers import Source, initialise
 from tiphys.pretrain.model.pipeline import canonical_name, pipeline_layers
 
 if TYPE_CHECKING:
@@ -15,11 +14,10 @@ if TYPE_CHECKING:
 
 
 class DecisionPipeline(PipelineModule):
-    """One rank's stage of a decision model.
+    """One rank's stage of a decision model, with parameters that the caller fills.
 
     bounds    first layer of each stage, then the number of layers (from `pipeline.partition`)
     topology  DeepSpeed's topology of the launch (axes pipe, data); None: DeepSpeed makes it
-    seed, source  as in `DecisionModel`
     """
 
     def __init__(
@@ -28,8 +26,6 @@ class DecisionPipeline(PipelineModule):
         bounds: Sequence[int],
         *,
         topology: Any = None,
-        seed: int = 0,
-        source: Source | None = None,
     ) -> None:
         self.config, self._bounds = config, list(bounds)
         super().__init__(
@@ -38,7 +34,6 @@ class DecisionPipeline(PipelineModule):
             topology=topology,
             dynamic_shape=True,  # micro-batches differ in their number of tokens
         )
-        initialise(self, seed, self.canonical_name, source)
 
     def canonical_name(self, name: str) -> str:
         """Name in the plain model of a parameter or buffer of this stage."""

@@ -85,6 +85,8 @@ class DecisionModel(PreTrainedModel):
     source : Source, optional
         Values that parameters begin with instead; what it lacks is drawn. It is kept as `source`, for parts of this model that
         are made later.
+    drawn : bool
+        False: the parameters keep whatever is in their memory, and the caller fills them.
     """
 
     config_class = DecisionConfig
@@ -93,7 +95,9 @@ class DecisionModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"output.weight": "token.weight"}
 
-    def __init__(self, config: DecisionConfig, seed: int = 0, source: Source | None = None) -> None:
+    def __init__(
+        self, config: DecisionConfig, seed: int = 0, source: Source | None = None, *, drawn: bool = True
+    ) -> None:
         super().__init__(config)
         self.source = source
         made: dict[str, Any] = {name: kind(*arguments) for name, kind, arguments in build_layers(config)}
@@ -105,7 +109,8 @@ class DecisionModel(PreTrainedModel):
         self.post_init()
         if config.tie_word_embeddings:
             self.output.weight = self.token.weight
-        initialise(self, seed, source=source)
+        if drawn:
+            initialise(self, seed, source=source)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

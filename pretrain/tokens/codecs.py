@@ -388,6 +388,7 @@ class Chunk(Codec):
     depth: int = 0
     draws: int = 0
     euler: int = 0
+    insulate: int = 0  # bins that train the hidden states in place of the head; 0: the head trains them
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -410,9 +411,13 @@ class Chunk(Codec):
     def head(self) -> dict[str, Any]:
         """What the model needs to know of the head that predicts the chunks."""
         out = {"loss": self.loss, "steps": self.horizon, "entries": self.entries}
-        return out | (
-            {n: getattr(self, n) for n in ("width", "depth", "draws", "euler")} if self.loss == "flow" else {}
-        )
+        if self.loss == "flow":
+            out |= {n: getattr(self, n) for n in ("width", "depth", "draws", "euler")}
+        return out | ({"insulate": self.insulate} if self.insulate else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """An `insulate` of 0 is left out, as in policies of earlier versions."""
+        return {key: value for key, value in super().to_dict().items() if key != "insulate" or value}
 
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:

@@ -300,6 +300,11 @@ class Encoding:
             raise DataError(
                 f"{where}: `head: {given.head}` contradicts `discretise: {given.discretise}`; leave one out"
             )
+        if given.insulate and not (head or given.horizon > chunk):
+            raise DataError(
+                f"{where}: `insulate: {given.insulate}` keeps a head that predicts chunks from training the trunk, but here ids "
+                "of actions are all that is predicted; set `head: flow`, `l2` or `l1`, or leave `insulate` out"
+            )
         if given.horizon and given.horizon < chunk:
             raise DataError(
                 f"{where}: a horizon of {given.horizon} is shorter than the chunk of {chunk} steps that are executed; raise "
@@ -481,7 +486,9 @@ class Encoding:
             if loss == "flow"
             else {}
         )
+        more |= {"insulate": bins} if (bins := self.objective.insulate) else {}
         name = f"vector:{field.name}:{chunk}x{entries}" + (f":{horizon}" if horizon > chunk else "") + f":{loss}"
+        name += f":{bins}" if bins else ""
         return Chunk(name, field.shape, chunk, horizon, low, high, loss, **more, dtype=field.dtype)
 
     # the codec of one field

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from tests.pretrain import paradigm_rows, synthetic
+from tiphys.pretrain.adopt.families import family_config
+from tiphys.pretrain.adopt.weights import ZEROS, AdoptedWeights
 from tiphys.pretrain.balance import Balance, Line
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_writer import Writer
@@ -55,19 +57,31 @@ def rows_of(job: dict[str, Any], step: int, rows: list[int]) -> TokenBatch:
 
 
 def source_of(job: dict[str, Any]) -> Pretrained | None:
-    """The weights that a job begins with. `init`: a folder with model.safetensors of a model of the same config."""
-    if "init" not in job:
-        return None
+    """The weights that a job begins with.
+
+    `init`: a folder with model.safetensors of a model of the same config. `adopt`: that of a dense model of `transformers` with
+    32 tokens, whose MLPs become experts.
+    """
     words = Vocabulary((n := 48), (("text", 0, 32), ("action", 32, n)), 32, 33, 34, 35)
     same = (config_of(job), words)
-    return Pretrained(PolicyWeights(Path(job["init"])), same, same)
+    if "adopt" in job:
+        old, texts = family_config(folder := Path(job["adopt"])), Vocabulary(32, (("text", 0, 32),), 0, 0, 0, 0)
+        options: dict[str, Any] = {"zeros": ZEROS, "resemble": True, "seed": seed_of(job), "fresh": 0.25}
+        return Pretrained(AdoptedWeights(folder, old), (old, texts), same, **options)
+    return Pretrained(PolicyWeights(Path(job["init"])), same, same) if "init" in job else None
+
+
+def seed_of(job: dict[str, Any]) -> int:
+    """The seed of the weights. The engine draws with the recipe's what a job begins with lacks."""
+    return recipe_of(job).train.seed if "adopt" in job else 3
 
 
 def model_of(job: dict[str, Any]) -> DecisionModel:
     """The model before training. `favourite` of a job: an expert that every router prefers for every token."""
     source = source_of(job)
-    with torch.device("meta") if source is not None and job.get("pipeline", 1) > 1 else nullcontext():
-        model = DecisionModel(config_of(job), seed=3, source=source)
+    divided = source is not None and (job.get("pipeline", 1) > 1 or job.get("expert", 1) > 1 or job.get("stage") == 3)
+    with torch.device("meta") if divided else nullcontext():
+        model = DecisionModel(config_of(job), seed=seed_of(job), source=source)
     if "favourite" in job:
         with torch.no_grad():
             for layer in mixtures(model):

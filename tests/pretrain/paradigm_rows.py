@@ -26,6 +26,7 @@ CHUNKS: dict[
 ] = {  # behaviour cloning with these options, some rows of which end before their chunks do
     "flow": {"head": "flow", "horizon": 3, "chunk": 2, "flow": Flow(width=16, depth=1, draws=2)},
     "l1": {"head": "l1", "horizon": 3, "chunk": 2},
+    "insulated": {"head": "flow", "horizon": 3, "chunk": 2, "flow": Flow(width=16, depth=1, draws=2), "insulate": 8},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.ideas.toys import write
 from benchmarks.ideas.training import publish, train
 from tests.pretrain.token_fixtures import ARM, make, window
-from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.philox import normals
 from tiphys.dataio.plan.cost import Costs
 from tiphys.pretrain.acting.policy import Policy
@@ -26,7 +26,7 @@ from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.layers import initialise
 from tiphys.pretrain.model.pipeline import layer_operations
 from tiphys.pretrain.model.transformer import DecisionModel
-from tiphys.pretrain.objectives import Objectives
+from tiphys.pretrain.objectives import Objectives, _heads
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.flow import times
 from tiphys.recipes.schema import Flow, Model
@@ -113,9 +113,78 @@ def test_the_loss_of_a_flow_is_that_of_its_definition() -> None:
     assert sums[0, 3] > 0
 
 
+def trunk_gradients(model: DecisionModel, batch: TokenBatch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(to_tensors(batch), batch.targets, 1.0).loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if not n.startswith(("head.chunks", "output"))}
+    return {n: g.clone() for n, g in found.items() if g is not None}
+
+
+@pytest.mark.parametrize("loss", ["l2", "l1", "flow"])
+def test_an_insulated_head_does_not_train_the_trunk(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the trunk is that of the bins alone, bit for bit, and the head's own is that without bins."""
+    made = objectives(loss, insulate=16)
+    model, batch = model_of(made), batch_of(made)
+    both = trunk_gradients(model, batch)
+    (head,) = model.head.chunks.values()
+    own = {n: p.grad.clone() for n, p in head.named_parameters() if p.grad is not None}
+    monkeypatch.setattr(type(head), "losses", lambda self, hidden, payload: torch.zeros(len(hidden)))
+    bins = trunk_gradients(model, batch)
+    assert both.keys() == bins.keys()
+    assert all(torch.equal(both[n], bins[n]) for n in both)
+    assert both["layers.0.attention.qkv.weight"].abs().max() > 0
+    monkeypatch.undo()
+    monkeypatch.setattr(type(head), "bin_losses", lambda self, hidden, payload: torch.zeros(len(hidden)))
+    assert not any(g.abs().max() for g in trunk_gradients(model, batch).values())
+    for n, p in head.named_parameters():
+        if not n.startswith("bins"):
+            assert p.grad is not None
+            assert torch.equal(p.grad, own[n])
+
+
+def test_the_loss_of_bins_is_a_mean_over_what_is_there() -> None:
+    made = objectives("l2", insulate=4)
+    model, batch = model_of(made), batch_of(made)
+    name, c = next(iter(batch.chunks.items()))
+    inputs = to_tensors(batch)
+    hidden = model(inputs, batch.targets, 1.0).hidden[inputs[f"chunks/{name}"][:, 0]]
+    head = model.head.chunk_head(name)
+    logits = (hidden @ head.bins_weight.T + head.bins_bias).detach().numpy().reshape(len(c.index), 10, 4)
+    wanted = []
+    for i, row in enumerate(logits):
+        bins = np.clip(np.floor((c.value[i] + 1) / 2 * 4), 0, 3).astype(int)
+        chances = np.exp(row) / np.exp(row).sum(-1, keepdims=True)
+        wanted.append(-np.log(chances[np.arange(10), bins])[: 2 * c.count[i]].mean())
+    found = head.bin_losses(hidden, inputs[f"chunks/{name}"][:, -head.empty(hidden.device).shape[1] :])
+    np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-5)
+
+
+def test_an_insulated_policy_acts_by_its_head() -> None:
+    made = objectives("flow", insulate=8)
+    model = model_of(made)
+    policy = Policy(model, Processor.from_dict(json.loads(json.dumps(made.processor()))))
+    seen = {"observation": np.ones(5, np.float32)}
+    policy.reset("arm")
+    first = policy.act(seen)
+    model.head.chunk_head(next(iter(model.config.chunks))).bins_weight.data.normal_()
+    policy.reset("arm")
+    np.testing.assert_array_equal(policy.act(seen), first)
+
+
+def test_an_insulated_head_needs_one() -> None:
+    with pytest.raises(DataError, match=r"`insulate: 8` .* ids of actions are all that is predicted"):
+        make([ARM], "bc", context=40, insulate=8)
+
+
+def test_one_head_has_one_size() -> None:
+    layouts = [objectives("flow").layouts[0], make([ARM], "bc", context=40, horizon=5, chunk=2, head="flow").layouts[0]]
+    with pytest.raises(DataError, match="two objectives predict chunks by the head"):
+        _heads(layouts)
+
+
 def test_every_parameter_has_a_gradient_without_targets() -> None:
     for loss in ("l2", "flow"):
-        made = objectives(loss)
+        made = objectives(loss, insulate=8)
         model, batch = model_of(made), batch_of(made).without_targets()
         model(to_tensors(batch), 1.0, 1.0).loss.backward()
         missing = [name for name, p in model.named_parameters() if p.grad is None and "output" not in name]
@@ -125,7 +194,9 @@ def test_every_parameter_has_a_gradient_without_targets() -> None:
 def test_a_flow_of_gaussian_data_is_the_known_one() -> None:
     """Of data N(m, s²) the velocity is known at each x and t. A trained head knows it, and draws such data."""
     mean, std, size = np.array([0.7, -0.4]), np.array([0.3, 0.15]), 2
-    head = FlowHead({"loss": "flow", "steps": 1, "entries": size, "width": 48, "depth": 2, "draws": 4, "euler": 10}, 4)
+    head = FlowHead(
+        {"loss": "flow", "steps": 1, "entries": size, "width": 48, "depth": 2, "draws": 4, "euler": 10}, 4, 0.02
+    )
     initialise(head, 0)
     rng, n = np.random.default_rng(0), 256
     optimizer = torch.optim.Adam(head.parameters(), lr=4e-3)

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import processes
 from tests.pretrain import layouts, synthetic
@@ -49,7 +51,11 @@ def oracle_of(job: dict[str, Any]) -> Plain:
     return _oracle(
         json.dumps(
             {"steps": 30}
-            | {k: v for k, v in job.items() if k in ("config", "batch", "favourite", "paradigm", "init", "balance")}
+            | {
+                k: v
+                for k, v in job.items()
+                if k in ("config", "batch", "favourite", "paradigm", "init", "adopt", "balance")
+            }
         )
     )
 
@@ -147,6 +153,7 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
         {"name": "flow-zero-3", "stage": 3, "order": "interleaved", "micro": 2, "paradigm": "flow"},
         {"name": "flow-one-row", "stage": 2, "batch": 1, "paradigm": "flow"},
         {"name": "flow-pipeline", "pipeline": 2, "paradigm": "flow"},
+        {"name": "insulated-pipeline", "pipeline": 2, "paradigm": "insulated"},
         {"name": "l1-pipeline", "pipeline": 2, "paradigm": "l1"},
     ]
     results = run(tmp_path, 2, [{"steps": 4, **job} if len(job) > 2 else job for job in jobs])
@@ -161,6 +168,14 @@ def test_two_ranks_equal_plain_pytorch(tmp_path: Path) -> None:
     assert results["expert"]["measured"]["all_to_all"] > 0
 
 
+DENSE = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "rope_theta": 1e4,
+}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
         *({"name": f"data-2-zero-{stage}", "stage": stage} for stage in (1, 2, 3)),
@@ -212,6 +227,21 @@ def test_every_layout_equals_plain_pytorch(tmp_path: Path, ranks: int, tied: boo
     for job in jobs:
         results[job["name"]]["weights"] = farthest(Path(job["run"]), oracle_of(job))
     record(jobs, results, f"{'tied' if tied else 'untied'}, {chosen} of 4 experts a token")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_layout_begins_with_the_same_language_model(tmp_path: Path, ranks: int) -> None:
+    """A dense model of `transformers` becomes a mixture of experts; each rank reads its own part of it."""
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**DENSE)).save_pretrained(folder)
+    jobs = jobs_of(ranks, tmp_path, {"moe_intermediate_size": 48, "intermediate_size": 48}, adopt=str(folder))
+    results = run(tmp_path, ranks, jobs, timeout=550)
+    compare(jobs, results)
+    for job in jobs:
+        results[job["name"]]["weights"] = farthest(Path(job["run"]), oracle_of(job))
+    record(jobs, results, "from a dense Llama, untied, 2 of 4 experts a token")
 
 
 @pytest.mark.long

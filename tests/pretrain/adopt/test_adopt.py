@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from tiphys.pretrain.model.layers import initialise
 from tiphys.pretrain.model.moe import Experts
 from tiphys.pretrain.model.pipeline import canonical_name, partition, pipeline_layers
 from tiphys.pretrain.model.transformer import DecisionModel
-from tiphys.pretrain.pretrained import begin, policy_digest, start_lines
+from tiphys.pretrain.pretrained import begin, pinned, policy_digest, start_lines
 from tiphys.pretrain.publish import save_policy
 from tiphys.pretrain.tokens.batch import TEXT, TokenBatch
 from tiphys.recipes.load import from_dict
@@ -269,7 +270,7 @@ def test_a_recipe_of_other_sizes_is_shown_the_section_that_fits(objectives, expe
 def test_every_stage_and_slice_begins_like_the_whole(objectives, experts):
     recipe = recipe_of(experts[0])
     whole = begin(recipe, objectives.vocabulary).state_dict()
-    source = begin(recipe, objectives.vocabulary, stages=2).source
+    source = begin(recipe, objectives.vocabulary, divided=True).source
     config = DecisionConfig.from_recipe(recipe.model, objectives.vocabulary)
     for start, stop in itertools.pairwise(partition(config, 2)):
         stage = nn.Module()
@@ -305,3 +306,53 @@ def test_from_a_hub_come_neither_pickles_nor_code(experts, tmp_path):
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=100
         )
     assert done.stdout.split() == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+REVISIONS = """
+import sys
+from dataclasses import replace
+from tests.pretrain.adopt.test_adopt import make, recipe_of, ARM
+from tiphys.pretrain.pretrained import open_pretrained, pinned
+from tiphys.pretrain.policy_files import local_policy
+recipe = recipe_of(sys.argv[1])
+for revision in ("v1", "main", ""):
+    asked = replace(recipe, model=replace(recipe.model, init="hf://org/m", init_revision=revision))
+    found = pinned(asked, None)
+    print(found.model.init_commit, found.model.init_digest)
+moved = replace(asked, model=replace(asked.model, init_revision="main", init_commit=sys.argv[2]))
+print(pinned(moved, None).model.init_commit, pinned(moved, None).model.init_digest)
+try:
+    pinned(replace(asked, model=replace(asked.model, init_revision="v9")), None)
+except ValueError as error:
+    print("refused", error)
+"""
+
+
+def test_a_revision_of_a_hub_is_pinned_to_its_commit(objectives, experts, tmp_path):
+    """A tag or a branch is resolved once; the digest is that of the files of that commit."""
+    first = {p.name: p.read_bytes() for p in experts[0].iterdir()}
+    saved(tmp_path / "other", objectives, "Qwen3Moe", head_dim=8, **EXPERTS, num_hidden_layers=2)
+    second = {p.name: p.read_bytes() for p in (tmp_path / "other").iterdir()}
+    with Hub() as hub:
+        hub.repositories["org/m"] = Repository("org/m", private=False)
+        one, two = (hub.repositories["org/m"].commit(files) for files in (first, second))
+        hub.repositories["org/m"].tags["v1"] = one
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        environment["HF_HUB_DISABLE_XET"] = "1"
+        done = subprocess.run(
+            [sys.executable, "-c", REVISIONS, str(experts[0]), one],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    *lines, refused = done.stdout.splitlines()
+    digests = {one: policy_digest(str(experts[0])), two: policy_digest(str(tmp_path / "other"))}
+    assert lines == [f"{commit} {digests[commit]}" for commit in (one, two, two, one)]
+    assert refused.startswith("refused model.init: hf://org/m: ")
+    assert "v9" in refused
+    recipe = recipe_of(experts[0])
+    with pytest.raises(DataError, match="only a repository of a hub has revisions"):
+        pinned(replace(recipe, model=replace(recipe.model, init_revision="v1")), None)
