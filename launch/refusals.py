@@ -59,7 +59,9 @@ def passing(error: BaseException) -> bool:
 
 def outside(error: BaseException) -> bool:
     """Whether the cause is a store, a file server or a network, which other machines would meet as well."""
-    stored = ("tiphys.dataio.storage", "StoreError") in {(kind.__module__, kind.__name__) for kind in type(error).__mro__}
+    stored = ("tiphys.dataio.storage", "StoreError") in {
+        (kind.__module__, kind.__name__) for kind in type(error).__mro__
+    }
     numbered = isinstance(error, OSError) and error.errno in _OUTSIDE_NUMBERS
     return stored or numbered or isinstance(error, _PASSING)
 

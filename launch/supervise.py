@@ -282,10 +282,11 @@ class Supervisor:
                     node.signal(self.stops.asked, launch)
                 if self.stops.insists or time.monotonic() > until:
                     node.kill()
-                elif not stalled and (stalled := watchdog.look()):
-                    _tell(stalled)
+                elif not stalled and watchdog.look():
                     self._ask_for_stacks(node, launch)
-                    node.kill()
+                    if stalled := watchdog.confirm():
+                        _tell(stalled)
+                        node.kill()
                 time.sleep(_TICK)
         finally:
             node.end()

@@ -7,6 +7,7 @@ has said how long that may be: it knows its phase and the usual time of a step.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,10 @@ from tiphys.pretrain.phases import SHORTEST, Beat
 PERIOD = 1.0  # seconds between two looks
 UNKNOWN = "host unknown"
 ABSENT = 300.0  # seconds after the first rank in which every rank must have begun
+
+
+_EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/pretrain/parallel.py")  # code that waits for other ranks
+_INNERMOST = 4  # frames of a stack that can be a wait for an exchange
 
 
 @dataclass
@@ -75,6 +80,13 @@ class Watchdog:
         self.read(now)
         return self._stalled(now)
 
+    def confirm(self) -> str:
+        """Like `look`, at once. With the stacks that ranks have written meanwhile, a rank that waits in an exchange is told
+        from one that has stopped inside it."""
+        now = self._clock()
+        self.read(now)
+        return self._stalled(now)
+
     def read(self, now: float = 0.0) -> None:
         """Read what the ranks say now; also after they have ended."""
         for rank in self._ranks():
@@ -107,7 +119,7 @@ class Watchdog:
         left = [rank for rank in self._seen if rank not in reports]
         if not left:
             return ""
-        rank = min(left, key=lambda r: (not self._stopped(r), self._seen[r].beat.progress, r))
+        rank = min(left, key=lambda r: (not self._stopped(r), self._seen[r].beat.progress, waits(self.launch, r), r))
         seen = self._seen[rank]
         failed = any(not (r.status.finished or r.status.stopped) for r in reports.values())
         limit = min(seen.beat.limit, SHORTEST) if failed else seen.beat.limit
@@ -147,6 +159,15 @@ def _state(process: int) -> str:
     with suppress(OSError, IndexError):
         return Path("/proc", str(process), "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     return ""
+
+
+def waits(launch: Launch, rank: int) -> bool:
+    """Whether the last stacks of a rank show that its main thread waits for other ranks. Its main thread is the last one."""
+    with suppress(OSError):
+        text = launch.stack_file(rank).read_text(encoding="utf-8", errors="replace")
+        frames = re.findall(r'  File "([^"]+)"', text.rpartition("(most recent call first):")[2])
+        return any(place in frame for frame in frames[:_INNERMOST] for place in _EXCHANGES)
+    return False
 
 
 def host_of(launch: Launch, rank: int) -> str:

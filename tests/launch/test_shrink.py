@@ -89,9 +89,7 @@ def test_a_host_that_is_needed_is_kept(
     assert shown(tmp_path)[2] == shown(tmp_path)[0]
 
 
-def test_hosts_that_deepspeed_chooses_are_refused(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_hosts_that_deepspeed_chooses_are_refused(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert supervise(job(tmp_path, "done", {})) == Status.REFUSED
     assert "restart.shrink: the ranks of each host must be known" in capfd.readouterr().err
     hosts = {"a": 8, "b": 4}
@@ -103,7 +101,15 @@ def test_hosts_that_deepspeed_chooses_are_refused(
 
 def test_failures_of_a_host_count_until_another_one_fails_or_something_is_saved() -> None:
     blame, times = Blame(), []
-    for host, progress in [("a", False), ("a", False), ("b", False), ("b", True), ("b", False), ("", False), ("b", False)]:
+    for host, progress in [
+        ("a", False),
+        ("a", False),
+        ("b", False),
+        ("b", True),
+        ("b", False),
+        ("", False),
+        ("b", False),
+    ]:
         blame.add(host, progress=progress)
         times.append(blame.times)
     assert times == [1, 2, 1, 1, 2, 0, 1]
@@ -138,5 +144,5 @@ def test_other_keys_change_only_if_they_must(tmp_path: Path, monkeypatch: pytest
     assert "parallel.pipeline=3" not in other.overrides
 
     monkeypatch.setattr(layout_command, "device_memory", lambda processes: 1 << 20)
-    with pytest.raises(NothingFits, match="no layout on 2 ranks fits 0.0 GiB"):
+    with pytest.raises(NothingFits, match=r"no layout on 2 ranks fits 0\.0 GiB"):
         fewer_ranks(str(tmp_path / "small.yaml"), [], world=2, before=3, each=1)
