@@ -104,11 +104,11 @@ class Attendance:
         if self.launch is not None:
             check(self.launch.run_dir, self.token, self.launch.number)
 
-    def report(self, status: Status, cause: str = "", *, lost: bool = False) -> None:
-        """Leave the report. Only the first one counts."""
+    def report(self, status: Status, cause: str = "", *, lost: bool = False, outside: bool = False) -> None:
+        """Leave the report. Only the first one counts. The arguments are those of `RankReport`."""
         if not self._reported and self.launch is not None:
             self._reported = True
-            self.launch.write(RankReport(self.rank, self.step, cause, status, lost))
+            self.launch.write(RankReport(self.rank, self.step, cause, status, lost, outside=outside))
 
     def others(self) -> list[RankReport]:
         """What ranks have reported so far."""

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiphys.launch.checks.deepspeed_keys import config_errors, key_errors
 from tiphys.launch.checks.model import (
@@ -35,6 +35,9 @@ from tiphys.recipes.keys import key_of, section_fields
 from tiphys.recipes.load import Examined, RecipeError, examine, from_dict
 from tiphys.recipes.schema import Experts, Model, Objective, Parallel, Recipe, Train
 
+if TYPE_CHECKING:
+    from tiphys.launch.checks.opened import Opened
+
 Where = Callable[[str], str]
 
 
@@ -55,21 +58,32 @@ def check(
     index   with `data`: make the indexes that raw LeRobot folders lack; otherwise such folders are not looked into
     """
     seen = examine(path, overrides)
-    errors = list(seen.errors)
-    errors += _deepspeed(seen)
-    errors += _layout(seen, world)
-    errors += _model(seen)
-    errors += _objectives(seen)
-    if errors:
-        raise RecipeError(errors)
+    quick = [*seen.errors, *_layout(seen, world), *_model(seen), *_objectives(seen)]
+    if quick:
+        raise RecipeError([*quick, *_deepspeed(seen)])
     recipe = from_dict(seen.raw, str(seen.file))
-    found = (*config_errors(recipe, world), *rope_errors(recipe), *average_errors(recipe), *tracker_errors(recipe))
-    errors += _located(found, seen.where)
-    if data:
-        errors += _data(recipe, seen, environments, index)
+    # The environments are made by another process while this one imports DeepSpeed.
+    opened = _open(recipe, index=index, environments=environments) if data else None
+    try:
+        errors = list(_deepspeed(seen))
+        if errors:
+            raise RecipeError(errors)
+        found = (*config_errors(recipe, world), *rope_errors(recipe), *average_errors(recipe), *tracker_errors(recipe))
+        errors += _located(found, seen.where)
+        if opened is not None:
+            errors += _data(recipe, seen, opened, environments)
+    finally:
+        if opened is not None:
+            opened.close()
     if errors:
         raise RecipeError(errors)
     return recipe
+
+
+def _open(recipe: Recipe, *, index: bool, environments: bool) -> Opened:
+    from tiphys.launch.checks.opened import Opened
+
+    return Opened(recipe, index=index, environments=environments)
 
 
 def _section(raw: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -172,9 +186,7 @@ def _objectives(seen: Examined) -> Iterator[str]:
             yield f"{where(f'data.mixture[{i}].objective')}: no objective is called {wanted!r}. {hint}"
 
 
-def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> Iterator[str]:
-    from tiphys.dataio.index import EpisodeIndex
-    from tiphys.dataio.inplace.prepare import is_waiting, prepare
+def _data(recipe: Recipe, seen: Examined, opened: Opened, environments: bool) -> Iterator[str]:
     from tiphys.launch.checks.data import (
         data_errors,
         hub_errors,
@@ -187,18 +199,9 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     from tiphys.launch.plan import balance_of, make_plan, validation_rows
     from tiphys.pretrain.objectives import Objectives
 
-    indexes, waiting = [], False
-    for i, entry in enumerate(recipe.data.mixture):
-        try:
-            if index:
-                prepare(entry.dataset)
-            elif is_waiting(entry.dataset):
-                waiting = True
-                continue
-            indexes.append(EpisodeIndex.open(entry.dataset))
-        except (ValueError, OSError) as error:
-            yield f"{seen.where(f'data.mixture[{i}].dataset')}: {error}"
-    if len(indexes) < len(recipe.data.mixture) or waiting:
+    yield from _located(opened.errors, seen.where)
+    indexes = opened.indexes
+    if len(indexes) < len(recipe.data.mixture):
         return
     unrewarded = list(reward_errors(recipe, indexes, seen.where))
     yield from unrewarded
@@ -216,7 +219,7 @@ def _data(recipe: Recipe, seen: Examined, environments: bool, index: bool) -> It
     wrong += requirement_errors(recipe, indexes, objectives, seen.where)
     yield from wrong
     if environments:
-        yield from environment_errors(recipe, objectives, seen.where)
+        yield from environment_errors(recipe, opened, objectives, seen.where)
     if wrong:
         return
     try:

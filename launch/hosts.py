@@ -16,6 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 MOST_SLOTS = 4096
 _MOST_BYTES = 1 << 20
 _CHOOSING = ("--include", "-i", "--exclude", "-e")
+_PLACING = ("--master_addr", "--no_ssh")
 _COUNTING = ("--num_nodes", "--num_gpus", "--num_accelerators")
 
 
@@ -133,6 +134,18 @@ def ranks(hosts: dict[str, int], processes: int, options: Sequence[str]) -> int:
     if any(_stands_for(name, _CHOOSING + _COUNTING) or re.match(r"-[ie]", name) for name in names):
         return 0
     return processes * len(hosts) if processes else sum(hosts.values())
+
+
+def ranks_of_hosts(hosts: dict[str, int], processes: int, options: Sequence[str]) -> dict[str, int]:
+    """Number of ranks of each host, in the order of their ranks; empty: the further options of `deepspeed` decide it, or one
+    of them names the first host.
+
+    processes  ranks on each host; 0: as many as it has slots
+    """
+    named = (word.partition("=")[0] for word in options)
+    if not ranks(hosts, processes, options) or any(_stands_for(name, _PLACING) for name in named):
+        return {}
+    return {name: processes or slots for name, slots in hosts.items()}
 
 
 def _stands_for(word: str, names: Sequence[str]) -> bool:

@@ -29,6 +29,7 @@ class RankReport:
     cause   in words; empty if it is done
     status  its exit status
     lost    it ended because it lost its connection to another rank
+    outside it ended because of a store, a file server or a network, so its own machine is not to blame
     """
 
     rank: int
@@ -37,6 +38,7 @@ class RankReport:
     status: Status
     lost: bool = False
     host: str = field(default_factory=socket.gethostname)
+    outside: bool = False
 
 
 class Launch:
@@ -87,6 +89,7 @@ class Launch:
                         cause=str(values["cause"]),
                         status=Status(values["status"]),
                         lost=bool(values["lost"]),
+                        outside=bool(values.get("outside", False)),
                         host=str(values["host"]),
                     )
                 )

@@ -75,15 +75,15 @@ def layout(
     recipe, config, batches = found.recipe, found.config, found.batches
     kind = "cpu" if device == "cpu" else "cuda"
     if calibrated:
-        kind = "cuda" if _has_cuda() else "cpu"
+        kind = "cuda" if has_cuda() else "cpu"
         rates: Rates | None = _calibrate(recipe, config, batches, world, kind)
     else:
-        rates = _rates(recipe, device, kind)
+        rates = known_rates(recipe, device, kind)
     numbers: dict[str, Any] = {"device": kind, "rates": rates, "step_tokens": batches.tokens}
     table = ""
     if found.keys:
         offered = choices(
-            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or _any(kind)}
+            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or any_rates(kind)}
         )
         if not offered:
             raise NothingFits(f"no layout on {world} devices fits {memory}; use more devices or a smaller model")
@@ -122,9 +122,9 @@ def chosen_overrides(path: str, overrides: Sequence[str], world: int) -> list[st
         say(f"layout       as before: {' '.join(known)}")
         return known
     found = sized(str(find(path)), overrides)
-    kind = "cuda" if _has_cuda() else "cpu"
-    rates = _rates(found.recipe, "", kind) or _any(kind)
-    memory = _device_memory(world)
+    kind = "cuda" if has_cuda() else "cpu"
+    rates = known_rates(found.recipe, "", kind) or any_rates(kind)
+    memory = device_memory(world)
     offered = choices(
         found.recipe,
         found.config,
@@ -187,33 +187,35 @@ def _measured_bounds(recipe: Recipe, config: DecisionConfig, world: int, kind: s
     return partition(config, layout.pipeline, costs=costs)
 
 
-def _rates(recipe: Recipe, device: str, kind: str) -> Rates | None:
+def known_rates(recipe: Recipe, device: str, kind: str) -> Rates | None:
+    """Rates of a device by its name, or those measured on this machine; None if there are none."""
     from tiphys.pretrain.distributed.layout_errors import bf16_enabled
 
     if device and device != "cpu":
         return table_rates(device)
-    here = "cuda" if _has_cuda() else "cpu"
+    here = "cuda" if has_cuda() else "cpu"
     return measured_rates(2 if bf16_enabled(recipe.deepspeed) else 4) if kind == here else None
 
 
-def _any(kind: str) -> Rates:
+def any_rates(kind: str) -> Rates:
     """Rates for a ranking if nothing is known of the device."""
     rates = table_rates("A100")
     return replace(rates, basis="not measured: run `tiphys layout --calibrate`; ranked as on an A100")
 
 
-def _has_cuda() -> bool:
+def has_cuda() -> bool:
+    """This machine has a GPU."""
     from tiphys.launch.submit import devices
 
     return devices() > 0
 
 
-def _device_memory(world: int) -> int:
-    """Bytes that one process may use: the memory of a GPU, or the machine's divided among the processes."""
+def device_memory(processes: int) -> int:
+    """Bytes that one process may use: the memory of a GPU, or the machine's divided among so many processes."""
     import os
 
-    if _has_cuda():
+    if has_cuda():
         import torch
 
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, world)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes)

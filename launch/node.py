@@ -3,7 +3,7 @@
     python -m tiphys.launch.node READ WRITE
 
 READ and WRITE are file descriptors. The supervisor sends lines of JSON. `{"check": …}`: the recipe is checked; the answer is a
-line with what the supervisor must know about it. `{"run": …}`: the ranks are started. On one machine, DeepSpeed's launcher of one
+line with what the supervisor must know about it. `{"fit": …}`: the answer is a layout on fewer ranks, or why there is none. `{"run": …}`: the ranks are started. On one machine, DeepSpeed's launcher of one
 machine (`deepspeed.launcher.launch`) runs in this very process, which imported DeepSpeed while the supervisor did something else.
 For several hosts this process becomes the command `deepspeed`.
 """
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,9 @@ def main() -> int:
                 status = _check(request["check"], answers)
                 if status:
                     return status
+            elif "fit" in request:
+                answers.write(json.dumps(_fit(request["fit"])) + "\n")
+                answers.flush()
             elif "import" in request:
                 _import()
             else:
@@ -66,6 +70,7 @@ def _check(asked: dict[str, Any], answers: IO[str]) -> int:
             "run_dir": str(run_dir),
             "deadline": recipe.checkpoint.deadline,
             "attempts": recipe.restart.attempts,
+            "shrink": recipe.restart.shrink,
         }
     except KeyboardInterrupt:
         return Status.INTERRUPTED
@@ -76,6 +81,17 @@ def _check(asked: dict[str, Any], answers: IO[str]) -> int:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
     return 0
+
+
+def _fit(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `shrink.fewer_ranks` returns, or in words why the run does not fit."""
+    from tiphys.launch.refusals import sentence
+    from tiphys.launch.shrink import fewer_ranks
+
+    try:
+        return asdict(fewer_ranks(asked["recipe"], asked["overrides"], asked["world"], asked["before"], asked["each"]))
+    except Exception as error:
+        return {"why": " ".join(sentence(error).split())}
 
 
 def _import() -> None:

@@ -26,15 +26,8 @@ _PASSING_NAMES = {  # their modules need not be imported to ask
     ("torch", "AcceleratorError"),
 }
 _LASTING_NAMES = {("tiphys.dataio.storage", "ObjectChanged"), ("tiphys.dataio.storage", "AccessError")}
-_PASSING_NUMBERS = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.EREMOTEIO,
-    errno.EAGAIN,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EHOSTUNREACH,
-)
+_OUTSIDE_NUMBERS = (errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
+_PASSING_NUMBERS = (errno.EIO, errno.EAGAIN, *_OUTSIDE_NUMBERS)
 _NOT_SENTENCES = (LookupError, MemoryError, UnicodeError)  # such a message may be one word, or none
 
 
@@ -62,6 +55,15 @@ def passing(error: BaseException) -> bool:
         return False
     numbered = isinstance(error, OSError) and error.errno in _PASSING_NUMBERS
     return isinstance(error, _PASSING) or bool(names & _PASSING_NAMES) or numbered
+
+
+def outside(error: BaseException) -> bool:
+    """Whether the cause is a store, a file server or a network, which other machines would meet as well."""
+    stored = ("tiphys.dataio.storage", "StoreError") in {
+        (kind.__module__, kind.__name__) for kind in type(error).__mro__
+    }
+    numbered = isinstance(error, OSError) and error.errno in _OUTSIDE_NUMBERS
+    return stored or numbered or isinstance(error, _PASSING)
 
 
 def sentence(error: BaseException) -> str:

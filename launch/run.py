@@ -33,7 +33,7 @@ from tiphys.launch.plan import (
     text_lines,
     validation_every,
 )
-from tiphys.launch.refusals import OF_A_RANK, show, status_of
+from tiphys.launch.refusals import OF_A_RANK, outside, show, status_of
 from tiphys.launch.rollback import Guard, complete
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.pretrain.callbacks.base import Callback
@@ -111,7 +111,7 @@ def run(
         if lost_peer(error):
             return _lost(recipe.run.dir, error, attendance)
         status = status_of(error, OF_A_RANK)
-        attendance.report(status, redacted(printable(f"{type(error).__name__}: {error}")))
+        attendance.report(status, redacted(printable(f"{type(error).__name__}: {error}")), outside=outside(error))
         if world.rank == 0 or not _same_on_all_ranks(error):
             show(error, status, with_traceback=with_traceback)
         return status

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.python_path import child_environment
-from tiphys.launch.hosts import check_choice, ranks, read_hosts
+from tiphys.launch.hosts import check_choice, ranks, ranks_of_hosts, read_hosts
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
@@ -232,4 +232,5 @@ def job(
         folder=EMPTY if several else "",
         world=world,
         environment=env,
+        hosts=ranks_of_hosts(read_hosts(hosts), processes, extra) if hosts else {},
     )

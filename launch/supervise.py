@@ -14,8 +14,8 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from tiphys.launch.attendance import STACKS, option
 from tiphys.launch.launches import Launch
 from tiphys.launch.lease import PERIOD, Lease
 from tiphys.launch.parents import adopted_orphans
+from tiphys.launch.shrink import Blame, host_of, without_host
 from tiphys.launch.start_times import StartTimes
 from tiphys.launch.statuses import Status, stopped_by
 from tiphys.launch.verdict import Verdict, judge
@@ -37,6 +38,10 @@ GRACE = 5.0  # seconds beyond `checkpoint.deadline` until a launch that was aske
 LONGEST_PAUSE = 300.0  # seconds between two launches
 STACK_TIME = 1.0  # seconds for writing stacks
 _TICK = 0.1
+_UNKNOWN_HOSTS = (
+    "the ranks of each host must be known: name the hosts in the hostfile, and give DeepSpeed none of --include, --exclude, "
+    "--num_nodes, --num_gpus, --num_accelerators, --master_addr, --no_ssh"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Job:
     packed   makes the words of a rank one word that no shell changes
     folder   where the launcher starts; empty: the current folder
     world    number of ranks; 0: not known
+    hosts    ranks of each host by its name in the hostfile, in the order of their ranks; empty: one machine, or not known
     """
 
     check: dict[str, Any]
@@ -60,15 +66,17 @@ class Job:
     folder: str
     world: int
     environment: Mapping[str, str]
+    hosts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the supervisor must know about a recipe: its folder (absolute), `checkpoint.deadline`, `restart.attempts`."""
+    """What the supervisor must know about a recipe: its folder (absolute), `checkpoint.deadline` and `restart`."""
 
     run_dir: str
     deadline: float
     attempts: int
+    shrink: bool = False
 
 
 def supervise(job: Job) -> Status:
@@ -81,6 +89,9 @@ def supervise(job: Job) -> Status:
             if isinstance(settings, Status):
                 return settings
             times.add("check")
+            if settings.shrink and job.module is None and not job.hosts:
+                _tell(f"restart.shrink: {_UNKNOWN_HOSTS}")
+                return Status.REFUSED
             lease = Lease(settings.run_dir)
             try:
                 return Supervisor(job, settings, lease, stops).run(node, times)
@@ -135,18 +146,18 @@ class Node:
 
     def check(self, stops: Stops) -> Settings | Status:
         """Let it check the recipe. A status if that failed, which was said, or was stopped."""
-        self._send({"check": self.job.check})
-        answer = b""
-        while not answer.endswith(b"\n"):
-            if stops.asked:
-                return stopped_by(stops.asked)
-            if select.select([self._read], [], [], _TICK)[0]:
-                part = os.read(self._read, 1 << 16)
-                if not part:
-                    return _status_of_check(self.process.wait())
-                answer += part
+        answer = self._ask({"check": self.job.check}, stops)
+        if answer is None:
+            return stopped_by(stops.asked) if stops.asked else _status_of_check(self.process.wait())
         self.prepare()
-        return Settings(**json.loads(answer))
+        return Settings(**answer)
+
+    def fit(self, world: int, each: int, stops: Stops, renew: Callable[[], None]) -> dict[str, Any]:
+        """Ask for a layout on fewer ranks: the fields of `shrink.Fewer`, or `why` there is none. `each`: most ranks of a host."""
+        check, before = self.job.check, self.job.world
+        overrides = [word for word in self.job.ranks[1:] if not word.startswith("-")]
+        asked = {"recipe": check["recipe"], "overrides": overrides, "world": world, "before": before, "each": each}
+        return self._ask({"fit": asked}, stops, renew) or {"why": "the computation of a layout was stopped"}
 
     def prepare(self) -> None:
         """Let it import what it will need."""
@@ -194,6 +205,21 @@ class Node:
                 os.close(handle)
         self._read = self._write = -1
 
+    def _ask(self, request: dict[str, Any], stops: Stops, renew: Callable[[], None] = lambda: None) -> Any:
+        """Its answer; None if it has ended, or a signal came."""
+        self._send(request)
+        answer = b""
+        while not answer.endswith(b"\n"):
+            if stops.asked:
+                return None
+            renew()
+            if select.select([self._read], [], [], _TICK)[0]:
+                part = os.read(self._read, 1 << 16)
+                if not part:
+                    return None
+                answer += part
+        return json.loads(answer)
+
     def _send(self, request: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, which its status will say
             os.write(self._write, json.dumps(request).encode() + b"\n")
@@ -205,6 +231,7 @@ class Supervisor:
     def __init__(self, job: Job, settings: Settings, lease: Lease, stops: Stops) -> None:
         self.job, self.settings, self.lease, self.stops = job, settings, lease, stops
         self.restarts = self.failures = 0
+        self.blame = Blame()
 
     def run(self, node: Node, times: StartTimes) -> Status:
         """Returns the status of the command. The first launch uses `node`, which has checked the recipe."""
@@ -217,6 +244,7 @@ class Supervisor:
                 return verdict.status
             times = StartTimes()
             progress = newest(self.settings.run_dir) > saved
+            self.blame.add(host_of(verdict.ranks, self.job.hosts), progress=progress)
             self.failures = 1 if progress else self.failures + 1
             if self.failures > self.settings.attempts:
                 self._give_up(verdict)
@@ -224,6 +252,8 @@ class Supervisor:
             self.restarts += 1
             _tell(restart_line(self.restarts, verdict, newest(self.settings.run_dir)))
             node.end()
+            if self.settings.shrink and self.blame.times >= 2 and len(self.job.hosts) > 1:
+                self._leave_out(self.blame.host)
             node = Node(self.job)
             try:
                 node.prepare()
@@ -240,7 +270,8 @@ class Supervisor:
         times.leave(launch)
         self.lease.begin(launch.number)
         node.run(launch, self.lease.token)
-        watchdog = Watchdog(launch, self.job.world)
+        places = [name for name, count in self.job.hosts.items() for _ in range(count)]
+        watchdog = Watchdog(launch, self.job.world, places=places)
         stalled, until = "", float("inf")
         try:
             while (code := node.poll()) is None:
@@ -251,10 +282,11 @@ class Supervisor:
                     node.signal(self.stops.asked, launch)
                 if self.stops.insists or time.monotonic() > until:
                     node.kill()
-                elif not stalled and (stalled := watchdog.look()):
-                    _tell(stalled)
+                elif not stalled and watchdog.look():
                     self._ask_for_stacks(node, launch)
-                    node.kill()
+                    if stalled := watchdog.confirm():
+                        _tell(stalled)
+                        node.kill()
                 time.sleep(_TICK)
         finally:
             node.end()
@@ -267,7 +299,25 @@ class Supervisor:
             step=watchdog.step,
             saved=newest(self.settings.run_dir),
             stalled=stalled,
+            stands=watchdog.named,
         )
+
+    def _leave_out(self, host: str) -> None:
+        """Go on without a host, if the run fits on the others."""
+        left = {name: count for name, count in self.job.hosts.items() if name != host}
+        node = Node(self.job)
+        try:
+            found = node.fit(sum(left.values()), max(left.values()), self.stops, self.lease.renew)
+        finally:
+            node.end()
+        if self.stops.asked:
+            return
+        if "why" in found:
+            _tell(f"host {host} failed {self.blame.times} times, but the run cannot go on without it: {found['why']}")
+            return
+        self.job = without_host(self.job, host, self.settings.run_dir, found["overrides"])
+        _tell(f"host {host} failed {self.blame.times} times and is left out (restart.shrink): {found['said']}")
+        self.blame = Blame()
 
     def _ask_for_stacks(self, node: Node, launch: Launch) -> None:
         """Let all ranks write the stacks of their threads, and give them the time. A stopped one cannot."""

@@ -27,11 +27,13 @@ class Verdict:
     status  GAVE_UP stands for a failure that another launch may pass
     why     in words, for a failure; empty if a rank has said it to the user
     step    training steps that were done, as far as known
+    ranks   those whose machine may have failed: they reported an error of their own, are gone, or stood still; empty: not known
     """
 
     status: Status
     why: str = ""
     step: int = 0
+    ranks: tuple[int, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -48,6 +50,7 @@ def judge(
     step: int = 0,
     saved: int = 0,
     stalled: str = "",
+    stands: tuple[int, ...] = (),
 ) -> Verdict:
     """The verdict on a launch that has ended.
 
@@ -58,6 +61,7 @@ def judge(
     step     training steps done, as far as the ranks have said
     saved    step of the newest whole checkpoint
     stalled  what the watchdog said before it ended the launch
+    stands   the ranks that it named
     """
     of = {report.rank: report for report in reports}
     step = max([step, *(report.step for report in reports)])
@@ -76,7 +80,9 @@ def judge(
     late = [report for report in reports if report.status == Status.NOT_SAVED]
     if late:
         return Verdict(Status.NOT_SAVED, _unsaved(step, saved), step)
-    return Verdict(Status.GAVE_UP, stalled or _lost(reports, code, world, step), step)
+    if stalled and not _own(reports):
+        return Verdict(Status.GAVE_UP, stalled, step, stands)
+    return Verdict(Status.GAVE_UP, _lost(reports, code, world, step), step, _failed(reports, code, world))
 
 
 def _unsaved(step: int, saved: int) -> str:
@@ -84,15 +90,25 @@ def _unsaved(step: int, saved: int) -> str:
     return f"stopped without saving after step {step}; the same command resumes from {where}"
 
 
+def _own(reports: Sequence[RankReport]) -> list[RankReport]:
+    """The reports of ranks that failed by themselves."""
+    return [report for report in reports if not (report.lost or report.status.stopped or report.status.finished)]
+
+
+def _failed(reports: Sequence[RankReport], code: int, world: int) -> tuple[int, ...]:
+    if own := _own(reports):
+        return tuple(report.rank for report in own if not report.outside)
+    have = {report.rank for report in reports}
+    return () if code < 0 else tuple(rank for rank in range(world) if rank not in have)
+
+
 def _lost(reports: Sequence[RankReport], code: int, world: int, step: int) -> str:
     """Which rank failed, and how it is known."""
-    own = [report for report in reports if not (report.lost or report.status.stopped or report.status.finished)]
-    if own:
+    if own := _own(reports):
         return f"rank {own[0].rank} ({own[0].host}) failed at step {own[0].step}: {own[0].cause}"
     if code < 0:
         return f"the launcher was killed ({_signal(-code)}) at step {step}"
-    have = {report.rank for report in reports}
-    gone = [rank for rank in range(world) if rank not in have]
+    gone = _failed(reports, code, world)
     how = (
         f"was killed ({_signal(256 - code)})"
         if 192 <= code < 256

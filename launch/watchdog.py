@@ -7,17 +7,24 @@ has said how long that may be: it knows its phase and the usual time of a step.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiphys.launch.launches import Launch
-from tiphys.pretrain.phases import Beat
+from tiphys.pretrain.phases import SHORTEST, Beat
 
 PERIOD = 1.0  # seconds between two looks
+UNKNOWN = "host unknown"
+ABSENT = 300.0  # seconds after the first rank in which every rank must have begun
+
+
+_EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/pretrain/parallel.py")  # code that waits for other ranks
+_INNERMOST = 4  # frames of a stack that can be a wait for an exchange
 
 
 @dataclass
@@ -29,14 +36,35 @@ class _Seen:
 class Watchdog:
     """Watches the ranks of one launch.
 
-    world   number of ranks; 0: not known
-    clock   seconds, for tests
+    Parameters
+    ----------
+    launch : Launch
+    world : int
+        Number of ranks; 0: not known.
+    clock : callable
+        Seconds, for tests.
+    places : sequence of str, optional
+        Host of each rank. A rank that has begun tells its host by itself.
+
+    Attributes
+    ----------
+    named : tuple of int
+        Ranks that the last sentence of `look` was about.
     """
 
-    def __init__(self, launch: Launch, world: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.launch, self.world, self._clock = launch, world, clock
+    def __init__(
+        self,
+        launch: Launch,
+        world: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        places: Sequence[str] = (),
+    ) -> None:
+        self.launch, self.world, self._clock, self._places = launch, world, clock, places
+        self.named: tuple[int, ...] = ()
         self._seen: dict[int, _Seen] = {}
         self._next = 0.0
+        self._first: float | None = None  # when the first rank was seen
 
     @property
     def step(self) -> int:
@@ -52,6 +80,13 @@ class Watchdog:
         self.read(now)
         return self._stalled(now)
 
+    def confirm(self) -> str:
+        """Like `look`, at once. With the stacks that ranks have written meanwhile, a rank that waits in an exchange is told
+        from one that has stopped inside it."""
+        now = self._clock()
+        self.read(now)
+        return self._stalled(now)
+
     def read(self, now: float = 0.0) -> None:
         """Read what the ranks say now; also after they have ended."""
         for rank in self._ranks():
@@ -60,6 +95,8 @@ class Watchdog:
                 before = self._seen.get(rank)
                 if before is None or before.beat.counter != beat.counter:
                     self._seen[rank] = _Seen(beat, now)
+        if self._seen and self._first is None:
+            self._first = now
 
     def _ranks(self) -> range:
         return range(
@@ -73,24 +110,48 @@ class Watchdog:
     def _stalled(self, now: float) -> str:
         """All ranks wait for the one that is furthest behind, so its silence is what counts.
 
-        A rank that was stopped (SIGSTOP) inside an exchange may be ahead of the others, which wait for it all the same.
+        A rank that was stopped (SIGSTOP) inside an exchange may be ahead of the others, which wait for it all the same. A rank
+        that has left its report waits for nobody; if it failed, the others must end soon.
         """
-        if not self._seen:
+        if absent := self._absent(now):
+            return absent
+        reports = {report.rank: report for report in self.launch.reports()}
+        left = [rank for rank in self._seen if rank not in reports]
+        if not left:
             return ""
-        rank = min(self._seen, key=lambda r: (not self._stopped(r), self._seen[r].beat.progress, r))
+        rank = min(left, key=lambda r: (not self._stopped(r), self._seen[r].beat.progress, waits(self.launch, r), r))
         seen = self._seen[rank]
-        if seen.beat.phase == "end" or now - seen.since <= seen.beat.limit:
+        failed = any(not (r.status.finished or r.status.stopped) for r in reports.values())
+        limit = min(seen.beat.limit, SHORTEST) if failed else seen.beat.limit
+        if seen.beat.phase == "end" or now - seen.since <= limit:
             return ""
+        self.named = (rank,)
         others = [s.beat for r, s in self._seen.items() if r != rank]
-        waiting = f"; {len(others)} other{'s' * (len(others) > 1)} wait" if others else ""
-        if waiting and len(others) == 1:
-            waiting += "s"
-        if others:
-            waiting += f" in exchange {max(beat.collective for beat in others)}"
+        waiting = f"{_waiting(len(others))} in exchange {max(b.collective for b in others)}" if others else ""
         return (
-            f'rank {rank} ({host_of(self.launch, rank)}) stands in "{seen.beat.phase}" at step {seen.beat.step} for '
+            f'rank {rank} ({self._host(rank)}) stands in "{seen.beat.phase}" at step {seen.beat.step} for '
             f"{now - seen.since:.0f} s{waiting}; stacks are in {self.launch.folder}"
         )
+
+    def _absent(self, now: float) -> str:
+        """A sentence if ranks have not even begun long after the first one; their host may be off."""
+        absent = tuple(rank for rank in range(self.world) if rank not in self._seen)
+        if not absent or self._first is None or now - self._first <= ABSENT:
+            return ""
+        self.named = absent
+        more = f" and {len(absent) - 1} more have" if len(absent) > 1 else " has"
+        return (
+            f"rank {absent[0]} ({self._host(absent[0])}){more} not begun {now - self._first:.0f} s after the first rank"
+            f"{_waiting(len(self._seen))}"
+        )
+
+    def _host(self, rank: int) -> str:
+        known = host_of(self.launch, rank)
+        return self._places[rank] if known == UNKNOWN and rank < len(self._places) else known
+
+
+def _waiting(others: int) -> str:
+    return f"; {others} other waits" if others == 1 else f"; {others} others wait"
 
 
 def _state(process: int) -> str:
@@ -100,8 +161,17 @@ def _state(process: int) -> str:
     return ""
 
 
+def waits(launch: Launch, rank: int) -> bool:
+    """Whether the last stacks of a rank show that its main thread waits for other ranks. Its main thread is the last one."""
+    with suppress(OSError):
+        text = launch.stack_file(rank).read_text(encoding="utf-8", errors="replace")
+        frames = re.findall(r'  File "([^"]+)"', text.rpartition("(most recent call first):")[2])
+        return any(place in frame for frame in frames[:_INNERMOST] for place in _EXCHANGES)
+    return False
+
+
 def host_of(launch: Launch, rank: int) -> str:
     """Host of a rank, from the file in which it writes stacks; the beat has numbers only."""
     with suppress(OSError, IndexError):
         return launch.stack_file(rank).read_text(encoding="utf-8").splitlines()[0].removeprefix("host ")
-    return "host unknown"
+    return UNKNOWN

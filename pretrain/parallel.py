@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.errors import Explained
 from tiphys.pretrain.distributed.layout_errors import Error, grid_errors
-from tiphys.pretrain.phases import collective
+from tiphys.pretrain.phases import collective, mark
 
 if TYPE_CHECKING:
     import torch
@@ -170,9 +170,10 @@ class ParallelDims(Grid):
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in sizes]
-        collective()
         with _collective():
-            dist.all_gather(parts, mine, group=self.control)
+            work = dist.all_gather(parts, mine, group=self.control, async_op=True)
+            collective()
+            work.wait()
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def barrier(self) -> None:
@@ -180,9 +181,10 @@ class ParallelDims(Grid):
         if self.control is not None:
             import torch.distributed as dist
 
-            collective()
             with _collective():
-                dist.barrier(group=self.control)
+                work = dist.barrier(group=self.control, async_op=True)
+                collective()
+                work.wait()
 
     def close(self) -> None:
         """Leave the process group. No collective works afterwards."""
@@ -202,9 +204,9 @@ class Sum:
         self._tensor = torch.tensor(list(values), dtype=torch.float64)
         self._work = None
         if group is not None:
-            collective()
             with _collective():
                 self._work = dist.all_reduce(self._tensor, group=group, async_op=True)
+            collective()
 
     def result(self) -> list[float]:
         if self._work is not None:
@@ -222,6 +224,7 @@ def initialise() -> None:
         return
     if "RANK" not in os.environ:  # no launcher: port 0 lets the system choose one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    mark("meet")
     # DeepSpeed calls collectives by their old names, and torch warns at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
@@ -236,6 +239,7 @@ def initialise() -> None:
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
         deepspeed.init_distributed(**options)
+    mark("start")
 
 
 def _meeting_place() -> str | None:

@@ -6,7 +6,7 @@ sees a counter that no longer changes, and how long it may stay the same.
     0  counter      raised by every mark
     8  step         training step that is being done, from 1
     16 phase        place in `PHASES`
-    24 collective   number of exchanges between CPUs that this rank has begun
+    24 collective   number of exchanges between CPUs that this rank has given its part to
     32 limit        float64: seconds until the next mark, at most
     40 process      process number
 """
@@ -21,9 +21,9 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("start", "rows", "forward", "backward", "step", "save", "validate", "end")
+PHASES = ("import", "meet", "start", "rows", "forward", "backward", "step", "save", "validate", "end")
 SHORTEST = 60.0  # seconds that every phase may take
-LONGEST = {"start": 3600.0, "save": 3600.0, "validate": 1800.0, "end": float("inf")}
+LONGEST = {"import": 600.0, "meet": 600.0, "start": 3600.0, "save": 3600.0, "validate": 1800.0, "end": float("inf")}
 FIRST = 3600.0  # seconds that a phase of the first step may take: kernels are compiled there
 _LAYOUT = struct.Struct("<QQQQdQ")
 _KEPT = 64  # steps whose median is the usual one
@@ -36,7 +36,7 @@ class Beat:
     counter     raised by every mark
     step        training step that is being done, from 1; 0 before the first
     phase       one of `PHASES`
-    collective  number of exchanges between CPUs that it has begun
+    collective  number of exchanges between CPUs that it has given its part to
     limit       seconds that it may need until its next mark
     process     process number
     """
@@ -86,7 +86,7 @@ class Phases:
             opened.flush()
             self._place = mmap.mmap(opened.fileno(), _LAYOUT.size)
         self._process = process
-        self.mark("start")
+        self.mark("import")
 
     def mark(self, phase: str, step: int = 0) -> None:
         """A phase begins.
@@ -114,7 +114,7 @@ class Phases:
         return found
 
     def collective(self) -> None:
-        """An exchange with other ranks begins."""
+        """This rank has given its part to an exchange with other ranks, and may have to wait for theirs."""
         self._collectives += 1
         self._write()
 

@@ -531,6 +531,12 @@ class Restart:
         high=10**6,
         resume=True,
     )
+    shrink: bool = key(
+        False,
+        "With a hostfile: if the same host fails twice without a newer checkpoint, go on without it, on a layout that fits and "
+        "has the same batches",
+        resume=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -134,7 +136,7 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
             yield f"{where(at)}: must be {kind}, not {value!r}"
             return
     try:
-        read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
+        read: Any = OmegaConf.merge(_alone(section, name), {name: value})
     except (OmegaConfBaseException, OverflowError, TypeError, ValueError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint)
         if hint == float | str:
@@ -146,6 +148,15 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
     problem = key_of(of).problem(read[name])
     if problem:
         yield f"{where(at)}: {problem}"
+
+
+@functools.cache
+def _alone(section: type, name: str) -> Any:
+    """A config with one key of a section. Making the whole section for each key would take most of the time of a check."""
+    hint, _ = section_fields(section)[name]
+    return OmegaConf.structured(
+        dataclasses.make_dataclass(section.__name__, [(name, hint, dataclasses.field(default=MISSING))])
+    )
 
 
 def _not_texts(hint: Any, key: Key, value: Any, at: str, where: Where) -> Iterator[str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,13 @@ LIMIT = 120.0  # seconds in which an environment must have been made
 _POLL = 0.1  # seconds
 
 
-def declared(names: Sequence[str], modules: Sequence[str] = (), limit: float = LIMIT) -> list[TaskSpec | DataError]:
+def declared(
+    names: Sequence[str],
+    modules: Sequence[str] = (),
+    limit: float = LIMIT,
+    *,
+    stop: threading.Event | None = None,
+) -> list[TaskSpec | DataError]:
     """The TaskSpec of each environment, or why it cannot be made: it does not exist, raises, crashes, or takes too long.
 
     The environments are made in one child process. If one ends it, the others are made in another.
@@ -28,14 +35,18 @@ def declared(names: Sequence[str], modules: Sequence[str] = (), limit: float = L
     names    of the environments, as for `tiphys.dataio.environments.make`
     modules  those that the user allowed (`tiphys.dataio.environments.allow`)
     limit    seconds for each environment
+    stop     once it is set, the child is killed; environments that it has not made count as too late
     """
     found: list[TaskSpec | DataError] = []
+    stop = stop or threading.Event()
     while len(found) < len(names):
-        found += _first(names[len(found) :], modules, limit)
+        found += _first(names[len(found) :], modules, limit, stop)
     return found
 
 
-def _first(names: Sequence[str], modules: Sequence[str], limit: float) -> list[TaskSpec | DataError]:
+def _first(
+    names: Sequence[str], modules: Sequence[str], limit: float, stop: threading.Event
+) -> list[TaskSpec | DataError]:
     """The answers of one child: to all names, or up to the first that ended it."""
     with tempfile.TemporaryDirectory(prefix="tiphys-probe-") as folder:
         log = Path(folder) / "log"
@@ -50,7 +61,7 @@ def _first(names: Sequence[str], modules: Sequence[str], limit: float) -> list[T
                 start_new_session=True,
             )
             try:
-                late = not _wait(child, folder, limit)
+                late = not _wait(child, folder, limit, stop)
             finally:
                 _end(child)
         texts = [_file(folder, i).read_text() for i in range(_answered(folder))]
@@ -65,7 +76,7 @@ def _first(names: Sequence[str], modules: Sequence[str], limit: float) -> list[T
         return found
 
 
-def _wait(child: subprocess.Popen[bytes], folder: str, limit: float) -> bool:
+def _wait(child: subprocess.Popen[bytes], folder: str, limit: float, stop: threading.Event) -> bool:
     """Whether the child ended without letting an answer take longer than the limit."""
     answered, begun = 0, time.monotonic()
     while True:
@@ -74,7 +85,7 @@ def _wait(child: subprocess.Popen[bytes], folder: str, limit: float) -> bool:
             return True
         if _answered(folder) > answered:
             answered, begun = _answered(folder), time.monotonic()
-        elif time.monotonic() - begun > limit:
+        elif time.monotonic() - begun > limit or stop.is_set():
             return False
 
 

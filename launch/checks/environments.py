@@ -6,19 +6,21 @@ import difflib
 from collections.abc import Callable, Iterator
 
 from tiphys.dataio.environments.fitting import misfits
-from tiphys.dataio.environments.modules import module_of
-from tiphys.dataio.environments.probe import declared
 from tiphys.dataio.episode import DataError
+from tiphys.launch.checks.opened import Opened
 from tiphys.pretrain.acting.ask import Asking
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.objectives import Objectives
 from tiphys.recipes.schema import Recipe
 
 
-def environment_errors(recipe: Recipe, objectives: Objectives, where: Callable[[str], str]) -> Iterator[str]:
+def environment_errors(
+    recipe: Recipe, opened: Opened, objectives: Objectives, where: Callable[[str], str]
+) -> Iterator[str]:
     """The errors of `evaluate.tasks`: unknown tasks, and environments that cannot be made or whose spaces do not fit.
 
-    where  place of a key in the recipe's file, for messages
+    opened  the recipe's datasets
+    where   place of a key in the recipe's file, for messages
     """
     names = recipe.evaluate.tasks
     if not names:
@@ -35,8 +37,7 @@ def environment_errors(recipe: Recipe, objectives: Objectives, where: Callable[[
     for key, reason in asking.problems(processor, list(places)):
         yield f"{where(f'evaluate.{key}')}: {reason}"
     tasks = [processor.tasks[name] for name in places]
-    modules = [*recipe.evaluate.modules, *filter(None, map(module_of, names))]
-    for task, found in zip(tasks, declared([t.environment for t in tasks], modules), strict=True):
+    for task, found in zip(tasks, opened.declared([t.environment for t in tasks]), strict=True):
         if isinstance(found, DataError):
             yield f"{places[task.name]}: {found}"
         else:

@@ -79,13 +79,15 @@ def average_errors(recipe: Recipe) -> Iterator[Error]:
 
 def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
     """Whether `model.init` is a policy with layers of the same sizes, and its digest the one that the recipe was pinned to."""
+    if not recipe.model.init:
+        if recipe.model.upcycle.fresh:
+            yield "model.upcycle.fresh", "there is no `model.init` whose MLPs could be copied; set it, or remove this key"
+        return
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.pretrained import open_pretrained, pinned
 
-    if not recipe.model.init and recipe.model.upcycle.fresh:
-        yield "model.upcycle.fresh", "there is no `model.init` whose MLPs could be copied; set it, or remove this key"
-    if not recipe.model.init or Checkpoint.newest_whole(recipe.run.dir) is not None:
+    if Checkpoint.newest_whole(recipe.run.dir) is not None:
         return  # a run that continues does not open it
     if wrong := [v for v in recipe.model.init_map.values() if not isinstance(v, str)]:
         yield "model.init_map", f"the name here must be a text, not {wrong[0]!r}; write it in quotes"

@@ -6,15 +6,14 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests import processes
+from tests.launch.poison import Poison
 from tests.launch.small_recipe import small_recipe
 from tiphys.launch import rollback, run
 from tiphys.launch.attendance import Attendance
@@ -24,7 +23,6 @@ from tiphys.pretrain import engine, health
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.health import Spike
 from tiphys.pretrain.parallel import ParallelDims
-from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.trainer import Diverged
 from tiphys.recipes.load import load_recipe
 
@@ -34,25 +32,6 @@ STEPS, EVERY = 18, 4
 @pytest.fixture(scope="module")
 def world() -> ParallelDims:
     return processes.alone()
-
-
-class Poison:
-    """Makes the loss of some batches NaN, wherever in the run they are drawn.
-
-    steps   the steps of the plan, from 0, whose batches are poisoned when they are first drawn
-    """
-
-    def __init__(self, steps: Iterator[int] | range | tuple[int, ...]) -> None:
-        self.steps, self.known = set(steps), set[bytes]()
-        self.train_step = engine.Engine.train_step
-
-    def __call__(self, of: engine.Engine, batch: TokenBatch) -> Any:
-        content = batch.tokens.tobytes()
-        if batch.step in self.steps and len(self.known) < len(self.steps):
-            self.known.add(content)
-        if content in self.known:
-            batch.weight[:] = np.nan
-        return self.train_step(of, batch)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +59,7 @@ def bits(folder: Path) -> Any:
     last = Checkpoint.newest_whole(folder / "run", verify=True)
     assert last is not None
     assert last.step == STEPS
-    return last.manifest["files"]["rank00000.safetensors"]
+    return {name: file for name, file in last.manifest["files"].items() if name.endswith(".safetensors")}
 
 
 def test_a_poisoned_batch_is_skipped_and_the_bits_follow_from_recipe_and_log(
@@ -163,6 +142,20 @@ def test_a_trusted_checkpoint_is_kept_beyond_keep_however_often_is_saved(tmp_pat
             trusted = [found for found in there if trainer.health.trusts(found)]
             assert len(trusted) >= 1
             assert step - trusted[0] <= 3 * health.TRUST
+
+
+@pytest.mark.long
+def test_two_ranks_go_back_to_the_same_checkpoint_and_end_with_the_same_bits_each_time(tmp_path: Path) -> None:
+    """Only rank 1 draws poisoned rows."""
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "small.yaml").write_text(small_recipe(steps=STEPS) + f"checkpoint: {{every: {EVERY}, keep: 1}}\n")
+        script = Path(__file__).with_name("poisoned_rank.py")
+        said = processes.run(script, [folder / "small.yaml", f"run.dir={folder / 'run'}"], 2)
+        assert said.count("resumed from step 4") == 2, said
+        assert [found.to for found in read(folder / "run")] == [4]
+    assert bits(tmp_path / "a") == bits(tmp_path / "b")
 
 
 def test_rollbacks_count_until_the_run_is_past_the_bad_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,24 @@ def test_verdicts(reports: list[RankReport], facts: dict[str, object], status: S
     assert verdict.status == status
     assert said in verdict.why
     assert bool(said) == bool(verdict.why)
+
+
+@pytest.mark.parametrize(
+    "reports, facts, ranks",
+    [
+        ([SURVIVOR], {"code": 247}, (1,)),
+        ([report(1, Status.GAVE_UP, "AcceleratorError")], {"code": 75}, (1,)),
+        ([replace(report(1, Status.GAVE_UP, "StoreError"), outside=True)], {"code": 75}, ()),  # other machines would meet it too
+        ([], {"code": -9}, ()),
+        ([], {"code": 0, "world": 0}, ()),
+        ([SURVIVOR], {"code": -9, "stalled": "rank 0 stands", "stands": (0,)}, (0,)),
+        ([report(1, Status.GAVE_UP)], {"code": -9, "stalled": "rank 0 stands", "stands": (0,)}, (1,)),
+    ],
+)  # fmt: skip
+def test_the_ranks_whose_machine_may_have_failed(
+    reports: list[RankReport], facts: dict[str, object], ranks: tuple[int, ...]
+) -> None:
+    assert judge(reports, **{"world": 2, **facts}).ranks == ranks  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("status", [Status.USAGE, Status.REFUSED, Status.IN_USE, Status.DIVERGED, Status.STORAGE_FULL])

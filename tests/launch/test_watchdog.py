@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tiphys.launch.launches import Launch
-from tiphys.launch.watchdog import PERIOD, Watchdog
+from tiphys.launch.launches import Launch, RankReport
+from tiphys.launch.statuses import Status
+from tiphys.launch.watchdog import ABSENT, PERIOD, Watchdog
 from tiphys.pretrain import phases
 from tiphys.pretrain.phases import Beat, Phases
 
@@ -98,6 +99,49 @@ def test_limits_follow_the_usual_step_and_the_phase(tmp_path: Path, monkeypatch:
     assert limit() == phases.LONGEST["save"]
     one.mark("end")
     assert said_after(Watchdog(Launch(tmp_path, 1), 1, Clock()), Clock(), 5)[0] == ""
+
+
+def test_a_rank_that_never_begins_is_named_with_its_host(tmp_path: Path) -> None:
+    clock, launch = Clock(), Launch.new(tmp_path)
+    launch.stack_file(0).write_text("host node-0\n")
+    one = Phases()
+    one.open(launch.beat_file(0), process=1)
+    one.mark("meet")
+    watchdog = Watchdog(launch, 3, clock, places=["node-0", "node-1", "node-1"])
+    said, after = said_after(watchdog, clock, 1000)
+    assert said == "rank 1 (node-1) and 1 more have not begun 301 s after the first rank; 1 other waits"
+    assert ABSENT < after <= ABSENT + 15
+    assert watchdog.named == (1, 2)
+
+
+@pytest.mark.parametrize("status, after", [(Status.GAVE_UP, phases.SHORTEST), (Status.DONE, phases.LONGEST["start"])])
+def test_if_a_rank_has_failed_the_others_must_end_soon(status: Status, after: float, tmp_path: Path) -> None:
+    """One that is still starting would wait for it for an hour. A rank that has reported is not to blame."""
+    clock, launch = Clock(), Launch.new(tmp_path)
+    for rank in (0, 1):
+        one = Phases()
+        one.open(launch.beat_file(rank), process=1)
+        one.mark("start")
+    launch.write(RankReport(0, 0, "for a test", status))
+    watchdog = Watchdog(launch, 2, clock)
+    said, took = said_after(watchdog, clock, 5000)
+    assert said.startswith("rank 1 (")
+    assert after < took <= after + 15
+
+
+def test_of_two_ranks_in_the_same_exchange_the_one_that_does_not_wait_is_named(launch: Launch) -> None:
+    clock = Clock()
+    ranks(launch, 3)
+    other = 'host n\nThread 0x1 (most recent call first):\n  File "/lib/x.py", line 3 in run\n\n'
+    main = 'Current thread 0x2 (most recent call first):\n  File "/lib/torch/distributed/c10d.py", line 7 in wait\n'
+    waiting = other + main
+    for rank in (0, 2):
+        launch.stack_file(rank).write_text(waiting)
+    launch.stack_file(1).write_text(waiting.replace("/lib/torch/distributed", "/home"))
+    watchdog = Watchdog(launch, 3, clock)
+    assert watchdog.look() == ""
+    clock.now += 2 * phases.SHORTEST
+    assert watchdog.confirm().startswith("rank 1 (")
 
 
 def test_no_beat_is_none(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ FREE = """
     name run.dir parallel.pipeline parallel.expert parallel.measure parallel.auto model.checkpointing
     data.cache.dir data.cache.memory data.cache.disk data.on_bad_value data.requests data.prefetch data.timeout data.attempts
     data.unit_rows
-    train.steps train.log_every train.compile train.rollbacks restart.attempts
+    train.steps train.log_every train.compile train.rollbacks restart.attempts restart.shrink
     checkpoint.every checkpoint.minutes checkpoint.keep checkpoint.asynchronous checkpoint.patience checkpoint.deadline
     objectives.*.target_return evaluate.objectives evaluate.target_return evaluate.target_returns evaluate.prompt evaluate.goal
     evaluate.query evaluate.future
