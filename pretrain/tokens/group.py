@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Window
+from tiphys.pretrain.tokens.clips import unclipped
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.frames import Frame, chunks
@@ -193,7 +194,8 @@ def split(flat: Sequence[Window], layouts: Layouts) -> list[Piece]:
     pieces = []
     for number, window in enumerate(flat):
         layout = layouts[window.entry][window.task]
-        shown = VIEWS[layout.views].split(layout, window)
+        whole = unclipped(layout, window) if layout.clipped else window
+        shown = VIEWS[layout.views].split(layout, whole)
         pieces += [Piece(one, of, number) for one, of in zip(shown, layout.sequences, strict=True)]
     return pieces
 

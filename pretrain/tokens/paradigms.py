@@ -308,6 +308,22 @@ PARADIGMS: dict[str, Paradigm] = {
             "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
         ),
         Paradigm(
+            "boot",
+            "Wang et al. 2022 (Bootstrapped transformer for offline reinforcement learning), sec. 4",
+            (
+                Part(TEXT),
+                Part(OBSERVATION, "quantile", weight=1.0),
+                Part(ACTION, "quantile", weight=5.0),
+                Part(REWARD, "quantile", weight=1.0),
+                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+            ),
+            tail=(Part(END, weight=1.0),),
+            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            requires=(REWARD,),
+            differs="as tt; transitions are drawn in rounds (`tiphys bootstrap`) and become a dataset, instead of being drawn in "
+            "every training step; rewards and values stay those of the data, and the confidence does not count them",
+        ),
+        Paradigm(
             "mgdt",
             "Lee et al. 2022, sec. 3",
             (
