@@ -174,7 +174,7 @@ def _asking_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="[TASK=]DATASET[:EPISODE]",
-        help="episode whose histogram is to be matched, for objectives that show histograms of the future (default: none)",
+        help="episode to be matched (gdt) or imitated (bdt), for objectives that show what is to come (default: none)",
     )
 
 

@@ -95,6 +95,11 @@ class Group:
         before = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])[self.first]
         return np.where(self.present, (body - before)[owner][:, None] + rank, absent)
 
+    def shown_steps(self) -> np.ndarray:
+        """[N] the step of its window that each timestep shows, from 0 on."""
+        turned = np.array([w.prompt and self.layout.prompt_reverse for w in self.windows])[self.owner]
+        return np.where(turned, self.steps[self.owner] - 1 - self.within, self.within)
+
     def step_numbers(self) -> np.ndarray:
         """[N] the number of each timestep in its episode."""
         return np.concatenate([w.step[:n] for w, n in zip(self.windows, self.steps.tolist(), strict=True)])

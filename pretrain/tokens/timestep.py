@@ -21,7 +21,7 @@ from tiphys.pretrain.tokens.codecs import Chunk, Codec, check_codec, codec_from_
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.frames import ABSOLUTE, Frame
 from tiphys.pretrain.tokens.hiding import HIDING
-from tiphys.pretrain.tokens.views import ONE, VIEWS
+from tiphys.pretrain.tokens.views import FUTURE, ONE, VIEWS, imitating
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
@@ -271,10 +271,14 @@ class TimestepLayout:
         return sum(size * -(-steps // period) for size, period in self.cadence)
 
     def acting(self) -> TimestepLayout:
-        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one."""
+        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one.
+
+        If windows show their future, a history has it as its prompt.
+        """
         # What is available has no targets to act on, and chunks have none
         elements = tuple(replace(e, available="", predicted=e.predicted and not e.horizon) for e in self.elements)
-        return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, clipped=False, views=ONE)
+        shown = imitating(self) if self.views == FUTURE else self
+        return replace(shown, elements=elements, tail=(), hiding=(), swap=0.0, clipped=False, views=ONE)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -355,7 +359,7 @@ class TimestepLayout:
         found: dict[int, int] = {}
         for e in self.elements:
             period = 1 if e.role == "action" and not e.horizon else math.lcm(self.chunk, e.stride)
-            found[period] = found.get(period, 0) + e.size * self.copies
+            found[period] = found.get(period, 0) + e.size * (self.copies + (e.role in VIEWS[self.views].again))
         return tuple((size, period) for period, size in sorted(found.items()))
 
     def fit(self, room: int) -> int:
