@@ -31,6 +31,8 @@ NOISE, TIME = 11, 12
 AUGMENT = 13  # how the pictures of a window are changed; the attempt tells cameras apart
 SAMPLE = 32  # actions that a policy draws
 SAY = 33  # tokens of texts that a policy draws
+# BOOTSTRAP: transitions that a policy draws; the step is the window, the row the draw, the attempt a column
+BOOTSTRAP = 35
 ACTING_NOISE = 34  # chunks of actions that a policy draws; the row is the stream, the attempt a block of four words
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -174,7 +174,7 @@ def _asking_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="[TASK=]DATASET[:EPISODE]",
-        help="episode whose histogram is to be matched, for objectives that show histograms of the future (default: none)",
+        help="episode to be matched (gdt) or imitated (bdt), for objectives that show what is to come (default: none)",
     )
 
 
@@ -617,6 +617,24 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument("to", help="folder or URL of the new dataset")
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
     p.set_defaults(command="label")
+
+    p = commands.add_parser("bootstrap", help="write a dataset of transitions that a policy draws and is confident of")
+    p.add_argument(
+        "policy", help="policy that predicts whole steps (paradigm boot or tt): folder of a run or of a policy, or URL"
+    )
+    p.add_argument("dataset", help="dataset that the policy was trained on")
+    p.add_argument("to", help="folder or URL of the new dataset")
+    p.add_argument(
+        "--keep", type=float, default=0.1, help="share of the drawn transitions that is kept (default: %(default)s)"
+    )
+    p.add_argument("--draws", type=int, default=4, help="draws of each window's last transition (default: %(default)s)")
+    p.add_argument("--windows", type=int, default=1, help="windows of each episode (default: %(default)s)")
+    p.add_argument(
+        "--validation", type=float, help="share of episodes that are held out and not used (default: that of the run)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the windows and draws (default: %(default)s)")
+    p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
+    p.set_defaults(command="bootstrap")
 
     p = commands.add_parser("say", help="let a policy that has learned texts continue one")
     p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")

@@ -491,6 +491,27 @@ def label(args: Namespace) -> int:
     return Status.DONE
 
 
+def bootstrap(args: Namespace) -> int:
+    from tiphys.paths import expand
+    from tiphys.pretrain.bootstrap import Drawing, bootstrap
+    from tiphys.pretrain.policy_files import local_policy
+    from tiphys.recipes.load import load_recipe
+
+    recipe, share = Path(expand(args.policy)) / "recipe.yaml", args.validation
+    if share is None and not recipe.is_file():
+        raise ValueError(
+            f"{args.policy} is not the folder of a run, so nothing says which episodes are held out; give --validation "
+            "SHARE, the `data.validation` of its recipe"
+        )
+    share = load_recipe(recipe).data.validation if share is None else share
+    how = Drawing(args.keep, args.draws, args.windows, share, args.seed)
+    found = bootstrap(
+        local_policy(args.policy), args.dataset, args.to, how, device=args.device, progress=progress_bar("drawn")
+    )
+    say(f"{found}\nto learn from them while the run goes on: tiphys mixture RUN add {args.to}=WEIGHT --like ENTRY")
+    return Status.DONE
+
+
 def say_job(args: Namespace) -> int:
     from tiphys.pretrain.acting.policy import Policy
     from tiphys.pretrain.policy_files import local_policy

@@ -15,6 +15,7 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
+from tiphys.pretrain.tokens.clips import as_clips, without_clip
 from tiphys.pretrain.tokens.codecs import Bins, Chunk, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.frames import Frame
@@ -168,7 +169,7 @@ class Objectives:
                     partial(framed, task.name),
                 )
                 weight = _fixed_weight(entry.settings.loss_weight)
-                by_task[number[task.name]] = encoding.layout(number[task.name], weight)
+                by_task[number[task.name]] = as_clips(encoding.layout(number[task.name], weight), task)
                 for field in encoding.shown("action"):
                     self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
             layouts.append(by_task)
@@ -333,7 +334,8 @@ class Objectives:
             _tasks([*out._entries, entry])
             out._entries.append(entry)
             out._numbers.append(_numbers(entry, number))
-            out.layouts.append(known)
+            own = {number[t.name]: t for t in index.tasks if t.name in number}
+            out.layouts.append({i: as_clips(layout, own[i]) for i, layout in known.items() if i in own})
             out.prompts.append(self.prompts[like])
         return out
 
@@ -465,7 +467,7 @@ class Objectives:
                 },
             )
             for layout in layouts.values():
-                mine["timesteps"].setdefault(layout.task, layout.to_dict())
+                mine["timesteps"].setdefault(layout.task, replace(layout, clipped=False).to_dict())
         asked = {n for o in objectives.values() for n, layout in o["timesteps"].items() if _shows_returns(layout)}
         quantiles = {name: list(r.quantiles) for name, r in self._returns.items() if name in asked and r.quantiles}
         return {
@@ -526,7 +528,8 @@ def _tasks(entries: Sequence[_MixtureEntry]) -> tuple[TaskSpec, ...]:
     """Tasks in order of appearance. Raises DataError if two datasets have a task of the same name with different fields."""
     found: dict[str, tuple[TaskSpec, str]] = {}
     for entry in entries:
-        for _, task in entry:
+        for _, declared in entry:
+            task = without_clip(declared)
             known, where = found.setdefault(task.name, (task, entry.settings.dataset))
             one, other = ({f.name: f for f in t.fields} for t in (known, task))
             differ = sorted(n for n in one.keys() | other.keys() if one.get(n) != other.get(n))

@@ -20,6 +20,7 @@ from tiphys.pretrain.acting.policy import Policy
 
 THINGS = ["ball", "box", "key", "door"]
 STEPS, PLACES = 4, 4
+WORLDS = 400  # in which the policies act
 BC_STEPS = 150  # mia gets twice as many, because half of its windows teach no action
 TASK = TaskSpec(
     "walk",
@@ -38,14 +39,17 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
     mia = learnt(dataset, "mia", seed)
     failed = judged(learnt(dataset, "mia", seed, swap=0.0), seed) if control else None
     yield Mark("share of texts judged correctly", judged(mia, seed), at_least(0.9), failed, at_most(0.6), "no swaps")
-    cloned = success(learnt(dataset, "bc", seed), seed)
-    reached = success(mia, seed)
-    error = float(np.sqrt(max(cloned * (1 - cloned), 0.01) / 200))
-    other = success(mia, seed, lie=True) if control else None
+    above = successes(mia, seed) - successes(learnt(dataset, "bc", seed), seed)  # in the same worlds
+    error = max(float(above.std(ddof=1)), 1 / WORLDS) / np.sqrt(WORLDS)
+    other = float(successes(mia, seed, lie=True).mean()) if control else None
     yield Mark(
-        "success above bc's, in standard errors", (reached - cloned) / error, at_least(-1.0), other, at_most(0.3),
+        "success above bc's, in standard errors of the difference",
+        float(above.mean()) / error,
+        at_least(-1.0),
+        other,
+        at_most(0.3),
         "another text: success",
-    )  # fmt: skip
+    )
 
 
 def begin(random: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -97,15 +101,15 @@ def judged(policy: Policy, seed: int) -> float:
     return float(np.mean(correct))
 
 
-def success(policy: Policy, seed: int, lie: bool = False) -> float:
-    """Share of 200 first actions that go to the thing that the text names; `lie`: the text names another one."""
+def successes(policy: Policy, seed: int, lie: bool = False) -> np.ndarray:
+    """float64 [worlds]: 1 if the first action goes to the thing that is wanted; `lie`: the text names another one."""
     random = np.random.default_rng([seed, 3])
-    worlds = [begin(random) for _ in range(200)]
+    worlds = [begin(random) for _ in range(WORLDS)]
     said = [(wanted + lie) % len(THINGS) for _, wanted in worlds]
     policy.reset(TASK.name, len(worlds), instruction=_texts(said))
     seen = [{"here": int(things[random.integers(PLACES)]), "things": things} for things, _ in worlds]
     actions = policy.act(seen)
-    return float(np.mean([things[a] == wanted for a, (things, wanted) in zip(actions, worlds, strict=True)]))
+    return np.array([things[a] == wanted for a, (things, wanted) in zip(actions, worlds, strict=True)], np.float64)
 
 
 def _texts(numbers: Sequence[int]) -> list[str]:

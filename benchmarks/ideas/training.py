@@ -5,15 +5,16 @@ Only DeepSpeed is left out: the optimizer is torch's AdamW in this process, as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.loader import TrajectoryLoader
 from tiphys.dataio.placement import Home
-from tiphys.launch.plan import loader_arguments, make_plan, open_datasets
+from tiphys.launch.plan import Joining, loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.inputs import to_tensors
@@ -40,6 +41,7 @@ def train(
     model: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     sample: bool = True,
+    joins: Mapping[int, Callable[[Policy], str]] | None = None,
 ) -> Policy:
     """Train a small model, and return its policy.
 
@@ -61,6 +63,9 @@ def train(
         Further keys of the recipe's `data` section.
     sample : bool
         The policy draws its actions.
+    joins : mapping, optional
+        Step -> what makes a dataset from the policy of that step. It joins the mixture from the next step on, learned like the
+        first entry and with as much weight.
     """
     recipe = from_dict(
         {
@@ -75,12 +80,14 @@ def train(
     )
     indexes = open_datasets(recipe)
     objectives = Objectives(recipe, indexes)
-    plan = make_plan(recipe, indexes, objectives)
+    joining = Joining(recipe, objectives)
+    plan = make_plan(recipe, indexes, objectives, joining=joining)
     net = begin(recipe, objectives.vocabulary).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
-    with TrajectoryLoader(plan, Home(0, 1), **loader_arguments(recipe, objectives), stop=steps) as loader:
-        for loaded in loader:
+    processor, arguments = Processor.from_dict(objectives.processor()), loader_arguments(recipe, objectives)
+    with TrajectoryLoader(plan, Home(0, 1), **arguments, join=joining.loader, stop=steps) as loader:
+        for step, loaded in enumerate(loader, start=1):
             batch = TokenBatch.from_arrays(loaded.arrays)
             optimizer.zero_grad()
             net(to_tensors(batch), batch.targets, batch.real_tokens).loss.backward()
@@ -88,7 +95,17 @@ def train(
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    return Policy(net, Processor.from_dict(objectives.processor()), sample=sample, seed=seed)
+            if step in (joins or {}):
+                made = joins[step](Policy(net, processor, seed=seed))  # type: ignore[index]
+                net.train()
+                loader.append([joined(made, plan.entries[0].name, len(plan.entries), step)])
+    return Policy(net, processor, sample=sample, seed=seed)
+
+
+def joined(dataset: str, like: str, number: int, step: int) -> dict[str, Any]:
+    """The event of the plan's log by which a dataset joins from a step on."""
+    event = {"kind": "dataset", "step": step, "entry": f"{number}:{dataset}", "dataset": dataset, "like": like}
+    return {**event, "digest": EpisodeIndex.open(dataset).fingerprint, "weight": 1.0}
 
 
 def publish(policy: Policy, folder: Path) -> str:

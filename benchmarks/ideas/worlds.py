@@ -310,10 +310,10 @@ class Told:
 
 
 class Choice:
-    """Three actions, of which none is rewarded. The observation is the number of the step."""
+    """Three actions, of which none is rewarded. The observation is the number of the step, or the last action."""
 
-    def __init__(self, steps: int = 9, values: int = 3) -> None:
-        self.steps, self.values = steps, values
+    def __init__(self, steps: int = 9, values: int = 3, shows_actions: bool = False) -> None:
+        self.steps, self.values, self.shows_actions = steps, values, shows_actions
         fields = (discrete("observation", "observation", steps + 1), discrete("action", "action", values), REWARD)
         self.task = TaskSpec("choice", fields)
 
@@ -322,7 +322,7 @@ class Choice:
         return {"observation": self.at}
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        self.at = self.at + 1
+        self.at = actions + 1 if self.shows_actions else self.at + 1
         return {"observation": self.at}, np.zeros(len(actions))
 
     def habitual(self, random: np.random.Generator) -> Behaviour:

@@ -29,7 +29,7 @@ _ABLE = {  # what an objective does that can take each
     "target_return": "shows the model returns",
     "goal": "acts towards a goal",
     "query": "fills in hidden parts",
-    "future": "shows the model histograms of the future",
+    "future": "shows the model what is to come",
 }
 
 
@@ -84,7 +84,7 @@ class Asking:
     query : mapping of str to str
         What objectives that fill in hidden parts are asked: keys of `hiding.QUERIES`.
     future : mapping of str to str
-        Whole episodes whose histogram is to be matched, ``DATASET`` or ``DATASET:EPISODE``.
+        Whole episodes that are to be matched or imitated, ``DATASET`` or ``DATASET:EPISODE``.
     target_returns : sequence of str
         Further returns to ask for in turn, of every objective that shows returns.
     """
@@ -252,7 +252,7 @@ def _takes(processor: Processor, task: str, objective: str, key: str) -> bool:
     if key == "query":
         return processor.rule(objective)[0] == "fill"
     if key == "future":
-        return any(map(shows_histogram, processor.layouts[objective][task].elements))
+        return processor.takes_future(task, objective)
     return _shows_returns(processor, task, objective)
 
 
@@ -266,8 +266,8 @@ def _value(processor: Processor, task: str, objective: str, key: str, given: Any
     shown = demonstration(given, task)
     needed = processor.used_fields(task, objective)
     if key == "future":
-        elements = filter(shows_histogram, processor.layouts[objective][task].elements)
-        needed = frozenset(source_of(e.rule)[1] for e in elements)
+        elements = [e for e in processor.layouts[objective][task].elements if shows_histogram(e)]
+        needed = frozenset(source_of(e.rule)[1] for e in elements) if elements else needed
     if missing := sorted(needed - set(shown.fields)):
         raise DataError(
             f"{given}: its episode {shown.episode!r} has no field {', '.join(missing)}, which task {task!r} shows"

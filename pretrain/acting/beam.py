@@ -23,7 +23,8 @@ class Beam:
     """Plans of several environments, searched together. All plans of an environment share the tokens of its history.
 
     A plan's step: actions are drawn, `expand` for each plan, from the distribution without its least probable values, which
-    together hold the share `cdf`. The model then says the reward and the value (the discounted sum of later rewards), of which
+    together hold the share `cdf`. Branches with the same actions draw evenly from it (stratified), so few plans miss no likely
+    action. The model then says the reward and the value (the discounted sum of later rewards), of which
     the expected values count, and the next observation, whose most probable ids are taken. The `width` plans with the highest
     Σ γⁱ r + γᵗ⁺¹ V stay; of plans with the same actions only one, as long as there are others. A plan whose most probable next
     token is the end of the episode earns nothing more. An action that cannot be taken now begins no plan; which can be taken
@@ -79,7 +80,7 @@ class Beam:
                 hidden = hidden[torch.from_numpy(again).to(hidden.device)]
                 first, earned, alive, plan = first[again], earned[again], alive[again], plan[again]
             for slot, column in enumerate(self.parts["action"]):
-                ids = self._drawn(hidden, column, step, slot)
+                ids = self._drawn(hidden, column, step, slot, plan)
                 plan = np.unique(np.stack([plan, ids]), axis=1, return_inverse=True)[1].reshape(-1)
                 first[:, slot] = ids if step == 0 else first[:, slot]
                 hidden = self._read(ids[:, None], [column], step)[:, -1]
@@ -114,8 +115,8 @@ class Beam:
             hidden = self._read(best.indices.cpu().numpy()[:, None] + low, [column], step)[:, -1]
         return hidden, ended
 
-    def _drawn(self, hidden: torch.Tensor, column: int, step: int, slot: int) -> np.ndarray:
-        """Ids [n] of an action, drawn among the more probable ones."""
+    def _drawn(self, hidden: torch.Tensor, column: int, step: int, slot: int, plan: np.ndarray) -> np.ndarray:
+        """Ids [n] of an action, drawn among the more probable ones. Branches of one plan share its distribution evenly."""
         low, high = self.choices[column]
         logits = self.policy.model.logits(hidden)[:, low:high].cpu().double()
         each = len(logits) // len(self.chosen)
@@ -127,7 +128,9 @@ class Beam:
         dropped[:, -1] = False  # the most probable one
         logits = logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), float("-inf"))
         attempt = 1 + step * self.width * self.expand + np.arange(each)
-        return drawn(logits, self.policy.uniform(self.chosen, slot, attempt).reshape(-1)) + low
+        uniform = self.policy.uniform(self.chosen, slot, attempt).reshape(-1)
+        copy, copies = numbered(plan)
+        return drawn(logits, (copy + uniform) / copies) + low
 
     def _expected(self, hidden: torch.Tensor, column: int) -> tuple[np.ndarray, np.ndarray]:
         """The expected value [n] of what stands in a column, and its most probable ids [n]."""
@@ -140,13 +143,13 @@ class Beam:
         return int(np.searchsorted(self.layout.columns, column, side="right")) - 1
 
     def _best(self, score: np.ndarray, count: int, plan: np.ndarray) -> np.ndarray:
-        """The branches with the highest scores, `count` of each environment. Repeated plans come after all others."""
+        """The branches with the highest scores, `count` of each environment. All plans stay equally often, if there are few.
+
+        Values are estimates, so the best plan so far need not be the one that earns most in the end.
+        """
         each = len(score) // len(self.chosen)
         owner = np.arange(len(score)) // each
-        order = np.lexsort((-score, owner))
-        repeated = np.ones(len(score), bool)
-        repeated[order[np.unique(plan[order], return_index=True)[1]]] = False
-        order = np.lexsort((-score, repeated, owner)).reshape(-1, each)
+        order = np.lexsort((-score, numbered(plan)[0], owner)).reshape(-1, each)
         return order[:, : min(count, each)].reshape(-1)
 
     def _read(self, ids: np.ndarray, columns: list[int], step: int) -> torch.Tensor:
@@ -210,6 +213,15 @@ def values_of(element: Element) -> np.ndarray:
     assert codec is not None
     ((low, high),) = codec.choices()
     return np.asarray(codec.decode(np.arange(low, high)[:, None]), np.float64).reshape(-1)
+
+
+def numbered(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number [n] of each branch among those of its plan, and how many [n] these are."""
+    order = np.argsort(plan, kind="stable")
+    first = np.searchsorted(plan[order], plan[order])
+    copy = np.empty(len(plan), np.int64)
+    copy[order] = np.arange(len(plan)) - first
+    return copy, np.bincount(plan)[plan]
 
 
 def drawn(logits: torch.Tensor, uniform: np.ndarray) -> np.ndarray:

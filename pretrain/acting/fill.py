@@ -63,7 +63,7 @@ class Filling(History):
         chosen = self._add_step(observations, rewards, environments)
         rows, numbers = [], []
         for i in chosen:
-            windows, _, _, _ = self._lay(i, False)
+            windows = self._lay(i, False)[0]
             rows.append([*windows[:-1], self._filled(windows[-1])])
             numbers.append(windows[-1].step[windows[-1].steps - 1])
         batch = self.processor.encode(self.layout, rows)

@@ -74,20 +74,24 @@ class History:
         goal: Mapping[str, Any] | None = None,
         demands: Sequence[Demand] = (),
         *,
+        references: Sequence[Window] = (),
+        learnt: TimestepLayout | None = None,
         answers_return: bool = False,
         reserve: int = 0,
         predicts_end: bool = False,
         available: Mapping[str, str] | None = None,
     ):
         """answers_return: the return of each step is answered too, before the action. reserve: steps that a full window keeps
-        free, for a plan. predicts_end: the model says where an episode ends."""
+        free, for a plan. predicts_end: the model says where an episode ends. references: the episode that each environment
+        imitates. learnt: the layout of training, if its windows show more than a history does."""
         self.processor, self.layout, self.hop, self.goal = processor, layout, hop, goal
         self.available = dict(available or {})  # action field -> the field that tells which of its values can be taken
         # What each environment is asked for, unless `reset` says otherwise
         self.target_return: list[float] = np.broadcast_to(target_return, environments).tolist()
         self.prompt = prompt if prompt is not None and prompt.steps else None
         self._prompt_tokens = 0 if self.prompt is None else processor.encode(layout, [[self.prompt]]).real_tokens
-        self.reserve, self.predicts_end = min(reserve, layout.steps(0, processor.length) - 1), predicts_end
+        self._references, self._learnt = tuple(references), learnt or layout
+        self.reserve, self.predicts_end = min(reserve, self._learnt.steps(0, processor.length) - 1), predicts_end
         self.actions = tuple(e for e in layout.elements if e.role == "action")
         self.answered = tuple(e for e in layout.elements if answers_return and e.role == "return") + self.actions
         self.slots = tuple(slot for e in self.answered for slot in slots_of(e))
@@ -157,13 +161,13 @@ class History:
         """
         chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
-        batch = self.processor.encode(self.layout, [windows for windows, _, _, _ in laid])
+        batch = self.processor.encode(self.layout, [one[0] for one in laid])
         count = (batch.segment > 0).sum(axis=1)
         past = np.zeros(len(chosen), np.int64)
-        base = np.array([base for _, base, _, _ in laid], np.int64)
-        for row, (i, (_, at, first, heads)) in enumerate(zip(chosen, laid, strict=True)):
+        base = np.array([one[1] for one in laid], np.int64)
+        for row, (i, (_, at, first, heads, before)) in enumerate(zip(chosen, laid, strict=True)):
             episode = self._episodes[i]
-            head = heads[-1].tokens if heads else 0
+            head = heads[-1].tokens if heads else before
             numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
             body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
             episode.begins[first:] = (at + head + body).tolist()
@@ -172,7 +176,7 @@ class History:
         is_action = batch.modality == ACTION
         after = batch.length - is_action[:, ::-1].argmax(axis=1)  # the column after the last action
         return Acting(
-            batch, after - len(self.slots), self.slots, past - base, past, tuple(heads for _, _, _, heads in laid)
+            batch, after - len(self.slots), self.slots, past - base, past, tuple(one[3] for one in laid)
         )._restricted(self._allowed(observations))
 
     def _allowed(self, observations: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
@@ -242,8 +246,10 @@ class History:
                 del steps[count:]
             del episode.rewards[max(count - 1, 0) :]
 
-    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...]]:
-        """What is to be laid out of an environment's window: windows, the position of their first token, the first step, heads.
+    def _lay(self, environment: int, new: bool) -> tuple[list[Window], int, int, tuple[Head, ...], int]:
+        """What is to be laid out of an environment's window.
+
+        Windows, the position of their first token, the first step, heads, and the tokens before the steps that are no head.
 
         After a step whose tokens the model has seen, only the last tokens of the step before it and those of the new step are
         new; but a chunk can only be laid out from its beginning.
@@ -260,13 +266,36 @@ class History:
         episode.fixed = fixed
         if episode.held:
             first = max(len(episode.observations) - 2, 0) // layout.chunk * layout.chunk
-            return [self._window(environment, episode, first, {})], episode.begins[first], first, ()
+            return [self._window(environment, episode, first, {})], episode.begins[first], first, (), 0
         window = self._window(environment, episode, 0, dict(zip(layout.preamble, texts, strict=True)))
+        if self._references:
+            shown = self._future(self._references[environment], episode.number, preamble)
+            tokens = self.processor.encode(layout, [[shown]]).real_tokens
+            return [shown, window], 0, 0, (), tokens + preamble
         before = self._prompt_tokens
         heads = [Head(before, None, 0)] if before else []
         if preamble:
             heads.append(Head(before + preamble, tuple(texts), episode.number))
-        return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads)
+        return [window] if self.prompt is None else [self.prompt, window], 0, 0, tuple(heads), 0
+
+    def _future(self, reference: Window, first: int, preamble: int) -> Window:
+        """The steps of an episode to imitate that a window from step `first` on would have; of a shorter one, the last step."""
+        steps = int(np.asarray(reference.valid[: reference.steps], bool).sum())
+        first = min(first, steps - 1)
+        rows = slice(first, min(steps, first + self._learnt.steps(preamble, self.processor.length)))
+        once = {*self._constants, *self.layout.preamble}
+        return replace(
+            reference,
+            entry=0,
+            task=0,
+            start=reference.start + first,
+            steps=rows.stop - first,
+            fields={name: v if name in once else v[rows] for name, v in reference.fields.items()},
+            step=reference.step[rows],
+            returns_to_go=reference.returns_to_go[rows],
+            valid=reference.valid[rows],
+            prompt=True,
+        )
 
     def _warn(self) -> None:
         """Say once that the model is not told what its actions earned."""
@@ -442,7 +471,7 @@ class History:
 
         Returns whether steps were dropped.
         """
-        layout, count = self.layout, len(episode.observations)
+        layout, count = self._learnt, len(episode.observations)
         prompt = 0 if self.prompt is None else self.prompt.steps * layout.width
         most = max(1, layout.steps(preamble, self.processor.length - prompt) - self.reserve)
         if count <= most:

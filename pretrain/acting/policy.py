@@ -233,8 +233,8 @@ class Policy:
         instruction : str or sequence of str, optional
             What is to be done, in words: one text for all environments, or one for each. None: the observations say it.
         future : Window, or a sequence of them, optional
-            A whole episode whose histogram is to be matched, if the objective shows histograms of the future (gdt); a sequence
-            has one for each environment.
+            A whole episode whose histogram is to be matched (gdt), or whose observations are to be imitated (bdt); a sequence has
+            one for each environment.
         remainder : bool
             What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
         acting : mapping, optional

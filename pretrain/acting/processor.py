@@ -236,8 +236,8 @@ class Processor:
         goal : mapping, optional
             The fields of an observation to reach, for objectives that act towards a goal.
         future : Window, or a sequence of them, optional
-            A whole episode whose histogram is to be matched, for objectives that show histograms; a sequence has one for each
-            environment.
+            A whole episode whose histogram is to be matched (gdt), or whose observations are to be imitated (bdt); a sequence has
+            one for each environment.
         remainder : bool
             What of it is demanded at a step: what the environment has left of it (True), or what that episode had left then.
 
@@ -286,7 +286,9 @@ class Processor:
         if rule == "fill":
             query = query_of(str(stated.get("query", "bc")), query, goal, learnt.hiding, where)
             return Filling(self, layout, environments, asked, prompt, goal, query, available)
-        demands = self._demands(task, name, future, remainder, environments)
+        futures = self._futures(task, name, future, environments)
+        element = next(filter(shows_histogram, learnt.elements), None)
+        demands = [] if element is None else [Demand(element, one, remainder) for one in futures]
         return History(
             self,
             layout,
@@ -296,6 +298,8 @@ class Processor:
             hop,
             goal,
             demands,
+            references=() if demands else futures,
+            learnt=learnt,
             answers_return=rule == ANSWERS_RETURN,
             reserve=reserve,
             predicts_end=learnt.predicts_end,
@@ -307,15 +311,14 @@ class Processor:
         name, options = self.objectives[objective].get("acting", ("next", {}))
         return name, options
 
-    def _demands(
-        self, task: str, objective: str, future: Window | Sequence[Window] | None, remainder: bool, environments: int
-    ) -> list[Demand]:
-        """What each environment is asked for; none if the objective shows no histograms."""
+    def _futures(
+        self, task: str, objective: str, future: Window | Sequence[Window] | None, environments: int
+    ) -> list[Window]:
+        """The episode that each environment is to match or imitate; none if the objective does not act on what is to come."""
         where = f"task {task!r}, objective {objective!r}"
-        element = next(filter(shows_histogram, self.layouts[objective][task].elements), None)
-        if element is None:
+        if not self.takes_future(task, objective):
             if future is not None:
-                raise DataError(f"{where}: it shows the model no histogram of the future, so it takes no `future`")
+                raise DataError(f"{where}: it shows the model nothing of the future, so it takes no `future`")
             return []
         if future is None:
             raise DataError(
@@ -324,7 +327,14 @@ class Processor:
         each = [future] * environments if isinstance(future, Window) else list(future)
         if len(each) != environments:
             raise DataError(f"{where}: {len(each)} futures for {environments} environments; give one for each")
-        return [Demand(element, one, remainder) for one in each]
+        if short := next((one for one in each if not one.steps), None):
+            raise DataError(f"{where}: the episode {short.episode!r} that is to be matched has no step")
+        return each
+
+    def takes_future(self, task: str, objective: str) -> bool:
+        """Whether an objective acts towards an episode that is to be matched or imitated."""
+        shows = any(map(shows_histogram, self.layouts[objective][task].elements))
+        return shows or self.rule(objective)[0] == "imitate"
 
     def takes_goal(self, objective: str) -> bool:
         """Whether an objective acts towards a goal."""

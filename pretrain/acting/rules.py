@@ -82,6 +82,7 @@ RULES: dict[str, Answers] = {
     "next": one_after_another,
     "ask": one_after_another,
     "match": one_after_another,
+    "imitate": one_after_another,
     "sample": one_after_another,
     "fill": at_once,
     "beam": beam,

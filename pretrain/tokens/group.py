@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Window
+from tiphys.pretrain.tokens.clips import unclipped
 from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.frames import Frame, chunks
@@ -93,6 +94,11 @@ class Group:
         rank = np.cumsum(self.present).reshape(self.present.shape) - 1
         before = np.concatenate([[0], np.cumsum(self.present.sum(axis=1))])[self.first]
         return np.where(self.present, (body - before)[owner][:, None] + rank, absent)
+
+    def shown_steps(self) -> np.ndarray:
+        """[N] the step of its window that each timestep shows, from 0 on."""
+        turned = np.array([w.prompt and self.layout.prompt_reverse for w in self.windows])[self.owner]
+        return np.where(turned, self.steps[self.owner] - 1 - self.within, self.within)
 
     def step_numbers(self) -> np.ndarray:
         """[N] the number of each timestep in its episode."""
@@ -193,7 +199,8 @@ def split(flat: Sequence[Window], layouts: Layouts) -> list[Piece]:
     pieces = []
     for number, window in enumerate(flat):
         layout = layouts[window.entry][window.task]
-        shown = VIEWS[layout.views].split(layout, window)
+        whole = unclipped(layout, window) if layout.clipped else window
+        shown = VIEWS[layout.views].split(layout, whole)
         pieces += [Piece(one, of, number) for one, of in zip(shown, layout.sequences, strict=True)]
     return pieces
 

@@ -16,7 +16,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.pretrain.tokens.derived import source_of
 from tiphys.pretrain.tokens.hiding import HIDING, QUERIES
 from tiphys.pretrain.tokens.timestep import BOTH, CAUSAL, LOSSES, MASKS, PREFIX
-from tiphys.pretrain.tokens.views import AGENTS, ONE, VIEWS, WINDOW_TEXT
+from tiphys.pretrain.tokens.views import AGENTS, FUTURE, ONE, VIEWS, WINDOW_TEXT
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
 END, SUMMARY, AGENT = "end", "summary", "agent"
@@ -39,6 +39,7 @@ ACTING = {
     "compare": "it does not act: Policy.match says how well texts fit what was seen",
     "label": "it does not act, but labels data without actions: tiphys label",
     "match": "what is left of a reference episode's histogram, less what was done; then the action",
+    "imitate": "the observations of a demonstration stand before the window, the last one first; then the action",
     "sample": "a return is drawn, high ones more often; then the action",
     "beam": "the first action of the best of many plans",
 }
@@ -258,6 +259,8 @@ class Paradigm:
             yield "texts are swapped: actions that are shown tell which fit, so they must be hidden, and the mask causal"
         if any(part.kind == AGENT for part in self.timestep) and self.views != AGENTS:
             yield f"the number of an agent is known in the view `{AGENTS}` only"
+        if (self.views == FUTURE) != (self.acting[0] == "imitate") or (self.views == FUTURE and self.mask != PREFIX):
+            yield f"the view `{FUTURE}` needs the mask `{PREFIX}` and acts by `imitate`, and nothing else does"
         if self.views != ONE and self.prompt.share:
             yield f"windows of the view `{self.views}` cannot have prompts"
         if self.future < 0:
@@ -306,6 +309,22 @@ PARADIGMS: dict[str, Paradigm] = {
             requires=(REWARD,),
             differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
             "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+        ),
+        Paradigm(
+            "boot",
+            "Wang et al. 2022 (Bootstrapped transformer for offline reinforcement learning), sec. 4",
+            (
+                Part(TEXT),
+                Part(OBSERVATION, "quantile", weight=1.0),
+                Part(ACTION, "quantile", weight=5.0),
+                Part(REWARD, "quantile", weight=1.0),
+                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+            ),
+            tail=(Part(END, weight=1.0),),
+            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            requires=(REWARD,),
+            differs="as tt; transitions are drawn in rounds (`tiphys bootstrap`) and become a dataset, instead of being drawn in "
+            "every training step; rewards and values stay those of the data, and the confidence does not count them",
         ),
         Paradigm(
             "mgdt",
@@ -401,6 +420,16 @@ PARADIGMS: dict[str, Paradigm] = {
             ),
             acting=("match", {}),
             differs="shares are given as they are; acting subtracts what was done, or follows the reference's own remainder",
+        ),
+        Paradigm(
+            "bdt",
+            "Furuta et al. 2022 (Generalized decision transformer), sec. 5: its bidirectional form",
+            (Part(TEXT), Part(OBSERVATION), Part(ACTION, "linear", weight=1.0)),
+            mask=PREFIX,
+            views=FUTURE,
+            acting=("imitate", {}),
+            differs="the window's own observations, the last one first, are read as a prefix by the same Transformer, instead of "
+            "by a second one; nothing narrows them down, so training sees the next observation and is an inverse dynamics",
         ),
         Paradigm(
             "text-dt",

@@ -172,7 +172,7 @@ def placements(
                 if n:
                     found.append(Placed(window, None, None, first, n))
         cells = group.cells(body, -1)
-        for owner, step, row in zip(group.owner, np.arange(len(cells)) - group.first[group.owner], cells):
+        for owner, step, row in zip(group.owner, group.shown_steps(), cells):
             for element, column in zip(group.layout.elements, group.layout.columns, strict=True):
                 at = row[column : column + element.size]
                 at = at[at >= 0]

@@ -21,10 +21,11 @@ from tiphys.pretrain.tokens.codecs import Chunk, Codec, check_codec, codec_from_
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.frames import ABSOLUTE, Frame
 from tiphys.pretrain.tokens.hiding import HIDING
-from tiphys.pretrain.tokens.views import ONE, VIEWS
+from tiphys.pretrain.tokens.views import FUTURE, ONE, VIEWS, imitating
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 LOCAL_POSITIONS = 512
+CLIP = "tiphys.clip"  # field that says what a clip was cut from
 TO_THE_END = 1 << 30  # rows; more than an episode has
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
 CAUSAL, BOTH, PREFIX = "causal", "both", "prefix"
@@ -55,7 +56,7 @@ _ROLES = {
 }
 _VERSION_2: dict[str, Any] = {"mask": CAUSAL, "tail": [], "hiding": (), "future": 0, "loss": "targets"}
 _VERSION_2 |= {"prompt_steps": 0, "prompt_parts": (), "prompt_reverse": False, "views": ONE, "swap": 0.0}
-_VERSION_2 |= {"agents": 0, "agent_fields": ()}
+_VERSION_2 |= {"agents": 0, "agent_fields": (), "clipped": False}
 _OPTIONAL: dict[str, Any] = {
     "weight": 1.0,
     "shown": True,
@@ -194,6 +195,7 @@ class TimestepLayout:
     views         how a window becomes sequences: a key of `views.VIEWS`. Everything else here is said of the whole window
     swap          share of the windows that show the texts of another window of their row; the summary tells which, and nothing
                   else is learned from them
+    clipped       the episodes are clips of others: see `clips`
     """
 
     task: str
@@ -218,6 +220,7 @@ class TimestepLayout:
     prompt_reverse: bool = False
     views: str = ONE
     swap: float = 0.0
+    clipped: bool = False
     agents: int = 0
     agent_fields: tuple[str, ...] = ()
 
@@ -268,10 +271,14 @@ class TimestepLayout:
         return sum(size * -(-steps // period) for size, period in self.cadence)
 
     def acting(self) -> TimestepLayout:
-        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one."""
+        """The layout of a history: nothing is drawn to be hidden, and nothing stands after the last step. Each agent has one.
+
+        If windows show their future, a history has it as its prompt.
+        """
         # What is available has no targets to act on, and chunks have none
         elements = tuple(replace(e, available="", predicted=e.predicted and not e.horizon) for e in self.elements)
-        return replace(self, elements=elements, tail=(), hiding=(), swap=0.0, views=ONE)
+        shown = imitating(self) if self.views == FUTURE else self
+        return replace(shown, elements=elements, tail=(), hiding=(), swap=0.0, clipped=False, views=ONE)
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
@@ -302,6 +309,7 @@ class TimestepLayout:
         known |= dict.fromkeys(e.field for e in self.tail if e.field)
         known |= dict.fromkeys(e.available for e in self.elements if e.available)
         known |= dict.fromkeys(e.to for e in self.elements if e.to)
+        known |= dict.fromkeys([CLIP] if self.clipped else [])
         return tuple(known)
 
     @cached_property
@@ -351,7 +359,7 @@ class TimestepLayout:
         found: dict[int, int] = {}
         for e in self.elements:
             period = 1 if e.role == "action" and not e.horizon else math.lcm(self.chunk, e.stride)
-            found[period] = found.get(period, 0) + e.size * self.copies
+            found[period] = found.get(period, 0) + e.size * (self.copies + (e.role in VIEWS[self.views].again))
         return tuple((size, period) for period, size in sorted(found.items()))
 
     def fit(self, room: int) -> int:

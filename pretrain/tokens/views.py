@@ -13,7 +13,7 @@ from tiphys.dataio.episode import Window
 if TYPE_CHECKING:
     from tiphys.pretrain.tokens.timestep import TimestepLayout
 
-ONE, WINDOW_TEXT, AGENTS = "one", "window+text", "agents"
+ONE, WINDOW_TEXT, AGENTS, FUTURE = "one", "window+text", "agents", "future"
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class View:
     about    what it does, for people
     layouts  layout -> the layout of each sequence; their view is `one`
     split    (layout, window) -> what each sequence shows
-    copies   layout -> how many of the sequences have timesteps; those have the same size
+    copies   layout -> how many of the sequences have whole timesteps; those have the same size
+    again    the kinds of parts that one more sequence shows
     """
 
     about: str
     layouts: Callable[[TimestepLayout], tuple[TimestepLayout, ...]]
     split: Callable[[TimestepLayout, Window], list[Window]]
     copies: Callable[[TimestepLayout], int] = lambda layout: 1
+    again: tuple[str, ...] = ()
 
 
 def _window_and_text(layout: TimestepLayout) -> tuple[TimestepLayout, ...]:
@@ -46,8 +48,19 @@ def _agents(layout: TimestepLayout, window: Window) -> list[Window]:
     return out
 
 
+def imitating(layout: TimestepLayout) -> TimestepLayout:
+    """The layout of a window, and of the observations that it is to reach, which stand before it like a prompt."""
+    return replace(layout, views=ONE, prompt_parts=("observation",), prompt_reverse=True)
+
+
 VIEWS: dict[str, View] = {
     ONE: View("each window is one sequence", lambda layout: (layout,), lambda layout, window: [window]),
+    FUTURE: View(
+        "before each window stand its own observations, the last one first",
+        lambda layout: (imitating(layout),) * 2,
+        lambda layout, window: [replace(window, prompt=True), window],
+        again=("observation",),
+    ),
     WINDOW_TEXT: View(
         "each window is two sequences: its steps, and its text",
         _window_and_text,

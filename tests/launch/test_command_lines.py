@@ -87,6 +87,7 @@ dataset filter grid done --success
 dataset lengths small.yaml train.steps=3
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
+bootstrap boot cart drawn --keep 0.5 --draws 2 --windows 2 --validation 0.1 --seed 3 --device cpu
 say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
@@ -121,6 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "both" / "processor.json").write_text(json.dumps(values))
     (place / "small.yaml").write_text(small_recipe("cart"))
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
+    acting.folder(place / "boot", fixtures.make_each([environments.spec(acting.CART)], ["boot"], context=60))
     (place / "key").write_text("secret\n")
     acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
     acting.folder(
@@ -219,6 +221,7 @@ def test_the_line_works(
         "frames.png",
         "published",
         "labelled",
+        "drawn",
         "comparison.html",
         "done",
         "few",

@@ -124,6 +124,7 @@ LINES = [
     "report run",
     "checkpoint list run",
     "label data data labelled",
+    "bootstrap data data drawn --validation 0",
     "say data word",
     "submit r.yaml --dry-run",
     "--traceback inspect broken/none",

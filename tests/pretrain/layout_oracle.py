@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,7 @@ def lay(
     regression: dict[str, list[Any]] = {}
     for r, windows in enumerate(rows):
         p, segment, position, continued = 0, 0, 0, False
-        for slot, window in enumerate(windows):
-            layout = objectives.layouts[window.entry][window.task]
+        for slot, window, layout in _shown(objectives, windows):
             if not continued:
                 segment, position = segment + 1, 0
             continued = window.prompt
@@ -69,6 +70,16 @@ def lay(
                             out["softmax"][r, p - shift] = vocabulary.softmax(vocabulary.name_of(token["id"]))
                 p, position = p + 1, position + 1
     return {**out, "embedded": embedded, "regression": regression}
+
+
+def _shown(objectives: Objectives, windows: list[Any]) -> Iterator[tuple[int, Any, Any]]:
+    """Each window of a row with its number and layout; before it, if the layout says so, its own observations like a prompt."""
+    for slot, window in enumerate(windows):
+        layout = objectives.layouts[window.entry][window.task]
+        if layout.views == "future":
+            turned = replace(layout, prompt_parts=("observation",), prompt_reverse=True)
+            yield slot, replace(window, prompt=True), turned
+        yield slot, window, layout
 
 
 def _counted(tokens: list[dict[str, Any]], layout: Any, window: Any, first: bool) -> list[str]:

@@ -30,7 +30,7 @@ CASES = {
     "reward": ("reward", [GRID], {}),
     "mia": ("mia", [GRID], {}),
     "madt": ("madt", [TEAM], {"options": {"agents": 2}}),
-    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt")},
+    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt", "bdt")},
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
@@ -140,8 +140,6 @@ def test_every_value_influences_what_the_row_says_and_nothing_else(case, rows_of
             continue
         w = windows[one.window]
         task, step = objectives.tasks[w.task], one.step
-        if w.prompt and row.prompt.reverse:
-            step = w.steps - 1 - step
         same = [p for p in placed if (p.window, p.element, p.step) == (one.window, one.element, one.step)]
         agent = None
         if one.element.field in objectives.layouts[0][w.task].agent_fields:
@@ -185,7 +183,7 @@ def test_a_prefix_sees_itself_and_not_what_follows(name, rows_of_tests):
         assert (batch.causal[0, cells] == (not one.prompt)).all()
         assert not one.prompt or (batch.target[0, cells[:-1]] < 0).all()
         if one.prompt and name == "turned":
-            shown = [(p.element.role, int(one.step[::-1][p.step])) for p in placed if p.window == w]
+            shown = [(p.element.role, int(one.step[p.step])) for p in placed if p.window == w]
             assert shown == [(role, step) for step in (2, 1) for role in ("return", "observation")]
             assert batch.timestep[0, cells].tolist() == [step for _, step in shown]
 

@@ -40,6 +40,7 @@ SETUPS = {
     "bc chunked": ("bc", {"context": 300, "fields": {"action*": FieldTokens(chunk=3)}}),
     "bc quantiles": ("bc", {"context": 200, "fields": {"action": FieldTokens(encoding="quantile", bins=32)}}),
     "dt": ("dt", {"context": 200}),
+    "bdt": ("bdt", {"context": 400}),
 }
 
 

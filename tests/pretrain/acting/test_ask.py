@@ -184,7 +184,10 @@ def test_a_query_and_a_future_reach_the_objectives_that_take_them(filling: Proce
         (Asking(["unimask"], query={"arm": "rc"}, goal={"*": "[1]"}), r"query\.arm: .*takes no goal"),
         (Asking(["gdt"], query={"*": "bc"}), r"query\.\*: no objective that is played fills in hidden parts"),
         (Asking(["gdt"]), "future: .*name an episode to match"),
-        (Asking(["unimask"], future={"*": "x"}), r"future\.\*: no objective that is played shows the model histograms"),
+        (
+            Asking(["unimask"], future={"*": "x"}),
+            r"future\.\*: no objective that is played shows the model what is to come",
+        ),
     ],
 )
 def test_a_query_that_was_not_learned_and_a_future_that_lacks_are_refused(

@@ -331,6 +331,7 @@ def test_acting_needs_no_dataset_code():
     files = {
         "agents",
         "augment",
+        "clips",
         "views",
         "swap",
         "batch",

@@ -95,7 +95,7 @@ def test_a_wide_search_finds_what_dynamic_programming_finds(monkeypatch, seed):
         return float((reward[state] + gamma * rest).max())
 
     class Known(Beam):
-        def _drawn(self, hidden: Any, column: int, step: int, slot: int) -> np.ndarray:
+        def _drawn(self, hidden: Any, column: int, step: int, slot: int, plan: np.ndarray) -> np.ndarray:
             return np.arange(len(hidden)) % actions
 
         def _read(self, ids: np.ndarray, columns: list[int], step: int) -> Any:
