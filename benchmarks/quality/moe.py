@@ -65,12 +65,7 @@ def run(
     for seed in seeds:
         for name in models:
             made = recipe(datasets, MODELS[name])
-            each = work.stages.run(
-                "measured",
-                {"model": name},
-                made,
-                lambda made=made: {"flops": measure({**made, "train": {"steps": 100}})[0]},
-            )["result"]["flops"]
+            each = work.flops(name, made)
             made["train"] = {"steps": steps_for(tflop * 1e12, each)}
             trained = work.fit(name.replace(" ", "-").replace(",", ""), seed, made, RATE)
             out[name]["loss"].append(trained["loss"])
@@ -159,7 +154,12 @@ def _played(folder: str, task: str, other: str, way: str, episodes: int) -> dict
     others: list[Tensor] = []
     if way == "as another task":
         seen: list[list[Tensor]] = [[] for _ in layers]
-        with assigned(layers, lambda number, chosen: (seen[number].append(chosen), chosen)[1]):
+
+        def remember(number: int, chosen: Tensor) -> Tensor:
+            seen[number].append(chosen)
+            return chosen
+
+        with assigned(layers, remember):
             play(policy, other, Ask(other), 5)
         others = [torch.cat(one) for one in seen]
     draws = torch.Generator().manual_seed(0)

@@ -103,17 +103,12 @@ def run(
             row = ROWS[name]
             made = recipe(row, datasets)
             tasks = row.tasks or tuple(EPISODES)
-            each = work.stages.run(
-                "measured",
-                {"row": name},
-                made,
-                lambda made=made: {"flops": measure({**made, "train": {"steps": 100}})[0]},
-            )["result"]["flops"]
+            each = work.flops(name, made)
             made["train"] = {"steps": steps_for(tflop * 1e12 * len(tasks) / len(EPISODES), each)}
             policy = work.fit(name, seed, made, RATE)["policy"]
             for task in tasks:
                 asked = {key: asking(key, task, datasets[task]) for key in row.asked}
-                scores = work.evaluate(name, seed, policy, task, min(episodes, row.episodes), **asked)
+                scores = work.evaluate(name, seed, policy, task, min(episodes, row.episodes), asked)
                 played = Played.of(scores, data[task]["random"], best[task]["expert"])
                 out[name].setdefault(task, []).append(played)
     return out

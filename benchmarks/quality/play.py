@@ -63,4 +63,4 @@ def _misled(env: Environment, mission: str) -> Environment:
         def observation(self, observation: Any) -> Any:
             return {**observation, "mission": mission}
 
-    return Misled(env)  # type: ignore[arg-type]
+    return Misled(env)  # type: ignore[arg-type, return-value]

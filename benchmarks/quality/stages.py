@@ -64,8 +64,9 @@ class Stages:
         if key not in self._known:
             began, used = time.monotonic(), cpu_seconds()
             result = dict(do())
-            record = {"stage": stage, "what": dict(what), "settings": digest, "result": result}
-            record |= {"seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(cpu_seconds() - used, 2)}
+            record: dict[str, Any] = {"stage": stage, "what": dict(what), "settings": digest, "result": result}
+            record["seconds"] = round(time.monotonic() - began, 2)
+            record["cpu_seconds"] = round(cpu_seconds() - used, 2)
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -76,6 +76,14 @@ class Work:
 
         return self.stages.run("trained", {"run": name, "seed": seed}, whole, do)["result"]
 
+    def flops(self, name: str, recipe: Mapping[str, Any]) -> float:
+        """Operations of a training step of a recipe (without `train`)."""
+
+        def do() -> dict[str, Any]:
+            return {"flops": measure({**recipe, "train": {"steps": 100}})[0]}
+
+        return self.stages.run("measured", {"run": name}, recipe, do)["result"]["flops"]
+
     def fit(self, name: str, seed: int, recipe: Mapping[str, Any], rate: float) -> dict[str, Any]:
         """As `train`, for short experiments: in this process, with torch's AdamW instead of DeepSpeed."""
         folder = self.folder("policies", f"{name}-{seed}")
@@ -94,16 +102,24 @@ class Work:
         return self.stages.run("trained", {"run": name, "seed": seed}, [whole, rate], do)["result"]
 
     def evaluate(
-        self, name: str, seed: int, policy: str, task: str, episodes: int, **asked: Mapping[str, str]
+        self,
+        name: str,
+        seed: int,
+        policy: str,
+        task: str,
+        episodes: int,
+        asked: Mapping[str, Mapping[str, str]] | None = None,
     ) -> dict[str, Any]:
         """Play a task with a policy. `asked`: fields of `Asking`. The result is the entry of evaluation.json."""
-        settings = {"policy": _digest(policy), "episodes": episodes, "asked": asked}
+        settings = {"policy": _digest(policy), "episodes": episodes, "asked": dict(asked or {})}
 
         def do() -> dict[str, Any]:
             from tiphys import evaluate
             from tiphys.pretrain.acting.ask import Asking
 
-            found = evaluate(policy, [task], episodes=episodes, processes=self.processes, asking=Asking(**asked))
+            found = evaluate(
+                policy, [task], episodes=episodes, processes=self.processes, asking=Asking(**(asked or {}))
+            )  # type: ignore[arg-type]
             return found["tasks"][task]
 
         return self.stages.run("evaluated", {"run": name, "seed": seed, "task": task}, settings, do)["result"]
