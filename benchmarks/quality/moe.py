@@ -18,7 +18,7 @@ from benchmarks.quality.figures import Played, interval, iqm, matrix, span, tabl
 from benchmarks.quality.play import play
 from benchmarks.quality.small import collected, continuous_of
 from benchmarks.quality.small import recipe as recipe_of_tasks
-from benchmarks.quality.work import Work, measure, steps_for
+from benchmarks.quality.work import Work, steps_for
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.moe import MixtureOfExperts, mixtures
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.quality.figures import Played, interval, span, table, two
 from benchmarks.quality.weak import EXPERT
-from benchmarks.quality.work import Work, measure, steps_for
+from benchmarks.quality.work import Work, steps_for
 
 EPISODES = {"CartPole-v1": 600, "Pendulum-v1": 200, "MountainCar-v0": 200}
 RATE = 3e-3
