@@ -6,6 +6,7 @@ Only DeepSpeed is left out: the optimizer is torch's AdamW in this process, as i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from tiphys.dataio.placement import Home
 from tiphys.launch.plan import Joining, loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
+from tiphys.pretrain.model.flops import flops_per_batch
 from tiphys.pretrain.model.inputs import to_tensors
+from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.pretrained import begin
 from tiphys.pretrain.publish import save_policy
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.load import from_dict
+from tiphys.recipes.schema import Recipe
 
 SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300}
 # With weights of .02, attention of so narrow a model is nearly uniform in the beginning, and a model that must learn to compare
@@ -78,28 +82,69 @@ def train(
             "run": {"dir": "unused"},
         }
     )
+    return fit(recipe, rate, sample=sample, joins=joins).policy
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A policy, and what its training took: steps, operations of forward and backward passes, tokens.
+
+    loss  mean over the last tenth of the steps
+    """
+
+    policy: Policy
+    steps: int
+    flops: float
+    tokens: int
+    loss: float
+
+
+def fit(
+    recipe: Recipe, rate: float, *, sample: bool = False, joins: Mapping[int, Callable[[Policy], str]] | None = None
+) -> Fitted:
+    """Train the model of a recipe in this process.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its sections `data`, `objectives`, `model` and `train` count, and the number of rows.
+    rate : float
+        Peak learning rate. It rises over the first tenth of the steps, and falls to 0 in the end.
+    sample : bool
+        The policy draws its actions.
+    joins : mapping, optional
+        As for `train`.
+    """
     indexes = open_datasets(recipe)
     objectives = Objectives(recipe, indexes)
     joining = Joining(recipe, objectives)
     plan = make_plan(recipe, indexes, objectives, joining=joining)
     net = begin(recipe, objectives.vocabulary).train()
+    steps, flops, tokens = recipe.train.steps, 0.0, 0
+    losses: list[torch.Tensor] = []
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     processor, arguments = Processor.from_dict(objectives.processor()), loader_arguments(recipe, objectives)
     with TrajectoryLoader(plan, Home(0, 1), **arguments, join=joining.loader, stop=steps) as loader:
         for step, loaded in enumerate(loader, start=1):
             batch = TokenBatch.from_arrays(loaded.arrays)
+            flops, tokens = flops + flops_per_batch(net.config, batch), tokens + batch.real_tokens
             optimizer.zero_grad()
-            net(to_tensors(batch), batch.targets, batch.real_tokens).loss.backward()
+            loss = net(to_tensors(batch), batch.targets, batch.real_tokens).loss
+            loss.backward()
+            losses.append(loss.detach())
             loaded.release()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            for layer, counts in zip(mixtures(net), step_counts(net)[0], strict=True):
+                layer.finish_step(counts)  # the balance loss of the next step needs them
             if step in (joins or {}):
-                made = joins[step](Policy(net, processor, seed=seed))  # type: ignore[index]
+                made = joins[step](Policy(net, processor, seed=recipe.train.seed))  # type: ignore[index]
                 net.train()
                 loader.append([joined(made, plan.entries[0].name, len(plan.entries), step)])
-    return Policy(net, processor, sample=sample, seed=seed)
+    policy = Policy(net, processor, sample=sample, seed=recipe.train.seed)
+    return Fitted(policy, steps, flops, tokens, float(torch.stack(losses[-max(1, steps // 10) :]).mean()))
 
 
 def joined(dataset: str, like: str, number: int, step: int) -> dict[str, Any]:
