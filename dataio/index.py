@@ -549,10 +549,7 @@ class EpisodeIndex:
             begin = chunk.offset - part[0].offset
             data = part[1][begin : begin + chunk.size]
             place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
-            if chunk.crc >= 0 and crc32c(data) != chunk.crc:
-                raise DataError(
-                    f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
-                )
+            self.check_chunk(episode, place, chunk, data)
             try:
                 if chunk.kind == PACKETS:
                     pieces.append(self._decode_packets(episode, spec, chunk, start, rows, data))
@@ -569,6 +566,11 @@ class EpisodeIndex:
             array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
         return array
 
+    def check_chunk(self, episode: int, place: Range, chunk: Chunk, data: Buffer) -> None:
+        """Raises DataError, which names the place, if the bytes of a chunk do not have its CRC-32C."""
+        if chunk.crc >= 0 and crc32c(data) != chunk.crc:
+            raise DataError(f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`")
+
     def _decode_packets(
         self, episode: int, spec: FieldSpec, chunk: Chunk, start: int, rows: int, data: memoryview
     ) -> np.ndarray:
@@ -577,24 +579,17 @@ class EpisodeIndex:
 
         table = self.packets(spec.name)
         assert table is not None
-        first = int(table.first[episode])
         number = int(table.chunk_of([episode], [chunk.row])[0])
-        samples = int(table.samples[number])
-        before = int(table.samples[first:number].sum())
+        samples = table.chunk_samples(episode, number)
         low, high = max(start, chunk.row), min(start + rows, chunk.row + chunk.rows)
-        sizes = table.part("sample_size", episode, before, samples)
-        gaps = table.part("gap", episode, before, samples)
-        rank = table.part("rank", episode, before, samples)
         frame = table.part("frame", episode, low, high - low)
-        assert sizes is not None
-        ends = np.cumsum(sizes if gaps is None else sizes + gaps, dtype=np.int64)
         wanted = int(table.lead[number]) + np.arange(low, high) - chunk.row if frame is None else frame
         stream = _stream(table.entry(episode))
         if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
             raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
-        payloads = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+        payloads = [data[at : at + size] for at, size in zip(samples.begin.tolist(), samples.size.tolist(), strict=True)]
         grey = bool(spec.shape) and spec.shape[-1] == 1
-        pictures = packets.decode(stream, payloads, np.arange(samples) if rank is None else rank, wanted, "", grey)
+        pictures = packets.decode(stream, payloads, samples.rank, wanted, "", grey)
         if not all(want in (0, have) for want, have in zip(spec.shape, pictures.shape[1:], strict=True)):
             raise DataError(f"the video has pictures of shape {pictures.shape[1:]}, not {spec.shape}")
         return pictures

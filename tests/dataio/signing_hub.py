@@ -6,10 +6,14 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 NAME = "owner/robot"
@@ -96,6 +100,17 @@ class SigningHub:
         first, last = (int(x) for x in re.findall(r"\d+", wanted))
         part = data[first : last + 1]
         return 206, {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}, part
+
+
+@contextmanager
+def hub_of(folder: Path) -> Iterator[SigningHub]:
+    """A hub that serves a folder, and the environment that names it."""
+    with SigningHub(folder) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", server.url)
+        patch.setenv("HF_TOKEN", "hf_owner_secret")
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield server
 
 
 def _etag(data: bytes) -> str:

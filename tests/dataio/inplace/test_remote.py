@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.dataio.inplace.made import CAMERAS, LENGTHS, batches, source
-from tests.dataio.signing_hub import COMMIT, SigningHub
+from tests.dataio.signing_hub import COMMIT, SigningHub, hub_of
 from tests.servers import moto_server, s3_environment
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.index import EpisodeIndex
@@ -27,12 +27,8 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(robot: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SigningHub]:
-    with SigningHub(robot) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_owner_secret")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+def hub(robot: Path) -> Iterator[SigningHub]:
+    with hub_of(robot) as server:
         yield server
 
 
