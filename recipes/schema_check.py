@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator
+from dataclasses import make_dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from omegaconf import MISSING, OmegaConf
@@ -134,7 +136,7 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
             yield f"{where(at)}: must be {kind}, not {value!r}"
             return
     try:
-        read: Any = OmegaConf.merge(OmegaConf.structured(section), {name: value})
+        read: Any = OmegaConf.merge(_schema_of(section, name), {name: value})
     except (OmegaConfBaseException, OverflowError, TypeError, ValueError) as error:
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint)
         if hint == float | str:
@@ -146,6 +148,13 @@ def _check_value(section: type, name: str, value: Any, at: str, where: Where) ->
     problem = key_of(of).problem(read[name])
     if problem:
         yield f"{where(at)}: {problem}"
+
+
+@cache
+def _schema_of(section: type, name: str) -> Any:
+    """The schema of one key alone: `OmegaConf.merge` copies all of a schema, and it is called for each value of a recipe."""
+    hint, of = section_fields(section)[name]
+    return OmegaConf.structured(make_dataclass(section.__name__, [(name, hint, of)]))
 
 
 def _not_texts(hint: Any, key: Key, value: Any, at: str, where: Where) -> Iterator[str]:
