@@ -80,7 +80,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     seen = examine(path, overrides)
     if seen.errors:
         raise RecipeError(seen.errors)
-    return from_dict(seen.raw, str(seen.file))
+    return _built(seen.raw, str(seen.file))
 
 
 def find(path: str | Path) -> Path:
@@ -113,6 +113,11 @@ def from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
     errors += schema_errors(values, where)
     if errors:
         raise RecipeError(errors)
+    return _built(values, source)
+
+
+def _built(values: dict[str, Any], source: str) -> Recipe:
+    """The recipe of values in which the schema finds nothing wrong."""
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(values)))
     except OmegaConfBaseException as error:

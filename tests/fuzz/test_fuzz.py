@@ -15,7 +15,7 @@ NAMES = sorted(make(Path("unused")))
 @pytest.mark.parametrize("name", NAMES)
 def test_some_damaged_inputs(name: str, tmp_path: Path) -> None:
     readers, made = make(tmp_path), dict[str, Reader]()
-    outcomes = [attempt(name, number, readers, tmp_path, made) for number in range(12 if name == "recipe" else 40)]
+    outcomes = [attempt(name, number, readers, tmp_path, made) for number in range(10 if name == "lerobot" else 40)]
     assert set(outcomes) <= {"read", "refused"}, next(o for o in outcomes if o not in ("read", "refused"))
     assert "refused" in outcomes
 

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from tiphys.recipes.load import RecipeError, differences, digest, from_dict, load_recipe, to_dict, to_yaml
+from tiphys.recipes.load import RecipeError, differences, digest, examine, from_dict, load_recipe, to_dict, to_yaml
 
 GOOD = """
 name: small
@@ -196,3 +197,19 @@ def test_a_loss_weight_is_a_number_or_auto(tmp_path, text, value):
 def test_a_loss_weight_that_is_neither_is_refused(tmp_path, text, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe(write(tmp_path, GOOD), [f"data.mixture[0].loss_weight={text}"])
+
+
+def test_the_schema_is_built_once_for_each_key_and_not_for_each_value(tmp_path, monkeypatch):
+    """OmegaConf copies a schema for each value that it checks, so a recipe of 20,000 values must not take minutes."""
+    built = []
+    real = OmegaConf.structured
+    monkeypatch.setattr(OmegaConf, "structured", lambda section, **options: built.append(section) or real(section))
+
+    def schemas(entries):
+        mixture = "".join(f"    - {{dataset: /d{i}, weight: 2.5, tasks: [a]}}\n" for i in range(entries))
+        built.clear()
+        examine(write(tmp_path, f"name: many\nseed: 1\ndata:\n  mixture:\n{mixture}"))
+        return len(built)
+
+    schemas(1)  # from now on the schema of each of these keys is known
+    assert schemas(300) == 0
