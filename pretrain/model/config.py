@@ -124,8 +124,8 @@ class DecisionConfig(PretrainedConfig):
         Added to the mean square in RMSNorm.
     initializer_range : float
         Standard deviation of the weights that are drawn (Radford et al. 2019). Matrices that write to the residual stream
-        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths, and the vectors
-        of embedders begin as large as those of the token table.
+        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths, and the
+        vectors of embedders begin as large as those of the token table.
     dropout : float
         Share of the elements that training drops after attention and MLP.
     checkpointing : bool
