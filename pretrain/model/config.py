@@ -72,7 +72,8 @@ class DecisionConfig(PretrainedConfig):
     ranges : sequence of (name, low, high)
         Disjoint ranges of ids, `high` excluded. Softmax 0 normalises over the whole vocabulary, softmax i over ranges[i − 1].
     embedders : mapping
-        Name -> {"kind": one of `EMBEDDER_KINDS`, "shape": [...], "values": n}: values that become a vector without an id. `shape` is that of one value; `values` is the number of symbols in a channel of a grid or tile.
+        Name -> {"kind": one of `EMBEDDER_KINDS`, "shape": [...], "values": n}: values that become a vector without an id.
+        `shape` is that of one value; `values` is the number of symbols in a channel of a grid or tile.
     regressions : mapping
         Regression head -> number of dimensions.
     chunks : mapping
