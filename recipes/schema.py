@@ -611,7 +611,11 @@ class Evaluation:
         text="GPU numbers, such as 6,7",
         resume=True,
     )
-    sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
+    sample: bool = key(
+        False,
+        "Draw actions instead of taking the most probable one; the policy that is made does so by default, too",
+        resume=True,
+    )
     videos: int = key(
         1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True
     )
