@@ -128,6 +128,14 @@ def _verbose_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sample_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw actions at random instead of taking the most probable one (default: as the policy's recipe says)",
+    )
+
+
 def _asking_arguments(parser: argparse.ArgumentParser) -> None:
     """What a policy is asked for. `Asking.from_words` reads the values."""
     asked = parser.add_argument_group("what the policy is asked for, for every task or for TASK (a name or a glob)")
@@ -526,9 +534,7 @@ def _serve_command(commands: Any) -> None:
         default="5ms",
         help="longest time that a request waits for those of other clients, e.g. 500us, 5ms, 1s (default: %(default)s)",
     )
-    p.add_argument(
-        "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
-    )
+    _sample_argument(p)
     p.add_argument("--seed", type=int, default=0, help="with --sample: seed of the draws (default: %(default)s)")
     p.add_argument(
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
@@ -550,9 +556,7 @@ def _policy_commands(commands: Any) -> None:
         "--seed", type=int, default=1_000_000, help="seed of the first episode of each task (default: %(default)s)"
     )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
-    p.add_argument(
-        "--sample", action="store_true", help="draw actions at random instead of taking the most probable one"
-    )
+    _sample_argument(p)
     _asking_arguments(p)
     p.add_argument(
         "--target-returns",

@@ -96,6 +96,8 @@ ENCODINGS = (
     Example("encoding: gato", "arm", _of(_STATE, encoding="gato")),
     Example("encoding: vector", "grid", _of(_MAP, encoding="vector")),
     Example("encoding: grid", "grid", _of(_MAP, encoding="grid")),
+    Example("encoding: rows", "grid", _of(_MAP, encoding="rows")),
+    Example("encoding: cells", "grid", _of(_MAP, encoding="cells")),
     Example("encoding: uniform", "arm", _of(_STATE, encoding="uniform", bins=16)),
     Example("encoding: quantile", "arm", _of(_STATE, encoding="quantile", bins=16)),
     Example("encoding: integer", "grid", _rewards("integer")),

@@ -17,7 +17,7 @@ from tiphys.recipes.load import load_recipe
 
 # dataset -> task -> demonstrations
 DEMONSTRATIONS: dict[str, dict[str, int]] = {
-    "babyai": {"BabyAI-GoToRedBallGrey-v0": 3000, "BabyAI-GoToLocal-v0": 4000},
+    "babyai": {"BabyAI-GoToRedBallGrey-v0": 3000, "BabyAI-GoToLocal-v0": 10000},
     "metaworld": {
         "metaworld/reach-v3": 300,
         "metaworld/push-v3": 300,

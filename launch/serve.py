@@ -35,7 +35,7 @@ def serve(
     sessions: int = 64,
     batch: int = 32,
     wait: str = "5ms",
-    sample: bool = False,
+    sample: bool | None = None,
     seed: int = 0,
     device: str = "",
     follow: bool = False,

@@ -45,7 +45,7 @@ def evaluate(
     episodes: int = 40,
     seed: int = EVALUATION_SEEDS,
     processes: int = 0,
-    sample: bool = False,
+    sample: bool | None = None,
     asking: Asking | None = None,
     out: str | Path = "",
     pictures: str | Path = "",
@@ -70,8 +70,8 @@ def evaluate(
         Episode i is played with seed ``seed + i``. The default is the first of the reserved seeds.
     processes : int
         Number of worker processes; 0: one for each core.
-    sample : bool
-        Draw actions from the policy's distribution instead of taking the most probable ones.
+    sample : bool, optional
+        Draw actions from the policy's distribution instead of taking the most probable ones. None: as the policy's recipe says.
     asking : Asking, optional
         Objectives to act with, and target returns, prompts and goals, by task. None: the first objective of each task, asked for
         what the recipe says.
@@ -272,7 +272,7 @@ class _Away:
 
         return cls(url, read_key(expand(api_key_file)) if api_key_file else "", policy_digest(folder))
 
-    def policy(self, folder: str, sample: bool) -> RemotePolicy:
+    def policy(self, folder: str, sample: bool | None) -> RemotePolicy:
         from tiphys.pretrain.serving.client import RemotePolicy
 
         return RemotePolicy.of(folder, self.url, api_key=self.api_key, digest=self.digest, sample=sample)
@@ -292,7 +292,9 @@ _policy: Policy | RemotePolicy | None = None
 _away: _Away | None = None
 
 
-def _start(folder: str, sample: bool, device: str, modules: Sequence[str] = (), away: _Away | None = None) -> None:
+def _start(
+    folder: str, sample: bool | None, device: str, modules: Sequence[str] = (), away: _Away | None = None
+) -> None:
     global _policy, _away
     _away = away
     if away is not None:

@@ -110,6 +110,8 @@ def save_policy(
     }
     if averaged:
         about["weights"] = "average"
+    if ((recipe or {}).get("evaluate") or {}).get("sample"):
+        about["sample"] = True  # a policy acts by default as its recipe evaluates it
     with _Replacing(target) as new:
         config.architectures = ["DecisionModel"]
         config.dtype = next(

@@ -171,7 +171,7 @@ class FieldTokens:
     encoding: str = key(
         "auto",
         "How the field becomes tokens; auto: as the scheme says",
-        choices=("auto", "gato", "vector", "grid", "uniform", "quantile", "integer", "sign", "skip"),
+        choices=("auto", "gato", "vector", "grid", "rows", "cells", "uniform", "quantile", "integer", "sign", "skip"),
     )
     bins: int = key(1024, "With `encoding: uniform` or `quantile`, bins of each dimension", low=2, high=2**16)
     resize: int = key(0, "Images: height and width after resizing; 0: as stored", unit="pixels", low=0, high=8192)
@@ -398,10 +398,12 @@ class Model:
         high=2**22,
     )
     init_std: float = key(
-        0.02,
-        "Standard deviation of the weights that are drawn; a `hidden` of 32 to 64 may need about 1 / √`hidden`",
+        0.0,
+        "Standard deviation of the weights that are drawn; 0: 1 / √`hidden`",
         low=1e-4,
         high=1,
+        also=(0.0,),
+        resume=True,
     )
     tie: bool = key(False, "One matrix for token embedding and output")
     text_vocabulary: int = key(
@@ -643,7 +645,11 @@ class Evaluation:
         text="GPU numbers, such as 6,7",
         resume=True,
     )
-    sample: bool = key(False, "Draw actions instead of taking the most probable one", resume=True)
+    sample: bool = key(
+        False,
+        "Draw actions instead of taking the most probable one; the policy that is made does so by default, too",
+        resume=True,
+    )
     videos: int = key(
         1, "Episodes of each task whose pictures go into the report", unit="episodes", low=0, high=10**7, resume=True
     )

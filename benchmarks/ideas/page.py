@@ -28,9 +28,9 @@ it, `tiphys objectives dt` one row of it. A part with a star is predicted; one i
 in its place.
 
 Each row has a recipe, and a small experiment that shows that its idea works: `python -m benchmarks.ideas ROW --control`. It
-trains a model of two layers on toy episodes, through the same code as any run. Some set `model.init_std` to 1 / √`hidden`,
-because with the default of .02 a model of width 32 does not learn to compare tokens in a few hundred steps. A control breaks
-one thing that the idea needs, and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those
+trains a model of two layers on toy episodes, through the same code as any run. Their `model.init_std` is .02, or 1 / √`hidden`
+(the default of recipes) where a model of width 32 must learn to compare tokens in a few hundred steps. A control breaks one
+thing that the idea needs, and must fail. This page is written by `python -m benchmarks.ideas.page`; the figures are those
 of seeds 0, 1 and 2, as far as they were recorded.
 """
 _SHOWN = {

@@ -28,10 +28,10 @@ from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.load import from_dict
 from tiphys.recipes.schema import Recipe
 
-SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300}
+SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300, "init_std": 0.02}
 # With weights of .02, attention of so narrow a model is nearly uniform in the beginning, and a model that must learn to compare
 # two tokens stays there for longer than an experiment lasts.
-WIDE = {"init_std": 0.177}  # 1 / √width
+WIDE = {"init_std": 0.0}  # 1 / √width, the default of recipes
 
 
 def train(

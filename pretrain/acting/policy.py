@@ -41,8 +41,9 @@ class Policy:
         The model. It is put into evaluation mode.
     processor : Processor
         How observations become tokens, and answers become actions.
-    sample : bool
-        Draw each element of an action from the model's distribution, instead of taking the most probable one.
+    sample : bool, optional
+        Draw each element of an action from the model's distribution, instead of taking the most probable one. None: as
+        `evaluate.sample` of the recipe that the policy was trained by.
     seed : int
         Seed of those draws. The draws of an environment at its t-th step depend only on the seed, on the environment's stream
         (`restart`; by default its number) and on t, whatever other environments are in the batch.
@@ -59,16 +60,18 @@ class Policy:
     """
 
     def __init__(
-        self, model: DecisionModel, processor: Processor, *, sample: bool = False, seed: int = 0, hop: bool = True
+        self, model: DecisionModel, processor: Processor, *, sample: bool | None = None, seed: int = 0, hop: bool = True
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        self.sample, self.seed, self.hop = sample, seed, hop
+        about = getattr(model.config, "tiphys", None) or {}
+        self.sample = bool(about.get("sample", False)) if sample is None else sample
+        self.seed, self.hop = seed, hop
         self.task = ""
         self.following: Any = None
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "", *, sample: bool = False, seed: int = 0, hop: bool = True
+        cls, folder: str | Path, device: str = "", *, sample: bool | None = None, seed: int = 0, hop: bool = True
     ) -> Policy:
         """Load a policy. It acts with the code of this installation, not with the code in its folder.
 
@@ -151,7 +154,7 @@ class Policy:
         return policy
 
     @classmethod
-    def of(cls, model: DecisionModel, *, sample: bool = False, seed: int = 0, hop: bool = True) -> Policy:
+    def of(cls, model: DecisionModel, *, sample: bool | None = None, seed: int = 0, hop: bool = True) -> Policy:
         """The policy of a loaded model. Its processor.json is read from where the weights were loaded.
 
         Parameters

@@ -139,5 +139,5 @@ def any_value(element: Element) -> np.ndarray:
     if isinstance(codec, Chunk):
         return np.zeros(codec.shape, codec.dtype)
     if codec.embedder:
-        return codec.decode(np.zeros((1, 1, *codec.embedder_spec().shape), np.float32))[0]
+        return codec.decode(np.zeros((1, codec.tokens, *codec.embedder_spec().shape), np.float32))[0]
     return codec.decode(np.array([[low for low, _ in codec.choices()]]))[0]

@@ -67,7 +67,7 @@ def typical_batch(config: DecisionConfig, rows: int, length: int) -> TokenBatch:
     embedded = {}
     for number, (name, spec) in enumerate(sorted(config.embedders.items()), 1):
         index = cells[number::kinds]
-        value = np.zeros((len(index), *spec["shape"]), np.int32 if spec["kind"] == "grid" else np.float32)
+        value = np.zeros((len(index), *spec["shape"]), np.int32 if spec["kind"] in ("grid", "tile") else np.float32)
         embedded[name] = Embedded(index, value, np.zeros((len(index), 2), np.int32))
     target = np.where(random.random(shape) < TARGETS, random.integers(0, config.vocab_size, shape), -1)
     some = cells[:: max(1, round(1 / TARGETS))]

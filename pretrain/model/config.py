@@ -10,6 +10,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number
 from tiphys.pretrain.model.rope import Rope, recipe_rope
 from tiphys.pretrain.model.size_errors import size_errors
+from tiphys.pretrain.tokens.vocabulary import EMBEDDER_KINDS
 
 if TYPE_CHECKING:
     from tiphys.pretrain.tokens.vocabulary import Vocabulary
@@ -71,8 +72,8 @@ class DecisionConfig(PretrainedConfig):
     ranges : sequence of (name, low, high)
         Disjoint ranges of ids, `high` excluded. Softmax 0 normalises over the whole vocabulary, softmax i over ranges[i − 1].
     embedders : mapping
-        Name -> {"kind": "patch" | "vector" | "grid", "shape": [...], "values": n}: values that become a vector without an id.
-        `shape` is that of one value; `values` is the number of symbols in a channel of a grid.
+        Name -> {"kind": one of `EMBEDDER_KINDS`, "shape": [...], "values": n}: values that become a vector without an id.
+        `shape` is that of one value; `values` is the number of symbols in a channel of a grid or tile.
     regressions : mapping
         Regression head -> number of dimensions.
     chunks : mapping
@@ -125,7 +126,8 @@ class DecisionConfig(PretrainedConfig):
         Added to the mean square in RMSNorm.
     initializer_range : float
         Standard deviation of the weights that are drawn (Radford et al. 2019). Matrices that write to the residual stream
-        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths.
+        divide it by √(2 · layers). Embedders of values and heads by flow matching draw theirs by their own widths, and the
+        vectors of embedders begin as large as those of the token table.
     dropout : float
         Share of the elements that training drops after attention and MLP.
     checkpointing : bool
@@ -255,8 +257,10 @@ class DecisionConfig(PretrainedConfig):
                 raise DataError(f"embedder {name!r} has the keys {', '.join(e)}, not kind, shape and values")
             for n in (*e["shape"], e["values"] + 1):
                 number(n, f"embedder {name!r}", 1, 1 << 24)
-            if e["kind"] not in ("patch", "vector", "grid"):
-                raise ValueError(f"embedder {name!r}: kind {e['kind']!r} is not allowed; allowed: patch, vector, grid")
+            if e["kind"] not in EMBEDDER_KINDS:
+                raise ValueError(
+                    f"embedder {name!r}: kind {e['kind']!r} is not allowed; allowed: {', '.join(EMBEDDER_KINDS)}"
+                )
 
     def _check_numbers(self) -> None:
         bounds: dict[str, tuple[float, float]] = {**_WHOLE, **_REAL}
@@ -336,7 +340,7 @@ class DecisionConfig(PretrainedConfig):
             router_task=moe.task,
             task_dropout=moe.task_dropout if moe.task else 0.0,
             timesteps=model.timesteps,
-            initializer_range=model.init_std,
+            initializer_range=model.init_std or model.hidden**-0.5,
             theta=rope.theta,
             rope=rope.values(),
             norm_epsilon=model.norm_epsilon,

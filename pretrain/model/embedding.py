@@ -18,7 +18,15 @@ from tiphys.pretrain.model.layers import Linear, Module, Table, only_acts
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
 
-BINS = 128  # for a patch's row, and for its column (Reed et al. 2022, app. C.3)
+BINS = 128  # for the row of a patch or tile, and for its column (Reed et al. 2022, app. C.3)
+
+
+def begins(std: float, inputs: int) -> float:
+    """Standard deviation of the last matrix of an embedder, so that its vectors begin about as large as those of the token table.
+
+    A vector that is many times larger than what attention adds to it hides the instruction from its own position for long.
+    """
+    return std * float(2 / inputs) ** 0.5  # GELU halves the mean square, about
 
 
 class Convolution(Module):
@@ -63,7 +71,7 @@ class PatchEmbedder(Module):
         self.norm1, self.conv1 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
         self.norm2, self.conv2 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
         inputs = CHANNELS * -(-height // 2) * -(-width // 2)
-        self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
         self.row, self.column = Table(BINS, size, std=std), Table(BINS, size, std=std)
 
     def forward(self, value: Tensor, place: Tensor) -> Tensor:
@@ -77,11 +85,11 @@ class PatchEmbedder(Module):
 class VectorEmbedder(Module):
     """A whole vector as one token: two layers and GELU on values [n, *shape], as the codec scaled them."""
 
-    def __init__(self, shape: tuple[int, ...], size: int) -> None:
+    def __init__(self, shape: tuple[int, ...], size: int, std: float) -> None:
         super().__init__()
         inputs = prod(shape)
         self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
-        self.out = Linear(size, size, std=size**-0.5, bias=True)
+        self.out = Linear(size, size, std=begins(std, size), bias=True)
 
     def forward(self, value: Tensor, place: Tensor) -> Tensor:
         return self.out(F.gelu(self.hidden(value.flatten(1).to(self.hidden.weight.dtype))))
@@ -93,7 +101,7 @@ class GridEmbedder(Module):
     Values int [n, H, W, C] in [0, values); values outside are clamped.
     """
 
-    def __init__(self, shape: tuple[int, ...], values: int, size: int) -> None:
+    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float) -> None:
         super().__init__()
         height, width, self.channels = (*shape, 1)[:3]
         self.values = values
@@ -101,7 +109,7 @@ class GridEmbedder(Module):
         stride = max(1, -(-max(height, width) // 9))  # a grid of up to 9 × 9 keeps its resolution
         self.conv1, self.conv2 = Convolution(CHANNELS, CHANNELS), Convolution(CHANNELS, CHANNELS, stride)
         inputs = CHANNELS * -(-height // stride) * -(-width // stride)
-        self.out = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
 
     def forward(self, value: Tensor, place: Tensor) -> Tensor:
         value = value.reshape(*value.shape[:3], self.channels).long().clamp(0, self.values - 1)
@@ -111,14 +119,40 @@ class GridEmbedder(Module):
         return self.out(F.gelu(self.conv2(x)).flatten(1))
 
 
+class TileEmbedder(Module):
+    """A part of a small grid of symbols as one token: a table for each channel, summed in each cell, then two layers and GELU.
+
+    Values int [n, h, w, C] in [0, values); values outside are clamped. The tile's row and column are added before GELU, with the
+    variance of what they are added to: a small position beside a large value would be learned late.
+    """
+
+    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float) -> None:
+        super().__init__()
+        height, width, self.channels = shape
+        self.values = values
+        self.cell = Table(values * self.channels, CHANNELS, std=self.channels**-0.5)
+        inputs = height * width * CHANNELS
+        self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.row, self.column = Table(BINS, size, std=1.0), Table(BINS, size, std=1.0)
+        self.out = Linear(size, size, std=begins(std, size), bias=True)
+
+    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+        value = value.long().clamp(0, self.values - 1)
+        offset = torch.arange(self.channels, device=value.device) * self.values
+        x = self.hidden(self.cell(value + offset).sum(3).flatten(1))
+        return self.out(F.gelu(x + self.row(place[:, 0]) + self.column(place[:, 1])))
+
+
 def make_embedder(spec: Mapping[str, Any], size: int, std: float) -> nn.Module:
-    """The embedder of a spec of `DecisionConfig.embedders`; `std` is that of its position embeddings at the start."""
+    """The embedder of a spec of `DecisionConfig.embedders`; `std` is that of its vectors at the start."""
     shape = tuple(spec["shape"])
     if spec["kind"] == "patch":
         return PatchEmbedder(shape, size, std)
     if spec["kind"] == "grid":
-        return GridEmbedder(shape, spec["values"], size)
-    return VectorEmbedder(shape, size)
+        return GridEmbedder(shape, spec["values"], size, std)
+    if spec["kind"] == "tile":
+        return TileEmbedder(shape, spec["values"], size, std)
+    return VectorEmbedder(shape, size, std)
 
 
 class TokenTable(Module):

@@ -74,6 +74,8 @@ def embedder_flops(spec: dict[str, Any], size: int) -> float:
     shape = spec["shape"]
     if spec["kind"] == "vector":
         return 2 * size * (int(np.prod(shape)) + size)
+    if spec["kind"] == "tile":
+        return 2 * size * (shape[0] * shape[1] * CHANNELS + size)
     convolution = 2 * 9 * CHANNELS * CHANNELS
     if spec["kind"] == "patch":
         cells = -(-shape[0] // 2) * -(-shape[1] // 2)

@@ -34,8 +34,8 @@ class RemotePolicy:
         ``ws://host:port`` of the server.
     api_key : str
         The server's key; "": none.
-    sample : bool
-        Draw actions instead of taking the most probable ones.
+    sample : bool, optional
+        Draw actions instead of taking the most probable ones; None: as the server does.
     processor : Processor
         The processor of the policy that the server must hold.
     digest : str
@@ -43,7 +43,7 @@ class RemotePolicy:
     """
 
     def __init__(
-        self, url: str, processor: Processor, *, api_key: str = "", sample: bool = False, digest: str = ""
+        self, url: str, processor: Processor, *, api_key: str = "", sample: bool | None = None, digest: str = ""
     ) -> None:
         self.url, self.processor, self.sample = url, processor, sample
         self._key, self._digest = api_key, digest

@@ -34,8 +34,8 @@ class Settings:
         Actions of a chunk that clients carry out before they send the next observation; 0: all.
     sessions : int
         Most histories at once.
-    sample : bool
-        Draw actions instead of taking the most probable ones.
+    sample : bool or None
+        Draw actions instead of taking the most probable ones; None: as the policy's recipe says.
     seed : int
         Seed of these draws.
     device : str
@@ -45,7 +45,7 @@ class Settings:
     task: str = ""
     execute: int = 0
     sessions: int = 64
-    sample: bool = False
+    sample: bool | None = None
     seed: int = 0
     device: str = ""
 

@@ -15,7 +15,7 @@ MODALITIES = ("padding", "text", "image", "discrete", "continuous", "separator",
 
 @dataclass(frozen=True)
 class Embedded:
-    """Positions that hold values (patches, vectors, grids) instead of a vocabulary id, for one embedder.
+    """Positions that hold values (patches, vectors, grids, tiles) instead of a vocabulary id, for one embedder.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ class Embedded:
     value : ndarray [n, …]
         What the embedder takes.
     place : ndarray, int32 [n, 2]
-        Patches: row bin and column bin (of 128). Shape [0, 2] for other embedders.
+        Patches: row bin and column bin (of 128). Tiles of a grid: row and column. Shape [0, 2] for other embedders.
     """
 
     index: np.ndarray

@@ -476,6 +476,51 @@ class Grid(Codec):
 
 
 @dataclass(frozen=True)
+class Tiles(Grid):
+    """A small grid cut into equal tiles, one token each in raster order, [N, tiles, h, w, c]: its rows, or its cells.
+
+    So attention can find the part of the grid that holds what a text names. `tile`: height and width of a tile, which divide
+    those of the grid.
+    """
+
+    kind: ClassVar[str] = "tiles"
+    tile: tuple[int, ...] = (1, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sides = self.tile if len(self.tile) == 2 and min(self.tile) > 0 else (0, 0)
+        if not all(sides) or self.cells[0] % sides[0] or self.cells[1] % sides[1]:
+            raise DataError(f"codec 'tiles': tiles of {self.tile} do not cover a grid of {self.cells[:2]}")
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        """Tiles below each other, and side by side."""
+        return self.cells[0] // self.tile[0], self.cells[1] // self.tile[1]
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self._counts)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """int32 [tiles, 2]: row and column of each tile."""
+        return np.stack(np.divmod(np.arange(self.tokens), self._counts[1]), axis=1).astype(np.int32)
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        (rows, columns), (height, width), channels = self._counts, self.tile, self.cells[2]
+        cells = super().encode(x).reshape(-1, rows, height, columns, width, channels)
+        return cells.swapaxes(2, 3).reshape(-1, rows * columns, height, width, channels)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        (rows, columns), (height, width), channels = self._counts, self.tile, self.cells[2]
+        cells = np.asarray(tokens).reshape(-1, rows, columns, height, width, channels).swapaxes(2, 3)
+        return super().decode(cells.reshape(len(cells), -1))
+
+    def embedder_spec(self) -> EmbedderSpec:
+        return EmbedderSpec("tile", (*self.tile, self.cells[2]), max(self.values))
+
+
+@dataclass(frozen=True)
 class Integers(Codec):
     """Numbers rounded to integers and clamped to low … high, one id each (the returns of Lee et al. 2022, sec. 3.2)."""
 
@@ -553,7 +598,8 @@ class Histogram(Codec):
 
 
 CODECS: dict[str, type[Codec]] = {
-    c.kind: c for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Chunk, Grid, Integers, Sign, Histogram)
+    c.kind: c
+    for c in (Discrete, Bins, Quantiles, Patches, Vector, Affine, Chunk, Grid, Tiles, Integers, Sign, Histogram)
 }
 
 

@@ -25,6 +25,7 @@ from tiphys.pretrain.tokens.codecs import (
     Patches,
     Quantiles,
     Sign,
+    Tiles,
     Vector,
 )
 from tiphys.pretrain.tokens.derived import REWARD_FIELD, source_of
@@ -35,6 +36,7 @@ from tiphys.pretrain.tokens.paradigms import (
     ACTION,
     AGENT,
     END,
+    GRIDS,
     OBSERVATION,
     RETURN,
     REWARD,
@@ -506,8 +508,8 @@ class Encoding:
             kind = self.scheme if self.scheme == "gato" else self.compact(field)
         if kind in ("integer", "sign"):
             raise DataError(f"{self.where(field)}: encoding {kind!r} is for rewards, not for an observation")
-        if kind == "grid":
-            return self.grid(field)
+        if kind in GRIDS:
+            return self.grid(field, kind)
         if kind == "vector":
             return self.vector(field)
         if kind in ("uniform", "quantile"):
@@ -530,7 +532,7 @@ class Encoding:
     def action(self, field: FieldSpec, part: Part) -> Codec:
         kind = self.wanted(field, part)
         kind = "auto" if kind == "linear" else kind
-        if kind in ("vector", "grid", "integer", "sign"):
+        if kind in ("vector", *GRIDS, "integer", "sign"):
             raise DataError(
                 f"{self.where(field)}: an action cannot have encoding {kind!r}; `discretise: no` regresses it as a vector"
             )
@@ -676,16 +678,20 @@ class Encoding:
         channels = (shape[0] if first else shape[2]) if len(shape) == 3 else 1
         return Patches(f"patch:{channels}", shape, tokens.crop, tokens.resize, first, white, black)
 
-    def grid(self, field: FieldSpec) -> Codec:
+    def grid(self, field: FieldSpec, kind: str) -> Codec:
+        """The codec of a small grid, as one token or one for each row or cell."""
         if len(field.shape) not in (2, 3) or field.modality == "continuous":
             raise DataError(
-                f"{self.where(field)}: encoding 'grid' needs discrete values of shape [height, width] or "
+                f"{self.where(field)}: encoding {kind!r} needs discrete values of shape [height, width] or "
                 f"[height, width, channels], not {field.modality} values of shape {field.shape}"
             )
         values, low = ((256,), (0,)) if field.modality == "image" else self.counted(field)
-        codec = Grid("", field.shape, values, low, field.dtype)
-        name = f"grid:{field.name}:{'x'.join(map(str, codec.cells))}"
-        return Grid(name, field.shape, values, low, field.dtype)
+        height, width, channels = (*field.shape, 1)[:3]
+        if kind == "grid":
+            return Grid(f"grid:{field.name}:{height}x{width}x{channels}", field.shape, values, low, field.dtype)
+        tile = (1, width if kind == "rows" else 1)
+        name = f"tile:{field.name}:{tile[0]}x{tile[1]}x{channels}"
+        return Tiles(name, field.shape, values, low, field.dtype, tile)
 
     def vector(self, field: FieldSpec) -> Codec:
         numbers = int(np.prod(field.shape, dtype=np.int64))

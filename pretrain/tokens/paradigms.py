@@ -20,10 +20,11 @@ from tiphys.pretrain.tokens.views import AGENTS, FUTURE, ONE, VIEWS, WINDOW_TEXT
 
 TEXT, OBSERVATION, SEPARATOR, RETURN, REWARD, ACTION = "text", "observation", "separator", "return", "reward", "action"
 END, SUMMARY, AGENT = "end", "summary", "agent"
+GRIDS = ("grid", "rows", "cells")  # a small grid of discrete values as one token, or one for each row or cell
 CODES = {  # kind -> the codes that its parts may have
     TEXT: ("auto",),
     AGENT: ("auto",),
-    OBSERVATION: ("auto", "gato", "vector", "grid", "uniform", "quantile"),
+    OBSERVATION: ("auto", "gato", "vector", *GRIDS, "uniform", "quantile"),
     SEPARATOR: ("auto",),
     RETURN: ("auto", "linear", "uniform", "quantile", "integer", "sign", "histogram"),
     REWARD: ("auto", "uniform", "quantile", "integer", "sign"),

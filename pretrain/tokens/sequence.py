@@ -14,7 +14,7 @@ import numpy as np
 from tiphys.dataio.episode import DataError, Window
 from tiphys.pretrain.tokens.augment import augmented, draws
 from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Chunks, Embedded, Pairs, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches
+from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches, Tiles
 from tiphys.pretrain.tokens.flow import drawn
 from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
@@ -193,6 +193,7 @@ class _Draft:
         self.dense["target"] -= 1
         self.values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self.patches: dict[str, list[np.ndarray]] = {}
+        self.tiles: dict[str, list[np.ndarray]] = {}
         self.vectors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.chunks: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]] = {}
         self.pairs: Pairs | None = None
@@ -396,6 +397,8 @@ class _Draft:
             if isinstance(codec, Patches):
                 spans = np.broadcast_to(codec.spans, (len(at), *codec.spans.shape)).reshape(-1, 4)[seen]
                 self.patches.setdefault(codec.embedder, []).append(spans)
+            elif isinstance(codec, Tiles):
+                self.tiles.setdefault(codec.embedder, []).append(np.tile(codec.places, (len(at), 1))[seen])
         if element.predicted and not element.horizon:
             kept = there & np.repeat(np.broadcast_to(learnt, len(at)), element.size)
             kept[kept] = self._can_be_target(cell[kept], group.layout)
@@ -505,6 +508,8 @@ class _Draft:
             if name in self.patches:
                 spans = np.concatenate(self.patches[name])[order]
                 place = places(spans, seed, step, self.rows[cell // self.length], cell % self.length, training)
+            elif name in self.tiles:
+                place = np.concatenate(self.tiles[name])[order]
             embedded[name] = Embedded(cell, value, place)
         regression = {}
         for name in sorted(self.vectors):

@@ -14,7 +14,7 @@ DISCRETE_VALUES = 1024
 SPECIALS = ("separator", "embedded", "mask", "end_of_text")
 _MORE_SPECIALS = ("end", "summary")  # they follow SPECIALS; files of a vocabulary do not name them
 _SPECIAL_IDS = 64  # leaves room for more, and keeps the vocabulary's size a good one for matrix products
-EMBEDDER_KINDS = ("patch", "vector", "grid")
+EMBEDDER_KINDS = ("patch", "vector", "grid", "tile")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class EmbedderSpec:
     Parameters
     ----------
     kind : str
-        ``patch`` (a ResNet block on a normalised patch), ``vector`` (an MLP) or ``grid`` (cell embeddings and a small
-        convolution).
+        ``patch`` (a ResNet block on a normalised patch), ``vector`` (an MLP), ``grid`` (cell embeddings and a small
+        convolution) or ``tile`` (cell embeddings and an MLP).
     shape : tuple of int
-        Of one value: (16, 16, channels) for a patch, (numbers,) for a vector, (height, width, channels) for a grid.
+        Of one value: (16, 16, channels) for a patch, (numbers,) for a vector, (height, width, channels) for a grid
+        or a tile of one.
     values : int
-        Grid: how many values an entry of a cell can have. 0 for the other kinds.
+        Grid and tile: how many values an entry of a cell can have. 0 for the other kinds.
 
     Raises
     ------

@@ -89,7 +89,7 @@ loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
 bootstrap boot cart drawn --keep 0.5 --draws 2 --windows 2 --validation 0.1 --seed 3 --device cpu
 say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
-evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --sample --out found.json --device cpu
+evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --no-sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
 evaluate both --episodes 1 --processes 1 --objective dt bc --target-return CartPole-v1=2 --target-returns best --prompt cart

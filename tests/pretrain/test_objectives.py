@@ -236,6 +236,26 @@ def test_a_decision_transformer_has_return_observation_and_action_and_regresses_
     assert b.targets == 3
 
 
+@pytest.mark.parametrize(("encoding", "tokens", "columns"), [("grid", 1, 7), ("rows", 7, 7), ("cells", 49, 1)])
+def test_a_grid_is_one_token_or_one_for_each_row_or_cell_with_its_place(encoding, tokens, columns):
+    o = make([GRID], "bc", context=200, fields={"observation.image": FieldTokens(encoding)})
+    w = window(o, "grid", 2, np.random.default_rng(0))
+    (embedded,) = batch_of(o, [[w]]).embedded.values()
+    assert len(embedded.index) == 2 * tokens
+    seen = embedded.value.reshape(2, 7, 7, 3)
+    assert (seen == w.fields["observation.image"]).all()
+    if tokens > 1:
+        place = np.stack(np.divmod(np.arange(tokens), 7 // columns), axis=1)
+        assert (embedded.place == np.concatenate([place, place])).all()
+
+
+@pytest.mark.parametrize("encoding", ["grid", "rows", "cells"])
+def test_grids_are_refused_for_other_fields_and_for_actions(encoding):
+    for field in ("observation", "action"):
+        with pytest.raises(DataError, match=f"'{encoding}'"):
+            make([ARM], "bc", context=200, fields={field: FieldTokens(encoding)})
+
+
 def test_a_prompt_has_no_targets_and_shares_its_windows_segment():
     o = make([GRID], "gato", context=700)
     rng = np.random.default_rng(0)

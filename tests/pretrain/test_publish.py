@@ -43,10 +43,7 @@ def save(folder: Path, seed: int = 0, **options: Any) -> Path:
         model.state_dict(),
         config,
         OBJECTIVES.processor(),
-        recipe=RECIPE,
-        step=7,
-        recipe_digest="abc",
-        **options,
+        **{"recipe": RECIPE, "step": 7, "recipe_digest": "abc"} | options,
     )
 
 
@@ -140,6 +137,13 @@ def test_contents_of_the_folder(folder):
     assert results[(acting.GRID, "success_rate")] == pytest.approx(evaluation[acting.GRID]["success_rate"], abs=1e-3)
     assert str(results[(acting.CART, "mean_reward")]).startswith(f"{evaluation[acting.CART]['mean_return']:.2f}")
     assert f"| {acting.CART} | 3 |" in card.text
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_policy_draws_its_actions_if_its_recipe_evaluates_it_so(tmp_path, sample):
+    folder = save(tmp_path / "policy", recipe=RECIPE | {"evaluate": {"sample": sample}})
+    assert Policy.load(folder, "cpu").sample is sample
+    assert Policy.load(folder, "cpu", sample=not sample).sample is not sample
 
 
 def test_the_card_of_a_policy_that_asks_for_returns_says_how():

@@ -42,7 +42,7 @@ def test_every_row_has_a_recipe_that_names_its_paper(row):
 
 @pytest.mark.envs
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=pytest.mark.long if row in LARGE else ()) for row in PARADIGMS]
+    "row", [pytest.param(row, marks=pytest.mark.long if row in LARGE else ()) for row in (*PARADIGMS, "babyai")]
 )
 def test_the_recipe_trains_on_what_it_collects(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -76,7 +76,7 @@ def test_a_recipe_survives_its_plain_form(values):
 
 
 FREE = """
-    name run.dir parallel.pipeline parallel.expert parallel.measure parallel.auto model.checkpointing
+    name run.dir parallel.pipeline parallel.expert parallel.measure parallel.auto model.checkpointing model.init_std
     data.cache.dir data.cache.memory data.cache.disk data.on_bad_value data.requests data.prefetch data.timeout data.attempts
     data.unit_rows
     train.steps train.log_every train.compile train.rollbacks restart.attempts restart.shrink

@@ -21,6 +21,7 @@ from tiphys.recipes.schema import FieldTokens
 SETUPS = {
     "gato": ("gato", "camera", {"context": 300}),
     "bc grid": ("bc", "grid", {"context": 120}),
+    "bc rows": ("bc", "grid", {"context": 200, "fields": {"*.image": FieldTokens("rows")}}),
     "bc arm": ("bc", "arm", {"context": 60}),
     "bc regressed": ("bc", "camera", {"context": 300, "discretise": "no"}),
     "bc strided": ("bc", "camera", {"context": 400, "fields": {"*.front": FieldTokens(stride=2)}}),

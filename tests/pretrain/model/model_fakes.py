@@ -11,6 +11,7 @@ EMBEDDERS = {
     "patch:3": {"kind": "patch", "shape": [16, 16, 3], "values": 0},
     "vector:observation:5": {"kind": "vector", "shape": [5], "values": 0},
     "grid:observation.image:7x7x3": {"kind": "grid", "shape": [7, 7, 3], "values": 11},
+    "tile:observation.image:1x7x3": {"kind": "tile", "shape": [1, 7, 3], "values": 11},
 }
 RANGES = [["special", 0, 4], ["text", 4, 40], ["continuous", 40, 72], ["discrete", 72, 90]]
 TASKS = ["reach", "go", "balance"]
@@ -67,15 +68,16 @@ def make_batch(
 
     free = g.permutation(np.flatnonzero(real))
     embedded = {}
-    for name, count in zip(EMBEDDERS, (3, 5, 4), strict=True):
+    for name, count in zip(EMBEDDERS, (3, 5, 4, 6), strict=True):
         index, free = np.sort(free[:count]), free[count:]
         e = EMBEDDERS[name]
-        if e["kind"] == "grid":
+        if e["kind"] in ("grid", "tile"):
             value: np.ndarray = g.integers(0, e["values"], (len(index), *e["shape"])).astype(np.uint8)
         else:
             value = g.standard_normal((len(index), *e["shape"])).astype(np.float32)
         is_patch = e["kind"] == "patch"
-        place = g.integers(0, 128, (len(index), 2)).astype(np.int32) if is_patch else np.zeros((0, 2), np.int32)
+        placed = e["kind"] in ("patch", "tile")
+        place = g.integers(0, 128, (len(index), 2)).astype(np.int32) if placed else np.zeros((0, 2), np.int32)
         embedded[name] = Embedded(index, value, place)
         modality.reshape(-1)[index] = IMAGE if is_patch else CONTINUOUS
     index = np.sort(g.permutation(np.flatnonzero(real))[:6])

@@ -22,6 +22,7 @@ from tiphys.pretrain.tokens.codecs import (
     Patches,
     Quantiles,
     Sign,
+    Tiles,
     Vector,
     codec_from_dict,
     inverse_mu_law,
@@ -40,6 +41,7 @@ EXAMPLES = {
     "affine": Affine("vector:a:2", (2,), (-1.0, 0.0), (1.0, 4.0)),
     "chunk": Chunk("vector:a:2x2:3:flow", (2,), 2, 3, (-1.0, 0.0), (1.0, 4.0), "flow", 8, 1, 2, 10),
     "grid": Grid("grid:g:2x3x2", (2, 3, 2), (11,)),
+    "tiles": Tiles("tile:g:1x3x2", (2, 3, 2), (11,), (2,), tile=(1, 3)),
     "integers": Integers("", (2,), FIRST, -3, 9),
     "sign": Sign("", (2,), FIRST),
     "histogram": Histogram("vector:histogram:reward:4", (4,)),
@@ -203,6 +205,27 @@ def test_affine_vectors_are_clamped_to_their_bounds(x):
 def test_grids_round_trip(x):
     codec = EXAMPLES["grid"]
     assert (codec.decode(codec.encode(x)) == x).all()
+    for tile, tokens in (((1, 3), 2), ((1, 1), 6), ((2, 1), 3)):
+        cut = Tiles("t", (2, 3, 2), (11,), tile=tile)
+        assert cut.tokens == tokens
+        assert (cut.decode(cut.encode(x)) == x).all()
+
+
+def test_tiles_are_in_raster_order():
+    grid = np.arange(42, dtype=np.uint8).reshape(1, 6, 7)
+    cells = Tiles("t", (6, 7), (42,)).encode(grid)
+    assert cells.shape == (1, 42, 1, 1, 1)
+    assert cells.ravel().tolist() == list(range(42))
+    rows = Tiles("t", (6, 7), (42,), tile=(1, 7)).encode(grid)
+    assert rows.shape == (1, 6, 1, 7, 1)
+    assert (rows[0, :, 0, :, 0] == grid[0]).all()
+    assert Tiles("t", (6, 7), (42,), tile=(3, 7)).encode(grid)[0, 1].ravel().tolist() == list(range(21, 42))
+
+
+@pytest.mark.parametrize("tile", [(2, 3), (0, 1), (1, 8), (1,)])
+def test_tiles_that_do_not_cover_the_grid_are_refused(tile):
+    with pytest.raises(DataError, match="do not cover a grid"):
+        Tiles("t", (6, 7), (42,), tile=tile)
 
 
 @quick
