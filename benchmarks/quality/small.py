@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.quality.figures import Played, interval, iqm, matrix, span, table, task_row, two, worst_task
 from benchmarks.quality.play import play
-from benchmarks.quality.work import Work, measure, optimizer
+from benchmarks.quality.work import Work, digest, measure, optimizer
 
 BABYAI = tuple(
     f"BabyAI-{level}-v0"
@@ -209,7 +209,7 @@ def unseen(work: Work, seed: int, policy: str, task: str, dataset: str, episodes
             policy, task, Ask(like), episodes, mission="" if told else "put the yellow key next to the green box"
         )
 
-    settings = [policy, dataset, episodes, told]
+    settings = [digest(policy), dataset, episodes, told]
     what = {"run": "policy", "seed": seed, "task": task, "told": told}
     return work.stages.run("held out", what, settings, do)["result"]
 
@@ -245,7 +245,7 @@ def cost(work: Work) -> str:
     """What the stages took: core-hours by kind, training operations by seed."""
     rows: dict[str, float] = {}
     flops = []
-    for record in work.stages.records():
+    for record in work.stages.used.values():
         rows[record["stage"]] = rows.get(record["stage"], 0.0) + record["cpu_seconds"] / 3600
         if record["stage"] == "trained":
             flops.append(record["result"]["flops"])
