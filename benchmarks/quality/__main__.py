@@ -68,7 +68,7 @@ def _paradigms(work: Work, args: argparse.Namespace) -> None:
 
     rows = tuple(args.rows.split(";")) if args.rows else tuple(paradigms.ROWS)
     found = paradigms.run(work, numbers(args.seeds), args.tflop, args.episodes, rows)
-    print(paradigms.report(found, paradigms.data_scores(work)))
+    print(paradigms.report(found, paradigms.data_scores(paradigms.collected(work))))
 
 
 def _moe(work: Work, args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from benchmarks.quality.figures import Played, interval, iqm, matrix, span, tabl
 from benchmarks.quality.play import play
 from benchmarks.quality.small import collected, continuous_of
 from benchmarks.quality.small import recipe as recipe_of_tasks
-from benchmarks.quality.work import Work, steps_for
+from benchmarks.quality.work import Work, digest, steps_for
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.moe import MixtureOfExperts, mixtures
 
@@ -129,7 +129,7 @@ def permuted(
                     return _played(folder, task, other, way, episodes)
 
                 what = {"run": name, "seed": seed, "task": task, "way": way}
-                scores = work.stages.run("permuted", what, [str(folder), episodes], do)["result"]
+                scores = work.stages.run("permuted", what, [digest(str(folder)), episodes], do)["result"]
                 known = found["played"][task][0]
                 out[way][task].append(Played.of(scores, known.random, known.expert))
     return out

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality.figures import Played, interval, span, table, two
+from benchmarks.quality.figures import Played, interval, normalised, span, table, two
 from benchmarks.quality.weak import EXPERT
 from benchmarks.quality.work import Work, steps_for
 
@@ -87,15 +87,26 @@ def recipe(row: Row, datasets: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def collected(work: Work) -> dict[str, dict[str, Any]]:
+    """The data of each task, with `best`: the score of the expert alone."""
+    found = {}
+    for task, n in EPISODES.items():
+        mixed = work.collect(SHORT[task], task, n, "--policy", "benchmarks.quality.weak:Mixed", "--noise", "0")
+        best = work.collect(f"{SHORT[task]}-expert", task, 10, "--noise", "0")
+        found[task] = {**mixed, "best": best["expert"]}
+    return found
+
+
+def data_scores(data: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The normalised score of the mixture of agents, by task."""
+    return {task: normalised(d["expert"], d["random"], d["best"]) for task, d in data.items()}
+
+
 def run(
     work: Work, seeds: Sequence[int], tflop: float, episodes: int, rows: Sequence[str] = tuple(ROWS)
 ) -> dict[str, dict[str, list[Played]]]:
     """Do all stages. Returns, for each row and task, one `Played` for each seed."""
-    data = {
-        task: work.collect(SHORT[task], task, n, "--policy", "benchmarks.quality.weak:Mixed", "--noise", "0")
-        for task, n in EPISODES.items()
-    }
-    best = {task: work.collect(f"{SHORT[task]}-expert", task, 10, "--noise", "0") for task in EPISODES}
+    data = collected(work)
     datasets = {task: found["dataset"] for task, found in data.items()}
     out: dict[str, dict[str, list[Played]]] = {name: {} for name in rows}
     for seed in seeds:
@@ -109,7 +120,7 @@ def run(
             for task in tasks:
                 asked = {key: asking(key, task, datasets[task]) for key in row.asked}
                 scores = work.evaluate(name, seed, policy, task, min(episodes, row.episodes), asked)
-                played = Played.of(scores, data[task]["random"], best[task]["expert"])
+                played = Played.of(scores, data[task]["random"], data[task]["best"])
                 out[name].setdefault(task, []).append(played)
     return out
 
@@ -142,18 +153,6 @@ def cell(seeds: Sequence[Played]) -> str:
     """Mean; worst seed; interval."""
     scores = [s.score for s in seeds]
     return f"{two(float(np.mean(scores)))}; {two(min(scores))}; {span(interval([seeds]))}"
-
-
-def data_scores(work: Work) -> dict[str, float]:
-    """The normalised score of the data by task: that of the mixture of agents, measured when it was collected."""
-    from benchmarks.quality.figures import normalised
-
-    out = {}
-    for task, n in EPISODES.items():
-        mixed = work.collect(SHORT[task], task, n, "--policy", "benchmarks.quality.weak:Mixed", "--noise", "0")
-        best = work.collect(f"{SHORT[task]}-expert", task, 10, "--noise", "0")
-        out[task] = normalised(mixed["expert"], mixed["random"], best["expert"])
-    return out
 
 
 assert set(EPISODES) == set(EXPERT) == set(TARGETS) == set(SHORT)

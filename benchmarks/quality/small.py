@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.quality.figures import Played, interval, iqm, matrix, span, table, task_row, two, worst_task
 from benchmarks.quality.play import play
-from benchmarks.quality.work import Work, measure, optimizer
+from benchmarks.quality.work import Work, digest, measure, optimizer
 
 BABYAI = tuple(
     f"BabyAI-{level}-v0"
@@ -120,7 +120,7 @@ def recipe(datasets: Mapping[str, str], continuous: Sequence[str]) -> dict[str, 
         entry = {"dataset": dataset, "weight": weight, "objective": "discrete"}
         if task in continuous:
             entry |= {"objective": "continuous", "loss_weight": 10}
-        if family(task) == "metaworld":
+        if family(task) == "metaworld" and len(members["metaworld"]) > 1:  # demonstrations tell several tasks apart
             mixture.append({**entry, "objective": "prompted", "weight": weight * PROMPTED})
             entry["weight"] = weight * (1 - PROMPTED)
         mixture.append(entry)
@@ -154,7 +154,8 @@ def run(
     """Do all stages. Returns task -> one `Played` for each seed: of the trained tasks, and of those that are held out."""
     agents = agents or {}
     data = {task: collected(work, task, size.scale, agents) for task in tasks}
-    away = [task for task, like in HELD_OUT.items() if like in tasks]
+    prompted = sum(family(t) == "metaworld" for t in tasks) > 1
+    away = [t for t, like in HELD_OUT.items() if like in tasks and (prompted or family(t) != "metaworld")]
     shown = {task: work.collect(f"held-out-{named(task)}", task, 10) for task in away}
     made = recipe({t: found["dataset"] for t, found in data.items()}, continuous_of(tasks))
     paced = work.stages.run("paced", {"minutes": size.minutes}, [made, work.processes], lambda: pace(work, made, size))
@@ -208,7 +209,7 @@ def unseen(work: Work, seed: int, policy: str, task: str, dataset: str, episodes
             policy, task, Ask(like), episodes, mission="" if told else "put the yellow key next to the green box"
         )
 
-    settings = [policy, dataset, episodes, told]
+    settings = [digest(policy), dataset, episodes, told]
     what = {"run": "policy", "seed": seed, "task": task, "told": told}
     return work.stages.run("held out", what, settings, do)["result"]
 
@@ -244,7 +245,7 @@ def cost(work: Work) -> str:
     """What the stages took: core-hours by kind, training operations by seed."""
     rows: dict[str, float] = {}
     flops = []
-    for record in work.stages.records():
+    for record in work.stages.used.values():
         rows[record["stage"]] = rows.get(record["stage"], 0.0) + record["cpu_seconds"] / 3600
         if record["stage"] == "trained":
             flops.append(record["result"]["flops"])

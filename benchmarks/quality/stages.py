@@ -30,6 +30,7 @@ class Stages:
         except BlockingIOError as error:
             self._file.close()
             raise BlockingIOError(f"{self.folder}: another process works in this folder") from error
+        self.used: dict[str, dict[str, Any]] = {}  # the records that this process asked for
         self._known = {_key(r["stage"], r["what"], r["settings"]): r for r in self._read()}
 
     def __enter__(self) -> Stages:
@@ -72,11 +73,8 @@ class Stages:
             os.fsync(self._file.fileno())
             self._known[key] = record
             print(f"{stage} {' '.join(map(str, what.values()))}: {record['seconds']:.0f} s", flush=True)
+        self.used[key] = self._known[key]
         return self._known[key]
-
-    def records(self) -> list[dict[str, Any]]:
-        """The records of all stages that are finished."""
-        return list(self._known.values())
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """All whole lines. A line that a crash cut off is removed, so that the next one does not join it."""

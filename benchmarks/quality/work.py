@@ -111,7 +111,7 @@ class Work:
         asked: Mapping[str, Mapping[str, str]] | None = None,
     ) -> dict[str, Any]:
         """Play a task with a policy. `asked`: fields of `Asking`. The result is the entry of evaluation.json."""
-        settings = {"policy": _digest(policy), "episodes": episodes, "asked": dict(asked or {})}
+        settings = {"policy": digest(policy), "episodes": episodes, "asked": dict(asked or {})}
 
         def do() -> dict[str, Any]:
             from tiphys import evaluate
@@ -149,7 +149,8 @@ def _python_path() -> list[str]:
     return [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT)]
 
 
-def _digest(policy: str) -> str:
+def digest(policy: str) -> str:
+    """Digest of a policy's weights and processor."""
     from tiphys.pretrain.pretrained import policy_digest
 
     return policy_digest(policy)
