@@ -174,7 +174,7 @@ def test_all_actions_of_the_horizon_are_absolute_ones_of_one_prediction() -> Non
     acting = own.history.observe([{"observation": STEPS[0, 0]}])
     (found,), _ = own._answer(acting, [0])
     relative = replace(element.codec, dtype="float64").decode(found[:, None])[0]
-    wanted = np.clip(relative + np.array([STEPS[0, 0, 0], 0]), -1, 1)
+    wanted = np.clip(relative + np.array([STEPS[0, 0, 0], 0]), (-2, 0), (2, 10))
     assert answer.shape == (5, 2)
     np.testing.assert_allclose(answer, wanted, atol=1e-5)
     assert of.metadata["frame"] == "absolute"
