@@ -1,6 +1,6 @@
 """Measures the loader beside plain concurrent range requests and beside memory, on vectors and on images, in one run.
 
-    python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,others,processes,plan]
+    python -m benchmarks.loader [--json FILE] [--repeat 5] [--scale 1.0] [--only vector,image,others,processes,plan,augment]
     python -m benchmarks.loader --soak MINUTES [--pace STEPS_A_SECOND]    # only the loader's memory, over a long time
 
 All methods read the same windows (K = 20 steps, drawn by the same plan, stacked by the same function) of the same datasets. The
@@ -8,7 +8,7 @@ store answers after 15 ms, at 80 MB/s for each connection, and shares the machin
 a quarter of the data. Figures are medians over `--repeat` spans of a steady run; CPU seconds are those of the loader process.
 
 `others` adds other libraries over the same episodes (`other_libraries.py`), `processes` what several processes save together
-(`loader_marks.py`), `plan` the costs of planning (`plan.py`).
+(`loader_marks.py`), `plan` the costs of planning (`plan.py`), `augment` the rate at which pictures are changed in training.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ from tiphys.dataio.sampling import SamplingPlan
 from tiphys.dataio.shards import ShardWriter
 from tiphys.dataio.storage import Store
 from tiphys.launch.loader_bench import all_fields, distinct_bound, stack_windows, window_plan
+from tiphys.pretrain.tokens.augment import augmented, draws
 
 K = 20
-PARTS = "vector,image,others,processes,plan"
+PARTS = "vector,image,others,processes,plan,augment"
 Steps = Iterator[tuple[int, float, dict[str, float]]]  # windows, CPU seconds of the process, the loader's counters
 VECTOR = (
     FieldSpec("observation", "observation", "continuous", "float32", (64,)),
@@ -350,6 +351,30 @@ def measure_plan(scratch: Path, scale: float) -> dict[str, Any]:
     return found
 
 
+def measure_augment(scratch: Path, scale: float) -> dict[str, float]:
+    """CPU seconds of 1,000 windows: of the loader, from local shards, and of changing their pictures in every way.
+
+    `rate` is the rate of the changes over that of the loader, for the same CPU time.
+    """
+    index = write(str(scratch / "images"), IMAGE, int((60 << 20) * scale))
+    plan = window_plan(index, KINDS["image"][2], K)
+    loader = measure(from_loader(index, plan, index_bytes(index), 0), 300, 300, 3)["cpu_per_1000"]
+    out = {"loader": loader}
+    how = {"crop": 0.95, "rotate": 5, "brightness": 0.3, "contrast": 0.4, "saturation": 0.5}
+    rng = np.random.default_rng(0)
+    for name, shape in (("84 x 84 grey", (K, 84, 84, 1)), ("84 x 84 colours", (K, 84, 84, 3))):
+        pictures, taken = rng.integers(0, 256, shape, np.uint8), []
+        for number in range(30):
+            chance = draws(0, number, np.array([0]), np.array([0]), 0)[0]
+            began = time.process_time()
+            augmented(pictures, how, chance)
+            taken.append(time.process_time() - began)
+        out[name] = statistics.median(taken) * 1000
+        out[f"{name}, rate"] = loader * shape[-1] / out[name]
+    print("augment", _short(out), flush=True)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", default="", metavar="FILE", help="write all figures to this file")
@@ -377,6 +402,8 @@ def main() -> None:
                 results["soak" if arguments.soak else part] = measure_kind(part, folder, arguments)
             elif part == "processes":
                 results[part] = measure_processes(folder, arguments.scale)
+            elif part == "augment":
+                results[part] = measure_augment(folder, arguments.scale)
             elif part == "plan":
                 results[part] = measure_plan(folder, arguments.scale)
             shutil.rmtree(folder)

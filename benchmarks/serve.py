@@ -1,6 +1,7 @@
 """What `tiphys serve` adds to an action, and how its rate grows with clients, side by side in one run.
 
     python -m benchmarks.serve [--steps 200] [--clients 1,8,32] [--json FILE]
+    python -m benchmarks.serve --follow SECONDS        # only how long replies take while newer weights are taken over
 
 The server is a process of its own. The policy has 4 layers of width 256, every other one a mixture of 4 experts, with random
 weights; a step has 39 numbers of state and 4 actions, as in Meta-World. Clients are threads of a further process, so that they do
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.serving import wire
 
 STATE, ACTIONS = 39, 4
+_EVERY = 12.0  # seconds between two versions of the weights that a server follows
 
 
 def main() -> None:
@@ -37,7 +40,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--json", default="")
+    parser.add_argument("--follow", type=float, default=0.0, metavar="SECONDS")
     args = parser.parse_args()
+    if args.follow:
+        with tempfile.TemporaryDirectory() as place:
+            print(json.dumps(swapped(Path(place), args.follow)))
+        return
     counts = [int(n) for n in args.clients.split(",")]
     with tempfile.TemporaryDirectory() as place:
         folder = policy(Path(place))
@@ -62,7 +70,7 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
-def policy(folder: Path) -> Path:
+def policy(folder: Path, seed: int = 0) -> Path:
     """A policy with random weights."""
     import tests.pretrain.token_fixtures as fixtures
     from tiphys.pretrain.model.config import DecisionConfig
@@ -75,9 +83,81 @@ def policy(folder: Path) -> Path:
     )
     objectives = fixtures.make([TaskSpec("reach", fields)], "bc", context=160, scheme="compact")
     sizes = Model(layers=4, hidden=256, heads=4, kv_heads=2, moe=Experts(experts=4, experts_per_token=2, every=2))
-    DecisionModel(DecisionConfig.from_recipe(sizes, objectives.vocabulary)).save_pretrained(folder)
+    DecisionModel(DecisionConfig.from_recipe(sizes, objectives.vocabulary), seed=seed).save_pretrained(folder)
     (folder / "processor.json").write_text(json.dumps(objectives.processor()))
     return folder
+
+
+def swapped(place: Path, seconds: float) -> dict[str, float]:
+    """Times of replies, in ms, while a server takes over newer weights, and otherwise.
+
+    A client asks every 20 ms, and begins an episode at every 20th request. Newer weights appear every 12 s. A reply
+    counts as one of the swap if it came in the 3 s before the server said that new episodes act with other weights, in which it
+    reads and copies them, or in the second after, in which an episode begins with them.
+    """
+    from websockets.sync.client import connect
+
+    from tiphys.pretrain.follow.writer import How
+    from tiphys.pretrain.publish import publish
+
+    versions = max(2, int(seconds / _EVERY) + 1)
+    for number in range(versions):  # published beforehand, so that nothing but the server works while it is measured
+        publish(policy(place / f"policy{number}", number), str(place / "built"), how=How())
+        shutil.copytree(place / "built", place / f"version{number}")
+    shutil.copytree(place / "version0", place / "published")
+    command = [sys.executable, "-m", "tiphys", "serve", str(place / "published"), "--follow", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    swaps: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        assert server.stdout is not None
+        for line in server.stdout:
+            if "new episodes act" in line:
+                swaps.append(time.monotonic())
+
+    def renew() -> None:
+        for number in range(1, versions):
+            if stop.wait(_EVERY):
+                return
+            new = place / f"version{number}"
+            shutil.copytree(new, place / "published", dirs_exist_ok=True, ignore=shutil.ignore_patterns("latest.json"))
+            shutil.copy(new / "latest.json", place / "published" / "latest.tmp")
+            (place / "published" / "latest.tmp").replace(place / "published" / "latest.json")
+
+    try:
+        assert server.stdout is not None
+        url = next(word for word in server.stdout.readline().split() if word.startswith("ws://"))
+        threads = [threading.Thread(target=watch, daemon=True), threading.Thread(target=renew)]
+        found: list[tuple[float, float]] = []
+        with connect(url, compression=None, max_size=None) as connection:
+            connection.recv()
+            for thread in threads:
+                thread.start()
+            end, number = time.monotonic() + seconds, 0
+            while time.monotonic() < end:
+                if number % 20 == 0:
+                    connection.send(wire.encode({"endpoint": "reset"}))
+                    connection.recv()
+                began = time.monotonic()
+                connection.send(wire.encode({"observation": np.zeros(STATE, np.float32)}))
+                connection.recv()
+                found.append((time.monotonic(), (time.monotonic() - began) * 1e3))
+                time.sleep(0.02)
+                number += 1
+        stop.set()
+        threads[1].join()
+    finally:
+        server.terminate()
+        server.wait()
+    mine = np.array([ms for at, ms in found[20:] if any(s - 3 < at < s + 1 for s in swaps)])
+    others = np.array([ms for at, ms in found[20:] if not any(s - 3 < at < s + 1 for s in swaps)])
+    out: dict[str, float] = {"swaps": len(swaps)}
+    for name, values in (("swap", mine), ("otherwise", others)):
+        if len(values):
+            out |= {f"{name}, median": float(np.median(values)), f"{name}, 99 %": float(np.quantile(values, 0.99))}
+            out[f"{name}, longest"] = float(values.max())
+    return out
 
 
 def measured(url: str, folder: Path, clients: int, steps: int) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class _Episode:
     planned: list[Mapping[str, np.ndarray]] = field(
         default_factory=list
     )  # actions of a chunk that are still to be executed
+    beyond: list[Mapping[str, np.ndarray]] = field(default_factory=list)  # those that were predicted after them
     held: int = 0
     begins: list[int] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
@@ -311,6 +312,10 @@ class History:
         """Whether the next action of an environment is known already: it belongs to a chunk that is being executed."""
         return bool(self._episodes[environment].planned)
 
+    def beyond(self, environment: int) -> Sequence[Mapping[str, np.ndarray]]:
+        """The actions that the last prediction has after those that are executed, fields [*shape] of each."""
+        return self._episodes[environment].beyond
+
     def follow(
         self,
         observations: Sequence[Mapping[str, Any]],
@@ -402,8 +407,9 @@ class History:
             if isinstance(codec, Chunk):
                 chunk = out[element.field]
                 out[element.field] = chunk[:, 0]
-                for actions, i in zip(chunk[:, 1 : codec.steps], chosen, strict=True):
-                    self._episodes[i].planned = [{element.field: one} for one in actions]
+                for actions, i in zip(chunk, chosen, strict=True):
+                    each: list[Mapping[str, np.ndarray]] = [{element.field: one} for one in actions]
+                    self._episodes[i].planned, self._episodes[i].beyond = each[1 : codec.steps], each[codec.steps :]
         return out
 
     def _native(self, element: Element, answers: np.ndarray, chosen: Sequence[int]) -> np.ndarray:

@@ -403,6 +403,25 @@ class Policy:
             fields = {name: values.reshape(len(chosen), agents, *values.shape[1:]) for name, values in fields.items()}
         return [self._native(fields, row) for row in range(len(chosen))]
 
+    def beyond(self, environment: int = 0) -> list[Any]:
+        """The actions that an environment's last prediction has after those that are executed.
+
+        They are what the policy would do next, and it predicts them anew from the next observation. A policy whose `horizon` is
+        its `chunk` has none.
+
+        Returns
+        -------
+        list of actions
+            As `act` gives them, in their order.
+        """
+        each = [self.history.beyond(row) for row in self._rows([environment])]
+        out = []
+        for members in zip(*each, strict=True):
+            fields = {name: np.stack([one[name] for one in members]) for name in members[0]}
+            fields = {name: value[None] for name, value in fields.items()} if self.history.layout.agents else fields
+            out.append(self._native(fields, 0))
+        return out
+
     def limit(self, declared: Sequence[FieldSpec]) -> None:
         """Answer only values that an environment takes, in all environments of `reset`.
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Validator(Callback):
     """Computes the loss on held-out rows, every `every` steps and at the end, on all ranks together.
 
+    It is that of the raw weights, also if there is an average of them; the line of metrics.jsonl says so.
+
     every      0: only at the end
     batches    returns this rank's held-out batches; called once, when they are needed for the first time
     native     measures action errors in the units of the data; None: they are not measured
@@ -61,7 +63,8 @@ class Validator(Callback):
         self._done = trainer.step
         if trainer.world.rank == 0:
             tasks = self._writer.tasks if self._writer is not None else ()
-            line = {"kind": "validation", "step": trainer.step, **result.to_json(tasks)}
-            say(f"step {trainer.step}  held-out loss {result.loss:.4f}")
+            line = {"kind": "validation", "step": trainer.step, "weights": "raw", **result.to_json(tasks)}
+            whose = " (raw weights, not their average)" if trainer.recipe.train.ema.decay else ""
+            say(f"step {trainer.step}  held-out loss {result.loss:.4f}{whose}")
             if self._writer is not None:
                 self._writer.write(line)

@@ -54,12 +54,8 @@ class Experts(Module):
         self.declare("up", count, size, 2 * inner, std=std, first=first, whole=whole)
         self.declare("down", count, inner, size, std=config.residual_std, first=first, whole=whole)
 
-    def prepare(self, counts: Tensor) -> Any:
-        """Start what `forward` needs to know of counts int64 [E], the rows of each expert, before the rows are sorted."""
-        return counts
-
     def forward(self, x: Tensor, counts: Any) -> Tensor:
-        """x [N, D] sorted by expert, and the result of `prepare` -> [N, D]."""
+        """x [N, D] sorted by expert, and counts int64 [E], the rows of each expert -> [N, D]."""
         ends = counts.cumsum(0).to(torch.int32)
         return products(gated(products(x, self.up, counts, ends)), self.down, counts, ends)
 
@@ -168,7 +164,9 @@ class MixtureOfExperts(Module):
         with torch.no_grad():
             score = probabilities + self.bias_rate * self.bias_steps if self.bias_rate else probabilities
             chosen = score.topk(self.experts_per_token, sorted=False).indices  # [T, k]
-        prepared = self.experts.prepare(self._count(chosen))  # type: ignore[operator]
+        # Experts that are divided among ranks begin to exchange counts here. Others, and those that another library wraps, do not
+        prepare = getattr(self.experts, "prepare", lambda counts: counts)
+        prepared = prepare(self._count(chosen))
         gates = probabilities.gather(1, chosen)
         if self.experts_per_token > 1:
             gates = gates / gates.sum(-1, keepdim=True)

@@ -116,8 +116,8 @@ class RemotePolicy:
             self._send(i, {**sent, **said, "reward": self._earned[i], "native": True})
             self._earned[i] = 0.0
         for i, _ in asking:
-            actions = self._received(self._connections[i])["actions"]
-            steps = len(next(iter(actions.values())))
+            reply = self._received(self._connections[i])
+            actions, steps = reply["actions"], int(reply["execute"])
             self._chunks[i] = [{name: values[step] for name, values in actions.items()} for step in range(steps)]
         return [self._native(self._chunks[i].pop(0)) for i in environments]
 

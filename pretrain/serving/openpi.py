@@ -64,15 +64,18 @@ class Talk:
         if endpoint == "reset":
             self._ended.discard(name)
         session = self._session(name)
-        about = {"session_id": name} if name else {}
+        about: dict[str, Any] = {"session_id": name} if name else {}
         if endpoint == "reset":
             asked, words = wish(message), as_text(message.get("prompt"))
             await self._server.inference.call(lambda: self._server.sessions.reset(session, asked, words))
             return wire.encode({"reset": True, **about})
         acted = await self._server.inference.act(self._observed(session, message))
         timing = {"infer_ms": (perf_counter() - began) * 1e3, **({"prev_total_ms": took * 1e3} if took else {})}
+        native = message.get("native") is True
+        if native:
+            about |= {"execute": acted.execute}
         reply = {
-            "actions": acted.fields if message.get("native") is True else acted.table,
+            "actions": acted.fields if native else acted.table,
             "policy_timing": {"infer_ms": acted.seconds * 1e3},
             "server_timing": timing,
         }

@@ -5,14 +5,19 @@ from __future__ import annotations
 import threading
 import weakref
 from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from torch import nn
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import say
 from tiphys.pretrain.follow.follower import Follower, FollowError, Weights, jittered
-from tiphys.pretrain.follow.weights import swap
 from tiphys.pretrain.hub_errors import FetchError
 from tiphys.pretrain.serving.served import Served
 from tiphys.pretrain.serving.server import Server
+
+if TYPE_CHECKING:
+    from tiphys.pretrain.model.transformer import DecisionModel
 
 _MOST_MODELS = 4  # in memory at once; each old one serves the episodes that began with it
 _LONGEST_PAUSE = 600.0  # seconds between two polls after repeated trouble
@@ -72,10 +77,22 @@ class Renewal:
         if len(self._known) >= _MOST_MODELS:
             models = f"{len(self._known)} models are in memory"
             raise DataError(f"clients are still in episodes of older weights ({models}), so step {new.step} waits")
-        model = deepcopy(self._server.served.model)  # of the same sizes; the old one must not change
-        swap(model, new.prepare(model))
+        model = with_weights(self._server.served.model, new)
         served = self._server.served.renewed(model, new.step, new.digest)
         self._known.add(served)
         self._waiting, self._server.served = None, served
         say(f"new episodes act with step {new.step}")
         return True
+
+
+def with_weights(model: DecisionModel, new: Weights) -> DecisionModel:
+    """A model of the same sizes with these weights. The old one does not change, and its weights are not copied.
+
+    Replies wait for this thread only while it runs Python, so tensors are made beforehand and put in place by the copy.
+    """
+    mine, ready = dict(model.state_dict(keep_vars=True)), new.prepare(model)
+    copied = {
+        id(old): nn.Parameter(ready[name], old.requires_grad) if isinstance(old, nn.Parameter) else ready[name]
+        for name, old in mine.items()
+    }
+    return deepcopy(model, copied)

@@ -17,6 +17,7 @@ from tiphys.pretrain.serving.observed import Needed, Sent, as_text, misfit
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
+    from tiphys.pretrain.tokens.timestep import TimestepLayout
 
 PROTOCOL = 1  # of the keys that Tiphys adds to openpi's
 _MOST_SHOWN = 16  # tasks in a message
@@ -106,13 +107,18 @@ class Histories:
         self.policy.restart(row, stream=stream, target_return=target_return)
 
     def act(self, rows: Sequence[int], fields: Sequence[Mapping[str, Any]], rewards: Sequence[float]) -> list[Any]:
-        """The next actions of some rows: for each, field -> array [H, *shape], in the units of the data."""
+        """The next actions of some rows: for each, field -> array [H, *shape], in the units of the data.
+
+        H is the horizon of the policy. The first `execute` of them stand in the history as done.
+        """
         given, earned = [dict(one) for one in fields], list(rewards)
         steps: list[list[dict[str, Any]]] = [[] for _ in rows]
         for _ in range(self.chunk):  # the steps between two observations show the actions only
             for mine, action in zip(steps, self.policy.act(list(given), earned, list(rows)), strict=True):
                 mine.append(observation_fields(action, "action"))
             earned = [0.0] * len(rows)
+        for mine, row in zip(steps, rows, strict=True):
+            mine += [observation_fields(action, "action") for action in self.policy.beyond(row)]
         return [{name: np.stack([np.asarray(one[name]) for one in mine]) for name in mine[0]} for mine in steps]
 
 
@@ -228,7 +234,10 @@ class Served:
         self._histories = {key: one for key, one in self._histories.items() if one is not histories}
 
     def _chunk(self, task: str) -> int:
-        return self.processor.layouts[self.processor.objective(task)][task].chunk
+        return self._layout(task).chunk
+
+    def _layout(self, task: str) -> TimestepLayout:
+        return self.processor.layouts[self.processor.objective(task)][task]
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -240,9 +249,9 @@ class Served:
             tasks[name] = {
                 "observations": self.needed(name).shapes(),
                 "actions": [{"name": f.name, "shape": list(f.shape), "dtype": f.dtype} for f in actions],
-                "horizon": self._chunk(name),
+                "horizon": max([self._chunk(name), *(e.horizon for e in self._layout(name).elements)]),
                 "execute": self._chunk(name),
-                "frame": "absolute",
+                "frame": "absolute",  # of what clients get, whatever the policy predicts
             }
         first = tasks[names[0]]
         return {

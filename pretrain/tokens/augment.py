@@ -13,6 +13,8 @@ _WEIGHT = 10  # bits of the weight of a pixel; 255 · 2^20 fits int32
 _FACTOR = 12  # bits of the fraction of a colour's factor
 _LUMA = (19595, 38470, 7471)  # of red, green and blue, in 2^-16 (ITU-R 601-2, as Pillow has it)
 _ROUND = 1 << 15
+_LEVELS = np.arange(256, dtype=np.int32)
+_AT_ONCE = 1 << 15  # values that are moved at once, which fit a core's cache
 
 
 def draws(seed: int, step: int, row: np.ndarray, slot: np.ndarray, camera: int) -> np.ndarray:
@@ -72,44 +74,66 @@ def moved(pictures: np.ndarray, across: tuple[int, int, int], down: tuple[int, i
     x, y = np.arange(width, dtype=np.int64), np.arange(height, dtype=np.int64)[:, None]
     at_x, at_y = (p * x + q * y + r for p, q, r in (across, down))
     left, top = at_x >> _PLACE, at_y >> _PLACE
-    shift = _PLACE - _WEIGHT
+    shift, whole = _PLACE - _WEIGHT, 1 << _WEIGHT
     right, low = ((at - (first << _PLACE)) >> shift for at, first in ((at_x, left), (at_y, top)))
-    flat = pictures.reshape(count, height * width, channels)
-    out = np.zeros((count, height, width, channels), np.int32)
-    whole = 1 << _WEIGHT
+    corners = []
     for row, of_row in ((top, whole - low), (top + 1, low)):
         line = np.clip(row, 0, height - 1) * width
         for column, of_column in ((left, whole - right), (left + 1, right)):
-            weight = (of_row * of_column).astype(np.int32)
-            out += flat[:, line + np.clip(column, 0, width - 1)] * weight[..., None]
-    return ((out + (1 << (2 * _WEIGHT - 1))) >> (2 * _WEIGHT)).astype(np.uint8)
+            place = (line + np.clip(column, 0, width - 1)).reshape(-1)
+            corners.append((place, (of_row * of_column).astype(np.int32).reshape(-1, 1)))
+    # The pictures of a window share the map, so a place is a row with its values in all of them.
+    values = np.ascontiguousarray(pictures.reshape(count, -1, channels).transpose(1, 0, 2)).reshape(height * width, -1)
+    out, some = np.empty_like(values), max(1, _AT_ONCE // values.shape[1])
+    for first in range(0, len(values), some):
+        span = slice(first, first + some)
+        total = np.full(out[span].shape, 1 << (2 * _WEIGHT - 1), np.int32)
+        for place, weight in corners:
+            shown = values.take(place[span], axis=0, mode="clip")  # this mode is the fastest; all places are inside
+            total += np.multiply(shown, weight[span], dtype=np.int32)
+        total >>= 2 * _WEIGHT
+        out[span] = total
+    return np.ascontiguousarray(out.reshape(-1, count, channels).transpose(1, 0, 2)).reshape(pictures.shape)
 
 
 def coloured(pictures: np.ndarray, brightness: int, contrast: int, saturation: int) -> np.ndarray:
     """Pictures uint8 [N, H, W, C] with these factors in 2^-12, one after another, as Pillow's `ImageEnhance` has them."""
     same = 1 << _FACTOR
     if brightness != same:
-        pictures = _blend(np.int32(0), pictures, brightness)
+        pictures = _mapped(pictures, _blend(np.int32(0), _LEVELS, brightness)[None])
     if contrast != same:
         grey = _grey(pictures)
         pixels = grey[0].size
         mean = (grey.reshape(len(grey), -1).sum(axis=1, dtype=np.int64) * 2 + pixels) // (2 * pixels)
-        pictures = _blend(mean.astype(np.int32)[:, None, None, None], pictures, contrast)
+        pictures = _mapped(pictures, _blend(mean.astype(np.int32)[:, None], _LEVELS, contrast))
     if saturation != same and pictures.shape[-1] == 3:
-        pictures = _blend(_grey(pictures)[..., None], pictures, saturation)
+        pictures = np.stack([_blend(_grey(one)[..., None], one, saturation) for one in pictures])
     return pictures
 
 
+def _mapped(pictures: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Each picture uint8 [N, …] with its values replaced by a table, uint8 [1 or N, 256]."""
+    out = np.empty_like(pictures)
+    for number, picture in enumerate(pictures):
+        table = tables[number % len(tables)].tobytes()
+        out[number] = np.frombuffer(picture.tobytes().translate(table), np.uint8).reshape(picture.shape)
+    return out
+
+
 def _grey(pictures: np.ndarray) -> np.ndarray:
-    """int32 [N, H, W]."""
+    """[…, H, W] of pictures […, H, W, C]: uint8 if they are grey already, else int32."""
     if pictures.shape[-1] != 3:
-        return pictures[..., 0].astype(np.int32)
-    wide = pictures.astype(np.int32)
-    return (wide[..., 0] * _LUMA[0] + wide[..., 1] * _LUMA[1] + wide[..., 2] * _LUMA[2] + _ROUND) >> 16
+        return pictures[..., 0]
+    total = np.full(pictures.shape[:-1], _ROUND, np.int32)
+    for channel, weight in enumerate(_LUMA):
+        total += np.multiply(pictures[..., channel], np.int32(weight), dtype=np.int32)
+    total >>= 16
+    return total
 
 
 def _blend(base: np.ndarray | np.int32, pictures: np.ndarray, factor: int) -> np.ndarray:
     """base + factor · (picture − base), rounded and clamped."""
-    wide = pictures.astype(np.int32)
-    out = (base * ((1 << _FACTOR) - factor) + wide * factor + (1 << (_FACTOR - 1))) >> _FACTOR
-    return np.clip(out, 0, 255).astype(np.uint8)
+    out = np.multiply(pictures, np.int32(factor), dtype=np.int32)
+    out = out + (np.multiply(base, np.int32((1 << _FACTOR) - factor), dtype=np.int32) + np.int32(1 << (_FACTOR - 1)))
+    out >>= _FACTOR
+    return np.clip(out, 0, 255, out=out).astype(np.uint8)

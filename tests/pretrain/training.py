@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,17 @@ class KillAt(Callback):
 
 
 def train(
-    run: Path, steps: int, *, kill_at: int = -1, pause: float = 0.0, every: int = 3, loader: Any = None, **job: Any
+    run: Path,
+    steps: int,
+    *,
+    kill_at: int = -1,
+    pause: float = 0.0,
+    every: int = 3,
+    loader: Any = None,
+    more: Sequence[Callback] = (),
+    **job: Any,
 ) -> tuple[bool, Trainer]:
+    """`more`: callbacks after the usual ones."""
     world = ParallelDims(Parallel(job.get("pipeline", 1)))
     like = layouts.recipe_of(job)
     sections = {"deepspeed": like.deepspeed, "parallel": {"pipeline": like.parallel.pipeline, "measure": False}}
@@ -46,7 +56,7 @@ def train(
     if loader is None and world.is_first_stage:
         loader = synthetic.SyntheticLoader(layouts.BATCH, world.replica, world.data)
     callbacks: list[Callback] = [MetricsWriter(run, tensorboard=False), Checkpointer(run, every, keep=2)]
-    callbacks += [Progress(terminal=False, seconds=0.0), KillAt(kill_at, pause)]
+    callbacks += [Progress(terminal=False, seconds=0.0), KillAt(kill_at, pause), *more]
     trainer = Trainer(recipe, engine, loader, callbacks, ["data"])
     try:
         return trainer.fit(Checkpoint.newest_whole(run)), trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 
 from tests.launch.small_recipe import GOLDEN, small_recipe
+from tests.pretrain.training import train
+from tests.processes import alone
 from tiphys.launch.check import check
 from tiphys.pretrain.callbacks import track
 from tiphys.pretrain.callbacks.metrics_writer import _drop_later
@@ -153,6 +156,49 @@ def test_names_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("tiphys.launch.checks.trackers.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"wandb is not installed; install it with: pip install 'tiphys\[wandb\]'"):
         check(recipe, ["track.to=[wandb]"], data=False)
+
+
+def trained(folder: Path, to: str, steps: int) -> None:
+    """A run of the trainer itself, that resumes from the newest checkpoint there is."""
+    tracked = TrackRun(Track([to], "nightly", "run"), run(folder))
+    assert train(folder, steps, more=[tracked])[0]
+
+
+def cut_off(folder: Path) -> None:
+    """As if the machine had failed before the newest checkpoint: its steps are done again."""
+    newest = max((folder / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "kind" not in line}
+
+
+def test_a_training_that_resumes_sends_each_step_once(tmp_path: Path, fake: type[Fake]) -> None:
+    alone()
+    trained(tmp_path, "wandb", 4)  # checkpoints after steps 3 and 4
+    cut_off(tmp_path)
+    trained(tmp_path, "wandb", 6)
+    found = [(step, numbers["train/loss"]) for step, numbers in fake.sent if "train/loss" in numbers]
+    assert found == list(losses(tmp_path).items())
+    assert [step for step, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert len(fake.ids) == 1
+
+
+def test_mlflow_has_each_step_of_a_training_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("mlflow.tracking", reason="needs the mlflow extra").MlflowClient
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    alone()
+    trained(tmp_path, "mlflow", 4)
+    cut_off(tmp_path)
+    trained(tmp_path, "mlflow", 6)
+    found = client()
+    (mine,) = found.search_runs([found.get_experiment_by_name("nightly").experiment_id])
+    history = found.get_metric_history(mine.info.run_id, "train/loss")
+    assert {m.step: m.value for m in history} == pytest.approx(losses(tmp_path))
+    assert len(history) == 6
 
 
 def test_mlflow_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

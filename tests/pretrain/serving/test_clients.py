@@ -83,6 +83,20 @@ def test_our_client_acts_as_the_policy(options: dict[str, Any]) -> None:
         away.close()
 
 
+def test_our_client_executes_the_chunk_of_a_longer_horizon() -> None:
+    options: dict[str, Any] = {"horizon": 5, "chunk": 2, "head": "l1"}
+    own = policy(**options)
+    with serving(served(**options)) as server:
+        away = RemotePolicy(f"ws://127.0.0.1:{server.port}", own.processor)
+        for one in (own, away):
+            one.reset("arm")
+            one.restart(0)
+        for k in range(5):
+            found, expected = away.act([ARM * k], [0.0], [0]), own.act([ARM * k], [0.0], [0])
+            np.testing.assert_allclose(flat(found[0]), flat(expected[0]), atol=1e-5)
+        away.close()
+
+
 def flat(action: Any) -> np.ndarray:
     parts = action.values() if isinstance(action, dict) else [action]
     return np.concatenate([np.ravel(part) for part in parts])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tests.pretrain.token_fixtures as fixtures
 from tests.pretrain.acting import acting_fixtures as acting
@@ -13,10 +14,11 @@ from tests.pretrain.serving.serving_fixtures import ARM, asked, client, serving
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.follow.follower import Follower
+from tiphys.pretrain.follow.weights import Weights
 from tiphys.pretrain.follow.writer import How
 from tiphys.pretrain.publish import publish
 from tiphys.pretrain.serving import wire
-from tiphys.pretrain.serving.renewal import Renewal
+from tiphys.pretrain.serving.renewal import Renewal, with_weights
 from tiphys.pretrain.serving.served import Served, Settings
 
 
@@ -56,6 +58,19 @@ def test_episodes_keep_their_weights_and_new_ones_have_the_newest(tmp_path: Path
             asked(one, endpoint="reset")
             np.testing.assert_allclose(asked(one, observation=ARM)["actions"][0], newest, atol=1e-5)
             assert not np.allclose(newest, first_action(folders[0]), atol=1e-3)
+
+
+def test_newer_weights_leave_the_model_that_is_served_as_it_was(tmp_path: Path) -> None:
+    policies = [Policy.load(published(tmp_path, seed)) for seed in (0, 1)]
+    old, new = (policy.model for policy in policies)
+    before = {name: tensor.clone() for name, tensor in old.state_dict().items()}
+    made = with_weights(old, Weights.load(tmp_path / "seed1"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in old.state_dict().items())
+    wanted = new.state_dict()
+    assert wanted.keys() == before.keys()
+    for name, tensor in made.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name])
+        assert tensor.data_ptr() != old.state_dict()[name].data_ptr()
 
 
 def test_models_that_are_still_in_use_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tests.pretrain.token_fixtures as fixtures
 from tests.pretrain.serving.serving_fixtures import policy, served
 from tiphys.dataio.episode import DataError
+from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.serving.observed import Names
 from tiphys.pretrain.serving.served import Served, Settings, Wish
 from tiphys.pretrain.serving.sessions import Acted, Observed, Session, Sessions
@@ -144,15 +146,40 @@ def test_the_executed_actions_are_counted(options: dict[str, Any]) -> None:
     of = served(settings=Settings(sessions=2, execute=3), **options)
     sessions, session = Sessions(lambda: of), Session()
     answer = table(sessions.act([observed(session, STEPS[0, 0])])[0])
-    assert (answer.shape, of.metadata["horizon"], of.metadata["execute"]) == ((3, 2), 3, 3)
+    horizon = options.get("horizon", 3)
+    assert (answer.shape, of.metadata["horizon"], of.metadata["execute"]) == ((horizon, 2), horizon, 3)
     assert "`executed` is 2" in error(sessions.act([observed(session, STEPS[1, 0], executed=2)])[0])
     table(sessions.act([observed(session, STEPS[1, 0], executed=3)])[0])
     assert session.histories is not None
     recorded = session.histories.policy.history._episodes[session.row].actions
-    np.testing.assert_allclose(np.stack([a["action"] for a in recorded[:3]]), answer, atol=1e-6)
+    np.testing.assert_allclose(np.stack([a["action"] for a in recorded[:3]]), answer[:3], atol=1e-6)
     assert len(recorded) == 6
     with pytest.raises(DataError, match=r"--execute 2: task 'arm'.*exactly 3 actions"):
         Served(policy(**options), Settings(execute=2))
+
+
+def test_all_actions_of_the_horizon_are_absolute_ones_of_one_prediction() -> None:
+    """Those that are not executed too: counted from the state of the observed step, as the others."""
+    of = served(horizon=5, chunk=2, head="l1")
+    layout = of.processor.layouts["it"]["arm"]
+    relative_ones = (
+        replace(e, to="observation", columns=(0, -1)) if e.role == "action" else e for e in layout.elements
+    )
+    of.processor.layouts["it"]["arm"] = replace(layout, elements=tuple(relative_ones))
+    sessions, session = Sessions(lambda: of), Session()
+    answer = table(sessions.act([observed(session, STEPS[0, 0])])[0])
+    element = next(e for e in of.processor.layouts["it"]["arm"].elements if e.role == "action")
+    own = Policy(of.model, of.processor)
+    own.reset("arm")
+    acting = own.history.observe([{"observation": STEPS[0, 0]}])
+    (found,), _ = own._answer(acting, [0])
+    relative = replace(element.codec, dtype="float64").decode(found[:, None])[0]
+    wanted = np.clip(relative + np.array([STEPS[0, 0, 0], 0]), (-2, 0), (2, 10))
+    assert answer.shape == (5, 2)
+    np.testing.assert_allclose(answer, wanted, atol=1e-5)
+    assert of.metadata["frame"] == "absolute"
+    after = table(sessions.act([observed(session, STEPS[1, 0], executed=2)])[0])
+    assert not np.allclose(after[:3], answer[2:], atol=1e-4)  # predicted anew
 
 
 def test_a_return_is_asked_for_and_rewards_lower_it() -> None:
