@@ -142,6 +142,7 @@ class EpisodeIndex:
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error
         document = parse(raw, f"{url}/{DATASET}")
+        place.check_source(document, url)
         folder = decoded(store, document, cache_folder(cache_dir))
         index = cls(url, document, load(folder), hashlib.sha256(raw).hexdigest()[:32])
         index._folder = folder
@@ -587,7 +588,9 @@ class EpisodeIndex:
         stream = _stream(table.entry(episode))
         if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
             raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
-        payloads = [data[at : at + size] for at, size in zip(samples.begin.tolist(), samples.size.tolist(), strict=True)]
+        payloads = [
+            data[at : at + size] for at, size in zip(samples.begin.tolist(), samples.size.tolist(), strict=True)
+        ]
         grey = bool(spec.shape) and spec.shape[-1] == 1
         pictures = packets.decode(stream, payloads, samples.rank, wanted, "", grey)
         if not all(want in (0, have) for want, have in zip(spec.shape, pictures.shape[1:], strict=True)):

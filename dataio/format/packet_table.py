@@ -58,7 +58,7 @@ class PacketChunks(NamedTuple):
 
 
 class ChunkSamples(NamedTuple):
-    """The n samples of a chunk, in the order of decoding: first byte within the chunk, bytes, and place in the order of showing."""
+    """The n samples of a chunk, in the order of decoding: first byte in the chunk, bytes, and place in the order of showing."""
 
     begin: Ints
     size: Ints

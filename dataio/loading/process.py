@@ -33,8 +33,8 @@ from tiphys.dataio.loading.counters import Counters
 from tiphys.dataio.loading.fetch import Fetcher
 from tiphys.dataio.loading.homes import home_units
 from tiphys.dataio.loading.mending import Mender
-from tiphys.dataio.loading.sizing import most_staging, sized
 from tiphys.dataio.loading.neighbours import Neighbours, on_hubs
+from tiphys.dataio.loading.sizing import most_staging, sized
 from tiphys.dataio.loading.stream import FLYING, stream
 from tiphys.dataio.loading.units import Span, UnitRanges
 from tiphys.dataio.peers import Peers, PeerServer
