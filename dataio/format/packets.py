@@ -209,8 +209,8 @@ def _check(frame: Any, stream: Stream, where: str) -> None:
 def begins_anew(stream: Stream, sample: Buffer) -> bool:
     """Whether a sync sample may follow samples of another video: decoding it, and all after it, uses none before it.
 
-    True for IDR pictures of H.264 and HEVC, and for sync samples of AV1 and VP9. Other pictures of H.264 and HEVC at which decoding
-    can start keep what was decoded before them.
+    True for IDR pictures of H.264 and HEVC, and for sync samples of AV1 and VP9. Other pictures of H.264 and HEVC at which
+    decoding can start keep what was decoded before them.
     """
     if stream.codec not in _PARAMETER_SETS:
         return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.episode import DataError
-from tiphys.paths import absolute, expand
+from tiphys.paths import absolute, expand, local
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -50,7 +50,7 @@ def check_source(document: Mapping[str, Any], url: str) -> None:
     """
     source = document.get("source")
     where = str(source.get("url", "")) if isinstance(source, dict) else ""
-    if where.startswith("file://") and not (Path(expand(where)) / INFO).is_file():
+    if where.startswith("file://") and not (Path(local(where)) / INFO).is_file():
         raise DataError(
             f"{url}: is the index of a LeRobot dataset that is no longer at {where}. If that was moved, remove this index, and "
             "index the dataset where it is now: `tiphys index NEW-FOLDER`"

@@ -112,7 +112,8 @@ def warnings(index: EpisodeIndex, fields: Sequence[str], rows: int) -> list[str]
             out.append(
                 f"{index.url}: {decoded:.0f} pictures of {field!r} are decoded for each wanted one, because its groups of "
                 f"pictures are long; `tiphys convert` with {{encoding: h264, frames: {SHORT}}} decodes and stores its "
-                f"{pictures:,} pictures anew, once, with some loss: about {then / 2**20:,.1f} MiB instead of {now / 2**20:,.1f} MiB"
+                f"{pictures:,} pictures anew, once, with some loss: about {then / 2**20:,.1f} MiB instead of "
+                f"{now / 2**20:,.1f} MiB"
             )
     return out
 
