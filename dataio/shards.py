@@ -301,7 +301,7 @@ def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
 class _Tar:
     """One shard in the scratch folder. Offsets are computed from the sizes of the members.
 
-    The tar is that of webdataset's TarWriter, whose import brings torch: seconds and hundreds of MiB for each process that writes.
+    The tar is that of webdataset's TarWriter, whose import brings torch: seconds and hundreds of MiB in each process.
     """
 
     def __init__(self, file: Path, stem: str, folder: str) -> None:

@@ -300,7 +300,7 @@ class LoaderProcess:
         self.slots.write(slot, places, arrays)
         work.counters.update(
             windows=len(windows),
-            bytes_delivered=float(sum(int((span.end - span.begin).sum()) for span in work.spans)),
+            bytes_delivered=float(sum(map(_delivered, work.spans, work.ranges))),
             fetch_wait_seconds=fetched - began,
             decode_seconds=decoded - fetched,
             make_seconds=made - decoded,
@@ -332,6 +332,11 @@ class LoaderProcess:
             if window is not None:
                 by_row[place[row]].append(window)
         return self.spec.make_batch(work.step, work.rows, by_row)
+
+
+def _delivered(span: Span, ranges: UnitRanges) -> int:
+    """Bytes that windows need of a column."""
+    return int((span.end - span.begin).sum() if span.needed is None else ranges.size.sum())
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:
