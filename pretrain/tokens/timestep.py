@@ -312,11 +312,9 @@ class TimestepLayout:
         for e in self.elements:
             others |= {e.available, e.to} | set(fields_of(e.rule) if e.rule and not e.field else ())
         # chunks shift the steps that are counted, and steps after a window are shown whatever their number
-        return (
-            1
-            if every or not users or field in others or self.chunk > 1 or self.future
-            else math.gcd(*(e.stride for e in users))
-        )
+        if every or not users or field in others or self.chunk > 1 or self.future:
+            return 1
+        return math.gcd(*(e.stride for e in users))
 
     @cached_property
     def after(self) -> int:
