@@ -403,23 +403,16 @@ class EpisodeIndex:
         ]
 
     def _packet_chunks(self, table: PacketTable, episode: int, start: int, rows: int) -> list[Chunk]:
-        first, end = (int(x) for x in table.first[episode : episode + 2])
-        low, high = table.chunk_of([episode, episode], [start, start + rows - 1]).tolist()
-        crc = table.part("crc", episode, 0, end - first)
-        after = [
-            *table.row[low + 1 : high + 1].tolist(),
-            int(table.row[high + 1]) if high + 1 < end else int(self.rows[episode]),
-        ]
+        first, end = table.first[episode : episode + 2].tolist()
+        low, high = table.chunk_at(episode, start), table.chunk_at(episode, start + rows - 1) + 1
+        stored = table.part("crc", episode, low - first, high - low)
+        begins = table.row[low : min(high + 1, end)].tolist()
+        ends = [*begins[1:], self.rows.item(episode)]
+        columns = table.offset[low:high].tolist(), table.size[low:high].tolist()
+        crcs = [-1] * (high - low) if stored is None else stored.tolist()
         return [
-            Chunk(
-                kind=PACKETS,
-                offset=int(table.offset[i]),
-                size=int(table.size[i]),
-                crc=-1 if crc is None else int(crc[i - first]),
-                row=int(table.row[i]),
-                rows=after[i - low] - int(table.row[i]),
-            )
-            for i in range(low, high + 1)
+            Chunk(kind=PACKETS, offset=offset, size=size, crc=crc, row=row, rows=after - row)
+            for offset, size, crc, row, after in zip(*columns, crcs, begins, ends)
         ]
 
     def _field_rows(self, episode: int, spec: FieldSpec) -> int:
@@ -589,7 +582,7 @@ class EpisodeIndex:
 
         table = self.packets(spec.name)
         assert table is not None
-        number = int(table.chunk_of([episode], [chunk.row])[0])
+        number = table.chunk_at(episode, chunk.row)
         samples = table.chunk_samples(episode, number)
         frame = table.part("frame", episode, low, len(needed))
         wanted = int(table.lead[number]) + low - chunk.row + np.arange(len(needed)) if frame is None else frame

@@ -117,6 +117,11 @@ class PacketTable(NamedTuple):
             low, high = np.where(right, middle, low), np.where(right, high, middle)
         return low
 
+    def chunk_at(self, episode: int, row: int) -> int:
+        """`chunk_of` one row of one episode."""
+        first, end = self.first[episode : episode + 2].tolist()
+        return int(first + np.searchsorted(self.row[first:end], row, side="right") - 1)
+
     def chunk_samples(self, episode: int, chunk: int) -> ChunkSamples:
         """The samples of a chunk (a number in `offset`) of an episode."""
         count = int(self.samples[chunk])
