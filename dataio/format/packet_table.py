@@ -120,7 +120,7 @@ class PacketTable(NamedTuple):
     def chunk_at(self, episode: int, row: int) -> int:
         """`chunk_of` one row of one episode."""
         first, end = self.first[episode : episode + 2].tolist()
-        return int(first + np.searchsorted(self.row[first:end], row, side="right") - 1)
+        return int(first + self.row[first:end].searchsorted(row, side="right") - 1)
 
     def chunk_samples(self, episode: int, chunk: int) -> ChunkSamples:
         """The samples of a chunk (a number in `offset`) of an episode."""

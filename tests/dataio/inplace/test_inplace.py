@@ -346,6 +346,7 @@ def test_inspect_says_what_videos_are_and_what_reading_them_costs(
     assert found["decoded"]["8"] < found["decoded"]["1"]
     assert any("unverified" in line for line in summary.lines({TOP: more}))
     monkeypatch.setattr(summary, "MOST_DECODED", 5.0)
+    monkeypatch.setattr(summary, "SHORT", 4)  # x264 begins a group at each change of the scene
     assert summary.warnings(indexed, [TOP, "action"], 8) == []
     (line,) = summary.warnings(long, [TOP, "action"], 1)
     assert f"{sum(LENGTHS)} pictures anew" in line
