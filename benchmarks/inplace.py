@@ -7,10 +7,9 @@ Parts (all, if none is named): `windows`, `cache` (a quarter of the video), `cop
 of files).
 
 TIPHYS_LEROBOT_PYTHON names a Python with `lerobot`, which writes the dataset (one camera, 224 × 224, its default codec) and reads
-it by its map reader and, if torchcodec can be loaded, by its streaming reader. TIPHYS_LANCEDB_PYTHON names one with
-`lerobot-lancedb`, which reads a converted copy. The readers alternate. Figures are medians of windows per CPU second: of the
-whole loader process, its CRCs and its batches included, and of all threads of the other readers. Times of the wall mean nothing
-on a shared machine.
+it by its map reader and, if torchcodec can be loaded, by its streaming reader. The readers alternate. Figures are medians of
+windows per CPU second: of the whole loader process, its CRCs and its batches included, and of all threads of the other readers.
+Times of the wall mean nothing on a shared machine.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from tiphys.dataio.placement import Home
 from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
 PYTHON = os.environ.get("TIPHYS_LEROBOT_PYTHON", "")
-LANCEDB = os.environ.get("TIPHYS_LANCEDB_PYTHON", "")
 PARTS = ("windows", "cache", "copies", "index", "memory")
 FILES = {"index": (1000,), "memory": (10, 1000, 10_000)}
 WORKER = Path(__file__).parent / "others" / "lerobot_map.py"
@@ -42,10 +40,10 @@ ROWS = 16
 WINDOWS = (1, 8)  # steps of a window
 
 
-def lerobot(*arguments: object, python: str = PYTHON) -> str:
+def lerobot(*arguments: object) -> str:
     """What LeRobot's worker prints."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [python, str(WORKER), *map(str, arguments)]
+    command = [PYTHON, str(WORKER), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -78,27 +76,20 @@ def video_bytes(index: EpisodeIndex) -> int:
     return sum(shard.size for shard in index.shards if shard.name.endswith(".mp4"))
 
 
-def against(index: EpisodeIndex, source: Path, scratch: Path, given: argparse.Namespace) -> dict[str, Any]:
+def against(index: EpisodeIndex, source: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Windows per CPU second of each reader, which take turns; a reader that cannot run is named with its error."""
-    lance = scratch / "lance"
-    others: dict[str, tuple[str, tuple[object, ...]]] = {
-        "lerobot": (PYTHON, ("read", source, given.backend)),
-        "streaming": (PYTHON, ("stream", source, given.backend)),
-    }
-    if LANCEDB:
-        others["lancedb"] = (LANCEDB, ("lance", lance, given.backend))
-        lerobot("to-lance", source, lance, python=LANCEDB)
+    others = {"lerobot": "read", "streaming": "stream"}
     out, cache = dict[str, Any](), max(video_bytes(index), 8 << 20)
     for window in WINDOWS:
         found: dict[str, list[float]] = {"tiphys": [], **{name: [] for name in others}}
         failed: dict[str, str] = {}
         for number in range(given.rounds):
             found["tiphys"].append(tiphys(index, window, given.windows, cache)["cpu"])
-            for name, (python, arguments) in others.items():
+            for name, operation in others.items():
                 if name in failed:
                     continue
                 try:
-                    printed = lerobot(*arguments, window, given.windows, number, python=python)
+                    printed = lerobot(operation, source, given.backend, window, given.windows, number)
                     found[name].append(json.loads(printed.splitlines()[-1])["cpu"])
                 except RuntimeError as error:
                     failed[name] = str(error).strip().splitlines()[-1]
@@ -197,7 +188,7 @@ def main() -> None:
         if "copies" in parts:
             out["copies"] = copies(source, scratch)
         if "windows" in parts:
-            out |= against(index, source, scratch, given)
+            out |= against(index, source, given)
         if "cache" in parts:
             quarter = tiphys(index, 8, given.windows, video_bytes(index) // 4)
             out["cache of a quarter, K = 8, bytes fetched ÷ delivered"] = quarter["fetched"]
