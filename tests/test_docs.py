@@ -146,12 +146,14 @@ def test_the_readme_explains_every_extra():
     assert sorted(explained) == sorted(project["optional-dependencies"])
 
 
-def test_yaml_recipe_of_the_readme_is_valid(tmp_path):
+def test_yaml_recipes_of_the_readme_are_valid(tmp_path):
     from tiphys.launch.check import check
 
-    (recipe,) = [code for code in blocks(REPOSITORY / "README.md", "yaml") if "deepspeed:" in code]
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    check(tmp_path / "recipe.yaml", world=16, data=False)
+    recipes = [code for code in blocks(REPOSITORY / "README.md", "yaml") if "deepspeed:" in code]
+    assert len(recipes) == 2
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        check(tmp_path / "recipe.yaml", world=16, data=False)
 
 
 def test_the_messages_of_the_troubleshooting_table_exist():

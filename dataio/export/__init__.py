@@ -44,7 +44,8 @@ def export(
                  several folders in it
     format       minari | lerobot | npz
     progress     called with (episodes done, episodes in total)
-    options      of the format. lerobot: `fps`, the frames per second that its metadata states (default: those of its videos, or 10)
+    options      of the format. lerobot: `fps`, the frames per second that its metadata states (default: those of its
+                 videos, or 10)
 
     The files of a task are made in a temporary folder on this machine and then uploaded. The file that completes a
     folder (metadata.json, info.json or tasks.json) is uploaded last.

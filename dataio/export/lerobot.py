@@ -1,7 +1,8 @@
 """LeRobot v3.0 export: rows in Parquet, images inside the Parquet files as PNG (`dtype: image`), so without loss.
 
 Videos that lie in the dataset as samples (`encoding: keep`, or a LeRobot dataset that is indexed where it is) are copied into
-MP4 files, if each row shows the picture after that of the row before it; otherwise their pictures become PNG, and a warning says so.
+MP4 files, if each row shows the picture after that of the row before it. Otherwise their pictures become PNG, and a warning says
+so.
 
 Fields keep their names, except `observation`, `reward`, `terminated` and `truncated`, which get LeRobot's names. A last
 row that holds only an observation becomes a row whose action is zero and whose feature `valid` is False. The first text
@@ -23,6 +24,8 @@ from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.export import Selection
 from tiphys.dataio.export.lerobot_videos import (
     FILE_BYTES as VIDEO_BYTES,
+)
+from tiphys.dataio.export.lerobot_videos import (
     VIDEO_PATH,
     VideoWriter,
     frames_per_second,

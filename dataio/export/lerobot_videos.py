@@ -2,12 +2,12 @@
 
 LeRobot finds the picture of a row by its time: `from_timestamp` of the episode and camera, and `timestamp` of the row. One of its
 decoders also takes time · fps as the picture's number, so each picture takes one place of 1/fps seconds. Pictures that an episode
-needs only for decoding (those before its first row, back to the beginning of their group) take places too, before `from_timestamp`.
+needs only for decoding (those before its first row, back to the beginning of their group) take places too, before
+`from_timestamp`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from fractions import Fraction
@@ -161,7 +161,8 @@ class VideoWriter:
         self.files: list[str] = []
         self.stream: Stream | None = None
         self._stream: Stream | None = None  # of the open file; None: there is none
-        self._body: Any = None  # the samples of the open file, whose header is written when it is complete
+        self._body = folder  # file of the samples of the open file, whose header is written when it is complete
+        self._bytes = 0  # in it
         self._sizes: list[Ints] = []
         self._ranks: list[Ints] = []
         self._syncs: list[NDArray[np.bool_]] = []
@@ -170,12 +171,13 @@ class VideoWriter:
     def add(self, stream: Stream, samples: Samples, data: Sequence[memoryview]) -> dict[str, Any]:
         """Append an episode; returns its cells of the table of episodes."""
         size = int(samples.size.sum())
-        full = self._body is not None and self._body.tell() + size > FILE_BYTES
+        full = self._bytes + size > FILE_BYTES
         if self._stream is None or full or self._stream.digest != stream.digest or not begins_anew(stream, data[0]):
             self.close()
             self._open(stream)
-        for part in data:
-            self._body.write(part)
+        with self._body.open("ab") as body:
+            body.writelines(data)
+        self._bytes += size
         first = self._pictures
         self._sizes.append(samples.size)
         self._ranks.append(samples.rank + first)
@@ -199,14 +201,14 @@ class VideoWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = stream
         self.stream = self.stream or stream
-        self._body = open(path.with_suffix(".samples"), "w+b")
-        self._pictures = 0
+        self._body = path.with_suffix(".samples")
+        self._bytes = self._pictures = 0
 
     def close(self) -> None:
         """Complete the open file."""
         if self._stream is None:
             return
-        ranks, body = np.concatenate(self._ranks), self._body
+        ranks = np.concatenate(self._ranks)
         decoded = np.arange(len(ranks))
         delay = int((decoded - ranks).max())  # so that no picture is shown before it is decoded
         head = header(
@@ -219,12 +221,11 @@ class VideoWriter:
             np.ones(len(ranks), bool),
             self._tick,
         )
-        with body, open(self._folder / self.files[-1], "wb") as out:
+        with self._body.open("rb") as body, (self._folder / self.files[-1]).open("wb") as out:
             out.write(head)
-            body.seek(0)
             shutil.copyfileobj(body, out, 1 << 20)
-        os.unlink(body.name)
-        self._stream, self._body = None, None
+        self._body.unlink()
+        self._stream = None
         self._sizes, self._ranks, self._syncs = [], [], []
 
     def feature(self, channels: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class PacketChunks(NamedTuple):
 
 
 class ChunkSamples(NamedTuple):
-    """The n samples of a chunk, in the order of decoding: first byte within the chunk, bytes, and place in the order of showing."""
+    """The n samples of a chunk, in the order of decoding: first byte in the chunk, bytes, and place in the order of showing."""
 
     begin: Ints
     size: Ints
@@ -116,6 +116,11 @@ class PacketTable(NamedTuple):
             right = self.row[middle] <= row
             low, high = np.where(right, middle, low), np.where(right, high, middle)
         return low
+
+    def chunk_at(self, episode: int, row: int) -> int:
+        """`chunk_of` one row of one episode."""
+        first, end = self.first[episode : episode + 2].tolist()
+        return int(first + self.row[first:end].searchsorted(row, side="right") - 1)
 
     def chunk_samples(self, episode: int, chunk: int) -> ChunkSamples:
         """The samples of a chunk (a number in `offset`) of an episode."""

@@ -209,8 +209,8 @@ def _check(frame: Any, stream: Stream, where: str) -> None:
 def begins_anew(stream: Stream, sample: Buffer) -> bool:
     """Whether a sync sample may follow samples of another video: decoding it, and all after it, uses none before it.
 
-    True for IDR pictures of H.264 and HEVC; other pictures at which decoding can start keep what was decoded before them. True for
-    sync samples of AV1 and VP9.
+    True for IDR pictures of H.264 and HEVC, and for sync samples of AV1 and VP9. Other pictures of H.264 and HEVC at which
+    decoding can start keep what was decoded before them.
     """
     if stream.codec not in _PARAMETER_SETS:
         return True
@@ -226,7 +226,9 @@ def changes_parameters(stream: Stream, payloads: Sequence[Buffer]) -> bool:
         return False
     kinds = _PARAMETER_SETS[stream.codec][2]
     return any(
-        kind in kinds and bytes(unit) not in stream.extradata for data in payloads for kind, unit in _units(stream, data)
+        kind in kinds and bytes(unit) not in stream.extradata
+        for data in payloads
+        for kind, unit in _units(stream, data)
     )
 
 

@@ -33,8 +33,8 @@ from tiphys.dataio.loading.counters import Counters
 from tiphys.dataio.loading.fetch import Fetcher
 from tiphys.dataio.loading.homes import home_units
 from tiphys.dataio.loading.mending import Mender
-from tiphys.dataio.loading.sizing import most_staging, sized
 from tiphys.dataio.loading.neighbours import Neighbours, on_hubs
+from tiphys.dataio.loading.sizing import most_staging, sized
 from tiphys.dataio.loading.stream import FLYING, stream
 from tiphys.dataio.loading.units import Span, UnitRanges
 from tiphys.dataio.peers import Peers, PeerServer
@@ -300,7 +300,7 @@ class LoaderProcess:
         self.slots.write(slot, places, arrays)
         work.counters.update(
             windows=len(windows),
-            bytes_delivered=float(sum(int((span.end - span.begin).sum()) for span in work.spans)),
+            bytes_delivered=float(sum(map(_delivered, work.spans, work.ranges))),
             fetch_wait_seconds=fetched - began,
             decode_seconds=decoded - fetched,
             make_seconds=made - decoded,
@@ -332,6 +332,11 @@ class LoaderProcess:
             if window is not None:
                 by_row[place[row]].append(window)
         return self.spec.make_batch(work.step, work.rows, by_row)
+
+
+def _delivered(span: Span, ranges: UnitRanges) -> int:
+    """Bytes that windows need of a column."""
+    return int((span.end - span.begin).sum() if span.needed is None else ranges.size.sum())
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:

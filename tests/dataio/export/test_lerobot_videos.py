@@ -66,15 +66,18 @@ def test_ffmpeg_decodes_an_export_from_the_first_to_the_last_picture(codec: str,
     robot = source(tmp_path / "robot", codec, 6)
     index = index_lerobot(str(robot), str(tmp_path / "data"))
     export(index.url, str(tmp_path / "out"), format="lerobot")
+    listed = pq.read_table(tmp_path / "out/meta/episodes").to_pylist()
     for camera in CAMERAS:
-        (file,) = (tmp_path / f"out/videos/{camera}").rglob("*.mp4")
-        data = file.read_bytes()
-        ticks, pictures = videos.track(data).timescale, videos.decoded(data)
-        assert sorted(pictures) == list(range(0, len(pictures) * ticks // 10, ticks // 10))  # time · fps is the number
-        for e, row in enumerate(pq.read_table(tmp_path / "out/meta/episodes").to_pylist()):
-            begin = row[f"videos/{camera}/from_timestamp"]
-            shown = [pictures[round((begin + i / 10) * ticks)] for i in range(row["length"])]
-            assert np.array_equal(shown, read_episode(index, e).fields[camera])
+        files = sorted((tmp_path / f"out/videos/{camera}").rglob("*.mp4"))
+        assert len(files) == 1 or codec == "libx265"  # whose key frames need not be decodable after other pictures
+        tracks = [videos.track(file.read_bytes()) for file in files]
+        pictures = [videos.decoded(file.read_bytes()) for file in files]
+        for track in tracks:  # time · fps is the picture's number
+            assert np.array_equal(np.sort(track.pts), np.arange(len(track)) * track.timescale // 10)
+        for e, row in enumerate(listed):
+            begin, file = (row[f"videos/{camera}/{name}"] for name in ("from_timestamp", "file_index"))
+            times = [round((begin + i / 10) * tracks[file].timescale) for i in range(row["length"])]
+            assert np.array_equal([pictures[file][t] for t in times], read_episode(index, e).fields[camera])
 
 
 def test_pictures_that_lerobot_cannot_find_by_their_time_become_png(

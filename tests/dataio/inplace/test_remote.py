@@ -15,7 +15,7 @@ from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.inplace.prepare import prepare
-from tiphys.dataio.storage import Store
+from tiphys.dataio.storage import Store, StoreError
 
 HUB = "hf://datasets/owner/robot"
 TOP = "observation.images.top"
@@ -75,6 +75,18 @@ def test_a_quota_is_waited_for(hub: SigningHub, robot: Path) -> None:
     path = "meta/info.json"
     assert Store(f"{HUB}@{COMMIT}").read(path) == (robot / path).read_bytes()
     assert hub.resolved == [path]
+
+
+def test_of_a_server_that_ignores_ranges_no_more_is_read_than_was_asked_for(hub: SigningHub, robot: Path) -> None:
+    hub.whole = True
+    path = f"videos/{TOP}/chunk-000/file-001.mp4"
+    data, store = (robot / path).read_bytes(), Store(f"{HUB}@{COMMIT}", attempts=1)
+    assert bytes(store.read_ranges(path, [0], [100], len(data))[0]) == data[:100]
+    found = store.read_new(path)
+    assert found is not None
+    assert found[0] == data
+    with pytest.raises(StoreError, match="sends whole files and no parts of them"):
+        store.read_ranges(path, [7], [100], len(data))
 
 
 def test_a_video_that_was_replaced_is_not_mixed_with_its_index(

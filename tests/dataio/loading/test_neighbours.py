@@ -46,7 +46,13 @@ def test_neighbours_take_unused_room_only_and_each_unit_arrives_once(memory: int
         units = UnitMap([index], NEEDS, 2)
         everything = np.arange(units.units)
         cache = RangeCache(
-            units.units, units.sizes, lambda step: everything[step::7], total=0, memory=memory, stop=7, staging=memory // 2
+            units.units,
+            units.sizes,
+            lambda step: everything[step::7],
+            total=0,
+            memory=memory,
+            stop=7,
+            staging=memory // 2,
         )
         fetcher = Fetcher(units, 8)
         neighbours = Neighbours(units, fetcher, cache, everything)
