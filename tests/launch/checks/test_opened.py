@@ -1,4 +1,4 @@
-"""Datasets are opened once for all checks. Environments are made meanwhile, and a check that fails earlier does not wait for them."""
+"""Datasets are opened once for all checks. Environments are made meanwhile; a check that fails does not wait for them."""
 
 from __future__ import annotations
 
