@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,16 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.plan.log import described
 from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain.checkpoint_choice import ASIDE
 from tiphys.pretrain.checkpoint_files import CheckpointError
 
 if TYPE_CHECKING:
     from tiphys.pretrain.checkpoint import Checkpoint
 
 _LONGEST_LIST = 20  # parameters that are shown without --json
+_WIDTH, _INDENT = 79, " " * 12  # of reasons below a row
+_UNFINISHED = "it is being written, or its writer was stopped"
+_SET_ASIDE = f"a launch found damaged bytes and set it aside ({ASIDE})"
 
 
 def listed(run: str | Path) -> list[dict[str, Any]]:
-    """The checkpoints of a run, oldest first: folder, step, ranks, bytes, when it was saved (seconds), and its state.
+    """The checkpoints of a run, oldest first: folder, step, ranks, bytes, when it was saved (seconds), its state, and why.
+
+    state  `whole`, `trusted` (whole, and followed by healthy steps), `damaged` or `incomplete`
+    why    of a checkpoint that is not whole
 
     Raises FileNotFoundError if the run has none.
     """
@@ -28,17 +36,21 @@ def listed(run: str | Path) -> list[dict[str, Any]]:
     proven = _proven(Path(run))
     for step, folder in files.folders(run):
         row: dict[str, Any] = {"step": step, "folder": str(folder), "ranks": None, "bytes": None, "saved": None}
+        row["why"] = ""
         try:
             manifest = files.read_manifest(folder)
         except CheckpointError as error:
-            found.append({**row, "state": f"damaged: {error}"})
+            found.append({**row, "state": "damaged", "why": _within(folder, error)})
             continue
         if manifest is None:
-            found.append({**row, "state": "incomplete: it is being written, or its writer was stopped"})
+            aside = (folder / ASIDE).is_file()
+            found.append(
+                {**row, "state": "damaged" if aside else "incomplete", "why": _SET_ASIDE if aside else _UNFINISHED}
+            )
             continue
         sizes = [entry["size"] for entry in manifest["files"].values()]
         row |= {"ranks": manifest["world"], "bytes": sum(sizes), "saved": (folder / files.MANIFEST).stat().st_mtime}
-        found.append({**row, "state": "whole, trusted" if step <= proven else "whole"})
+        found.append({**row, "state": "trusted" if step <= proven else "whole"})
     if not found:
         raise FileNotFoundError(f"{run}: there are no checkpoints")
     return found
@@ -51,6 +63,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["saved"])) if row["saved"] else "–"
         size = _size(row["bytes"]) if row["bytes"] is not None else "–"
         lines.append(f"{row['step']:>10}  {saved:<16}  {row['ranks'] or '–':>5}  {size:>9}  {row['state']}")
+        if row["why"]:
+            lines += textwrap.wrap(row["why"], _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
+    if any(row["state"] == "trusted" for row in rows):
+        lines.append("trusted: healthy steps followed, so the run can go back to it after a spike")
     return "\n".join(lines)
 
 
@@ -58,18 +74,26 @@ def verified(path: str | Path) -> Iterator[tuple[Path, str]]:
     """(folder, what is damaged) of each checkpoint of a run, or of one checkpoint. Empty: all its files have their digests.
 
     Folders that are not whole are damaged too, unless they are newer than all whole ones: those are being written.
+
+    Raises FileNotFoundError if there is no checkpoint.
     """
     from tiphys.pretrain.checkpoint import Checkpoint
 
-    folders = [folder for _, folder in files.folders(path)] or [Path(path)]
+    folders = [folder for _, folder in files.folders(path)]
+    if not folders and not ((Path(path) / files.MANIFEST).is_file() or (Path(path) / ASIDE).is_file()):
+        raise FileNotFoundError(f"{path}: there are no checkpoints")
+    folders = folders or [Path(path)]
     whole = [folder for folder in folders if (folder / files.MANIFEST).is_file()]
     for folder in folders:
+        if (folder / ASIDE).is_file():
+            yield folder, _SET_ASIDE
+            continue
         if whole and folder > whole[-1]:
             continue
         try:
             Checkpoint.open(folder).verify()
         except CheckpointError as error:
-            yield folder, str(error)
+            yield folder, _within(folder, error)
         else:
             yield folder, ""
 
@@ -96,6 +120,7 @@ def inspected(path: str | Path) -> dict[str, Any]:
         "folder": str(checkpoint.path),
         "step": checkpoint.step,
         "ranks": checkpoint.world,
+        "bytes": sum(entry["size"] for entry in checkpoint.manifest["files"].values()),
         "recipe": state["recipe"].get("name", ""),
         "hash": state["hash"],
         "datasets": state["datasets"],
@@ -108,13 +133,16 @@ def inspected(path: str | Path) -> dict[str, Any]:
 def shown(found: dict[str, Any]) -> str:
     """`inspected` for people."""
     kinds = Counter(", ".join(t["saved"]) for t in found["tensors"])
+    entries = Counter(d[:12] for d in found["datasets"])
     lines = [
         f"checkpoint   {found['folder']}",
         f"step         {found['step']}, saved by {found['ranks']} ranks; any number can load it",
         f"recipe       {found['recipe']}  ({found['hash'][:12]})",
-        f"datasets     {', '.join(d[:12] for d in found['datasets'])}",
-        f"parameters   {found['parameters']:,} in {len(found['tensors'])} tensors",
-        *(f"  {count:>4} with   {kind}" for kind, count in kinds.most_common()),
+        *_labelled(
+            "datasets", [f"{digest} ({count} entries)" if count > 1 else digest for digest, count in entries.items()]
+        ),
+        f"parameters   {found['parameters']:,} in {len(found['tensors'])} tensors, {_size(found['bytes'])}",
+        *_labelled("saved", [f"{kind} of {count} tensors" for kind, count in kinds.most_common()]),
         *(f"changed      from step {event['step']} on: {described(event)}" for event in found["log"]),
     ]
     for tensor in found["tensors"][:_LONGEST_LIST]:
@@ -122,6 +150,16 @@ def shown(found: dict[str, Any]) -> str:
     if len(found["tensors"]) > _LONGEST_LIST:
         lines.append(f"  … {len(found['tensors']) - _LONGEST_LIST} more; --json lists all")
     return "\n".join(lines)
+
+
+def _labelled(label: str, items: list[str]) -> list[str]:
+    """One item a line, the first beside the label."""
+    return [f"{label if not i else '':<13}{item}" for i, item in enumerate(items)]
+
+
+def _within(folder: Path, error: CheckpointError) -> str:
+    """An error of a checkpoint without its folder, which stands beside it."""
+    return str(error).removeprefix(f"{folder}/").removeprefix(f"{folder}: ")
 
 
 def _proven(run: Path) -> int:

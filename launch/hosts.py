@@ -148,5 +148,11 @@ def ranks_of_hosts(hosts: dict[str, int], processes: int, options: Sequence[str]
     return {name: processes or slots for name, slots in hosts.items()}
 
 
+def needs_pdsh(options: Sequence[str]) -> bool:
+    """Whether `deepspeed` reaches the hosts with pdsh, as it does unless it is told otherwise."""
+    names = [word.partition("=")[0] for word in options]
+    return not any(_stands_for(name, ("--launcher", "--no_ssh")) for name in names)
+
+
 def _stands_for(word: str, names: Sequence[str]) -> bool:
     return word in names or (len(word) > 3 and word.startswith("--") and any(name.startswith(word) for name in names))

@@ -3,9 +3,10 @@
     python -m tiphys.launch.node READ WRITE
 
 READ and WRITE are file descriptors. The supervisor sends lines of JSON. `{"check": …}`: the recipe is checked; the answer is a
-line with what the supervisor must know about it. `{"fit": …}`: the answer is a layout on fewer ranks, or why there is none. `{"run": …}`: the ranks are started. On one machine, DeepSpeed's launcher of one
-machine (`deepspeed.launcher.launch`) runs in this very process, which imported DeepSpeed while the supervisor did something else.
-For several hosts this process becomes the command `deepspeed`.
+line with what the supervisor must know about it. `{"fit": …}`: the answer is a layout on fewer ranks, or why there is none.
+`{"run": …}`: the ranks are started. On one machine, DeepSpeed's launcher of one machine (`deepspeed.launcher.launch`) runs in
+this very process, which imported DeepSpeed while the supervisor did something else. For several hosts this process becomes the
+command `deepspeed`.
 """
 
 # No `from __future__`: with an empty entry in PYTHONPATH it could come from the current folder.

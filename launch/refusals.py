@@ -28,6 +28,10 @@ _PASSING_NAMES = {  # their modules need not be imported to ask
 _LASTING_NAMES = {("tiphys.dataio.storage", "ObjectChanged"), ("tiphys.dataio.storage", "AccessError")}
 _OUTSIDE_NUMBERS = (errno.ESTALE, errno.EREMOTEIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 _PASSING_NUMBERS = (errno.EIO, errno.EAGAIN, *_OUTSIDE_NUMBERS)
+_NO_MEMORY = (
+    "no memory is left on this machine, or within a limit of it (ulimit -v, a control group); lower data.cache.memory, "
+    "data.prefetch or the micro-batch, or raise the limit"
+)
 _NOT_SENTENCES = (LookupError, MemoryError, UnicodeError)  # such a message may be one word, or none
 
 
@@ -68,6 +72,9 @@ def outside(error: BaseException) -> bool:
 
 def sentence(error: BaseException) -> str:
     """The message of an error, for people. An error of the operating system names its file first."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if full or (isinstance(error, MemoryError) and len(str(error).split()) < 4):
+        return _NO_MEMORY
     if isinstance(error, OSError) and error.strerror and type(error).__str__ is OSError.__str__:
         file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{file}{error.strerror}"

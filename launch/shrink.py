@@ -1,7 +1,7 @@
-"""`restart.shrink`: a run on several hosts goes on without a host that fails again and again.
+"""`restart.shrink`: a run on several hosts goes on without a host that failed twice.
 
-The supervisor keeps account of the hosts that failed (`Blame`) and writes a hostfile without one (`without_host`). Whether the run
-fits on the ranks that are left is computed as for `tiphys layout` (`fewer_ranks`), in a process that imports torch.
+The supervisor keeps account of the hosts that failed (`Blame`) and writes a hostfile without one (`without_host`). Whether the
+run fits on the ranks that are left is computed as for `tiphys layout` (`fewer_ranks`), in a process that imports torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Blame:
 
 
 def host_of(ranks: Sequence[int], hosts: Mapping[str, int]) -> str:
-    """The host on which all of these ranks are; empty if there is no rank, or no such host. Hosts are in the order of their ranks."""
+    """The host that all of these ranks are on; empty if there is none. Hosts are in the order of their ranks."""
     places = [name for name, count in hosts.items() for _ in range(count)]
     found = {places[rank] for rank in ranks if rank < len(places)}
     return found.pop() if len(found) == 1 else ""
@@ -58,7 +58,7 @@ class Fewer:
 
 
 def fewer_ranks(path: str, overrides: Sequence[str], world: int, before: int, each: int) -> Fewer:
-    """The layout of a recipe on `world` ranks that fits and changes least. Each step trains on the same rows as on `before` ranks.
+    """The layout of a recipe on `world` ranks that fits and changes least. Each step has the same rows as on `before` ranks.
 
     First only the accumulation changes, then the micro-batch, then all keys that `parallel.auto` knows.
 

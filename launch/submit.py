@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.python_path import child_environment
-from tiphys.launch.hosts import check_choice, ranks, ranks_of_hosts, read_hosts
+from tiphys.launch.hosts import check_choice, needs_pdsh, ranks, ranks_of_hosts, read_hosts
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 TRAIN = ("--module", "tiphys.launch.train")
 ACCEPT_CHANGED_DATA = "--accept-changed-data"
 PACKED = "--packed="
+NO_PDSH = (
+    "DeepSpeed reaches several hosts with the program pdsh, which is not on this machine; install it (a package of most "
+    "systems), or name another launcher, for example with --launcher '--launcher openmpi'"
+)
 EMPTY = "/"  # where the launcher starts for several hosts: a folder that they all have, without Python modules
 _EXPORTED = (
     "PYTHON",
@@ -214,6 +219,7 @@ def job(
         words = [*launcher(processes, port=port, hostfile=hosts, extra=extra, verbose=verbose), *TRAIN]
     else:
         words = [*local_launcher(world, port=port, verbose=verbose), *TRAIN]
+    counted = ranks_of_hosts(read_hosts(hosts), processes, extra) if hosts else {}
     return Job(
         check={
             "recipe": recipe,
@@ -232,5 +238,8 @@ def job(
         folder=EMPTY if several else "",
         world=world,
         environment=env,
-        hosts=ranks_of_hosts(read_hosts(hosts), processes, extra) if hosts else {},
+        hosts=counted,
+        missing=NO_PDSH
+        if len(counted) > 1 and needs_pdsh(extra) and not shutil.which("pdsh", path=env["PATH"])
+        else "",
     )

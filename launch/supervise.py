@@ -56,6 +56,7 @@ class Job:
     folder   where the launcher starts; empty: the current folder
     world    number of ranks; 0: not known
     hosts    ranks of each host by its name in the hostfile, in the order of their ranks; empty: one machine, or not known
+    missing  what the launcher lacks on this machine, in words; empty: nothing
     """
 
     check: dict[str, Any]
@@ -67,6 +68,7 @@ class Job:
     world: int
     environment: Mapping[str, str]
     hosts: Mapping[str, int] = field(default_factory=dict)
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ def supervise(job: Job) -> Status:
             if isinstance(settings, Status):
                 return settings
             times.add("check")
-            if settings.shrink and job.module is None and not job.hosts:
-                _tell(f"restart.shrink: {_UNKNOWN_HOSTS}")
+            unknown = settings.shrink and job.module is None and not job.hosts
+            if refused := job.missing or unknown * f"restart.shrink: {_UNKNOWN_HOSTS}":
+                _tell(refused)
                 return Status.REFUSED
             lease = Lease(settings.run_dir)
             try:

@@ -61,8 +61,9 @@ class Opened:
     def declared(self, names: Sequence[str]) -> list[TaskSpec | DataError]:
         """What each environment declares, or why it cannot be made (`tiphys.dataio.environments.probe.declared`)."""
         made = dict(zip(self._names, self._made.result(), strict=True)) if self._made is not None else {}
-        other = [name for name in names if name not in made]
-        return [(made | dict(zip(other, declared(other, self.modules), strict=True)))[name] for name in names]
+        if other := [name for name in dict.fromkeys(names) if name not in made]:
+            made |= dict(zip(other, declared(other, self.modules), strict=True))
+        return [made[name] for name in names]
 
     def close(self) -> None:
         self._stop.set()

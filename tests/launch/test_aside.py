@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -19,6 +20,7 @@ from tests.launch.small_recipe import small_recipe
 from tests.pretrain.test_checkpoint import part
 from tests.processes import REPOSITORY, alone
 from tiphys.launch import aside as beside
+from tiphys.launch import side_process
 from tiphys.launch.aside import Aside, unfinished
 from tiphys.pretrain import checkpoint as ck
 from tiphys.pretrain import checkpoint_files as files
@@ -282,3 +284,37 @@ def _mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize("minutes, published", [(60.0, True), (4.0, False)])
+def test_a_store_that_is_down_for_five_minutes(
+    minutes: float, published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tasks are replaced by answers, and its clock is ours. `evaluate.minutes` is the limit."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(side_process.time, "monotonic", lambda: clock.now)
+    (tmp_path / "recipe.yaml").write_text(small_recipe() + f"evaluate: {{minutes: {minutes}}}\n")
+    side = side_process.SideProcess(tmp_path, -1, -1)
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(side, "_say", said.append)
+    job = side.jobs[10] = side_process.Job(10, ["publish"])
+    tries = []
+    while side.jobs and clock.now < 1000:
+        if job.ready <= clock.now:
+            tries.append(clock.now)
+            job.since = job.since or clock.now
+            if clock.now < 300:
+                side._failed(job, "publish", "the store is down")
+            else:
+                side._answer(job, "published", said="")
+                side._next(job)
+        clock.now += 1.0
+    assert said[-1]["event"] == "finished"
+    assert said[-2] == {"step": 10, **({"event": "published", "said": ""} if published else _GIVEN_UP)}
+    pauses = np.diff(tries)
+    assert (pauses[1:] >= pauses[:-1]).all()
+    assert len(tries) < 12
+    assert clock.now < 300 + side_process.LONGEST_PAUSE
+
+
+_GIVEN_UP = {"event": "failed", "task": "publish", "why": "the store is down"}

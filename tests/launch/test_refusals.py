@@ -16,7 +16,7 @@ from tiphys.dataio.loader import LoaderLost
 from tiphys.dataio.storage import AccessError, ObjectChanged, StoreError
 from tiphys.launch import finish as ends
 from tiphys.launch.lease import FolderInUse
-from tiphys.launch.refusals import OF_A_RANK, sentence, show, status_of
+from tiphys.launch.refusals import OF_A_RANK, outside, sentence, show, status_of
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_files import CheckpointError, StorageFull
@@ -74,6 +74,12 @@ def test_the_class_of_an_error_decides_whether_another_launch_can_help(error: Ex
     assert status_of(error, OF_A_RANK) == status
 
 
+def test_a_machine_is_not_to_blame_for_what_is_outside_it() -> None:
+    others = [StoreError("down"), ConnectionResetError(104, "reset"), TimeoutError(), OSError(116, "Stale file handle")]
+    own = [torch.AcceleratorError("ECC"), LoaderLost("killed"), OSError(5, "Input/output error"), OSError(12, "no memory")]
+    assert [outside(error) for error in (*others, *own)] == [True] * 4 + [False] * 4
+
+
 @pytest.mark.parametrize("error", [ValueError("shapes"), KeyError("x"), RuntimeError("r"), TypeError("t")])
 def test_a_defect_of_a_rank_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(error, OF_A_RANK) == Status.CRASHED
@@ -86,7 +92,9 @@ def test_sentences_name_the_file() -> None:
     assert sentence(FileNotFoundError("s3://bucket/key")) == "s3://bucket/key: there is no such file"
     assert sentence(KeyError("this policy has no task 'x'")) == "this policy has no task 'x'"
     assert sentence(KeyError("tasks")) == "KeyError tasks; --traceback shows where"
-    assert sentence(MemoryError()) == "MemoryError; --traceback shows where"
+    assert sentence(MemoryError()).startswith("no memory is left on this machine, or within a limit of it")
+    assert sentence(OSError(12, "Cannot allocate memory", "x")) == sentence(MemoryError())
+    assert sentence(MemoryError("Unable to allocate 3 GiB for an array")) == "Unable to allocate 3 GiB for an array"
 
 
 def test_statuses_differ_and_are_documented() -> None:

@@ -47,24 +47,40 @@ def job(cluster: Path, program: str, monkeypatch: pytest.MonkeyPatch, **options:
     return subprocess.Popen(["bash", str(cluster / "job.sh")])
 
 
+def queued_again(cluster: Path) -> bool:
+    asked = cluster / "scontrol.txt"
+    return "requeue 7\n" in (asked.read_text() if asked.exists() else "")
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
 @pytest.mark.parametrize("status, again", [(0, False), (3, False), (5, False), (70, True), (75, True), (143, True)])
 def test_it_is_queued_again_if_the_run_can_go_on(
-    cluster: Path, monkeypatch: pytest.MonkeyPatch, status: int, again: bool
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, status: int, again: bool
 ) -> None:
-    assert job(cluster, f"exit {status}", monkeypatch).wait(60) == status
-    asked = cluster / "scontrol.txt"
-    assert (asked.read_text() if asked.exists() else "") == ("requeue 7\n" if again else "")
+    assert job(cluster, f"exit {status}", monkeypatch, nodes=nodes).wait(60) == status
+    assert queued_again(cluster) == again
 
 
-def test_a_signal_reaches_the_run_and_its_status_counts(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run saves and ends with 0 although the signal came: it was done."""
-    saves = f"trap 'sleep .3; exit 0' TERM; touch {cluster}/up; while :; do sleep .05; done"
-    started = job(cluster, saves, monkeypatch)
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("status", [0, 143])
+def test_a_signal_reaches_the_run_and_its_status_counts(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, status: int
+) -> None:
+    """A run that was done anyway when the signal came saves and ends with 0."""
+    saves = f"trap 'sleep .3; exit {status}' TERM; touch {cluster}/up; while :; do sleep .05; done"
+    started = job(cluster, saves, monkeypatch, nodes=nodes)
     while not (cluster / "up").exists():
         time.sleep(0.02)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(60) == 0
-    assert not (cluster / "scontrol.txt").exists()
+    assert started.wait(60) == status
+    assert queued_again(cluster) == (status == 143)
+
+
+def test_without_a_number_a_node_has_a_rank_for_each_gpu(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, slots in (("8", 8), ("", 2)):
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+        assert job(cluster, "exit 0", monkeypatch, nodes=2).wait(60) == 0
+        assert (cluster / "run" / "slurm" / "hosts-7").read_text() == f"a slots={slots}\nb slots={slots}\n"
 
 
 def test_words_arrive_unchanged_and_several_nodes_are_a_hostfile(
@@ -73,6 +89,10 @@ def test_words_arrive_unchanged_and_several_nodes_are_a_hostfile(
     assert job(cluster, "exit 0", monkeypatch, nodes=2, processes=4).wait(60) == 0
     hosts = cluster / "run" / "slurm" / "hosts-7"
     assert hosts.read_text() == "a slots=4\nb slots=4\n"
+    assert subprocess.run(["bash", "-n", str(cluster / "job.sh")], check=False).returncode == 0
+    options = [line for line in (cluster / "job.sh").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --nodes=2" in options
+    assert "#SBATCH --ntasks-per-node=1" in options
     assert (cluster / "train.txt").read_text() == f"-P -m tiphys train my recipe.yaml name=it's --hostfile {hosts}\n"
 
 

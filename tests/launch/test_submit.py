@@ -82,6 +82,19 @@ def test_words_arrive_unchanged_and_the_current_folder_has_no_say(
     assert sorted(p.name for p in folder.iterdir()) == [".deepspeed_env", "deepspeed.py", "json.py", "torch.py"]
 
 
+def test_several_hosts_need_pdsh(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(hosts: str, *extra: str) -> str:
+        (cluster / "hosts").write_text(hosts)
+        options = NOTHING | {"extra": list(extra)}
+        return submit.job("recipe.yaml", [], hostfile=str(cluster / "hosts"), port=0, **options).missing
+
+    assert missing("one slots=1\ntwo slots=1\n") == ""
+    (cluster / "bin" / "pdsh").unlink()
+    assert missing("one slots=1\ntwo slots=1\n") == submit.NO_PDSH
+    assert missing("one slots=1\n") == ""
+    assert missing("one slots=1\ntwo slots=1\n", "--launcher", "openmpi") == ""
+
+
 def test_a_variable_that_shells_would_change_is_refused(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/tmp/$(id)")
     with pytest.raises(ValueError, match=r"PYTHONPATH=.*through their shells"):

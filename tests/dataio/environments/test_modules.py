@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,10 @@ def test_an_expert_is_any_callable_or_class_with_act():
         acts("number")
     with pytest.raises(DataError, match="has no 'nobody'"):
         acts("nobody")
+
+
+def test_a_child_that_is_not_needed_any_more_is_killed(folder, monkeypatch):
+    stop = threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    (found,) = declared(["my_line:Hang-v0"], ["my_line"], limit=600, stop=stop)
+    assert isinstance(found, DataError)
