@@ -24,8 +24,8 @@ from tiphys.pretrain import bootstrap
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 
-EPISODES, STEPS_OF_TRAINING = 150, 300
-HOW = bootstrap.Drawing(keep=0.1, draws=4, windows=4)
+EPISODES, STEPS_OF_TRAINING = 150, 200
+HOW = bootstrap.Drawing(keep=0.1, draws=4, windows=2)
 Best = Callable[[np.ndarray, float], np.ndarray]
 
 
