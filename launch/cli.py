@@ -643,7 +643,12 @@ def _policy_commands(commands: Any) -> None:
     p = commands.add_parser("say", help="let a policy that has learned texts continue one")
     p.add_argument("policy", help="folder of a run, folder of a policy, s3://bucket/path or hf://org/name")
     p.add_argument("prompt", help="how the text begins")
-    p.add_argument("--task", default="", help="task whose texts are meant (default: the first of documents)")
+    p.add_argument("--task", default="", help="task whose texts are meant (default: the first that fits)")
+    p.add_argument(
+        "--observation",
+        default="",
+        help="what a caption is about: a picture, DATASET:EPISODE (its last observation) or JSON (default: nothing, a document)",
+    )
     p.add_argument("--tokens", type=int, default=128, help="most tokens of the answer (default: %(default)s)")
     p.add_argument(
         "--temperature", type=float, default=1.0, help="0: always the most probable token (default: %(default)s)"

@@ -24,8 +24,8 @@ from tiphys.pretrain import bootstrap
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 
-EPISODES, STEPS_OF_TRAINING = 150, 300
-HOW = bootstrap.Drawing(keep=0.1, draws=4, windows=4)
+EPISODES, STEPS_OF_TRAINING, ROWS = 150, 200, 16
+HOW = bootstrap.Drawing(keep=0.1, draws=4, windows=2)
 Best = Callable[[np.ndarray, float], np.ndarray]
 
 
@@ -44,7 +44,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
             [{"dataset": dataset}],
             {"paradigm": "boot", "context": 48},
             steps=STEPS_OF_TRAINING,
-            rows=16,
+            rows=ROWS,
             seed=seed,
             model=WIDE,
             joins={STEPS_OF_TRAINING // 2: drawn} if best else None,

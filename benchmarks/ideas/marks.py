@@ -12,6 +12,7 @@ from typing import Any
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
 HERE = Path(__file__).parent
+MORE = ("auto",)  # experiments with keys of a recipe, beside those of the paradigms
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Mark:
 
 
 def rows() -> list[str]:
-    """The rows that have an experiment: those whose module exists, in the order of the table."""
-    return [name for name in PARADIGMS if (HERE / f"{_module(name)}.py").exists()]
+    """What has an experiment: the rows whose module exists, in the order of the table, and `MORE`."""
+    return [name for name in (*PARADIGMS, *MORE) if (HERE / f"{_module(name)}.py").exists()]
 
 
 def measure(row: str, seed: int, *, control: bool = True) -> Iterator[dict[str, Any]]:

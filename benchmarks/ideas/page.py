@@ -64,7 +64,8 @@ def page() -> str:
     """The content of docs/paradigms.md."""
     found = figures()
     declaration = (ABOUT / "declaration.md").read_text(encoding="utf-8")
-    return "\n".join([INTRODUCTION, declaration, *(_section(row, found.get(row["name"], [])) for row in table())])
+    rows = [_section(row, found.get(row["name"], [])) for row in table()]
+    return "\n".join([INTRODUCTION, declaration, *rows, *(_key(name, found.get(name, [])) for name in marks.MORE)])
 
 
 def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
@@ -73,12 +74,19 @@ def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
     lines += [f"- {label}: {row[key]}" for key, label in _SHOWN.items() if row[key] not in ("nothing", "none")]
     commands = [line[1:].strip() for line in _head(name) if line.startswith("#   tiphys ")]
     lines += ["", f"Recipe: `recipes/{name}.yaml`", "", "```", *commands, "```", ""]
-    if found:
-        lines += ["| measure | bar | scores | control | its bar | scores |", "|---|---|---|---|---|---|"]
-        lines += [_line(group) for group in _groups(found)]
-    else:
-        lines += ["Its experiment has not been recorded yet."]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_figures(found), ""])
+
+
+def _key(name: str, found: Sequence[dict[str, Any]]) -> str:
+    """The section of an experiment with a key of a recipe."""
+    return "\n".join([f"## {name}", "", *_about(name), "", *_figures(found), ""])
+
+
+def _figures(found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return ["Its experiment has not been recorded yet."]
+    head = ["| measure | bar | scores | control | its bar | scores |", "|---|---|---|---|---|---|"]
+    return [*head, *(_line(group) for group in _groups(found))]
 
 
 def _about(name: str) -> list[str]:

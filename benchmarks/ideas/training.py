@@ -15,7 +15,7 @@ import torch
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.loader import TrajectoryLoader
 from tiphys.dataio.placement import Home
-from tiphys.launch.plan import Joining, loader_arguments, make_plan, open_datasets
+from tiphys.launch.plan import Joining, balance_of, loader_arguments, make_plan, open_datasets
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.model.flops import flops_per_batch
@@ -124,15 +124,17 @@ def fit(
     losses: list[torch.Tensor] = []
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, foreach=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    balance = balance_of(recipe, objectives)
     processor, arguments = Processor.from_dict(objectives.processor()), loader_arguments(recipe, objectives)
     with TrajectoryLoader(plan, Home(0, 1), **arguments, join=joining.loader, stop=steps) as loader:
         for step, loaded in enumerate(loader, start=1):
-            batch = TokenBatch.from_arrays(loaded.arrays)
+            batch = balance.weighted(TokenBatch.from_arrays(loaded.arrays))
             flops, tokens = flops + flops_per_batch(net.config, batch), tokens + batch.real_tokens
             optimizer.zero_grad()
-            loss = net(to_tensors(batch), batch.targets, batch.real_tokens).loss
-            loss.backward()
-            losses.append(loss.detach())
+            output = net(to_tensors(batch), batch.targets, batch.real_tokens)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+            balance.observe(step, output.loss_by_task.detach().numpy()[:, 0])
             loaded.release()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()

@@ -47,7 +47,7 @@ __all__ = [
 
 GROUP = "tiphys.environments"
 # The first family that owns a name gets it; the last one owns every id that gymnasium has registered.
-_BUILT_IN = ("memory", "babyai", "metaworld", "atari", "classic", "gymnasium_family")
+_BUILT_IN = ("memory", "babyai", "metaworld", "atari", "classic", "multi_agent", "gymnasium_family")
 
 
 def make(task: str, **options: Any) -> Environment:

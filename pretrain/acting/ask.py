@@ -328,9 +328,14 @@ def goal(given: Any, task: str) -> Mapping[str, Any]:
         except ValueError as error:
             raise DataError(f"the goal {given!r} is not valid JSON: {error}") from None
         return found if isinstance(found, Mapping) else {"observation": np.asarray(found)}
-    spec, episode = _episode(given, task)
-    shown = (f for f in spec.fields if f.name.split(".")[0] == "observation" and f.name in episode.fields)
-    return {f.name: episode.fields[f.name] if f.per == "episode" else episode.fields[f.name][-1] for f in shown}
+    return {name: value for name, value in last_step(given, task).items() if name.split(".")[0] == "observation"}
+
+
+def last_step(address: str, task: str) -> dict[str, Any]:
+    """The last value of each field of ``DATASET:EPISODE``. Raises DataError or OSError as `demonstration`."""
+    spec, episode = _episode(address, task)
+    known = [f for f in spec.fields if f.name in episode.fields and (f.per == "episode" or len(episode.fields[f.name]))]
+    return {f.name: episode.fields[f.name] if f.per == "episode" else episode.fields[f.name][-1] for f in known}
 
 
 def _episode(address: str, task: str) -> tuple[TaskSpec, Episode]:

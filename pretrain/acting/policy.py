@@ -556,7 +556,7 @@ class Policy:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
-        layout = self._texts_layout(task, objective, observation is not None)
+        layout = self.texts_layout(task, objective, observation is not None)
         fields = {f.name: f for f in self.processor.tasks[layout.task].fields}
         seen = observation if many and observation is not None else [observation] * len(prompts)
         if len(seen) != len(prompts):
@@ -566,8 +566,14 @@ class Policy:
         said = writer.write(tokens, temperature, top_p, self.seed)
         return said if many else said[0]
 
-    def _texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
-        """The layout of the texts that are meant. `seen`: an observation is given."""
+    def texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
+        """The layout of the texts that `say` means. `seen`: an observation is given.
+
+        Raises
+        ------
+        KeyError, DataError
+            As in `say`.
+        """
         known = self.processor.layouts
         if (objective and objective not in known) or (task and task not in self.processor.tasks):
             raise KeyError(

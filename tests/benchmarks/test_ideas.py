@@ -7,11 +7,11 @@ from benchmarks.ideas.__main__ import main
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
-SHORT = ["dt", "prompt-dt"]  # in `make test`: one seed, without controls
+SHORT = ["dt", "prompt-dt", "tt"]  # in `make test`: one seed, without controls
 
 
 def test_every_row_has_an_experiment():
-    assert marks.rows() == list(PARADIGMS)
+    assert marks.rows() == [*PARADIGMS, *marks.MORE]
 
 
 @pytest.mark.parametrize("row", SHORT)
@@ -20,7 +20,7 @@ def test_the_idea_works(row):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", list(PARADIGMS))
+@pytest.mark.parametrize("row", marks.rows())
 def test_the_idea_works_and_its_control_fails(row):
     found = [mark for seed in (0, 1, 2) for mark in marks.measure(row, seed)]
     assert marks.faults(found) == []
@@ -59,4 +59,4 @@ def test_the_page_of_paradigms_is_that_of_the_table():
     """After a change: `python -m benchmarks.ideas.page`."""
     text = page.PAGE.read_text(encoding="utf-8")
     assert text == page.page()
-    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(PARADIGMS)
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == marks.rows()

@@ -89,6 +89,7 @@ loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
 bootstrap boot cart drawn --keep 0.5 --draws 2 --windows 2 --validation 0.1 --seed 3 --device cpu
 say book "the cat" --task book --tokens 4 --temperature 0.5 --top-p 0.9 --seed 2 --device cpu
+say captions "" --observation picture.png --tokens 4
 evaluate policy --tasks CartPole-v1 --episodes 2 --seed 1000005 --processes 1 --no-sample --out found.json --device cpu
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --pictures strips --videos 1
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --demonstrations cart --modules gymnasium
@@ -124,6 +125,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     acting.folder(place / "idm", fixtures.make_each([environments.spec(acting.CART)], ["idm"], context=60))
     acting.folder(place / "boot", fixtures.make_each([environments.spec(acting.CART)], ["boot"], context=60))
     (place / "key").write_text("secret\n")
+    acting.folder(place / "captions", fixtures.make_each([fixtures.CAPTION], ["gato"], context=40))
+    Image.new("RGB", (16, 16)).save(place / "picture.png")
     acting.folder(place / "book", fixtures.make_each([BOOK], ["gato"], context=60))
     acting.folder(
         place / "filling", fixtures.make_each([environments.spec(acting.CART)], ["unimask", "gdt"], context=120)

@@ -126,6 +126,7 @@ LINES = [
     "label data data labelled",
     "bootstrap data data drawn --validation 0",
     "say data word",
+    "say data word --observation data:0",
     "submit r.yaml --dry-run",
     "--traceback inspect broken/none",
 ]

@@ -1,5 +1,9 @@
 """A policy that imitates sees the observations of an episode before its own, as windows in training see their own."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +14,8 @@ from tests.pretrain.token_fixtures import ARM, make, window
 from tiphys.dataio.episode import DataError
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.processor import Processor
+from tiphys.pretrain.model.config import DecisionConfig
+from tiphys.pretrain.publish import save_policy
 from tiphys.pretrain.tokens.batch import TokenBatch
 
 DENSE = ("tokens", "modality", "segment", "position", "local", "timestep", "causal")
@@ -123,3 +129,49 @@ def test_wrong_use_is_refused():
         processor.history("arm", 2, future=[reference(of, 2)])
     with pytest.raises(DataError, match="has no step"):
         processor.history("arm", future=replace(reference(of, 2), steps=0))
+
+
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tiphys":
+            raise ImportError(name + " is not installed here")
+sys.meta_path.insert(0, Absent())
+import json, importlib, numpy as np
+from transformers import AutoModel
+acted = []
+for place in {places!r}:
+    policy = AutoModel.from_pretrained(place, trust_remote_code=True).policy()
+    Window = importlib.import_module(type(policy).__module__.rpartition(".")[0] + ".episode").Window
+    rng, n = np.random.default_rng(0), 5
+    fields = dict(observation=rng.normal(size=(n, 5)).astype("f4"), action=rng.uniform(-1, 1, (n, 2)).astype("f4"))
+    shown = Window(0, 0, "e", 0, n, n, fields, np.arange(n), np.zeros(n, "f4"), np.ones(n, bool))
+    policy.reset("arm", **(dict(future=shown) if "bdt" in place else dict(acting=dict(horizon=2, width=2))))
+    acted.append([policy.act(row, 0.0).tolist() for row in fields["observation"]])
+print("ACTED" + json.dumps(acted))
+"""
+
+
+def test_published_policies_of_the_new_rows_act_without_tiphys(tmp_path):
+    """`bdt` is shown an episode, `boot` plans."""
+    places = []
+    for name, of in (("bdt", objectives()), ("boot", make([ARM], "boot", context=60))):
+        net = model(of)
+        config = DecisionConfig(**{k: v for k, v in net.config.to_dict().items() if k != "auto_map"})
+        values = of.processor()
+        place = tmp_path / name
+        places.append(str(save_policy(place, net.state_dict(), config, values, recipe={}, step=1, recipe_digest="a")))
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    kept |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", STRANGER.format(places=places)]
+    done = subprocess.run(command, cwd=tmp_path, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.split("ACTED")[1])
+    rng, n = np.random.default_rng(0), 5
+    seen, did = rng.normal(size=(n, 5)).astype(np.float32), rng.uniform(-1, 1, (n, 2)).astype(np.float32)
+    shown = replace(reference(objectives(), n), fields={"observation": seen, "action": did}, episode_steps=n)
+    for place, acted in zip(places, theirs, strict=True):
+        policy = Policy.load(place, "cpu")
+        policy.reset("arm", **({"future": shown} if "bdt" in place else {"acting": {"horizon": 2, "width": 2}}))
+        np.testing.assert_allclose([policy.act(row, 0.0) for row in seen], acted, atol=1e-5)

@@ -127,6 +127,29 @@ def test_a_wide_search_finds_what_dynamic_programming_finds(monkeypatch, seed):
         assert action == int(scores.argmax())
 
 
+def test_branches_of_one_plan_miss_no_likely_action():
+    """Of three branches one at least draws an action with a probability of more than a third, whatever the chances are."""
+    rng = np.random.default_rng(0)
+    plan = np.array([4, 1, 4, 0, 4, 1])
+    copy, copies = beam.numbered(plan)
+    assert copy.tolist() == [0, 0, 1, 0, 2, 1]
+    assert copies.tolist() == [3, 2, 3, 1, 3, 2]
+    logits = torch.log(torch.tensor([[0.34, 0.66]], dtype=torch.float64)).repeat(3, 1)
+    taken = []
+    for _ in range(200):
+        taken.append(beam.drawn(logits, (np.arange(3) + rng.random(3)) / 3))
+        assert set(taken[-1]) == {0, 1}
+    assert np.mean(taken) == pytest.approx(0.66, abs=0.02)
+
+
+def test_places_that_are_left_go_to_all_plans_alike():
+    search = object.__new__(Beam)
+    search.chosen = [0]
+    plan, score = np.array([0, 0, 0, 0, 1, 1]), np.array([9.0, 9, 9, 9, 1, 1])
+    assert plan[search._best(score, 4, plan)].tolist() == [0, 1, 0, 1]
+    assert plan[search._best(score, 1, plan)].tolist() == [0]
+
+
 def test_returns_are_drawn_in_favour_of_high_ones():
     of = fixtures.make([fixtures.ARM], "mgdt", context=40)
     policy, rng = policy_of(of), np.random.default_rng(0)
