@@ -21,6 +21,7 @@ from tiphys.launch.checks.model import (
     tokenizer_errors,
 )
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
+from tiphys.launch.checks.publishing import holder_errors, rate_errors
 from tiphys.launch.checks.trackers import tracker_errors
 from tiphys.launch.submit import devices
 from tiphys.pretrain.distributed.layout_errors import (
@@ -68,7 +69,14 @@ def check(
         errors = list(_deepspeed(seen))
         if errors:
             raise RecipeError(errors)
-        found = (*config_errors(recipe, world), *rope_errors(recipe), *average_errors(recipe), *tracker_errors(recipe))
+        found = (
+            *config_errors(recipe, world),
+            *rope_errors(recipe),
+            *average_errors(recipe),
+            *tracker_errors(recipe),
+            *rate_errors(recipe),
+            *(holder_errors(recipe) if data else ()),
+        )
         errors += _located(found, seen.where)
         if opened is not None:
             errors += _data(recipe, seen, opened, environments)

@@ -669,4 +669,5 @@ def _policy_commands(commands: Any) -> None:
     p.add_argument(
         "--public", action="store_true", help="on a hub: create a public repository instead of a private one"
     )
+    p.add_argument("--take-over", action="store_true", help="publish there although another run does")
     p.set_defaults(command="publish")

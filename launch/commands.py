@@ -526,10 +526,14 @@ def say_job(args: Namespace) -> int:
 
 
 def publish(args: Namespace) -> int:
+    from tiphys.launch.finish import published
+    from tiphys.paths import expand
     from tiphys.pretrain.policy_files import whole_policy
-    from tiphys.pretrain.publish import publish
+    from tiphys.pretrain.publish import How, publish
 
-    say(publish(whole_policy(args.run), args.to, private=not args.public))
+    run = "" if "://" in args.run else published(expand(args.run)).run
+    how = How(final=True, run=run, take_over=args.take_over)
+    say(publish(whole_policy(args.run), args.to, private=not args.public, how=how))
     return Status.DONE
 
 

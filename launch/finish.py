@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 EVALUATION = "evaluation.json"
 BASE = "aside/base"  # in the run's folder: the weights that were published last
+PUBLISHED = "published.json"  # in the run's folder: its identity as a publisher, and what it published last
 
 
 def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False) -> Status:
@@ -170,20 +173,57 @@ def publish_policy(recipe: Recipe, folder: Path, found: Mapping[str, Any] | None
     from tiphys.pretrain.publish import How, publish, say_final
     from tiphys.recipes.sizes import parse_size
 
-    record = Path(recipe.run.dir) / "published.json"
-    score = mean_score(found)
-    if recipe.publish.keep == "best" and record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))["score"]
-        if before is not None and (score is None or score <= before):
-            say(f"not published: it scores {score}; the policy at {recipe.publish.to} scores {before}")
-            if final:
-                say_final(recipe.publish.to)
-            return
-    base, keys = Path(recipe.run.dir) / BASE, recipe.publish
-    how = How(base, parse_size(keys.rate), 60 * keys.grace, score, final)
+    keys, score, record = recipe.publish, mean_score(found), published(recipe.run.dir)
+    if not record.run:
+        record = replace(record, run=secrets.token_hex(8))
+        write_json(Path(recipe.run.dir) / PUBLISHED, asdict(record))  # first, so that a crash does not lose it
+    if keys.keep == "best" and record.score is not None and (score is None or score <= record.score):
+        say(f"not published: it scores {score}; the policy at {keys.to} scores {record.score}")
+        if final:
+            say_final(keys.to, record.run)
+        return
+    base = Path(recipe.run.dir) / BASE
+    how = How(
+        base=base,
+        rate=parse_size(keys.rate),
+        grace=60 * keys.grace,
+        score=score,
+        final=final,
+        run=record.run,
+        name=recipe.name,
+        take_over=takes_over(recipe, record),
+    )
     say(f"published    {publish(folder, keys.to, private=keys.private, how=how)}")
     _keep_weights(folder, base)
-    write_json(record, {"to": recipe.publish.to, "score": score})
+    write_json(Path(recipe.run.dir) / PUBLISHED, asdict(replace(record, to=keys.to, score=score)))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a run published last.
+
+    run     its identity, which no other run has; empty: it has not published yet
+    to      where; empty: nowhere
+    score   mean expert-normalised score of the policy; None: unknown
+    """
+
+    run: str = ""
+    to: str = ""
+    score: float | None = None
+
+
+def takes_over(recipe: Recipe, record: Published) -> bool:
+    """Whether the run may publish to a place of another run: once, or two runs would take it from each other again and again."""
+    return recipe.publish.take_over and record.to != recipe.publish.to
+
+
+def published(run_dir: str | Path) -> Published:
+    """The record of a run's folder. An empty one if there is none."""
+    try:
+        found = json.loads((Path(run_dir) / PUBLISHED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Published()
+    return Published(found.get("run", ""), found.get("to", ""), found.get("score"))
 
 
 def _keep_weights(folder: Path, base: Path) -> None:

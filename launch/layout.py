@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.counting import Part, Pass
     from tiphys.pretrain.tokens.batch import TokenBatch
     from tiphys.recipes.schema import Recipe
+
+# First layer of each pipeline stage of a recipe, and the number of layers; empty: they are cut by operations
+Cut = Callable[["Recipe", "DecisionConfig"], Sequence[int]]
+
+
+def by_operations(recipe: Recipe, config: DecisionConfig) -> Sequence[int]:
+    return ()
+
 
 UNEVEN = 2.0  # times as many rows as are sent may arrive at a rank that holds popular experts
 PROCESS = 330_000_000  # bytes of Python, torch and DeepSpeed in each process
@@ -237,7 +245,8 @@ def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:
     from tiphys.pretrain.model.counting import count_pass
 
     bucket = settings.bucket * settings.width * (settings.stage in (1, 2))
-    return count_pass(part, inputs, device=settings.device, stay=settings.stage < 2, bucket=bucket)
+    again = settings.stage < 2 and settings.accumulation > 1  # nothing else asks for it
+    return count_pass(part, inputs, device=settings.device, stay=settings.stage < 2, bucket=bucket, again=again)
 
 
 def _freeze(part: Part, patterns: Sequence[str]) -> None:
@@ -387,11 +396,12 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.3g}" if size < 2**30 else f"{size / 2**30:.1f}"
 
 
-def line(found: Needs) -> str:
-    """One line for the beginning of a run."""
+def line(found: Needs, steps: int) -> str:
+    """One line for the beginning of a run. `steps`: of its plan, whose largest rows were taken."""
     most = max(found.stages, key=lambda s: s.peak.total)
     between = f"{human_bytes(most.between)} between steps"
-    return f"{human_bytes(most.peak.total)} a rank at most, {between} (for full rows of all kinds of tokens)"
+    rows = f"for the largest rows of {steps} steps, of all kinds of tokens"
+    return f"{human_bytes(most.peak.total)} a rank at most, {between} ({rows})"
 
 
 def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -> tuple[Recipe, DecisionConfig]:
@@ -418,7 +428,14 @@ def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -
 
 
 def remedies(
-    recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, *, device: str
+    recipe: Recipe,
+    config: DecisionConfig,
+    worst: Sequence[TokenBatch],
+    world: int,
+    memory: int,
+    *,
+    device: str,
+    cut: Cut = by_operations,
 ) -> list[str]:
     """Single changes of the recipe with which it fits, in the order in which they cost time."""
     sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=device)
@@ -432,21 +449,22 @@ def remedies(
     out, seen = list[str](), set[str]()
     for name, change in tries:
         kind = name.split()[0]
-        if kind not in seen and _fits(*changed(recipe, config, change), worst, world, memory, device):
+        if kind not in seen and _fits(*changed(recipe, config, change), worst, world, memory, device, cut):
             seen.add(kind)
             out.append(name)
     for name, change in both:
-        if not out and _fits(*changed(recipe, config, change), worst, world, memory, device):
+        if not out and _fits(*changed(recipe, config, change), worst, world, memory, device, cut):
             out.append(f"{name} and micro-batch 1")
     return out
 
 
 def _fits(
-    recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, device: str
+    recipe: Recipe, config: DecisionConfig, worst: Sequence[TokenBatch], world: int, memory: int, device: str, cut: Cut
 ) -> bool:
     try:
-        if predict(recipe, config, worst, world, device=device, counted=False).peak > memory:
+        bounds = cut(recipe, config)
+        if predict(recipe, config, worst, world, device=device, counted=False, bounds=bounds).peak > memory:
             return False  # without activations already
-        return predict(recipe, config, worst, world, device=device).peak <= memory
+        return predict(recipe, config, worst, world, device=device, bounds=bounds).peak <= memory
     except LayoutError:
         return False

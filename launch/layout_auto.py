@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tiphys.launch.layout import Needs, changed, predict
+from tiphys.launch.layout import Cut, Needs, by_operations, changed, predict
 from tiphys.pretrain.distributed.layout_errors import batch_errors, section_errors, zero_errors
 from tiphys.pretrain.parallel import LayoutError
 from tiphys.recipes.automatic import KEYS
@@ -44,10 +44,12 @@ def choices(
     device: str,
     rates: Rates,
     step_tokens: float = 0.0,
+    cut: Cut = by_operations,
 ) -> list[Choice]:
     """The fastest layouts that fit, at most `SHOWN`. Deterministic.
 
     keys  short names of the keys that are to be chosen; the others stay as the recipe has them
+    cut   how pipeline stages are cut
 
     Of layouts with equal times, the one with the largest micro-batch comes first, then the one without recomputation.
     """
@@ -56,7 +58,7 @@ def choices(
         section, made = changed(recipe, config, values)
         numbers: dict[str, Any] = {"device": device, "rates": rates, "step_tokens": step_tokens}
         try:
-            quick = predict(section, made, worst, world, **numbers, counted=False)
+            quick = predict(section, made, worst, world, **numbers, counted=False, bounds=cut(section, made))
         except LayoutError:
             continue
         if quick.peak > memory:
@@ -74,9 +76,9 @@ def choices(
         timed[tuple(sorted(full.items()))] = (order, full)
     found = list[Choice]()
     for _, values in sorted(timed.values(), key=lambda one: one[0]):
-        needs = predict(
-            *changed(recipe, config, values), worst, world, device=device, rates=rates, step_tokens=step_tokens
-        )
+        section, made = changed(recipe, config, values)
+        numbers = {"device": device, "rates": rates, "step_tokens": step_tokens}
+        needs = predict(section, made, worst, world, **numbers, bounds=cut(section, made))
         if needs.peak <= memory:
             found.append(Choice(values, needs))
         if len(found) == SHOWN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,9 +36,25 @@ class Batches:
     steps: int
 
 
+def largest_rows(recipe: Recipe, plan: SamplingPlan, rows: int) -> tuple[int, int]:
+    """Tokens of a row, the mean of the `rows` largest ones of a step, rounded up, in the step in which these have the most; and
+    how many steps were looked at. Nothing is read.
+    """
+    steps = _steps(recipe, plan)
+    sums = [
+        np.sort(np.bincount(p.row, p.tokens, minlength=plan.rows))[-rows:].mean()
+        for p in plan.many(range(steps), [np.arange(plan.rows)] * steps)
+    ]
+    return math.ceil(max(sums)), steps
+
+
+def _steps(recipe: Recipe, plan: SamplingPlan) -> int:
+    return max(1, min(STEPS, recipe.train.steps, MOST_WINDOWS // plan.rows))
+
+
 def find_batches(recipe: Recipe, plan: SamplingPlan, objectives: Objectives) -> Batches:
     """Look at the first steps of a plan; read the windows of the largest ones."""
-    steps = max(1, min(STEPS, recipe.train.steps, MOST_WINDOWS // plan.rows))
+    steps = _steps(recipe, plan)
     planned = plan.many(range(steps), [np.arange(plan.rows)] * steps)
     sums = np.array(
         [np.bincount(p.entry, p.tokens, minlength=len(plan.entries)) for p in planned]

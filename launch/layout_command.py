@@ -67,7 +67,7 @@ def layout(
     as_json: bool = False,
 ) -> Status:
     """Print what a recipe needs. REFUSED if it does not fit."""
-    from tiphys.launch.layout import changed, lines, predict, remedies
+    from tiphys.launch.layout import by_operations, changed, lines, predict, remedies
     from tiphys.launch.layout_auto import choices, shown
 
     most = parse_size(memory)
@@ -80,18 +80,19 @@ def layout(
     else:
         rates = known_rates(recipe, device, kind)
     numbers: dict[str, Any] = {"device": kind, "rates": rates, "step_tokens": batches.tokens}
-    table = ""
+    table, cut = "", Measured(world, kind) if calibrated else by_operations
     if found.keys:
         offered = choices(
-            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or any_rates(kind)}
+            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or any_rates(kind)}, cut=cut
         )
         if not offered:
             raise NothingFits(f"no layout on {world} devices fits {memory}; use more devices or a smaller model")
         table = shown(offered, found.keys)
         recipe, config = changed(recipe, config, offered[0].values)
-    bounds = _measured_bounds(recipe, config, world, kind) if calibrated else ()
+    bounds = cut(recipe, config)
     needs = predict(recipe, config, batches.worst, world, **numbers, step_bytes=batches.bytes, bounds=bounds)
-    advice = [] if needs.peak <= most else remedies(recipe, config, batches.worst, world, most, device=kind)
+    fits = needs.peak <= most
+    advice = [] if fits else remedies(recipe, config, batches.worst, world, most, device=kind, cut=cut)
     if as_json:
         say(to_json({**needs.to_dict(), "memory": most, "fits": needs.peak <= most, "change": advice}, indent=1))
     else:
@@ -167,24 +168,39 @@ def _calibrate(recipe: Recipe, config: DecisionConfig, batches: Batches, world: 
     return calibrate(config, batch.select(slice(0, min(batch.rows, sizes.micro_batch))), 2 if sizes.bf16 else 4)
 
 
-def _measured_bounds(recipe: Recipe, config: DecisionConfig, world: int, kind: str) -> Sequence[int]:
-    """Pipeline stages as a run on this machine would cut them. Empty if it would not measure."""
-    import torch
+class Measured:
+    """Pipeline stages as a run on this machine would cut them: by the measured time of each layer. Empty if it would not measure.
 
-    from tiphys.pretrain.distributed.deepspeed_config import derive
-    from tiphys.pretrain.distributed.layer_costs import layer_seconds
-    from tiphys.pretrain.model.pipeline import partition
-    from tiphys.pretrain.parallel import Grid
-    from tiphys.recipes.schema import Objective
+    Layers are timed once for each size of a micro-batch, number of ranks that share experts, and kind of backward pass.
+    """
 
-    layout = recipe.parallel
-    if layout.pipeline == 1 or not layout.measure:
-        return ()
-    sizes = derive(recipe, Grid(0, world, layout.pipeline, layout.expert), accelerator=kind)
-    length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
-    dtype = torch.bfloat16 if sizes.bf16 else torch.float32
-    costs = layer_seconds(config, sizes.micro_batch, length, torch.device(kind), dtype, expert=layout.expert)
-    return partition(config, layout.pipeline, costs=costs)
+    def __init__(self, world: int, kind: str) -> None:
+        self._world, self._kind = world, kind
+        self._costs: dict[tuple[int, int, bool], list[float]] = {}
+
+    def __call__(self, recipe: Recipe, config: DecisionConfig) -> Sequence[int]:
+        from tiphys.pretrain.distributed.deepspeed_config import derive
+        from tiphys.pretrain.model.pipeline import partition
+        from tiphys.pretrain.parallel import Grid
+
+        layout = recipe.parallel
+        if layout.pipeline == 1 or not layout.measure:
+            return ()
+        sizes = derive(recipe, Grid(0, self._world, layout.pipeline, layout.expert), accelerator=self._kind)
+        key = sizes.micro_batch, layout.expert, config.checkpointing
+        if key not in self._costs:
+            self._costs[key] = self._timed(recipe, config, sizes.micro_batch, sizes.bf16)
+        return partition(config, layout.pipeline, costs=self._costs[key])
+
+    def _timed(self, recipe: Recipe, config: DecisionConfig, rows: int, bf16: bool) -> list[float]:
+        import torch
+
+        from tiphys.pretrain.distributed.layer_costs import layer_seconds
+        from tiphys.recipes.schema import Objective
+
+        length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return layer_seconds(config, rows, length, torch.device(self._kind), dtype, expert=recipe.parallel.expert)
 
 
 def known_rates(recipe: Recipe, device: str, kind: str) -> Rates | None:

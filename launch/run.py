@@ -43,7 +43,7 @@ from tiphys.pretrain.parallel import ParallelDims, PeerLost, lost_peer
 from tiphys.pretrain.phases import mark
 from tiphys.pretrain.trainer import Diverged, Spiked
 from tiphys.recipes.load import to_dict, to_yaml
-from tiphys.recipes.schema import Objective, Recipe
+from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
     lines += [f"steps        {line}" for line in step_rate_lines(plan)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
-    lines.append(f"memory       {_memory_line(recipe, engine)}")
+    lines.append(f"memory       {_memory_line(recipe, plan, engine)}")
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]
     say("\n".join(lines))
 
@@ -321,14 +321,15 @@ def _in_vocabulary(engine: Any) -> int:
     return sum(math.prod(shape) for shape in shapes if shape[:1] == (engine.config.vocab_size,))
 
 
-def _memory_line(recipe: Recipe, engine: Any) -> str:
+def _memory_line(recipe: Recipe, plan: SamplingPlan, engine: Any) -> str:
     from tiphys.launch.layout import line, predict
+    from tiphys.launch.layout_batches import largest_rows
     from tiphys.pretrain.distributed.layer_costs import typical_batch
 
-    length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
+    length, steps = largest_rows(recipe, plan, engine.micro_batch)
     full = typical_batch(engine.config, engine.micro_batch, length)
     world, bounds = engine.world, getattr(engine, "bounds", ())  # a pipeline's stages, as they were cut
-    return line(predict(recipe, engine.config, [full], world.world, device=world.device.type, bounds=bounds))
+    return line(predict(recipe, engine.config, [full], world.world, device=world.device.type, bounds=bounds), steps)
 
 
 def write_recipe(recipe: Recipe) -> None:

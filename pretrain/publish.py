@@ -191,7 +191,7 @@ def publish(folder: str | Path, to: str, *, private: bool = True, how: How | Non
     PublishError
         If the hub refuses, cannot be reached, or the repository is public but `private` is true.
     FollowError
-        If somebody else published there at the same time.
+        If another run publishes there, or somebody else published there at the same time.
     FileExistsError
         If `to` contains something other than a policy.
     OSError
@@ -210,11 +210,14 @@ def publish(folder: str | Path, to: str, *, private: bool = True, how: How | Non
     return f"{place.rstrip('/')}/{publish_to_store(source, names, place, how, _older_policy)}"
 
 
-def say_final(to: str) -> None:
-    """Tell those who follow a folder or a bucket that nothing newer will come. A hub has no such mark without a publication."""
+def say_final(to: str, run: str = "") -> None:
+    """Tell those who follow a folder or a bucket that nothing newer will come. A hub has no such mark without a publication.
+
+    run   identity of the run; a place of another one is left as it is
+    """
     to = expand(to)
     if not to.startswith("hf://"):
-        mark_final(to if "://" in to and not to.startswith("file://") else str(local(to)))
+        mark_final(to if "://" in to and not to.startswith("file://") else str(local(to)), run)
 
 
 def policy_files(folder: Path) -> list[str]:

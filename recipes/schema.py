@@ -693,6 +693,9 @@ class Publish:
         size=True,
         resume=True,
     )
+    take_over: bool = key(
+        False, "Publish to the place for the first time although another run publishes there", resume=True
+    )
     grace: float = key(
         60.0,
         "How long a published step stays after a newer one does not need it, for those who still read it",

@@ -128,6 +128,8 @@ class Pointer:
 
     final  the run has ended, so nothing newer is to be expected
     score  mean expert-normalised score, if it was evaluated
+    run    identity of the run that publishes here; no other one may. Empty: the policy was published by hand
+    name   of the run, for people
     """
 
     version: int
@@ -138,6 +140,8 @@ class Pointer:
     digest: str
     final: bool = False
     score: float | None = None
+    run: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
         _check(self.manifest, self.sha256)

@@ -18,12 +18,13 @@ from tiphys.pretrain.follow.chain import (
     LATEST,
     MANIFEST,
     STEPS,
+    FollowError,
     Link,
     parse_manifest,
     parse_pointer,
 )
 from tiphys.pretrain.follow.places import HubPlace
-from tiphys.pretrain.follow.writer import How, plan
+from tiphys.pretrain.follow.writer import How, check_holder, plan
 from tiphys.pretrain.hub_errors import hub_message
 
 SQUASHED = 50  # commits after which the history is squashed
@@ -51,7 +52,7 @@ def publish_to_hub(source: Path, names: list[str], repository: str, private: boo
         head = _repository(api, repository, private)
         with tempfile.TemporaryDirectory(prefix=".publish-", dir=source.parent) as scratch:
             return _commit(api, source, names, repository, head, how, Path(scratch))
-    except (PublishError, DataError):
+    except (PublishError, FollowError, DataError):
         raise
     except Exception as error:  # of the hub's client, of its HTTP library, or of the network
         # not chained, because the original error holds a request whose headers contain the key
@@ -83,6 +84,7 @@ def _commit(api: Any, source: Path, names: list[str], name: str, head: str, how:
     before, last = None, None
     if found is not None:
         before, head = parse_pointer(found[0], f"hf://{name}/{LATEST}"), found[1]
+        check_holder(before, f"hf://{name}", how)
         manifest = parse_manifest(
             place.read(before.manifest, LARGEST_MANIFEST), f"hf://{name}/{before.manifest}", before.sha256
         )

@@ -52,6 +52,9 @@ class How:
     grace  seconds for which what nothing points to any more is kept, for those who still read it
     score  mean expert-normalised score, if known
     final  nothing newer will come
+    run    identity of the run, which no other run has; empty: the policy is published by hand
+    name   of the run, for people
+    take_over   publish although the place belongs to another run
     """
 
     base: Path | None = None
@@ -59,6 +62,9 @@ class How:
     grace: float = 3600.0
     score: float | None = None
     final: bool = False
+    run: str = ""
+    name: str = ""
+    take_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,11 @@ def publish_to_store(source: Path, names: list[str], to: str, how: How, older: C
     older   called if nothing was published there in this form: the files of a policy at the root, which are removed once the
             new one is there; it raises if there is something else
 
-    Raises FollowError if somebody else publishes there at the same time.
+    Raises FollowError if the place belongs to another run, or somebody else publishes there at the same time.
     """
     store = Store(to)
     before, version = _pointer(store, LATEST)
+    check_holder(before, to, how)
     left = older(store) if before is None else []
     with tempfile.TemporaryDirectory(prefix=".publish-", dir=source.parent) as scratch:
         planned = plan(source, names, before, _last_manifest(store, before), how, Path(scratch))
@@ -105,11 +112,20 @@ def publish_to_store(source: Path, names: list[str], to: str, how: How, older: C
     return planned.folder
 
 
-def mark_final(to: str) -> None:
-    """Say at a place that nothing newer will come, if something was published there."""
+def check_holder(before: Pointer | None, to: str, how: How) -> None:
+    """Raises FollowError if the place belongs to another run. Followers would get weights of two runs in turn."""
+    if before is not None and before.run not in ("", how.run) and not how.take_over:
+        raise FollowError(
+            f"{to}: the run {before.name!r} ({before.run}) publishes there, last its step {before.step}; give this policy a "
+            "place of its own, or take this one over: `publish.take_over: true` in the recipe, or `tiphys publish --take-over`"
+        )
+
+
+def mark_final(to: str, run: str = "") -> None:
+    """Say at a place that nothing newer will come, if the run, or nobody in particular, publishes there."""
     store = Store(to)
     before, version = _pointer(store, LATEST)
-    if before is not None and not before.final:
+    if before is not None and not before.final and before.run in ("", run):
         store.replace(LATEST, replace(before, final=True).to_bytes(), version)
 
 
@@ -175,6 +191,8 @@ def plan(
         digest=new.digest,
         final=how.final,
         score=how.score,
+        run=how.run,
+        name=how.name[:200],
     )
     return Planned(folder, uploads, data, pointer, chain)
 
@@ -240,7 +258,7 @@ def _point_to_best(store: Store, new: Pointer) -> None:
     if new.score is None:
         return
     best, version = _pointer(store, BEST)
-    if best is None or best.score is None or new.score > best.score:
+    if best is None or best.score is None or new.score > best.score or best.run != new.run:
         store.replace(BEST, new.to_bytes(), version)
 
 

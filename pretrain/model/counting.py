@@ -49,7 +49,7 @@ class Pass:
     kept       activations and outputs that live between the forward and the backward pass
     forward    peak of the forward pass
     peak       peak of both passes, with the gradients that stay
-    again      the same if gradients of an earlier micro-batch are there already, without those
+    again      the same if gradients of an earlier micro-batch are there already, without those; 0: not counted
     gradients  all gradients of the parameters
     """
 
@@ -312,7 +312,13 @@ class Part(nn.Module):
 
 
 def count_pass(
-    part: Part, inputs: Mapping[str, Tensor], *, device: str = "cpu", stay: bool = True, bucket: int = 0
+    part: Part,
+    inputs: Mapping[str, Tensor],
+    *,
+    device: str = "cpu",
+    stay: bool = True,
+    bucket: int = 0,
+    again: bool = True,
 ) -> Pass:
     """Count the passes of one micro-batch.
 
@@ -328,6 +334,8 @@ def count_pass(
         False: a gradient goes as soon as it is made, because it is copied to a bucket.
     bucket : int
         Bytes of a buffer that is made with the first gradient and stays.
+    again : bool
+        Also count a later micro-batch, which takes as long again.
 
     Returns
     -------
@@ -343,12 +351,12 @@ def count_pass(
     for hook in hooks:
         hook.remove()
     later = LiveBytes(block)
-    if not stay:
-        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained]
-    later.exclude([p.grad for p in trained if p.grad is not None])
-    counter.run(later)
-    for hook in hooks:
-        hook.remove()
+    if again:
+        hooks = [p.register_post_accumulate_grad_hook(_drop) for p in trained] if not stay else []
+        later.exclude([p.grad for p in trained if p.grad is not None])
+        counter.run(later)
+        for hook in hooks:
+            hook.remove()
     part.zero_grad(set_to_none=True)
     return Pass(
         inputs=sum(_rounded(t.nbytes, block) for t in meta.values()),

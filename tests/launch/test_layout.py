@@ -6,14 +6,17 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.pretrain import synthetic
-from tiphys.launch import layout_auto, layout_command
+from tiphys.launch import layout, layout_auto, layout_command
 from tiphys.launch.layout import _freeze, changed, lines, predict, remedies
+from tiphys.launch.layout_batches import largest_rows
 from tiphys.launch.layout_rates import table_rates
 from tiphys.launch.run import _memory_line
+from tiphys.pretrain.distributed import layer_costs
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.engine import freeze
 from tiphys.pretrain.model.counting import Part
@@ -27,6 +30,7 @@ CONFIG = synthetic.config(num_hidden_layers=2)
 DENSE = synthetic.config(num_hidden_layers=2, num_experts=0)
 WORST = [typical_batch(CONFIG, 8, 64)]
 GIB = 2**30
+PLAN = SimpleNamespace(rows=1, many=lambda steps, rows: [SimpleNamespace(row=np.zeros(1, int), tokens=np.array([64]))])
 
 
 def recipe(stage: int = 1, **sections: Any) -> Recipe:
@@ -152,11 +156,45 @@ def test_frozen_weights_have_no_masters() -> None:
 
 def test_a_calibrated_layout_cuts_stages_by_measured_times_unless_the_recipe_does_not() -> None:
     found, none = (
-        layout_command._measured_bounds(recipe(parallel={"pipeline": 2, "measure": measure}), DENSE, 2, "cpu")
+        layout_command.Measured(2, "cpu")(recipe(parallel={"pipeline": 2, "measure": measure}), DENSE)
         for measure in (True, False)
     )
     assert list(found) == [0, 3, 6]  # two blocks: there is one way
     assert list(none) == []
+
+
+def test_what_is_proposed_and_compared_is_cut_by_measured_times_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last layers take nearly all the time, so the first stage gets nearly all layers, and needs more memory."""
+    times = [1e-3] * 7 + [1.0] * 2
+    timed: list[int] = []
+    monkeypatch.setattr(layer_costs, "layer_seconds", lambda config, rows, *_, **__: timed.append(rows) or times)
+    deep, cut = synthetic.config(num_hidden_layers=6, num_experts=0), layout_command.Measured(2, "cpu")
+    two = recipe(parallel={"pipeline": 2})
+    by_operations, measured = (predict(two, deep, WORST, 2, device="cpu", bounds=b).peak for b in ((), cut(two, deep)))
+    assert measured > by_operations
+    options: dict[str, Any] = {"device": "cpu", "rates": table_rates("A100")}
+    for keys, how in ((("zero_stage",), {}), (("zero_stage",), {"cut": cut})):
+        best = layout_auto.choices(two, deep, WORST, 2, keys, GIB, **options, **how)[0]
+        assert best.needs.cut is bool(how)
+    tight = measured - 1  # enough for the stages by operations, too little for those of the run
+    seen: list[Any] = []
+    monkeypatch.setattr(layout, "_fits", lambda *given: bool(seen.append(given[-1])))
+    remedies(two, deep, WORST, 2, tight, device="cpu", cut=cut)
+    assert set(seen) == {cut}
+    assert len(timed) == len(set(timed))  # once for each size of a micro-batch
+
+
+def test_the_line_of_a_run_is_for_the_largest_rows_of_its_plan() -> None:
+    def planned(step: int) -> Any:
+        row, tokens = np.array([0, 0, 1, 2]), np.array([10, 20, 40, 5 + step])
+        return SimpleNamespace(row=row, tokens=tokens)
+
+    plan = SimpleNamespace(rows=4, many=lambda steps, rows: [planned(step) for step in steps])
+    one = dataclasses.replace(recipe(), train=dataclasses.replace(recipe().train, steps=7))
+    assert largest_rows(one, plan, 2) == (35, 7)  # rows 0 and 1
+    assert largest_rows(one, plan, 1) == (40, 7)
+    long = dataclasses.replace(one, train=dataclasses.replace(one.train, steps=1000))
+    assert largest_rows(long, plan, 2) == (150, 256)  # 260 and 40 at step 255
 
 
 def test_the_line_of_a_run_is_for_the_stages_as_they_were_cut() -> None:
@@ -164,6 +202,7 @@ def test_the_line_of_a_run_is_for_the_stages_as_they_were_cut() -> None:
     uneven, even = (
         _memory_line(
             recipe(parallel={"pipeline": 2}),
+            PLAN,
             SimpleNamespace(
                 config=config, micro_batch=2, bounds=bounds, world=SimpleNamespace(world=2, device=torch.device("cpu"))
             ),

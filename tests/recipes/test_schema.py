@@ -86,7 +86,8 @@ FREE = """
     validate.every validate.rows evaluate.every evaluate.tasks evaluate.modules evaluate.episodes evaluate.processes evaluate.seed
     evaluate.sample evaluate.videos evaluate.minutes evaluate.devices
     track.to track.project track.name
-    publish.dtype publish.weights publish.to publish.every publish.keep publish.rate publish.grace publish.private publish.license
+    publish.dtype publish.weights publish.to publish.every publish.keep publish.rate publish.grace
+    publish.take_over publish.private publish.license
 """.split()
 
 

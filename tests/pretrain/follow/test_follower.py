@@ -20,9 +20,9 @@ from tests.servers import moto_server, s3_environment
 from tiphys.dataio.storage import Store
 from tiphys.pretrain.follow import follower as following
 from tiphys.pretrain.follow import writer
-from tiphys.pretrain.follow.chain import parse_pointer
+from tiphys.pretrain.follow.chain import Pointer, parse_pointer
 from tiphys.pretrain.follow.follower import Follower, FollowError
-from tiphys.pretrain.publish import How, publish
+from tiphys.pretrain.publish import How, publish, say_final
 
 NUMBERS = itertools.count()
 
@@ -268,6 +268,36 @@ def test_two_writers_at_once_are_refused(to: str, steps: list[Path], monkeypatch
         publish(steps[2], to)
     assert fetched(to) == (2, digest(steps[1]))
     assert len({path.split("/")[1] for path in Store(to).list("steps")}) == 2  # the refused one left nothing
+
+
+def test_a_place_belongs_to_one_run(to: str, steps: list[Path]) -> None:
+    """Two runs that publish in turn would give followers the weights of one and the other."""
+    publish(steps[0], to, how=How(run="a1", name="arm", score=9.0))
+    for other in (How(run="b2"), How(final=True)):  # another run, and somebody by hand
+        with pytest.raises(FollowError, match=r"the run 'arm' \(a1\) publishes there, last its step 1; .*take_over"):
+            publish(steps[1], to, how=other)
+    say_final(to, "b2")
+    assert not pointer_of(to).final
+    assert fetched(to) == (1, digest(steps[0]))
+    publish(steps[1], to, how=How(steps[0], run="a1", name="arm"))  # it was resumed
+    publish(steps[2], to, how=How(run="b2", name="leg", score=1.0, take_over=True))
+    assert fetched(to) == (3, digest(steps[2]))
+    assert parse_pointer(Store(to).read("best.json"), "best").run == "b2"  # scores of two runs are not compared
+    with pytest.raises(FollowError, match="'leg'"):
+        publish(steps[3], to, how=How(run="a1", name="arm"))
+    say_final(to, "b2")
+    assert pointer_of(to).final
+
+
+def test_what_was_published_by_hand_belongs_to_nobody(tmp_path: Path, steps: list[Path]) -> None:
+    to = str(tmp_path / "to")
+    publish(steps[0], to)
+    publish(steps[1], to, how=How(run="a1"))
+    assert pointer_of(to).run == "a1"
+
+
+def pointer_of(to: str) -> Pointer:
+    return parse_pointer(Store(to).read("latest.json"), to)
 
 
 def test_first_writers_at_once_are_refused_too(to: str, steps: list[Path]) -> None:

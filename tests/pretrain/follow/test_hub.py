@@ -95,6 +95,14 @@ def test_a_commit_meanwhile_is_refused(hub: Hub, tmp_path: Path, monkeypatch: py
         publish(policy(tmp_path, 2), URL)
 
 
+def test_a_repository_belongs_to_one_run(hub: Hub, tmp_path: Path) -> None:
+    steps = [policy(tmp_path, step) for step in (1, 2)]
+    publish(steps[0], URL, how=How(run="a1", name="arm"))
+    with pytest.raises(FollowError, match=r"the run 'arm' \(a1\) publishes there, last its step 1"):
+        publish(steps[1], URL, how=How(run="b2"))
+    publish(steps[1], URL, how=How(steps[0], run="a1"))
+
+
 def test_a_bad_delta_is_replaced_by_the_root(hub: Hub, tmp_path: Path) -> None:
     steps = [policy(tmp_path, step) for step in (1, 2)]
     publish(steps[0], URL, how=How())
