@@ -111,15 +111,14 @@ class Work:
         asked: Mapping[str, Mapping[str, str]] | None = None,
     ) -> dict[str, Any]:
         """Play a task with a policy. `asked`: fields of `Asking`. The result is the entry of evaluation.json."""
-        settings = {"policy": digest(policy), "episodes": episodes, "asked": dict(asked or {})}
+        given: dict[str, Any] = dict(asked or {})
+        settings = {"policy": digest(policy), "episodes": episodes, "asked": given}
 
         def do() -> dict[str, Any]:
             from tiphys import evaluate
             from tiphys.pretrain.acting.ask import Asking
 
-            found = evaluate(
-                policy, [task], episodes=episodes, processes=self.processes, asking=Asking(**(asked or {}))
-            )  # type: ignore[arg-type]
+            found = evaluate(policy, [task], episodes=episodes, processes=self.processes, asking=Asking(**given))
             return found["tasks"][task]
 
         return self.stages.run("evaluated", {"run": name, "seed": seed, "task": task}, settings, do)["result"]
