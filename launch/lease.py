@@ -160,7 +160,7 @@ class Watch:
     """A rank's view of the lease of its run.
 
     lost   called once, from a thread, with a sentence, if the lease is no longer renewed or has another owner
-    stop   called once, from a thread, with a signal, if the owner asks for it
+    stop   called once for each signal that the owner asks for, from a thread
     also   called once in each period
     """
 
@@ -175,7 +175,7 @@ class Watch:
     ) -> None:
         self.path, self.token, self.launch = Path(run_dir) / _FILE, token, launch
         self._lost, self._stop, self._also, self._ended = lost, stop, also, threading.Event()
-        self._counter, self._missed, self._stopped = -1, 0, False
+        self._counter, self._missed, self._stopped = -1, 0, 0
         self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
         self._thread.start()
 
@@ -203,8 +203,8 @@ class Watch:
             return f"the run was taken over by {found.owner()}"
         if found is not None and found.launch != self.launch:
             return f"launch {self.launch} was replaced by launch {found.launch}"
-        if found is not None and found.stop and not self._stopped:
-            self._stopped = True
+        if found is not None and found.stop and found.stop != self._stopped:
+            self._stopped = found.stop
             self._stop(found.stop)
         if found is not None and (found.counter != self._counter or found.alive()):
             self._counter, self._missed = found.counter, 0

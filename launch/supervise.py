@@ -177,13 +177,15 @@ class Node:
         return self.process.poll()
 
     def signal(self, number: int, launch: Launch) -> None:
-        """Pass a signal on to the ranks of this machine. Before there are any, end the launcher."""
+        """Pass a signal on to the ranks of this machine. If it is to end them before there are any, end the launcher."""
         session = set(_members(self.process.pid))
         beats = [Beat.read(file) for file in sorted(launch.folder.glob("rank-*.beat"))]
         ranks = [beat.process for beat in beats if beat is not None and beat.process in session]
-        for process in ranks or [self.process.pid]:
+        if not ranks and number != STACKS:
+            ranks, number = [self.process.pid], signal.SIGTERM
+        for process in ranks:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, number if ranks else signal.SIGTERM)
+                os.kill(process, number)
 
     def kill(self) -> None:
         """Kill all processes of its session."""

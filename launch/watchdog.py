@@ -20,7 +20,7 @@ from tiphys.pretrain.phases import SHORTEST, Beat
 
 PERIOD = 1.0  # seconds between two looks
 UNKNOWN = "host unknown"
-ABSENT = 300.0  # seconds after the first rank in which every rank must have begun
+ABSENT = 600.0  # seconds after the first rank in which every rank must have begun
 
 
 _EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/pretrain/parallel.py")  # code that waits for other ranks

@@ -23,7 +23,7 @@ from pathlib import Path
 
 PHASES = ("import", "meet", "start", "rows", "forward", "backward", "step", "save", "validate", "end")
 SHORTEST = 60.0  # seconds that every phase may take
-LONGEST = {"import": 600.0, "meet": 600.0, "start": 3600.0, "save": 3600.0, "validate": 1800.0, "end": float("inf")}
+LONGEST = {"import": 1200.0, "meet": 1200.0, "start": 3600.0, "save": 3600.0, "validate": 1800.0, "end": float("inf")}
 FIRST = 3600.0  # seconds that a phase of the first step may take: kernels are compiled there
 _LAYOUT = struct.Struct("<QQQQdQ")
 _KEPT = 64  # steps whose median is the usual one
@@ -87,6 +87,7 @@ class Phases:
             self._place = mmap.mmap(opened.fileno(), _LAYOUT.size)
         self._process = process
         self.mark("import")
+        self.flush()
 
     def mark(self, phase: str, step: int = 0) -> None:
         """A phase begins.

@@ -76,7 +76,12 @@ def test_the_class_of_an_error_decides_whether_another_launch_can_help(error: Ex
 
 def test_a_machine_is_not_to_blame_for_what_is_outside_it() -> None:
     others = [StoreError("down"), ConnectionResetError(104, "reset"), TimeoutError(), OSError(116, "Stale file handle")]
-    own = [torch.AcceleratorError("ECC"), LoaderLost("killed"), OSError(5, "Input/output error"), OSError(12, "no memory")]
+    own = [
+        torch.AcceleratorError("ECC"),
+        LoaderLost("killed"),
+        OSError(5, "Input/output error"),
+        OSError(12, "no memory"),
+    ]
     assert [outside(error) for error in (*others, *own)] == [True] * 4 + [False] * 4
 
 

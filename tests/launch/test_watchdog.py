@@ -109,7 +109,7 @@ def test_a_rank_that_never_begins_is_named_with_its_host(tmp_path: Path) -> None
     one.mark("meet")
     watchdog = Watchdog(launch, 3, clock, places=["node-0", "node-1", "node-1"])
     said, after = said_after(watchdog, clock, 1000)
-    assert said == "rank 1 (node-1) and 1 more have not begun 301 s after the first rank; 1 other waits"
+    assert said == f"rank 1 (node-1) and 1 more have not begun {ABSENT + 1:.0f} s after the first rank; 1 other waits"
     assert ABSENT < after <= ABSENT + 15
     assert watchdog.named == (1, 2)
 
