@@ -86,7 +86,8 @@ class Foraging(_Joint):
         import lbforaging  # noqa: F401  (registers the ids)
 
         self._env: Any = gymnasium.make(name, disable_env_checker=True, render_mode=render_mode)
-        each, actions = self._env.observation_space, self._env.action_space
+        each: Any = self._env.observation_space
+        actions: Any = self._env.action_space
         super().__init__(len(each), each[0], int(actions[0].n))
         self.steps = steps
 
