@@ -17,6 +17,7 @@ from tiphys.recipes.automatic import KEYS, open_keys
 from tiphys.recipes.sizes import parse_size
 
 if TYPE_CHECKING:
+    from tiphys.launch.layout import Cut
     from tiphys.launch.layout_batches import Batches
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.recipes.schema import Recipe
@@ -80,7 +81,8 @@ def layout(
     else:
         rates = known_rates(recipe, device, kind)
     numbers: dict[str, Any] = {"device": kind, "rates": rates, "step_tokens": batches.tokens}
-    table, cut = "", Measured(world, kind) if calibrated else by_operations
+    table = ""
+    cut: Cut = Measured(world, kind) if calibrated else by_operations
     if found.keys:
         offered = choices(
             recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or any_rates(kind)}, cut=cut

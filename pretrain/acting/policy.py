@@ -119,7 +119,9 @@ class Policy:
         return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
 
     @classmethod
-    def follow(cls, url: str, device: str = "", *, every: float = 10.0, when: str = "act", **options: Any) -> Policy:
+    def follow(
+        cls, url: str, device: str = "", *, every: float = 10.0, when: str = "act", best: bool = False, **options: Any
+    ) -> Policy:
         """Load a policy that takes over each newer version of its weights that is published at the same place.
 
         A thread polls, decodes and verifies; `act` and `reset` only exchange the weights. ``policy.following`` knows the `step`
@@ -135,6 +137,8 @@ class Policy:
             Seconds between two polls, about.
         when : str
             ``act``: new weights are taken before any action; ``episode``: only in `reset` and `restart`.
+        best : bool
+            Follow the policy with the highest score instead of the newest one. Not on a hub.
         **options
             `sample`, `seed` and `hop`, as in the class.
 
@@ -147,7 +151,7 @@ class Policy:
         """
         from importlib import import_module
 
-        following = import_module("tiphys.pretrain.follow.following").Following(url, every=every, when=when)
+        following = import_module("tiphys.pretrain.follow.following").Following(url, every=every, when=when, best=best)
         policy = cls.load(following.folder, device, **options)
         policy.following = following
         following.start(policy)

@@ -13,6 +13,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.messages import logger
 from tiphys.paths import expand
 from tiphys.pretrain.follow.chain import (
+    BEST,
     CONFIG,
     LARGEST_MANIFEST,
     LARGEST_TEXT,
@@ -43,6 +44,8 @@ class Follower:
         Folder, ``s3://bucket/path`` or ``hf://owner/name``.
     threads : int
         Threads that apply deltas; 0: one for each core.
+    best : bool
+        Follow the policy with the highest score instead of the newest one. Not on a hub. `final` tells nothing then.
 
     Attributes
     ----------
@@ -70,9 +73,9 @@ class Follower:
     ...         swap(policy.model, new.prepare(policy.model))
     """
 
-    def __init__(self, url: str, *, threads: int = 0) -> None:
+    def __init__(self, url: str, *, threads: int = 0, best: bool = False) -> None:
         self.url, self._threads = expand(str(url)), threads
-        self._place = place_of(self.url)
+        self._place, self._name = place_of(self.url, best=best), BEST if best else LATEST
         self._version, self._pointer = "", ""
         self._weights: Weights | None = None
         self._about: dict[str, Any] = {}
@@ -120,12 +123,12 @@ class Follower:
                 found = self._place.pointer(self._version)
             except FileNotFoundError:
                 raise FileNotFoundError(
-                    f"{self.url}: nothing that can be followed is published there; it has no {LATEST}"
+                    f"{self.url}: nothing that can be followed is published there; it has no {self._name}"
                 ) from None
             if found is None:
                 return None
             data, version = found
-            pointer = parse_pointer(data, f"{self.url}/{LATEST}")
+            pointer = parse_pointer(data, f"{self.url}/{self._name}")
             if pointer.sha256 == self._pointer:
                 self._version, self.final = version, pointer.final
                 return None

@@ -31,6 +31,8 @@ class Following:
         Seconds between two polls, about.
     when : str
         ``act``: new weights are taken before any action; ``episode``: only before an episode's first.
+    best : bool
+        As for `Follower`.
 
     Attributes
     ----------
@@ -42,12 +44,12 @@ class Following:
         Why the last poll failed; empty if it did not.
     """
 
-    def __init__(self, url: str, *, every: float = 10.0, when: str = "act") -> None:
+    def __init__(self, url: str, *, every: float = 10.0, when: str = "act", best: bool = False) -> None:
         if when not in WHEN:
             raise DataError(f"when={when!r}: new weights are taken at one of {', '.join(WHEN)}")
         if not every > 0:
             raise DataError(f"every={every!r}: give the seconds between two polls, above 0")
-        self._follower, self._every, self.when, self.problem = Follower(url), every, when, ""
+        self._follower, self._every, self.when, self.problem = Follower(url, best=best), every, when, ""
         self.folder: Path = self._follower.fetch()
         self.step, self.digest = self._follower.step, self._follower.digest
         self._ready: tuple[Weights, dict[str, torch.Tensor]] | None = None

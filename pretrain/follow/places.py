@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.storage import Store
-from tiphys.pretrain.follow.chain import LARGEST_POINTER, LATEST, File
+from tiphys.pretrain.follow.chain import BEST, LARGEST_POINTER, LATEST, File
 from tiphys.pretrain.hub_errors import FetchError, hub_message
 
 _PART = 64 << 20  # bytes that are read at once
@@ -23,7 +23,7 @@ class Place(Protocol):
     url: str
 
     def pointer(self, version: str) -> tuple[bytes, str] | None:
-        """latest.json and its version, or None if that is the version. Less than 1 KB is sent if nothing is new."""
+        """The pointer and its version, or None if that is the version. Less than 1 KB is sent if nothing is new."""
 
     def read(self, path: str, limit: int) -> bytes:
         """A file of at most `limit` bytes, as it was when the pointer was read."""
@@ -32,19 +32,24 @@ class Place(Protocol):
         """Copy a file. Raises DataError if its size or SHA-256 differ."""
 
 
-def place_of(url: str) -> Place:
-    return HubPlace(url) if url.startswith("hf://") else StorePlace(url)
+def place_of(url: str, *, best: bool = False) -> Place:
+    """The place of a URL. `best`: its pointer is best.json. Raises DataError for a hub, which has none."""
+    if not url.startswith("hf://"):
+        return StorePlace(url, BEST if best else LATEST)
+    if best:
+        raise DataError(f"{url}: a hub has no {BEST}; follow the newest policy, or publish with `publish.keep: best`")
+    return HubPlace(url)
 
 
 class StorePlace:
-    """A folder or a bucket."""
+    """A folder or a bucket. `name` is the file of its pointer."""
 
-    def __init__(self, url: str) -> None:
-        self._store = Store(url)
+    def __init__(self, url: str, name: str = LATEST) -> None:
+        self._store, self._name = Store(url), name
         self.url = self._store.url
 
     def pointer(self, version: str) -> tuple[bytes, str] | None:
-        found = self._store.read_new(LATEST, version, LARGEST_POINTER)
+        found = self._store.read_new(self._name, version, LARGEST_POINTER)
         if found is not None:
             fresh = Store(self.url)  # it knows no versions of objects, so one that was repaired is read
             fresh.traffic, self._store = self._store.traffic, fresh

@@ -167,18 +167,27 @@ def test_what_is_proposed_and_compared_is_cut_by_measured_times_too(monkeypatch:
     """The last layers take nearly all the time, so the first stage gets nearly all layers, and needs more memory."""
     times = [1e-3] * 7 + [1.0] * 2
     timed: list[int] = []
-    monkeypatch.setattr(layer_costs, "layer_seconds", lambda config, rows, *_, **__: timed.append(rows) or times)
+
+    def layer_seconds(config: Any, rows: int, *_: Any, **__: Any) -> list[float]:
+        timed.append(rows)
+        return times
+
+    monkeypatch.setattr(layer_costs, "layer_seconds", layer_seconds)
     deep, cut = synthetic.config(num_hidden_layers=6, num_experts=0), layout_command.Measured(2, "cpu")
     two = recipe(parallel={"pipeline": 2})
     by_operations, measured = (predict(two, deep, WORST, 2, device="cpu", bounds=b).peak for b in ((), cut(two, deep)))
     assert measured > by_operations
-    options: dict[str, Any] = {"device": "cpu", "rates": table_rates("A100")}
-    for keys, how in ((("zero_stage",), {}), (("zero_stage",), {"cut": cut})):
-        best = layout_auto.choices(two, deep, WORST, 2, keys, GIB, **options, **how)[0]
-        assert best.needs.cut is bool(how)
+    for how in (layout.by_operations, cut):
+        options: dict[str, Any] = {"device": "cpu", "rates": table_rates("A100"), "cut": how}
+        assert layout_auto.choices(two, deep, WORST, 2, ("zero_stage",), GIB, **options)[0].needs.cut is (how is cut)
     tight = measured - 1  # enough for the stages by operations, too little for those of the run
     seen: list[Any] = []
-    monkeypatch.setattr(layout, "_fits", lambda *given: bool(seen.append(given[-1])))
+
+    def fits(*given: Any) -> bool:
+        seen.append(given[-1])
+        return False
+
+    monkeypatch.setattr(layout, "_fits", fits)
     remedies(two, deep, WORST, 2, tight, device="cpu", cut=cut)
     assert set(seen) == {cut}
     assert len(timed) == len(set(timed))  # once for each size of a micro-batch

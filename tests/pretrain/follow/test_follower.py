@@ -17,6 +17,7 @@ pytest.importorskip("moto", reason="needs the dev extra")
 
 from tests.pretrain.follow.publishing import digest, fetched, policy, publish_all
 from tests.servers import moto_server, s3_environment
+from tiphys.dataio.episode import DataError
 from tiphys.dataio.storage import Store
 from tiphys.pretrain.follow import follower as following
 from tiphys.pretrain.follow import writer
@@ -251,6 +252,24 @@ def test_a_crash_at_any_object_leaves_the_old_or_the_new(
         if total < at:
             return
     raise AssertionError
+
+
+def test_the_best_policy_can_be_followed(to: str, steps: list[Path]) -> None:
+    publish(steps[0], to, how=How(score=1.0))
+    with Follower(to, best=True) as follower:
+        assert digest(follower.fetch()) == digest(steps[0])
+        publish(steps[1], to, how=How(steps[0], score=0.5))
+        assert follower.poll() is None
+        publish(steps[2], to, how=How(steps[1], score=2.0))
+        new = follower.poll()
+        assert new is not None
+        assert (new.step, new.digest) == (3, digest(steps[2]))
+    assert fetched(to) == (3, digest(steps[2]))
+
+
+def test_a_hub_has_no_best_policy() -> None:
+    with pytest.raises(DataError, match=r"hf://a/b: a hub has no best\.json"):
+        Follower("hf://a/b", best=True)
 
 
 def test_two_writers_at_once_are_refused(to: str, steps: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
