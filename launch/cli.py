@@ -268,7 +268,9 @@ def _run_commands(commands: Any) -> None:
         "--device",
         choices=("", "cpu", *DEVICES),
         default="",
-        help="kind of device, for the time of a step (default: a GPU, as fast as this machine was measured)",
+        metavar="KIND",
+        help=f"kind of device, for the time of a step: cpu, {', '.join(DEVICES)} (default: a GPU, as fast as this machine was "
+        "measured)",
     )
     p.add_argument(
         "--calibrate",
@@ -346,8 +348,8 @@ def _data_commands(commands: Any) -> None:
         type=float,
         default=-1.0,
         help="largest disturbance of the executed action; each episode draws its own between 0 and this. Continuous actions: "
-        "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none "
-        "(default: -1, the usual value of the environment family)",
+        "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none; "
+        "-1: the usual value of the environment family (default: -1)",
     )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(
