@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -138,6 +139,8 @@ class EpisodeIndex:
         except FileNotFoundError as error:
             if (indexed := place.resolve(url, cache_dir)) != url:
                 return cls.open(indexed, cache_dir)
+            with suppress(FileNotFoundError):
+                store.read_new(DATASET)  # a GET: the answer to a HEAD does not say that the bucket is missing
             raise FileNotFoundError(
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error

@@ -29,6 +29,11 @@ def printable(text: str, kept: str = "\n\t") -> str:
     return "".join(c if c in kept or c.isprintable() else _escape(c) for c in text)
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: `1 episode`, `2 episodes`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def say(text: object, *, error: bool = False, start: str = "", end: str = "\n") -> None:
     """Print text for people, made `printable`. It may contain names from data, so Tiphys prints in no other way.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
+
+from tiphys.dataio.episode import DataError
 
 
 def observation_fields(observation: Any, name: str = "observation") -> dict[str, Any]:
@@ -52,6 +54,7 @@ def given_fields(observation: Any, known: Mapping[str, Any]) -> tuple[dict[str, 
     for path, value in observation_fields(observation, "").items():
         name = path[1:]
         below = f"observation.{name}"
+        value = _text(value, name)
         if below not in known and name not in known and name in _WORDS and isinstance(value, str):
             words = value
             continue
@@ -60,15 +63,75 @@ def given_fields(observation: Any, known: Mapping[str, Any]) -> tuple[dict[str, 
     return fields, words
 
 
+def _text(value: Any, name: str) -> Any:
+    """The text of an array that holds one; other values as they are. Batches of one hold their text in a list."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "U":
+        return value
+    if value.size != 1:
+        raise DataError(
+            f"{name!r} of the observation holds {value.size} texts; give one observation for each environment"
+        )
+    return str(value.item())
+
+
 def _picture(value: Any, field: Any) -> Any:
     """A picture as it is stored. LeRobot's frames hold colours first, and uint8 as fractions."""
     if field.modality != "image" or len(field.shape) != 3 or np.shape(value) == tuple(field.shape):
         return value
     height, width, channels = field.shape
+    if np.ndim(value) == 4 and len(value) == 1:
+        value = value[0]  # a batch of one
+    if np.shape(value) == tuple(field.shape):
+        return value
     if np.ndim(value) != 3 or np.shape(value)[0] != channels or (height and np.shape(value)[1:] != (height, width)):
         return value
     value = np.moveaxis(np.asarray(value), 0, -1)
     return np.rint(value * 255.0).astype(np.uint8) if value.dtype.kind == "f" and field.dtype == "uint8" else value
+
+
+def same_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether shapes are equal but for axes of length 1, which change nothing. 0: an extent that varies."""
+    one, other = (tuple(n for n in shape if n != 1) for shape in (one, other))
+    return len(one) == len(other) and all(0 in (a, b) or a == b for a, b in zip(one, other, strict=True))
+
+
+def fit_shapes(fields: Mapping[str, Any], known: Mapping[str, Any], any_size: Container[str] = ()) -> dict[str, Any]:
+    """An observation whose values have the shapes of their fields. Only axes of length 1 may differ before.
+
+    Parameters
+    ----------
+    fields : mapping of str to array or str
+        The observation, as `given_fields` returns it.
+    known : mapping of str to FieldSpec
+        The fields that count.
+    any_size : container of str
+        Pictures that are resized, so that they may have any height and width.
+
+    Raises
+    ------
+    DataError
+        If a value has another shape: the message has both.
+    """
+    fitted = dict(fields)
+    for name, spec in known.items():
+        if name not in fields or spec.modality == "text":
+            continue
+        shape, wanted = np.shape(fields[name]), tuple(spec.shape)
+        if name in any_size and len(shape) == len(wanted) == 3:
+            wanted = (0, 0, wanted[2])
+        if not same_numbers(shape, wanted):
+            if len(shape) > len(wanted):
+                what = "give one observation for each environment, without a batch axis"
+            elif spec.modality == "image":
+                what = "give pictures of this size, with the colours last or first"
+            else:
+                what = "give the values that the dataset has, in its order"
+            raise DataError(
+                f"{name!r} of the observation has the shape {list(shape)}, but the policy was trained on {list(wanted)}; {what}"
+            )
+        if shape != wanted and 0 not in wanted:
+            fitted[name] = np.reshape(fields[name], wanted)
+    return fitted
 
 
 def native(fields: Mapping[str, Any], name: str = "action") -> Any:

@@ -10,6 +10,7 @@ if os.path.basename(sys.argv[0]) == "tiphys":  # this is the main module of the 
     leave_current_folder()
 
 import argparse
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -77,15 +78,27 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest command or action for one that does not exist."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), action.choices, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(action.choices)}."
+            self.error(f"{value!r} is not a command of {self.prog!r}. {hint}")
+        super()._check_value(action, value)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tiphys",
+        usage="tiphys [-h] [--traceback] COMMAND ...",
         description="Pre-train decision models: from recorded episodes to a policy. `tiphys COMMAND --help` explains a command.",
         epilog=f"exit statuses:\n{statuses.table()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--traceback", action="store_true", help=_TRACEBACK)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="", prog="tiphys")
     for add in (_run_commands, _data_commands, _policy_commands):
         add(commands)
     for command in _subparsers(parser):
@@ -263,7 +276,9 @@ def _run_commands(commands: Any) -> None:
         "--device",
         choices=("", "cpu", *DEVICES),
         default="",
-        help="kind of device, for the time of a step (default: a GPU, as fast as this machine was measured)",
+        metavar="KIND",
+        help=f"kind of device, for the time of a step: cpu, {', '.join(DEVICES)} (default: a GPU, as fast as this machine was "
+        "measured)",
     )
     p.add_argument(
         "--calibrate",
@@ -341,8 +356,8 @@ def _data_commands(commands: Any) -> None:
         type=float,
         default=-1.0,
         help="largest disturbance of the executed action; each episode draws its own between 0 and this. Continuous actions: "
-        "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none "
-        "(default: -1, the usual value of the environment family)",
+        "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none; "
+        "-1: the usual value of the environment family (default: -1)",
     )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(

@@ -94,7 +94,7 @@ def check(args: Namespace) -> int:
     if not args.no_data:
         from tiphys.dataio.inplace.prepare import cost_line, is_waiting
         from tiphys.launch.checks.data import bad_fields
-        from tiphys.launch.plan import make_plan, open_datasets, step_rate_lines, text_lines, video_lines
+        from tiphys.launch.plan import make_plan, notes, open_datasets
         from tiphys.pretrain.objectives import Objectives
         from tiphys.pretrain.pretrained import begin, start_lines
 
@@ -109,7 +109,7 @@ def check(args: Namespace) -> int:
         for found in bad_fields(recipe, indexes, objectives):  # there are none unless the recipe quarantines them
             say(f"{found}; training leaves such episodes out")
         plan = make_plan(recipe, indexes, objectives)
-        say("\n".join(step_rate_lines(plan) + text_lines(objectives) + video_lines(plan, objectives)))
+        say("\n".join(notes(recipe, indexes, objectives, plan)))
     return Status.DONE
 
 

@@ -81,7 +81,12 @@ def scores(found: Mapping[str, Any]) -> str:
         *("task", "objective", *(["asked"] if asked else []), "episodes", "return", "success"),
         *("random", "expert", "normalised", "95 % interval"),
     )
-    return table(header, rows)
+    unknown = dict.fromkeys(name for name, _, one in found_by if one["random"] is None or one["expert"] is None)
+    note = (
+        f"\nnot normalised, because the mean scores of random actions and of an expert are unknown: {', '.join(unknown)}; "
+        "state them as `random` and `expert` in a mapping file when you convert the data (docs/converting.md)"
+    )
+    return table(header, rows) + (printable(note) if unknown else "")
 
 
 def _interval(bounds: Any) -> str | None:
@@ -165,6 +170,8 @@ def summary(found: Mapping[str, Any]) -> str:
         for name, t in found["tasks"].items()
     ]
     lines.append(table(("task", "episodes", "steps", "length", "return", "success", "returns"), rows))
+    played = {name: t["environment"] for name, t in found["tasks"].items() if t["environment"] not in ("", name)}
+    lines += [f"environment of {name}: {environment}" for name, environment in played.items()]
     fields = [
         (
             n,

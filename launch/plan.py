@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import counted
 from tiphys.launch.mixture import names
 from tiphys.recipes.schema import Recipe
 from tiphys.recipes.sizes import parse_size
@@ -153,7 +154,34 @@ def step_rate_lines(plan: SamplingPlan) -> list[str]:
                 lines.append(
                     f"{name} (entry {entry.name}): its steps are drawn {low:.2f} to {high:.2f} times as often as its average step"
                 )
-    return lines or ["every step of a task is equally likely"]
+    return lines or ["sampling: every step of a task is drawn equally often"]
+
+
+def held_out_lines(recipe: Recipe, indexes: Sequence[EpisodeIndex]) -> list[str]:
+    """A line of text if `data.validation` wants episodes held out and none is: then there is no held-out loss."""
+    share = recipe.data.validation
+    if not share or any(index.held_out(share).any() for index in indexes):
+        return []
+    episodes = sum({index.fingerprint: index.episodes for index in indexes}.values())
+    return [
+        f"no episode is held out, so there is no held-out loss: data.validation is {share:g} of {counted(episodes, 'episode')}; "
+        "a larger share holds some out"
+    ]
+
+
+def window_lines(recipe: Recipe, objectives: Objectives) -> list[str]:
+    """A line of text for each task whose windows have fewer steps than its objective's `window`, because of the context."""
+    found: dict[str, None] = {}
+    for entry, by_task in zip(recipe.data.mixture, objectives.layouts, strict=True):
+        wanted = recipe.objectives[entry.objective].window if entry.objective in recipe.objectives else 0
+        for layout in by_task.values():
+            most = layout.steps(0, objectives.length) if layout.width else wanted
+            if most < wanted:
+                found[
+                    f"objective {entry.objective!r}: at most {counted(most, 'step')} of task {layout.task!r} fit `context: "
+                    f"{layout.context}`, so windows are shorter than `window: {wanted}`; raise `context`"
+                ] = None
+    return list(found)
 
 
 def uncounted_texts(objectives: Objectives) -> list[tuple[str, EpisodeIndex]]:
@@ -189,6 +217,17 @@ def video_lines(plan: SamplingPlan, objectives: Objectives) -> list[str]:
         if len(units) and entry.index.packet_fields:
             found |= dict.fromkeys(warnings(entry.index, objectives.needs(number).fields, round(float(units.mean()))))
     return list(found)
+
+
+def notes(recipe: Recipe, indexes: Sequence[EpisodeIndex], objectives: Objectives, plan: SamplingPlan) -> list[str]:
+    """Lines of text that `tiphys check` prints about a valid recipe."""
+    return [
+        *step_rate_lines(plan),
+        *held_out_lines(recipe, indexes),
+        *window_lines(recipe, objectives),
+        *text_lines(objectives),
+        *video_lines(plan, objectives),
+    ]
 
 
 def loader_settings(recipe: Recipe, cache: CacheBudget | None = None) -> LoaderSettings:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import write_text
-from tiphys.dataio.messages import printable, redacted, say
+from tiphys.dataio.messages import counted, printable, redacted, say
 from tiphys.launch.account import Account
 from tiphys.launch.aside import Aside
 from tiphys.launch.attendance import Attendance
@@ -26,12 +26,14 @@ from tiphys.launch.plan import (
     Joining,
     balance_of,
     held_out_batches,
+    held_out_lines,
     loader_arguments,
     make_plan,
     open_datasets,
     step_rate_lines,
     text_lines,
     validation_every,
+    window_lines,
 )
 from tiphys.launch.refusals import OF_A_RANK, outside, show, status_of
 from tiphys.launch.rollback import Guard, complete
@@ -303,12 +305,15 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
         f"{recipe.model.layers} layers of width {recipe.model.hidden}",
         f"batch        {engine.rows} rows × {objectives.length} positions; "
         f"{engine.accumulation} × {engine.micro_batch} rows a rank",
-        f"data         {len(objectives.tasks)} tasks, {episodes} episodes, {plan.buckets} buckets",
+        f"data         {counted(len(objectives.tasks), 'task')}, {counted(episodes, 'episode')}, "
+        f"{counted(plan.buckets, 'bucket')}",
     ]
     indexes = [entry.index for entry in plan.entries[: len(recipe.data.mixture)]]
     if recipe.data.on_bad_value == "quarantine":
         lines += [f"bad values   {found}; left out" for found in bad_fields(recipe, indexes, objectives)]
-    lines += [f"steps        {line}" for line in step_rate_lines(plan)]
+    lines += [f"steps        {line.removeprefix('sampling: ')}" for line in step_rate_lines(plan)]
+    lines += [f"held out     {line}" for line in held_out_lines(recipe, indexes)]
+    lines += [f"windows      {line}" for line in window_lines(recipe, objectives)]
     lines += [f"texts        {line}" for line in text_lines(objectives)]
     lines.append(f"memory       {_memory_line(recipe, plan, engine)}")
     lines += [f"derived      {key} = {value}" for key, value in engine.derived.items()]

@@ -91,7 +91,8 @@ def find(path: str | Path) -> Path:
     shipped = {p.stem: p for p in sorted(FOLDER.glob("*.yaml"))}
     if str(path) in shipped:
         return shipped[str(path)]
-    near = difflib.get_close_matches(str(path), shipped)
+    beside = [str(p) for p in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), [*beside, *shipped], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise RecipeError([f"{path}: neither a file nor an installed recipe ({', '.join(shipped)}).{hint}"])
 

@@ -156,6 +156,15 @@ def test_yaml_recipes_of_the_readme_are_valid(tmp_path):
         check(tmp_path / "recipe.yaml", world=16, data=False)
 
 
+@pytest.mark.parametrize("page", sorted((REPOSITORY / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_the_whole_recipes_of_a_page_are_valid(page, tmp_path):
+    from tiphys.launch.check import check
+
+    for recipe in (code for code in blocks(page, "yaml") if "\ndeepspeed:" in code and "\nrun:" in code):
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        check(tmp_path / "recipe.yaml", world=1, data=False)
+
+
 def test_the_messages_of_the_troubleshooting_table_exist():
     page = (REPOSITORY / "docs" / "glossary.md").read_text(encoding="utf-8")
     phrases = [

@@ -9,6 +9,7 @@ import numpy as np
 
 from tiphys.dataio.environments.family import space_kind
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
+from tiphys.dataio.observation import same_numbers
 
 
 def misfits(task: TaskSpec, needed: Collection[str], declared: Sequence[FieldSpec]) -> Iterator[str]:
@@ -42,12 +43,6 @@ def misfits(task: TaskSpec, needed: Collection[str], declared: Sequence[FieldSpe
             f"task {task.name!r}: environment {task.environment!r} takes the action field {name!r}, which the policy does not "
             "predict"
         )
-
-
-def same_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether shapes are equal but for axes of length 1, which change nothing. 0: an extent that varies."""
-    one, other = (tuple(n for n in shape if n != 1) for shape in (one, other))
-    return len(one) == len(other) and all(0 in (a, b) or a == b for a, b in zip(one, other, strict=True))
 
 
 def fitted(action: Any, space: Any, where: str, name: str = "action") -> Any:

@@ -19,7 +19,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.format.document import DATASET
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
 from tiphys.dataio.inplace.place import INFO, check_source, is_lerobot, location
-from tiphys.dataio.messages import logger
+from tiphys.dataio.messages import counted, logger
 from tiphys.dataio.storage import Store
 
 log = logger(__name__)
@@ -93,8 +93,8 @@ def cost_line(url: str) -> str:
     row = sum(_bytes(f) for f in features)
     return (
         f"{url}: is a LeRobot dataset without an index. Training makes one on each node before it starts, at {location(url)}: it "
-        f"copies the rows of {episodes:,} episodes, about {row * frames / 2**20:,.0f} MiB, reads the tables of the videos of "
-        f"{cameras} cameras, and copies no video. To do it now: tiphys index {url}"
+        f"copies the rows of {counted(episodes, 'episode')}, about {max(1, row * frames / 2**20):,.0f} MiB, reads the tables of "
+        f"the videos of {counted(cameras, 'camera')}, and copies no video. To do it now: tiphys index {url}"
     )
 
 

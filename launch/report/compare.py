@@ -11,8 +11,9 @@ from tiphys.dataio.atomic import write_text
 from tiphys.launch.report import svg
 from tiphys.launch.report.charts import evaluations, series, smooth_lines
 from tiphys.launch.report.files import RunFiles, mean, recent
-from tiphys.launch.report.page import cards, cell, document, hours, short
+from tiphys.launch.report.page import cards, cell, document, duration, hours, short
 from tiphys.launch.report.verdict import verdict
+from tiphys.pretrain.acting.scores import by_objective
 
 
 def write_comparison(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -34,6 +35,7 @@ def render_comparison(runs: Sequence[RunFiles]) -> str:
     body = [
         f"<h1>{title}</h1><p class='sub'>{html.escape(', '.join(named))}</p>",
         f"<div class='card scroll'>{_summary(named)}</div>",
+        *([f"<h2>Evaluation</h2><div class='card scroll'>{played}</div>"] if (played := _scores(named)) else []),
         "<h2>What differs in their recipes</h2>",
         f"<div class='card scroll'>{_differences(named)}</div>",
         "<h2>Curves</h2>",
@@ -68,11 +70,29 @@ def _summary(named: Mapping[str, RunFiles]) -> str:
             short(mean(late, "tokens_per_second")),
             f"{100 * mean(late, 'mfu'):.1f} %",
             f"{100 * sum(line['data_wait'] for line in late) / seconds:.1f} %",
-            f"{hours(run):.2f} h",
+            duration(hours(run)),
             html.escape("healthy" if (found := verdict(run)).healthy else f"needs a look: {found.problems[0]}"),
         ]
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     return _table(head, rows) + "<p class='note'>Loss: mean of the last 25 lines.</p>"
+
+
+def _scores(named: Mapping[str, RunFiles]) -> str:
+    """A line for each task and objective that was played: the score of each run, or what is known instead of it."""
+    found = {
+        name: {(task, objective): one for task, objective, one in by_objective(run.evaluation or {"tasks": {}})}
+        for name, run in named.items()
+    }
+    rows = []
+    for task, objective in dict.fromkeys(key for by_key in found.values() for key in by_key):
+        played = [by_key.get((task, objective)) for by_key in found.values()]
+        for what, key in (("normalised", "expert_normalized"), ("success", "success_rate"), ("return", "mean_return")):
+            values = [one and one.get(key) for one in played]
+            if any(isinstance(value, int | float) for value in values):
+                cells = [html.escape(task), html.escape(objective) or "–", what, *map(cell, values)]
+                rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+                break
+    return _table(("task", "objective", "score", *named), rows) if rows else ""
 
 
 def _differences(named: Mapping[str, RunFiles]) -> str:

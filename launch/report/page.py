@@ -123,7 +123,7 @@ def _facts(run: RunFiles) -> str:
             (short(mean(late, "tokens_per_second")), "tokens per second"),
             (f"{100 * mean(late, 'mfu'):.1f} %", "model FLOPs utilisation"),
             (f"{100 * waited:.1f} %", "of the time spent waiting for data"),
-            (_duration(hours(run)), "of training"),
+            (duration(hours(run)), "of training"),
         ]
     return (
         "<div class='facts'>"
@@ -132,7 +132,7 @@ def _facts(run: RunFiles) -> str:
     )
 
 
-def _duration(found: float) -> str:
+def duration(found: float) -> str:
     return f"{found:.1f} h" if found >= 1 else f"{60 * found:.1f} min"
 
 

@@ -96,8 +96,13 @@ def _losses(run: RunFiles) -> list[str]:
         step, lowest = min(held_out, key=lambda point: point[1])
         if held_out[-1][1] > lowest * (1 + OVERFIT) and lowest > 0:
             found.append(f"held-out loss rises since step {step} ({lowest:.3g} → {held_out[-1][1]:.3g}): it overfits")
-    elif not held_out and not run.values.get("data", {}).get("validation"):
-        found.append("no episodes are held out (data.validation), so overfitting would not be seen")
+    elif not held_out:
+        share = run.values.get("data", {}).get("validation")
+        if (
+            not share or run.train[-1]["step"] >= run.steps > 0
+        ):  # a run with held-out episodes validates at the end at the latest
+            so = f" of {share:g} is less than one episode" if share else ""
+            found.append(f"no episodes are held out (data.validation{so}), so overfitting would not be seen")
     found += [
         f"{name} was seen {times:.0f} times"
         for name, _, times, _ in epochs(run)

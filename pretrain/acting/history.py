@@ -498,7 +498,7 @@ def given(observation: Mapping[str, Any], name: str, text: bool = False) -> Any:
         there = ", ".join(sorted(observation))
         if text:
             raise DataError(
-                f"nobody says what is to be done: the observation has no text {name!r} (it has {there}); give it to "
+                f"no instruction was given: the observation has no text {name!r} (it has {there}); give it to "
                 "`policy.reset(task, instruction=…)` or `policy.act(observation, text=…)`"
             ) from None
         raise DataError(f"the observation has no field {name!r}; it has {there}") from None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tiphys.dataio.episode import DataError, FieldSpec, Window
-from tiphys.dataio.observation import given_fields, native
+from tiphys.dataio.observation import fit_shapes, given_fields, native
 from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
 from tiphys.dataio.private import read_regular
 from tiphys.dataio.stored import number as within
@@ -602,6 +602,10 @@ class Policy:
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""
         fields, words = given_fields(observation, self._fields)
+        elements = self.history.layout.elements
+        names = {e.field for e in elements if e.role == "observation"} | {e.to for e in elements}
+        resized = [e.field for e in elements if getattr(e.codec, "resize", 0)]
+        fields = fit_shapes(fields, {name: spec for name, spec in self._fields.items() if name in names}, resized)
         words = self._instructions[environment] if words is None else words
         missing = [name for name in self.history.texts if name not in fields]
         if words is not None and len(missing) > 1:

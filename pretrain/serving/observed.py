@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.casting import checked_cast
-from tiphys.dataio.environments.fitting import same_numbers
 from tiphys.dataio.episode import DataError, FieldSpec
+from tiphys.dataio.observation import same_numbers
 from tiphys.pretrain.acting.processor import Processor
 
 # Names under which clients send what is to be done
@@ -143,7 +143,7 @@ def fit(needed: Needed, sent: Sent) -> dict[str, Any]:
                 raise DataError(f"{name!r} must be a text")
             out[name] = text
     if missing and sent.words is None:
-        raise DataError(f"nobody says what is to be done: send the text {missing[0]!r}, or `prompt`")
+        raise DataError(f"no instruction was given: send the text {missing[0]!r}, or `prompt`")
     if len(missing) > 1:
         raise DataError(f"task {needed.task!r} needs the texts {', '.join(missing)}; send them by these names")
     return out | dict.fromkeys(missing, sent.words)

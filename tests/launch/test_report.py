@@ -225,8 +225,29 @@ def test_several_runs_are_compared_on_one_page(run, tmp_path_factory):
     assert links.found == []
     assert "<td>model.layers</td><td>–</td><td>&lt;b&gt;</td>" in page
     assert page.count("<polyline") >= 2 * 4
+    assert page.count("<td>&lt;b&gt;task&lt;/b&gt;</td>") == 1  # one line for the task, with the score of each run
     with pytest.raises(ValueError, match="given twice"):
         write_comparison([run, run], other / "page.html")
+
+
+def test_runs_without_known_scores_are_compared_by_their_returns(run, tmp_path_factory):
+    unknown = TASK | {"expert_normalized": None, "success_rate": None}
+    other = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(run, other)
+    for folder, returned in ((run, 12.5), (other, 25.0)):
+        tasks = {"tasks": {"cart": unknown | {"mean_return": returned}}}
+        (folder / "evaluation.json").write_text(json.dumps(tasks))
+    page = write_comparison([run, other], other / "page.html").read_text()
+    assert "<td>cart</td><td>–</td><td>return</td><td>12.5</td><td>25</td>" in page
+
+
+@pytest.mark.parametrize(("steps", "said"), [(7, True), (8, False)])
+def test_a_finished_run_without_held_out_episodes_needs_a_look(run, steps, said):
+    (run / "recipe.yaml").write_text(f"name: a run\ndata: {{validation: 0.01}}\ntrain: {{steps: {steps}}}\n")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if "kind" not in line))
+    message = "no episodes are held out (data.validation of 0.01 is less than one episode)"
+    assert (message in verdict(RunFiles.read(run)).line) is said
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

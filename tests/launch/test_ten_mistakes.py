@@ -1,4 +1,4 @@
-"""Ten mistakes of new users: the message of each says what is wrong, where, and what to do."""
+"""Mistakes of new users: the message of each says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ RECIPES = {
         ["objectives.bc.fields.imgae.resize=64"],
         ["r.yaml:4: objectives", "no field matches 'imgae'", "those that the tasks have: action, observation"],
     ),
+    "a misspelt key of a field with a dot": (
+        ["objectives.bc.fields.observation.state.encodng=gato"],
+        ["objectives.bc.fields.observation.state.encodng: unknown key", "Did you mean 'encoding'?"],
+    ),
 }
 MAPPINGS = {
     "a field that the source does not have": (
@@ -70,6 +74,31 @@ def test_a_mistake_in_a_recipe(mistake: str, said: Callable[..., str]) -> None:
     Path("r.yaml").write_text(small_recipe())
     message = said("check", "r.yaml", *arguments)
     assert [part for part in wanted if part not in message] == [], message
+
+
+def test_what_is_valid_but_hardly_meant_is_said(said: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("r.yaml").write_text(small_recipe())
+    assert main(["check", "r.yaml", "objectives.bc.context=4", "data.validation=0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "at most 2 steps of task 'CartPole-v1' fit `context: 4`, so windows are shorter than `window: 4`" in out
+    assert "no episode is held out, so there is no held-out loss: data.validation is 0.001 of 4 episodes" in out
+    assert main(["check", "r.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "held out" not in out
+    assert "context" not in out
+
+
+def test_a_misspelt_recipe_and_a_misspelt_command(said: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("arms.yaml").write_text(small_recipe())
+    assert "arm.yaml: neither a file nor an installed recipe" in (message := said("check", "arm.yaml"))
+    assert "Did you mean 'arms.yaml'?" in message
+    for words, wanted in {
+        "trian arms.yaml": "'trian' is not a command of 'tiphys'. Did you mean 'train'?",
+        "dataset mrge a b": "'mrge' is not a command of 'tiphys dataset'. Did you mean 'merge'?",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(words.split())
+        assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mistake", MAPPINGS)

@@ -21,6 +21,7 @@ from tests.test_docs import blocks
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.export import export
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.storage import Store
 from tiphys.launch.cli import main
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.acting.policy import Policy
@@ -110,6 +111,15 @@ def test_the_permissions_are_those_that_are_used(store: Watched, policies: list[
     assert store.of(lambda: Policy.load(to, "cpu")) <= permitted("load a policy")
     follower = Follower(to)
     assert store.of(lambda: (follower.fetch(), follower.poll())) <= permitted("follow a policy")
+
+
+@pytest.mark.parametrize(
+    ("bucket", "message"), [("nobody", "there is no such bucket"), ("bucket", "there is no dataset")]
+)
+def test_a_dataset_that_is_not_there(store: Watched, bucket: str, message: str) -> None:
+    Store("s3://bucket/other").write("a", b"")
+    with pytest.raises(OSError, match=f"s3://{bucket}/none.*: {message}"):
+        EpisodeIndex.open(f"s3://{bucket}/none")
 
 
 def test_the_messages_are_those_of_the_product() -> None:

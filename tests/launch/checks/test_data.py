@@ -144,7 +144,7 @@ def test_a_dataset_of_two_entries_is_counted_once(tmp_path, capsys, monkeypatch)
     engine = SimpleNamespace(module=Linear(1, 1), world=world, zero_stage=0, bf16=False, rows=4, accumulation=1)
     engine.micro_batch, engine.derived, engine.config = 4, {}, SimpleNamespace(vocab_size=7)
     announce(settings, objectives, plan, engine)
-    assert "1 tasks, 8 episodes" in capsys.readouterr().out
+    assert "1 task, 8 episodes" in capsys.readouterr().out
 
 
 def told(folder: Any, *texts: str) -> str:

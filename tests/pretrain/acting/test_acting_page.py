@@ -15,7 +15,7 @@ import tests.pretrain.token_fixtures as fixtures
 from tests.processes import REPOSITORY
 from tests.servers import moto_server, s3_environment
 from tests.test_docs import blocks
-from tiphys.dataio.episode import FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.publish import publish, save_policy
@@ -80,6 +80,40 @@ def test_the_example_drives_two_robots_from_a_folder_and_from_a_bucket(places: l
             seen.append([robot.moves for robot in robots])
     for other in seen[1:]:
         np.testing.assert_array_equal(other, seen[0])
+
+
+def test_a_batch_of_one_acts_as_its_frame(places: list[str]) -> None:
+    policy, frame = Policy.load(places[0], "cpu"), Robot(0).observe() | {"task": "push the cube"}
+    policy.reset("table")
+    wanted = policy.act(frame)
+    policy.reset("table")
+    batch = {name: [value] if isinstance(value, str) else value[None] for name, value in frame.items()}
+    np.testing.assert_array_equal(policy.act(batch), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            TOP,
+            np.zeros((3, 8, 8)),
+            r"'observation.images.top' .* shape \[3, 8, 8\], .* trained on \[16, 16, 3\]; give pictures",
+        ),
+        ("observation.state", np.zeros(4), r"'observation.state' .* shape \[4\], .* trained on \[3\]; give the values"),
+        ("observation.state", np.zeros((2, 3)), r"shape \[2, 3\], .* \[3\]; give one observation for each environment"),
+        ("task", ["one", "two"], "'task' of the observation holds 2 texts; give one observation for each environment"),
+        ("task", None, r"no instruction was given: .* `policy.reset\(task, instruction=…\)`"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_named(places: list[str], name: str, value: Any, message: str) -> None:
+    policy, frame = Policy.load(places[0], "cpu"), Robot(0).observe() | {"task": "push the cube"}
+    policy.reset("table")
+    bad = frame | {name: value}
+    if value is None:
+        del bad[name]
+    with pytest.raises(DataError, match=message):
+        policy.act(bad)
+    assert np.shape(policy.act(frame)) == (2,)  # its history is as before
 
 
 def test_the_names_of_the_table_exist(places: list[str]) -> None:

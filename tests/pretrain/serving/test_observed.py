@@ -73,7 +73,7 @@ REFUSED = {
     "ragged": ({"observation/joints": [[1], [1, 2]]}, "must hold numbers"),
     "half a class": ({"observation/gripper": np.array([0.5, 1])}, "0.5"),
     "bright": ({"observation/front": IMAGE.astype(np.float32)}, "floats outside 0 … 1"),
-    "no words": ({"prompt": None}, "nobody says what is to be done"),
+    "no words": ({"prompt": None}, "no instruction was given"),
 }
 
 

@@ -104,7 +104,7 @@ def test_a_reset_and_a_changed_prompt_begin_an_episode() -> None:
     table(sessions.act([observed(session, values)])[0])
     assert histories(session) == 4
     sessions.reset(session)
-    assert "nobody says" in error(sessions.act([observed(session, values)])[0])
+    assert "no instruction" in error(sessions.act([observed(session, values)])[0])
     sessions.reset(session, words="go")
     table(sessions.act([observed(session, values)])[0])
     assert histories(session) == 1
