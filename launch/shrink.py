@@ -109,7 +109,7 @@ def fewer_ranks(path: str, overrides: Sequence[str], world: int, before: int, ea
                 words.append(f"deepspeed.gradient_accumulation_steps={new.accumulation}")
             return Fewer(
                 words,
-                f"{world} ranks of {new.accumulation} × {new.micro_batch} rows instead of {before} of {old.accumulation} × "
+                f"{world} rank{'s' * (world != 1)} of {new.accumulation} × {new.micro_batch} rows instead of {before} of {old.accumulation} × "
                 f"{old.micro_batch}, the same {new.rows} rows a step",
             )
     raise NothingFits(f"no layout on {world} ranks fits {memory / 2**30:.1f} GiB")
