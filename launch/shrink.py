@@ -107,9 +107,10 @@ def fewer_ranks(path: str, overrides: Sequence[str], world: int, before: int, ea
             words = offered[0].overrides(keys if "micro_batch" in keys else ["micro_batch"])
             if "gradient_accumulation_steps" in recipe.deepspeed:
                 words.append(f"deepspeed.gradient_accumulation_steps={new.accumulation}")
+            ranks = "1 rank" if world == 1 else f"{world} ranks"
             return Fewer(
                 words,
-                f"{world} ranks of {new.accumulation} × {new.micro_batch} rows instead of {before} of {old.accumulation} × "
+                f"{ranks} of {new.accumulation} × {new.micro_batch} rows instead of {before} of {old.accumulation} × "
                 f"{old.micro_batch}, the same {new.rows} rows a step",
             )
     raise NothingFits(f"no layout on {world} ranks fits {memory / 2**30:.1f} GiB")

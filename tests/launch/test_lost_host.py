@@ -102,7 +102,7 @@ def test_a_host_that_is_lost_twice_is_left_out_and_the_losses_stay(hosts: list[H
     text = said.read_text()
     assert "restart 2: rank 1 " in text, text
     assert (
-        f"host {hosts[1].address} failed 2 times and is left out (restart.shrink): 1 ranks of 2 × 2 rows instead of 2 of 1 × 2, "
+        f"host {hosts[1].address} failed 2 times and is left out (restart.shrink): 1 rank of 2 × 2 rows instead of 2 of 1 × 2, "
         "the same 4 rows a step"
     ) in text
     assert "1 processes = 1 pipeline × 1 data" in text
