@@ -1,10 +1,15 @@
-"""Training windows from a LeRobot dataset as it is, beside LeRobot's map reader; and copies of its videos, beside a conversion.
+"""Training windows from a LeRobot dataset as it is, beside other readers of it; what its index and copies of its videos cost.
 
-    python -m benchmarks.inplace [--episodes 20] [--steps 100] [--windows 200] [--rounds 3] [--backend pyav] [--json FILE]
+    python -m benchmarks.inplace [PART …] [--episodes 20] [--steps 100] [--windows 200] [--rounds 3] [--backend pyav]
+        [--json FILE]
+
+Parts (all, if none is named): `windows`, `cache` (a quarter of the video), `copies`, `index` (of many MP4s), `memory` (by number
+of files).
 
 TIPHYS_LEROBOT_PYTHON names a Python with `lerobot`, which writes the dataset (one camera, 224 × 224, its default codec) and reads
-it. The readers alternate. Figures are medians of windows per CPU second: of the whole loader process, its CRCs and its batches
-included, and of all threads of LeRobot's reader.
+it by its map reader and, if torchcodec can be loaded, by its streaming reader. The readers alternate. Figures are medians of
+windows per CPU second: of the whole loader process, its CRCs and its batches included, and of all threads of the other readers.
+Times of the wall mean nothing on a shared machine.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,8 @@ from tiphys.dataio.placement import Home
 from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
 PYTHON = os.environ.get("TIPHYS_LEROBOT_PYTHON", "")
+PARTS = ("windows", "cache", "copies", "index", "memory")
+FILES = {"index": (1000,), "memory": (10, 1000, 10_000)}
 WORKER = Path(__file__).parent / "others" / "lerobot_map.py"
 ROWS = 16
 WINDOWS = (1, 8)  # steps of a window
@@ -46,17 +54,98 @@ def tiphys(index: EpisodeIndex, window: int, windows: int, cache: int) -> dict[s
     """Windows per CPU second of a loader, and bytes fetched for each byte that windows need, after the cache is full."""
     settings = LoaderSettings(cache=CacheBudget(memory=cache))
     steps = max(windows // ROWS, 1)
-    plan = window_plan(index, ROWS, window)
-    done, spent, began = 0, 0.0, time.monotonic()
+    warm = 4 if cache >= video_bytes(index) else steps  # a small cache is filled by as many windows as are counted
+    plan, totals = window_plan(index, ROWS, window), dict[str, float]()
     with TrajectoryLoader(plan, Home(0, 1), stack_windows, [all_fields(index)], settings=settings) as loader:
         for number, batch in enumerate(loader):
-            if number == 4:
-                done, spent, began = 0, 0.0, time.monotonic()
-            done, spent = done + int(batch.counters["windows"]), spent + batch.counters["cpu_seconds"]
+            if number == warm:
+                totals.clear()
+            for name, value in batch.counters.items():
+                totals[name] = totals.get(name, 0.0) + value
             batch.release()
-            if number == steps + 4:
+            if number == steps + warm:
                 break
-    return {"cpu": done / spent, "wall": done / (time.monotonic() - began)}
+    return {
+        "cpu": totals["windows"] / totals["cpu_seconds"],
+        "fetched": totals["bytes_store"] / totals["bytes_delivered"],
+        "resident": totals["resident_bytes"] / (steps + 1),
+    }
+
+
+def video_bytes(index: EpisodeIndex) -> int:
+    return sum(shard.size for shard in index.shards if shard.name.endswith(".mp4"))
+
+
+def against(index: EpisodeIndex, source: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Windows per CPU second of each reader, which take turns; a reader that cannot run is named with its error."""
+    others = {"lerobot": "read", "streaming": "stream"}
+    out, cache = dict[str, Any](), max(video_bytes(index), 8 << 20)
+    for window in WINDOWS:
+        found: dict[str, list[float]] = {"tiphys": [], **{name: [] for name in others}}
+        failed: dict[str, str] = {}
+        for number in range(given.rounds):
+            found["tiphys"].append(tiphys(index, window, given.windows, cache)["cpu"])
+            for name, operation in others.items():
+                if name in failed:
+                    continue
+                try:
+                    printed = lerobot(operation, source, given.backend, window, given.windows, number)
+                    found[name].append(json.loads(printed.splitlines()[-1])["cpu"])
+                except RuntimeError as error:
+                    failed[name] = str(error).strip().splitlines()[-1]
+        middle = {name: statistics.median(values) for name, values in found.items() if values}
+        times = {f"times {name}": middle["tiphys"] / value for name, value in middle.items() if name != "tiphys"}
+        out[f"K = {window}"] = {**middle, **times, **{f"{name} failed": text for name, text in failed.items()}}
+    return out
+
+
+def many(source: Path, scratch: Path, files: int) -> dict[str, float]:
+    """CPU seconds and memory of an index of so many MP4s (links to one of them, each with an episode of version 2.1)."""
+    raw = scratch / f"many-{files}"
+    write_many(source, raw, files)
+    code = "import sys; from benchmarks.inplace import index_one; index_one(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(raw), str(scratch / f"index-{files}")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def index_one(source: str, destination: str) -> None:
+    """Index a dataset, read windows of it, and print the CPU seconds and the most memory of this process and its loader."""
+    before = _cpu()
+    index = index_lerobot(source, destination)
+    spent = _cpu() - before
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = tiphys(index, 8, 4 * ROWS, 32 << 20)["resident"]
+    print(json.dumps({"CPU seconds": spent, "index, MiB": most / 1024, "loader, MiB": loaded / 2**20}))
+
+
+def write_many(source: Path, folder: Path, files: int) -> None:
+    """A dataset of version 2.1 with one episode in each file, all of them the first episode of `source` (version 3.0)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    info = json.loads((source / "meta/info.json").read_text())
+    (camera,) = (k for k, f in info["features"].items() if f["dtype"] == "video")
+    place = "chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    info |= {"codebase_version": "v2.1", "chunks_size": 1000, "video_path": f"videos/{place}"}
+    info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    rows = pq.read_table(next((source / "data").rglob("*.parquet")))
+    rows = rows.filter(pa.compute.equal(rows["episode_index"], 0))
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    (folder / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": "push"}))
+    first, lines = next((source / f"videos/{camera}").rglob("*.mp4")), []
+    for number in range(files):
+        names = {"episode_chunk": number // 1000, "episode_index": number, "video_key": camera}
+        video, data = folder / info["video_path"].format(**names), folder / info["data_path"].format(**names)
+        for path in (video, data):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        column = rows.schema.names.index("episode_index")
+        pq.write_table(rows.set_column(column, "episode_index", pa.array([number] * len(rows))), data)
+        os.link(first, video)
+        lines.append(json.dumps({"episode_index": number, "tasks": ["push"], "length": len(rows)}))
+    (folder / "meta/episodes.jsonl").write_text("\n".join(lines))
 
 
 def copies(source: Path, scratch: Path) -> dict[str, float]:
@@ -86,25 +175,26 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--backend", default="torchcodec", help="LeRobot's decoder: torchcodec or pyav")
     parser.add_argument("--json")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART")
     given = parser.parse_args()
     if not PYTHON:
         parser.error("TIPHYS_LEROBOT_PYTHON must name a Python with lerobot")
+    parts = given.parts or PARTS
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "source", dict[str, Any]()
+        scratch, out = Path(folder), dict[str, Any]()
+        source = scratch / "source"
         lerobot("write", source, given.episodes, given.steps)
-        began = _cpu()
-        index = index_lerobot(str(source), str(Path(folder) / "index"))
-        out["index, CPU seconds"] = _cpu() - began
-        out["copies"] = copies(source, Path(folder))
-        cache = max(sum(p.stat().st_size for p in source.rglob("*.mp4")), 8 << 20)
-        for window in WINDOWS:
-            ours, theirs = [], []
-            for number in range(given.rounds):
-                ours.append(tiphys(index, window, given.windows, cache)["cpu"])
-                printed = lerobot("read", source, window, given.windows, number, given.backend)
-                theirs.append(json.loads(printed.splitlines()[-1])["cpu"])
-            pair = statistics.median(ours), statistics.median(theirs)
-            out[f"K = {window}"] = {"tiphys": pair[0], "lerobot": pair[1], "times": pair[0] / pair[1]}
+        index = index_lerobot(str(source), str(scratch / "index"))
+        if "copies" in parts:
+            out["copies"] = copies(source, scratch)
+        if "windows" in parts:
+            out |= against(index, source, given)
+        if "cache" in parts:
+            quarter = tiphys(index, 8, given.windows, video_bytes(index) // 4)
+            out["cache of a quarter, K = 8, bytes fetched ÷ delivered"] = quarter["fetched"]
+        for part in ("index", "memory"):
+            if part in parts:
+                out[part] = {files: many(source, scratch, files) for files in FILES[part]}
     for name, value in out.items():
         print(name, value)
     if given.json:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,14 @@ __all__ = [
 ]
 
 
-def read_episode(index: EpisodeIndex, episode: int) -> Episode:
-    """Read one whole episode from its shard. It equals what was written, except for fields with a lossy encoding."""
+def read_episode(index: EpisodeIndex, episode: int, without: Collection[str] = ()) -> Episode:
+    """Read one whole episode from its shard. It equals what was written, except for fields with a lossy encoding.
+
+    without   names of fields that are left out
+    """
     task = index.tasks[index.task[episode]]
     steps, rows = int(index.steps[episode]), int(index.rows[episode])
-    names = [f.name for f in task.fields]
+    names = [f.name for f in task.fields if f.name not in without]
     ranges = index.ranges(episode, 0, rows, names)
     buffers = index.read([*ranges, Range(int(index.shard[episode]), *index.json_range(episode), "json")])
     fields = index.decode(episode, 0, rows, names, buffers[:-1])["fields"]

@@ -300,6 +300,8 @@ class Needs:
 
     fields: tuple[str, ...]  # names of the fields; other fields are never fetched
     after: int = 0  # rows after the window's last step; at most those that the episode has
+    # (field, n): only rows whose number in the episode is a multiple of n are needed; of a video, the others are black
+    strides: tuple[tuple[str, int], ...] = ()
 
 
 def _size(shape: tuple[int, ...]) -> int:

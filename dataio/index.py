@@ -145,6 +145,7 @@ class EpisodeIndex:
                 f"{url}: there is no dataset ({DATASET} is missing); make one with `tiphys collect`, `convert` or `index`"
             ) from error
         document = parse(raw, f"{url}/{DATASET}")
+        place.check_source(document, url)
         folder = decoded(store, document, cache_folder(cache_dir))
         index = cls(url, document, load(folder), hashlib.sha256(raw).hexdigest()[:32])
         index._folder = folder
@@ -405,23 +406,16 @@ class EpisodeIndex:
         ]
 
     def _packet_chunks(self, table: PacketTable, episode: int, start: int, rows: int) -> list[Chunk]:
-        first, end = (int(x) for x in table.first[episode : episode + 2])
-        low, high = table.chunk_of([episode, episode], [start, start + rows - 1]).tolist()
-        crc = table.part("crc", episode, 0, end - first)
-        after = [
-            *table.row[low + 1 : high + 1].tolist(),
-            int(table.row[high + 1]) if high + 1 < end else int(self.rows[episode]),
-        ]
+        first, end = table.first[episode : episode + 2].tolist()
+        low, high = table.chunk_at(episode, start), table.chunk_at(episode, start + rows - 1) + 1
+        stored = table.part("crc", episode, low - first, high - low)
+        begins = table.row[low : min(high + 1, end)].tolist()
+        ends = [*begins[1:], self.rows.item(episode)]
+        columns = table.offset[low:high].tolist(), table.size[low:high].tolist()
+        crcs = [-1] * (high - low) if stored is None else stored.tolist()
         return [
-            Chunk(
-                kind=PACKETS,
-                offset=int(table.offset[i]),
-                size=int(table.size[i]),
-                crc=-1 if crc is None else int(crc[i - first]),
-                row=int(table.row[i]),
-                rows=after[i - low] - int(table.row[i]),
-            )
-            for i in range(low, high + 1)
+            Chunk(kind=PACKETS, offset=offset, size=size, crc=crc, row=row, rows=after - row)
+            for offset, size, crc, row, after in zip(*columns, crcs, begins, ends)
         ]
 
     def _field_rows(self, episode: int, spec: FieldSpec) -> int:
@@ -452,6 +446,7 @@ class EpisodeIndex:
         fields: Sequence[str],
         buffers: Sequence[Buffer],
         before: Callable[[Range], None] | None = None,
+        strides: Mapping[str, int] | None = None,
     ) -> dict[str, Any]:
         """Decode rows of an episode from their bytes, after verifying the CRC-32C of every row and chunk.
 
@@ -463,6 +458,9 @@ class EpisodeIndex:
             The bytes of each range that `ranges` returned, in its order.
         before : callable, optional
             Called with the range of a large field before it is decoded, because a decoder of pictures may crash.
+        strides : Mapping[str, int], optional
+            Field -> n: only rows whose number is a multiple of n are needed. If the field is a video, the others are black, and
+            the bytes of groups of pictures that hold none of them may be anything.
 
         Returns
         -------
@@ -498,7 +496,9 @@ class EpisodeIndex:
             for spec in wanted.large:
                 if before is not None and spec.name in parts:
                     before(parts[spec.name][0])
-                out[spec.name] = self._decode_large(episode, spec, start, rows, parts.get(spec.name))
+                out[spec.name] = self._decode_large(
+                    episode, spec, start, rows, parts.get(spec.name), (strides or {}).get(spec.name, 1)
+                )
         for spec in wanted.episodic:
             value = self.episode_value(episode, spec)
             if value is not None:
@@ -543,7 +543,7 @@ class EpisodeIndex:
         return {r.field: (r, v) for r, v in zip(ranges, views)}
 
     def _decode_large(
-        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None
+        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None, stride: int
     ) -> np.ndarray:
         pieces = []
         chunks = self.chunks(episode, spec, start, rows) if part else []
@@ -552,13 +552,13 @@ class EpisodeIndex:
             begin = chunk.offset - part[0].offset
             data = part[1][begin : begin + chunk.size]
             place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
-            if chunk.crc >= 0 and crc32c(data) != chunk.crc:
-                raise DataError(
-                    f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`"
-                )
+            low, high = max(start, chunk.row), min(start + rows, chunk.row + chunk.rows)
+            needed = np.arange(low, high) % stride == 0
+            if chunk.kind != PACKETS or needed.any():
+                self.check_chunk(episode, place, chunk, data)
             try:
                 if chunk.kind == PACKETS:
-                    pieces.append(self._decode_packets(episode, spec, chunk, start, rows, data))
+                    pieces.append(self._decode_packets(episode, spec, chunk, low, needed, data))
                 else:
                     pieces.append(_decode_chunk(data, chunk, spec))
             except DataError as error:
@@ -572,35 +572,38 @@ class EpisodeIndex:
             array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
         return array
 
+    def check_chunk(self, episode: int, place: Range, chunk: Chunk, data: Buffer) -> None:
+        """Raises DataError, which names the place, if the bytes of a chunk do not have its CRC-32C."""
+        if chunk.crc >= 0 and crc32c(data) != chunk.crc:
+            raise DataError(f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`")
+
     def _decode_packets(
-        self, episode: int, spec: FieldSpec, chunk: Chunk, start: int, rows: int, data: memoryview
+        self, episode: int, spec: FieldSpec, chunk: Chunk, low: int, needed: np.ndarray, data: memoryview
     ) -> np.ndarray:
-        """The rows of a chunk that lie in [start, start + rows)."""
+        """The rows of a chunk from row `low` on; those that are not needed (bool: one for each row) are black."""
         from tiphys.dataio.format import packets
 
         table = self.packets(spec.name)
         assert table is not None
-        first = int(table.first[episode])
-        number = int(table.chunk_of([episode], [chunk.row])[0])
-        samples = int(table.samples[number])
-        before = int(table.samples[first:number].sum())
-        low, high = max(start, chunk.row), min(start + rows, chunk.row + chunk.rows)
-        sizes = table.part("sample_size", episode, before, samples)
-        gaps = table.part("gap", episode, before, samples)
-        rank = table.part("rank", episode, before, samples)
-        frame = table.part("frame", episode, low, high - low)
-        assert sizes is not None
-        ends = np.cumsum(sizes if gaps is None else sizes + gaps, dtype=np.int64)
-        wanted = int(table.lead[number]) + np.arange(low, high) - chunk.row if frame is None else frame
+        number = table.chunk_at(episode, chunk.row)
+        samples = table.chunk_samples(episode, number)
+        frame = table.part("frame", episode, low, len(needed))
+        wanted = int(table.lead[number]) + low - chunk.row + np.arange(len(needed)) if frame is None else frame
         stream = _stream(table.entry(episode))
         if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
             raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
-        payloads = [data[end - size : end] for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)]
+        payloads = [
+            data[at : at + size] for at, size in zip(samples.begin.tolist(), samples.size.tolist(), strict=True)
+        ]
         grey = bool(spec.shape) and spec.shape[-1] == 1
-        pictures = packets.decode(stream, payloads, np.arange(samples) if rank is None else rank, wanted, "", grey)
+        pictures = packets.decode(stream, payloads, samples.rank, wanted[needed], "", grey)
         if not all(want in (0, have) for want, have in zip(spec.shape, pictures.shape[1:], strict=True)):
             raise DataError(f"the video has pictures of shape {pictures.shape[1:]}, not {spec.shape}")
-        return pictures
+        if needed.all():
+            return pictures
+        out = np.zeros((len(needed), *pictures.shape[1:]), pictures.dtype)
+        out[needed] = pictures
+        return out
 
     def episode_value(self, episode: int, spec: FieldSpec) -> Any:
         """The value of a field that has one value for the whole episode: a str, or an array of the field's shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import re
 import shutil
@@ -298,30 +299,34 @@ def local_index(url: str, file: Path, statistics: Statistics) -> EpisodeIndex:
 
 
 class _Tar:
-    """One shard in the scratch folder, written by webdataset's TarWriter. Offsets are computed from the sizes of the members."""
+    """One shard in the scratch folder. Offsets are computed from the sizes of the members.
+
+    The tar is that of webdataset's TarWriter, whose import brings torch: seconds and hundreds of MiB in each process.
+    """
 
     def __init__(self, file: Path, stem: str, folder: str) -> None:
-        from webdataset.writer import TarWriter
-
         self.file, self.stem = file, stem
         self.name = f"{folder}/{file.name}"
         self.size = 0  # bytes of the members so far, with headers and padding
         self.samples = 0
         self.stream = _ChecksummedFile(file)
-        # times and owners are fixed, so that the same episodes give the same bytes
-        self._writer = TarWriter(self.stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+        self._writer = tarfile.open(fileobj=self.stream, mode="w|")  # type: ignore[call-overload]  # noqa: SIM115
 
     def add(self, sample: Sample) -> table.Record:
         begin = self.size
         key = f"{self.stem}/{self.samples:06d}"
-        self._writer.write({"__key__": key, **sample.members})
-        self._writer.tarstream.members = []  # tarfile would keep all members in memory
         data: dict[str, int] = {}
-        for member in sorted(sample.members):
-            data[member] = self.size + _header_bytes(f"{key}.{member}")
-            self.size = data[member] + -(-len(sample.members[member]) // BLOCK) * BLOCK
-        if self._writer.tarstream.offset != self.size:
-            raise RuntimeError(f"{self.file.name}: TarWriter is at {self._writer.tarstream.offset}, not {self.size}")
+        for member, content in sorted(sample.members.items()):
+            info = tarfile.TarInfo(
+                f"{key}.{member}"
+            )  # times and owners are fixed: the same episodes give the same bytes
+            info.size = len(content)
+            self._writer.addfile(info, io.BytesIO(content))
+            data[member] = self.size + _header_bytes(info.name)
+            self.size = data[member] + -(-len(content) // BLOCK) * BLOCK
+        self._writer.members = []  # tarfile would keep all members in memory
+        if self._writer.offset != self.size:
+            raise RuntimeError(f"{self.file.name}: the tar is at byte {self._writer.offset}, not {self.size}")
         self.samples += 1
         e, steps = sample.episode, sample.members["steps.npy"]
         chunks = {
@@ -378,7 +383,7 @@ class _ChecksummedFile:
         self.size = self.crc = 0
 
     def write(self, data: bytes) -> int:
-        if self._file.closed:  # discarded, but TarWriter still writes the end of the archive
+        if self._file.closed:  # discarded, but tarfile still writes the end of the archive
             return len(data)
         self.crc = crc32c(data, self.crc)
         self.size += len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -356,12 +357,14 @@ class Objectives:
 
     def needs(self, entry: int) -> Needs:
         """The fields that the tokens of a mixture entry are made from, and the rows after a window. Nothing else is fetched."""
-        fields: dict[str, None] = {}
+        fields: dict[str, int] = {}  # with their strides
         after = 0
         for layout in self.layouts[entry].values():
-            fields |= dict.fromkeys(layout.fields)
+            for field in layout.fields:
+                fields[field] = math.gcd(fields.get(field, 0), layout.stride(field))
             after = max(after, layout.after)
-        return Needs(fields=tuple(fields), after=after)
+        strides = tuple((field, stride) for field, stride in fields.items() if stride > 1)
+        return Needs(fields=tuple(fields), after=after, strides=strides)
 
     def make_batch(
         self,

@@ -146,12 +146,15 @@ def test_the_readme_explains_every_extra():
     assert sorted(explained) == sorted(project["optional-dependencies"])
 
 
-def test_yaml_recipe_of_the_readme_is_valid(tmp_path):
+def test_recipes_of_the_pages_for_beginners_are_valid(tmp_path):
     from tiphys.launch.check import check
 
-    (recipe,) = [code for code in blocks(REPOSITORY / "README.md", "yaml") if "deepspeed:" in code]
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    check(tmp_path / "recipe.yaml", world=16, data=False)
+    pages = (REPOSITORY / "README.md", REPOSITORY / "docs" / "lerobot.md")
+    recipes = [code for page in pages for code in blocks(page, "yaml") if "deepspeed:" in code]
+    assert len(recipes) == 3
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        check(tmp_path / "recipe.yaml", world=16, data=False)
 
 
 @pytest.mark.parametrize("page", sorted((REPOSITORY / "docs").glob("*.md")), ids=lambda p: p.name)

@@ -7,6 +7,7 @@ combines the two again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.dtypes import StringDType
 from tiphys.dataio.casting import checked_cast
 from tiphys.dataio.convert.limits import EPISODE_STEPS, check_shape
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
+from tiphys.dataio.inplace.kept import KeptVideo
 
 
 def episode_metadata(episode: Episode, task: TaskSpec) -> dict[str, Any]:
@@ -82,7 +84,9 @@ def restore(metadata: Any, arrays: Mapping[str, Any], task: TaskSpec, where: str
         raise DataError(f"{where}: is not what an export writes ({type(error).__name__}: {error})") from None
 
 
-def _first_rows(value: Any, rows: int, name: str, where: str) -> np.ndarray:
+def _first_rows(value: Any, rows: int, name: str, where: str) -> Any:
+    if isinstance(value, KeptVideo) and 0 <= rows <= len(value.frames):
+        return replace(value, frames=value.frames[:rows])
     if value is None or isinstance(value, str) or np.ndim(value) == 0 or not 0 <= rows <= len(value):
         raise DataError(f"{where}: field {name!r} does not have the {rows} rows that the export states")
     array = np.asarray(value)

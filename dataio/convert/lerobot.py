@@ -117,6 +117,8 @@ class LeRobot(Converter):
     @cached_property
     def _names(self) -> dict[str, str]:
         """Feature -> field."""
+        if self._exported is not None:
+            return {key: field for field, key in self._exported[1].items()}
         usual = {k: canonical(k) for k in self.info["features"] if k not in _BOOKKEEPING}
         return self.names.fields(usual, self.source.where(_INFO))
 
@@ -329,7 +331,7 @@ class LeRobot(Converter):
         where = f"{self.source.where(record.data)}, episode {record.number}"
         table = files.rows(record, where)
         if self._exported is not None:
-            return self._restore(record, table, *self._exported, where)
+            return self._restore(record, table, *self._exported, files, where)
         fields = {self._names[k]: self._values(k, f, record, table, files, where) for k, f in wanted.items()}
         fields.setdefault(_INSTRUCTION, self._instruction(table, record, where))
         success = fields.get("success")
@@ -366,7 +368,9 @@ class LeRobot(Converter):
             return array
         return array.reshape(len(array)) if _is_scalar(name, np.dtype(dtype), list(shape)) else array
 
-    def _restore(self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], where: str) -> Episode:
+    def _restore(
+        self, record: Record, table: Any, task: TaskSpec, names: dict[str, str], files: _OpenFiles, where: str
+    ) -> Episode:
         """An episode that `tiphys.dataio.export.lerobot` wrote."""
         fields: dict[str, Any] = {}
         for field, key in names.items():
@@ -377,6 +381,8 @@ class LeRobot(Converter):
                 images = self._images(table, key, where)
                 shape = task.field(field).shape
                 fields[field] = images[..., 0] if len(shape) == 2 else images
+            elif feature.get("dtype") == "video":
+                fields[field] = self._values(key, feature, record, table, files, where)
             else:
                 fields[field] = column(table, key, where, task.field(field).shape)
         return restore(parse_json(record.exported, f"{where}, {EXPORTED}"), fields, task, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,8 @@ def export(
                  several folders in it
     format       minari | lerobot | npz
     progress     called with (episodes done, episodes in total)
-    options      of the format. lerobot: `fps`, the frames per second that its metadata states (default 10)
+    options      of the format. lerobot: `fps`, the frames per second that its metadata states (default: those of its
+                 videos, or 10)
 
     The files of a task are made in a temporary folder on this machine and then uploaded. The file that completes a
     folder (metadata.json, info.json or tasks.json) is uploaded last.
@@ -61,16 +62,7 @@ def export(
     if store.list():
         raise FileExistsError(f"{destination} is not empty; choose another folder")
     module = importlib.import_module(FORMATS[format])
-    done = 0
-
-    def counted(episodes: Iterator[Episode]) -> Iterator[Episode]:
-        nonlocal done
-        for episode in episodes:
-            yield episode
-            done += 1
-            if progress is not None:
-                progress(done, index.episodes)
-
+    counter = _Counter(index.episodes, progress)
     groups: list[tuple[str, tuple[TaskSpec, ...]]]
     if module.ONE_TASK_A_FOLDER and len(index.tasks) > 1:
         groups = [(folder, (task,)) for folder, task in _folders(index.tasks).items()]
@@ -78,22 +70,44 @@ def export(
         groups = [("", index.tasks)]
     for folder, tasks in groups:
         with tempfile.TemporaryDirectory(prefix="tiphys-export-") as scratch:
-            names = module.write(
-                Path(scratch), tasks, lambda tasks=tasks: counted(episodes_of(index, tasks)), **options
-            )
+            names = module.write(Path(scratch), Selection(index, tasks, counter), **options)
             for name in names:
                 store.upload(f"{folder}/{name}" if folder else name, str(Path(scratch) / name))
-    return ExportReport(destination, format, done, tuple(folder for folder, _ in groups))
+    return ExportReport(destination, format, counter.done, tuple(folder for folder, _ in groups))
 
 
-def episodes_of(index: EpisodeIndex, tasks: tuple[TaskSpec, ...]) -> Iterator[Episode]:
-    """The episodes of these tasks in the order of the dataset. One episode is in memory at a time."""
-    from tiphys.dataio.dataset import read_episode
+@dataclass
+class _Counter:
+    total: int
+    progress: Callable[[int, int], None] | None
+    done: int = 0
 
-    wanted = {number for number, task in enumerate(index.tasks) if task in tasks}
-    for number in range(index.episodes):
-        if int(index.task[number]) in wanted:
-            yield read_episode(index, number)
+    def add(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The episodes of some tasks of a dataset, in the dataset's order."""
+
+    index: EpisodeIndex
+    tasks: tuple[TaskSpec, ...]
+    _counter: _Counter
+
+    def numbers(self) -> list[int]:
+        """Numbers of the episodes."""
+        wanted = {number for number, task in enumerate(self.index.tasks) if task in self.tasks}
+        return [number for number in range(self.index.episodes) if int(self.index.task[number]) in wanted]
+
+    def episodes(self, without: Collection[str] = ()) -> Iterator[Episode]:
+        """One after the other, so that one is in memory at a time. `without`: names of fields that are left out."""
+        from tiphys.dataio.dataset import read_episode
+
+        for number in self.numbers():
+            yield read_episode(self.index, number, without)
+            self._counter.add()
 
 
 def _folders(tasks: tuple[TaskSpec, ...]) -> Mapping[str, TaskSpec]:

@@ -1,5 +1,9 @@
 """LeRobot v3.0 export: rows in Parquet, images inside the Parquet files as PNG (`dtype: image`), so without loss.
 
+Videos that lie in the dataset as samples (`encoding: keep`, or a LeRobot dataset that is indexed where it is) are copied into
+MP4 files, if each row shows the picture after that of the row before it. Otherwise their pictures become PNG, and a warning says
+so.
+
 Fields keep their names, except `observation`, `reward`, `terminated` and `truncated`, which get LeRobot's names. A last
 row that holds only an observation becomes a row whose action is zero and whose feature `valid` is False. The first text
 field with one value per episode becomes LeRobot's task.
@@ -8,7 +12,6 @@ field with one value per episode becomes LeRobot's task.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,23 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.lerobot import EXPORTED, VALID
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.export import Selection
+from tiphys.dataio.export.lerobot_videos import (
+    FILE_BYTES as VIDEO_BYTES,
+)
+from tiphys.dataio.export.lerobot_videos import (
+    VIDEO_PATH,
+    VideoWriter,
+    frames_per_second,
+    payloads,
+    samples_of,
+    why_not,
+)
+from tiphys.dataio.format.video_stream import Stream
+from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.messages import logger
 
+log = logger(__name__)
 ONE_TASK_A_FOLDER = True
 _NAMES = {
     "observation": "observation.state",
@@ -26,30 +45,50 @@ _NAMES = {
     "terminated": "next.done",
     "truncated": "next.truncated",
 }
+_FPS = 10.0  # of a dataset without videos
+_SAMPLED_EPISODES, _SAMPLED_ROWS = 250, 4  # whose pictures give the statistics of a video
 _FILE_BYTES = 100 << 20  # approximate size of a data file
 _DATA, _EPISODES = "data/chunk-{:03d}/file-{:03d}.parquet", "meta/episodes/chunk-{:03d}/file-{:03d}.parquet"
 _CHUNK = 1000  # files per folder
 _PNG_CHANNELS = (1, 3, 4)
 
 
-def write(
-    folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]], *, fps: float = 10.0
-) -> list[str]:
-    """Write the files and return their names, info.json last. `fps` is the rate that the metadata states."""
-    if not fps > 0:
+def write(folder: Path, selection: Selection, *, fps: float | None = None) -> list[str]:
+    """Write the files and return their names, info.json last.
+
+    fps   the rate that the metadata states; None: that of the videos, or 10
+    """
+    if fps is not None and not fps > 0:
         raise DataError(f"fps {fps} must be positive")
-    (task,) = tasks
+    (task,) = selection.tasks
     step_fields = [f for f in task.fields if f.per == "step"]
     taken = {f.name for f in step_fields}
     names = {
         f.name: _NAMES[f.name] if f.name in _NAMES and _NAMES[f.name] not in taken else f.name for f in step_fields
     }
-    writer = _Writer(folder, step_fields, names, fps)
+    numbers, index = selection.numbers(), selection.index
+    copied = _copied(index, step_fields, numbers)
+    if fps is None:
+        fps = frames_per_second(index, copied[0].name, numbers[0]) if copied else _FPS
+    videos = {f.name: VideoWriter(folder, names[f.name], fps) for f in copied}
+    writer = _Writer(folder, [f for f in step_fields if f.name not in videos], names, fps)
     instruction_field = next((f.name for f in task.with_role("text") if f.per == "episode"), None)
-    for episode in episodes():
-        writer.add(episode, task, str(episode.fields.get(instruction_field) or "") if instruction_field else "")
+    for number, episode in zip(numbers, selection.episodes(videos), strict=True):
+        places: dict[str, Any] = {}
+        for field in copied:
+            places |= _copy(index, field, number, videos[field.name])
+        said = str(episode.fields.get(instruction_field) or "") if instruction_field else ""
+        writer.add(episode, task, said, places, {f.name: int(index.rows[number]) for f in copied})
     files = writer.close()
-    features = {names[f.name]: _feature(f, writer.image_shapes.get(f.name)) for f in step_fields}
+    for video in videos.values():
+        video.close()
+        files += video.files
+    features = {
+        names[f.name]: videos[f.name].feature(f.shape[-1] if len(f.shape) == 3 and f.shape[-1] == 1 else 3)
+        if f.name in videos
+        else _feature(f, writer.image_shapes.get(f.name))
+        for f in step_fields
+    }
     features[VALID] = {"dtype": "bool", "shape": [1], "names": None}
     for name, dtype in _INDEX_FEATURES.items():
         features[name] = {"dtype": dtype, "shape": [1], "names": None}
@@ -61,17 +100,41 @@ def write(
         "total_tasks": len(writer.task_indices),
         "chunks_size": _CHUNK,
         "data_files_size_in_mb": _FILE_BYTES >> 20,
-        "video_files_size_in_mb": 500,
+        "video_files_size_in_mb": VIDEO_BYTES >> 20,
         "fps": int(fps) if float(fps).is_integer() else fps,
         "splits": {"train": f"0:{writer.episodes}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": None,
+        "video_path": VIDEO_PATH if videos else None,
         "features": features,
         EXPORTED: {"task": task.to_dict(), "names": names},
     }
+    for field in copied:
+        writer.sample(index, field, numbers)
     (folder / "meta/stats.json").write_text(to_json(writer.statistics(), indent=1))
     (folder / "meta/info.json").write_text(to_json(info, indent=1))
     return [*files, "meta/stats.json", "meta/info.json"]
+
+
+def _copied(index: EpisodeIndex, fields: list[FieldSpec], numbers: list[int]) -> list[FieldSpec]:
+    """The fields whose videos are copied."""
+    out = []
+    for field in fields:
+        if not numbers or index.packets(field.name) is None:
+            continue
+        if reason := why_not(index, field, numbers):
+            log.warning("%s, field %s: its pictures are stored as PNG, because %s", index.url, field.name, reason)
+        else:
+            out.append(field)
+    return out
+
+
+def _copy(index: EpisodeIndex, field: FieldSpec, number: int, video: VideoWriter) -> dict[str, Any]:
+    """Append an episode's video; returns its cells of the table of episodes."""
+    table = index.packets(field.name)
+    assert table is not None
+    samples = samples_of(table, number, int(index.rows[number]))
+    stream = Stream.from_entry(table.entry(number), f"episode {index.id(number)!r}")
+    return video.add(stream, samples, payloads(index, field, number, samples))
 
 
 _INDEX_FEATURES = {
@@ -118,11 +181,18 @@ class _Writer:
         self._statistics = {f.name: _Statistics() for f in fields if f.dtype != "str"}
         (folder / "meta").mkdir(parents=True)
 
-    def add(self, episode: Episode, task: TaskSpec, instruction: str) -> None:
+    def add(
+        self, episode: Episode, task: TaskSpec, instruction: str, places: dict[str, Any], copied: dict[str, int]
+    ) -> None:
+        """Write an episode.
+
+        places   cells of its row of the table of episodes that say where its videos are
+        copied   field -> its rows, of the fields that are copied videos
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = max([1, episode.steps, *(len(episode.fields[f.name]) for f in self._fields)])
+        rows = max([1, episode.steps, *copied.values(), *(len(episode.fields[f.name]) for f in self._fields)])
         task_index = self.task_indices.setdefault(instruction, len(self.task_indices))
         columns: dict[str, Any] = {}
         for field in self._fields:
@@ -154,7 +224,8 @@ class _Writer:
                 "dataset_to_index": self.total + rows,
                 "meta/episodes/chunk_index": 0,
                 "meta/episodes/file_index": 0,
-                EXPORTED: to_json(episode_metadata(episode, task), exact=True),
+                **places,
+                EXPORTED: to_json(_metadata(episode, task, copied), exact=True),
             }
         )
         self.episodes, self.total = self.episodes + 1, self.total + rows
@@ -169,13 +240,25 @@ class _Writer:
         (self._folder / episodes).parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self._episode_rows), self._folder / episodes)
         tasks = pa.table({"task_index": list(self.task_indices.values()), "__index_level_0__": list(self.task_indices)})
-        pandas = {
+        pandas = {  # makes pandas use the column as index, as LeRobot expects
             "index_columns": ["__index_level_0__"],
-            "columns": [],
             "column_indexes": [],
-        }  # makes pandas use the column as index
+            "columns": [
+                _pandas_column("task_index", "task_index", "int64", "int64"),
+                _pandas_column(None, "__index_level_0__", "unicode", "object"),
+            ],
+        }
         pq.write_table(tasks.replace_schema_metadata({"pandas": to_json(pandas)}), self._folder / "meta/tasks.parquet")
         return [*self._files, episodes, "meta/tasks.parquet"]
+
+    def sample(self, index: EpisodeIndex, field: FieldSpec, numbers: list[int]) -> None:
+        """Statistics of a copied video, from some of its pictures."""
+        found = self._statistics.setdefault(field.name, _Statistics())
+        for number in numbers[:: max(len(numbers) // _SAMPLED_EPISODES, 1)]:
+            rows = int(index.rows[number])
+            for row in range(0, rows, -(-rows // _SAMPLED_ROWS)):
+                read = index.read(index.ranges(number, row, 1, [field.name]))
+                found.add(index.decode(number, row, 1, [field.name], read)["fields"][field.name], True)
 
     def statistics(self) -> dict[str, Any]:
         return {self._names[name]: s.to_dict() for name, s in self._statistics.items() if s.count}
@@ -201,6 +284,21 @@ class _Writer:
         for size in reversed(array.shape[1:]):
             out = pa.FixedSizeListArray.from_arrays(out, size)
         return out
+
+
+def _pandas_column(name: str | None, field_name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "field_name": field_name,
+        "pandas_type": pandas_type,
+        "numpy_type": numpy_type,
+        "metadata": None,
+    }
+
+
+def _metadata(episode: Episode, task: TaskSpec, copied: dict[str, int]) -> dict[str, Any]:
+    found = episode_metadata(episode, task)
+    return {**found, "rows": {**found["rows"], **copied}}
 
 
 class _Statistics:

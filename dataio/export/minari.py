@@ -9,7 +9,6 @@ again. Images are stored raw. Load the result with `minari.MinariDataset(FOLDER/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.minari import EXPORTED, MAIN
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
+from tiphys.dataio.export import Selection
 
 ONE_TASK_A_FOLDER = True
 _RESULTS = {"reward": "rewards", "terminated": "terminations", "truncated": "truncations"}
@@ -26,11 +26,11 @@ _LONGEST_TEXT = 1 << 20
 _MAIN = f"data/{MAIN}"
 
 
-def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]]) -> list[str]:
+def write(folder: Path, selection: Selection) -> list[str]:
     """Write the two files and return their names, metadata.json last."""
     import h5py
 
-    (task,) = tasks
+    (task,) = selection.tasks
     observation_keys, action_keys = _space_keys(task, "observation"), _space_keys(task, "action")
     if not observation_keys or not action_keys:
         raise DataError(f"task {task.name!r} has no observations or no actions per step; Minari needs both")
@@ -38,7 +38,7 @@ def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iter
     steps = count = 0
     (folder / "data").mkdir()
     with h5py.File(folder / _MAIN, "w", track_order=True) as file:
-        for episode in episodes():
+        for episode in selection.episodes():
             if not episode.steps:
                 raise DataError(f"episode {episode.id!r} has no actions, so Minari cannot hold it")
             characters |= _write(

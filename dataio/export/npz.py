@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +15,21 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.convert.exported import episode_metadata
 from tiphys.dataio.convert.npz import EPISODE_JSON, TASKS
 from tiphys.dataio.episode import Episode, TaskSpec
+from tiphys.dataio.export import Selection
 
 ONE_TASK_A_FOLDER = False
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that the same episodes give the same bytes
 
 
-def write(folder: Path, tasks: tuple[TaskSpec, ...], episodes: Callable[[], Iterator[Episode]]) -> list[str]:
+def write(folder: Path, selection: Selection) -> list[str]:
     """Write the files and return their names; tasks.json, which completes the export, is the last."""
     names = []
-    tasks_by_name = {t.name: t for t in tasks}
-    for number, episode in enumerate(episodes()):
+    tasks_by_name = {t.name: t for t in selection.tasks}
+    for number, episode in enumerate(selection.episodes()):
         name = f"{number:08d}.npz"
         _write(folder / name, episode, tasks_by_name[episode.task])
         names.append(name)
-    (folder / TASKS).write_text(to_json({"tasks": [t.to_dict() for t in tasks]}, indent=1))
+    (folder / TASKS).write_text(to_json({"tasks": [t.to_dict() for t in selection.tasks]}, indent=1))
     return [*names, TASKS]
 
 

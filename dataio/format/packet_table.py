@@ -57,6 +57,14 @@ class PacketChunks(NamedTuple):
         return {**self._asdict(), "shard": self.shard or None}
 
 
+class ChunkSamples(NamedTuple):
+    """The n samples of a chunk, in the order of decoding: first byte in the chunk, bytes, and place in the order of showing."""
+
+    begin: Ints
+    size: Ints
+    rank: Ints
+
+
 class PacketTable(NamedTuple):
     """The chunks of one field in all E episodes: C chunks, and items by sample or row of which an episode may have none.
 
@@ -108,6 +116,20 @@ class PacketTable(NamedTuple):
             right = self.row[middle] <= row
             low, high = np.where(right, middle, low), np.where(right, high, middle)
         return low
+
+    def chunk_at(self, episode: int, row: int) -> int:
+        """`chunk_of` one row of one episode."""
+        first, end = self.first[episode : episode + 2].tolist()
+        return int(first + self.row[first:end].searchsorted(row, side="right") - 1)
+
+    def chunk_samples(self, episode: int, chunk: int) -> ChunkSamples:
+        """The samples of a chunk (a number in `offset`) of an episode."""
+        count = int(self.samples[chunk])
+        before = int(self.samples[int(self.first[episode]) : chunk].sum())
+        sizes, gaps, rank = (self.part(name, episode, before, count) for name in ("sample_size", "gap", "rank"))
+        assert sizes is not None
+        ends = np.cumsum(sizes if gaps is None else sizes + gaps, dtype=np.int64)
+        return ChunkSamples(ends - sizes, sizes.astype(np.int64), np.arange(count) if rank is None else rank)
 
     def part(self, name: str, episode: int, first: int, count: int) -> np.ndarray | None:
         """Items [first, first + count) of `crc`, `sample_size`, `gap`, `rank` or `frame` of an episode; None if it has none."""

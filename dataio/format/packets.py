@@ -110,7 +110,7 @@ def pictures(
             raise DataError(
                 f"{where}: the decoder gave no picture for {len(left)} of {last + 1} samples, first {min(left)}"
             )
-        usable = not _changes_parameters(stream, payloads[: last + 1])
+        usable = not changes_parameters(stream, payloads[: last + 1])
     except DataError:
         raise
     except (av.FFmpegError, ValueError, MemoryError) as error:
@@ -206,19 +206,40 @@ def _check(frame: Any, stream: Stream, where: str) -> None:
         raise DataError(f"{where}: the picture at {frame.pts} is damaged")
 
 
-def _changes_parameters(stream: Stream, payloads: Sequence[Buffer]) -> bool:
+def begins_anew(stream: Stream, sample: Buffer) -> bool:
+    """Whether a sync sample may follow samples of another video: decoding it, and all after it, uses none before it.
+
+    True for IDR pictures of H.264 and HEVC, and for sync samples of AV1 and VP9. Other pictures of H.264 and HEVC at which
+    decoding can start keep what was decoded before them.
+    """
+    if stream.codec not in _PARAMETER_SETS:
+        return True
+    kinds = {"h264": {5}, "hevc": {16, 17, 18, 19, 20}}[stream.codec]
+    slices = {"h264": range(1, 6), "hevc": range(32)}[stream.codec]
+    first = next((kind for kind, _ in _units(stream, sample) if kind in slices), -1)
+    return first in kinds
+
+
+def changes_parameters(stream: Stream, payloads: Sequence[Buffer]) -> bool:
     """Whether samples bring parameter sets that the extradata lack: a decoder would use them for later samples too."""
     if stream.codec not in _PARAMETER_SETS:
         return False
-    mask, shift, kinds = _PARAMETER_SETS[stream.codec]
+    kinds = _PARAMETER_SETS[stream.codec][2]
+    return any(
+        kind in kinds and bytes(unit) not in stream.extradata
+        for data in payloads
+        for kind, unit in _units(stream, data)
+    )
+
+
+def _units(stream: Stream, payload: Buffer) -> Iterator[tuple[int, memoryview]]:
+    """Type and bytes of each NAL unit of an H.264 or HEVC sample."""
+    mask, shift, _ = _PARAMETER_SETS[stream.codec]
     length = 1 + (stream.extradata[4 if stream.codec == "h264" else 21] & 3)
-    for payload in payloads:
-        data = memoryview(payload).cast("B")
-        at = 0
-        while at + length < len(data):
-            size = int.from_bytes(data[at : at + length], "big")
-            at += length
-            if data[at] >> shift & mask in kinds and bytes(data[at : at + size]) not in stream.extradata:
-                return True
-            at += max(size, 1)
-    return False
+    data = memoryview(payload).cast("B")
+    at = 0
+    while at + length < len(data):
+        size = int.from_bytes(data[at : at + length], "big")
+        at += length
+        yield data[at] >> shift & mask, data[at : at + size]
+        at += max(size, 1)

@@ -28,7 +28,7 @@ class Sample:
     """The members of one episode's WebDataset sample, and what the index needs to know about them.
 
     rows     the episode's rows, as in `steps.npy`
-    members  extension -> content; TarWriter writes them sorted by extension
+    members  extension -> content; they are written sorted by extension
     texts    text field with one value for the episode -> its text
     values   other field with one value for the episode -> its bytes, little endian
     chunks   large field -> (kind, rows of a chunk, [(member, offset in the member, size, CRC-32C)])

@@ -156,7 +156,8 @@ class _Builder:
         where = f"{self.source}, episode {item.id}"
         try:
             packets = self._packets(item, where)
-            rows = replace(item, fields={k: v for k, v in item.fields.items() if k not in packets}, info={})
+            info = {k: v for k, v in item.info.items() if k != VIDEOS}
+            rows = replace(item, fields={k: v for k, v in item.fields.items() if k not in packets}, info=info)
             task = self.tasks[item.task]
             small = replace(task, fields=tuple(f for f in task.fields if f.name not in packets))
             writer.write(conform(rows, small, where), packets)

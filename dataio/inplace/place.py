@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tiphys.paths import absolute, expand
+from tiphys.dataio.episode import DataError
+from tiphys.paths import absolute, expand, local
 
 if TYPE_CHECKING:
     from tiphys.dataio.storage import Store
@@ -38,6 +40,21 @@ def location(url: str, cache_dir: str = "") -> str:
             return str(beside)
     cache = cache_dir or expand(os.environ.get("TIPHYS_CACHE", "")) or str(Path.home() / ".cache" / "tiphys")
     return str(Path(cache) / "lerobot" / hashlib.sha256(source.encode()).hexdigest()[:32])
+
+
+def check_source(document: Mapping[str, Any], url: str) -> None:
+    """Raises DataError if a dataset is the index of a local LeRobot folder that is no longer where it was.
+
+    document   its `dataset.json`
+    url        the dataset
+    """
+    source = document.get("source")
+    where = str(source.get("url", "")) if isinstance(source, dict) else ""
+    if where.startswith("file://") and not (Path(local(where)) / INFO).is_file():
+        raise DataError(
+            f"{url}: is the index of a LeRobot dataset that is no longer at {where}. If that was moved, remove this index, and "
+            "index the dataset where it is now: `tiphys index NEW-FOLDER`"
+        )
 
 
 def resolve(url: str, cache_dir: str = "") -> str:

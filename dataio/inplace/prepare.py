@@ -18,7 +18,7 @@ from tiphys.dataio.convert.source import Source
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format.document import DATASET
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
-from tiphys.dataio.inplace.place import INFO, is_lerobot, location
+from tiphys.dataio.inplace.place import INFO, check_source, is_lerobot, location
 from tiphys.dataio.messages import counted, logger
 from tiphys.dataio.storage import Store
 
@@ -44,6 +44,7 @@ def prepare(url: str, cache_dir: str = "", progress: Callable[[int, int], None] 
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = source_state(url)
         if (folder / DATASET).is_file():
+            check_source(json.loads((folder / DATASET).read_bytes()), str(folder))
             _check_state(url, folder, state)
             return str(folder)
         log.info("%s: its index is made at %s", url, folder)

@@ -14,7 +14,7 @@ from tiphys.dataio.convert.lerobot import LeRobot, Record, column
 from tiphys.dataio.convert.lerobot_cameras import Camera, is_depth
 from tiphys.dataio.episode import DataError, Episode
 
-VIDEOS = "videos"  # of an episode's info: camera's field -> (file, seconds into it at which the episode begins)
+VIDEOS = "tiphys.videos"  # of an episode's info: camera's field -> (file, seconds into it at which the episode begins)
 _CONVERT = "`tiphys convert` reads this dataset and stores its pictures anew"
 
 
@@ -59,4 +59,5 @@ class LeRobotInPlace(LeRobot):
             self.source.check(path)
             self.source.local_path(path)
         videos = {self._names[k]: list(place) for k, place in record.videos.items()}
-        return replace(super()._read(record, files), info={VIDEOS: videos})
+        episode = super()._read(record, files)
+        return replace(episode, info={**episode.info, VIDEOS: videos})

@@ -36,6 +36,7 @@ class TaskFields(NamedTuple):
     episodic: tuple[FieldSpec, ...]
     large: tuple[tuple[FieldSpec, int], ...]  # with the bytes of a step; 0 if these vary
     names: tuple[str, ...]
+    strides: Mapping[str, int]  # see Needs
 
 
 # Of a Window: task, episode, start, steps, episode_steps, prompt, tokens
@@ -226,7 +227,7 @@ class Assembler:
             raise DataError(known)
         note = self.note
         if note is None:
-            return index.decode(episode, first, count, wanted.names, buffers)
+            return index.decode(episode, first, count, wanted.names, buffers, strides=wanted.strides)
         try:
             return index.decode(
                 episode,
@@ -235,6 +236,7 @@ class Assembler:
                 wanted.names,
                 buffers,
                 lambda part: note.write(Decoding(index.fingerprint, episode, index.place(episode, part))),
+                wanted.strides,
             )
         finally:
             note.clear()
@@ -292,4 +294,5 @@ def _task_fields(task: TaskSpec, needs: Needs) -> TaskFields:
         tuple(f for f in chosen if not is_small(f) and not is_large(f)),
         tuple((f, _fixed_bytes(f)) for f in chosen if is_large(f)),
         names,
+        dict(needs.strides),
     )

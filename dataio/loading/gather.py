@@ -64,7 +64,7 @@ def gather(
     data = np.zeros(total, np.uint8) if _gaps(spans, ranges) else np.empty(total, np.uint8)
     out = data.data
     for span, where, place in zip(spans, ranges, places, strict=True):
-        window = np.repeat(np.arange(len(place)), span.high - span.low)
+        window = span.owner
         low = np.maximum(span.begin[window] - where.offset, 0)
         high = np.minimum(span.end[window] - where.offset, where.size)
         at = place[window] + where.offset + low - span.begin[window]
@@ -75,8 +75,10 @@ def gather(
 
 
 def _gaps(spans: Sequence[Span], ranges: Sequence[UnitRanges]) -> bool:
-    """Whether any window has bytes between two of its units that belong to no unit."""
+    """Whether any window has bytes that belong to no unit that is needed."""
     for span, where in zip(spans, ranges, strict=True):
+        if span.needed is not None:
+            return True
         first = np.cumsum(span.high - span.low)[:-1]
         apart = where.offset[1:] != where.offset[:-1] + where.size[:-1]
         apart[first - 1] = False

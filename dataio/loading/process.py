@@ -33,6 +33,7 @@ from tiphys.dataio.loading.counters import Counters
 from tiphys.dataio.loading.fetch import Fetcher
 from tiphys.dataio.loading.homes import home_units
 from tiphys.dataio.loading.mending import Mender
+from tiphys.dataio.loading.neighbours import Neighbours, on_hubs
 from tiphys.dataio.loading.sizing import most_staging, sized
 from tiphys.dataio.loading.stream import FLYING, stream
 from tiphys.dataio.loading.units import Span, UnitRanges
@@ -96,6 +97,13 @@ class LoaderProcess:
         self._connected = asyncio.Event()
         self._begun = asyncio.Event()  # a step has been handed over
         self.cache = self._new_cache(self.step)
+        self._neighbours = self._new_neighbours()
+
+    def _new_neighbours(self) -> Neighbours | None:
+        """None if all data is streamed anyway, or no data is on a hub."""
+        if self._piece or not on_hubs(self.units):
+            return None
+        return Neighbours(self.units, self.fetcher, self.cache, home_units(self.placement, self.units, self.step))
 
     def _new_cache(self, start: int) -> RangeCache:
         budget = self.settings.cache
@@ -218,6 +226,7 @@ class LoaderProcess:
         await asyncio.wait({self._streaming})
         self.cache.close()
         self.cache = self._new_cache(start)
+        self._neighbours = self._new_neighbours()
         self._streaming = asyncio.create_task(self._stream())
         self._changed.set()  # so that `run` watches the new task
 
@@ -255,7 +264,8 @@ class LoaderProcess:
             return await self._begin()
         rows, planned, spans = self.ahead.step(block.number)
         ranges = [self.units.ranges(span.units) for span in spans]
-        fetched = asyncio.create_task(self.fetcher.fetch(block.misses, block.put))
+        fetcher = self._neighbours or self.fetcher
+        fetched = asyncio.create_task(fetcher.fetch(block.misses, block.put))
         work = Work(
             step=block.number,
             rows=rows,
@@ -290,7 +300,7 @@ class LoaderProcess:
         self.slots.write(slot, places, arrays)
         work.counters.update(
             windows=len(windows),
-            bytes_delivered=float(sum(int((span.end - span.begin).sum()) for span in work.spans)),
+            bytes_delivered=float(sum(map(_delivered, work.spans, work.ranges))),
             fetch_wait_seconds=fetched - began,
             decode_seconds=decoded - fetched,
             make_seconds=made - decoded,
@@ -322,6 +332,11 @@ class LoaderProcess:
             if window is not None:
                 by_row[place[row]].append(window)
         return self.spec.make_batch(work.step, work.rows, by_row)
+
+
+def _delivered(span: Span, ranges: UnitRanges) -> int:
+    """Bytes that windows need of a column."""
+    return int((span.end - span.begin).sum() if span.needed is None else ranges.size.sum())
 
 
 def _listen(connection: Connection, trainer: int, hear: Any) -> None:

@@ -41,6 +41,7 @@ class Span(NamedTuple):
     window      the window's number in the step
     low, high   its units [low, high)
     begin, end  its bytes [begin, end) within the shard; its first and last unit may hold more than that
+    needed      bool: which of the units of all windows hold a row that is needed; None: all of them. Others are not fetched
     """
 
     column: int
@@ -49,10 +50,19 @@ class Span(NamedTuple):
     high: Ints
     begin: Ints
     end: Ints
+    needed: NDArray[np.bool_] | None = None
 
     @property
     def units(self) -> Ints:
-        return expand(self.low, self.high)
+        """The units that are needed, window by window."""
+        units = expand(self.low, self.high)
+        return units if self.needed is None else units[self.needed]
+
+    @property
+    def owner(self) -> Ints:
+        """For each of `units`, the position of its window in `window`."""
+        owner = np.repeat(np.arange(len(self.low)), self.high - self.low)
+        return owner if self.needed is None else owner[self.needed]
 
 
 class UnitMap:
@@ -135,17 +145,25 @@ class UnitMap:
             if len(window):
                 low, high, begin, end = column.span(planned.episode[window], first[window], count[window])
                 some = high > low
-                out.append(
-                    Span(
-                        column=number,
-                        window=window[some],
-                        low=low[some],
-                        high=high[some],
-                        begin=begin[some],
-                        end=end[some],
-                    )
+                span = Span(
+                    column=number,
+                    window=window[some],
+                    low=low[some],
+                    high=high[some],
+                    begin=begin[some],
+                    end=end[some],
                 )
+                stride = self._strides(column.field, planned.entry[span.window])
+                if isinstance(column, PacketsColumn) and (stride > 1).any():
+                    rows = first[span.window], first[span.window] + count[span.window]
+                    span = span._replace(needed=column.needed(span, *rows, stride))
+                out.append(span)
         return out
+
+    def _strides(self, field: str, entry: Ints) -> Ints:
+        """int64: the stride of a field for each of some windows."""
+        known = np.array([dict(needs.strides).get(field, 1) for needs in self.needs], np.int64)
+        return known[entry]
 
     def sizes(self, units: Ints) -> Ints:
         """Bytes of each unit."""
@@ -291,6 +309,18 @@ class PacketsColumn(ChunksColumn):
             low[some] = self._table.chunk_of(e, first[some]) - base
             high[some] = self._table.chunk_of(e, first[some] + count[some] - 1) - base + 1
         return low, high
+
+    def needed(self, span: Span, first: Ints, end: Ints, stride: Ints) -> NDArray[np.bool_]:
+        """Which units of a span hold a row of [first, end), for each window, whose number is a multiple of its stride."""
+        local, owner = span.units - self.first_unit, span.owner
+        episode = np.searchsorted(self.base, local, side="right") - 1
+        a = self.first[episode] + (local - self.base[episode]) * self.group[episode]
+        z = a + self.group[episode]
+        last = z >= self.first[episode + 1]
+        rows = np.asarray(self._table.row, np.int64)
+        stop = np.where(last, self.index.rows[episode], rows[np.where(last, 0, z)])
+        low, n = np.maximum(rows[a], first[owner]), stride[owner]
+        return -(-low // n) * n < np.minimum(stop, end[owner])
 
     def _shards(self, episode: Ints) -> Ints:
         shard = np.asarray(self._table.shard[episode])

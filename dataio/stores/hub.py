@@ -59,6 +59,13 @@ class HubBackend(FsspecBackend):
         place: _Place = await threads.call(self._resolved, key)
         return place.info
 
+    async def fetch_new(self, key: str, etag: str, limit: int) -> tuple[Buffer, ObjectInfo] | None:
+        info = await self.head(key)
+        if etag and info.etag == etag:
+            return None
+        size = min(limit, info.size) if info.size >= 0 else limit
+        return (await self.fetch(key, 0, size, "") if size else (b"", info))[0], info
+
     async def keys(self, folder: str) -> list[str]:
         return await threads.call(self._list, folder)
 
@@ -117,37 +124,41 @@ class HubBackend(FsspecBackend):
 
     def _range(self, key: str, start: int, size: int) -> tuple[Buffer, ObjectInfo]:
         place = self._resolved(key)
-        answer = self._get(key, place.location, start, size)
-        if answer.status_code in _DENIED and self._is_signed(place.location):
+        status, data = self._get(key, place.location, start, size)
+        if status in _DENIED and self._is_signed(place.location):
             with self._lock:  # the signature has expired: whoever comes first asks for another
                 if self._places.get(key) is place:
                     del self._places[key]
             again = self._resolved(key)
             if again.info.etag == place.info.etag:
-                place, answer = again, self._get(key, again.location, start, size)
-        status, data = answer.status_code, answer.content
-        if status == 200 and start == 0:  # the whole file
-            data = data[:size]
-        elif status == 416:
+                place, (status, data) = again, self._get(key, again.location, start, size)
+        if status == 200 and start:
+            raise Refused("the server sends whole files and no parts of them; download the dataset instead")
+        if status == 416:
             raise OutOfRange
-        elif status == 404:
+        if status == 404:
             raise FileNotFoundError(key)
-        elif status in _DENIED:
+        if status in _DENIED:
             raise PermissionError(f"status {status}")
-        elif status in (_QUOTA_STATUS, 503):
+        if status in (_QUOTA_STATUS, 503):
             raise Throttled(f"status {status}")
-        elif status != 206:
+        if status not in (200, 206):
             raise Transient(f"status {status} for a range")
         return data, place.info
 
-    def _get(self, key: str, location: str, start: int, size: int) -> Any:
+    def _get(self, key: str, location: str, start: int, size: int) -> tuple[int, bytes]:
+        """Status and bytes of an answer: at most those that were asked for, whatever the server sends."""
         from huggingface_hub.utils import build_hf_headers, get_session
 
         headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
         if not self._is_signed(location):  # the key is for the hub only
             headers = {**build_hf_headers(), **headers}
         try:
-            return get_session().get(location, headers=headers, timeout=self._timeout, follow_redirects=False)
+            with get_session().stream(
+                "GET", location, headers=headers, timeout=self._timeout, follow_redirects=False
+            ) as answer:
+                status = int(answer.status_code)
+                return status, _first_bytes(answer, size) if status == 206 or (status == 200 and not start) else b""
         except Exception as error:  # the HTTP library of huggingface_hub depends on its version
             if isinstance(refused := _translated(error, key), Refused):
                 raise refused from None
@@ -155,6 +166,17 @@ class HubBackend(FsspecBackend):
 
     def _is_signed(self, location: str) -> bool:
         return urlsplit(location).netloc != urlsplit(endpoint()).netloc
+
+
+def _first_bytes(answer: Any, size: int) -> bytes:
+    """The first `size` bytes of a body, which is not read further; fewer if it ends before."""
+    parts, have = [], 0
+    for part in answer.iter_raw():
+        parts.append(part[: size - have])
+        have += len(parts[-1])
+        if have == size:
+            break
+    return b"".join(parts)
 
 
 def parsed(url: str) -> tuple[str, str, str | None, str]:

@@ -304,6 +304,18 @@ class TimestepLayout:
         known |= dict.fromkeys(e.to for e in self.elements if e.to)
         return tuple(known)
 
+    def stride(self, field: str) -> int:
+        """Its tokens are made from the rows of a field whose number in the episode is a multiple of this."""
+        users = [e for e in self.elements if e.field == field]
+        every = [e for e in users if e.role != "observation" or e.rule or e.constant]
+        others = {*self.preamble, *(e.field for e in self.tail)}
+        for e in self.elements:
+            others |= {e.available, e.to} | set(fields_of(e.rule) if e.rule and not e.field else ())
+        # chunks shift the steps that are counted, and steps after a window are shown whatever their number
+        if every or not users or field in others or self.chunk > 1 or self.future:
+            return 1
+        return math.gcd(*(e.stride for e in users))
+
     @cached_property
     def after(self) -> int:
         """Rows after a window's last step that its tokens are made from; TO_THE_END: all of them."""

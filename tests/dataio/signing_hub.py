@@ -6,25 +6,31 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "c0ffee" * 6 + "c0ff"
 NAME = "owner/robot"
+_ENDLESS = str(1 << 50)
 
 
 class SigningHub:
     """Serves a folder as hf://datasets/owner/robot. `url`: the hub. Counts `resolved` and `reads` by path.
 
     signature  that signed URLs must have; changing it makes all earlier ones expire
+    whole      whether the store ignores ranges, and sends each file over and over again without an end
     limited    answers 429 to so many requests, each with a quota that is renewed at once
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.signature, self.limited = "one", 0
+        self.signature, self.limited, self.whole = "one", 0, False
         self.resolved: list[str] = []
         self.reads: list[tuple[str, str]] = []
         self.keys: list[str] = []  # what the store was sent as Authorization
@@ -41,8 +47,11 @@ class SigningHub:
                 for name, value in ({"Content-Length": str(len(body))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
+                with suppress(ConnectionError):
+                    while self.command == "GET":
+                        self.wfile.write(body)
+                        if headers.get("Content-Length") != _ENDLESS:
+                            break
 
             do_HEAD = do_GET
 
@@ -93,9 +102,22 @@ class SigningHub:
         path = unquote(parts.path)[1:]
         data, wanted = self._files()[path], request.headers["Range"]
         self.reads.append((path, wanted))
+        if self.whole:
+            return 200, {"Content-Length": _ENDLESS}, data
         first, last = (int(x) for x in re.findall(r"\d+", wanted))
         part = data[first : last + 1]
         return 206, {"Content-Range": f"bytes {first}-{first + len(part) - 1}/{len(data)}"}, part
+
+
+@contextmanager
+def hub_of(folder: Path) -> Iterator[SigningHub]:
+    """A hub that serves a folder, and the environment that names it."""
+    with SigningHub(folder) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", server.url)
+        patch.setenv("HF_TOKEN", "hf_owner_secret")
+        patch.setenv("HF_HUB_OFFLINE", "0")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield server
 
 
 def _etag(data: bytes) -> str:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.dataio.inplace.made import LENGTHS, source
-from tests.processes import environment
+from tests.processes import REPOSITORY, environment
 from tiphys.dataio.format.table import Shard
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.launch.check import check
@@ -47,9 +47,32 @@ def test_check_makes_the_index_only_if_it_is_asked_to(folder: Path) -> None:
         check("robot.yaml", index=True)
 
 
+SMALL = ["data.validation=0", "data.cache.memory=32MiB", "objectives.bc.context=128", "objectives.bc.window=4"]
+SMALL += [
+    "model={layers: 1, hidden: 32, heads: 2, text_vocabulary: 300}",
+    "deepspeed.train_batch_size=4",
+    "train.steps=2",
+]
+SMALL += ["deepspeed.bf16.enabled=false", "run.dir=run"]
+
+
+@pytest.fixture
+def first_example(folder: Path) -> Path:
+    """The first recipe of README.md, of the made dataset."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    assert text.count("hf://datasets/OWNER/NAME") == 1
+    (folder / "first.yaml").write_text(text.replace("hf://datasets/OWNER/NAME", "robot"), encoding="utf-8")
+    return folder
+
+
+def test_the_first_example_of_the_readme_is_valid(first_example: Path) -> None:
+    assert check("first.yaml", SMALL, index=True).data.mixture[0].dataset == "robot"
+
+
 @pytest.mark.long
-def test_training_makes_the_index_and_reads_the_videos(folder: Path) -> None:
-    command = [sys.executable, "-m", "tiphys", "train", "robot.yaml", "--processes", "2"]
+def test_the_first_example_of_the_readme_makes_the_index_and_reads_the_videos(first_example: Path) -> None:
+    folder = first_example
+    command = [sys.executable, "-m", "tiphys", "train", "first.yaml", "--processes", "2", *SMALL]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -305,6 +305,20 @@ def test_chunks_and_strides_count_from_the_same_step():
     assert counts[0] > 0
 
 
+def test_of_a_field_with_a_stride_only_the_rows_that_are_shown_are_needed():
+    fields = {"observation.front": FieldTokens(stride=4)}
+    o = make([CAMERA], "bc", context=300, fields=fields)
+    assert o.needs(0).strides == (("observation.front", 4),)
+    whole = window(o, "camera", 9, np.random.default_rng(0), start=3)
+    front = whole.fields["observation.front"]
+    black = np.where((whole.step % 4 == 0).reshape(-1, *[1] * (front.ndim - 1)), front, 0).astype(front.dtype)
+    some = replace(whole, fields={**whole.fields, "observation.front": black})
+    arrays = [batch_of(o, [[one]]).to_arrays() for one in (whole, some)]
+    assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+    chunked = make([CAMERA], "bc", context=300, fields={**fields, "action*": FieldTokens(chunk=2)})
+    assert chunked.needs(0).strides == ()
+
+
 def test_prompts_are_for_tasks_that_act():
     o = make([GRID, CAPTION], "gato", context=400, prompt=0.25)
     assert o.lengths(0).prompt.tolist() == [0.25, 0.0]

@@ -1,6 +1,7 @@
-"""Run by a Python with `lerobot`: writes a dataset of two cameras with several videos each, and reads it by the map reader.
+"""Run by a Python with `lerobot`: writes a dataset of two cameras with several videos each, and reads datasets by the map reader.
 
-python lerobot_reader.py FOLDER OUT.npz
+python lerobot_reader.py write FOLDER
+python lerobot_reader.py read FOLDER OUT.npz
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ FPS, LENGTHS = 10, (23, 31, 17, 28, 25)
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 
 
-def main(folder: Path, out: Path) -> None:
+def write(folder: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     picture = {"dtype": "video", "shape": (64, 96, 3), "names": ["height", "width", "channels"]}
@@ -36,9 +37,14 @@ def main(folder: Path, out: Path) -> None:
             )
         written.save_episode()
     written.finalize()
-    read = LeRobotDataset("tiphys/robot", root=folder, video_backend="pyav")
+
+
+def read(folder: Path, out: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("tiphys/robot", root=folder, video_backend="pyav")
     found: dict[str, list[Any]] = {name: [] for name in (*CAMERAS, "action", "episode_index", "task")}
-    for item in (read[i] for i in range(len(read))):
+    for item in (dataset[i] for i in range(len(dataset))):
         for camera in CAMERAS:
             found[camera].append(np.rint(item[camera].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
         found["action"].append(item["action"].numpy())
@@ -48,4 +54,7 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[1] == "write":
+        write(Path(sys.argv[2]))
+    else:
+        read(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.dataio.inplace.made import CAMERAS, LENGTHS, batches, source
-from tests.dataio.signing_hub import COMMIT, SigningHub
+from tests.dataio.signing_hub import COMMIT, SigningHub, hub_of
 from tests.servers import moto_server, s3_environment
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.inplace.prepare import prepare
-from tiphys.dataio.storage import Store
+from tiphys.dataio.storage import Store, StoreError
 
 HUB = "hf://datasets/owner/robot"
 TOP = "observation.images.top"
@@ -27,12 +27,8 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(robot: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SigningHub]:
-    with SigningHub(robot) as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_owner_secret")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+def hub(robot: Path) -> Iterator[SigningHub]:
+    with hub_of(robot) as server:
         yield server
 
 
@@ -79,6 +75,18 @@ def test_a_quota_is_waited_for(hub: SigningHub, robot: Path) -> None:
     path = "meta/info.json"
     assert Store(f"{HUB}@{COMMIT}").read(path) == (robot / path).read_bytes()
     assert hub.resolved == [path]
+
+
+def test_of_a_server_that_ignores_ranges_no_more_is_read_than_was_asked_for(hub: SigningHub, robot: Path) -> None:
+    hub.whole = True
+    path = f"videos/{TOP}/chunk-000/file-001.mp4"
+    data, store = (robot / path).read_bytes(), Store(f"{HUB}@{COMMIT}", attempts=1)
+    assert bytes(store.read_ranges(path, [0], [100], len(data))[0]) == data[:100]
+    found = store.read_new(path)
+    assert found is not None
+    assert found[0] == data
+    with pytest.raises(StoreError, match="sends whole files and no parts of them"):
+        store.read_ranges(path, [7], [100], len(data))
 
 
 def test_a_video_that_was_replaced_is_not_mixed_with_its_index(
