@@ -6,7 +6,7 @@ import pytest
 
 from tiphys.dataio.messages import printable, redacted
 from tiphys.dataio.upkeep.verify import Report
-from tiphys.launch.display import table
+from tiphys.launch.display import scores, table
 
 NAME = "a\x1b[2J\x9b1mb\u202ec"
 
@@ -37,3 +37,11 @@ def test_names_cannot_control_a_terminal() -> None:
 @pytest.mark.parametrize("name", ["[/x]", "[bold]", "[link=file:///etc/passwd]x[/link]", NAME])
 def test_names_are_no_markup_in_tables(name: str) -> None:
     assert printable(name, "") in table(["task"], [[name]])
+
+
+def test_an_evaluation_says_which_scores_it_lacks():
+    played = {"objective": "bc", "episodes": 4, "mean_return": 5.0, "success_rate": None, "expert_normalized": None}
+    assert "not normalised, because" not in scores({"tasks": {"cart": played | {"random": 1.0, "expert": 9.0}}})
+    note = scores({"tasks": {"cart": played | {"random": 1.0, "expert": None}}}).splitlines()[-1]
+    assert note.startswith("not normalised, because the mean scores")
+    assert "unknown: cart; state them as `random` and `expert` in a mapping file" in note
