@@ -63,8 +63,7 @@ class Policy:
         self, model: DecisionModel, processor: Processor, *, sample: bool | None = None, seed: int = 0, hop: bool = True
     ) -> None:
         self.model, self.processor = model.eval(), processor
-        about = getattr(model.config, "tiphys", None) or {}
-        self.sample = bool(about.get("sample", False)) if sample is None else sample
+        self.sample = draws_by_default(model) if sample is None else sample
         self.seed, self.hop = seed, hop
         self.task = ""
         self.following: Any = None
@@ -686,6 +685,12 @@ class Policy:
         elif not self.sample:
             return logits.argmax(-1).numpy() + slot.low
         return drawn(logits, self.uniform(environments, number)) + slot.low
+
+
+def draws_by_default(model: DecisionModel) -> bool:
+    """Whether the recipe of a policy evaluates it with drawn actions."""
+    about = getattr(model.config, "tiphys", None)
+    return isinstance(about, dict) and about.get("sample") is True
 
 
 def _placement(device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.observation import observation_fields
-from tiphys.pretrain.acting.policy import Policy
+from tiphys.pretrain.acting.policy import Policy, draws_by_default
 from tiphys.pretrain.serving.observed import Needed, Sent, as_text, misfit
 
 if TYPE_CHECKING:
@@ -221,7 +221,8 @@ class Served:
 
     def histories(self, wish: Wish, needed: Needed) -> Histories:
         """The histories of a task, for what a client asks. Raises DataError if it cannot be asked."""
-        sample = self.settings.sample if wish.sample is None else wish.sample
+        asked = (wish.sample, self.settings.sample, draws_by_default(self.model))
+        sample = next(choice for choice in asked if choice is not None)
         key = (needed.task, needed.objective, sample, wish.limits)
         if key not in self._histories:
             policy = Policy(self.model, self.processor, sample=sample, seed=self.settings.seed)

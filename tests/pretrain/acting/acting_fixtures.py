@@ -27,11 +27,7 @@ def objectives(tasks: Sequence[str] = (CART, GRID, SWING), paradigm: str = "bc",
 
 def model(of: Objectives, seed: int = 0) -> DecisionModel:
     sizes = Model(layers=2, hidden=32, heads=4, kv_heads=2, moe=Experts(experts=4, experts_per_token=2))
-    made = DecisionModel(DecisionConfig.from_recipe(sizes, of.vocabulary), seed=seed)
-    for parameter in made.parameters():  # far from ties, so that rounding cannot change an answer
-        if parameter.dim() > 1:
-            parameter.data *= 4
-    return made
+    return DecisionModel(DecisionConfig.from_recipe(sizes, of.vocabulary), seed=seed)
 
 
 def folder(path: Path, of: Objectives | None = None, seed: int = 0) -> Path:

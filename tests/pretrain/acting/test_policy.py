@@ -27,9 +27,6 @@ def policy_of(objectives: Objectives, seed: int = 0, **options: Any) -> Policy:
 
     model = Model(layers=2, hidden=32, heads=4, kv_heads=2, moe=Experts(experts=4, experts_per_token=2))
     made = DecisionModel(DecisionConfig.from_recipe(model, objectives.vocabulary), seed=seed)
-    for parameter in made.parameters():  # far from ties, so that rounding cannot change an answer
-        if parameter.dim() > 1:
-            parameter.data *= 4
     return Policy(made, Processor.from_dict(json.loads(json.dumps(objectives.processor()))), **options)
 
 
