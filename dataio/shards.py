@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from crc32c import crc32c
 
@@ -310,7 +310,7 @@ class _Tar:
         self.size = 0  # bytes of the members so far, with headers and padding
         self.samples = 0
         self.stream = _ChecksummedFile(file)
-        self._writer = tarfile.open(fileobj=self.stream, mode="w|")  # type: ignore[call-overload]  # noqa: SIM115
+        self._writer: Any = tarfile.open(fileobj=cast(Any, self.stream), mode="w|")  # noqa: SIM115 (closed by close)
 
     def add(self, sample: Sample) -> table.Record:
         begin = self.size

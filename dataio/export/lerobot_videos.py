@@ -54,7 +54,7 @@ class Samples(NamedTuple):
 
 def samples_of(table: PacketTable, episode: int, rows: int) -> Samples:
     """The samples of an episode with so many rows, each once."""
-    offset, size, rank, sync, frame = ([] for _ in range(5))
+    offset, size, rank, sync, frame = list[Ints](), list[Ints](), list[Ints](), list[NDArray[np.bool_]](), list[Ints]()
     first, end = (int(x) for x in table.first[episode : episode + 2])
     before = reach = 0  # samples so far, and where the last of them ends
     for chunk in range(first, end):
