@@ -30,7 +30,9 @@ CONFIG = synthetic.config(num_hidden_layers=2)
 DENSE = synthetic.config(num_hidden_layers=2, num_experts=0)
 WORST = [typical_batch(CONFIG, 8, 64)]
 GIB = 2**30
-PLAN = SimpleNamespace(rows=1, many=lambda steps, rows: [SimpleNamespace(row=np.zeros(1, int), tokens=np.array([64]))])
+PLAN: Any = SimpleNamespace(
+    rows=1, many=lambda steps, rows: [SimpleNamespace(row=np.zeros(1, int), tokens=np.array([64]))]
+)
 
 
 def recipe(stage: int = 1, **sections: Any) -> Recipe:
@@ -198,7 +200,7 @@ def test_the_line_of_a_run_is_for_the_largest_rows_of_its_plan() -> None:
         row, tokens = np.array([0, 0, 1, 2]), np.array([10, 20, 40, 5 + step])
         return SimpleNamespace(row=row, tokens=tokens)
 
-    plan = SimpleNamespace(rows=4, many=lambda steps, rows: [planned(step) for step in steps])
+    plan: Any = SimpleNamespace(rows=4, many=lambda steps, rows: [planned(step) for step in steps])
     one = dataclasses.replace(recipe(), train=dataclasses.replace(recipe().train, steps=7))
     assert largest_rows(one, plan, 2) == (35, 7)  # rows 0 and 1
     assert largest_rows(one, plan, 1) == (40, 7)
