@@ -85,7 +85,14 @@ def layout(
     cut: Cut = Measured(world, kind) if calibrated else by_operations
     if found.keys:
         offered = choices(
-            recipe, config, batches.worst, world, found.keys, most, **{**numbers, "rates": rates or any_rates(kind)}, cut=cut
+            recipe,
+            config,
+            batches.worst,
+            world,
+            found.keys,
+            most,
+            **{**numbers, "rates": rates or any_rates(kind)},
+            cut=cut,
         )
         if not offered:
             raise NothingFits(f"no layout on {world} devices fits {memory}; use more devices or a smaller model")

@@ -81,7 +81,10 @@ def init_errors(recipe: Recipe, objectives: Objectives) -> Iterator[Error]:
     """Whether `model.init` is a policy with layers of the same sizes, and its digest the one that the recipe was pinned to."""
     if not recipe.model.init:
         if recipe.model.upcycle.fresh:
-            yield "model.upcycle.fresh", "there is no `model.init` whose MLPs could be copied; set it, or remove this key"
+            yield (
+                "model.upcycle.fresh",
+                "there is no `model.init` whose MLPs could be copied; set it, or remove this key",
+            )
         return
     from tiphys.pretrain.checkpoint import Checkpoint
     from tiphys.pretrain.model.config import DecisionConfig
