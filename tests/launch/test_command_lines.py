@@ -101,6 +101,7 @@ collect CartPole-v1 --to queried --episodes 1 --policy filling --objective unima
 evaluate policy --tasks CartPole-v1 --episodes 1 --processes 1 --server ws://127.0.0.1:29872 --api-key-file key
 serve policy --task CartPole-v1 --map state=observation --execute 1 --port 0 --sessions 8 --batch 4 --wait 2ms --device cpu
 serve followed --follow --host 0.0.0.0 --open --port 0 --sample --seed 3
+serve policy --port 0 --no-sample
 serve policy --host 0.0.0.0 --port 0 --api-key-file key
 publish policy published --public --take-over
 evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --every 1

@@ -77,8 +77,8 @@ def _shown(objectives: Objectives, windows: list[Any]) -> Iterator[tuple[int, An
     for slot, window in enumerate(windows):
         layout = objectives.layouts[window.entry][window.task]
         if layout.views == "future":
-            turned = replace(layout, prompt_parts=("observation",), prompt_reverse=True)
-            yield slot, replace(window, prompt=True), turned
+            layout = replace(layout, prompt_parts=("observation",), prompt_reverse=True)
+            yield slot, replace(window, prompt=True), layout
         yield slot, window, layout
 
 
