@@ -182,7 +182,7 @@ def assigned(layers: Sequence[MixtureOfExperts], assign: Any) -> Iterator[None]:
     def mix(number: int, layer: MixtureOfExperts) -> Any:
         def other(x: Tensor, chosen: Tensor, gates: Tensor, prepared: Any) -> Tensor:
             chosen = assign(number, chosen)
-            prepared = layer.experts.prepare(layer._count(chosen))  # type: ignore[operator]
+            prepared = layer._count(chosen)  # a policy's experts are all on one rank
             return MixtureOfExperts.mix(layer, x, chosen, gates, prepared)
 
         return other
