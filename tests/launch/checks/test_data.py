@@ -132,7 +132,7 @@ def test_a_dataset_of_two_entries_is_named_once(tmp_path):
 
 
 def test_a_dataset_of_two_entries_is_counted_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tiphys.launch.run._memory_line", lambda recipe, engine: "")
+    monkeypatch.setattr("tiphys.launch.run._memory_line", lambda *of: "")
     index = dataset(str(tmp_path / "data"))
     file = recipe(tmp_path, "x")
     entry = f"{{dataset: {index.url}, objective: bc}}"
