@@ -23,7 +23,7 @@ from tiphys.launch.checks.model import (
 from tiphys.launch.checks.optimizer import optimizer_errors, scheduler_errors
 from tiphys.launch.checks.publishing import holder_errors, rate_errors
 from tiphys.launch.checks.trackers import tracker_errors
-from tiphys.launch.submit import devices
+from tiphys.launch.devices import devices
 from tiphys.pretrain.distributed.layout_errors import (
     batch_errors,
     expert_errors,

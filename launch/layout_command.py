@@ -230,7 +230,7 @@ def any_rates(kind: str) -> Rates:
 
 def has_cuda() -> bool:
     """This machine has a GPU."""
-    from tiphys.launch.submit import devices
+    from tiphys.launch.devices import devices
 
     return devices() > 0
 

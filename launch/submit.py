@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiphys.dataio.python_path import child_environment
+from tiphys.launch.devices import devices
 from tiphys.launch.hosts import check_choice, needs_pdsh, ranks, ranks_of_hosts, read_hosts
 from tiphys.launch.statuses import Status
 from tiphys.paths import expand
@@ -80,14 +81,6 @@ def local_launcher(processes: int, *, port: int = 0, verbose: bool = False) -> l
         "--no_local_rank",
         f"--log_level={level}",
     ]
-
-
-def devices() -> int:
-    """Number of CUDA devices of this machine. Does not import torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip()])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def environment(verbose: bool = False) -> dict[str, str]:
