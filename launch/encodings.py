@@ -34,7 +34,17 @@ _STEPS = 8  # of the example's episode
 # Keys that decide how much is shown, or what is done with an answer, but not what the tokens of a step are
 UNSEEN = {
     FieldTokens: {"augment"},
-    Objective: {"context", "window", "prompt_steps", "target_return", "flow", "fields", "options", "paradigm"},
+    Objective: {
+        "context",
+        "window",
+        "prompt_steps",
+        "target_return",
+        "flow",
+        "insulate",
+        "fields",
+        "options",
+        "paradigm",
+    },
 }
 
 ARM = TaskSpec(
