@@ -278,6 +278,16 @@ class Paradigm:
         return any(part.weight > 0 for part in self.head)
 
 
+# What a trajectory transformer predicts, and how it plans (Janner et al. 2021)
+_TRAJECTORY = (
+    Part(TEXT),
+    Part(OBSERVATION, "quantile", weight=1.0),
+    Part(ACTION, "quantile", weight=5.0),
+    Part(REWARD, "quantile", weight=1.0),
+    Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+)
+_BEAM = ("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6})
+
 PARADIGMS: dict[str, Paradigm] = {
     p.name: p
     for p in (
@@ -298,15 +308,9 @@ PARADIGMS: dict[str, Paradigm] = {
         Paradigm(
             "tt",
             "Janner et al. 2021, sec. 3",
-            (
-                Part(TEXT),
-                Part(OBSERVATION, "quantile", weight=1.0),
-                Part(ACTION, "quantile", weight=5.0),
-                Part(REWARD, "quantile", weight=1.0),
-                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
-            ),
+            _TRAJECTORY,
             tail=(Part(END, weight=1.0),),
-            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            acting=_BEAM,
             requires=(REWARD,),
             differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
             "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
@@ -314,15 +318,9 @@ PARADIGMS: dict[str, Paradigm] = {
         Paradigm(
             "boot",
             "Wang et al. 2022 (Bootstrapped transformer for offline reinforcement learning), sec. 4",
-            (
-                Part(TEXT),
-                Part(OBSERVATION, "quantile", weight=1.0),
-                Part(ACTION, "quantile", weight=5.0),
-                Part(REWARD, "quantile", weight=1.0),
-                Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
-            ),
+            _TRAJECTORY,
             tail=(Part(END, weight=1.0),),
-            acting=("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6}),
+            acting=_BEAM,
             requires=(REWARD,),
             differs="as tt; transitions are drawn in rounds (`tiphys bootstrap`) and become a dataset, instead of being drawn in "
             "every training step; rewards and values stay those of the data, and the confidence does not count them",
