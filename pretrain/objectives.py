@@ -16,6 +16,7 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
+from tiphys.pretrain.tokens.action_codecs import clipped_share
 from tiphys.pretrain.tokens.clips import as_clips, without_clip
 from tiphys.pretrain.tokens.codecs import Bins, Chunk, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
@@ -30,6 +31,7 @@ from tiphys.pretrain.tokens.paradigms import (
     table,
 )
 from tiphys.pretrain.tokens.sequence import Layouts, assemble
+from tiphys.pretrain.tokens.task_layout import task_layout
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec, Vocabulary
@@ -170,9 +172,9 @@ class Objectives:
                     partial(framed, task.name),
                 )
                 weight = _fixed_weight(entry.settings.loss_weight)
-                by_task[number[task.name]] = as_clips(encoding.layout(number[task.name], weight), task)
+                by_task[number[task.name]] = as_clips(task_layout(encoding, number[task.name], weight), task)
                 for field in encoding.shown("action"):
-                    self._clipped[f"{task.name}/{field.name}"] = encoding.clipped(field)
+                    self._clipped[f"{task.name}/{field.name}"] = clipped_share(encoding, field)
             layouts.append(by_task)
         return layouts
 

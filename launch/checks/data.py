@@ -16,8 +16,8 @@ from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
-from tiphys.pretrain.tokens.encoding import without_rewards
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
+from tiphys.pretrain.tokens.return_codecs import without_rewards
 from tiphys.recipes.schema import Objective, Recipe
 
 if TYPE_CHECKING:
