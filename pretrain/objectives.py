@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from tiphys.dataio.plan.cost import Savings
     from tiphys.dataio.sampling import EntryLengths
     from tiphys.dataio.statistics import FieldStatistics
-    from tiphys.recipes.schema import Entry, Objective, Recipe
+    from tiphys.recipes.schema import Recipe
+    from tiphys.recipes.sections.data import Entry
+    from tiphys.recipes.sections.objective import Objective
 
 __all__ = ["Objectives", "table"]
 
@@ -512,7 +514,7 @@ def _stored_target(entry: _MixtureEntry) -> float | str:
 
 
 def _mixture_entry(recipe: Recipe, entry: Entry, index: EpisodeIndex) -> _MixtureEntry:
-    from tiphys.recipes.schema import Objective
+    from tiphys.recipes.sections.objective import Objective
 
     name = entry.objective
     objective = recipe.objectives[name] if name in recipe.objectives else Objective()

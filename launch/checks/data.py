@@ -18,7 +18,8 @@ from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.codecs import Discrete, Grid
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.pretrain.tokens.return_codecs import without_rewards
-from tiphys.recipes.schema import Objective, Recipe
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.objective import Objective
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex

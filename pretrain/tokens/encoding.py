@@ -21,7 +21,7 @@ from tiphys.pretrain.tokens.paradigms import (
 
 if TYPE_CHECKING:
     from tiphys.dataio.statistics import FieldStatistics
-    from tiphys.recipes.schema import FieldTokens, Objective
+    from tiphys.recipes.sections.objective import FieldTokens, Objective
 
 OPTIONS = {
     "without_rewards": "true: allow an objective that is conditioned on returns for tasks whose data have no rewards",
@@ -101,7 +101,7 @@ class Encoding:
 
     def tokens(self, field: FieldSpec) -> FieldTokens:
         """What the recipe says of a field: under its name, else under the first pattern that matches, else the defaults."""
-        from tiphys.recipes.schema import FieldTokens
+        from tiphys.recipes.sections.objective import FieldTokens
 
         given = self.objective.fields
         if field.name in given:

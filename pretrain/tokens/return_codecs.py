@@ -29,7 +29,7 @@ from tiphys.pretrain.tokens.timestep import Element
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
-    from tiphys.recipes.schema import Objective
+    from tiphys.recipes.sections.objective import Objective
 
 _RETURN_LIMIT = 10.0
 _RETURN_BINS = 100  # of a return whose bins are quantiles (Janner et al. 2021)

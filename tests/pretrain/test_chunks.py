@@ -29,7 +29,8 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives, _heads
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.flow import times
-from tiphys.recipes.schema import Flow, Model
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Flow
 
 SMALL = Flow(width=32, depth=2, draws=3, steps=5)
 

@@ -23,7 +23,10 @@ from tiphys.pretrain.tokens.paradigms import (
     Part,
     Prompt,
 )
-from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Objective
 
 TEXTS = ["go to the red ball", "go to a grey box", "öffne die Tür", "pick up the key"]
 

@@ -16,7 +16,7 @@ from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex,
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.recipes.schema import FieldTokens
+from tiphys.recipes.sections.objective import FieldTokens
 
 SETUPS = {
     "gato": ("gato", "camera", {"context": 300}),
