@@ -1,4 +1,4 @@
-"""The command `tiphys`. `launch/options/` has the options of its subcommands; `launch/commands.py`, imported last, what they do."""
+"""The command `tiphys`. `options/` has the options of its subcommands; `commands/`, imported last, has what each one does."""
 
 # No `from __future__`: with an empty entry in PYTHONPATH it could come from the current folder.
 import os
@@ -11,6 +11,7 @@ if os.path.basename(sys.argv[0]) == "tiphys":  # this is the main module of the 
 
 import argparse
 import difflib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -37,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None:
         parser.print_help()
         return Status.USAGE
-    from tiphys.launch import commands
-
     try:
-        command: Callable[[argparse.Namespace], int] = getattr(commands, name)
+        module, _, function = name.partition(".")
+        command: Callable[[argparse.Namespace], int] = getattr(
+            importlib.import_module(f"tiphys.launch.commands.{module}"), function
+        )
         return command(args)
     except KeyboardInterrupt:
         say("tiphys: stopped", error=True)

@@ -44,13 +44,13 @@ def _collect(commands: Any) -> None:
         help="open the zip of --policy: it contains pickles, which can run any code",
     )
     asking_arguments(p)
-    p.set_defaults(command="collect")
+    p.set_defaults(command="data.collect")
 
 
 def _environments(commands: Any) -> None:
     p = commands.add_parser("environments", help="list the environments that are installed")
     p.add_argument("contains", nargs="?", default="", help="list only names that contain this text")
-    p.set_defaults(command="environments")
+    p.set_defaults(command="data.environments")
 
 
 def _convert(commands: Any) -> None:
@@ -76,7 +76,7 @@ def _convert(commands: Any) -> None:
         default="local",
         help="convert on this machine or on a Ray cluster (default: local)",
     )
-    p.set_defaults(command="convert")
+    p.set_defaults(command="data.convert")
 
 
 def _export(commands: Any) -> None:
@@ -86,7 +86,7 @@ def _export(commands: Any) -> None:
     p.add_argument(
         "--to", dest="format", required=True, choices=("minari", "lerobot", "npz"), help="format to write (required)"
     )
-    p.set_defaults(command="export")
+    p.set_defaults(command="data.export")
 
 
 def _inspect(commands: Any) -> None:
@@ -97,7 +97,7 @@ def _inspect(commands: Any) -> None:
     p.add_argument(
         "--picture", default="", help="with --episode: also write its frames to this .png or .gif (default: none)"
     )
-    p.set_defaults(command="inspect")
+    p.set_defaults(command="data.inspect")
 
 
 def _verify(commands: Any) -> None:
@@ -109,7 +109,7 @@ def _verify(commands: Any) -> None:
         help="remove broken episodes from the index; rebuild the index if it is damaged",
     )
     p.add_argument("--full", action="store_true", help="also decode every picture, video and text")
-    p.set_defaults(command="verify")
+    p.set_defaults(command="data.verify")
 
 
 def _index(commands: Any) -> None:
@@ -135,7 +135,7 @@ def _index(commands: Any) -> None:
         help="LeRobot: seconds between the time of a row and of its picture (default: 0.0001)",
     )
     p.add_argument("--skip-bad", action="store_true", help="LeRobot: leave out malformed episodes and list them")
-    p.set_defaults(command="index")
+    p.set_defaults(command="data.index")
 
 
 def _dataset(commands: Any) -> None:
@@ -149,14 +149,14 @@ def _merge(actions: Any) -> None:
     p = actions.add_parser("merge", help="one dataset out of several; no shard is copied")
     p.add_argument("destination", help="folder or URL of the new dataset")
     p.add_argument("datasets", nargs="+", help="datasets to merge; they must stay where they are")
-    p.set_defaults(command="merge")
+    p.set_defaults(command="data.merge")
 
 
 def _append(actions: Any) -> None:
     p = actions.add_parser("append", help="add the episodes of other datasets to a dataset; no shard is copied")
     p.add_argument("dataset", help="dataset to extend")
     p.add_argument("more", nargs="+", help="datasets to add; they must stay where they are")
-    p.set_defaults(command="append")
+    p.set_defaults(command="data.append")
 
 
 def _split(actions: Any) -> None:
@@ -171,7 +171,7 @@ def _split(actions: Any) -> None:
         help="fraction of the episodes that go to the second, about, because a hash of its id decides for each episode "
         "(default: %(default)s)",
     )
-    p.set_defaults(command="split")
+    p.set_defaults(command="data.split")
 
 
 def _lengths(actions: Any) -> None:
@@ -182,7 +182,7 @@ def _lengths(actions: Any) -> None:
         "recipe", help="recipe whose datasets and tokenizer are meant; the counts are written beside the datasets"
     )
     p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values to use instead of the recipe's")
-    p.set_defaults(command="lengths")
+    p.set_defaults(command="data.lengths")
 
 
 def _filter(actions: Any) -> None:
@@ -201,7 +201,7 @@ def _filter(actions: Any) -> None:
     )
     p.add_argument("--success", action="store_true", help="only episodes that are known to have succeeded")
     p.add_argument("--min-steps", type=int, default=None, help="smallest number of actions (default: no limit)")
-    p.set_defaults(command="filter")
+    p.set_defaults(command="data.filter")
 
 
 def _loader_bench(commands: Any) -> None:
@@ -214,4 +214,4 @@ def _loader_bench(commands: Any) -> None:
     p.add_argument("--window", type=int, default=20, help="episode steps of a window (default: %(default)s)")
     p.add_argument("--cache", default="256MiB", help="memory of the loader's cache (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
-    p.set_defaults(command="loader_bench")
+    p.set_defaults(command="data.loader_bench")

@@ -80,7 +80,7 @@ def _evaluate(commands: Any) -> None:
     p.add_argument(
         "--every", type=float, default=10.0, help="with --follow: seconds between two polls (default: %(default)s)"
     )
-    p.set_defaults(command="evaluate")
+    p.set_defaults(command="policies.evaluate")
 
 
 def _serve(commands: Any) -> None:
@@ -122,7 +122,7 @@ def _serve(commands: Any) -> None:
     p.add_argument(
         "--device", default="", help="torch device, or auto to use all GPUs (default: a GPU if there is one)"
     )
-    p.set_defaults(command="serve")
+    p.set_defaults(command="policies.serve")
 
 
 def _label(commands: Any) -> None:
@@ -133,7 +133,7 @@ def _label(commands: Any) -> None:
     p.add_argument("dataset", help="dataset whose episodes are labelled")
     p.add_argument("to", help="folder or URL of the new dataset")
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
-    p.set_defaults(command="label")
+    p.set_defaults(command="policies.label")
 
 
 def _bootstrap(commands: Any) -> None:
@@ -153,7 +153,7 @@ def _bootstrap(commands: Any) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the windows and draws (default: %(default)s)")
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
-    p.set_defaults(command="bootstrap")
+    p.set_defaults(command="policies.bootstrap")
 
 
 def _say(commands: Any) -> None:
@@ -178,7 +178,7 @@ def _say(commands: Any) -> None:
     )
     p.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default: %(default)s)")
     p.add_argument("--device", default="", help="torch device (default: a GPU if there is one)")
-    p.set_defaults(command="say_job")
+    p.set_defaults(command="policies.say_job")
 
 
 def _publish(commands: Any) -> None:
@@ -189,4 +189,4 @@ def _publish(commands: Any) -> None:
         "--public", action="store_true", help="on a hub: create a public repository instead of a private one"
     )
     p.add_argument("--take-over", action="store_true", help="publish there although another run does")
-    p.set_defaults(command="publish")
+    p.set_defaults(command="policies.publish")

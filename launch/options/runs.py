@@ -38,7 +38,7 @@ def _quickstart(commands: Any) -> None:
         "--processes", type=int, default=0, help="number of ranks (default: one per GPU, or 2 if there is no GPU)"
     )
     verbose_argument(p)
-    p.set_defaults(command="quickstart")
+    p.set_defaults(command="runs.quickstart")
 
 
 def _train(commands: Any) -> None:
@@ -69,7 +69,7 @@ def _train(commands: Any) -> None:
         help="start it here, or submit it as a Slurm job like `tiphys submit` (default: local)",
     )
     slurm_arguments(p)
-    p.set_defaults(command="train")
+    p.set_defaults(command="runs.train")
 
 
 def _submit(commands: Any) -> None:
@@ -84,7 +84,7 @@ def _submit(commands: Any) -> None:
         help="number of ranks on each node (default: one per GPU that Slurm gives, or 2 if there is none)",
     )
     slurm_arguments(p)
-    p.set_defaults(command="submit_job")
+    p.set_defaults(command="runs.submit_job")
 
 
 def _check(commands: Any) -> None:
@@ -94,7 +94,7 @@ def _check(commands: Any) -> None:
         "--world", type=int, default=0, help="total number of ranks to check the layout for (default: not checked)"
     )
     p.add_argument("--no-data", action="store_true", help="do not open the datasets")
-    p.set_defaults(command="check")
+    p.set_defaults(command="runs.check")
 
 
 def _layout(commands: Any) -> None:
@@ -120,7 +120,7 @@ def _layout(commands: Any) -> None:
         help="first measure the speed of this machine with the recipe's model, and keep it",
     )
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
-    p.set_defaults(command="layout")
+    p.set_defaults(command="runs.layout")
 
 
 def _mixture(commands: Any) -> None:
@@ -143,7 +143,7 @@ def _mixture(commands: Any) -> None:
     p.add_argument(
         "--at", type=int, default=0, help="first training step that uses them (default: as soon as every rank can)"
     )
-    p.set_defaults(command="mixture")
+    p.set_defaults(command="runs.mixture")
 
 
 def _report(commands: Any) -> None:
@@ -152,7 +152,7 @@ def _report(commands: Any) -> None:
     p.add_argument(
         "--out", default="", help="file (default: report.html in the run; comparison.html here for several runs)"
     )
-    p.set_defaults(command="report")
+    p.set_defaults(command="runs.report")
 
 
 def _checkpoint(commands: Any) -> None:
@@ -160,7 +160,7 @@ def _checkpoint(commands: Any) -> None:
     p.add_argument("action", choices=("list", "verify", "inspect"), help="show all, check every byte, or show one")
     p.add_argument("run", help="folder of the run, or of one checkpoint")
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
-    p.set_defaults(command="checkpoint")
+    p.set_defaults(command="runs.checkpoint")
 
 
 def _objectives(commands: Any) -> None:
@@ -169,7 +169,7 @@ def _objectives(commands: Any) -> None:
         "name", nargs="?", default="", help="show everything about this paradigm (default: a summary of all)"
     )
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
-    p.set_defaults(command="objectives")
+    p.set_defaults(command="runs.objectives")
 
 
 def _tokens(commands: Any) -> None:
@@ -182,4 +182,4 @@ def _tokens(commands: Any) -> None:
         default="",
         help="also write the table to this file, as a page with the row's pictures (default: no file)",
     )
-    p.set_defaults(command="tokens")
+    p.set_defaults(command="runs.tokens")
