@@ -13,11 +13,8 @@ from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.frames import Frame
-from tiphys.pretrain.tokens.paradigms import (
-    ACTING_OPTIONS,
-    Paradigm,
-    Part,
-)
+from tiphys.pretrain.tokens.paradigms import ACTING_OPTIONS, Paradigm, Part
+from tiphys.pretrain.tokens.ranges import Ranges
 
 if TYPE_CHECKING:
     from tiphys.dataio.statistics import FieldStatistics
@@ -37,16 +34,6 @@ OPTIONS = {
 } | {name: meaning for name, (meaning, _, _) in ACTING_OPTIONS.items()}
 # (action field, its frame, horizon) -> statistics of the relative actions
 Framed = Callable[[FieldSpec, Frame, int], "FieldStatistics"]
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """First ids and sizes of the vocabulary's ranges for continuous and discrete values."""
-
-    continuous: int
-    continuous_size: int
-    discrete: int
-    discrete_size: int
 
 
 @dataclass(frozen=True)
