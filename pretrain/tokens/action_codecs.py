@@ -8,22 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
-from tiphys.pretrain.tokens.codecs import (
-    Affine,
-    Bins,
-    Chunk,
-    Codec,
-    Discrete,
-)
+from tiphys.pretrain.tokens.codec import Codec
 from tiphys.pretrain.tokens.encoding import Encoding, bounds_of, plain_numbers
 from tiphys.pretrain.tokens.field_codecs import binned_codec, discrete_codec
 from tiphys.pretrain.tokens.frames import Frame, flat_entries, frame_of, range_of
-from tiphys.pretrain.tokens.paradigms import (
-    ACTION,
-    GRIDS,
-    Part,
-)
+from tiphys.pretrain.tokens.id_codecs import Bins, Discrete
+from tiphys.pretrain.tokens.paradigms import ACTION, GRIDS, Part
 from tiphys.pretrain.tokens.timestep import BOTH, Element
+from tiphys.pretrain.tokens.vector_codecs import Affine, Chunk
 from tiphys.pretrain.tokens.views import AGENTS, ONE
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 

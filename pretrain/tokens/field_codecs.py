@@ -5,22 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
-from tiphys.pretrain.tokens.codecs import (
-    Bins,
-    Codec,
-    Discrete,
-    Grid,
-    Patches,
-    Quantiles,
-    Tiles,
-    Vector,
-)
+from tiphys.pretrain.tokens.codec import Codec
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.encoding import Encoding, bounds_of, plain_numbers, quantiles_of
-from tiphys.pretrain.tokens.paradigms import (
-    GRIDS,
-    Part,
-)
+from tiphys.pretrain.tokens.id_codecs import Bins, Discrete, Quantiles
+from tiphys.pretrain.tokens.paradigms import GRIDS, Part
+from tiphys.pretrain.tokens.picture_codecs import Grid, Patches, Tiles
+from tiphys.pretrain.tokens.vector_codecs import Vector
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 _MANY = 16  # in the compact scheme, a discrete vector with more entries becomes one token

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiphys.dataio.episode import DataError
-from tiphys.pretrain.tokens.codecs import Bins, Chunk, Codec, Discrete, Integers, Quantiles, Sign
+from tiphys.pretrain.tokens.codec import Codec
+from tiphys.pretrain.tokens.id_codecs import Bins, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.sequence import Layouts
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS, DISCRETE_VALUES, EmbedderSpec
 
 

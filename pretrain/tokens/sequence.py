@@ -14,14 +14,17 @@ import numpy as np
 from tiphys.dataio.episode import DataError, Window
 from tiphys.pretrain.tokens.augment import augmented, draws
 from tiphys.pretrain.tokens.batch import SEPARATOR, TEXT, Allowed, Chunks, Embedded, Pairs, Regression, TokenBatch
-from tiphys.pretrain.tokens.codecs import Chunk, Discrete, NoEncoding, Patches, Tiles
+from tiphys.pretrain.tokens.codec import NoEncoding
 from tiphys.pretrain.tokens.flow import drawn
 from tiphys.pretrain.tokens.group import Group, Layouts, Piece, make_groups, sizes, split
 from tiphys.pretrain.tokens.hiding import Steps, hide
+from tiphys.pretrain.tokens.id_codecs import Discrete
 from tiphys.pretrain.tokens.images import places, to_patches
+from tiphys.pretrain.tokens.picture_codecs import Patches, Tiles
 from tiphys.pretrain.tokens.swap import swaps
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import ACTION_LOCAL, BOTH, PREFIX, Element, TimestepLayout
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 __all__ = ["Layouts", "Placed", "assemble", "placements"]

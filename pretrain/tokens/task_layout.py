@@ -7,17 +7,10 @@ from dataclasses import replace
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.pretrain.tokens.action_codecs import action_codec, available, check_chunks, in_frame
-from tiphys.pretrain.tokens.codecs import (
-    Affine,
-    Chunk,
-    Codec,
-    Discrete,
-    Histogram,
-    Patches,
-    Vector,
-)
+from tiphys.pretrain.tokens.codec import Codec
 from tiphys.pretrain.tokens.encoding import Encoding
 from tiphys.pretrain.tokens.field_codecs import observation_codec
+from tiphys.pretrain.tokens.id_codecs import Discrete
 from tiphys.pretrain.tokens.paradigms import (
     ACTION,
     AGENT,
@@ -30,8 +23,10 @@ from tiphys.pretrain.tokens.paradigms import (
     Part,
     hiding_of,
 )
+from tiphys.pretrain.tokens.picture_codecs import Patches
 from tiphys.pretrain.tokens.return_codecs import check_rewards, return_element, reward_codec
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.vector_codecs import Affine, Chunk, Histogram, Vector
 from tiphys.pretrain.tokens.views import AGENTS, ONE
 
 _IMAGES, _REST = 0, 1

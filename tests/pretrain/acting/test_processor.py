@@ -345,7 +345,11 @@ def test_acting_needs_no_dataset_code():
         "sequence",
         "text",
         "timestep",
+        "codec",
         "codecs",
+        "id_codecs",
+        "picture_codecs",
+        "vector_codecs",
         "vocabulary",
     }
     packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}
