@@ -145,10 +145,11 @@ def bootstrap(args: Namespace) -> int:
 def say_job(args: Namespace) -> int:
     from tiphys.pretrain.acting.about import about
     from tiphys.pretrain.acting.policy import Policy
+    from tiphys.pretrain.acting.say import texts_layout
     from tiphys.pretrain.policy_files import local_policy
 
     policy = Policy.load(local_policy(args.policy), args.device, seed=args.seed)
-    seen = about(args.observation, policy.texts_layout(args.task, "", True)) if args.observation else None
+    seen = about(args.observation, texts_layout(policy.processor, args.task, "", True)) if args.observation else None
     how = {"tokens": args.tokens, "temperature": args.temperature, "top_p": args.top_p}
     said = policy.say(args.prompt, seen, task=args.task, **how)
     say(args.prompt + said)

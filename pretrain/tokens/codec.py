@@ -2,8 +2,8 @@
 
 A codec is frozen, can be written as JSON (`to_dict`, `codec_from_dict`), and works on N steps at once. The codecs are those of
 Reed et al. 2022, sec. 2.1 and app. B, and those of the compact scheme, in which a whole vector or a small grid is one token.
-Values outside a codec's range are clamped, ±inf too. NaN, and discrete values that do not exist, raise `NoEncoding`, which says at
-which of the N steps.
+Values outside a codec's range are clamped, ±inf too. NaN, and discrete values that do not exist, raise `NoEncoding`, which says
+at which of the N steps.
 """
 
 from __future__ import annotations
