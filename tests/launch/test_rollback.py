@@ -104,13 +104,13 @@ def test_a_run_that_does_not_get_past_gives_up_and_names_candidates(
 
 def test_a_rollback_that_a_crash_cut_off_is_finished(tmp_path: Path) -> None:
     from tests.pretrain.test_checkpoint import part
-    from tiphys.pretrain import checkpoint as ck
+    from tiphys.pretrain import checkpoint_snapshot
 
     skip = {"kind": "skip", "step": 8, "steps": 1}
     for step, log in ((4, []), (8, []), (12, [skip])):
         snap = part(step)
         snap.state["loader"] = {"log": log}
-        ck.write(snap, tmp_path)
+        checkpoint_snapshot.write(snap, tmp_path)
     assert rollback.complete(tmp_path) == []
     append(tmp_path, Rollback(9, 9, 4, [skip], ["0:x e1"]))
     with open(tmp_path / ROLLBACKS, "a") as file:
@@ -124,7 +124,7 @@ def test_a_rollback_that_a_crash_cut_off_is_finished(tmp_path: Path) -> None:
 def test_a_trusted_checkpoint_is_kept_beyond_keep_however_often_is_saved(tmp_path: Path) -> None:
     """A save at every step, `keep: 1`: without the guard, every checkpoint would be gone long before it is trusted."""
     from tests.pretrain.test_checkpoint import part
-    from tiphys.pretrain import checkpoint as ck
+    from tiphys.pretrain import checkpoint_snapshot
     from tiphys.pretrain.callbacks import Checkpointer
 
     keeper = Checkpointer(tmp_path, 1, keep=1)
@@ -133,7 +133,7 @@ def test_a_trusted_checkpoint_is_kept_beyond_keep_however_often_is_saved(tmp_pat
     guard.on_start(trainer)
     for step in range(1, 40):
         trainer.health.observe(step, 1.0, 1.0)
-        keeper._committed.append(ck.write(part(step), tmp_path))
+        keeper._committed.append(checkpoint_snapshot.write(part(step), tmp_path))
         keeper._notify_listeners(trainer)
         guard.on_step(trainer, None)  # type: ignore[arg-type]
         there = [found.step for found in Checkpoint.all(tmp_path)]
