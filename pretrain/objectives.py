@@ -25,7 +25,8 @@ from tiphys.pretrain.tokens.mixture_entries import (
     task_numbers,
     tasks_of,
 )
-from tiphys.pretrain.tokens.paradigms import TAKES_GOAL, table
+from tiphys.pretrain.tokens.paradigm import TAKES_GOAL
+from tiphys.pretrain.tokens.paradigms import table
 from tiphys.pretrain.tokens.ranges import Ranges, heads_of, range_sizes
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.task_layout import task_layout

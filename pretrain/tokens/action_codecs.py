@@ -13,7 +13,7 @@ from tiphys.pretrain.tokens.encoding import Encoding, bounds_of, plain_numbers
 from tiphys.pretrain.tokens.field_codecs import binned_codec, discrete_codec
 from tiphys.pretrain.tokens.frames import Frame, flat_entries, frame_of, range_of
 from tiphys.pretrain.tokens.id_codecs import Bins, Discrete
-from tiphys.pretrain.tokens.paradigms import ACTION, GRIDS, Part
+from tiphys.pretrain.tokens.paradigm import ACTION, GRIDS, Part
 from tiphys.pretrain.tokens.timestep import BOTH, Element
 from tiphys.pretrain.tokens.vector_codecs import Affine, Chunk
 from tiphys.pretrain.tokens.views import AGENTS, ONE

@@ -13,7 +13,7 @@ from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.frames import Frame
-from tiphys.pretrain.tokens.paradigms import ACTING_OPTIONS, Paradigm, Part
+from tiphys.pretrain.tokens.paradigm import ACTING_OPTIONS, Paradigm, Part
 from tiphys.pretrain.tokens.ranges import Ranges
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from tiphys.pretrain.tokens.codec import Codec
 from tiphys.pretrain.tokens.discrete_range import discrete_range
 from tiphys.pretrain.tokens.encoding import Encoding, bounds_of, plain_numbers, quantiles_of
 from tiphys.pretrain.tokens.id_codecs import Bins, Discrete, Quantiles
-from tiphys.pretrain.tokens.paradigms import GRIDS, Part
+from tiphys.pretrain.tokens.paradigm import GRIDS, Part
 from tiphys.pretrain.tokens.picture_codecs import Grid, Patches, Tiles
 from tiphys.pretrain.tokens.vector_codecs import Vector
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS

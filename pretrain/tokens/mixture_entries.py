@@ -14,7 +14,8 @@ from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens.clips import without_clip
 from tiphys.pretrain.tokens.encoding import OPTIONS
-from tiphys.pretrain.tokens.paradigms import ACTING_OPTIONS, PARADIGMS, Paradigm, hiding_errors, paradigm_errors
+from tiphys.pretrain.tokens.paradigm import ACTING_OPTIONS, Paradigm
+from tiphys.pretrain.tokens.paradigms import PARADIGMS, hiding_errors, paradigm_errors
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex

@@ -13,7 +13,7 @@ from tiphys.pretrain.tokens.derived import REWARD_FIELD, source_of
 from tiphys.pretrain.tokens.encoding import Encoding, bounds_of, plain_numbers
 from tiphys.pretrain.tokens.field_codecs import binned_codec, counted
 from tiphys.pretrain.tokens.id_codecs import Bins, Integers, Quantiles, Sign
-from tiphys.pretrain.tokens.paradigms import REWARD, Paradigm, Part
+from tiphys.pretrain.tokens.paradigm import REWARD, Paradigm, Part
 from tiphys.pretrain.tokens.timestep import Element
 from tiphys.pretrain.tokens.vector_codecs import Affine, Histogram
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS

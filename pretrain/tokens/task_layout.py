@@ -11,7 +11,7 @@ from tiphys.pretrain.tokens.codec import Codec
 from tiphys.pretrain.tokens.encoding import Encoding
 from tiphys.pretrain.tokens.field_codecs import observation_codec
 from tiphys.pretrain.tokens.id_codecs import Discrete
-from tiphys.pretrain.tokens.paradigms import (
+from tiphys.pretrain.tokens.paradigm import (
     ACTION,
     AGENT,
     END,

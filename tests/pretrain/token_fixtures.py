@@ -11,7 +11,7 @@ from tiphys.dataio.episode import FieldSpec, TaskSpec, Window
 from tiphys.dataio.statistics import Sketch
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.hiding import HIDING
-from tiphys.pretrain.tokens.paradigms import (
+from tiphys.pretrain.tokens.paradigm import (
     ACTION,
     END,
     OBSERVATION,

@@ -337,6 +337,7 @@ def test_acting_needs_no_dataset_code():
         "swap",
         "batch",
         "derived",
+        "draft",
         "flow",
         "frames",
         "group",

@@ -19,7 +19,8 @@ from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
-from tiphys.pretrain.tokens.paradigms import ACTING, PARADIGMS, Part
+from tiphys.pretrain.tokens.paradigm import ACTING, Part
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.pretrain.tokens.ranges import Ranges
 from tiphys.pretrain.tokens.return_codecs import return_codec, return_range
 
