@@ -237,7 +237,7 @@ def collect(args: Namespace) -> int:
     say(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
     noises = [args.noise if args.noise >= 0 else family(task.name).noise for task in index.tasks]
     if args.record == "intended" and any(noises):
-        say("  recorded are the actions that the expert chose, not the disturbed ones that were executed (see --record)")
+        say("  recorded: the actions that the expert chose, not the disturbed ones that were executed (see --record)")
     for task in index.tasks:
         say(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
     return Status.DONE

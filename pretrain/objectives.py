@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ import numpy as np
 from tiphys.dataio.episode import BadValue, DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.stored import number as within
 from tiphys.pretrain.tokens import text_tokenizers
-from tiphys.pretrain.tokens.clips import as_clips, without_clip
+from tiphys.pretrain.tokens.clips import AFTER, are_clips, as_clips, without_clip
 from tiphys.pretrain.tokens.codecs import Bins, Chunk, Codec, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.encoding import OPTIONS, Encoding, Ranges
 from tiphys.pretrain.tokens.frames import Frame
@@ -126,15 +126,15 @@ class Objectives:
         _check_names(entries)
         self._clipped: dict[str, float] = {}
         self._returns = {task.name: _returns(entries, task.name) for task in self.tasks}
-        framed = _Framed(entries)
+        measured = _Measured(entries)
         definition = _tokenizer(recipe, entries)
         self.text = TextTokenizer(definition)
         text = recipe.model.text_vocabulary or self.text.size
         # The codecs decide how large the ranges are, and the ranges decide the ids of the codecs: so the layouts are made twice.
-        continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), framed))
+        continuous, discrete = _sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), measured))
         plain = Vocabulary.build(text, continuous=continuous, discrete=discrete)
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
-        self.layouts = self._layouts(entries, number, ranges, framed)
+        self.layouts = self._layouts(entries, number, ranges, measured)
         embedders, regressions, chunks = _heads(self.layouts)
         pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
@@ -149,7 +149,7 @@ class Objectives:
         self.prompts = [_prompt(entry) for entry in entries]
 
     def _layouts(
-        self, entries: Sequence[_MixtureEntry], number: Mapping[str, int], ranges: Ranges, framed: _Framed
+        self, entries: Sequence[_MixtureEntry], number: Mapping[str, int], ranges: Ranges, measured: _Measured
     ) -> list[dict[int, TimestepLayout]]:
         """Mixture entry -> task -> its layout."""
         found = _statistics(entries)
@@ -167,7 +167,8 @@ class Objectives:
                     ranges,
                     largest,
                     superset,
-                    partial(framed, task.name),
+                    partial(measured.framed, task.name),
+                    partial(measured.discounted, task.name),
                 )
                 weight = _fixed_weight(entry.settings.loss_weight)
                 by_task[number[task.name]] = as_clips(encoding.layout(number[task.name], weight), task)
@@ -660,26 +661,38 @@ def _statistics(entries: Sequence[_MixtureEntry]) -> dict[str, dict[str, FieldSt
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}
 
 
-class _Framed:
-    """Statistics of relative actions, over all datasets that have the task. Each is computed once."""
+class _Measured:
+    """Statistics of relative actions and of discounted returns, over all datasets that have the task. Each is computed once."""
 
     def __init__(self, entries: Sequence[_MixtureEntry]) -> None:
         self._entries = entries
         self._known: dict[Any, FieldStatistics] = {}
 
-    def __call__(self, task: str, field: FieldSpec, frame: Frame, horizon: int) -> FieldStatistics:
+    def framed(self, task: str, field: FieldSpec, frame: Frame, horizon: int) -> FieldStatistics:
         from tiphys.dataio.frame_statistics import frame_statistics
+
+        def measure(index: EpisodeIndex, i: int) -> FieldStatistics:
+            return frame_statistics(index, i, field.name, frame.to, frame.columns, horizon)
+
+        return self._over_all(task, (field.name, frame, horizon), measure)
+
+    def discounted(self, task: str, discount: float) -> FieldStatistics:
+        from tiphys.dataio.return_statistics import return_statistics
+
+        def measure(index: EpisodeIndex, i: int) -> FieldStatistics:
+            return return_statistics(index, i, discount, AFTER if are_clips(index.tasks[i]) else None)
+
+        return self._over_all(task, (discount,), measure)
+
+    def _over_all(
+        self, task: str, asked: tuple[Any, ...], measure: Callable[[EpisodeIndex, int], FieldStatistics]
+    ) -> FieldStatistics:
         from tiphys.dataio.statistics import pooled
 
-        key = (task, field.name, frame, horizon)
+        key = (task, *asked)
         if key not in self._known:
             indexes = {(e.index.fingerprint, i): e.index for e in self._entries for i, t in e if t.name == task}
-            self._known[key] = pooled(
-                [
-                    frame_statistics(index, i, field.name, frame.to, frame.columns, horizon)
-                    for (_, i), index in indexes.items()
-                ]
-            )
+            self._known[key] = pooled([measure(index, i) for (_, i), index in indexes.items()])
         return self._known[key]
 
 

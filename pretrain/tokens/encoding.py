@@ -75,6 +75,8 @@ _POSITIONS = 1 << 16  # that the noise of flow matching tells apart
 _LEVELS = np.linspace(0, 1, 1001)
 # (action field, its frame, horizon) -> statistics of the relative actions
 Framed = Callable[[FieldSpec, Frame, int], "FieldStatistics"]
+# discount -> statistics of the sums of the rewards after each step
+Discounted = Callable[[float], "FieldStatistics"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Encoding:
     largest_return: float  # largest absolute return in the data
     superset: bool = False  # the statistics also count episodes that are not in the data
     framed: Framed | None = None
+    discounted: Discounted | None = None
     agents: int = 0  # > 0: task and statistics are those of one of so many agents
     agent_fields: tuple[str, ...] = ()
 
@@ -771,26 +774,38 @@ class Encoding:
         scale = self.largest_return or 1.0
         if part.code in ("auto", "linear"):
             return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
-        from tiphys.dataio.statistics import RETURN_TO_GO
-
-        found = self.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
         if part.code == "uniform":
             low, high = self.return_range(part, scale)
             return Bins("", (), self.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
         where = f"task {self.task.name!r}, return"
-        if part.code == "quantile" and part.rule == "to_go":
-            if found is None or not found.count:
-                raise DataError(
-                    f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
-                    "write the dataset again, or use the code 'uniform'"
-                )
-            edges = found.at(np.linspace(0, 1, int(part.options.get("bins", _RETURN_BINS)) + 1))[:, 0]
+        if part.code == "quantile":
+            edges = self.return_statistics(part, where).at(np.linspace(0, 1, _RETURN_BINS + 1))[:, 0]
             return Quantiles("", (), self.ranges.continuous, (Quantiles.merged(edges),))
         if part.code == "integer":
             return self.integers(where, (), part, (-scale, scale))
         if part.code == "sign":
             return Sign("", (), self.ranges.discrete)
         raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+    def return_statistics(self, part: Part, where: str) -> FieldStatistics:
+        """Statistics of the returns of a rule over the data."""
+        from tiphys.dataio.statistics import RETURN_TO_GO
+
+        if part.rule != "to_go":
+            if not any(field.name == REWARD_FIELD for field in self.task.fields):
+                raise DataError(
+                    f"{where}: the code 'quantile' needs rewards, and the data have none; use the code 'uniform'"
+                )
+            discount = float(source_of(part.rule)[1] or 1)  # `after` is not discounted
+            assert self.discounted is not None
+            return self.discounted(discount)
+        found = self.statistics.get(RETURN_TO_GO)
+        if found is None or not found.count:
+            raise DataError(
+                f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
+                "write the dataset again, or use the code 'uniform'"
+            )
+        return found
 
     def return_range(self, part: Part, scale: float) -> tuple[float, float]:
         """What uniform bins of a return cover: only what the data can have.

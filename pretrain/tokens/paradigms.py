@@ -34,15 +34,15 @@ CODES = {  # kind -> the codes that its parts may have
 }
 _CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
-    "next": "the action's tokens one after another",
-    "ask": "a target return, lowered by each reward; then the action",
-    "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
-    "compare": "it does not act: Policy.match says how well texts fit what was seen",
-    "label": "it does not act, but labels data without actions: tiphys label",
-    "match": "what is left of a reference episode's histogram, less what was done; then the action",
-    "imitate": "the observations of a demonstration stand before the window, the last one first; then the action",
-    "sample": "a return is drawn, high ones more often; then the action",
-    "beam": "the first action of the best of many plans",
+    "next": "predicting the action, token by token",
+    "ask": "predicting the action for a target return, which each reward lowers",
+    "fill": "hiding the future, and filling in the action; a query says what else is shown: bc, rc or goal",
+    "compare": "it does not act; Policy.match says how well texts fit what was seen",
+    "label": "it does not act; `tiphys label` gives actions to data without them",
+    "match": "predicting the action for a histogram: that of a reference episode, less what was done",
+    "imitate": "predicting the action after the observations of a demonstration, the last one first",
+    "sample": "drawing a return, high ones more often, and predicting the action for it",
+    "beam": "drawing many plans, and taking the first action of the best",
 }
 ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smallest and largest value
     "kappa": ("sample: how much more often high returns are drawn; 0: as the model says", -1e4, 1e4),
@@ -53,6 +53,15 @@ ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smal
 }
 QUERY = "query"  # option of `fill`: what it is asked, unless `Policy.reset` says otherwise
 TAKES_GOAL = frozenset({"fill"})  # rules of acting that are told an observation to reach
+NOTHING = "nothing"
+SCHEMES = {
+    "compact": "a field is one token if it can be",
+    "gato": "each number is a token",
+}
+SOFTMAXES = {
+    "range": "an id is predicted among those of its kind",
+    "vocabulary": "an id is predicted among all",
+}
 REQUIREMENTS = {
     "reward": "rewards",
     "text": "texts that differ within a task",
@@ -284,7 +293,7 @@ _TRAJECTORY = (
     Part(OBSERVATION, "quantile", weight=1.0),
     Part(ACTION, "quantile", weight=5.0),
     Part(REWARD, "quantile", weight=1.0),
-    Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+    Part(RETURN, "quantile", weight=1.0, shown=False, source="discounted:.99"),
 )
 _BEAM = ("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6})
 
@@ -313,7 +322,7 @@ PARADIGMS: dict[str, Paradigm] = {
             acting=_BEAM,
             requires=(REWARD,),
             differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
-            "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+            "value is `mask` in the input; 32 plans instead of 128",
         ),
         Paradigm(
             "boot",
@@ -522,24 +531,48 @@ def paradigm_errors(name: str, paradigm: str = "") -> Iterator[tuple[str, str]]:
 
 
 def table() -> list[dict[str, str]]:
-    """The rows as text, for people to read. A part with a star is predicted; one in brackets is hidden in the input."""
+    """The rows as text, for people to read. A part with a star is predicted; one in brackets is hidden in the input.
+
+    What a row does not have is `NOTHING`.
+    """
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)) or "nothing",
+            "source": p.source,
+            "at the start": " ".join(map(str, p.head)) or NOTHING,
             "each step": " ".join(map(str, p.timestep)),
-            "at the end": " ".join(map(str, p.tail)) or "nothing",
-            "scheme": p.scheme,
-            "softmax": p.softmax,
+            "at the end": " ".join(map(str, p.tail)) or NOTHING,
+            "codes": ", ".join(map(_code, filter(_code, p.timestep))) or NOTHING,
+            "scheme": f"{p.scheme}: {SCHEMES[p.scheme]}",
+            "softmax": f"{p.softmax}: {SOFTMAXES[p.softmax]}",
             "mask": f"{p.mask}: {MASKS[p.mask]}",
             "views": VIEWS[p.views].about,
             "loss": LOSSES[p.loss] + (f"; {p.swap:g} of the windows show another text" if p.swap else ""),
-            "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
-            "prompt": str(p.prompt),
-            "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",
+            "hides": _schemes(p) or NOTHING,
+            "prompt": str(p.prompt) if p.prompt.share else NOTHING,
+            "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or NOTHING,
             "acts by": ACTING[p.acting[0]],
-            "source": p.source,
-            "differs": p.differs or "nothing that we know of",
+            "options": "; ".join(_option(name, value) for name, value in p.acting[1].items()) or NOTHING,
+            "differs": p.differs or NOTHING,
         }
         for p in PARADIGMS.values()
     ]
+
+
+def _code(part: Part) -> str:
+    """How a part is encoded, where the scheme does not say it."""
+    source = f" ({part.rule})" if part.rule else ""
+    return f"{part.kind}{source}: {part.code}" if part.code != "auto" else ""
+
+
+def _schemes(row: Paradigm) -> str:
+    shares = ", ".join(f"{name} {share:g}" for name, share in row.hiding)
+    return f"parts of each window, by a scheme that is drawn: {shares}" if shares else ""
+
+
+def _option(name: str, value: Any) -> str:
+    """An option of acting, its default, and what it means."""
+    about = (
+        ACTING_OPTIONS[name][0].partition(": ")[2] if name in ACTING_OPTIONS else "what is asked, unless reset says it"
+    )
+    return f"{name} {value} ({about})"

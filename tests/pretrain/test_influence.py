@@ -22,6 +22,7 @@ from tiphys.pretrain.tokens.paradigms import ACTION, END, OBSERVATION, RETURN, T
 from tiphys.pretrain.tokens.sequence import placements
 from tiphys.recipes.schema import FieldTokens, Model
 
+PRODUCT = tuple(paradigms.PARADIGMS)
 CASES = {
     "bc": ("bc", [GRID, ARM, CAMERA], {}),
     "bc regressed": ("bc", [ARM], {"discretise": "no"}),
@@ -30,11 +31,11 @@ CASES = {
     "reward": ("reward", [GRID], {}),
     "mia": ("mia", [GRID], {}),
     "madt": ("madt", [TEAM], {"options": {"agents": 2}}),
-    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt", "bdt")},
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
 }
+CASES |= {name: (name, [ARM], {}) for name in PRODUCT if name not in CASES}
 
 
 @pytest.fixture
