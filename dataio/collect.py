@@ -2,7 +2,8 @@
 
 In a demonstration the expert's action is executed with a disturbance, but recorded without it (Laskey et al. 2017, DART). So the
 data contain states that a learner's errors lead to, with the correct action. Each episode draws its level of disturbance
-uniformly between 0 and `noise`. With noise 0, the recorded actions are the executed ones.
+uniformly between 0 and `noise`. With `record="executed"`, the recorded actions are the executed ones: then the episodes differ in
+quality, and observations, rewards and returns are those of the recorded actions.
 
 Seeds: demonstrations use seeds below SCORE_SEEDS, scores use seeds from SCORE_SEEDS on, evaluation from EVALUATION_SEEDS on.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SCORE_SEEDS, EVALUATION_SEEDS = 900_000, 1_000_000
 LONGEST = 100_000  # steps after which an episode is truncated, even if its environment has no horizon
+RECORDS = ("intended", "executed")  # which action of a demonstration is recorded
 ATTEMPTS = 20  # most seeds that are tried for one episode if the expert gets lost
 CHUNK = 25  # episodes in one job of the process pool
 
@@ -74,6 +76,7 @@ def collect(
     *,
     seed: int = 0,
     noise: float | None = None,
+    record: str = "intended",
     processes: int = 0,
     policy: ExpertFactory | None = None,
     score_episodes: int = 30,
@@ -85,6 +88,7 @@ def collect(
     tasks           name or names of tasks, or a mapping from names to numbers of episodes; `module:EnvId` imports the module
     seed            the first episode's seed
     noise           largest disturbance of the executed action (see `Family.disturb`), at least 0; None: the default of the family
+    record          intended: the action that the expert chose is recorded; executed: the disturbed one
     processes       0: one for each core; 1: only this process
     policy          makes the expert for a task and its environment; None: the family's own expert
     score_episodes  number of episodes that measure the random and the expert score of each task
@@ -99,6 +103,8 @@ def collect(
     counts = _counts(tasks, episodes)
     if noise is not None and not 0 <= noise < np.inf:
         raise DataError(f"noise {noise} is not a number of at least 0")
+    if record not in RECORDS:
+        raise DataError(f"record {record!r} is unknown; it is one of {', '.join(RECORDS)}")
     allow(tasks=counts)
     for task, count in counts.items():
         if seed < 0 or seed + count > SCORE_SEEDS:
@@ -113,7 +119,7 @@ def collect(
         for task in counts:
             spec = players.scored(environments.spec(task), score_episodes)
             writer.add_task(spec)
-            for done, episode in enumerate(players.demonstrations(spec, counts[spec.name], seed, noise), 1):
+            for done, episode in enumerate(players.demonstrations(spec, counts[spec.name], seed, noise, record), 1):
                 writer.write(episode)
                 if progress and (done % CHUNK == 0 or done == counts[spec.name]):
                     progress(spec.name, done, counts[spec.name])
@@ -158,12 +164,14 @@ class Players:
         ]
         return replace(spec, random=float(np.mean(rows[0])), expert=float(np.mean(rows[1])))
 
-    def demonstrations(self, spec: TaskSpec, episodes: int, seed: int, noise: float | None) -> Iterator[Episode]:
+    def demonstrations(
+        self, spec: TaskSpec, episodes: int, seed: int, noise: float | None, record: str = "intended"
+    ) -> Iterator[Episode]:
         """`episodes` demonstrations of a task, in order."""
         if noise is None:
             noise = environments.family(spec.name).noise
         begins = range(0, episodes, CHUNK)
-        jobs = [_Demonstrations(spec, seed, i, min(i + CHUNK, episodes), episodes, noise) for i in begins]
+        jobs = [_Demonstrations(spec, seed, i, min(i + CHUNK, episodes), episodes, noise, record) for i in begins]
         for part in self._workers.in_order(jobs):
             yield from part
 
@@ -199,6 +207,7 @@ class _Demonstrations:
     end: int
     episodes: int  # in total; attempt a of episode i uses the seed `seed + i + a · episodes`
     noise: float
+    record: str
 
     def __call__(self) -> list[Episode]:
         return [self._episode(i) for i in range(self.begin, self.end)]
@@ -213,11 +222,12 @@ class _Demonstrations:
                 break
             level = float(_generator(seed, "level").uniform(0, self.noise))
             try:
-                trajectory = play(env, task, seed, _demonstrate(task, env, seed, level))
+                trajectory = play(env, task, seed, _demonstrate(task, env, seed, level, self.record))
             except ExpertLost as error:
                 lost = error
                 continue
-            return as_episode(trajectory, self.spec, f"{task}/{seed:06d}", info={"seed": seed, "noise": level})
+            info = {"seed": seed, "noise": level, "record": self.record}
+            return as_episode(trajectory, self.spec, f"{task}/{seed:06d}", info=info)
         raise EnvironmentFault(
             f"task {task!r}, episode {number}: the expert got lost with every seed that was tried; the last time: {lost}"
         )
@@ -250,7 +260,7 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
     return steps
 
 
-def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
+def _demonstrate(task: str, env: Environment, seed: int, noise: float, record: str = "intended") -> Act:
     """How the disturbed expert acts in `env`. The expert is reset at the first call, after the environment's reset."""
     expert, family, rng = _expert(task), environments.family(task), _generator(seed, "disturb")
     rewarded = getattr(expert, "rewarded", None)
@@ -261,7 +271,8 @@ def _demonstrate(task: str, env: Environment, seed: int, noise: float) -> Act:
         elif rewarded is not None:
             rewarded(reward)
         action = fitted(expert.act(observation, taken), env.action_space, f"task {task!r}")
-        return action, (family.disturb(action, env.action_space, noise, rng) if noise else action)
+        executed = family.disturb(action, env.action_space, noise, rng) if noise else action
+        return (executed if record == "executed" else action), executed
 
     return act
 

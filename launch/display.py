@@ -12,6 +12,7 @@ import numpy as np
 
 from tiphys.dataio.inplace.summary import lines as video_lines
 from tiphys.dataio.messages import printable
+from tiphys.pretrain.tokens.paradigms import NOTHING
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -40,13 +41,19 @@ def _cell(value: Any) -> str:
 
 def paradigm_lines(rows: Sequence[Mapping[str, str]], whole: bool, width: int = 80) -> str:
     """The rows of `paradigms.table()` in at most `width` columns. `whole`: with everything that is known of each."""
-    out = [] if whole else ["A part with * is predicted; one in [brackets] is hidden in the input.", ""]
-    shown = tuple(rows[0])[1:] if whole else ("each step", "acts by", "needs")
+    out = []
+    shown = tuple(rows[0])[2:] if whole else ("each step", "acts by", "needs")
     for row in rows:
-        out.append(row["name"])
+        out += textwrap.wrap(f"{row['name']}: {row['source']}", width, subsequent_indent="  ")
         for name in shown:
-            out += textwrap.wrap(row[name], width, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
-    return "\n".join(out)
+            if row[name] != NOTHING:
+                out += textwrap.wrap(row[name], width, initial_indent=f"  {name:<14}", subsequent_indent=" " * 16)
+    legend = (
+        "A part with * is predicted (*5: its targets weigh 5 times as much); one in [brackets] is hidden in the input."
+    )
+    name = rows[0]["name"] if whole else "NAME"
+    more = f"`tiphys train {name}` trains its recipe." if whole else "`tiphys objectives NAME` says more of one."
+    return "\n".join([*out, "", *textwrap.wrap(f"{legend} {more}", width)])
 
 
 def histogram(counts: Sequence[float]) -> str:

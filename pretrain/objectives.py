@@ -15,7 +15,7 @@ from tiphys.dataio.episode import BadValue, DataError, Needs, Window
 from tiphys.pretrain.tokens.action_codecs import clipped_share
 from tiphys.pretrain.tokens.clips import as_clips
 from tiphys.pretrain.tokens.encoding import Encoding
-from tiphys.pretrain.tokens.entry_statistics import FramedStatistics, Returns, returns_of, statistics_of, tokenizer_of
+from tiphys.pretrain.tokens.entry_statistics import Measured, Returns, returns_of, statistics_of, tokenizer_of
 from tiphys.pretrain.tokens.lengths import entry_lengths
 from tiphys.pretrain.tokens.mixture_entries import (
     MixtureEntry,
@@ -95,15 +95,15 @@ class Objectives:
         check_names(entries)
         self._clipped: dict[str, float] = {}
         self._returns = {task.name: returns_of(entries, task.name) for task in self.tasks}
-        framed = FramedStatistics(entries)
+        measured = Measured(entries)
         definition = tokenizer_of(recipe, entries)
         self.text = TextTokenizer(definition)
         text = recipe.model.text_vocabulary or self.text.size
         # The codecs decide how large the ranges are, and the ranges decide the ids of the codecs: so the layouts are made twice.
-        continuous, discrete = range_sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), framed))
+        continuous, discrete = range_sizes(self._layouts(entries, number, Ranges(0, _MOST_IDS, 0, _MOST_IDS), measured))
         plain = Vocabulary.build(text, continuous=continuous, discrete=discrete)
         ranges = Ranges(plain.range("continuous")[0], continuous, plain.range("discrete")[0], discrete)
-        self.layouts = self._layouts(entries, number, ranges, framed)
+        self.layouts = self._layouts(entries, number, ranges, measured)
         embedders, regressions, chunks = heads_of(self.layouts)
         pairs = any(layout.loss == "pairs" for by_task in self.layouts for layout in by_task.values())
         self.vocabulary = replace(
@@ -118,7 +118,7 @@ class Objectives:
         self.prompts = [prompt_share(entry) for entry in entries]
 
     def _layouts(
-        self, entries: Sequence[MixtureEntry], number: Mapping[str, int], ranges: Ranges, framed: FramedStatistics
+        self, entries: Sequence[MixtureEntry], number: Mapping[str, int], ranges: Ranges, measured: Measured
     ) -> list[dict[int, TimestepLayout]]:
         """Mixture entry -> task -> its layout."""
         found = statistics_of(entries)
@@ -136,7 +136,8 @@ class Objectives:
                     ranges,
                     largest,
                     superset,
-                    partial(framed, task.name),
+                    partial(measured.framed, task.name),
+                    partial(measured.discounted, task.name),
                 )
                 weight = _fixed_weight(entry.settings.loss_weight)
                 by_task[number[task.name]] = as_clips(task_layout(encoding, number[task.name], weight), task)

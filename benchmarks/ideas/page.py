@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.ideas import marks
 from tiphys.dataio.atomic import write_text
-from tiphys.pretrain.tokens.paradigms import PARADIGMS, table
+from tiphys.pretrain.tokens.paradigms import NOTHING, PARADIGMS, table
 from tiphys.recipes.load import FOLDER
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,14 +34,16 @@ thing that the idea needs, and must fail. This page is written by `python -m ben
 of seeds 0, 1 and 2, as far as they were recorded.
 """
 _SHOWN = {
-    "once": "once",
+    "at the start": "at the start",
     "each step": "each step",
     "at the end": "at the end",
+    "codes": "codes",
     "mask": "sees",
     "hides": "hides",
     "prompt": "prompt",
     "needs": "needs",
     "acts by": "acts by",
+    "options": "options of acting",
     "differs": "differs from the source",
 }
 
@@ -71,7 +73,7 @@ def page() -> str:
 def _section(row: dict[str, str], found: Sequence[dict[str, Any]]) -> str:
     name = row["name"]
     lines = [f"## {name}", "", *_about(name), "", f"Source: {PARADIGMS[name].source}.", ""]
-    lines += [f"- {label}: {row[key]}" for key, label in _SHOWN.items() if row[key] not in ("nothing", "none")]
+    lines += [f"- {label}: {row[key]}" for key, label in _SHOWN.items() if row[key] != NOTHING]
     commands = [line[1:].strip() for line in _head(name) if line.startswith("#   tiphys ")]
     lines += ["", f"Recipe: `recipes/{name}.yaml`", "", "```", *commands, "```", ""]
     return "\n".join([*lines, *_figures(found), ""])

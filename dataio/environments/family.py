@@ -109,7 +109,7 @@ class Family:
         return space_fields(env.observation_space, env.action_space)
 
     def disturb(self, action: Any, space: Any, noise: float, rng: np.random.Generator) -> Any:
-        """The action to execute instead of the expert's action, which is recorded (Laskey et al. 2017, DART).
+        """The action to execute instead of the expert's action (Laskey et al. 2017, DART).
 
         Continuous: Gaussian noise is added, with a standard deviation of `noise` times half the range, and clipped to the space.
         Discrete: with probability `noise`, a uniformly random value. Dict and Tuple: each part. Raises DataError for other

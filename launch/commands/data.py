@@ -24,6 +24,7 @@ def environments(args: Namespace) -> int:
 
 def collect(args: Namespace) -> int:
     from tiphys.dataio.collect import collect
+    from tiphys.dataio.environments import family
     from tiphys.dataio.episode import DataError
     from tiphys.pretrain.acting.ask import Asking
 
@@ -49,11 +50,15 @@ def collect(args: Namespace) -> int:
         args.episodes,
         seed=args.seed,
         noise=args.noise if args.noise >= 0 else None,
+        record=args.record,
         processes=args.processes,
         policy=policy,
         progress=progress_lines(),
     )
     say(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
+    noises = [args.noise if args.noise >= 0 else family(task.name).noise for task in index.tasks]
+    if args.record == "intended" and any(noises):
+        say("  recorded: the actions that the expert chose, not the disturbed ones that were executed (see --record)")
     for task in index.tasks:
         say(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
     return Status.DONE

@@ -31,6 +31,14 @@ def _collect(commands: Any) -> None:
         "standard deviation in half-ranges; discrete ones: probability of a random action. 0: none; "
         "-1: the usual value of the environment family (default: -1)",
     )
+    p.add_argument(
+        "--record",
+        choices=("intended", "executed"),
+        default="intended",
+        help="intended: record the action that the expert chose, so that a policy learns to correct errors. executed: record the "
+        "disturbed one, so that episodes differ in quality and returns are those of the recorded actions; for objectives that "
+        "read returns, or the effects of actions (default: %(default)s)",
+    )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
     p.add_argument(
         "--policy",

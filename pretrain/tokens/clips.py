@@ -34,6 +34,9 @@ class Clip(NamedTuple):
     discount: float
 
 
+AFTER = (CLIP, Clip._fields.index("after"))  # where a clip holds the discounted sum of the rewards after it
+
+
 def without_clip(task: TaskSpec) -> TaskSpec:
     """The task without the field that only datasets of clips have."""
     return replace(task, fields=tuple(f for f in task.fields if f.name != CLIP))

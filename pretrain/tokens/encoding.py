@@ -34,6 +34,8 @@ OPTIONS = {
 } | {name: meaning for name, (meaning, _, _) in ACTING_OPTIONS.items()}
 # (action field, its frame, horizon) -> statistics of the relative actions
 Framed = Callable[[FieldSpec, Frame, int], "FieldStatistics"]
+# discount -> statistics of the sums of the rewards after each step
+Discounted = Callable[[float], "FieldStatistics"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Encoding:
     largest_return: float  # largest absolute return in the data
     superset: bool = False  # the statistics also count episodes that are not in the data
     framed: Framed | None = None
+    discounted: Discounted | None = None
     agents: int = 0  # > 0: task and statistics are those of one of so many agents
     agent_fields: tuple[str, ...] = ()
 

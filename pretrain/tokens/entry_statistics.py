@@ -1,8 +1,8 @@
-"""What the data of mixture entries say: statistics of fields and relative actions, returns, and the text tokenizer."""
+"""What the data of mixture entries say: statistics of fields, relative actions and returns, and the text tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from tiphys.dataio.episode import FieldSpec
 from tiphys.pretrain.tokens import text_tokenizers
+from tiphys.pretrain.tokens.clips import AFTER, are_clips
 from tiphys.pretrain.tokens.frames import Frame
 from tiphys.pretrain.tokens.mixture_entries import MixtureEntry
 
 if TYPE_CHECKING:
+    from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.statistics import FieldStatistics
     from tiphys.recipes.schema import Recipe
 
@@ -73,26 +75,38 @@ def statistics_of(entries: Sequence[MixtureEntry]) -> dict[str, dict[str, FieldS
     return {task: {field: pooled(some) for field, some in fields.items()} for task, fields in found.items()}
 
 
-class FramedStatistics:
-    """Statistics of relative actions, over all datasets that have the task. Each is computed once."""
+class Measured:
+    """Statistics of relative actions and of discounted returns, over all datasets that have the task. Each is computed once."""
 
     def __init__(self, entries: Sequence[MixtureEntry]) -> None:
         self._entries = entries
         self._known: dict[Any, FieldStatistics] = {}
 
-    def __call__(self, task: str, field: FieldSpec, frame: Frame, horizon: int) -> FieldStatistics:
+    def framed(self, task: str, field: FieldSpec, frame: Frame, horizon: int) -> FieldStatistics:
         from tiphys.dataio.frame_statistics import frame_statistics
+
+        def measure(index: EpisodeIndex, i: int) -> FieldStatistics:
+            return frame_statistics(index, i, field.name, frame.to, frame.columns, horizon)
+
+        return self._over_all(task, (field.name, frame, horizon), measure)
+
+    def discounted(self, task: str, discount: float) -> FieldStatistics:
+        from tiphys.dataio.return_statistics import return_statistics
+
+        def measure(index: EpisodeIndex, i: int) -> FieldStatistics:
+            return return_statistics(index, i, discount, AFTER if are_clips(index.tasks[i]) else None)
+
+        return self._over_all(task, (discount,), measure)
+
+    def _over_all(
+        self, task: str, asked: tuple[Any, ...], measure: Callable[[EpisodeIndex, int], FieldStatistics]
+    ) -> FieldStatistics:
         from tiphys.dataio.statistics import pooled
 
-        key = (task, field.name, frame, horizon)
+        key = (task, *asked)
         if key not in self._known:
             indexes = {(e.index.fingerprint, i): e.index for e in self._entries for i, t in e if t.name == task}
-            self._known[key] = pooled(
-                [
-                    frame_statistics(index, i, field.name, frame.to, frame.columns, horizon)
-                    for (_, i), index in indexes.items()
-                ]
-            )
+            self._known[key] = pooled([measure(index, i) for (_, i), index in indexes.items()])
         return self._known[key]
 
 

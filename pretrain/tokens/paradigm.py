@@ -28,15 +28,15 @@ CODES = {  # kind -> the codes that its parts may have
 }
 _CODE_OPTIONS = {"integer": ("low", "high")}
 ACTING = {
-    "next": "the action's tokens one after another",
-    "ask": "a target return, lowered by each reward; then the action",
-    "fill": "the future is hidden and filled in; a query says what else is shown: bc, rc or goal",
-    "compare": "it does not act: Policy.match says how well texts fit what was seen",
-    "label": "it does not act, but labels data without actions: tiphys label",
-    "match": "what is left of a reference episode's histogram, less what was done; then the action",
-    "imitate": "the observations of a demonstration stand before the window, the last one first; then the action",
-    "sample": "a return is drawn, high ones more often; then the action",
-    "beam": "the first action of the best of many plans",
+    "next": "predicting the action, token by token",
+    "ask": "predicting the action for a target return, which each reward lowers",
+    "fill": "hiding the future, and filling in the action; a query says what else is shown: bc, rc or goal",
+    "compare": "it does not act; Policy.match says how well texts fit what was seen",
+    "label": "it does not act; `tiphys label` gives actions to data without them",
+    "match": "predicting the action for a histogram: that of a reference episode, less what was done",
+    "imitate": "predicting the action after the observations of a demonstration, the last one first",
+    "sample": "drawing a return, high ones more often, and predicting the action for it",
+    "beam": "drawing many plans, and taking the first action of the best",
 }
 ACTING_OPTIONS: dict[str, tuple[str, float, float]] = {  # name -> meaning, smallest and largest value
     "kappa": ("sample: how much more often high returns are drawn; 0: as the model says", -1e4, 1e4),

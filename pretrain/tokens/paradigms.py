@@ -14,6 +14,7 @@ from typing import Any
 from tiphys.pretrain.tokens.hiding import HIDING, QUERIES
 from tiphys.pretrain.tokens.paradigm import (
     ACTING,
+    ACTING_OPTIONS,
     ACTION,
     AGENT,
     END,
@@ -47,13 +48,23 @@ __all__ = [  # a table of one's own needs these
     "table",
 ]
 
+NOTHING = "nothing"
+SCHEMES = {
+    "compact": "a field is one token if it can be",
+    "gato": "each number is a token",
+}
+SOFTMAXES = {
+    "range": "an id is predicted among those of its kind",
+    "vocabulary": "an id is predicted among all",
+}
+
 # What a trajectory transformer predicts, and how it plans (Janner et al. 2021)
 _TRAJECTORY = (
     Part(TEXT),
     Part(OBSERVATION, "quantile", weight=1.0),
     Part(ACTION, "quantile", weight=5.0),
     Part(REWARD, "quantile", weight=1.0),
-    Part(RETURN, "uniform", weight=1.0, shown=False, source="discounted:.99"),
+    Part(RETURN, "quantile", weight=1.0, shown=False, source="discounted:.99"),
 )
 _BEAM = ("beam", {"horizon": 15, "width": 32, "expand": 2, "cdf": 0.6})
 
@@ -82,7 +93,7 @@ PARADIGMS: dict[str, Paradigm] = {
             acting=_BEAM,
             requires=(REWARD,),
             differs="the end of an episode is a token of its own, after which a plan earns nothing, instead of a penalty; the "
-            "value is `mask` in the input, and its bins are of equal width; 32 plans instead of 128",
+            "value is `mask` in the input; 32 plans instead of 128",
         ),
         Paradigm(
             "boot",
@@ -285,24 +296,48 @@ def paradigm_errors(name: str, paradigm: str = "") -> Iterator[tuple[str, str]]:
 
 
 def table() -> list[dict[str, str]]:
-    """The rows as text, for people to read. A part with a star is predicted; one in brackets is hidden in the input."""
+    """The rows as text, for people to read. A part with a star is predicted; one in brackets is hidden in the input.
+
+    What a row does not have is `NOTHING`.
+    """
     return [
         {
             "name": p.name,
-            "once": " ".join(map(str, p.head)) or "nothing",
+            "source": p.source,
+            "at the start": " ".join(map(str, p.head)) or NOTHING,
             "each step": " ".join(map(str, p.timestep)),
-            "at the end": " ".join(map(str, p.tail)) or "nothing",
-            "scheme": p.scheme,
-            "softmax": p.softmax,
+            "at the end": " ".join(map(str, p.tail)) or NOTHING,
+            "codes": ", ".join(map(_code, filter(_code, p.timestep))) or NOTHING,
+            "scheme": f"{p.scheme}: {SCHEMES[p.scheme]}",
+            "softmax": f"{p.softmax}: {SOFTMAXES[p.softmax]}",
             "mask": f"{p.mask}: {MASKS[p.mask]}",
             "views": VIEWS[p.views].about,
             "loss": LOSSES[p.loss] + (f"; {p.swap:g} of the windows show another text" if p.swap else ""),
-            "hides": ", ".join(f"{name} {share:g}" for name, share in p.hiding) or "nothing",
-            "prompt": str(p.prompt),
-            "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or "nothing special",
+            "hides": _schemes(p) or NOTHING,
+            "prompt": str(p.prompt) if p.prompt.share else NOTHING,
+            "needs": ", ".join(REQUIREMENTS[name] for name in p.requires) or NOTHING,
             "acts by": ACTING[p.acting[0]],
-            "source": p.source,
-            "differs": p.differs or "nothing that we know of",
+            "options": "; ".join(_option(name, value) for name, value in p.acting[1].items()) or NOTHING,
+            "differs": p.differs or NOTHING,
         }
         for p in PARADIGMS.values()
     ]
+
+
+def _code(part: Part) -> str:
+    """How a part is encoded, where the scheme does not say it."""
+    source = f" ({part.rule})" if part.rule else ""
+    return f"{part.kind}{source}: {part.code}" if part.code != "auto" else ""
+
+
+def _schemes(row: Paradigm) -> str:
+    shares = ", ".join(f"{name} {share:g}" for name, share in row.hiding)
+    return f"parts of each window, by a scheme that is drawn: {shares}" if shares else ""
+
+
+def _option(name: str, value: Any) -> str:
+    """An option of acting, its default, and what it means."""
+    about = (
+        ACTING_OPTIONS[name][0].partition(": ")[2] if name in ACTING_OPTIONS else "what is asked, unless reset says it"
+    )
+    return f"{name} {value} ({about})"

@@ -19,6 +19,7 @@ from tiphys.pretrain.tokens.vector_codecs import Affine, Histogram
 from tiphys.pretrain.tokens.vocabulary import CONTINUOUS_BINS
 
 if TYPE_CHECKING:
+    from tiphys.dataio.statistics import FieldStatistics
     from tiphys.recipes.sections.objective import Objective
 
 _RETURN_LIMIT = 10.0
@@ -96,26 +97,39 @@ def return_codec(encoding: Encoding, part: Part) -> Codec:
     scale = encoding.largest_return or 1.0
     if part.code in ("auto", "linear"):
         return Affine("vector:return:1", (), (-scale,), (scale,), _RETURN_LIMIT)
-    from tiphys.dataio.statistics import RETURN_TO_GO
-
-    found = encoding.statistics.get(RETURN_TO_GO) if part.rule == "to_go" else None
     if part.code == "uniform":
         low, high = return_range(encoding, part, scale)
         return Bins("", (), encoding.ranges.continuous, CONTINUOUS_BINS, (low,), (high,), False)
     where = f"task {encoding.task.name!r}, return"
-    if part.code == "quantile" and part.rule == "to_go":
-        if found is None or not found.count:
-            raise DataError(
-                f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
-                "write the dataset again, or use the code 'uniform'"
-            )
-        edges = found.at(np.linspace(0, 1, int(part.options.get("bins", _RETURN_BINS)) + 1))[:, 0]
+    if part.code == "quantile":
+        edges = return_statistics(encoding, part, where).at(np.linspace(0, 1, _RETURN_BINS + 1))[:, 0]
         return Quantiles("", (), encoding.ranges.continuous, (Quantiles.merged(edges),))
     if part.code == "integer":
         return integers_codec(encoding, where, (), part, (-scale, scale))
     if part.code == "sign":
         return Sign("", (), encoding.ranges.discrete)
     raise DataError(f"{where}: a return cannot have the code {part.code!r}")
+
+
+def return_statistics(encoding: Encoding, part: Part, where: str) -> FieldStatistics:
+    """Statistics of the returns of a rule over the data."""
+    from tiphys.dataio.statistics import RETURN_TO_GO
+
+    if part.rule != "to_go":
+        if not any(field.name == REWARD_FIELD for field in encoding.task.fields):
+            raise DataError(
+                f"{where}: the code 'quantile' needs rewards, and the data have none; use the code 'uniform'"
+            )
+        discount = float(source_of(part.rule)[1] or 1)  # `after` is not discounted
+        assert encoding.discounted is not None
+        return encoding.discounted(discount)
+    found = encoding.statistics.get(RETURN_TO_GO)
+    if found is None or not found.count:
+        raise DataError(
+            f"{where}: the code 'quantile' needs statistics of the returns, which datasets of earlier versions lack; "
+            "write the dataset again, or use the code 'uniform'"
+        )
+    return found
 
 
 def return_range(encoding: Encoding, part: Part, scale: float) -> tuple[float, float]:

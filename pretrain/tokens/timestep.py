@@ -32,7 +32,7 @@ TO_THE_END = 1 << 30  # rows; more than an episode has
 ACTION_LOCAL = LOCAL_POSITIONS - 1  # all action tokens share it (Reed et al. 2022, app. C.3)
 CAUSAL, BOTH, PREFIX = "causal", "both", "prefix"
 MASKS = {
-    CAUSAL: "each position sees those before it",
+    CAUSAL: "each position sees itself and those before it",
     BOTH: "all positions see each other",
     PREFIX: "a prompt and the texts before the first step see each other, the rest is causal",
 }

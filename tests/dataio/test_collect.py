@@ -94,6 +94,27 @@ def test_the_experts_action_is_recorded_not_the_executed_one():
 
     assert replay(clean) == 0
     assert replay(noisy) > 0
+    assert noisy.info["record"] == "intended"
+
+
+def test_the_executed_action_is_recorded_if_that_is_asked(tmp_path):
+    """So observations and returns are those of the recorded actions, and episodes differ in quality."""
+    spec = environments.spec(CART)
+    with Players(1) as players:
+        episodes = list(players.demonstrations(spec, 12, 5, 1.0, "executed"))
+    env: Any = environments.make(CART)
+    for episode in episodes:
+        assert episode.info["record"] == "executed"
+        observation, _ = env.reset(seed=episode.info["seed"])
+        for t, action in enumerate(episode.fields["action"]):
+            assert np.array_equal(observation, episode.fields["observation"][t])
+            observation = env.step(int(action))[0]
+    levels, returns = zip(*((e.info["noise"], e.total_return) for e in episodes), strict=True)
+    assert min(returns) < 50
+    assert max(returns) == 500
+    assert np.corrcoef(levels, returns)[0, 1] < -0.5
+    with pytest.raises(DataError, match="record 'both' is unknown; it is one of intended, executed"):
+        collect(CART, str(tmp_path / "data"), 1, record="both")
 
 
 def test_seeds_of_demonstrations_scores_and_evaluation_never_overlap(tmp_path):

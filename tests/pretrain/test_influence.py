@@ -23,6 +23,7 @@ from tiphys.pretrain.tokens.sequence import placements
 from tiphys.recipes.sections.model import Model
 from tiphys.recipes.sections.objective import FieldTokens
 
+PRODUCT = tuple(paradigms.PARADIGMS)
 CASES = {
     "bc": ("bc", [GRID, ARM, CAMERA], {}),
     "bc regressed": ("bc", [ARM], {"discretise": "no"}),
@@ -31,11 +32,11 @@ CASES = {
     "reward": ("reward", [GRID], {}),
     "mia": ("mia", [GRID], {}),
     "madt": ("madt", [TEAM], {"options": {"agents": 2}}),
-    **{name: (name, [ARM], {}) for name in ("pdt", "prompt-dt", "text-dt", "gdt", "bdt")},
     "turned": ("turned", [ARM, GRID], {"options": {"without_rewards": True}}),
     "prefix": ("prefix", [ARM, GRID], {"options": {"without_rewards": True}}),
     **{name: (name, [ARM], {}) for name in ROWS if name not in ("prefix", "turned")},
 }
+CASES |= {name: (name, [ARM], {}) for name in PRODUCT if name not in CASES}
 
 
 @pytest.fixture

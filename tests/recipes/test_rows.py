@@ -40,6 +40,23 @@ def test_every_row_has_a_recipe_that_names_its_paper(row):
     assert any(command.startswith(f"tiphys train {row}") for command in lines(row))
 
 
+def reads_effects(row):
+    """Whether the row learns from what followed an action, so that the action must be the one that was executed."""
+    it = PARADIGMS[row]
+    given = any(part.kind in ("return", "reward") for part in it.timestep)
+    seen = it.mask == "both" or it.views == "future" or any(p.kind == "observation" and p.weight for p in it.timestep)
+    return given or (seen and it.loss != "pairs") or any(e.prefer == "top" for e in load_recipe(row).data.mixture)
+
+
+@pytest.mark.parametrize("row", [row for row in PARADIGMS if reads_effects(row)])
+def test_recorded_are_the_actions_that_the_returns_and_observations_follow_from(row):
+    for command in lines(row):
+        if command.startswith("tiphys collect "):
+            given = cli._parser().parse_args(shlex.split(command)[1:])
+            own = given.noise < 0 and ":" in given.tasks[0]  # an environment in a module is not disturbed by default
+            assert given.record == "executed" or own
+
+
 @pytest.mark.envs
 @pytest.mark.parametrize(
     "row", [pytest.param(row, marks=pytest.mark.long if row in LARGE else ()) for row in (*PARADIGMS, "babyai")]

@@ -20,7 +20,6 @@ from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.paradigm import ACTING, Part
-from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.pretrain.tokens.ranges import Ranges
 from tiphys.pretrain.tokens.return_codecs import return_codec, return_range
 
@@ -183,16 +182,16 @@ def test_every_rule_acts_only_as_it_can(paradigm):
 
 
 @pytest.mark.parametrize(
-    ("paradigm", "returns", "rewards", "low", "high"),
+    ("rule", "returns", "rewards", "low", "high"),
     [
-        ("mgdt", (2.0, 7.0), (0.0, 1.0), 2.0, 7.0),
-        ("tt", (2.0, 7.0), (0.0, 1.0), 0.0, 7.0),
-        ("tt", (-7.0, -2.0), (-1.0, -0.5), -7.0, 0.0),
-        ("tt", (-2.0, 7.0), (-1.0, 1.0), -9.0, 9.0),
+        ("to_go", (2.0, 7.0), (0.0, 1.0), 2.0, 7.0),
+        ("discounted:.99", (2.0, 7.0), (0.0, 1.0), 0.0, 7.0),
+        ("discounted:.99", (-7.0, -2.0), (-1.0, -0.5), -7.0, 0.0),
+        ("discounted:.99", (-2.0, 7.0), (-1.0, 1.0), -9.0, 9.0),
     ],
     ids=["to go", "discounted", "discounted costs", "discounted, of both signs"],
 )
-def test_bins_of_returns_cover_what_the_data_can_have(paradigm, returns, rewards, low, high):
+def test_uniform_bins_of_returns_cover_what_the_data_can_have(rule, returns, rewards, low, high):
     """A policy that prefers low returns would draw one that stands for nothing; half of the bins would be lost."""
 
     def found(values):
@@ -200,7 +199,7 @@ def test_bins_of_returns_cover_what_the_data_can_have(paradigm, returns, rewards
         sketch.add(np.array(values)[:, None])
         return sketch.result()
 
-    part = next(part for part in PARADIGMS[paradigm].timestep if part.kind == "return")
+    part = Part("return", "uniform", source=rule)
     encoding = SimpleNamespace(
         statistics={RETURN_TO_GO: found(returns), REWARD_FIELD: found(rewards)},
         largest_return=7.0,

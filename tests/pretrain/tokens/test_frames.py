@@ -9,6 +9,7 @@ import pytest
 from benchmarks.ideas.toys import write
 from tests.pretrain.token_fixtures import ARM, GRID, make
 from tiphys.dataio import frame_statistics as module
+from tiphys.dataio import sampled_statistics
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec, Window
 from tiphys.dataio.frame_statistics import frame_statistics
 from tiphys.dataio.index import EpisodeIndex
@@ -102,12 +103,13 @@ def test_statistics_are_those_of_the_derived_values(index: EpisodeIndex, monkeyp
     monkeypatch.setattr(module, "_values", None)  # a second time, they are read
     again = frame_statistics(index, 0, "action", "observation.state", columns, horizon)
     assert again.to_dict() == found.to_dict()
+    np.testing.assert_array_equal(again.at((0.003, 0.4)), found.at((0.003, 0.4)))
 
 
 def test_a_large_dataset_is_sampled_and_the_sample_is_printed(
     index: EpisodeIndex, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "MOST_VALUES", 30)
+    monkeypatch.setattr(sampled_statistics, "MOST_VALUES", 30)
     found = frame_statistics(index, 0, "action", "observation.state", (0, 0, 0), 2)
     assert 0 < found.count < 2 * sum(LENGTHS)
     assert f"of {sum(LENGTHS)} steps, a random sample of" in capsys.readouterr().out
