@@ -7,7 +7,8 @@ Parts (all, if none is named): `windows`, `cache` (a quarter of the video), `cop
 of files).
 
 TIPHYS_LEROBOT_PYTHON names a Python with `lerobot`, which writes the dataset (one camera, 224 × 224, its default codec) and reads
-it by its map reader and, if torchcodec can be loaded, by its streaming reader. The readers alternate. Figures are medians of
+it by its map reader and, if torchcodec can be loaded, by its streaming reader. TIPHYS_LANCE_PYTHON names one that also has
+`lerobot-lancedb`, which reads a copy in its own format. The readers alternate. Figures are medians of
 windows per CPU second: of the whole loader process, its CRCs and its batches included, and of all threads of the other readers.
 Times of the wall mean nothing on a shared machine.
 """
@@ -33,6 +34,7 @@ from tiphys.dataio.placement import Home
 from tiphys.launch.loader_bench import all_fields, stack_windows, window_plan
 
 PYTHON = os.environ.get("TIPHYS_LEROBOT_PYTHON", "")
+LANCE = os.environ.get("TIPHYS_LANCE_PYTHON", "")
 PARTS = ("windows", "cache", "copies", "index", "memory")
 FILES = {"index": (1000,), "memory": (10, 1000, 10_000)}
 WORKER = Path(__file__).parent / "others" / "lerobot_map.py"
@@ -43,7 +45,7 @@ WINDOWS = (1, 8)  # steps of a window
 def lerobot(*arguments: object) -> str:
     """What LeRobot's worker prints."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    command = [PYTHON, str(WORKER), *map(str, arguments)]
+    command = [LANCE if arguments[0] == "lance" else PYTHON, str(WORKER), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -78,7 +80,7 @@ def video_bytes(index: EpisodeIndex) -> int:
 
 def against(index: EpisodeIndex, source: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Windows per CPU second of each reader, which take turns; a reader that cannot run is named with its error."""
-    others = {"lerobot": "read", "streaming": "stream"}
+    others = {"lerobot": "read", "streaming": "stream", **({"lancedb": "lance"} if LANCE else {})}
     out, cache = dict[str, Any](), max(video_bytes(index), 8 << 20)
     for window in WINDOWS:
         found: dict[str, list[float]] = {"tiphys": [], **{name: [] for name in others}}

@@ -1,13 +1,17 @@
 """LeRobot's readers. They run in an environment of their own, which has `lerobot`, and import nothing of Tiphys.
 
+`lance` needs one that also has `lerobot-lancedb`.
+
 python lerobot_map.py write FOLDER EPISODES STEPS     # a dataset with one camera of 224 × 224
 python lerobot_map.py read FOLDER BACKEND K WINDOWS SEED       # random windows of K steps by the map reader; prints JSON
 python lerobot_map.py stream FOLDER BACKEND K WINDOWS SEED     # the same by the streaming reader
+python lerobot_map.py lance FOLDER BACKEND K WINDOWS SEED      # the same from FOLDER-lance, which it makes if need be
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +21,7 @@ from typing import Any
 import numpy as np
 
 FPS, CAMERA, SIDE = 10, "observation.images.top", 224
-WARM = 8  # windows before time is taken
+BATCH = WARM = 8  # windows of a batch; windows before time is taken
 
 
 def write(folder: Path, episodes: int, steps: int) -> None:
@@ -62,6 +66,26 @@ def stream(folder: Path, backend: str, window: int, windows: int, seed: int) -> 
     return timed(iter(dataset), windows)
 
 
+def lance(folder: Path, backend: str, window: int, windows: int, seed: int) -> dict[str, float]:
+    """The same by lerobot-lancedb, in batches, as its loader reads them. It knows one decoder, torchcodec."""
+    from lerobot_lancedb import LanceDBDataset
+
+    made = folder.with_name(f"{folder.name}-lance")
+    if not made.is_dir():
+        command = [
+            str(Path(sys.executable).with_name("lerobot-lance-convert")),
+            "--root",
+            str(folder),
+            "--out",
+            str(made),
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    times = {name: [k / FPS for k in range(window)] for name in (CAMERA, "action")}
+    dataset = LanceDBDataset(root=made, delta_timestamps=times)
+    chosen = np.random.default_rng(seed).integers(0, len(dataset) - window, (windows // BATCH + 1, BATCH)).tolist()
+    return timed((item for batch in chosen for item in dataset.__getitems__(batch)), windows)
+
+
 def timed(windows: Iterator[Any], count: int) -> dict[str, float]:
     for _ in range(WARM):  # opens the files
         next(windows)
@@ -76,5 +100,5 @@ if __name__ == "__main__":
     if operation == "write":
         write(Path(target), *map(int, rest))
     else:
-        reader = {"read": read, "stream": stream}[operation]
+        reader = {"read": read, "stream": stream, "lance": lance}[operation]
         print(json.dumps(reader(Path(target), rest[0], *map(int, rest[1:]))))
