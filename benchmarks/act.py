@@ -35,7 +35,10 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
-from tiphys.recipes.schema import Data, Entry, Experts, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Experts, Model
+from tiphys.recipes.sections.objective import Objective
 
 TASKS = {  # 5 tokens a step each
     "dt": TaskSpec(

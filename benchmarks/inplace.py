@@ -192,9 +192,9 @@ def main() -> None:
         if "cache" in parts:
             quarter = tiphys(index, 8, given.windows, video_bytes(index) // 4)
             out["cache of a quarter, K = 8, bytes fetched ÷ delivered"] = quarter["fetched"]
-        for part in ("index", "memory"):
-            if part in parts:
-                out[part] = {files: many(source, scratch, files) for files in FILES[part]}
+        asked = {part: counts for part, counts in FILES.items() if part in parts}
+        found = {files: many(source, scratch, files) for files in sorted({n for ns in asked.values() for n in ns})}
+        out |= {part: {files: found[files] for files in counts} for part, counts in asked.items()}
     for name, value in out.items():
         print(name, value)
     if given.json:

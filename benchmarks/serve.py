@@ -75,7 +75,7 @@ def policy(folder: Path, seed: int = 0) -> Path:
     import tests.pretrain.token_fixtures as fixtures
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
-    from tiphys.recipes.schema import Experts, Model
+    from tiphys.recipes.sections.model import Experts, Model
 
     fields = (
         FieldSpec("observation", "observation", "continuous", "float32", (STATE,)),

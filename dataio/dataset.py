@@ -17,9 +17,10 @@ import numpy as np
 from tiphys.dataio.episode import DataError, Episode, TaskSpec
 from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, check_shard, fetch, parse, publish
 from tiphys.dataio.format.limited import check_table, read_statistics
+from tiphys.dataio.format.places import Range
 from tiphys.dataio.format.rows import ONLY_WITH_ACTION
 from tiphys.dataio.format.table import Part, Shard, batches, combine, shards_of
-from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.place import resolve
 from tiphys.dataio.inplace.summary import videos
 from tiphys.dataio.shards import merge_tasks

@@ -1,4 +1,4 @@
-"""`EpisodeIndex`: where each step of each episode is stored, and how its bytes become the arrays of a window."""
+"""`EpisodeIndex`: where each step of each episode is stored. `decoding` makes the arrays of a window of its bytes."""
 
 from __future__ import annotations
 
@@ -7,39 +7,28 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from crc32c import crc32c
 
+from tiphys.dataio.decoding import decode
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.dataio.format import encodings
 from tiphys.dataio.format.arrays import ChunkTable, Strings, chunk_table, load, packet_fields
 from tiphys.dataio.format.document import DATASET, STATISTICS, cache_folder, decoded, fetch, parse
 from tiphys.dataio.format.packet_table import PacketTable, packet_table
-from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, broken_row, is_large, is_small
+from tiphys.dataio.format.places import PACKETS, STEPS, Chunk, Range, WantedFields
+from tiphys.dataio.format.rows import ONLY_WITH_ACTION, RowLayout, is_large, is_small
 from tiphys.dataio.format.table import Shard, hash_id
 from tiphys.dataio.statistics import FieldStatistics
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from tiphys.dataio.format.video_stream import Stream
     from tiphys.dataio.storage import Store
-
-STEPS = "steps.npy"
-PACKETS = "packets"  # kind of chunks that `packets.FIELD` lists
-
-
-class Range(NamedTuple):
-    """Bytes [offset, offset + size) of a shard. They hold rows of `field`; `steps.npy` stands for all small fields."""
-
-    shard: int  # number in `EpisodeIndex.shards`
-    offset: int
-    size: int
-    field: str
 
 
 class EpisodeIndex:
@@ -107,7 +96,7 @@ class EpisodeIndex:
         self._row_bytes = np.array([one.dtype.itemsize for one in self.layouts] or [0], np.int64)
         self._chunk_tables: dict[str, ChunkTable] = {}
         self._packet_tables: dict[str, PacketTable | None] = {}
-        self._wanted_fields: dict[tuple[int, tuple[str, ...]], _Wanted] = {}
+        self._wanted_fields: dict[tuple[int, tuple[str, ...]], WantedFields] = {}
 
     @classmethod
     def open(cls, url: str, cache_dir: str = "") -> EpisodeIndex:
@@ -299,7 +288,7 @@ class EpisodeIndex:
             raise DataError(f"episode {self.id(episode)!r} has no rows from {start} on: it has {have}")
         one = self._row_bytes.item(task)
         out = [Range(shard, first + start * one, rows * one, STEPS)] if first >= 0 else []
-        for spec in self._wanted(task, fields).large:
+        for spec in self.wanted(task, fields).large:
             chunks = self.chunks(episode, spec, start, rows)
             if chunks:
                 begin, end = chunks[0].offset, chunks[-1].offset + chunks[-1].size
@@ -324,7 +313,7 @@ class EpisodeIndex:
                 out[i] = data
         return out
 
-    def _wanted(self, task: int, fields: Sequence[str]) -> _Wanted:
+    def wanted(self, task: int, fields: Sequence[str]) -> WantedFields:
         """The named fields of a task, grouped by where they are stored."""
         key = task, tuple(fields)
         wanted = self._wanted_fields.get(key)
@@ -332,7 +321,7 @@ class EpisodeIndex:
             specs = [self.tasks[task].field(name) for name in fields]
             small = [f.name for f in specs if is_small(f)]
             large = [f for f in specs if is_large(f)]
-            wanted = self._wanted_fields[key] = _Wanted(
+            wanted = self._wanted_fields[key] = WantedFields(
                 small, large, [f for f in specs if not is_small(f) and not is_large(f)]
             )
         return wanted
@@ -472,138 +461,12 @@ class EpisodeIndex:
         DataError
             If a buffer has a wrong length or its content is damaged. The message names the shard, the member and the bytes.
         """
-        task = self.task.item(episode)
-        rows = min(rows, self.rows.item(episode) - start)
-        wanted = self._wanted(task, fields)
-        out: dict[str, Any] = {}
-        if self.rows_offset.item(episode) >= 0:
-            packed = self._decode_rows(episode, start, rows, buffers)
-            for name in wanted.small:
-                out[name] = packed[name].copy()
-            step, returns, valid = (
-                packed["_step"].astype(np.int64),
-                packed["_return_to_go"].copy(),
-                packed["_valid"] != 0,
-            )
-        else:
-            if wanted.small:
-                raise DataError(
-                    f"episode {self.id(episode)!r} has no steps.npy, therefore no field {wanted.small[0]!r}"
-                )
-            step, returns, valid = np.arange(start, start + rows), np.zeros(rows, np.float32), np.zeros(rows, bool)
-        if wanted.large:
-            parts = self._parts(episode, start, rows, fields, buffers)
-            for spec in wanted.large:
-                if before is not None and spec.name in parts:
-                    before(parts[spec.name][0])
-                out[spec.name] = self._decode_large(
-                    episode, spec, start, rows, parts.get(spec.name), (strides or {}).get(spec.name, 1)
-                )
-        for spec in wanted.episodic:
-            value = self.episode_value(episode, spec)
-            if value is not None:
-                out[spec.name] = value
-        return {"fields": out, "step": step, "returns_to_go": returns, "valid": valid}
-
-    def _decode_rows(self, episode: int, start: int, rows: int, buffers: Sequence[Buffer]) -> np.ndarray:
-        dtype = self.layouts[self.task.item(episode)].dtype
-        if not buffers:
-            raise DataError(f"episode {self.id(episode)!r}: no buffer was given for its rows of steps.npy")
-        packed = memoryview(buffers[0]).cast("B")
-        broken = broken_row(packed, dtype.itemsize) if len(packed) == rows * dtype.itemsize else 0
-        if broken >= 0:
-            place = self.ranges(episode, start, rows, ())[0]
-            if len(packed) != place.size:
-                raise DataError(f"{self.place(episode, place)}: {len(packed)} bytes arrived; read the range again")
-            place = place._replace(offset=place.offset + broken * dtype.itemsize, size=dtype.itemsize)
-            raise DataError(
-                f"{self.place(episode, place)}: the CRC-32C of row {start + broken} does not match; read the range "
-                "again, and if the error stays, run `tiphys verify`"
-            )
-        table = np.frombuffer(packed, dtype)
-        if table["_step"][0] != start:
-            place = self.ranges(episode, start, rows, ())[0]
-            raise DataError(
-                f"{self.place(episode, place)}: these bytes hold row {table['_step'][0]}, not row {start}; "
-                "run `tiphys verify`"
-            )
-        return table
-
-    def _parts(
-        self, episode: int, start: int, rows: int, fields: Sequence[str], buffers: Sequence[Buffer]
-    ) -> dict[str, tuple[Range, memoryview]]:
-        """Range and bytes of each large field that has chunks in the window."""
-        ranges = self.ranges(episode, start, rows, fields)
-        if len(ranges) != len(buffers):
-            raise DataError(f"episode {self.id(episode)!r}: {len(buffers)} buffers were given for {len(ranges)} ranges")
-        views = [memoryview(b).cast("B") for b in buffers]
-        for r, view in zip(ranges, views):
-            if len(view) != r.size:
-                raise DataError(f"{self.place(episode, r)}: {len(view)} bytes arrived; read the range again")
-        return {r.field: (r, v) for r, v in zip(ranges, views)}
-
-    def _decode_large(
-        self, episode: int, spec: FieldSpec, start: int, rows: int, part: tuple[Range, memoryview] | None, stride: int
-    ) -> np.ndarray:
-        pieces = []
-        chunks = self.chunks(episode, spec, start, rows) if part else []
-        for chunk in chunks:
-            assert part is not None
-            begin = chunk.offset - part[0].offset
-            data = part[1][begin : begin + chunk.size]
-            place = Range(part[0].shard, chunk.offset, chunk.size, spec.name)
-            low, high = max(start, chunk.row), min(start + rows, chunk.row + chunk.rows)
-            needed = np.arange(low, high) % stride == 0
-            if chunk.kind != PACKETS or needed.any():
-                self.check_chunk(episode, place, chunk, data)
-            try:
-                if chunk.kind == PACKETS:
-                    pieces.append(self._decode_packets(episode, spec, chunk, low, needed, data))
-                else:
-                    pieces.append(_decode_chunk(data, chunk, spec))
-            except DataError as error:
-                raise DataError(f"{self.place(episode, place)}: {error}") from error
-        if spec.per == "episode":
-            return pieces[0][0]
-        # of packets, only the wanted rows are decoded
-        low = 0 if chunks and chunks[0].kind == PACKETS else start - (chunks[0].row if chunks else 0)
-        array = np.concatenate(pieces)[low : low + rows] if pieces else _nothing(spec, 0)
-        if len(array) < rows:  # the last row holds only an observation, and this field has no value there
-            array = np.concatenate([array, _nothing(spec, rows - len(array), array.shape[1:])])
-        return array
+        return decode(self, episode, start, rows, fields, buffers, before, strides)
 
     def check_chunk(self, episode: int, place: Range, chunk: Chunk, data: Buffer) -> None:
         """Raises DataError, which names the place, if the bytes of a chunk do not have its CRC-32C."""
         if chunk.crc >= 0 and crc32c(data) != chunk.crc:
             raise DataError(f"{self.place(episode, place)}: the chunk's CRC-32C does not match; run `tiphys verify`")
-
-    def _decode_packets(
-        self, episode: int, spec: FieldSpec, chunk: Chunk, low: int, needed: np.ndarray, data: memoryview
-    ) -> np.ndarray:
-        """The rows of a chunk from row `low` on; those that are not needed (bool: one for each row) are black."""
-        from tiphys.dataio.format import packets
-
-        table = self.packets(spec.name)
-        assert table is not None
-        number = table.chunk_at(episode, chunk.row)
-        samples = table.chunk_samples(episode, number)
-        frame = table.part("frame", episode, low, len(needed))
-        wanted = int(table.lead[number]) + low - chunk.row + np.arange(len(needed)) if frame is None else frame
-        stream = _stream(table.entry(episode))
-        if not all(want in (0, have) for want, have in zip(spec.shape[:2], (stream.height, stream.width), strict=True)):
-            raise DataError(f"the video has pictures of {stream.height} × {stream.width}, not {spec.shape}")
-        payloads = [
-            data[at : at + size] for at, size in zip(samples.begin.tolist(), samples.size.tolist(), strict=True)
-        ]
-        grey = bool(spec.shape) and spec.shape[-1] == 1
-        pictures = packets.decode(stream, payloads, samples.rank, wanted[needed], "", grey)
-        if not all(want in (0, have) for want, have in zip(spec.shape, pictures.shape[1:], strict=True)):
-            raise DataError(f"the video has pictures of shape {pictures.shape[1:]}, not {spec.shape}")
-        if needed.all():
-            return pictures
-        out = np.zeros((len(needed), *pictures.shape[1:]), pictures.dtype)
-        out[needed] = pictures
-        return out
 
     def episode_value(self, episode: int, spec: FieldSpec) -> Any:
         """The value of a field that has one value for the whole episode: a str, or an array of the field's shape.
@@ -631,48 +494,6 @@ class EpisodeIndex:
         name = self.shard_name(r.shard)
         where = name if "://" in name else f"{self.url}/{name}"
         return f"{where}, bytes {r.offset}–{r.offset + r.size - 1} ({member} of episode {self.id(episode)!r})"
-
-
-class _Wanted(NamedTuple):
-    """Fields grouped by where they are stored."""
-
-    small: list[str]  # as columns of steps.npy
-    large: list[FieldSpec]  # as members of their own
-    episodic: list[FieldSpec]  # in the index
-
-
-class Chunk(NamedTuple):
-    """A few rows of a large field that are stored together. They can only be read as a whole."""
-
-    kind: str  # one of encodings.KINDS, or PACKETS
-    offset: int  # of its first byte in the shard
-    size: int  # bytes
-    crc: int  # CRC-32C of its bytes; −1: unknown
-    row: int  # first row
-    rows: int
-
-
-def _decode_chunk(data: memoryview, chunk: Chunk, spec: FieldSpec) -> np.ndarray:
-    if chunk.kind != "raw":
-        return encodings.decode(data, chunk.kind, chunk.rows, spec.shape)
-    dtype = np.dtype(spec.dtype).newbyteorder("<")
-    if spec.dtype == "str" or 0 in spec.shape or chunk.size != chunk.rows * spec.bytes_per_step:
-        raise DataError(f"{chunk.size} bytes cannot hold {chunk.rows} rows of {spec.dtype} {spec.shape}")
-    return np.frombuffer(data, dtype).reshape(chunk.rows, *spec.shape).copy()
-
-
-@lru_cache(maxsize=256)
-def _stream(entry: bytes) -> Stream:
-    from tiphys.dataio.format.video_stream import Stream
-
-    return Stream.from_entry(entry, "the index")
-
-
-def _nothing(spec: FieldSpec, rows: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Rows without a value: zeros, or empty texts."""
-    if spec.dtype == "str":
-        return np.full(rows, "", np.dtypes.StringDType())
-    return np.zeros((rows, *(spec.shape if shape is None else shape)), spec.dtype)
 
 
 def _reopen(url: str, document: Mapping[str, Any], folder: str, fingerprint: str) -> EpisodeIndex:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.philox import BUCKET, words
-from tiphys.dataio.plan.draws import Columns, Drawer, Ints, Quarantine
-from tiphys.dataio.plan.entries import OWN, EntryLengths, PlanEntry, PlannedWindows
+from tiphys.dataio.plan.buckets import buckets_of
+from tiphys.dataio.plan.draws import Drawer, Ints, Quarantine
+from tiphys.dataio.plan.entries import EntryLengths, PlanEntry, PlannedWindows
 from tiphys.dataio.plan.epochs import EpochDrawer, epoch_mix
 from tiphys.dataio.plan.index import STARTS, Drawing, PlanIndex, digest, drawable_episodes
 from tiphys.dataio.plan.log import Event, PlanLog
 from tiphys.dataio.plan.mixture import UNIT, Mix, entry_shares, free_mix
+from tiphys.dataio.plan.phase_draws import PhaseDraws
 from tiphys.dataio.plan.phases import PlanHistory
 from tiphys.dataio.plan.report import report
 
-__all__ = ["EntryLengths", "PlanEntry", "PlannedWindows", "SamplingPlan", "choose_buckets"]
+__all__ = ["EntryLengths", "PlanEntry", "PlannedWindows", "SamplingPlan"]
 
 VERSION = 2  # another version draws other windows from the same seed
 _GOLDEN = 10368889  # the odd number nearest to UNIT / golden ratio: the offsets of any span of steps are spread evenly
@@ -39,44 +40,6 @@ _GOLDEN = 10368889  # the odd number nearest to UNIT / golden ratio: the offsets
 def _part(planned: PlannedWindows, part: slice) -> PlannedWindows:
     columns: Any = (column[part] for column in planned)
     return PlannedWindows(*columns)
-
-
-def choose_buckets(episodes: int, rows: int, prompted: int | None = None) -> int:
-    """Number of buckets: the largest power of two that is at most `rows` and leaves 400 episodes of each task in a bucket (1,000
-    of a task with prompts). With fewer episodes in a bucket, gradients would vary more than with independent draws.
-
-    Parameters
-    ----------
-    episodes : int
-        Drawable episodes of the smallest task. Only entries with a weight above 0 count.
-    rows : int
-        Rows of the global batch.
-    prompted : int, optional
-        Drawable episodes of the smallest task with prompts; None: no task has prompts.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
-    most = min(rows, episodes // 400, rows if prompted is None else prompted // 1000)
-    return 1 << (max(most, 1).bit_length() - 1)
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """What is needed to draw the steps of one phase."""
-
-    index: PlanIndex
-    mix: Mix
-    drawer: Drawer
-    skipped: int
-
-    def segment(self, position: Ints) -> Ints:
-        return np.searchsorted(self.mix.cut, position, side="right") - 1
-
-    def bucket(self, segment: Ints) -> Ints:
-        return segment // (len(self.mix.cut) // self.index.buckets)
 
 
 class SamplingPlan:
@@ -161,7 +124,7 @@ class SamplingPlan:
         self.validation, self.held_out = validation, held_out
         self.cache_dir, self.starts = cache_dir, starts
         self._first_entries = tuple(entries)
-        self.buckets = buckets or self._choose_buckets()
+        self.buckets = buckets or buckets_of(self._first_entries, rows, validation, held_out)
         self.log = log if log is not None else PlanLog()
         self.step = 0
         self._offset = int(words(seed, 0, purpose=BUCKET)[0]) % UNIT
@@ -170,20 +133,6 @@ class SamplingPlan:
         self._history = PlanHistory(self._first_entries, open_entry)
         self._replay()
         self._ready(0)  # so that data errors are raised now, not at the first step
-
-    def _choose_buckets(self) -> int:
-        """`choose_buckets` for the smallest tasks of the entries with a weight above 0."""
-        smallest, prompted = 2**62, None
-        for entry in self._first_entries:
-            counts = drawable_episodes(entry, self.validation, self.held_out)
-            share = np.asarray(entry.lengths.prompt)[list(entry.tasks)]
-            if entry.lengths.every is not None:
-                share = share + np.asarray(entry.lengths.every)[list(entry.tasks)]
-            if entry.weight > 0 and (counts > 0).any():
-                smallest = min(smallest, int(counts[counts > 0].min()))
-                if (with_prompts := counts[(counts > 0) & (share > 0)]).size:
-                    prompted = min(prompted or 2**62, int(with_prompts.min()))
-        return choose_buckets(smallest, self.rows, prompted)
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
@@ -349,124 +298,12 @@ class SamplingPlan:
             row = np.concatenate([np.asarray(rows[i], np.int64) for i in chosen])
             if len(row) and not (row.min() >= 0 and row.max() < self.rows):
                 raise ValueError(f"rows must be from 0 to {self.rows - 1}, not from {row.min()} to {row.max()}")
-            at, planned = self._planned(phase, step, row, attempts or {})
+            position = self.positions(step + phase.skipped, row)
+            at, planned = phase.planned(step, row, position, attempts or {})
             ends = np.searchsorted(at, np.cumsum(sizes))
             starts = [0, *ends[:-1]]
             out += [_part(planned, slice(a, b)) for a, b in zip(starts, ends)]
         return out
-
-    def _planned(
-        self, phase: _Ready, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
-    ) -> tuple[Ints, PlannedWindows]:
-        # Draw the rows of a bucket together, whatever their step: each search then stays in a small part of the index.
-        order = np.argsort(row, kind="stable")
-        step, row = step[order], row[order]
-        counter = step + phase.skipped
-        segment = phase.segment(self.positions(counter, row))
-        windows, prompts = phase.drawer.rows(counter, row, segment)
-        if phase.index.strata.every.any():
-            own = phase.drawer.own_prompts(windows, counter, row)
-            prompts = {k: np.concatenate([prompts[k], own[k]]) for k in prompts}
-        windows["attempt"] = np.zeros(len(windows["at"]), np.int64)
-        prompts["attempt"] = np.zeros(len(prompts["at"]), np.int64)
-        if attempts or len(self._quarantine):
-            windows, prompts = self._readable(phase, windows, prompts, step, row, segment, attempts)
-        columns = {k: np.concatenate([prompts[k], windows[k]]) for k in windows}
-        at = order[columns["at"]]
-        slot = columns["slot"]
-        arranged = np.argsort(at << 17 | slot % OWN << 1 | (slot < OWN))  # a window's own prompt stands before it
-        columns = {k: v[arranged] for k, v in columns.items()}
-        stratum, place = columns["cell"] % len(phase.index.strata), columns["place"]
-        return at[arranged], PlannedWindows(
-            row=row[columns["at"]],
-            slot=columns["slot"],
-            entry=phase.index.strata.entry[stratum],
-            task=phase.index.strata.task[stratum],
-            episode=phase.index.episode[place].astype(np.int64),
-            start=columns["start"],
-            units=columns["units"],
-            tokens=columns["tokens"],
-            prompt=(columns["slot"] == 0) | (columns["slot"] >= OWN),
-            attempt=columns["attempt"],
-        )
-
-    def _readable(
-        self,
-        phase: _Ready,
-        windows: Columns,
-        prompts: Columns,
-        step: Ints,
-        row: Ints,
-        segment: Ints,
-        attempts: Mapping[tuple[int, int], int],
-    ) -> tuple[Columns, Columns]:
-        """Replaces the windows and prompts that are quarantined or were reported as unreadable.
-
-        A prompt belongs to a window, that of a row to its first: if that window is drawn again, the prompt is too. Windows and
-        prompts for which no substitute is found are left out.
-        """
-        needed = self._needed(phase, windows, step, row, attempts)
-        changed = np.flatnonzero(needed)
-        windows = self._redrawn(phase, windows, None, changed, needed, step, row, segment)
-        rows, first = np.unique(windows["at"], return_index=True)
-        key = windows["at"] << 16 | windows["slot"]
-        row_first = first[np.minimum(np.searchsorted(rows, prompts["at"]), len(first) - 1)] if len(first) else first
-        wanted = np.where(prompts["slot"] == 0, key[row_first], prompts["at"] << 16 | prompts["slot"] % OWN)
-        place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)  # the window that each prompt belongs to
-        alive = (key[place] == wanted) & (windows["at"][place] == prompts["at"]) & (windows["units"][place] > 0)
-        prompts, place = {k: v[alive] for k, v in prompts.items()}, place[alive]
-        heads = {k: v[place] for k, v in windows.items()}
-        needed = self._needed(phase, prompts, step, row, attempts)
-        needed = np.where(np.isin(place, changed), np.maximum(needed, 1), needed)
-        prompts = self._redrawn(phase, prompts, heads, np.flatnonzero(needed), needed, step, row, segment)
-        some, kept = windows["units"] > 0, prompts["units"] > 0
-        return {k: v[some] for k, v in windows.items()}, {k: v[kept] for k, v in prompts.items()}
-
-    def _refused(self, phase: _Ready, cell: Ints, place: Ints, step: Ints) -> NDArray[np.bool_]:
-        entry = phase.index.strata.entry[cell % len(phase.index.strata)]
-        return self._quarantine.holds(entry, phase.index.episode[place].astype(np.int64), step)
-
-    def _needed(
-        self, phase: _Ready, columns: Columns, step: Ints, row: Ints, attempts: Mapping[tuple[int, int], int]
-    ) -> Ints:
-        """The least attempt that is acceptable for each window; 0: the window stays."""
-        at = columns["at"]
-        needed = self._refused(phase, columns["cell"], columns["place"], step[at]).astype(np.int64)
-        if attempts:
-            asked = [attempts.get(key, 0) for key in zip(row[at].tolist(), columns["slot"].tolist())]
-            needed = np.maximum(needed, asked)
-        return needed
-
-    def _redrawn(
-        self,
-        phase: _Ready,
-        columns: Columns,
-        heads: Columns | None,
-        again: Ints,
-        needed: Ints,
-        step: Ints,
-        row: Ints,
-        segment: Ints,
-    ) -> Columns:
-        """The columns, with the elements `again` drawn anew. If `heads` is given, they are the prompts of these windows."""
-        if not len(again):
-            return columns
-        part = {k: v[again] for k, v in columns.items()}
-        first = None if heads is None else {k: v[again] for k, v in heads.items()}
-        when, where = step[part["at"]], part["at"]
-        new = phase.drawer.redraw(
-            part,
-            phase.skipped + when,
-            row[where],
-            phase.bucket(segment[where]),
-            needed[again],
-            lambda cell, place, of: self._refused(phase, cell, place, when[of]),
-            first,
-        )
-        columns = {k: v.copy() for k, v in columns.items()}
-        for k in ("cell", "place", "start", "units", "tokens", "attempt"):
-            columns[k][again] = new[k]
-        return columns
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
@@ -475,7 +312,7 @@ class SamplingPlan:
         self._applied = len(self.log)
         self._phases = self._history.phases(self.log.events)
         self._firsts = [p.first for p in self._phases]
-        self._built: dict[int, _Ready] = {}
+        self._built: dict[int, PhaseDraws] = {}
         known = [(e.name, e.index.fingerprint) for e in self._phases[-1].entries]
         self._quarantine = Quarantine((e for e in self.log.events if e["kind"] == "quarantine"), known)
         self._check_left()
@@ -493,7 +330,7 @@ class SamplingPlan:
                     "unreadable; run `tiphys verify` on its dataset, or set its weight to 0"
                 )
 
-    def _phase(self, step: int) -> tuple[int, _Ready]:
+    def _phase(self, step: int) -> tuple[int, PhaseDraws]:
         if len(self.log) != self._applied:
             self._replay()
         if step < 0:
@@ -501,7 +338,7 @@ class SamplingPlan:
         number = bisect_right(self._firsts, step) - 1
         return number, self._ready(number)
 
-    def _ready(self, number: int) -> _Ready:
+    def _ready(self, number: int) -> PhaseDraws:
         if number not in self._built:
             phase = self._phases[number]
             index = self._index(phase.entries)
@@ -513,7 +350,7 @@ class SamplingPlan:
             drawer = (
                 Drawer(index, mix, self.budget, self.seed) if self.replacement else self._epochs(number, index, mix)
             )
-            self._built[number] = _Ready(index, mix, drawer, phase.skipped)
+            self._built[number] = PhaseDraws(index, mix, drawer, phase.skipped, self._quarantine)
         return self._built[number]
 
     def _epochs(self, number: int, index: PlanIndex, mix: Mix) -> EpochDrawer:

@@ -34,7 +34,10 @@ from tiphys.pretrain.distributed.layout_errors import (
 )
 from tiphys.recipes.keys import key_of, section_fields
 from tiphys.recipes.load import Examined, RecipeError, examine, from_dict
-from tiphys.recipes.schema import Experts, Model, Objective, Parallel, Recipe, Train
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.model import Experts, Model
+from tiphys.recipes.sections.objective import Objective
+from tiphys.recipes.sections.training import Parallel, Train
 
 if TYPE_CHECKING:
     from tiphys.launch.checks.opened import Opened

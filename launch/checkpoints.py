@@ -103,7 +103,8 @@ def inspected(path: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError if there is none, or if it cannot be read.
     """
-    from tiphys.pretrain.checkpoint import Checkpoint, RangeReader
+    from tiphys.pretrain.checkpoint import Checkpoint
+    from tiphys.pretrain.checkpoint_weights import RangeReader
 
     checkpoint: Checkpoint | None
     checkpoint = Checkpoint.open(path) if (Path(path) / files.MANIFEST).is_file() else Checkpoint.newest_whole(path)

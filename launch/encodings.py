@@ -24,7 +24,7 @@ from tiphys.pretrain.tokens.describe import view_windows
 from tiphys.pretrain.tokens.encoding import OPTIONS
 from tiphys.recipes.keys import key_of, section_fields
 from tiphys.recipes.load import load_recipe
-from tiphys.recipes.schema import FieldTokens, Objective
+from tiphys.recipes.sections.objective import FieldTokens, Objective
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "encodings.md"
 BEGIN = "<!-- begin of what `python -m tiphys.launch.encodings` writes -->"

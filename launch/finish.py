@@ -104,7 +104,7 @@ def export_policy(
     """
     import torch
 
-    from tiphys.pretrain.checkpoint import RangeReader, SavedWeights
+    from tiphys.pretrain.checkpoint_weights import RangeReader, SavedWeights
     from tiphys.pretrain.publish import save_policy
 
     dtype = torch.bfloat16 if recipe.publish.dtype == "bf16" else torch.float32

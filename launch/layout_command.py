@@ -205,7 +205,7 @@ class Measured:
         import torch
 
         from tiphys.pretrain.distributed.layer_costs import layer_seconds
-        from tiphys.recipes.schema import Objective
+        from tiphys.recipes.sections.objective import Objective
 
         length = max((o.context for o in recipe.objectives.values()), default=Objective.context)
         dtype = torch.bfloat16 if bf16 else torch.float32

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tiphys.dataio.messages import say
-from tiphys.launch.commands import progress_lines
+from tiphys.launch.progress import progress_lines
 from tiphys.launch.submit import submit
 from tiphys.recipes.load import load_recipe
 

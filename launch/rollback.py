@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.messages import say
+from tiphys.dataio.messages import counted, say
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.callbacks.base import Callback
 from tiphys.pretrain.health import TRUST, Spike
@@ -171,7 +171,7 @@ class Guard(Callback):
         where = f"the checkpoint of step {to}" if to else "the beginning"
         say(
             f"step {spike.last}: {spike.why}. Going back to {where}; the rows of "
-            f"{spike.last - first} steps, from step {first + 1} on, are skipped, the schedule is not "
+            f"{counted(spike.last - first, 'step')}, from step {first + 1} on, are skipped, the schedule is not "
             f"(rollback {len(failed) + 1} of at most {self.most})"
         )
         return ""

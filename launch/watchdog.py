@@ -24,7 +24,6 @@ ABSENT = 600.0  # seconds after the first rank in which every rank must have beg
 
 
 _EXCHANGES = ("/torch/distributed/", "/deepspeed/comm/", "/pretrain/parallel.py")  # code that waits for other ranks
-_INNERMOST = 4  # frames of a stack that can be a wait for an exchange
 
 
 @dataclass
@@ -162,11 +161,14 @@ def _state(process: int) -> str:
 
 
 def waits(launch: Launch, rank: int) -> bool:
-    """Whether the last stacks of a rank show that its main thread waits for other ranks. Its main thread is the last one."""
+    """Whether the last stacks of a rank show that its main thread waits for other ranks. Its main thread is the last one.
+
+    Its innermost frame tells: whatever stops *inside* an exchange has called something else from there.
+    """
     with suppress(OSError):
         text = launch.stack_file(rank).read_text(encoding="utf-8", errors="replace")
-        frames = re.findall(r'  File "([^"]+)"', text.rpartition("(most recent call first):")[2])
-        return any(place in frame for frame in frames[:_INNERMOST] for place in _EXCHANGES)
+        innermost = re.search(r'  File "([^"]+)"', text.rpartition("(most recent call first):")[2])
+        return innermost is not None and any(place in innermost[1] for place in _EXCHANGES)
     return False
 
 

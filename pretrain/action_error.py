@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tiphys.pretrain.model.bits import from_bits
 from tiphys.pretrain.model.targets import IDS, TARGETS, Targets, targets_of
-from tiphys.pretrain.tokens.codecs import Affine, Discrete
+from tiphys.pretrain.tokens.id_codecs import Discrete
+from tiphys.pretrain.tokens.vector_codecs import Affine
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel, DecisionOutput

@@ -27,13 +27,13 @@ from tiphys.dataio.stored import number as within
 from tiphys.pretrain.acting.beam import drawn
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.recall import Recall
+from tiphys.pretrain.made_data import AT_ONCE, longest_window, opened
 from tiphys.pretrain.tokens.clips import SPEC, Clip, are_clips
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.timestep import CAUSAL, TimestepLayout
 
 AGENT = "bootstrap"
 _DRAWN = ("observation", "action")  # the kinds of parts that are drawn; the others are those of the data
-_AT_ONCE = 32  # windows of a forward pass
 _LONGEST_ID = 400  # bytes of a parent's id that a clip's id can begin with
 
 
@@ -130,9 +130,7 @@ def bootstrap(
         If the policy cannot draw transitions of a task, the dataset has no episode of two steps that is not held out, or its
         episodes are clips themselves.
     """
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy, device)
-    index = EpisodeIndex.open(dataset)
-    layouts = {task.name: drawing_layout(policy, task) for task in index.tasks}
+    policy, index, layouts = opened(policy, dataset, device, drawing_layout)
     held = np.asarray(index.held_out(how.validation))
     short = np.asarray(index.steps) < 2
     usable = np.flatnonzero(~held & ~short)
@@ -228,7 +226,7 @@ def _batches(index: EpisodeIndex, chosen: list[_Chosen]) -> Iterator[tuple[int, 
     """(number of the first window, windows with their episodes) of one task each."""
     begin, left = 0, iter(chosen)
     known: tuple[int, Episode] | None = None
-    while some := list(islice(left, _AT_ONCE)):
+    while some := list(islice(left, AT_ONCE)):
         pairs = []
         for one in some:
             if known is None or known[0] != one.episode:
@@ -282,9 +280,7 @@ def draw(
 
 def _first(policy: Policy, layout: TimestepLayout, episode: Episode, last: int) -> int:
     """The first step of the longest window that ends with a step."""
-    texts = [str(episode.fields[name]) for name in layout.preamble]
-    head = sum(len(ids) for ids in policy.processor.text.encode(texts, layout.text_limit))
-    return max(0, last + 1 - layout.steps(head, policy.processor.length))
+    return max(0, last + 1 - longest_window(policy, layout, episode))
 
 
 def _window(layout: TimestepLayout, episode: Episode, first: int, stop: int) -> Window:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiphys.pretrain import checkpoint
-from tiphys.pretrain.checkpoint import Buffers, Snapshot
+from tiphys.pretrain import checkpoint_snapshot
 from tiphys.pretrain.checkpoint_files import WriteError
+from tiphys.pretrain.checkpoint_snapshot import Buffers, Snapshot
 
 if TYPE_CHECKING:
     from tiphys.pretrain.engine import Engine
@@ -69,7 +69,7 @@ class Writer:
 
     def allocate(self, engine: Engine) -> None:
         """Allocate the memory of all snapshots of this engine now."""
-        checkpoint.allocate(engine, self._buffers)
+        checkpoint_snapshot.allocate(engine, self._buffers)
 
     def save(
         self,
@@ -87,7 +87,7 @@ class Writer:
         self.wait()
         self._saves += 1
         self.failure, self._cancelled = None, False
-        snap = checkpoint.snapshot(engine, f"{self.launch}-{self._saves}", state, self._buffers)
+        snap = checkpoint_snapshot.snapshot(engine, f"{self.launch}-{self._saves}", state, self._buffers)
         self.stall = time.perf_counter() - start
         self._idle.clear()
         self._work.put((snap, then))
@@ -123,7 +123,7 @@ class Writer:
         while (item := self._work.get()) is not None:
             snap, then = item
             try:
-                folder = checkpoint.write(
+                folder = checkpoint_snapshot.write(
                     snap, self.run_dir, self.timeout, permit=self.permit, cancelled=lambda: self._cancelled
                 )
                 if then is not None:

@@ -181,7 +181,8 @@ def _plays(
     folder: str | Path, tasks: Sequence[str] | None, device: str, asking: Asking
 ) -> tuple[dict[str, TaskSpec], list[Ask]]:
     """The tasks to play, and what is asked in them. Both are checked before any process starts."""
-    from tiphys.pretrain.acting.policy import Policy, check_device
+    from tiphys.pretrain.acting.load import check_device
+    from tiphys.pretrain.acting.policy import Policy
 
     check_device(device)
     policy = Policy.load(folder, "cpu")

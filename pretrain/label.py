@@ -15,14 +15,12 @@ import numpy as np
 
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import DataError, Episode, TaskSpec, Window
-from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.shards import ShardWriter
 from tiphys.pretrain.acting.infer import fill_in
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.slots import any_value
+from tiphys.pretrain.made_data import AT_ONCE, longest_window, opened
 from tiphys.pretrain.tokens.timestep import BOTH, TimestepLayout
-
-_AT_ONCE = 32  # windows of a forward pass
 
 
 @dataclass
@@ -83,9 +81,7 @@ def label(
     DataError
         If the policy cannot label a task of the dataset, or if a field of an observation is missing or differs.
     """
-    policy = policy if isinstance(policy, Policy) else Policy.load(policy, device)
-    index = EpisodeIndex.open(dataset)
-    layouts = {task.name: labelling(policy, task) for task in index.tasks}
+    policy, index, layouts = opened(policy, dataset, device, labelling)
     tasks = {
         task.name: _labelled_task(task, policy.processor.tasks[task.name], layouts[task.name]) for task in index.tasks
     }
@@ -149,10 +145,10 @@ def _labelled(
         return None
     actions: dict[str, list[np.ndarray]] = {}
     windows, kept = zip(*_windows(policy, layout, episode, steps), strict=True)
-    for begin in range(0, len(windows), _AT_ONCE):
-        some = list(windows[begin : begin + _AT_ONCE])
+    for begin in range(0, len(windows), AT_ONCE):
+        some = list(windows[begin : begin + AT_ONCE])
         filled = fill_in(policy.model, policy.processor, layout, some)
-        for window, (low, high), fields in zip(some, kept[begin : begin + _AT_ONCE], filled, strict=True):
+        for window, (low, high), fields in zip(some, kept[begin : begin + AT_ONCE], filled, strict=True):
             for number, (name, one) in enumerate(fields.items()):
                 mine = (one.steps + window.start >= low) & (one.steps + window.start < high)
                 actions.setdefault(name, []).append(one.values[mine])
@@ -173,9 +169,7 @@ def _windows(
     policy: Policy, layout: TimestepLayout, episode: Episode, steps: int
 ) -> Iterator[tuple[Window, tuple[int, int]]]:
     """Windows that cover the steps of an episode, each with the steps [low, high) whose labels are kept."""
-    texts = [str(episode.fields[name]) for name in layout.preamble]
-    head = sum(len(ids) for ids in policy.processor.text.encode(texts, layout.text_limit))
-    length = min(layout.steps(head + layout.extra, policy.processor.length), steps)
+    length = min(longest_window(policy, layout, episode, layout.extra), steps)
     stride = max(1, length // 2)
     starts = [*range(0, steps - length, stride), steps - length]
     bounds = [0, *((a + length + b) // 2 for a, b in pairwise(starts)), steps]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from tiphys.dataio.placement import Home
-    from tiphys.recipes.schema import Parallel
+    from tiphys.recipes.sections.training import Parallel
 
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")

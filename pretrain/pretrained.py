@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
     from tiphys.pretrain.model.transformer import DecisionModel
     from tiphys.pretrain.parallel import ParallelDims
-    from tiphys.recipes.schema import Model, Recipe
+    from tiphys.recipes.schema import Recipe
+    from tiphys.recipes.sections.model import Model
 
 # Sizes that the layers of both models must share: attribute of the config -> key of the recipe
 SIZES = {

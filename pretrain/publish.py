@@ -70,7 +70,7 @@ def save_policy(
         The folder to write.
     weights : mapping of str to Tensor
         All weights, under the names of `DecisionModel.state_dict()`, in any floating type. A mapping that reads a tensor when it
-        is asked for (`tiphys.pretrain.checkpoint.SavedWeights`) keeps at most one file of weights in memory.
+        is asked for (`tiphys.pretrain.checkpoint_weights.SavedWeights`) keeps at most one file of weights in memory.
     config : DecisionConfig
         Shape of the model.
     processor : mapping

@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 def alone() -> ParallelDims:
     """This process as the only rank, without a launcher. DeepSpeed cannot be started a second time in it."""
     from tiphys.pretrain.parallel import ParallelDims
-    from tiphys.recipes.schema import Parallel
+    from tiphys.recipes.sections.training import Parallel
 
     before = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -57,7 +57,7 @@ def stream(folder: Path, backend: str, window: int, windows: int, seed: int) -> 
 
     times = {name: [k / FPS for k in range(window)] for name in (CAMERA, "action")}
     dataset = StreamingLeRobotDataset(
-        "tiphys/benchmark", root=folder, delta_timestamps=times, streaming=False, seed=seed, buffer_size=256
+        "tiphys/benchmark", root=folder, delta_timestamps=times, streaming=True, seed=seed, buffer_size=256
     )
     return timed(iter(dataset), windows)
 

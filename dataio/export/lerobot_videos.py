@@ -22,8 +22,9 @@ from tiphys.dataio.format.mp4 import read_track
 from tiphys.dataio.format.mp4_writer import header
 from tiphys.dataio.format.packet_table import PacketTable
 from tiphys.dataio.format.packets import begins_anew, changes_parameters
+from tiphys.dataio.format.places import Range
 from tiphys.dataio.format.video_stream import Stream
-from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.index import EpisodeIndex
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -26,7 +26,8 @@ class Stream:
     pix_fmt        FFmpeg's name: gray, yuv420p, yuv422p or yuv444p
     colour         primaries, transfer and matrix (ITU-T H.273; 2: not stated), and range (0: not stated, 1: limited, 2: full),
                    as the MP4 states them; the bytes of the stream may say more
-    entry          the sample description, from which all of this follows
+    entry          the sample description, from which all of this follows, without the bit rates (`btrt`) in it: they differ
+                   from file to file
     """
 
     codec: str
@@ -54,8 +55,10 @@ class Stream:
             raise refused(where, f"its codec is {found.kind!r}; H.264, HEVC, AV1 and VP9 are read")
         width, height = (integer(data, found, at, 2, where) for at in (24, 26))
         parts: dict[bytes, bytes] = {}
+        kept = bytes(data[found.begin : found.begin + _ENTRY])
         for box in boxes(data, found.begin + _ENTRY, found.end, where):
             parts.setdefault(box.kind, bytes(data[box.begin : box.end]))
+            kept += b"" if box.kind == b"btrt" else bytes(data[box.start : box.end])
         if b"sinf" in parts:
             raise refused(where, "it is encrypted (`sinf`)")
         name, read = _CONFIGURATIONS[codec]
@@ -76,7 +79,7 @@ class Stream:
             height=height,
             pix_fmt=_SAMPLING[chroma],
             colour=_colour(parts),
-            entry=bytes(entry),
+            entry=(8 + len(kept)).to_bytes(4, "big") + found.kind + kept,
         )
 
     @cached_property

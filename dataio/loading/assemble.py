@@ -15,8 +15,8 @@ from crc32c import crc32c
 from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError, FieldSpec, Needs, TaskSpec, Window
 from tiphys.dataio.format.encodings import KINDS
+from tiphys.dataio.format.places import STEPS
 from tiphys.dataio.format.rows import broken_row, is_large, is_small, row_dtype
-from tiphys.dataio.index import STEPS
 from tiphys.dataio.loading.decode_note import DecodeNote, Decoding
 from tiphys.dataio.loading.gather import UNWANTED, Copy, Gathered, gather
 from tiphys.dataio.loading.units import Span, UnitMap, UnitRanges

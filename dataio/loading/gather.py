@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiphys.dataio.index import STEPS
+from tiphys.dataio.format.places import STEPS
 
 if TYPE_CHECKING:
     from tiphys.dataio.loading.units import Ints, Span, UnitMap, UnitRanges

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tiphys.dataio.bounds import expand
 from tiphys.dataio.episode import DataError, Needs
-from tiphys.dataio.index import STEPS
+from tiphys.dataio.format.places import STEPS
 
 if TYPE_CHECKING:
     from tiphys.dataio.format.packet_table import PacketTable

@@ -14,7 +14,8 @@ from tiphys.dataio.format.table import Shard
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from tiphys.dataio.index import Chunk, EpisodeIndex
+    from tiphys.dataio.format.places import Chunk
+    from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.storage import Store
 
 Add = Callable[[str, str, str, str], None]  # kind, where, message, episode: `Report.add`

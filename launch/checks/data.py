@@ -15,17 +15,19 @@ from tiphys.pretrain.acting.demand import shows_return
 from tiphys.pretrain.acting.processor import ANSWERS_RETURN, Processor
 from tiphys.pretrain.objectives import LEAVE_OUT
 from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
-from tiphys.pretrain.tokens.codecs import Discrete, Grid
-from tiphys.pretrain.tokens.encoding import without_rewards
+from tiphys.pretrain.tokens.id_codecs import Discrete
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Objective, Recipe
+from tiphys.pretrain.tokens.picture_codecs import Grid
+from tiphys.pretrain.tokens.return_codecs import without_rewards
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.objective import Objective
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
     from tiphys.dataio.sampling import SamplingPlan
     from tiphys.dataio.statistics import FieldStatistics
     from tiphys.pretrain.objectives import Objectives
-    from tiphys.pretrain.tokens.codecs import Codec
+    from tiphys.pretrain.tokens.codec import Codec
 
 QUOTA = "TIPHYS_HUB_QUOTA"  # files that a hub resolves in five minutes
 _QUOTA = 5000  # of a free account

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tiphys.launch.checks.values import Error
 from tiphys.pretrain.distributed.layout_errors import MOST_ROWS
 from tiphys.pretrain.model.size_errors import parameter_errors, size_errors
-from tiphys.recipes.schema import Model
+from tiphys.recipes.sections.model import Model
 
 if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives

@@ -13,7 +13,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.private import read_regular
 from tiphys.paths import expand
 from tiphys.pretrain.acting.ask import goal, last_step
-from tiphys.pretrain.tokens.codecs import Patches
+from tiphys.pretrain.tokens.picture_codecs import Patches
 from tiphys.pretrain.tokens.timestep import TimestepLayout
 
 _PICTURES = (".jpeg", ".jpg", ".png", ".webp")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.acting.policy import Policy
     from tiphys.pretrain.acting.processor import Processor
     from tiphys.pretrain.serving.client import RemotePolicy
-    from tiphys.recipes.schema import Evaluation
+    from tiphys.recipes.sections.results import Evaluation
 
 KEYS = ("target_return", "prompt", "goal", "query", "future")
 _ABLE = {  # what an objective does that can take each

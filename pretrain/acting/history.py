@@ -14,10 +14,12 @@ from tiphys.pretrain.acting.demand import Demand, shows_return, value_of
 from tiphys.pretrain.acting.slots import Acting, Head, Slot, any_value, limited, name_of, slots_of
 from tiphys.pretrain.tokens.agents import one_agent
 from tiphys.pretrain.tokens.batch import ACTION
-from tiphys.pretrain.tokens.codecs import Chunk, Discrete, as_type
+from tiphys.pretrain.tokens.codec import as_type
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.frames import Frame
+from tiphys.pretrain.tokens.id_codecs import Discrete
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 
 if TYPE_CHECKING:
     from tiphys.pretrain.acting.processor import Processor

@@ -25,6 +25,15 @@ def matches_texts(layout: TimestepLayout) -> bool:
     return layout.loss == "pairs" or any(e.role == "summary" and e.predicted for e in layout.tail)
 
 
+def matching_layout(processor: Processor, task: str, objective: str) -> TimestepLayout:
+    """The layout that `Policy.match` means. Raises KeyError as it does."""
+    layouts = {name: by_task[task] for name, by_task in processor.layouts.items() if task in by_task}
+    if not layouts or (objective and objective not in layouts):
+        known = f"objectives {', '.join(layouts)}" if layouts else f"tasks {', '.join(processor.tasks)}"
+        raise KeyError(f"the policy was not trained on task {task!r} with objective {objective!r}; it has {known}")
+    return layouts[objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))]
+
+
 @torch.inference_mode()
 def fits(
     model: DecisionModel,

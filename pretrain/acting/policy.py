@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +12,19 @@ import torch
 from tiphys.dataio.episode import DataError, FieldSpec, Window
 from tiphys.dataio.observation import fit_shapes, given_fields, native
 from tiphys.dataio.philox import ACTING_NOISE, SAMPLE, normals, uniform32, words
-from tiphys.dataio.private import read_regular
 from tiphys.dataio.stored import number as within
-from tiphys.paths import expand
 from tiphys.pretrain.acting.beam import drawn
-from tiphys.pretrain.acting.match import fits, matches_texts
+from tiphys.pretrain.acting.load import draws_by_default, load_model, load_processor
+from tiphys.pretrain.acting.match import fits, matching_layout
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.acting.recall import Recall
 from tiphys.pretrain.acting.rules import RULES, resolved
-from tiphys.pretrain.acting.say import Writer, can_say
+from tiphys.pretrain.acting.say import Writer, texts_layout
 from tiphys.pretrain.acting.slots import Acting
-from tiphys.pretrain.tokens.timestep import CAUSAL, TimestepLayout
+from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel
-
-PROCESSOR = "processor.json"
-_PROCESSOR_BYTES = 256 << 20  # most bytes of processor.json
 
 
 class Policy:
@@ -92,30 +87,7 @@ class Policy:
         DataError
             If the policy was made by a newer version of Tiphys, its files are damaged, or there is no such device.
         """
-        from importlib import import_module
-
-        from transformers.utils import logging
-
-        from tiphys.pretrain.model.transformer import DecisionModel
-
-        logging.disable_progress_bar()  # an evaluation loads the policy in each of its worker processes
-        published = "://" in str(folder) or (Path(expand(folder)) / "latest.json").is_file()
-        if published:  # a policy's own code has no stores, so this module is not among its imports
-            folder = import_module("tiphys.pretrain.policy_files").local_policy(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
-        folder = expand(folder)
-        _check_kind(Path(folder))
-        try:
-            model: Any = DecisionModel.from_pretrained(folder, **_placement(device))
-        except (OSError, MemoryError, torch.OutOfMemoryError, DataError):
-            raise
-        except Exception as error:  # transformers and safetensors raise errors of many classes
-            said = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"{folder}: its weights or its config.json are damaged, or do not belong together ({said})"
-            ) from error
-        return cls.of(model if device == "auto" else model.to(device), sample=sample, seed=seed, hop=hop)
+        return cls.of(load_model(folder, device), sample=sample, seed=seed, hop=hop)
 
     @classmethod
     def follow(
@@ -174,24 +146,7 @@ class Policy:
         DataError
             If processor.json is not valid, does not fit the model, or was made by a newer version of Tiphys.
         """
-        from transformers.utils import cached_file
-
-        revision = getattr(model.config, "_commit_hash", None)
-        file = cached_file(str(model.name_or_path), PROCESSOR, revision=revision)
-        assert file is not None  # it raises if there is none
-        try:
-            values = json.loads(read_regular(file, _PROCESSOR_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: is not valid JSON: {error}") from None
-        try:
-            processor = Processor.from_dict(values)
-        except DataError as error:
-            raise DataError(f"{Path(file).parent}: {error}") from None
-        if processor.vocabulary.size != model.config.vocab_size:
-            raise DataError(
-                f"{file}: its vocabulary has {processor.vocabulary.size} ids, that of the model another number"
-            )
-        return cls(model, processor, sample=sample, seed=seed, hop=hop)
+        return cls(model, load_processor(model), sample=sample, seed=seed, hop=hop)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -498,13 +453,7 @@ class Policy:
         DataError
             If no objective of the task taught which texts fit, or an observation lacks a field.
         """
-        layouts = {name: by_task[task] for name, by_task in self.processor.layouts.items() if task in by_task}
-        if not layouts or (objective and objective not in layouts):
-            known = f"objectives {', '.join(layouts)}" if layouts else f"tasks {', '.join(self.processor.tasks)}"
-            raise KeyError(f"the policy was not trained on task {task!r} with objective {objective!r}; it has {known}")
-        layout = layouts[
-            objective or next((n for n, one in layouts.items() if matches_texts(one)), next(iter(layouts)))
-        ]
+        layout = matching_layout(self.processor, task, objective)
         fields = {f.name: f for f in self.processor.tasks[task].fields}
         given = [[given_fields(observation, fields)[0] for observation in clip] for clip in clips]
         return fits(self.model, self.processor, layout, given, texts)
@@ -559,7 +508,7 @@ class Policy:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
-        layout = self.texts_layout(task, objective, observation is not None)
+        layout = texts_layout(self.processor, task, objective, observation is not None)
         fields = {f.name: f for f in self.processor.tasks[layout.task].fields}
         seen = observation if many and observation is not None else [observation] * len(prompts)
         if len(seen) != len(prompts):
@@ -568,35 +517,6 @@ class Policy:
         writer = Writer(self.model, self.processor, layout, prompts, about)
         said = writer.write(tokens, temperature, top_p, self.seed)
         return said if many else said[0]
-
-    def texts_layout(self, task: str, objective: str, seen: bool) -> TimestepLayout:
-        """The layout of the texts that `say` means. `seen`: an observation is given.
-
-        Raises
-        ------
-        KeyError, DataError
-            As in `say`.
-        """
-        known = self.processor.layouts
-        if (objective and objective not in known) or (task and task not in self.processor.tasks):
-            raise KeyError(
-                f"the policy was not trained on task {task!r} with objective {objective!r}; it has tasks "
-                f"{', '.join(self.processor.tasks)} and objectives {', '.join(known)}"
-            )
-        layouts = [
-            layout
-            for name, by_task in known.items()
-            for layout in by_task.values()
-            if can_say(layout) and objective in ("", name) and task in ("", layout.task)
-        ]
-        fitting = [layout for layout in layouts if layout.document != seen]
-        if not layouts:
-            of = f"task {task!r}" if task else "no task"
-            raise DataError(f"{of} of this policy taught texts; documents and captions do, with paradigm gato")
-        if not fitting:
-            need = "takes no observation" if seen else "needs the observation that the text is about"
-            raise DataError(f"task {layouts[0].task!r} {need}")
-        return fitting[0]
 
     def _given(self, observation: Any, environment: int) -> dict[str, Any]:
         """The fields of an observation, with the instruction if the observation does not have it by its name."""
@@ -685,42 +605,6 @@ class Policy:
         elif not self.sample:
             return logits.argmax(-1).numpy() + slot.low
         return drawn(logits, self.uniform(environments, number)) + slot.low
-
-
-def draws_by_default(model: DecisionModel) -> bool:
-    """Whether the recipe of a policy evaluates it with drawn actions."""
-    about = getattr(model.config, "tiphys", None)
-    return isinstance(about, dict) and about.get("sample") is True
-
-
-def _placement(device: str) -> dict[str, Any]:
-    """Options of `from_pretrained`. Most CPUs compute several times as slowly in bf16 as in float32."""
-    if device == "auto":
-        return {"device_map": device}
-    return {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
-
-
-def check_device(name: str) -> None:
-    """Raises DataError if there is no such torch device. "" and "auto" are always valid."""
-    if name in ("", "auto"):
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DataError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DataError(f"device {name!r}: this machine has {torch.cuda.device_count()} GPUs that torch can use")
-
-
-def _check_kind(folder: Path) -> None:
-    """Raises DataError if a local folder holds another kind of model. A damaged config.json is left to transformers."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if not isinstance(config, dict) or config.get("model_type") != "tiphys":
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise DataError(f"{folder}: not a policy of Tiphys; its config.json has model_type {found!r}, not 'tiphys'")
 
 
 def _value(value: np.ndarray, field: FieldSpec) -> Any:

@@ -17,10 +17,12 @@ from tiphys.pretrain.acting.demand import Demand, shows_histogram, shows_return
 from tiphys.pretrain.acting.fill import Filling, query_of
 from tiphys.pretrain.acting.history import History
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Affine, Bins, Integers, Quantiles, from_unit
+from tiphys.pretrain.tokens.codec import from_unit
+from tiphys.pretrain.tokens.id_codecs import Bins, Integers, Quantiles
 from tiphys.pretrain.tokens.sequence import assemble
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
+from tiphys.pretrain.tokens.vector_codecs import Affine
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 from tiphys.recipes.target_return import TargetReturn
 

@@ -12,7 +12,7 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number
 from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.model.inputs import to_tensors, unpack
-from tiphys.pretrain.tokens.paradigms import ACTING, ACTING_OPTIONS
+from tiphys.pretrain.tokens.paradigm import ACTING, ACTING_OPTIONS
 from tiphys.pretrain.tokens.timestep import CAUSAL
 
 if TYPE_CHECKING:

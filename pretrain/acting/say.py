@@ -25,6 +25,36 @@ def can_say(layout: TimestepLayout) -> bool:
     return layout.text_last and layout.predict_text and layout.mask != BOTH
 
 
+def texts_layout(processor: Processor, task: str, objective: str, seen: bool) -> TimestepLayout:
+    """The layout of the texts that `Policy.say` means. `seen`: an observation is given.
+
+    Raises
+    ------
+    KeyError, DataError
+        As in `Policy.say`.
+    """
+    known = processor.layouts
+    if (objective and objective not in known) or (task and task not in processor.tasks):
+        raise KeyError(
+            f"the policy was not trained on task {task!r} with objective {objective!r}; it has tasks "
+            f"{', '.join(processor.tasks)} and objectives {', '.join(known)}"
+        )
+    layouts = [
+        layout
+        for name, by_task in known.items()
+        for layout in by_task.values()
+        if can_say(layout) and objective in ("", name) and task in ("", layout.task)
+    ]
+    fitting = [layout for layout in layouts if layout.document != seen]
+    if not layouts:
+        of = f"task {task!r}" if task else "no task"
+        raise DataError(f"{of} of this policy taught texts; documents and captions do, with paradigm gato")
+    if not fitting:
+        need = "takes no observation" if seen else "needs the observation that the text is about"
+        raise DataError(f"task {layouts[0].task!r} {need}")
+    return fitting[0]
+
+
 class Writer:
     """Continues several texts together.
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.pretrain.tokens.codecs import Chunk, Discrete
+from tiphys.pretrain.tokens.id_codecs import Discrete
 from tiphys.pretrain.tokens.timestep import Element
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 
 
 @dataclass(frozen=True)

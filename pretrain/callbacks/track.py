@@ -23,7 +23,7 @@ from tiphys.pretrain.callbacks.trackers import TRACKERS, Tracker
 
 if TYPE_CHECKING:
     from tiphys.pretrain.trainer import Trainer
-    from tiphys.recipes.schema import Track
+    from tiphys.recipes.sections.results import Track
 
 _MOST_LINES = 100  # that are sent before it is written down that they were
 _LOOK = 1.0  # seconds after which the file is looked at although no step was done

@@ -20,7 +20,7 @@ from tiphys.pretrain.model.pipeline import OutputStage, partition, pipeline_inpu
 from tiphys.pretrain.model.pipeline_module import DecisionPipeline
 from tiphys.pretrain.parallel import LayoutError, ParallelDims
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.recipes.schema import Objective
+from tiphys.recipes.sections.objective import Objective
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.transformer import DecisionModel

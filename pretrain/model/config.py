@@ -312,7 +312,7 @@ class DecisionConfig(PretrainedConfig):
 
     @classmethod
     def from_recipe(cls, model: Any, vocabulary: Vocabulary) -> DecisionConfig:
-        """From the recipe's `model:` section (`tiphys.recipes.schema.Model`) and the vocabulary of the objectives."""
+        """From the recipe's `model:` section (`tiphys.recipes.sections.model.Model`) and the vocabulary of the objectives."""
         moe, rope = model.moe, recipe_rope(model)
         return cls(
             vocab_size=vocabulary.size,

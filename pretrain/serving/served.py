@@ -12,7 +12,8 @@ import numpy as np
 
 from tiphys.dataio.episode import DataError, FieldSpec
 from tiphys.dataio.observation import observation_fields
-from tiphys.pretrain.acting.policy import Policy, draws_by_default
+from tiphys.pretrain.acting.load import draws_by_default
+from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.serving.observed import Needed, Sent, as_text, misfit
 
 if TYPE_CHECKING:

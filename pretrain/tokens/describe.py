@@ -10,12 +10,15 @@ import numpy as np
 
 from tiphys.dataio.episode import Window
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
-from tiphys.pretrain.tokens.codecs import Chunk, Codec, Patches, as_type
+from tiphys.pretrain.tokens.codec import Codec, as_type
+from tiphys.pretrain.tokens.draft import Placed
 from tiphys.pretrain.tokens.frames import chunks
 from tiphys.pretrain.tokens.images import PATCH
-from tiphys.pretrain.tokens.sequence import Layouts, Placed, placements
+from tiphys.pretrain.tokens.picture_codecs import Patches
+from tiphys.pretrain.tokens.sequence import Layouts, placements
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TAIL
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 
 _ALL = 8  # an array with more numbers is summarised by its shape and extremes

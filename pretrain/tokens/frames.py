@@ -11,7 +11,7 @@ import numpy as np
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 
 if TYPE_CHECKING:
-    from tiphys.recipes.schema import Relative
+    from tiphys.recipes.sections.objective import Relative
 
 ABSOLUTE = -1
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.clips import unclipped
-from tiphys.pretrain.tokens.codecs import NoEncoding, Patches
+from tiphys.pretrain.tokens.codec import NoEncoding
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.frames import Frame, chunks
+from tiphys.pretrain.tokens.picture_codecs import Patches
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.views import VIEWS

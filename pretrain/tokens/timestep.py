@@ -17,10 +17,12 @@ import numpy as np
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.stored import number, stored
 from tiphys.pretrain.tokens.batch import ACTION, RETURN, REWARD, SEPARATOR, TEXT
-from tiphys.pretrain.tokens.codecs import Chunk, Codec, check_codec, codec_from_dict
+from tiphys.pretrain.tokens.codec import Codec
+from tiphys.pretrain.tokens.codecs import check_codec, codec_from_dict
 from tiphys.pretrain.tokens.derived import ALL, fields_of, source_of
 from tiphys.pretrain.tokens.frames import ABSOLUTE, Frame
 from tiphys.pretrain.tokens.hiding import HIDING
+from tiphys.pretrain.tokens.vector_codecs import Chunk
 from tiphys.pretrain.tokens.views import FUTURE, ONE, VIEWS, imitating
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
 

@@ -14,8 +14,9 @@ from tests.dataio.making import RICH, SMALL, observed, random_episode, read_wind
 from tiphys.dataio.episode import DataError
 from tiphys.dataio.format import arrays, table
 from tiphys.dataio.format.document import parse
+from tiphys.dataio.format.places import Range
 from tiphys.dataio.format.table import Chunks, Record, Shard, TableWriter
-from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.index import EpisodeIndex
 
 
 def test_the_index_holds_the_episodes_values_and_texts(tmp_path):

@@ -20,7 +20,10 @@ from tiphys.pretrain.tokens import paradigms
 from tiphys.pretrain.tokens.clips import AFTER, SPEC
 from tiphys.pretrain.tokens.codecs import Quantiles
 from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, RETURN, Paradigm, Part
-from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Objective
 
 
 def episodes(seed: int, sparse: bool = False) -> list[Episode]:

@@ -10,10 +10,11 @@ from scipy.stats import chisquare
 
 from tests.dataio.plan.plans import columns, entry, mixture, plan
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.plan.buckets import choose_buckets
 from tiphys.dataio.plan.entries import OWN
 from tiphys.dataio.plan.log import PlanLog
 from tiphys.dataio.plan.preferences import preference
-from tiphys.dataio.sampling import SamplingPlan, choose_buckets
+from tiphys.dataio.sampling import SamplingPlan
 
 WORST = 1e-4  # least p-value of a chi-square test at a fixed seed
 

@@ -69,7 +69,8 @@ def _checkpoint(folder: Path) -> Reader:
     import torch
 
     from tiphys.pretrain import checkpoint_files as files
-    from tiphys.pretrain.checkpoint import Checkpoint, Snapshot, export_weights, write
+    from tiphys.pretrain.checkpoint import Checkpoint, export_weights
+    from tiphys.pretrain.checkpoint_snapshot import Snapshot, write
 
     tensors = {"w@0|master": torch.arange(6.0)}
     index = [{"name": "w", "shape": [2, 3], "start": 0, "numel": 6, "keys": ["master"], "step": 1.0}]

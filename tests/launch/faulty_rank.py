@@ -1,5 +1,5 @@
-"""A rank of `tiphys train` with short limits, for tests. In step 20 the last rank does what the environment variable FAULTS says:
-one word for each launch, divided by commas.
+"""A rank of `tiphys train` with short limits, for tests. In step 25, between two checkpoints, the last rank does what the
+environment variable FAULTS says: one word for each launch, divided by commas.
 
 FAULTS  exchange   it sleeps inside an exchange of numbers between the ranks
         reduction  it sleeps inside a reduction of DeepSpeed
@@ -21,7 +21,7 @@ from tiphys.launch import run, train
 from tiphys.launch.attendance import taken
 from tiphys.pretrain import phases
 
-STEP = 20
+STEP = 25
 phases.SHORTEST = 6.0
 number = int(taken(sys.argv)[1].partition(":")[0] or 1)
 faults = os.environ["FAULTS"].split(",")

@@ -3,7 +3,7 @@
 import psutil
 
 from tiphys.pretrain.parallel import ParallelDims
-from tiphys.recipes.schema import Parallel
+from tiphys.recipes.sections.training import Parallel
 
 world = ParallelDims(Parallel())
 gathered = world.gather({"rank": world.rank, "text": "é" * world.rank})

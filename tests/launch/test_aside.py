@@ -24,6 +24,7 @@ from tiphys.launch import side_process
 from tiphys.launch.aside import Aside, unfinished
 from tiphys.pretrain import checkpoint as ck
 from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain import checkpoint_snapshot
 from tiphys.pretrain.callbacks import Checkpointer, Every, MetricsWriter
 
 EXPORT = ""
@@ -59,7 +60,9 @@ class Run:
     def checkpoint(self, step: int) -> float:
         """Commit a checkpoint of a step; returns the seconds that training waits for its evaluation to start."""
         self.trainer.step = step
-        self.keeper._committed.append(ck.write(part(step, save=f"save-{step}-{time.time_ns()}"), self.folder))
+        self.keeper._committed.append(
+            checkpoint_snapshot.write(part(step, save=f"save-{step}-{time.time_ns()}"), self.folder)
+        )
         began = time.perf_counter()
         self.keeper._notify_listeners(self.trainer)
         return time.perf_counter() - began

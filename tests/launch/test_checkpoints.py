@@ -10,8 +10,8 @@ import pytest
 from tests.pretrain.test_checkpoint import part
 from tiphys.launch.cli import main
 from tiphys.launch.statuses import Status
-from tiphys.pretrain import checkpoint as ck
 from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain import checkpoint_snapshot
 from tiphys.pretrain.checkpoint_choice import ASIDE
 
 
@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> Path:
             "loader": {"step": step, "log": []},
         }
         snap.state |= {"health": {"proven": 8}}
-        ck.write(snap, tmp_path)
+        checkpoint_snapshot.write(snap, tmp_path)
     file = files.folder_of(tmp_path, 1) / "rank00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

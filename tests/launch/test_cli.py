@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tiphys.dataio.index import EpisodeIndex
-from tiphys.launch import cli, commands
+from tiphys.launch import cli
+from tiphys.launch.commands import runs
 from tiphys.launch.statuses import Status
 from tiphys.pretrain.tokens.paradigms import NOTHING
 
@@ -45,7 +47,9 @@ def test_every_argument_has_a_help_text_and_every_option_its_default() -> None:
 def test_every_command_exists_and_the_help_lists_all_statuses() -> None:
     for name, parser in parsers(cli._parser(), "tiphys"):
         command = parser.get_default("command")
-        assert command is None or hasattr(commands, command), name
+        if command is not None:
+            module, _, function = command.partition(".")
+            assert hasattr(import_module(f"tiphys.launch.commands.{module}"), function), name
     text = cli._parser().format_help()
     assert all(f"{status.value}  {status.meaning}" in text for status in Status)
 
@@ -65,7 +69,7 @@ def test_errors_of_the_user_have_a_status_and_no_traceback(
     def fail(args: Any) -> int:
         raise error
 
-    monkeypatch.setattr(commands, "objectives", fail)
+    monkeypatch.setattr(runs, "objectives", fail)
     assert cli.main(["objectives"]) == status
 
 

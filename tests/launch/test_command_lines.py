@@ -26,7 +26,7 @@ from tiphys.launch import cli, quickstart, supervise
 from tiphys.launch.check import check
 from tiphys.launch.statuses import Status
 from tiphys.launch.supervise import Job
-from tiphys.pretrain import checkpoint as ck
+from tiphys.pretrain import checkpoint_snapshot
 
 pytest.importorskip("gymnasium", reason="needs the envs extra")
 pytest.importorskip("minigrid", reason="needs the envs extra")
@@ -139,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     snapshot = part(1)
     snapshot.state |= {"recipe": {"name": "small"}, "hash": "a", "datasets": ["d"], "loader": {"step": 1, "log": []}}
-    ck.write(snapshot, place / "run")
+    checkpoint_snapshot.write(snapshot, place / "run")
     shutil.copytree(place / "run", place / "other")
     (place / "source").mkdir()
     observations = np.zeros((5, 2), np.float32)

@@ -6,7 +6,7 @@ import pytest
 
 from tiphys.launch import encodings
 from tiphys.recipes.keys import key_of, section_fields
-from tiphys.recipes.schema import FieldTokens, Objective
+from tiphys.recipes.sections.objective import FieldTokens, Objective
 
 
 def test_the_page_is_up_to_date() -> None:

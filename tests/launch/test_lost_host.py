@@ -23,7 +23,7 @@ from tiphys.launch.statuses import Status
 from tiphys.pretrain.phases import Beat
 
 pytestmark = [pytest.mark.root, pytest.mark.long]
-STEPS, LONG = 1500, 400.0
+STEPS, LONG = 300, 400.0
 # As pdsh and ssh do it: a shell on each host, in a session of its own, which the command's end does not reach.
 ON_HOST = """#!/bin/bash
 on() {{ case $1 in {cases} esac; }}

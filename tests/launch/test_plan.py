@@ -2,7 +2,8 @@
 
 from tiphys.dataio.loader import CacheBudget, LoaderSettings
 from tiphys.launch.plan import loader_settings
-from tiphys.recipes.schema import Data, Recipe
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.data import Data
 
 
 def test_the_recipe_decides_all_settings_of_its_loaders() -> None:

@@ -137,7 +137,8 @@ def test_of_two_ranks_in_the_same_exchange_the_one_that_does_not_wait_is_named(l
     waiting = other + main
     for rank in (0, 2):
         launch.stack_file(rank).write_text(waiting)
-    launch.stack_file(1).write_text(waiting.replace("/lib/torch/distributed", "/home"))
+    called = '  File "/home/x.py", line 1 in sleep\n'  # from inside the exchange
+    launch.stack_file(1).write_text(waiting.replace(main, main.replace("first):\n", "first):\n" + called)))
     watchdog = Watchdog(launch, 3, clock)
     assert watchdog.look() == ""
     clock.now += 2 * phases.SHORTEST

@@ -12,9 +12,9 @@ import numpy as np
 from tests.pretrain.hiding_oracle import hidden_and_learnt
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import MODALITIES
-from tiphys.pretrain.tokens.codecs import Patches
 from tiphys.pretrain.tokens.derived import derived
 from tiphys.pretrain.tokens.images import intervals
+from tiphys.pretrain.tokens.picture_codecs import Patches
 
 CODE = {name: i for i, name in enumerate(MODALITIES)}
 DENSE = ("tokens", "modality", "segment", "position", "local", "timestep", "task", "causal", "softmax", "weight")

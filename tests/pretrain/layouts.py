@@ -30,7 +30,8 @@ from tiphys.pretrain.parallel import ParallelDims
 from tiphys.pretrain.pretrained import PolicyWeights, Pretrained
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
-from tiphys.recipes.schema import Parallel, Recipe
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.training import Parallel
 
 BATCH, STEPS = 13, 20
 

@@ -13,7 +13,8 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Flow, Model
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Flow
 
 TASKS = {
     "reward": (GRID, 96, 4),

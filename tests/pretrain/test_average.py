@@ -9,8 +9,9 @@ import torch
 from tests import processes
 from tests.pretrain import layouts, synthetic
 from tiphys.launch.checks.model import average_errors
-from tiphys.pretrain.checkpoint import Checkpoint, RangeReader, SavedWeights, export_weights, optimizer_state
+from tiphys.pretrain.checkpoint import Checkpoint, export_weights, optimizer_state
 from tiphys.pretrain.checkpoint_files import CheckpointError, folder_of
+from tiphys.pretrain.checkpoint_weights import RangeReader, SavedWeights
 from tiphys.pretrain.parallel import ParallelDims
 
 DECAY = 0.15

@@ -9,7 +9,8 @@ import pytest
 
 from tests.pretrain import synthetic
 from tiphys.pretrain.balance import Balance, Line
-from tiphys.recipes.schema import Data, Entry, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
 
 
 def balance(*auto: bool, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> Balance:

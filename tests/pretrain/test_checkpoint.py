@@ -18,7 +18,9 @@ from tests import processes
 from tests.pretrain import layouts, synthetic
 from tiphys.pretrain import checkpoint as ck
 from tiphys.pretrain import checkpoint_files as files
-from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError, Snapshot
+from tiphys.pretrain import checkpoint_snapshot, checkpoint_weights
+from tiphys.pretrain.checkpoint import Checkpoint, CheckpointError
+from tiphys.pretrain.checkpoint_snapshot import Snapshot
 from tiphys.pretrain.engine import build_engine
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import ParallelDims
@@ -63,7 +65,7 @@ def die_at(call: int, work: Callable[[], Any]) -> bool:
 
         for name in ("replace", "fsync", "unlink", "rmdir", "mkdir", "chmod"):
             setattr(os, name, counted(getattr(os, name)))
-        ck.save_file = counted(ck.save_file)
+        checkpoint_snapshot.save_file = counted(checkpoint_snapshot.save_file)
         try:
             work()
         except BaseException:
@@ -76,10 +78,10 @@ def die_at(call: int, work: Callable[[], Any]) -> bool:
 
 def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
     """The newest whole checkpoint is the previous one, then the new one, never a damaged one."""
-    ck.write(part(1), tmp_path)
+    checkpoint_snapshot.write(part(1), tmp_path)
     seen: list[int] = []
     call = 1
-    while die_at(call, lambda: ck.write(part(2), tmp_path)):
+    while die_at(call, lambda: checkpoint_snapshot.write(part(2), tmp_path)):
         seen.append(newest(tmp_path) or 0)
         call += 1
     assert call > 10  # a save has so many steps
@@ -91,7 +93,7 @@ def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
 def test_killed_at_every_step_of_pruning(tmp_path: Path) -> None:
     call = 1
     for step in (1, 2, 3, 4):
-        ck.write(part(step), tmp_path)
+        checkpoint_snapshot.write(part(step), tmp_path)
     while die_at(call, lambda: files.prune(tmp_path, 2)):
         assert newest(tmp_path) == 4
         for checkpoint in Checkpoint.all(tmp_path):
@@ -105,13 +107,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file does not fit: a clear error, the previous checkpoint stays the newest, no temporary file remains."""
     import resource
 
-    ck.write(part(1), tmp_path)
+    checkpoint_snapshot.write(part(1), tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (0, 50, 300, 420, 700):  # smaller than the tensors, the index, the state, the manifest
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             try:
-                ck.write(part(2), tmp_path)
+                checkpoint_snapshot.write(part(2), tmp_path)
                 committed = True
             except CheckpointError as error:
                 committed = False
@@ -122,36 +124,38 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not list(tmp_path.rglob("*.tmp"))
         if limit == 0:
             assert not committed
-    ck.write(part(2), tmp_path)
+    checkpoint_snapshot.write(part(2), tmp_path)
     assert newest(tmp_path) == 2
 
 
 def test_rank_0_ignores_parts_of_another_save(tmp_path: Path) -> None:
     """Rank 0 does not commit files that a crashed save of the same step left; it waits for those of this save."""
-    ck.write(part(5, 1, 2, save="crashed", value=-1.0), tmp_path)
-    writer = threading.Thread(target=ck.write, args=(part(5, 0, 2, save="now"), tmp_path))
+    checkpoint_snapshot.write(part(5, 1, 2, save="crashed", value=-1.0), tmp_path)
+    writer = threading.Thread(target=checkpoint_snapshot.write, args=(part(5, 0, 2, save="now"), tmp_path))
     writer.start()
     writer.join(0.3)
     assert writer.is_alive()
     assert newest(tmp_path) is None
-    ck.write(part(5, 1, 2, save="now"), tmp_path)
+    checkpoint_snapshot.write(part(5, 1, 2, save="now"), tmp_path)
     writer.join(10)
     assert newest(tmp_path) == 5
 
 
 def test_a_rank_that_fails_or_never_writes(tmp_path: Path) -> None:
     files.folder_of(tmp_path, 3).mkdir(parents=True)
-    ck.report_failure(files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device"))
+    checkpoint_snapshot.report_failure(
+        files.folder_of(tmp_path, 3) / "rank00001.json", "s", OSError("No space left on device")
+    )
     with pytest.raises(CheckpointError, match="rank 1 could not write its part: No space left"):
-        ck.write(part(3, 0, 2, save="s"), tmp_path)
+        checkpoint_snapshot.write(part(3, 0, 2, save="s"), tmp_path)
     with pytest.raises(CheckpointError, match=r"no part from rank 1 .* file system that all hosts share"):
-        ck.write(part(4, 0, 2), tmp_path, timeout=0.1)
+        checkpoint_snapshot.write(part(4, 0, 2), tmp_path, timeout=0.1)
     assert newest(tmp_path) is None
 
 
 def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2, 3):
-        ck.write(part(step), tmp_path)
+        checkpoint_snapshot.write(part(step), tmp_path)
     tensors = files.folder_of(tmp_path, 3) / "rank00000.safetensors"
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
@@ -175,7 +179,7 @@ def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_manifest_may_list_only_files_of_its_folder(tmp_path: Path) -> None:
-    ck.write(part(1), tmp_path)
+    checkpoint_snapshot.write(part(1), tmp_path)
     path = files.folder_of(tmp_path, 1) / "manifest.json"
     manifest = json.loads(path.read_text())
     outside = tmp_path / "outside"
@@ -187,7 +191,7 @@ def test_a_manifest_may_list_only_files_of_its_folder(tmp_path: Path) -> None:
 
 def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
-        ck.write(part(step), tmp_path)
+        checkpoint_snapshot.write(part(step), tmp_path)
     (files.folder_of(tmp_path, 2) / "manifest.json").unlink()  # damaged, and older than the newest
     protected = files.folder_of(tmp_path, 1)
     gone = files.prune(tmp_path, 2, frozenset({protected}))
@@ -198,9 +202,9 @@ def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
 def test_ranges_are_read_across_files(tmp_path: Path) -> None:
     """A range that overlaps fragments of several ranks is correct in every element; only the overlap is read."""
     for rank in (3, 2, 1):
-        ck.write(part(9, rank, 4, save="s", value=float(rank)), tmp_path)
-    ck.write(part(9, 0, 4, save="s", value=0.0), tmp_path)
-    with ck.RangeReader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
+        checkpoint_snapshot.write(part(9, rank, 4, save="s", value=float(rank)), tmp_path)
+    checkpoint_snapshot.write(part(9, 0, 4, save="s", value=0.0), tmp_path)
+    with checkpoint_weights.RangeReader(Checkpoint.open(files.folder_of(tmp_path, 9))) as reader:
         for start in range(8):
             for stop in range(start + 1, 9):
                 into, before = torch.full((stop - start,), -1.0), reader.bytes
@@ -255,14 +259,14 @@ def engine_of(world: ParallelDims, **job: Any) -> Any:
 
 def test_states_that_cannot_be_saved_are_refused(world: ParallelDims, tmp_path: Path) -> None:
     engine = engine_of(world, stage=1)
-    ck.snapshot(engine, "s", {})  # possible before the first step: Adam's state is zero
+    checkpoint_snapshot.snapshot(engine, "s", {})  # possible before the first step: Adam's state is zero
     batch = layouts.rows_for(world, 0, {})
     micro = next(engine.micro_batches(batch, engine.accumulation))
     output = engine.deepspeed(engine.inputs(micro, training=True))
     engine.deepspeed.backward(output.loss)
     engine.deepspeed.step()
     with pytest.raises(CheckpointError, match="between the micro-batches"):
-        ck.snapshot(engine, "s", {})
+        checkpoint_snapshot.snapshot(engine, "s", {})
     engine.destroy()
 
     engine = engine_of(world, stage=1)
@@ -270,10 +274,10 @@ def test_states_that_cannot_be_saved_are_refused(world: ParallelDims, tmp_path: 
     with torch.no_grad():
         next(engine.module.parameters()).view(-1)[3] += 1e-3
     with pytest.raises(CheckpointError, match=r"token.weight\[0:.*differs from the weights"):
-        ck.snapshot(engine, "s", {})
+        checkpoint_snapshot.snapshot(engine, "s", {})
     engine.deepspeed.optimizer = type("FP16_UnfusedOptimizer", (), {})()
     with pytest.raises(TypeError, match="FP16_UnfusedOptimizer: unknown optimizer wrapper"):
-        ck.snapshot(engine, "s", {})
+        checkpoint_snapshot.snapshot(engine, "s", {})
 
 
 def equal(a: Path, b: Path) -> None:
@@ -287,7 +291,7 @@ def equal(a: Path, b: Path) -> None:
             torch.testing.assert_close(states[0][name][key], states[1][name][key], rtol=0, atol=0, msg=f"{name}|{key}")
     for c in (one, two):
         c.verify()
-    steps = [ck.RangeReader(c).steps for c in (one, two)]
+    steps = [checkpoint_weights.RangeReader(c).steps for c in (one, two)]
     assert steps[0] == steps[1]
     engines = [c.state()["engine"] for c in (one, two)]
     assert engines[0] == engines[1]
@@ -418,7 +422,7 @@ def test_bf16_state_is_bit_equal(world: ParallelDims, tmp_path: Path) -> None:
     ],
 )
 def test_an_invalid_index_of_a_rank_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    folder = ck.write(part(1), tmp_path)
+    folder = checkpoint_snapshot.write(part(1), tmp_path)
     file = folder / "rank00000.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(CheckpointError):

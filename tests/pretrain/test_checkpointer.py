@@ -16,8 +16,8 @@ from tests.pretrain.test_checkpoint import newest, part
 from tests.pretrain.test_trainer import fake_trainer
 from tiphys.launch.lease import LeaseLost
 from tiphys.pretrain import callbacks as cb
-from tiphys.pretrain import checkpoint as ck
 from tiphys.pretrain import checkpoint_files as files
+from tiphys.pretrain import checkpoint_snapshot
 from tiphys.pretrain.callbacks import checkpointer
 from tiphys.pretrain.checkpoint import Checkpoint
 from tiphys.pretrain.checkpoint_files import StorageFull, WriteError
@@ -58,7 +58,7 @@ class Disk:
         SAVE(tensors, path)
 
 
-SAVE = ck.save_file
+SAVE = checkpoint_snapshot.save_file
 
 
 @pytest.fixture
@@ -66,14 +66,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(checkpointer, "time", clock)
     monkeypatch.setattr(checkpointer.Trouble.__init__, "__defaults__", (clock.monotonic,))
-    monkeypatch.setattr(ck, "snapshot", lambda engine, save, state, buffers: part(engine.step, save=save))
+    monkeypatch.setattr(
+        checkpoint_snapshot, "snapshot", lambda engine, save, state, buffers: part(engine.step, save=save)
+    )
     return clock
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    monkeypatch.setattr(ck, "save_file", disk.write)
+    monkeypatch.setattr(checkpoint_snapshot, "save_file", disk.write)
     return disk
 
 
@@ -124,7 +126,7 @@ def test_a_full_disk_stops_nothing(
 def test_old_checkpoints_go_one_by_one_for_room_and_the_last_one_stays(tmp_path: Path, clock: Clock) -> None:
     trouble = checkpointer.Trouble(1e9, clock.monotonic)
     for step in (1, 2, 3):
-        ck.write(part(step), tmp_path)
+        checkpoint_snapshot.write(part(step), tmp_path)
     left = []
     for _ in range(4):
         trouble.add(tmp_path, 3, frozenset(), 9, None)
@@ -164,7 +166,7 @@ def test_rank_0_stops_waiting_for_a_part_that_could_not_be_written(tmp_path: Pat
     cancelled = threading.Event()
     threading.Timer(0.05, cancelled.set).start()
     with pytest.raises(WriteError, match="another rank could not write its part"):
-        ck.write(part(3, world=2), tmp_path, cancelled=cancelled.is_set)
+        checkpoint_snapshot.write(part(3, world=2), tmp_path, cancelled=cancelled.is_set)
 
 
 def test_metrics_wait_while_the_disk_is_full(tmp_path: Path, clock: Clock) -> None:

@@ -26,10 +26,12 @@ from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.layers import initialise
 from tiphys.pretrain.model.pipeline import layer_operations
 from tiphys.pretrain.model.transformer import DecisionModel
-from tiphys.pretrain.objectives import Objectives, _heads
+from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.flow import times
-from tiphys.recipes.schema import Flow, Model
+from tiphys.pretrain.tokens.ranges import heads_of
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Flow
 
 SMALL = Flow(width=32, depth=2, draws=3, steps=5)
 
@@ -179,7 +181,7 @@ def test_an_insulated_head_needs_one() -> None:
 def test_one_head_has_one_size() -> None:
     layouts = [objectives("flow").layouts[0], make([ARM], "bc", context=40, horizon=5, chunk=2, head="flow").layouts[0]]
     with pytest.raises(DataError, match="two objectives predict chunks by the head"):
-        _heads(layouts)
+        heads_of(layouts)
 
 
 def test_every_parameter_has_a_gradient_without_targets() -> None:

@@ -28,7 +28,10 @@ from tiphys.pretrain.publish import save_policy
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.text import TextTokenizer
 from tiphys.pretrain.tokens.timestep import TimestepLayout
-from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Objective
 
 CONTEXT = 16
 TEXTS = ["", "ab", "the cat sat on the mat and the dog sat on the log. " * 9, "öffne die Tür " * 3]

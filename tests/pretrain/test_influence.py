@@ -18,9 +18,10 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens import paradigms
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.derived import derived
-from tiphys.pretrain.tokens.paradigms import ACTION, END, OBSERVATION, RETURN, TEXT, Paradigm, Part, Prompt
+from tiphys.pretrain.tokens.paradigm import ACTION, END, OBSERVATION, RETURN, TEXT, Paradigm, Part, Prompt
 from tiphys.pretrain.tokens.sequence import placements
-from tiphys.recipes.schema import FieldTokens, Model
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import FieldTokens
 
 PRODUCT = tuple(paradigms.PARADIGMS)
 CASES = {

@@ -19,7 +19,10 @@ from tiphys.pretrain.objectives import Objectives, table
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
 from tiphys.pretrain.tokens.hiding import HIDING
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
-from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import FieldTokens, Objective
 
 SETUPS = {
     "gato": ("gato", {"context": 1200}),

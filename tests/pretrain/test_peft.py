@@ -12,7 +12,7 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.recipes.schema import Experts, Model
+from tiphys.recipes.sections.model import Experts, Model
 
 peft = pytest.importorskip("peft", reason="needs peft, which Tiphys does not install")
 

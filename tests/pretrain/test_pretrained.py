@@ -15,8 +15,10 @@ from tiphys.pretrain.model.pipeline import canonical_name, partition, pipeline_l
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.pretrained import begin, open_pretrained, pinned, policy_digest, start_lines
 from tiphys.pretrain.publish import save_policy
-from tiphys.recipes.schema import Experts as Moe
-from tiphys.recipes.schema import Model, Recipe, Train
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.model import Experts as Moe
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.training import Train
 
 SIZES = {"layers": 4, "hidden": 32, "heads": 2, "text_vocabulary": 600}
 MOE = Moe(experts=4, experts_per_token=2, every=2, task=True, bias_rate=0.01)

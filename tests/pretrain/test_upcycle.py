@@ -18,8 +18,8 @@ from tiphys.pretrain.model.layers import declared, initial_range, initialise
 from tiphys.pretrain.model.moe import Experts
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.pretrained import begin, open_pretrained, start_lines
-from tiphys.recipes.schema import Experts as Moe
-from tiphys.recipes.schema import Upcycle
+from tiphys.recipes.sections.model import Experts as Moe
+from tiphys.recipes.sections.model import Upcycle
 
 MOE = Moe(experts=4, experts_per_token=2, every=2)
 

@@ -17,7 +17,8 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.sequence import placements
 from tiphys.pretrain.validate import ValidationResult
-from tiphys.recipes.schema import Experts, FieldTokens, Model
+from tiphys.recipes.sections.model import Experts, Model
+from tiphys.recipes.sections.objective import FieldTokens
 
 
 def test_action_errors_equal_a_loop_over_targets() -> None:

@@ -12,7 +12,7 @@ from tiphys.dataio.episode import FieldSpec, TaskSpec, Window
 from tiphys.dataio.statistics import Sketch
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.hiding import HIDING
-from tiphys.pretrain.tokens.paradigms import (
+from tiphys.pretrain.tokens.paradigm import (
     ACTION,
     END,
     OBSERVATION,
@@ -24,7 +24,10 @@ from tiphys.pretrain.tokens.paradigms import (
     Part,
     Prompt,
 )
-from tiphys.recipes.schema import Data, Entry, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import Objective
 
 TEXTS = ["go to the red ball", "go to a grey box", "öffne die Tür", "pick up the key"]
 

@@ -21,7 +21,7 @@ from tiphys.pretrain.engine import build_engine
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.parallel import ParallelDims
 from tiphys.pretrain.trainer import Trainer
-from tiphys.recipes.schema import Parallel
+from tiphys.recipes.sections.training import Parallel
 
 
 class KillAt(Callback):

@@ -12,7 +12,8 @@ from tiphys.dataio.plan.preferences import RULES
 from tiphys.recipes.keys import key_of, leaves, section_fields
 from tiphys.recipes.load import RecipeError, from_dict, to_dict
 from tiphys.recipes.resume import may_change
-from tiphys.recipes.schema import Entry, Recipe
+from tiphys.recipes.schema import Recipe
+from tiphys.recipes.sections.data import Entry
 
 
 def named(leaves):

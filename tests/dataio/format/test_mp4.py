@@ -52,6 +52,17 @@ def test_the_table_equals_that_of_the_demuxer(clip):
         assert_equals_the_demuxer(with_co64(data))
 
 
+def test_bit_rates_make_no_new_stream():
+    """A muxer writes those of each file, so each file would need a sample description of its own in the index."""
+    entry = track(make(Clip("libx264"))).stream.entry
+    rated = []
+    for rate in (1000, 2000):
+        more = entry[8:] + struct.pack(">I4s3I", 20, b"btrt", 0, rate, rate)
+        rated.append(struct.pack(">I4s", 8 + len(more), b"avc1") + more)
+    assert b"btrt" not in entry
+    assert {Stream.from_entry(one, "x").entry for one in rated} == {entry}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_combination_equals_the_demuxer(codec):

@@ -20,7 +20,8 @@ from tests.dataio.inplace import crashing
 from tests.dataio.inplace.made import FIELDS, LENGTHS, batches, converted, make_plan, source
 from tiphys.dataio.dataset import filter, inspect, merge, read_episode, verify
 from tiphys.dataio.episode import DataError
-from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.format.places import Range
+from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace import summary
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
 from tiphys.dataio.inplace.place import location

@@ -12,7 +12,8 @@ from tests.dataio.inplace.made import LENGTHS, make_plan, source
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import DataError, Needs
 from tiphys.dataio.format import packets
-from tiphys.dataio.index import EpisodeIndex, Range
+from tiphys.dataio.format.places import Range
+from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.build import IndexOptions, index_lerobot
 from tiphys.dataio.loading.assemble import Assembler
 from tiphys.dataio.loading.gather import copy_from

@@ -14,7 +14,7 @@ from tiphys.dataio.episode import TaskSpec
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
-from tiphys.recipes.schema import Experts, Model
+from tiphys.recipes.sections.model import Experts, Model
 
 CART, GRID, SWING = "CartPole-v1", "BabyAI-GoToRedBallGrey-v0", "Pendulum-v1"
 SCORES = {CART: (20.0, 500.0), GRID: (0.1, 1.0), SWING: (-1200.0, -150.0)}

@@ -14,7 +14,7 @@ from tiphys.dataio.episode import DataError, Episode
 from tiphys.dataio.shards import ShardWriter
 from tiphys.pretrain.acting.ask import Asking, _split, demonstration, goal
 from tiphys.pretrain.acting.processor import Processor
-from tiphys.recipes.schema import Evaluation
+from tiphys.recipes.sections.results import Evaluation
 
 
 @pytest.fixture(scope="module")

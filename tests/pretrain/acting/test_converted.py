@@ -23,7 +23,10 @@ from tiphys.dataio.observation import native, observation_fields
 from tiphys.pretrain.acting.play import play_group
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.objectives import Objectives
-from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Run
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import FieldTokens, Objective
 
 _MAPPING = {
     "environment": acting.CART,

@@ -18,7 +18,7 @@ from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.objectives import Objectives
-from tiphys.recipes.schema import Experts, Model
+from tiphys.recipes.sections.model import Experts, Model
 
 
 def policy_of(objectives: Objectives, seed: int = 0, **options: Any) -> Policy:

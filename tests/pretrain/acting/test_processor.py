@@ -16,7 +16,7 @@ from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, FakeIndex,
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.recipes.schema import FieldTokens
+from tiphys.recipes.sections.objective import FieldTokens
 
 SETUPS = {
     "gato": ("gato", "camera", {"context": 300}),
@@ -337,6 +337,7 @@ def test_acting_needs_no_dataset_code():
         "swap",
         "batch",
         "derived",
+        "draft",
         "flow",
         "frames",
         "group",
@@ -345,7 +346,11 @@ def test_acting_needs_no_dataset_code():
         "sequence",
         "text",
         "timestep",
+        "codec",
         "codecs",
+        "id_codecs",
+        "picture_codecs",
+        "vector_codecs",
         "vocabulary",
     }
     packages = {"tiphys", "tiphys.dataio", "tiphys.pretrain", "tiphys.pretrain.tokens", "tiphys.pretrain.acting"}

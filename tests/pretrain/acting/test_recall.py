@@ -13,8 +13,8 @@ from tests.pretrain.acting.test_policy import policy_of
 from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.model.inputs import to_tensors, unpack
 from tiphys.pretrain.tokens import paradigms
-from tiphys.pretrain.tokens.paradigms import Paradigm, Part
-from tiphys.recipes.schema import FieldTokens
+from tiphys.pretrain.tokens.paradigm import Paradigm, Part
+from tiphys.recipes.sections.objective import FieldTokens
 
 SHORT = {"text_tokens": 6}
 SETUPS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +19,9 @@ from tiphys.pretrain.acting.beam import Beam
 from tiphys.pretrain.acting.rules import RULES
 from tiphys.pretrain.model.inputs import to_tensors
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
-from tiphys.pretrain.tokens.encoding import Encoding, Ranges
-from tiphys.pretrain.tokens.paradigms import ACTING, Part
+from tiphys.pretrain.tokens.paradigm import ACTING, Part
+from tiphys.pretrain.tokens.ranges import Ranges
+from tiphys.pretrain.tokens.return_codecs import return_codec, return_range
 
 PLAN = {"horizon": 3, "width": 1, "expand": 1}
 
@@ -206,8 +206,7 @@ def test_uniform_bins_of_returns_cover_what_the_data_can_have(rule, returns, rew
         ranges=Ranges(600, 1024, 0, 0),
         task=fixtures.ARM,
     )
-    encoding.return_range = partial(Encoding.return_range, encoding)
-    codec = Encoding.return_codec(encoding, part)
+    codec = return_codec(encoding, part)
     values = codec.decode(np.arange(*codec.choices()[0])[:, None])
     assert low <= values.min() < low + 0.1
     assert high - 0.1 < values.max() <= high
@@ -221,7 +220,7 @@ def test_no_discounted_return_lies_outside_its_bins(discount):
         to_go = rewards[::-1].cumsum()[::-1]
         given = ((RETURN_TO_GO, to_go), (REWARD_FIELD, rewards))
         statistics = {name: SimpleNamespace(count=30, min=v.min(), max=v.max()) for name, v in given}
-        low, high = Encoding.return_range(SimpleNamespace(statistics=statistics), part, abs(to_go[0]))
+        low, high = return_range(SimpleNamespace(statistics=statistics), part, abs(to_go[0]))
         values = [rewards[t + 1 :] @ discount ** np.arange(29 - t) for t in range(30)]
         assert not rewards.any() or low - 1e-9 <= min(values) <= max(values) <= high + 1e-9
 

@@ -21,7 +21,7 @@ from tiphys.pretrain.callbacks import track
 from tiphys.pretrain.callbacks.metrics_writer import _drop_later
 from tiphys.pretrain.callbacks.track import Tracked, TrackRun, send_rest
 from tiphys.recipes.load import RecipeError
-from tiphys.recipes.schema import Track
+from tiphys.recipes.sections.results import Track
 
 Sent = tuple[int, dict[str, float]]
 

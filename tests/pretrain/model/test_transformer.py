@@ -14,7 +14,7 @@ from tiphys.pretrain.model.moe import mixtures, step_counts
 from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.vocabulary import Vocabulary
-from tiphys.recipes.schema import Model
+from tiphys.recipes.sections.model import Model
 
 
 def run(model, batches, scale=1.0):

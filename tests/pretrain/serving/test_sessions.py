@@ -15,7 +15,7 @@ from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.serving.observed import Names
 from tiphys.pretrain.serving.served import Served, Settings, Wish
 from tiphys.pretrain.serving.sessions import Acted, Observed, Session, Sessions
-from tiphys.recipes.schema import FieldTokens
+from tiphys.recipes.sections.objective import FieldTokens
 
 CHUNKS = {"action": FieldTokens(chunk=3)}
 RNG = np.random.default_rng(0)

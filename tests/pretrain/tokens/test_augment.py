@@ -8,7 +8,7 @@ from tests.pretrain.token_fixtures import CAMERA, make, window
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.tokens.augment import augmented, coefficients, coloured, draws, moved
-from tiphys.recipes.schema import Augment, FieldTokens
+from tiphys.recipes.sections.objective import Augment, FieldTokens
 
 ALL = Augment(crop=0.8, rotate=20, brightness=0.3, contrast=0.4, saturation=0.5)
 FRONT = {"observation.front": FieldTokens(augment=ALL)}

@@ -9,26 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiphys.dataio.episode import DataError
-from tiphys.pretrain.tokens.codecs import (
-    CODECS,
-    Affine,
-    Bins,
-    Chunk,
-    Discrete,
-    Grid,
-    Histogram,
-    Integers,
-    NoEncoding,
-    Patches,
-    Quantiles,
-    Sign,
-    Tiles,
-    Vector,
-    codec_from_dict,
-    inverse_mu_law,
-    mu_law,
-)
+from tiphys.pretrain.tokens.codec import NoEncoding, inverse_mu_law, mu_law
+from tiphys.pretrain.tokens.codecs import CODECS, codec_from_dict
+from tiphys.pretrain.tokens.id_codecs import Bins, Discrete, Integers, Quantiles, Sign
 from tiphys.pretrain.tokens.images import PLACES, from_patches, intervals, places, resized, to_patches
+from tiphys.pretrain.tokens.picture_codecs import Grid, Patches, Tiles
+from tiphys.pretrain.tokens.vector_codecs import Affine, Chunk, Histogram, Vector
 
 FIRST = 5000
 quick = settings(deadline=None, max_examples=50)  # a slow machine is not a failure

@@ -7,7 +7,8 @@ from tests.pretrain.token_fixtures import ARM, GRID, make
 from tiphys.dataio.episode import BadValue, DataError, Window
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.pretrain.tokens.derived import SOURCES, derived, source_of
-from tiphys.pretrain.tokens.paradigms import ACTION, OBSERVATION, PARADIGMS, RETURN, Paradigm, Part
+from tiphys.pretrain.tokens.paradigm import ACTION, OBSERVATION, RETURN, Paradigm, Part
+from tiphys.pretrain.tokens.paradigms import PARADIGMS
 from tiphys.pretrain.tokens.timestep import TO_THE_END
 
 OPTIONS = {"bins": 4, "low": [-1.0], "high": [1.0]}

@@ -7,7 +7,7 @@ from tests.pretrain.token_fixtures import ARM, CAMERA, CAPTION, GRID, make, wind
 from tiphys.pretrain.tokens.batch import MODALITIES, TokenBatch
 from tiphys.pretrain.tokens.describe import view_windows
 from tiphys.pretrain.tokens.sequence import placements
-from tiphys.recipes.schema import FieldTokens
+from tiphys.recipes.sections.objective import FieldTokens
 
 SETUPS = {
     "gato": ("gato", {"context": 700}),

@@ -16,10 +16,13 @@ from tiphys.dataio.index import EpisodeIndex
 from tiphys.pretrain.acting.processor import Processor
 from tiphys.pretrain.objectives import Objectives
 from tiphys.pretrain.tokens.batch import ACTION, TokenBatch
-from tiphys.pretrain.tokens.codecs import Bins
 from tiphys.pretrain.tokens.describe import view_windows
 from tiphys.pretrain.tokens.frames import range_of
-from tiphys.recipes.schema import Data, Entry, FieldTokens, Model, Objective, Recipe, Relative, Run
+from tiphys.pretrain.tokens.id_codecs import Bins
+from tiphys.recipes.schema import Recipe, Run
+from tiphys.recipes.sections.data import Data, Entry
+from tiphys.recipes.sections.model import Model
+from tiphys.recipes.sections.objective import FieldTokens, Objective, Relative
 
 ROBOT = TaskSpec(
     "robot",

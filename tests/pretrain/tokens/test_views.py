@@ -17,7 +17,7 @@ from tiphys.pretrain.model.transformer import DecisionModel
 from tiphys.pretrain.tokens.agent_statistics import statistics_of_one_agent
 from tiphys.pretrain.tokens.agents import agent_fields, of_one_agent
 from tiphys.pretrain.tokens.batch import TokenBatch
-from tiphys.recipes.schema import Model
+from tiphys.recipes.sections.model import Model
 
 AGENTS = {"options": {"agents": 2}}
 
