@@ -64,15 +64,14 @@ def reached(policy: Policy, world: Grid, goals: np.ndarray, seed: int, query: st
 
 
 def learnt(dataset: str, objective: dict[str, Any], seed: int) -> Policy:
-    policy = train(
+    return train(
         [{"dataset": dataset}],
         objective,
-        steps=600,
-        rows=32,
-        rate=4e-3,
+        steps=350,
+        rows=64,
+        rate=5e-3,
         seed=seed,
         model={"hidden": 64, "heads": 4, "timesteps": 8, "init_std": 0.125},
         data={"starts": "windows"},
         sample=False,
     )
-    return policy

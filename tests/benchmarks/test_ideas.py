@@ -7,7 +7,7 @@ from benchmarks.ideas.__main__ import main
 from benchmarks.ideas.marks import Mark, at_least, at_most
 from tiphys.pretrain.tokens.paradigms import PARADIGMS
 
-SHORT = ["dt", "prompt-dt", "tt"]  # in `make test`: one seed, without controls
+SHORT = ["dt", "prompt-dt", "tt", "unimask"]  # in `make test`: one seed, without controls
 
 
 def test_every_row_has_an_experiment():
