@@ -32,6 +32,7 @@ SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300, "init_st
 # With weights of .02, attention of so narrow a model is nearly uniform in the beginning, and a model that must learn to compare
 # two tokens stays there for longer than an experiment lasts.
 WIDE = {"init_std": 0.0}  # 1 / √width, the default of recipes
+JOINED = 0.4  # weight of a dataset that joins; the first entry has 1
 
 
 def train(
@@ -69,7 +70,7 @@ def train(
         The policy draws its actions.
     joins : mapping, optional
         Step -> what makes a dataset from the policy of that step. It joins the mixture from the next step on, learned like the
-        first entry and with as much weight.
+        first entry, with `JOINED` as its weight.
     """
     recipe = from_dict(
         {
@@ -152,7 +153,7 @@ def fit(
 def joined(dataset: str, like: str, number: int, step: int) -> dict[str, Any]:
     """The event of the plan's log by which a dataset joins from a step on."""
     event = {"kind": "dataset", "step": step, "entry": f"{number}:{dataset}", "dataset": dataset, "like": like}
-    return {**event, "digest": EpisodeIndex.open(dataset).fingerprint, "weight": 1.0}
+    return {**event, "digest": EpisodeIndex.open(dataset).fingerprint, "weight": JOINED}
 
 
 def publish(policy: Policy, folder: Path) -> str:
