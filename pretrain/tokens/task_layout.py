@@ -57,11 +57,11 @@ def task_layout(encoding: Encoding, number: int, weight: float) -> TimestepLayou
     preamble = tuple(f.name for f in texts if f.per == "episode" and said)
     has_actions, pairs = bool(encoding.shown("action")), paradigm.loss == "pairs"
     _check(encoding, preamble)
-    made = [(part, e) for part in paradigm.timestep for e in _elements(encoding, part)]
+    elements = (_learnt(encoding, e, part) for part in paradigm.timestep for e in _elements(encoding, part))
     layout = TimestepLayout(
         task=encoding.task.name,
         number=number,
-        elements=tuple(_learnt(encoding, element, part) for part, element in made),
+        elements=tuple(elements),
         preamble=preamble,
         predict_text=paradigm.predicts_text,
         text_last=not has_actions and not pairs,
