@@ -298,7 +298,8 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     world = engine.world
     lines = [
         f"run          {recipe.run.dir}  (recipe {recipe.name})",
-        f"layout       {world.world} processes = {world.pipeline} pipeline × {world.data} data, {world.expert} expert; "
+        f"layout       {counted(world.world, 'process', 'processes')} = {world.pipeline} pipeline × {world.data} data, "
+        f"{world.expert} expert; "
         f"ZeRO-{engine.zero_stage}, {'bf16' if engine.bf16 else 'fp32'}",
         f"model        {parameters / 1e6:.2f}M parameters on this rank, "
         f"{_in_vocabulary(engine) / 1e6:.2f}M of them for the vocabulary of {engine.config.vocab_size} ids; "
