@@ -187,7 +187,8 @@ def _train(
     with loader or nullcontext():
         made = callbacks(recipe, objectives, indexes, world, plan, attendance.permit)
         stages = [cache, Attending(attendance), *made]
-        requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
+        known = [*(resume.state()["loader"].get("log", []) if resume else ()), *events]
+        requests = follow(recipe.run.dir, plan, known) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier, events)
         try:
             trainer.fit(resume=resume)
