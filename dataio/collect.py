@@ -255,8 +255,8 @@ def play(env: Environment, task: str, seed: int, act: Act, limit: int = LONGEST)
             steps.rewards.append(float(reward))
             steps.terminated = bool(terminated)
             steps.truncated = bool(truncated) or len(steps.actions) >= limit
-            if "success" in info:
-                steps.success = bool(steps.success) or bool(info["success"])
+            if (reached := succeeded(info)) is not None:
+                steps.success = bool(steps.success) or reached
     except (ExpertLost, DataError):
         raise
     except Exception as error:
@@ -265,6 +265,13 @@ def play(env: Environment, task: str, seed: int, act: Act, limit: int = LONGEST)
             f"{where}: the environment or its expert raised {type(error).__name__}: {error}"
         ) from error
     return steps
+
+
+def succeeded(info: Mapping[str, Any]) -> bool | None:
+    """Whether a step's `info` says that the task has succeeded, as `success` or, as in gymnasium-robotics and Stable-Baselines3,
+    as `is_success`; None: it does not say."""
+    reached = info.get("success", info.get("is_success"))
+    return None if reached is None else bool(reached)
 
 
 def _demonstrate(

@@ -197,14 +197,18 @@ def summary(found: Mapping[str, Any]) -> str:
     for task, by_field in found["bad_values"].items():
         for field, bad in by_field.items():
             if bad["text"]:
-                ids = ", ".join(bad["first"][:5]) or "unknown"
-                lines.append(f"bad values: task {task!r}, field {field!r}: {bad['text']} (first: {ids})")
+                lines.append(bad_values(task, field, bad["text"], bad["first"]))
     unknown = sorted({f for by_field in found["bad_values"].values() for f, b in by_field.items() if not b["text"]})
     if unknown:
         lines.append(f"bad values of {', '.join(unknown)}: unknown, because an earlier version wrote the dataset")
     lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "values", "unit"), fields))
     lines += video_lines(found["videos"])
     return printable("\n".join(lines))
+
+
+def bad_values(task: str, field: str, text: str, first: Sequence[str]) -> str:
+    """A line about values of a field that cannot be learned from. `first`: ids of the first episodes that have some."""
+    return f"bad values: task {task!r}, field {field!r}: {text} (first: {', '.join(first[:5]) or 'unknown'})"
 
 
 def _bound(values: Any) -> str | None:

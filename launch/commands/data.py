@@ -86,7 +86,27 @@ def convert(args: Namespace) -> int:
         progress=progress_bar("converting"),
     )
     say(done)
+    _say_bad_values(args.destination)
     return Status.DONE
+
+
+def _say_bad_values(url: str) -> None:
+    """Say which values of a dataset cannot be learned from, right after it was made."""
+    from tiphys.dataio.format.document import DATASET, parse
+    from tiphys.dataio.statistics import FieldStatistics
+    from tiphys.dataio.storage import Store
+    from tiphys.launch.display import bad_values
+
+    document = parse(Store(url).read(DATASET), f"{url}/{DATASET}")
+    said = False
+    for task, by_field in document["statistics"].items():
+        for field, stored in by_field.items():
+            found = FieldStatistics.from_dict(stored)
+            if found.bad():
+                say(bad_values(task, field, found.bad(), found.first_bad))
+                said = True
+    if said:
+        say("  Training refuses them, or leaves their episodes out with data.on_bad_value=quarantine")
 
 
 def export(args: Namespace) -> int:
@@ -150,6 +170,7 @@ def index(args: Namespace) -> int:
         say(f"  {note}")
     if len(notes) > 20:
         say(f"  … and {len(notes) - 20} more in dataset.json")
+    _say_bad_values(made.url)
     return Status.DONE
 
 

@@ -334,7 +334,10 @@ class Policy:
             self.following.take(self)
         chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
-            raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
+            raise ValueError(
+                f"a list of {len(observations)} observations for {len(chosen)} environment{'s' * (len(chosen) != 1)}: give one "
+                "for each. The values of one observation are an array or a dict, not a list"
+            )
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents

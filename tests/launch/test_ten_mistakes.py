@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.launch.small_recipe import GOLDEN, small_recipe
@@ -125,3 +126,22 @@ def test_a_mistake_in_a_mapping_file(mistake: str, said: Callable[..., str]) -> 
     Path("m.yaml").write_text(text)
     message = said("convert", "source", "out", "--from", "npz", "--map", "m.yaml", "--processes", "1")
     assert [part for part in wanted if part not in message] == [], message
+
+
+def test_values_that_are_not_numbers_are_said_when_data_are_made(
+    said: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    observations = np.zeros((5, 2), np.float32)
+    observations[3, 1] = np.nan
+    np.savez("one.npz", observations=observations, actions=np.zeros((5, 1), np.float32), episode_ends=[2, 5])
+    assert main(["convert", "one.npz", "out", "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "bad values: task 'one', field 'observation': 1 step with NaN or an infinity in 1 episode (first: one" in out
+    assert "data.on_bad_value=quarantine" in out
+
+
+def test_a_run_without_a_policy_yet(said: Callable[..., str]) -> None:
+    Path("run").mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        Path("run", name).touch()
+    assert "run: this run has no policy yet. It gets one after its last step" in said("publish", "run", "elsewhere")
