@@ -166,7 +166,7 @@ class Players:
         for number, who in enumerate(players):
             mine = results[number * len(chunks) : (number + 1) * len(chunks)]
             found[who] = float(np.mean([score(spec, o) for part in mine for o in part]))
-        return replace(spec, **found)
+        return replace(spec, random=found["random"], expert=found.get("expert", spec.expert))
 
     def demonstrations(
         self, spec: TaskSpec, episodes: int, seed: int, noise: float | None, record: str = "intended"
