@@ -41,8 +41,7 @@ def scored_steps(
         raise DataError(f"every={every!r}: give the seconds between two polls, above 0")
     out = expand(str(out))
     with Follower(url) as follower:
-        while (new := _first(follower)) is None:
-            time.sleep(jittered(every))
+        new: Any = _first(follower, every)
         while True:
             if new is not None:
                 folder = follower.fetch()
@@ -59,12 +58,16 @@ def scored_steps(
                 time.sleep(jittered(every))
 
 
-def _first(follower: Follower) -> Any:
-    try:
-        return follower.fetch()
-    except FileNotFoundError as error:
-        logger(__name__).warning("%s; it is waited for, and Ctrl-C ends that", error)
-        return None
+def _first(follower: Follower, every: float) -> Path:
+    said = False
+    while True:
+        try:
+            return follower.fetch()
+        except FileNotFoundError as error:
+            if not said:
+                logger(__name__).warning("%s; it is waited for, and Ctrl-C ends that", error)
+            said = True
+        time.sleep(jittered(every))
 
 
 def _poll(follower: Follower) -> Any:
