@@ -151,18 +151,22 @@ class Players:
     def __exit__(self, *error: Any) -> None:
         self._workers.__exit__(*error)
 
-    def scored(self, spec: TaskSpec, episodes: int) -> TaskSpec:
-        """The task with its random and its expert score: means over `episodes` episodes without disturbance."""
+    def scored(self, spec: TaskSpec, episodes: int, *, expert: bool = True) -> TaskSpec:
+        """The task with its random and its expert score: means over `episodes` episodes without disturbance.
+
+        Without `expert` only the random score is measured.
+        """
         if episodes < 1:
             raise DataError(f"{spec.name}: a score cannot be measured with {episodes} episodes; at least 1 is needed")
         seeds = range(SCORE_SEEDS, SCORE_SEEDS + episodes)
         chunks = [tuple(seeds[i : i + 5]) for i in range(0, episodes, 5)]
-        jobs = [_Scores(spec, who, chunk) for who in ("random", "expert") for chunk in chunks]
-        results = list(self._workers.in_order(jobs))
-        rows = [
-            [score(spec, o) for part in half for o in part] for half in (results[: len(chunks)], results[len(chunks) :])
-        ]
-        return replace(spec, random=float(np.mean(rows[0])), expert=float(np.mean(rows[1])))
+        players = ("random", "expert") if expert else ("random",)
+        results = list(self._workers.in_order([_Scores(spec, who, chunk) for who in players for chunk in chunks]))
+        found = {}
+        for number, who in enumerate(players):
+            mine = results[number * len(chunks) : (number + 1) * len(chunks)]
+            found[who] = float(np.mean([score(spec, o) for part in mine for o in part]))
+        return replace(spec, random=found["random"], expert=found.get("expert", spec.expert))
 
     def demonstrations(
         self, spec: TaskSpec, episodes: int, seed: int, noise: float | None, record: str = "intended"
@@ -183,16 +187,16 @@ class _Scores:
     seeds: tuple[int, ...]
 
     def __call__(self) -> list[Outcome]:
-        task = self.spec.name
-        env = _environment(task)
+        task = self.spec.environment or self.spec.name
+        env, limit, steps = _stage(task, self.spec.max_steps)
         outcomes = []
         for seed in self.seeds:
             if self.who == "random":
                 env.action_space.seed(seed)
-                trajectory = play(env, task, seed, lambda *_: (env.action_space.sample(),) * 2)
+                trajectory = play(env, task, seed, lambda *_: (env.action_space.sample(),) * 2, limit)
             else:
                 try:
-                    trajectory = play(env, task, seed, _demonstrate(task, env, seed, 0.0))
+                    trajectory = play(env, task, seed, _demonstrate(task, env, seed, 0.0, steps=steps), limit)
                 except ExpertLost:
                     trajectory = Trajectory(success=False)
             outcomes.append(trajectory.outcome)
@@ -233,8 +237,11 @@ class _Demonstrations:
         )
 
 
-def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
-    """Play one episode. ExpertLost and DataError are raised unchanged, every other exception as EnvironmentFault."""
+def play(env: Environment, task: str, seed: int, act: Act, limit: int = LONGEST) -> Trajectory:
+    """Play one episode of at most `limit` steps.
+
+    ExpertLost and DataError are raised unchanged, every other exception as EnvironmentFault.
+    """
     steps = Trajectory()
     try:
         observation, info = env.reset(seed=seed)
@@ -247,9 +254,9 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
             steps.actions.append(recorded)
             steps.rewards.append(float(reward))
             steps.terminated = bool(terminated)
-            steps.truncated = bool(truncated) or len(steps.actions) >= LONGEST
-            if "success" in info:
-                steps.success = bool(steps.success) or bool(info["success"])
+            steps.truncated = bool(truncated) or len(steps.actions) >= limit
+            if (reached := succeeded(info)) is not None:
+                steps.success = bool(steps.success) or reached
     except (ExpertLost, DataError):
         raise
     except Exception as error:
@@ -260,9 +267,21 @@ def play(env: Environment, task: str, seed: int, act: Act) -> Trajectory:
     return steps
 
 
-def _demonstrate(task: str, env: Environment, seed: int, noise: float, record: str = "intended") -> Act:
-    """How the disturbed expert acts in `env`. The expert is reset at the first call, after the environment's reset."""
-    expert, family, rng = _expert(task), environments.family(task), _generator(seed, "disturb")
+def succeeded(info: Mapping[str, Any]) -> bool | None:
+    """Whether a step's `info` says that the task has succeeded, as `success` or, as in gymnasium-robotics and Stable-Baselines3,
+    as `is_success`; None: it does not say."""
+    reached = info.get("success", info.get("is_success"))
+    return None if reached is None else bool(reached)
+
+
+def _demonstrate(
+    task: str, env: Environment, seed: int, noise: float, record: str = "intended", *, steps: int = 0
+) -> Act:
+    """How the disturbed expert acts in `env`. The expert is reset at the first call, after the environment's reset.
+
+    steps   the third value of `_stage` that gave the environment
+    """
+    expert, family, rng = _expert(task, steps), environments.family(task), _generator(seed, "disturb")
     rewarded = getattr(expert, "rewarded", None)
 
     def act(observation: Any, taken: Any, reward: float) -> tuple[Any, Any]:
@@ -347,6 +366,25 @@ def _environment(task: str) -> Environment:
     return environments.make(task)
 
 
+def horizon(task: str, env: Environment, steps: int) -> tuple[dict[str, Any], int]:
+    """Options of `make` that let episodes last `steps`, and the most steps of an episode then.
+
+    steps   `max_steps` of a TaskSpec; 0: the environment's own horizon
+    """
+    owner = environments.family(task)
+    own = owner.max_steps(task, env)  # 0: the environment sets no limit
+    longer = 0 < own < steps
+    return owner.horizon_options(steps) if longer else {}, (steps if steps and not longer and steps != own else LONGEST)
+
+
 @cache
-def _expert(task: str) -> Expert:
-    return (_policy or environments.expert)(task, _environment(task))
+def _stage(task: str, steps: int) -> tuple[Environment, int, int]:
+    """An environment with this horizon, the most steps of an episode, and the horizon if it had to be given (else 0)."""
+    env = _environment(task)
+    options, limit = horizon(task, env, steps)
+    return (environments.make(task, **options), limit, steps) if options else (env, limit, 0)
+
+
+@cache
+def _expert(task: str, steps: int = 0) -> Expert:
+    return (_policy or environments.expert)(task, _stage(task, steps)[0])

@@ -127,11 +127,12 @@ def inspect(url: str, cache_dir: str = "") -> dict[str, Any]:
                 "per": field.per,
                 "low": None if field.low is None else list(field.low),
                 "high": None if field.high is None else list(field.high),
+                "values": field.values or None,
                 "unit": field.unit,
             }
             known = fields.setdefault(field.name, {**summary, "tasks": 0})
             known["tasks"] += 1
-            for key in ("low", "high", "unit"):
+            for key in ("low", "high", "values", "unit"):
                 if known[key] != summary[key]:
                     known[key] = "differs by task"
     bad_values: dict[str, Any] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.atomic import to_json, write_json, write_text
-from tiphys.dataio.messages import printable, redacted, say
+from tiphys.dataio.messages import counted, printable, redacted, say
 from tiphys.dataio.python_path import child_environment, python
 from tiphys.launch.side_process import POLICY
 from tiphys.pretrain.callbacks.base import Callback, Every
@@ -245,7 +245,7 @@ class Aside(Callback):
             )
             known = [t["expert_normalized"] for t in tasks.values() if t["expert_normalized"] is not None]
             mean = f", normalised score {sum(known) / len(known):.2f}" if known else ""
-            say(f"step {job.step}  evaluated: {len(tasks)} tasks{mean}")
+            say(f"step {job.step}  evaluated: {counted(len(tasks), 'task')}{mean}")
         elif event == "published":
             self._done(job, "publish")
             said = printable(" ".join(answer["said"].split()))

@@ -221,7 +221,9 @@ def _data(recipe: Recipe, seen: Examined, opened: Opened, environments: bool) ->
     try:
         objectives = Objectives(recipe, indexes)
     except ValueError as error:
-        yield f"{seen.where('objectives')}: {error}"
+        key, _, reason = str(error).partition(": ")
+        known = key.startswith("objectives.") and " " not in key
+        yield f"{seen.where(key)}: {reason}" if known else f"{seen.where('objectives')}: {error}"
         return
     yield from _located((*freeze_errors(recipe, objectives), *init_errors(recipe, objectives)), seen.where)
     yield from target_errors(recipe, objectives, seen.where)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import counted
 from tiphys.dataio.plan.log import described
 from tiphys.pretrain import checkpoint_files as files
 from tiphys.pretrain.checkpoint_choice import ASIDE
@@ -137,7 +138,7 @@ def shown(found: dict[str, Any]) -> str:
     entries = Counter(d[:12] for d in found["datasets"])
     lines = [
         f"checkpoint   {found['folder']}",
-        f"step         {found['step']}, saved by {found['ranks']} ranks; any number can load it",
+        f"step         {found['step']}, saved by {counted(found['ranks'], 'rank')}; any number can load it",
         f"recipe       {found['recipe']}  ({found['hash'][:12]})",
         *_labelled(
             "datasets", [f"{digest} ({count} entries)" if count > 1 else digest for digest, count in entries.items()]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tiphys.dataio.inplace.summary import lines as video_lines
-from tiphys.dataio.messages import printable
+from tiphys.dataio.messages import counted, printable
 from tiphys.pretrain.tokens.paradigms import NOTHING
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -115,7 +115,7 @@ def episode(url: str, number: int, picture: str = "") -> str:
     returned = f"{found.total_return:.3f}" if "reward" in found.fields else "–"
     lines = [
         f"episode {number}: {found.id}",
-        f"task {found.task}, {found.steps} steps, return {returned}, success {found.success}, agent {found.agent}",
+        f"task {found.task}, {counted(found.steps, 'step')}, return {returned}, success {found.success}, agent {found.agent}",
     ]
     for name, value in sorted(found.fields.items()):
         if isinstance(value, str):
@@ -159,8 +159,8 @@ def _picture(fields: Mapping[str, Any], path: str) -> str:
 def summary(found: Mapping[str, Any]) -> str:
     """What `tiphys.dataio.dataset.inspect` returned, as text."""
     lines = [
-        f"{found['url']}: {found['episodes']} episodes, {found['steps']} steps, {human_bytes(found['bytes'])} "
-        f"in {found['shards']} shards"
+        f"{found['url']}: {counted(found['episodes'], 'episode')}, {counted(found['steps'], 'step')}, "
+        f"{human_bytes(found['bytes'])} in {counted(found['shards'], 'shard')}"
         + (f", {found['quarantined']} quarantined" if found.get("quarantined") else "")
         + (f", {found['skipped']} left out" if found.get("skipped") else "")
     ]
@@ -189,6 +189,7 @@ def summary(found: Mapping[str, Any]) -> str:
             f["per"],
             _bound(f["low"]),
             _bound(f["high"]),
+            f["values"],
             f["unit"] or None,
         )
         for n, f in found["fields"].items()
@@ -196,14 +197,18 @@ def summary(found: Mapping[str, Any]) -> str:
     for task, by_field in found["bad_values"].items():
         for field, bad in by_field.items():
             if bad["text"]:
-                ids = ", ".join(bad["first"][:5]) or "unknown"
-                lines.append(f"bad values: task {task!r}, field {field!r}: {bad['text']} (first: {ids})")
+                lines.append(bad_values(task, field, bad["text"], bad["first"]))
     unknown = sorted({f for by_field in found["bad_values"].values() for f, b in by_field.items() if not b["text"]})
     if unknown:
         lines.append(f"bad values of {', '.join(unknown)}: unknown, because an earlier version wrote the dataset")
-    lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "unit"), fields))
+    lines.append(table(("field", "role", "modality", "dtype", "shape", "per", "low", "high", "values", "unit"), fields))
     lines += video_lines(found["videos"])
     return printable("\n".join(lines))
+
+
+def bad_values(task: str, field: str, text: str, first: Sequence[str]) -> str:
+    """A line about values of a field that cannot be learned from. `first`: ids of the first episodes that have some."""
+    return f"bad values: task {task!r}, field {field!r}: {text} (first: {', '.join(first[:5]) or 'unknown'})"
 
 
 def _bound(values: Any) -> str | None:

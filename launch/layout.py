@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import counted
 from tiphys.launch.display import human_bytes
 from tiphys.pretrain.distributed.deepspeed_config import Derived, derive
 from tiphys.pretrain.distributed.memory import Memory, Settings, Share, rank_memory
@@ -356,7 +357,8 @@ def lines(found: Needs, memory: int = 0) -> list[str]:
     """What a layout needs, for people. `memory`: bytes of one device; 0: not known."""
     grid, d = found.grid, found.derived
     out = [
-        f"layout       {grid.world} devices = {grid.pipeline} pipeline × {grid.data} data, {grid.expert} expert; ZeRO-{d.stage}, "
+        f"layout       {counted(grid.world, 'device')} = {grid.pipeline} pipeline × {grid.data} data, {grid.expert} expert; "
+        f"ZeRO-{d.stage}, "
         f"{'bf16' if d.bf16 else 'fp32'}; {d.accumulation} × {d.micro_batch} rows a rank"
         + (", checkpointing" if found.checkpointing else ""),
         f"model        {found.parameters / 1e6:,.2f}M parameters",
@@ -381,6 +383,9 @@ def lines(found: Needs, memory: int = 0) -> list[str]:
         out.append(
             f"time         {found.seconds:.3g} s a step, {found.tokens / found.seconds:,.0f} tokens/s, loader "
             f"{human_bytes(found.loader)}/s a rank ({found.basis})"
+        )
+        out.append(
+            "             the time to start kernels is not counted: a step of a small model takes several times as long"
         )
     else:
         out.append(

@@ -13,6 +13,7 @@ import numpy as np
 from tiphys.dataio.episode import Needs, Window
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.loader import CacheBudget, LoaderSettings, TrajectoryLoader
+from tiphys.dataio.messages import counted
 from tiphys.dataio.placement import Home
 from tiphys.dataio.sampling import EntryLengths, PlanEntry, SamplingPlan
 from tiphys.launch.display import human_bytes
@@ -123,7 +124,8 @@ def format_result(found: dict[str, Any]) -> str:
     used, moved = found["time"], found["bytes"]
     waiting = max(0.0, 1 - sum(used.values()))
     lines = [
-        f"{found['dataset']}: {found['windows']} windows from {found['episodes']} episodes, {found['buckets']} buckets",
+        f"{found['dataset']}: {counted(found['windows'], 'window')} from {counted(found['episodes'], 'episode')}, "
+        f"{counted(found['buckets'], 'bucket')}",
         f"speed      {found['windows_per_second']:.0f} windows/s; "
         f"{found['cpu_seconds_per_1000_windows']:.3f} CPU s per 1,000 windows",
         "time       " + ", ".join(f"{n.replace('_', ' ')} {v:.0%}" for n, v in used.items()) + f", other {waiting:.0%}",

@@ -8,13 +8,13 @@ contains this log.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiphys.dataio.messages import say
-from tiphys.dataio.plan.log import PlanLog
+from tiphys.dataio.plan.log import PlanLog, described
 from tiphys.paths import expand
 from tiphys.pretrain.checkpoint_files import MANIFEST, folders
 from tiphys.recipes.load import load_recipe
@@ -87,24 +87,34 @@ def show(run_dir: str) -> str:
     """The weights of all entries as the run has adopted them, and all requests with the step from which they apply."""
     recipe = _recipe(run_dir)
     given = {name: entry.weight for name, entry in zip(names(recipe), recipe.data.mixture, strict=True)}
-    now, waiting = dict(given), adopted(run_dir)
-    for event in waiting:
+    now, done = dict(given), adopted(run_dir)
+    for event in done:
         now |= event["weights"] if event["kind"] == "weights" else {}
         now |= {event["entry"]: event["weight"]} if event["kind"] == "dataset" else {}
     lines = []
     for name, weight in now.items():
         was = "" if given.get(name) == weight else f"  (recipe: {given[name]:g})" if name in given else "  (added)"
         lines.append(f"{name}  {weight:g}{was}")
-    for event in _log(run_dir).events:
-        same = next((done for done in waiting if {**done, "step": event["step"]} == event), None)
+    for event, same in _matched(_log(run_dir).events, done):
         if event["kind"] == "data":
             lines.append(f"changed: {json.dumps(event)}")
         elif same is None:
-            lines.append(f"asked: {json.dumps(event)}")
+            lines.append(f"asked{_from(event['step'])}: {described(event)}")
         else:
-            waiting.remove(same)
-            lines.append(f"adopted from step {same['step']} on: {json.dumps(event)}")
+            lines.append(f"adopted from step {same['step']} on: {described(event)}")
     return "\n".join(lines)
+
+
+def _matched(
+    requests: Iterable[dict[str, Any]], done: Iterable[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Each request with the event that it became; None: it waits. Both differ in their steps only."""
+    left = list(done)
+    for request in requests:
+        same = next((event for event in left if {**event, "step": request["step"]} == request), None)
+        if same is not None:
+            left.remove(same)
+        yield request, same
 
 
 def adopted(run_dir: str) -> list[dict[str, Any]]:
@@ -130,16 +140,26 @@ def _unfinished(run_dir: str) -> Recipe:
     return recipe
 
 
-def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]]]:
-    """Returns a function that returns the events appended since its last call, or, the first time, since this call.
+def follow(
+    run_dir: str, plan: SamplingPlan, known: Sequence[dict[str, Any]] = ()
+) -> Callable[[], list[dict[str, Any]]]:
+    """Returns a function that returns the requests since its last call; the first time all that the plan does not know.
+
+    A request that was made while the run stood still is among these, and so is one that the run adopted after the checkpoint from
+    which it resumes. The latter has the step from which it was in force, so that the run draws the same rows again.
 
     An event that does not fit the plan is ignored, with a message on stderr: a request never ends a run.
+
+    known    events that the plan of the run has: those of the checkpoint and of the rollbacks
     """
     log = _log(run_dir)
+    new = [event for event, same in _matched(log.events, known) if same is None and event["kind"] != "data"]
+    waiting = [event if same is None else same for event, same in _matched(new, _without(adopted(run_dir), known))]
 
     def fresh() -> list[dict[str, Any]]:
         out = []
-        for event in log.follow():
+        events, waiting[:] = [*waiting, *log.follow()], []
+        for event in events:
             try:
                 plan.check(event)
             except Exception as error:  # a request never ends a run, whatever is wrong with it
@@ -149,6 +169,10 @@ def follow(run_dir: str, plan: SamplingPlan) -> Callable[[], list[dict[str, Any]
         return out
 
     return fresh
+
+
+def _without(events: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event not in known]
 
 
 def _log(run_dir: str) -> PlanLog:

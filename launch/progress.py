@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tiphys.dataio.messages import say
+from tiphys.dataio.messages import counted, say
 
 
 def progress_lines() -> Callable[[str, int, int], None]:
@@ -16,7 +16,7 @@ def progress_lines() -> Callable[[str, int, int], None]:
         if terminal:
             say(f"{name}: {done}/{whole}", start="\r", end="\n" if done == whole else "", error=True)
         elif done == whole:
-            say(f"{name}: {done} episodes", error=True)
+            say(f"{name}: {counted(done, 'episode')}", error=True)
 
     return show
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tiphys.dataio.messages import say
+from tiphys.dataio.messages import counted, say
 from tiphys.launch.progress import progress_lines
 from tiphys.launch.submit import submit
 from tiphys.recipes.load import load_recipe
@@ -77,7 +77,7 @@ def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
         have = EpisodeIndex.open(url)
         counts = {t.name: int((have.task == i).sum()) for i, t in enumerate(have.tasks)}
         if counts == dict(tasks):
-            say(f"{url}: {have.episodes} episodes exist already")
+            say(f"{url}: {counted(have.episodes, 'episode')} exist already")
             return
         raise FileExistsError(
             f"{url} holds other demonstrations ({json.dumps(counts)}) than this command needs ({json.dumps(dict(tasks))}); "
@@ -87,4 +87,7 @@ def _collect(url: str, tasks: Mapping[str, int], scored: int) -> None:
         say(f"$ tiphys collect {task} --episodes {count} --to {url}")
     began = time.monotonic()
     index = collect(tasks, url, score_episodes=scored, progress=progress_lines())
-    say(f"{url}: {index.episodes} episodes, {int(index.steps.sum())} steps in {time.monotonic() - began:.0f} s")
+    say(
+        f"{url}: {counted(index.episodes, 'episode')}, {counted(int(index.steps.sum()), 'step')} "
+        f"in {time.monotonic() - began:.0f} s"
+    )

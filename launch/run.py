@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from tiphys.pretrain.trainer import Trainer
 
 # The line of a long error text that says what happened to a connection. It only chooses words.
+_ADVICE = re.compile(r"^\[[^\s\]]*\.cc:\d+\] |\.? This is typically caused by .*")  # Gloo's, of no help here
 _CONNECTION = re.compile(r"[Cc]onnection|[Tt]imed out|[Tt]imeout|[Bb]roken pipe|[Rr]emote")
 
 
@@ -187,7 +188,8 @@ def _train(
     with loader or nullcontext():
         made = callbacks(recipe, objectives, indexes, world, plan, attendance.permit)
         stages = [cache, Attending(attendance), *made]
-        requests = follow(recipe.run.dir, plan) if world.rank == 0 else list
+        known = [*(resume.state()["loader"].get("log", []) if resume else ()), *events]
+        requests = follow(recipe.run.dir, plan, known) if world.rank == 0 else list
         trainer = Trainer(recipe, engine, loader, stages, fingerprints, requests, earlier, events)
         try:
             trainer.fit(resume=resume)
@@ -223,10 +225,14 @@ def lost(error: Exception, step: int, saved: int, reports: list[RankReport]) -> 
     saved  step of the newest whole checkpoint; 0: there is none
     """
     how = next((line for line in str(error).splitlines() if _CONNECTION.search(line)), str(error)).strip()
+    how = _ADVICE.sub("", how)
     known = " ".join(f"Rank {r.rank} reported after step {r.step}: {r.cause}." for r in reports)
     return (
         f"tiphys: after step {step}: another process of this run is gone or cannot be reached ({how}). "
-        + (known or "It left no report: it was killed, its machine failed, or it ran out of memory.")
+        + (
+            known
+            or "It left no report: it was killed (also by a second Ctrl-C), its machine failed, or it ran out of memory."
+        )
         + (" Once that is fixed, the" if reports else " The")
         + " same command resumes from "
         + (f"step {saved}" if saved else "the beginning: no checkpoint has been written yet")
@@ -298,7 +304,8 @@ def announce(recipe: Recipe, objectives: Objectives, plan: SamplingPlan, engine:
     world = engine.world
     lines = [
         f"run          {recipe.run.dir}  (recipe {recipe.name})",
-        f"layout       {world.world} processes = {world.pipeline} pipeline × {world.data} data, {world.expert} expert; "
+        f"layout       {counted(world.world, 'process', 'processes')} = {world.pipeline} pipeline × {world.data} data, "
+        f"{world.expert} expert; "
         f"ZeRO-{engine.zero_stage}, {'bf16' if engine.bf16 else 'fp32'}",
         f"model        {parameters / 1e6:.2f}M parameters on this rank, "
         f"{_in_vocabulary(engine) / 1e6:.2f}M of them for the vocabulary of {engine.config.vocab_size} ids; "

@@ -21,6 +21,7 @@ from tiphys.dataio.episode import DataError, Episode, TaskSpec, Window
 from tiphys.dataio.format.rows import returns_to_go
 from tiphys.dataio.format.table import hash_id
 from tiphys.dataio.index import EpisodeIndex
+from tiphys.dataio.messages import counted
 from tiphys.dataio.philox import BOOTSTRAP, uniform32, words
 from tiphys.dataio.shards import ShardWriter
 from tiphys.dataio.stored import number as within
@@ -84,7 +85,7 @@ class Bootstrapped:
             f"kept {self.kept} of {self.drawn} drawn transitions; mean log probability {low:.3f} to {high:.3f} a token"
         )
         text += f"; {self.held_out} held-out episodes were not used" if self.held_out else ""
-        return text + (f"; {self.short} episodes have one step" if self.short else "")
+        return text + (f"; {counted(self.short, 'episode has', 'episodes have')} one step" if self.short else "")
 
 
 @dataclass(frozen=True)

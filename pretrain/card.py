@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tiphys.dataio.messages import printable
+from tiphys.dataio.messages import counted, printable
 from tiphys.recipes.target_return import TargetReturn
 
 _ACTING = """```python
@@ -62,7 +62,7 @@ def model_card(config: Mapping[str, Any], processor: Mapping[str, Any], evaluati
     if about.get("recipe"):
         average = " Its weights are a moving average over the steps." if about.get("weights") == "average" else ""
         parts.append(
-            f"Trained for {about.get('step', 0)} steps with `recipe.yaml` (hash `{about['recipe']}`).{average}"
+            f"Trained for {counted(about.get('step', 0), 'step')} with `recipe.yaml` (hash `{about['recipe']}`).{average}"
         )
     return "\n\n".join(parts) + "\n"
 
@@ -72,8 +72,8 @@ def _what(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str:
     kind = f"a mixture of {experts} experts, {config['num_experts_per_tok']} for each token" if experts else "dense"
     return (
         f"A Transformer with {config['num_hidden_layers']} layers of width {config['hidden_size']} ({kind}), trained "
-        f"with Tiphys {_paradigms(processor)}on offline trajectories of {len(processor['tasks'])} tasks. It needs `torch`, "
-        "`transformers` and the environments in which it acts."
+        f"with Tiphys {_paradigms(processor)}on offline trajectories of {counted(len(processor['tasks']), 'task')}. "
+        "It needs `torch`, `transformers` and the environments in which it acts."
     )
 
 

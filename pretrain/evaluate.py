@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from tiphys.dataio import environments
 from tiphys.dataio.atomic import finite, write_json
-from tiphys.dataio.collect import EVALUATION_SEEDS, LONGEST
+from tiphys.dataio.collect import EVALUATION_SEEDS, horizon
 from tiphys.dataio.environments import Environment
 from tiphys.dataio.environments.fitting import misfits
 from tiphys.dataio.environments.modules import allowed
@@ -190,11 +191,14 @@ def _plays(
     names = list(tasks or [n for n, s in known.items() if s.environment])
     if not names:
         raise DataError(
-            f"{folder}: none of the policy's tasks has an environment; its tasks are {', '.join(known) or 'none'}"
+            f"{folder}: none of the policy's tasks has an environment; its tasks are {', '.join(known) or 'none'}. Name one with "
+            "`environment` in a mapping file, convert with it and train; docs/converting.md shows how"
         )
     for name in names:
         if name not in known:
-            raise DataError(f"{folder}: the policy has no task {name!r}; its tasks are {', '.join(known)}")
+            near = get_close_matches(name, known, n=1)
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            raise DataError(f"{folder}: the policy has no task {name!r}; its tasks are {', '.join(known)}{hint}")
         if not known[name].environment:
             raise DataError(f"{folder}: task {name!r} has no environment to act in")
         environments.family(known[name].environment)
@@ -321,12 +325,9 @@ class _Stage:
 
     def __init__(self, spec: TaskSpec) -> None:
         self._name = spec.environment
-        owner, env = environments.family(self._name), environments.make(self._name)
-        self.declared = owner.fields(self._name, env)
-        own = owner.max_steps(self._name, env)  # 0: the environment sets no limit
-        longer = 0 < own < spec.max_steps
-        self._options = owner.horizon_options(spec.max_steps) if longer else {}
-        self.limit = spec.max_steps if spec.max_steps and not longer and spec.max_steps != own else LONGEST
+        env = environments.make(self._name)
+        self.declared = environments.family(self._name).fields(self._name, env)
+        self._options, self.limit = horizon(self._name, env, spec.max_steps)
         self._made = [] if self._options else [env]
 
     def environments(self, count: int) -> list[Environment]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tiphys.dataio.dataset import read_episode
 from tiphys.dataio.episode import DataError, Episode, TaskSpec, Window
+from tiphys.dataio.messages import counted
 from tiphys.dataio.shards import ShardWriter
 from tiphys.pretrain.acting.infer import fill_in
 from tiphys.pretrain.acting.policy import Policy
@@ -43,10 +44,11 @@ class Labels:
     def __str__(self) -> str:
         share = self.labelled / max(self.steps, 1)
         text = (
-            f"{self.labelled} of {self.steps} steps in {self.episodes} episodes are labelled ({share:.1%}); mean probability of "
+            f"{self.labelled} of {counted(self.steps, 'step')} in {counted(self.episodes, 'episode')} "
+            f"are labelled ({share:.1%}); mean probability of "
             f"a label: {self.confidence / max(self.labelled, 1):.3f}"
         )
-        return text + (f"; {self.dropped} episodes are too short" if self.dropped else "")
+        return text + (f"; {counted(self.dropped, 'episode is', 'episodes are')} too short" if self.dropped else "")
 
 
 def label(

@@ -51,6 +51,11 @@ def local_policy(name: str | Path, revision: str = "") -> Path:
             return Follower(str(place)).fetch()
         if (place / CONFIG).is_file():
             return place
+    if (folder / "recipe.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+        raise FileNotFoundError(
+            f"{name}: this run has no policy yet. It gets one after its last step; with `publish.to` and `publish.every` it also "
+            "publishes while it trains"
+        )
     raise FileNotFoundError(
         f"{name}: neither the folder of a run with a policy nor a policy; it has no {CONFIG} and no {LATEST}"
     )

@@ -51,7 +51,7 @@ def examine(path: str | Path, overrides: Iterable[str] = ()) -> Examined:
     errors: list[str] = []
     document = _read(file)
     where, raw = _Where(str(file), document), document.values or {}
-    override(raw, overrides, errors)
+    where.overrides = override(raw, overrides, errors)
     written, unresolved = _resolved(raw, where)
     raw = with_defaults(written)
     return Examined(file, raw, [*errors, *unresolved, *schema_errors(raw, where)], where, written)
@@ -157,20 +157,41 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _Where:
-    """Turns a key path into `file:line: path`. A key that is not in the file has the line of its section."""
+    """Turns a key path into `file:line: path`, or into `override 'key=value': path` if the command line wrote the value.
+
+    A key that is not in the file has the line of its section.
+    """
 
     def __init__(self, file: str, document: Document | None = None) -> None:
         self.file = file
+        self.overrides: dict[str, str] = {}  # key path -> `key=value`
         self.lines, self._written = (document.lines, document.written) if document else ({}, {})
 
     def __call__(self, path: str) -> str:
         shown, parent = path, path
+        if item := self._override(path):
+            return f"override {item!r}: {shown}"
         while parent and parent not in self.lines:
-            parent = parent[: max(parent.rfind("."), parent.rfind("["), 0)]
+            parent = _section_of(parent)
         return f"{self.file}:{self.lines[parent]}: {shown}" if parent else f"{self.file}: {shown}"
 
     def written(self, path: str) -> str:
-        return self._written.get(path, "")
+        return "" if self._override(path) else self._written.get(path, "")
+
+    def _override(self, path: str) -> str:
+        """The override that wrote this key, a section around it, or a part of a section that the file lacks."""
+        section = path
+        while section and section not in self.overrides:
+            section = _section_of(section)
+        if section:
+            return self.overrides[section]
+        inner = (item for key, item in self.overrides.items() if key.startswith((f"{path}.", f"{path}[")))
+        return next(inner, "") if path and path not in self.lines else ""
+
+
+def _section_of(path: str) -> str:
+    """The key path without its last part."""
+    return path[: max(path.rfind("."), path.rfind("["), 0)]
 
 
 def _read(file: Path) -> Document:

@@ -15,16 +15,22 @@ _PART = re.compile(r"([^.\[\]=]+)|\[([^\[\]]+)\]")
 _PATH = re.compile(r"[^.\[\]=]+(\.[^.\[\]=]+|\[[^\[\]]+\])*")
 
 
-def override(values: dict[str, Any], overrides: Iterable[str], errors: list[str]) -> None:
-    """Change the values as `train.steps=100` or `data.mixture[0].weight=0.7` say. What cannot be done is added to the errors."""
+def override(values: dict[str, Any], overrides: Iterable[str], errors: list[str]) -> dict[str, str]:
+    """Change the values as `train.steps=100` or `data.mixture[0].weight=0.7` say. What cannot be done is added to the errors.
+
+    Returns key path -> the override that wrote it.
+    """
+    written: dict[str, str] = {}
     for item in overrides:
         try:
-            _set(values, item)
+            written[_set(values, item)] = item
         except ValueError as error:
             errors.append(f"override {item!r}: {error}")
+    return written
 
 
-def _set(values: dict[str, Any], item: str) -> None:
+def _set(values: dict[str, Any], item: str) -> str:
+    """Change one value. Returns its key path as errors name it: `data.mixture[0].weight`, `objectives.bc.fields.a.b.bins`."""
     key, sign, text = _split(item)
     if not sign or not _PATH.fullmatch(key):
         raise ValueError("write key=value, for instance train.steps=100")
@@ -35,7 +41,7 @@ def _set(values: dict[str, Any], item: str) -> None:
     node: Any = values
     at = ""
     for name in parents:
-        node, at = _inner(node, name, at, make=True), f"{at}.{name}" if at else name
+        node, at = _inner(node, name, at, make=True), _below(node, at, name)
     if isinstance(node, list):
         _inner(node, last, at)
         node[int(last)] = value
@@ -43,6 +49,14 @@ def _set(values: dict[str, Any], item: str) -> None:
         node[last] = value
     else:
         raise ValueError(f"{at} is {node!r}, not a section")
+    return _below(node, at, last)
+
+
+def _below(node: Any, at: str, name: str) -> str:
+    """The key path of an element of `node`, whose own path is `at`."""
+    if isinstance(node, list):
+        return f"{at}[{int(name)}]"
+    return f"{at}.{name}" if at else name
 
 
 def _names(parts: list[tuple[str, str]], *, of_section: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tiphys.dataio.convert.converter import BadEpisode
 from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
-from tiphys.dataio.messages import printable
+from tiphys.dataio.messages import counted, printable
 
 REPORT = "conversion.json"
 _MAX_REASONS = 20  # kinds of reasons that a printed report lists
@@ -31,7 +31,8 @@ class ConversionReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.destination}: {self.episodes:,} episodes, {self.steps:,} steps from {self.format} ({', '.join(self.tasks)})"
+            f"{self.destination}: {counted(self.episodes, 'episode')}, {counted(self.steps, 'step')} "
+            f"from {self.format} ({', '.join(self.tasks)})"
         ]
         lines += [f"note: {note}" for note in self.notes]
         return printable("\n".join(lines + self._left_out()))
@@ -43,7 +44,10 @@ class ConversionReport:
         kinds: dict[str, list[BadEpisode]] = {}
         for bad in self.bad:
             kinds.setdefault(_kind(bad), []).append(bad)
-        lines = [f"{len(self.bad):,} malformed episodes were left out; {self.destination}/{REPORT} lists all:"]
+        lines = [
+            f"{counted(len(self.bad), 'malformed episode was', 'malformed episodes were')} left out; "
+            f"{self.destination}/{REPORT} lists all:"
+        ]
         most = sorted(kinds.items(), key=lambda item: -len(item[1]))
         for kind, found in most[:_MAX_REASONS]:
             if len(found) == 1:

@@ -20,6 +20,7 @@ from tiphys.dataio.environments.family import (
     ExpertLost,
     Family,
     MissingExtra,
+    NoExpert,
     Stateless,
     UnknownEnvironment,
     render_without_display,
@@ -34,6 +35,7 @@ __all__ = [
     "ExpertLost",
     "Family",
     "MissingExtra",
+    "NoExpert",
     "Stateless",
     "UnknownEnvironment",
     "allow",
@@ -75,7 +77,7 @@ def spec(task: str) -> TaskSpec:
 
 
 def expert(task: str, env: Environment) -> Expert:
-    """The expert of a task, for acting in `env`. Raises DataError if its family has none."""
+    """The expert of a task, for acting in `env`. Raises NoExpert if its family has none."""
     return family(task).expert(task, env)
 
 

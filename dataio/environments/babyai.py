@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tiphys.dataio.environments.family import Environment, Expert, ExpertLost, Family
+from tiphys.dataio.environments.family import Environment, Expert, ExpertLost, Family, NoExpert
 from tiphys.dataio.environments.gridview import mark_seen, see_once
-from tiphys.dataio.episode import DataError, FieldSpec
+from tiphys.dataio.episode import FieldSpec
 
 LEFT, RIGHT, FORWARD = range(3)
 
@@ -39,7 +39,7 @@ class BabyAI(Family):
 
     def expert(self, task: str, env: Environment) -> Expert:
         if not hasattr(env.unwrapped, "instrs") and not task.startswith("BabyAI-"):  # type: ignore[attr-defined]
-            raise DataError(
+            raise NoExpert(
                 f"{task!r} has no expert, because the bot only acts in BabyAI levels: give one with "
                 "`--policy module:function`"
             )

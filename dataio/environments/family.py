@@ -45,6 +45,10 @@ class UnknownEnvironment(DataError):
     """No family has a task of this name."""
 
 
+class NoExpert(DataError):
+    """A family has no expert for the task. The message says how to give one."""
+
+
 class MissingExtra(DataError):
     """A package that a family needs is not installed."""
 
@@ -90,8 +94,8 @@ class Family:
         raise NotImplementedError
 
     def expert(self, task: str, env: Environment) -> Expert:
-        """The family's own expert for one environment. Raises DataError if there is none."""
-        raise DataError(
+        """The family's own expert for one environment. Raises NoExpert if there is none."""
+        raise NoExpert(
             f"task {task!r} has no expert: give one with `--policy agent.zip --trust-policy` or `--policy module:function`"
         )
 

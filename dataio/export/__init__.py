@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiphys.dataio.messages import counted
+
 if TYPE_CHECKING:
     from tiphys.dataio.episode import Episode, TaskSpec
     from tiphys.dataio.index import EpisodeIndex
@@ -32,7 +34,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         where = ", ".join(f"{self.destination}/{f}" if f else self.destination for f in self.folders)
-        return f"{self.episodes:,} episodes as {self.format}: {where}"
+        return f"{counted(self.episodes, 'episode')} as {self.format}: {where}"
 
 
 def export(

@@ -9,6 +9,7 @@ import numpy as np
 
 from tiphys.dataio.format.packet_table import PacketTable
 from tiphys.dataio.format.video_stream import Stream
+from tiphys.dataio.messages import counted
 
 if TYPE_CHECKING:
     from tiphys.dataio.index import EpisodeIndex
@@ -90,11 +91,11 @@ def lines(found: dict[str, dict[str, Any]]) -> list[str]:
         lengths = sorted(map(int, one["groups"]))
         span = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} … {lengths[-1]}"
         codecs, sizes = ", ".join(one["codecs"]), ", ".join(one["sizes"])
-        text = f"video {field}: {codecs} {sizes}, {one['files']} files, groups of {span} pictures"
+        text = f"video {field}: {codecs} {sizes}, {counted(one['files'], 'file')}, groups of {span} pictures"
         text += f", B-frames in {one['reordered']:.0%} of the episodes" if one["reordered"] else ", no B-frames"
         text += "" if one["checked"] else ", video bytes unverified"
         costs = (
-            f"{rows} rows: {one['decoded'][rows]:.1f} decoded and {one['fetched'][rows] / 1024:,.1f} KiB read"
+            f"{counted(rows, 'row')}: {one['decoded'][rows]:.1f} decoded and {one['fetched'][rows] / 1024:,.1f} KiB read"
             for rows in one["decoded"]
         )
         out += [text, "  for each wanted picture, in windows of " + "; of ".join(costs)]

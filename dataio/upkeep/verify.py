@@ -20,7 +20,7 @@ from tiphys.dataio.format.document import DATASET, INDEX, STATISTICS, dataset_do
 from tiphys.dataio.format.rows import RowLayout, broken_row
 from tiphys.dataio.index import EpisodeIndex
 from tiphys.dataio.inplace.place import resolve
-from tiphys.dataio.messages import printable, redacted
+from tiphys.dataio.messages import counted, printable, redacted
 from tiphys.dataio.statistics import Statistics
 from tiphys.dataio.upkeep import rebuild, verify_videos
 
@@ -67,7 +67,8 @@ class Report:
             self.findings.append(Finding(kind, where, message, episode))
 
     def __str__(self) -> str:
-        head = f"{self.url}: {self.episodes} episodes in {self.shards} shards, {self.bytes} bytes read: "
+        head = f"{self.url}: {counted(self.episodes, 'episode')} in {counted(self.shards, 'shard')}, "
+        head += f"{counted(self.bytes, 'byte')} read: "
         found = f"{len(self.findings)} findings" if self.findings else "no findings, the dataset is intact"
         lines = [head + found, *(f"  {f.kind}: {f}" for f in self.findings)]
         lines += [f"  note: {n}" for n in self.notes] + [f"  repaired: {r}" for r in self.repairs]

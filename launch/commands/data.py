@@ -9,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from tiphys.dataio.messages import say
+from tiphys.dataio.messages import counted, say
 from tiphys.launch.commands.policies import asked
 from tiphys.launch.progress import progress_bar, progress_lines
 from tiphys.launch.statuses import Status
@@ -28,22 +28,12 @@ def collect(args: Namespace) -> int:
     from tiphys.dataio.episode import DataError
     from tiphys.pretrain.acting.ask import Asking
 
-    policy: Any = None
     asking = asked(args)
-    if "://" in args.policy or (args.policy and Path(args.policy).is_dir()):
-        from tiphys.pretrain.acting.play import PolicyExpert
-        from tiphys.pretrain.policy_files import local_policy
-
-        policy = PolicyExpert(str(local_policy(args.policy)), asking)
-    elif asking != Asking():
+    if asking != Asking() and not _is_policy(args.policy):
         raise DataError(
             "--objective, --target-return, --prompt, --goal, --query and --future ask something of a policy of Tiphys; give its "
             "folder with --policy"
         )
-    elif args.policy:
-        from tiphys.dataio.environments.agents import agent
-
-        policy = agent(args.policy, trusted=args.trust_policy)
     index = collect(
         args.tasks,
         args.to,
@@ -52,16 +42,34 @@ def collect(args: Namespace) -> int:
         noise=args.noise if args.noise >= 0 else None,
         record=args.record,
         processes=args.processes,
-        policy=policy,
+        policy=_expert(args, asking),
         progress=progress_lines(),
     )
-    say(f"{args.to}: {index.episodes} episodes, {int(index.steps.sum())} steps")
+    say(f"{args.to}: {counted(index.episodes, 'episode')}, {counted(int(index.steps.sum()), 'step')}")
     noises = [args.noise if args.noise >= 0 else family(task.name).noise for task in index.tasks]
     if args.record == "intended" and any(noises):
         say("  recorded: the actions that the expert chose, not the disturbed ones that were executed (see --record)")
     for task in index.tasks:
         say(f"  {task.name}: {task.normalise} of the expert {task.expert:.3f}, of random actions {task.random:.3f}")
     return Status.DONE
+
+
+def _is_policy(name: str) -> bool:
+    return "://" in name or bool(name and Path(name).is_dir())
+
+
+def _expert(args: Namespace, asking: Any) -> Any:
+    """What makes the expert that --policy names; None: the environment's own."""
+    if _is_policy(args.policy):
+        from tiphys.pretrain.acting.play import PolicyExpert
+        from tiphys.pretrain.policy_files import local_policy
+
+        return PolicyExpert(str(local_policy(args.policy)), asking)
+    if args.policy:
+        from tiphys.dataio.environments.agents import agent
+
+        return agent(args.policy, trusted=args.trust_policy)
+    return None
 
 
 def convert(args: Namespace) -> int:
@@ -78,7 +86,27 @@ def convert(args: Namespace) -> int:
         progress=progress_bar("converting"),
     )
     say(done)
+    _say_bad_values(args.destination)
     return Status.DONE
+
+
+def _say_bad_values(url: str) -> None:
+    """Say which values of a dataset cannot be learned from, right after it was made."""
+    from tiphys.dataio.format.document import DATASET, parse
+    from tiphys.dataio.statistics import FieldStatistics
+    from tiphys.dataio.storage import Store
+    from tiphys.launch.display import bad_values
+
+    document = parse(Store(url).read(DATASET), f"{url}/{DATASET}")
+    said = False
+    for task, by_field in document["statistics"].items():
+        for field, stored in by_field.items():
+            found = FieldStatistics.from_dict(stored)
+            if found.bad():
+                say(bad_values(task, field, found.bad(), found.first_bad))
+                said = True
+    if said:
+        say("  Training refuses them, or leaves their episodes out with data.on_bad_value=quarantine")
 
 
 def export(args: Namespace) -> int:
@@ -127,14 +155,14 @@ def index(args: Namespace) -> int:
         options = IndexOptions(crc=args.crc, skip_bad=args.skip_bad, **tolerance)
         destination = args.destination or location(args.dataset)
         made = index_lerobot(args.dataset, destination, options, progress_bar("indexing"))
-        what = f"{made.episodes} episodes indexed in place at {destination}"
+        what = f"{counted(made.episodes, 'episode')} indexed in place at {destination}"
     elif args.crc or args.skip_bad or args.tolerance is not None:
         raise ValueError(
             f"{args.dataset}: --crc, --tolerance and --skip-bad are for LeRobot datasets, and this is none"
         )
     else:
         made = index_foreign(args.dataset, args.destination)
-        what = f"{made.episodes} samples indexed in place"
+        what = f"{counted(made.episodes, 'sample')} indexed in place"
     skipped, notes = made.document.get("skipped", 0), made.document.get("notes", [])
     left_out = f", {skipped} left out" if skipped else ""
     say(f"{args.dataset}: {what}{left_out}")
@@ -142,6 +170,7 @@ def index(args: Namespace) -> int:
         say(f"  {note}")
     if len(notes) > 20:
         say(f"  … and {len(notes) - 20} more in dataset.json")
+    _say_bad_values(made.url)
     return Status.DONE
 
 
@@ -182,6 +211,29 @@ def lengths(args: Namespace) -> int:
     return Status.DONE
 
 
+def scores(args: Namespace) -> int:
+    from tiphys.dataio.task_scores import measure
+    from tiphys.pretrain.acting.ask import Asking
+
+    found = measure(
+        args.dataset,
+        args.tasks,
+        episodes=args.episodes,
+        policy=_expert(args, Asking()),
+        modules=args.modules,
+        processes=args.processes,
+        progress=lambda task: say(f"{task}: {counted(args.episodes, 'episode')} of each score", error=True),
+    )
+    say(f"{args.dataset}: scores of {counted(len(found), 'task')} are stored")
+    for one in found:
+        task = one.task
+        expert = "not known" if task.expert is None else f"{task.expert:.3f}"
+        say(f"  {task.name}: {task.normalise} of the expert {expert}, of random actions {task.random:.3f}")
+        if one.no_expert:
+            say(f"    the expert was not measured: {one.no_expert}")
+    return Status.DONE
+
+
 def filter(args: Namespace) -> int:
     from tiphys.dataio.dataset import filter
 
@@ -198,7 +250,8 @@ def filter(args: Namespace) -> int:
 
 
 def _made(url: str, made: Any) -> int:
-    say(f"{url}: {made.episodes} episodes, {int(made.steps.sum())} steps, {len(made.tasks)} tasks")
+    parts = (made.episodes, "episode"), (int(made.steps.sum()), "step"), (len(made.tasks), "task")
+    say(f"{url}: {', '.join(counted(*part) for part in parts)}")
     return Status.DONE
 
 

@@ -40,6 +40,12 @@ def _collect(commands: Any) -> None:
         "read returns, or the effects of actions (default: %(default)s)",
     )
     p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
+    _expert_arguments(p)
+    asking_arguments(p)
+    p.set_defaults(command="data.collect")
+
+
+def _expert_arguments(p: Any) -> None:
     p.add_argument(
         "--policy",
         default="",
@@ -51,8 +57,6 @@ def _collect(commands: Any) -> None:
         action="store_true",
         help="open the zip of --policy: it contains pickles, which can run any code",
     )
-    asking_arguments(p)
-    p.set_defaults(command="data.collect")
 
 
 def _environments(commands: Any) -> None:
@@ -147,9 +151,11 @@ def _index(commands: Any) -> None:
 
 
 def _dataset(commands: Any) -> None:
-    parser = commands.add_parser("dataset", help="merge, split, filter or append datasets")
+    parser = commands.add_parser(
+        "dataset", help="merge, split, filter or append datasets, or measure what 0 and 1 mean in an evaluation"
+    )
     actions = parser.add_subparsers(title="actions", metavar="", required=True)
-    for action in (_merge, _append, _split, _lengths, _filter):
+    for action in (_merge, _append, _split, _lengths, _filter, _scores):
         action(actions)
 
 
@@ -210,6 +216,31 @@ def _filter(actions: Any) -> None:
     p.add_argument("--success", action="store_true", help="only episodes that are known to have succeeded")
     p.add_argument("--min-steps", type=int, default=None, help="smallest number of actions (default: no limit)")
     p.set_defaults(command="data.filter")
+
+
+def _scores(actions: Any) -> None:
+    p = actions.add_parser(
+        "scores",
+        help="measure random actions and the expert in the environments of the tasks, and store the means in the dataset: "
+        "they are 0 and 1 of an evaluation",
+    )
+    p.add_argument("dataset", help="folder or URL of the dataset")
+    p.add_argument(
+        "--tasks",
+        nargs="*",
+        default=[],
+        help="task names; * and ? match any text (default: all tasks that have an environment)",
+    )
+    p.add_argument("--episodes", type=int, default=30, help="episodes of each score (default: %(default)s)")
+    p.add_argument("--processes", type=int, default=0, help="number of processes (default: one per core)")
+    _expert_arguments(p)
+    p.add_argument(
+        "--modules",
+        nargs="*",
+        default=[],
+        help="Python modules that environments named module:EnvId may import (default: none)",
+    )
+    p.set_defaults(command="data.scores")
 
 
 def _loader_bench(commands: Any) -> None:

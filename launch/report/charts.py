@@ -27,11 +27,13 @@ def training_charts(run: RunFiles) -> Charts:
         ("Gradient norm", smooth_lines({"norm": series(train, "gradient_norm")}, log=True, marks=seen)),
         ("Learning rate", svg.lines({"rate": series(train, "learning_rate")})),
         ("Tokens per second", smooth_lines({"tokens/s": series(train, "tokens_per_second")}, marks=seen)),
-        ("Balance and z-loss", smooth_lines({"auxiliary": series(train, "auxiliary")})),
         ("Waiting for data, share of the step", smooth_lines({"wait": _shares(train)})),
         ("Cache, share of the bytes", svg.lines(_cache(train))),
         ("Peak memory of a process, GiB", svg.lines({"peak": _memory(train)})),
     ]
+    routers = series(train, "auxiliary")
+    if any(loss for _, loss in routers):  # a dense model has none
+        charts.insert(6, ("Balance and z-loss", smooth_lines({"auxiliary": routers})))
     if scores := evaluations(run):
         charts.insert(2, ("Normalised score of checkpoints", svg.lines({"mean of the tasks": scores})))
     for task, by_field in action_errors(run).items():

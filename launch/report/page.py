@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tiphys.dataio.atomic import write_text
+from tiphys.dataio.messages import counted
 from tiphys.launch.report import svg
 from tiphys.launch.report.charts import achieved_charts, marks, training_charts
 from tiphys.launch.report.files import RunFiles, mean, recent
@@ -95,7 +96,7 @@ def _when(run: RunFiles) -> str:
         return "no training step yet"
     last = run.train[-1]
     of = f" of {run.steps}" if run.steps else ""
-    return f"{last['step']}{of} steps; {last['rows']} rows and about {last['tokens']} tokens per step"
+    return f"{last['step']}{of} steps; {counted(last['rows'], 'row')} and about {last['tokens']} tokens per step"
 
 
 def _verdict(run: RunFiles) -> str:
@@ -112,7 +113,7 @@ def _facts(run: RunFiles) -> str:
     facts: list[tuple[str, str]] = []
     if run.evaluation and (score := run.score) is not None:
         known = [t for t in run.evaluation["tasks"].values() if t.get("expert_normalized") is not None]
-        facts.append((f"{score:.2f}", f"expert-normalised score, mean of {len(known)} tasks"))
+        facts.append((f"{score:.2f}", f"expert-normalised score, mean of {counted(len(known), 'task')}"))
     if run.train:
         late = recent(run.train)
         waited = sum(line["data_wait"] for line in late) / max(1e-9, sum(line["seconds"] for line in late))
@@ -147,7 +148,10 @@ def _about(run: RunFiles) -> str:
         *([("last resumed", f"{_date(last['time'])}, after step {last['step']}")] if len(launches) > 1 else []),
         ("launches", str(len(launches))),
         ("host", ", ".join(dict.fromkeys(str(line["host"]) for line in launches))),
-        ("layout", f"{last['ranks']} processes on {last['device']}: {last['layout']}, {last['precision']}"),
+        (
+            "layout",
+            f"{counted(last['ranks'], 'process', 'processes')} on {last['device']}: {last['layout']}, {last['precision']}",
+        ),
         ("folder", str(run.folder)),
     ]
     items = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome
+from tiphys.dataio.collect import LONGEST, EnvironmentFault, Outcome, succeeded
 from tiphys.dataio.environments import Environment, Expert
 from tiphys.dataio.environments.fitting import fitted
 from tiphys.dataio.episode import DataError, FieldSpec, TaskSpec
@@ -47,8 +47,8 @@ class _Playing:
         self.reward = float(reward)
         self.rewards.append(self.reward)
         self.actions.append(action)
-        if "success" in info:
-            self.success = bool(self.success) or bool(info["success"])
+        if (reached := succeeded(info)) is not None:
+            self.success = bool(self.success) or reached
         self.done = bool(terminated or truncated) or len(self.actions) >= limit
 
     @property

@@ -334,7 +334,10 @@ class Policy:
             self.following.take(self)
         chosen = list(range(len(self._instructions))) if environments is None else list(environments)
         if len(observations) != len(chosen):
-            raise ValueError(f"{len(observations)} observations for {len(chosen)} environments; give one for each")
+            raise ValueError(
+                f"a list of {_number(len(observations), 'observation')} for {_number(len(chosen), 'environment')}: give one "
+                "for each. The values of one observation are an array or a dict, not a list"
+            )
         self._instruct(text, chosen)
         given = [self._given(observation, i) for observation, i in zip(observations, chosen, strict=True)]
         rows, agents = self._rows(chosen), self._agents
@@ -616,3 +619,7 @@ def _value(value: np.ndarray, field: FieldSpec) -> Any:
         low, high = (field.entries(b).astype(field.dtype) for b in (field.low, field.high))
         value = np.clip(value, low, high)
     return value
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"  # published code, so without tiphys.dataio.messages

@@ -123,7 +123,8 @@ class Follower:
                 found = self._place.pointer(self._version)
             except FileNotFoundError:
                 raise FileNotFoundError(
-                    f"{self.url}: nothing that can be followed is published there; it has no {self._name}"
+                    f"{self.url}: nothing that can be followed is published there; it has no {self._name}. A run with this "
+                    "`publish.to` publishes there after `publish.every` steps for the first time"
                 ) from None
             if found is None:
                 return None

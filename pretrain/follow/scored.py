@@ -21,6 +21,7 @@ def scored_steps(
 ) -> Iterator[dict[str, Any]]:
     """The result of `evaluate` for each published step, with `step`, `sequence` and `digest`.
 
+    If nothing is published there yet, it waits for the first step, so that it may be started together with the run.
     If steps are published faster than they are evaluated, the newest is taken and those between are left out.
 
     Parameters
@@ -40,7 +41,7 @@ def scored_steps(
         raise DataError(f"every={every!r}: give the seconds between two polls, above 0")
     out = expand(str(out))
     with Follower(url) as follower:
-        new: Any = follower.fetch()
+        new: Any = _first(follower, every)
         while True:
             if new is not None:
                 folder = follower.fetch()
@@ -55,6 +56,18 @@ def scored_steps(
                 return
             if new is None:
                 time.sleep(jittered(every))
+
+
+def _first(follower: Follower, every: float) -> Path:
+    said = False
+    while True:
+        try:
+            return follower.fetch()
+        except FileNotFoundError as error:
+            if not said:
+                logger(__name__).warning("%s; it is waited for, and Ctrl-C ends that", error)
+            said = True
+        time.sleep(jittered(every))
 
 
 def _poll(follower: Follower) -> Any:

@@ -202,3 +202,16 @@ def test_an_expert_may_give_an_array_of_one_number(tmp_path):
 def test_a_noise_that_means_nothing_is_refused(noise, tmp_path):
     with pytest.raises(DataError, match=r"noise .* is not a number of at least 0"):
         collect(CART, str(tmp_path / "data"), 1, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("info", "wanted"),
+    [
+        ({}, None),
+        ({"success": 1.0}, True),
+        ({"is_success": False}, False),
+        ({"success": False, "is_success": True}, False),
+    ],
+)
+def test_an_environment_may_name_its_success_in_two_ways(info, wanted):
+    assert collecting.succeeded(info) is wanted

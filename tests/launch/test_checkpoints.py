@@ -74,7 +74,7 @@ def test_a_checkpoint_that_was_set_aside_is_damaged(run: Path, capsys: pytest.Ca
 def test_inspect(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", "inspect", str(run)]) == Status.DONE
     out = capsys.readouterr().out
-    assert "step         40, saved by 1 ranks" in out
+    assert "step         40, saved by 1 rank" in out
     assert "parameters   8 in 1 tensors, " in out
     assert "saved        master of 1 tensors" in out
     assert main(["checkpoint", "inspect", str(files.folder_of(run, 2)), "--json"]) == Status.DONE

@@ -85,6 +85,7 @@ dataset split all most rest --share 0.5
 dataset filter all few --tasks CartPole* --min-return 0 --top 1 --min-steps 1
 dataset filter grid done --success
 dataset lengths small.yaml train.steps=3
+dataset scores cart --tasks CartPole* --episodes 2 --processes 1 --modules gymnasium
 loader-bench cart --steps 2 --rows 2 --window 3 --cache 1MiB --json
 label idm cart labelled --device cpu
 bootstrap boot cart drawn --keep 0.5 --draws 2 --windows 2 --validation 0.1 --seed 3 --device cpu

@@ -112,6 +112,8 @@ LINES = [
     "dataset filter data filtered --min-return 100",
     "dataset filter data filtered --tasks x",
     "dataset lengths r.yaml",
+    "dataset scores data",
+    "dataset scores data --tasks x",
     "loader-bench data --steps 1 --rows 2 --window 2",
     "check r.yaml",
     "check r.yaml objectives.bc.fields=[x]",

@@ -105,7 +105,7 @@ def test_a_host_that_is_lost_twice_is_left_out_and_the_losses_stay(hosts: list[H
         f"host {hosts[1].address} failed 2 times and is left out (restart.shrink): 1 rank of 2 × 2 rows instead of 2 of 1 × 2, "
         "the same 4 rows a step"
     ) in text
-    assert "1 processes = 1 pipeline × 1 data" in text
+    assert "1 process = 1 pipeline × 1 data" in text
     on_one = losses(run / "metrics.jsonl")
     assert sorted(on_one) == list(range(1, STEPS + 1))
     assert len(on_two) >= 3

@@ -262,3 +262,11 @@ def test_numbers_of_another_type_cannot_become_markup(run):
     text = write_report(run).read_text()
     assert "<script>" not in text
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
+
+
+def test_only_a_mixture_of_experts_has_a_chart_of_its_balance(run):
+    assert "Balance and z-loss" in write_report(run).read_text()
+    (run / "metrics.jsonl").write_text(
+        (run / "metrics.jsonl").read_text().replace('"auxiliary": 0.01', '"auxiliary": 0.0')
+    )
+    assert "Balance and z-loss" not in write_report(run).read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.launch.small_recipe import GOLDEN, small_recipe
@@ -13,31 +14,48 @@ from tiphys.launch.cli import main
 
 # Arguments of `check` after the recipe, and what its message contains: the place, what is wrong, what would be possible
 RECIPES = {
-    "a misspelt key": (["train.stpes=5"], ["r.yaml:7: train.stpes: unknown key", "Did you mean 'steps'?"]),
+    "a misspelt key": (
+        ["train.stpes=5"],
+        ["override 'train.stpes=5': train.stpes: unknown key", "Did you mean 'steps'?"],
+    ),
     "a dataset that is not there": (
         ["data.mixture[0].dataset=nowhere"],
-        ["r.yaml:3: data.mixture[0].dataset: nowhere: there is no dataset", "make one with `tiphys collect`"],
+        [
+            "override 'data.mixture[0].dataset=nowhere': data.mixture[0].dataset: nowhere: there is no dataset",
+            "make one with `tiphys collect`",
+        ],
     ),
     "an objective that is not there": (
         ["data.mixture[0].objective=bcc"],
-        ["r.yaml:3: data.mixture[0].objective: no objective is called 'bcc'", "Did you mean 'bc'?"],
+        [
+            "override 'data.mixture[0].objective=bcc'",
+            "data.mixture[0].objective: no objective is called 'bcc'",
+            "Did you mean 'bc'?",
+        ],
     ),
     "a word instead of a number": (
         ["train.steps=many"],
-        ["r.yaml:7: train.steps: must be a whole number, not 'many'; allowed: at least 1"],
+        ["override 'train.steps=many': train.steps: must be a whole number, not 'many'; allowed: at least 1"],
     ),
-    "a number out of range": (["train.steps=-1"], ["r.yaml:7: train.steps: -1 is out of range", "allowed: at least 1"]),
+    "a number out of range": (
+        ["train.steps=-1"],
+        ["override 'train.steps=-1'", "train.steps: -1 is out of range", "allowed: at least 1"],
+    ),
     "heads that do not divide the width": (
         ["model.heads=3"],
         [
-            "r.yaml:5: model.heads: model.hidden (32) must be a multiple of 2 × model.heads (6)",
+            "override 'model.heads=3': model.heads: model.hidden (32) must be a multiple of 2 × model.heads (6)",
             "set model.heads=2 or model.hidden=36",
         ],
     ),
     "two errors at once": (["train.steps=-1", "model.layers=0"], ["2 errors", "train.steps", "model.layers"]),
     "a field that the data do not have": (
         ["objectives.bc.fields.imgae.resize=64"],
-        ["r.yaml:4: objectives", "no field matches 'imgae'", "those that the tasks have: action, observation"],
+        [
+            "override 'objectives.bc.fields.imgae.resize=64': objectives",
+            "no field matches 'imgae'",
+            "those that the tasks have: action, observation",
+        ],
     ),
     "a misspelt key of a field with a dot": (
         ["objectives.bc.fields.observation.state.encodng=gato"],
@@ -108,3 +126,22 @@ def test_a_mistake_in_a_mapping_file(mistake: str, said: Callable[..., str]) -> 
     Path("m.yaml").write_text(text)
     message = said("convert", "source", "out", "--from", "npz", "--map", "m.yaml", "--processes", "1")
     assert [part for part in wanted if part not in message] == [], message
+
+
+def test_values_that_are_not_numbers_are_said_when_data_are_made(
+    said: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    observations = np.zeros((5, 2), np.float32)
+    observations[3, 1] = np.nan
+    np.savez("one.npz", observations=observations, actions=np.zeros((5, 1), np.float32), episode_ends=[2, 5])
+    assert main(["convert", "one.npz", "out", "--processes", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "bad values: task 'one', field 'observation': 1 step with NaN or an infinity in 1 episode (first: one" in out
+    assert "data.on_bad_value=quarantine" in out
+
+
+def test_a_run_without_a_policy_yet(said: Callable[..., str]) -> None:
+    Path("run").mkdir()
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        Path("run", name).touch()
+    assert "run: this run has no policy yet. It gets one after its last step" in said("publish", "run", "elsewhere")

@@ -213,3 +213,24 @@ def test_the_schema_is_built_once_for_each_key_and_not_for_each_value(tmp_path, 
 
     schemas(1)  # from now on the schema of each of these keys is known
     assert schemas(300) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layers=-1", "model.layers: -1 is out of range"),
+        ("mdel.layers=3", "mdel: unknown key"),
+        ("data.mixture=[{dataset: a, weight: -2}]", "data.mixture[0].weight: -2"),
+        ("objectives.gato.fields.observation.state.bins=-3", "objectives.gato.fields.observation.state.bins: -3"),
+    ],
+)
+def test_an_error_of_the_command_line_names_the_override(tmp_path, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, GOOD), [override])
+    assert error.value.errors[0].startswith(f"override {override!r}: {message}")
+
+
+def test_an_error_of_the_file_names_the_line_beside_an_override(tmp_path):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path, GOOD.replace("validation", "validatoin")), ["data.weight_unit=tokens"])
+    assert error.value.errors[0].startswith(f"{tmp_path}/recipe.yaml:5: data.validatoin: unknown key")

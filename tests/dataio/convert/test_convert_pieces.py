@@ -183,7 +183,7 @@ def test_malformed_episodes_raise_or_are_skipped(tmp_path: Path) -> None:
     report = convert(str(tmp_path / "robot"), str(tmp_path / "out"), processes=1, skip_bad=True)
     assert report.episodes == 2
     assert [b.where.rpartition(", ")[2] for b in report.bad] == ["episode 1"]
-    assert "1 malformed episodes were left out" in str(report)
+    assert "1 malformed episode was left out" in str(report)
     assert sorted(episodes_of(tmp_path / "out")) == [k for k in sorted(expected) if not k.endswith("1")]
     assert json.loads((tmp_path / "out/conversion.json").read_text())["bad"][0]["reason"].endswith("lists episode 1")
 

@@ -166,5 +166,5 @@ def test_every_error_is_reported_at_once_with_its_line(errors):
         (":9", "deepspeed.gradient_clipping"),
         (":10", "deepspeed.scheduler.params.warmup_num_steps"),
         (":11", "deepspeed.fp16"),
-        ("", "train.steps"),
+        ("override 'train.steps=0'", "train.steps"),
     }

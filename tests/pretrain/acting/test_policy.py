@@ -182,7 +182,7 @@ def test_misuse_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"mission|direction|image"):
         policy.act({"image": np.zeros((7, 7, 3), np.uint8)})
     policy.reset("grid", environments=2)
-    with pytest.raises(ValueError, match="1 observations for 2"):
+    with pytest.raises(ValueError, match="a list of 1 observation for 2 environments"):
         policy.act([{}])
     assert policy.tasks == ("grid",)
 
