@@ -26,7 +26,7 @@ QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 MOST_DIMENSIONS = 512  # a field with more elements is pooled: its statistics are over all its elements together
 FIRST_BAD = 100  # most episodes with bad values that are listed for a field
 RETURN_TO_GO = "_return_to_go"  # no field of a task can have this name
-_BUFFER = 16 << 20  # bytes of rows that are collected before they are counted
+_BUFFER = 4 << 20  # bytes of rows that are collected before they are counted
 
 
 @dataclass(frozen=True)

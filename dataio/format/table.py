@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PART = 1 << 16  # episodes in a row group
-_MOST_SAMPLES = 1 << 22  # samples of video of which a writer keeps the places in memory
+_VIDEO_PART = 1 << 12  # the same where episodes have videos that stay: they have a number for each picture
+_MOST_SAMPLES = 1 << 15  # samples of video of which a writer keeps the places in memory
 METADATA, METADATA_CRC = "tiphys", "tiphys.crc32c"
 _FIELD_COLUMN = re.compile(r"(text|value|chunks|packets)\.(" + FIELD_NAME.pattern + ")")
 
@@ -246,18 +247,19 @@ def check_ids(file: Path, where: str) -> None:
 
 
 def _groups(parts: Iterable[Part], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The rows of all parts in groups of PART rows, so that the file does not depend on where the parts end."""
+    """The rows of all parts in groups of one size, so that the file does not depend on where the parts end."""
     import pyarrow as pa
 
+    most = _VIDEO_PART if any(name.startswith("packets.") for name in schema.names) else PART
     waiting = pa.table([pa.array([], f.type) for f in schema], schema=schema)
     for part in parts:
         for batch in batches(part):
             have = batch.schema.names
             columns = [batch.column(f.name) if f.name in have else pa.nulls(len(batch), f.type) for f in schema]
             waiting = pa.concat_tables([waiting, pa.table(columns, schema=schema)])
-            while len(waiting) >= PART:
-                yield waiting.slice(0, PART).combine_chunks()
-                waiting = waiting.slice(PART)
+            while len(waiting) >= most:
+                yield waiting.slice(0, most).combine_chunks()
+                waiting = waiting.slice(most)
     if len(waiting):
         yield waiting.combine_chunks()
 

@@ -66,6 +66,7 @@ objectives dt --json
 tokens small.yaml --step 1 --row 1 --html row.html
 collect CartPole-v1 --to new --episodes 2 --seed 5 --noise 0.1 --record executed --processes 1
 collect CartPole-v1 --to zipped --episodes 1 --processes 1 --policy policy --trust-policy
+dataset scores zipped --episodes 1 --processes 1 --policy policy --trust-policy
 collect CartPole-v1 --to asked --episodes 1 --policy both --objective dt --target-return q0.5 --prompt cart:0 --goal [0,0,0,0]
 environments cart
 convert source converted --from npz --map map.yaml --skip-bad --processes 1 --on local
