@@ -58,7 +58,7 @@ def marks(seed: int, folder: Path, control: bool) -> Iterator[Mark]:
         loss(highest, "best") - without,
         at_most(0.03),
         loss(worst, "worst") - without if control else None,
-        at_least(0.05),
+        at_least(0.04),
         "the lowest confidence is kept",
     )
 

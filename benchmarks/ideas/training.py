@@ -32,7 +32,7 @@ SMALL = {"layers": 2, "hidden": 32, "heads": 2, "text_vocabulary": 300, "init_st
 # With weights of .02, attention of so narrow a model is nearly uniform in the beginning, and a model that must learn to compare
 # two tokens stays there for longer than an experiment lasts.
 WIDE = {"init_std": 0.0}  # 1 / √width, the default of recipes
-JOINED = 0.4  # weight of a dataset that joins; the first entry has 1
+JOINED = 0.3  # weight of a dataset that joins; the first entry has 1
 
 
 def train(
