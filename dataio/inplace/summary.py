@@ -95,7 +95,7 @@ def lines(found: dict[str, dict[str, Any]]) -> list[str]:
         text += f", B-frames in {one['reordered']:.0%} of the episodes" if one["reordered"] else ", no B-frames"
         text += "" if one["checked"] else ", video bytes unverified"
         costs = (
-            f"{counted(rows, 'row')}: {one['decoded'][rows]:.1f} decoded and {one['fetched'][rows] / 1024:,.1f} KiB read"
+            f"{counted(int(rows), 'row')}: {one['decoded'][rows]:.1f} decoded and {one['fetched'][rows] / 1024:,.1f} KiB read"
             for rows in one["decoded"]
         )
         out += [text, "  for each wanted picture, in windows of " + "; of ".join(costs)]

@@ -335,4 +335,4 @@ def test_inspect_prints_bounds_and_unit(tmp_path: Path) -> None:
     mapping = {"fields": {"action": {"low": -1, "high": [1, 2], "unit": "rad"}, TOP: "drop"}}
     converted(tmp_path / "s", tmp_path / "out", mapping=mapping)
     (line,) = [x for x in summary(inspect(str(tmp_path / "out"))).splitlines() if " action " in x]
-    assert [part.strip() for part in line.split("│")][-4:-1] == ["-1", "1, 2", "rad"]
+    assert [part.strip() for part in line.split("│")][-5:-1] == ["-1", "1, 2", "–", "rad"]
