@@ -128,7 +128,7 @@ def _missed(group: Sequence[dict[str, Any]], what: str) -> str:
 
 
 def _numbers(group: Sequence[dict[str, Any]], key: str) -> str:
-    return ", ".join(f"{mark[key]:.2f}" for mark in group if mark[key] is not None)
+    return ", ".join(f"{mark[key]:z.2f}" for mark in group if mark[key] is not None)
 
 
 if __name__ == "__main__":
