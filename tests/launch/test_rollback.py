@@ -67,9 +67,7 @@ def test_a_poisoned_batch_is_skipped_and_the_bits_follow_from_recipe_and_log(
 ) -> None:
     """Step 9 comes right after a save. The checkpoint of step 8 is not trusted yet; that of step 4 was kept beyond `keep`."""
     said = train(tmp_path / "a", world, Poison((8,)), monkeypatch)
-    assert (
-        "step 9: the loss is nan. Going back to the checkpoint of step 4; the rows of 1 step, from step 9 on" in said
-    )
+    assert "step 9: the loss is nan. Going back to the checkpoint of step 4; the rows of 1 step, from step 9 on" in said
     (line,) = read(tmp_path / "a" / "run")
     assert (line.first, line.last, line.to, line.log[-1]) == (9, 9, 4, {"kind": "skip", "step": 8, "steps": 1})
     assert line.episodes
