@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from tiphys.pretrain.objectives import Objectives
 
 EVALUATION = "evaluation.json"
+PLAYED = "aside/played"  # in the run's folder: episodes of an evaluation that is not done
 BASE = "aside/base"  # in the run's folder: the weights that were published last
 PUBLISHED = "published.json"  # in the run's folder: its identity as a publisher, and what it published last
 
 
-def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False) -> Status:
+def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = False, command: str = "") -> Status:
     """Export the newest checkpoint to `<run.dir>/policy`, evaluate it, write the report, publish the policy, as the recipe says.
 
     A step that fails does not keep the others from being done. Returns the status of the first that failed, or DONE.
+
+    command   what the launches of one command have in common: an evaluation that was killed goes on in the next of them
     Raises CheckpointError if no training step was done.
     """
     from tiphys.pretrain.checkpoint import Checkpoint
@@ -52,7 +55,7 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     status, found = Status.DONE, None
     if recipe.evaluate.tasks:
         try:
-            found = _evaluate(recipe, run, folder)
+            found = _evaluate(recipe, run, folder, command)
         except Exception as error:
             status = Status.NOT_EVALUATED
             _show_step("not evaluated: ", error, with_traceback)
@@ -66,13 +69,17 @@ def finish(recipe: Recipe, objectives: Objectives, *, with_traceback: bool = Fal
     return status
 
 
-def _evaluate(recipe: Recipe, run: Path, folder: Path) -> dict[str, Any]:
+def _evaluate(recipe: Recipe, run: Path, folder: Path, command: str) -> dict[str, Any]:
     from tiphys.launch.display import scores
     from tiphys.pretrain.evaluate import evaluate
     from tiphys.pretrain.publish import add_evaluation
 
-    options = evaluation_options(recipe)
-    found = evaluate(folder, recipe.evaluate.tasks, **options, out=run / EVALUATION, pictures=run / "pictures")
+    options: dict[str, Any] = evaluation_options(recipe) | {"out": run / EVALUATION, "pictures": run / "pictures"}
+    played = run / PLAYED
+    try:
+        found = evaluate(folder, recipe.evaluate.tasks, **options, resume=played / command if command else "")
+    finally:  # after an error the environment may be mended, and then nothing may be left of it
+        shutil.rmtree(played, ignore_errors=True)
     add_evaluation(folder, found)
     say(scores(found))
     return found

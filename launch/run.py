@@ -105,7 +105,7 @@ def run(
             if aside is not None:
                 aside.drain()
                 send_rest(recipe.track, tracked(recipe))
-            status = finish(recipe, objectives, with_traceback=with_traceback)
+            status = finish(recipe, objectives, with_traceback=with_traceback, command=attendance.token)
         attendance.report(status)
         return status
     except Diverged as error:

@@ -30,6 +30,7 @@ from tiphys.paths import expand
 from tiphys.pretrain.acting.ask import Ask, Asking
 from tiphys.pretrain.acting.play import Played, play_group
 from tiphys.pretrain.acting.scores import seen_share, summary
+from tiphys.pretrain.played_groups import PlayedGroups
 from tiphys.pretrain.policy_files import local_policy
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def evaluate(
     device: str = "",
     server: str = "",
     api_key_file: str | Path = "",
+    resume: str | Path = "",
 ) -> dict[str, Any]:
     """Play episodes of each task with a policy, and score them.
 
@@ -94,6 +96,9 @@ def evaluate(
         are the same.
     api_key_file : str or Path
         File with the server's API key; "": it needs none.
+    resume : str or Path
+        Folder in which episodes are kept as they are played. A later call with the same policy and options goes on from them.
+        "": none are kept.
 
     Returns
     -------
@@ -136,9 +141,17 @@ def evaluate(
     if away is not None:
         count = min(count, away.groups(str(folder)))
     played: list[list[Played]] = [[] for _ in asks]
+    kept = _kept(expand(resume), str(folder), sample, device, server) if resume else None
+    known = {} if kept is None else {i: group for i, job in enumerate(jobs) if (group := kept.find(job)) is not None}
     with Workers(count, _start, str(folder), sample, device, allowed(), away) as workers:
-        for job, group in zip(jobs, workers.in_order(jobs), strict=True):
-            played[job.number] += group
+        new = workers.in_order([job for i, job in enumerate(jobs) if i not in known])
+        for i, job in enumerate(jobs):
+            if i in known:
+                played[job.number] += known[i]
+                continue
+            played[job.number] += (group := next(new))
+            if kept is not None:
+                kept.keep(job, group)
         found = _results(specs, asks, played)
         first = {ask.task: number for number, ask in reversed(list(enumerate(asks)))}
         if pictures and videos:
@@ -157,6 +170,12 @@ def evaluate(
     if out:
         write_json(out, finite(result), indent=1)
     return result
+
+
+def _kept(place: str | Path, folder: str, *how: object) -> PlayedGroups:
+    from tiphys.pretrain.pretrained import policy_digest
+
+    return PlayedGroups(Path(place), f"{policy_digest(folder)} {how}")
 
 
 def _results(specs: Mapping[str, TaskSpec], asks: Sequence[Ask], played: Sequence[list[Played]]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tiphys.pretrain.acting.policy import Policy
 from tiphys.pretrain.acting.scores import bootstrap, by_objective, seen_share, summary, wilson
 from tiphys.pretrain.acting.states import demonstrated_states, state_hash
 from tiphys.pretrain.evaluate import evaluate
+from tiphys.pretrain.played_groups import PlayedGroups
 
 pytestmark = pytest.mark.envs
 
@@ -124,6 +125,29 @@ def test_episodes_played_together_equal_episodes_played_alone(folder, task, samp
             total, done = total + reward, terminated or truncated
         assert actions == played.actions
         assert total == pytest.approx(played.outcome.total_return)
+
+
+def test_an_evaluation_that_was_killed_goes_on_after_the_episodes_that_it_has_played(folder, tmp_path, monkeypatch):
+    tasks = [acting.CART, acting.GRID]
+    monkeypatch.setattr(evaluating, "GROUP", 1)
+    how = {"episodes": 2, "processes": 1, "sample": True, "pictures": tmp_path / "pictures"}
+    whole = evaluate(folder, tasks, **how)
+    keep, kept = PlayedGroups.keep, []
+
+    def dies(self, group, played):
+        keep(self, group, played)
+        kept.append(group.seeds)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlayedGroups, "keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, tasks, **how, resume=tmp_path / "played")
+    assert evaluate(folder, tasks, **how, resume=tmp_path / "played") == whole
+    first = evaluating.EVALUATION_SEEDS
+    assert kept == [(first,), (first + 1,)] * 2
+    evaluate(folder, tasks, **how | {"sample": False}, resume=tmp_path / "played")  # other actions
+    assert kept[4:] == [(first,), (first + 1,)] * 2
 
 
 def test_scores_of_known_outcomes():
