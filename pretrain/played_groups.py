@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class PlayedGroups:
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, group: Any) -> list[Played] | None:
-        """The episodes of a group; None if it has not been played.
+        """The episodes of a group; None if it has not been played, or its file is damaged.
 
         group   what is played; its text tells it from others
         """
@@ -42,7 +43,7 @@ class PlayedGroups:
                     Played(seed, Outcome(*outcome), list(arrays[f"actions{i}"]), arrays[f"states{i}"])
                     for i, (seed, outcome) in enumerate(about)
                 ]
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
             return None
 
     def keep(self, group: Any, played: Sequence[Played]) -> None:
@@ -50,8 +51,9 @@ class PlayedGroups:
         about = [(p.seed, list(p.outcome)) for p in played]
         arrays = {"about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
         for i, one in enumerate(played):
-            kinds = {(np.asarray(a).dtype, np.shape(a)) for a in one.actions if not isinstance(a, (dict, tuple))}
-            if len(kinds) != 1 or any(isinstance(a, (dict, tuple)) for a in one.actions):
+            if any(isinstance(action, (dict, tuple)) for action in one.actions):
+                return
+            if len({(np.asarray(action).dtype, np.shape(action)) for action in one.actions}) != 1:
                 return
             arrays |= {f"actions{i}": np.asarray(one.actions), f"states{i}": one.states}
         try:

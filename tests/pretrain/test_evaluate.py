@@ -148,6 +148,9 @@ def test_an_evaluation_that_was_killed_goes_on_after_the_episodes_that_it_has_pl
     assert kept == [(first,), (first + 1,)] * 2
     evaluate(folder, tasks, **how | {"sample": False}, resume=tmp_path / "played")  # other actions
     assert kept[4:] == [(first,), (first + 1,)] * 2
+    for file in (tmp_path / "played").iterdir():
+        file.write_bytes(file.read_bytes()[:50])  # damaged: played again
+    assert evaluate(folder, tasks, **how, resume=tmp_path / "played") == whole
 
 
 def test_scores_of_known_outcomes():
