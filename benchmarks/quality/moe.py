@@ -71,7 +71,7 @@ def run(
             out[name]["loss"].append(trained["loss"])
             out[name]["steps"].append(trained["steps"])
             for task in TASKS:
-                scores = work.evaluate(name, seed, trained["policy"], task, episodes)
+                scores = work.evaluate(name, seed, trained["policy"], task, episodes, sample=True)
                 out[name]["played"][task].append(Played.of(scores, data[task]["random"], data[task]["expert"]))
     return out
 
@@ -149,7 +149,7 @@ def permutation_report(found: Mapping[str, Mapping[str, Sequence[Played]]]) -> s
 def _played(folder: str, task: str, other: str, way: str, episodes: int) -> dict[str, Any]:
     from tiphys.pretrain.acting.ask import Ask
 
-    policy = Policy.load(folder)
+    policy = Policy.load(folder, sample=True)
     layers = mixtures(policy.model)
     others: list[Tensor] = []
     if way == "as another task":

@@ -42,7 +42,7 @@ HELD_OUT = {
     "metaworld/door-close-v3": "metaworld/door-open-v3",
     "metaworld/button-press-v3": "metaworld/button-press-topdown-v3",
 }
-DEMONSTRATIONS = {"BabyAI": 2000, "metaworld": 100, "CartPole-v1": 60, "Pendulum-v1": 150, "LunarLander-v3": 200}
+DEMONSTRATIONS = {"BabyAI": 6000, "metaworld": 100, "CartPole-v1": 60, "Pendulum-v1": 150, "LunarLander-v3": 200}
 OTHERS = 100  # demonstrations of a task that is not named above
 SHARES = {"BabyAI": 0.4, "metaworld": 0.4, "others": 0.2}
 PROMPTED = 0.15  # share of Meta-World's windows that are learned with a demonstration before them
@@ -117,7 +117,11 @@ def recipe(datasets: Mapping[str, str], continuous: Sequence[str]) -> dict[str, 
     mixture: list[dict[str, Any]] = []
     for task, dataset in datasets.items():
         weight = SHARES[family(task)] / len(members[family(task)])
-        entry = {"dataset": dataset, "weight": weight, "objective": "discrete"}
+        entry = {
+            "dataset": dataset,
+            "weight": weight,
+            "objective": "instructed" if family(task) == "BabyAI" else "discrete",
+        }
         if task in continuous:
             entry |= {"objective": "continuous", "loss_weight": 10}
         if family(task) == "metaworld" and len(members["metaworld"]) > 1:  # demonstrations tell several tasks apart
@@ -125,7 +129,8 @@ def recipe(datasets: Mapping[str, str], continuous: Sequence[str]) -> dict[str, 
             entry["weight"] = weight * (1 - PROMPTED)
         mixture.append(entry)
     objectives: dict[str, Any] = {
-        "discrete": {"paradigm": "bc", "scheme": "compact", "context": 128, "window": 8},
+        "instructed": {"paradigm": "bc", "scheme": "compact", "context": 128, "window": 12},
+        "discrete": {"paradigm": "bc", "scheme": "compact", "context": 128, "window": 4},
         "continuous": {"paradigm": "bc", "scheme": "compact", "context": 128, "window": 1, "discretise": "no"},
         "prompted": {"paradigm": "prompt-dt", "context": 128, "window": 4, "prompt_steps": 5},
     }
@@ -141,10 +146,11 @@ def recipe(datasets: Mapping[str, str], continuous: Sequence[str]) -> dict[str, 
             "text_vocabulary": 512,
             "moe": {"experts": 4, "experts_per_token": 1, "every": 4},
         },
-        "deepspeed": optimizer(32),
+        "deepspeed": optimizer(24),
         "train": {"log_every": 10},
         "checkpoint": {"every": 0, "minutes": 1, "keep": 2},
         "validate": {"rows": 32},
+        "evaluate": {"sample": True},
     }
 
 

@@ -109,17 +109,25 @@ class Work:
         task: str,
         episodes: int,
         asked: Mapping[str, Mapping[str, str]] | None = None,
+        *,
+        sample: bool | None = None,
     ) -> dict[str, Any]:
-        """Play a task with a policy. `asked`: fields of `Asking`. The result is the entry of evaluation.json."""
+        """Play a task with a policy. The result is the entry of evaluation.json.
+
+        asked   fields of `Asking`
+        sample  draw the actions; None: as the policy does by default
+        """
         given: dict[str, Any] = dict(asked or {})
         settings = {"policy": digest(policy), "episodes": episodes, "asked": given}
+        if sample is not None:
+            settings["sample"] = sample
 
         def do() -> dict[str, Any]:
             from tiphys import evaluate
             from tiphys.pretrain.acting.ask import Asking
 
-            found = evaluate(policy, [task], episodes=episodes, processes=self.processes, asking=Asking(**given))
-            return found["tasks"][task]
+            how: dict[str, Any] = {"episodes": episodes, "processes": self.processes, "sample": sample}
+            return evaluate(policy, [task], **how, asking=Asking(**given))["tasks"][task]
 
         return self.stages.run("evaluated", {"run": name, "seed": seed, "task": task}, settings, do)["result"]
 

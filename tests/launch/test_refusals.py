@@ -124,7 +124,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(Checkpoint, "newest_whole", lambda folder: checkpoint)
     monkeypatch.setattr(ends, "export_policy", lambda recipe, config, processor, checkpoint, folder: folder)
     monkeypatch.setattr(DecisionConfig, "from_recipe", lambda model, vocabulary: None)
-    monkeypatch.setattr(ends, "_evaluate", lambda recipe, run, folder: {"tasks": {}})
+    monkeypatch.setattr(ends, "_evaluate", lambda recipe, run, folder, command: {"tasks": {}})
     monkeypatch.setattr(ends, "publish_policy", lambda recipe, folder, found: (run / "published").touch())
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(run=run))
     return load_recipe(tmp_path / "recipe.yaml")
