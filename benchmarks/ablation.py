@@ -50,6 +50,7 @@ VARIANTS = {
     "grid, window 4": grid("grid", 4, 128),
     "grid, window 12": grid("grid", 12, 128),
     "grid, window 32": grid("grid", 32, 256),
+    "grid, window 12, without film": [*grid("grid", 12, 128), "model.film=false"],
     "rows, window 4": grid("rows", 4, 256),
     "rows, window 12": grid("rows", 12, 256),
     "cells, window 4": grid("cells", 4, 256),

@@ -18,6 +18,7 @@ from tiphys.pretrain.tokens.codec import as_type
 from tiphys.pretrain.tokens.derived import REWARD_FIELD
 from tiphys.pretrain.tokens.frames import Frame
 from tiphys.pretrain.tokens.id_codecs import Discrete
+from tiphys.pretrain.tokens.instruction import Earlier, texts_before
 from tiphys.pretrain.tokens.timestep import Element, TimestepLayout
 from tiphys.pretrain.tokens.vector_codecs import Chunk
 
@@ -33,6 +34,7 @@ class _Episode:
     number  number of the first step that is kept, in the episode
     held    tokens of the window that the model has seen and still knows
     begins  position of each step's first token in the window, as it was laid out last
+    told    the last text before that token
     fixed   texts and values that stand in every part of the window, as they were laid out last
     counted number of actions, from the episode's first on, that `demand` knows
     """
@@ -51,6 +53,7 @@ class _Episode:
     beyond: list[Mapping[str, np.ndarray]] = field(default_factory=list)  # those that were predicted after them
     held: int = 0
     begins: list[int] = field(default_factory=list)
+    told: list[Earlier] = field(default_factory=list)
     fixed: tuple[Any, ...] = ()
     counted: int = 0
 
@@ -165,6 +168,9 @@ class History:
         chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
         batch = self.processor.encode(self.layout, [one[0] for one in laid])
+        if batch.embedded:  # values that may be embedded in view of a text that the model has seen
+            told = [self._told(i, one[2]) for i, one in zip(chosen, laid, strict=True)]
+            batch = replace(batch, earlier=told if any(one.ids for one in told) else None)
         count = (batch.segment > 0).sum(axis=1)
         past = np.zeros(len(chosen), np.int64)
         base = np.array([one[1] for one in laid], np.int64)
@@ -174,6 +180,8 @@ class History:
             numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
             body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
             episode.begins[first:] = (at + head + body).tolist()
+            if batch.embedded:
+                episode.told[first:] = texts_before(batch, np.full(len(body), row), head + body)
             past[row] = episode.held
         batch.position[batch.segment > 0] += np.repeat(base, count).astype(np.int32)
         is_action = batch.modality == ACTION
@@ -181,6 +189,11 @@ class History:
         return Acting(
             batch, after - len(self.slots), self.slots, past - base, past, tuple(one[3] for one in laid)
         )._restricted(self._allowed(observations))
+
+    def _told(self, environment: int, first: int) -> Earlier:
+        """The last text before a step of a window that is laid out from that step on."""
+        episode = self._episodes[environment]
+        return episode.told[first] if episode.held else Earlier()
 
     def _allowed(self, observations: Sequence[Mapping[str, Any]]) -> dict[int, np.ndarray]:
         """Slot -> bool [R, ids of the slot]: which can be answered. Raises DataError if none can."""
@@ -244,6 +257,7 @@ class History:
                 episode.returns,
                 episode.demanded,
                 episode.begins,
+                episode.told,
             )
             for steps in kept_by_step:
                 del steps[count:]
@@ -487,7 +501,7 @@ class History:
         kept = max(1, most // 2) if self.hop else most
         drop = min(-(-(count - kept) // layout.chunk) * layout.chunk, count - 1)
         kept_by_step: tuple[list[Any], ...] = (episode.observations, episode.actions, episode.returns)
-        for steps in (*kept_by_step, episode.rewards, episode.demanded, episode.begins):
+        for steps in (*kept_by_step, episode.rewards, episode.demanded, episode.begins, episode.told):
             del steps[:drop]
         episode.number += drop
         return True

@@ -73,7 +73,8 @@ class DecisionConfig(PretrainedConfig):
         Disjoint ranges of ids, `high` excluded. Softmax 0 normalises over the whole vocabulary, softmax i over ranges[i − 1].
     embedders : mapping
         Name -> {"kind": one of `EMBEDDER_KINDS`, "shape": [...], "values": n}: values that become a vector without an id.
-        `shape` is that of one value; `values` is the number of symbols in a channel of a grid or tile.
+        `shape` is that of one value; `values` is the number of symbols in a channel of a grid or tile. A grid with
+        "film": true is embedded in view of the text before it.
     regressions : mapping
         Regression head -> number of dimensions.
     chunks : mapping
@@ -253,8 +254,10 @@ class DecisionConfig(PretrainedConfig):
             raise ValueError("\n".join(lines))
         self.head_size = self.head_size or self.hidden_size // self.num_attention_heads
         for name, e in self.embedders.items():
-            if e.keys() != {"kind", "shape", "values"}:
+            if e.keys() - {"film"} != {"kind", "shape", "values"}:
                 raise DataError(f"embedder {name!r} has the keys {', '.join(e)}, not kind, shape and values")
+            if "film" in e and (e["film"] is not True or e["kind"] != "grid"):
+                raise DataError(f"embedder {name!r}: film is {e['film']!r}; only a grid has it, and then it is true")
             for n in (*e["shape"], e["values"] + 1):
                 number(n, f"embedder {name!r}", 1, 1 << 24)
             if e["kind"] not in EMBEDDER_KINDS:
@@ -319,6 +322,7 @@ class DecisionConfig(PretrainedConfig):
             ranges=vocabulary.ranges,
             embedders={
                 name: {"kind": e.kind, "shape": list(e.shape), "values": e.values}
+                | ({"film": True} if model.film and e.kind == "grid" else {})
                 for name, e in vocabulary.embedders.items()
             },
             regressions=vocabulary.regressions,

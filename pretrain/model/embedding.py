@@ -74,7 +74,7 @@ class PatchEmbedder(Module):
         self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
         self.row, self.column = Table(BINS, size, std=std), Table(BINS, size, std=std)
 
-    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
         if value.dtype == torch.uint8:
             value = (value.float() / 127.5 - 1) / 4
         x = self.stem(value.permute(0, 3, 1, 2).to(self.stem.bias.dtype))
@@ -91,17 +91,35 @@ class VectorEmbedder(Module):
         self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
         self.out = Linear(size, size, std=begins(std, size), bias=True)
 
-    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
         return self.out(F.gelu(self.hidden(value.flatten(1).to(self.hidden.weight.dtype))))
+
+
+class Film(Module):
+    """A text scales and shifts features: x · (1 + scale) + shift, both linear in the text (FiLM, Perez et al. 2018).
+
+    Without it, a model has to learn the product of an instruction and of what a single vector shows from sums, which takes it
+    very long (docs/quality.md).
+    """
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.map = Linear(size, 2 * channels, std=size**-0.5, bias=True)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x [n, C, H, W], text [n, D] -> [n, C, H, W]."""
+        scale, shift = self.map(text.to(x.dtype))[:, :, None, None].chunk(2, 1)
+        return x * (1 + scale) + shift
 
 
 class GridEmbedder(Module):
     """A small grid of symbols as one token: a table for each channel, summed in each cell, then two convolutions and a matrix.
 
-    Values int [n, H, W, C] in [0, values); values outside are clamped.
+    Values int [n, H, W, C] in [0, values); values outside are clamped. With `film`, the text before the grid [n, D] changes the
+    features between the convolutions.
     """
 
-    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float) -> None:
+    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float, film: bool = False) -> None:
         super().__init__()
         height, width, self.channels = (*shape, 1)[:3]
         self.values = values
@@ -110,12 +128,15 @@ class GridEmbedder(Module):
         self.conv1, self.conv2 = Convolution(CHANNELS, CHANNELS), Convolution(CHANNELS, CHANNELS, stride)
         inputs = CHANNELS * -(-height // stride) * -(-width // stride)
         self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
+        self.film = Film(size, CHANNELS) if film else None
 
-    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
         value = value.reshape(*value.shape[:3], self.channels).long().clamp(0, self.values - 1)
         offset = torch.arange(self.channels, device=value.device) * self.values
         x = self.cell(value + offset).sum(3).permute(0, 3, 1, 2)
         x = x + F.gelu(self.conv1(x))
+        if self.film is not None:
+            x = self.film(x, text)
         return self.out(F.gelu(self.conv2(x)).flatten(1))
 
 
@@ -136,7 +157,7 @@ class TileEmbedder(Module):
         self.row, self.column = Table(BINS, size, std=1.0), Table(BINS, size, std=1.0)
         self.out = Linear(size, size, std=begins(std, size), bias=True)
 
-    def forward(self, value: Tensor, place: Tensor) -> Tensor:
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
         value = value.long().clamp(0, self.values - 1)
         offset = torch.arange(self.channels, device=value.device) * self.values
         x = self.hidden(self.cell(value + offset).sum(3).flatten(1))
@@ -149,7 +170,7 @@ def make_embedder(spec: Mapping[str, Any], size: int, std: float) -> nn.Module:
     if spec["kind"] == "patch":
         return PatchEmbedder(shape, size, std)
     if spec["kind"] == "grid":
-        return GridEmbedder(shape, spec["values"], size, std)
+        return GridEmbedder(shape, spec["values"], size, std, "film" in spec)
     if spec["kind"] == "tile":
         return TileEmbedder(shape, spec["values"], size, std)
     return VectorEmbedder(shape, size, std)
@@ -177,13 +198,15 @@ class Embedding(Module):
         if len(set(self.names.values())) < len(self.names):
             raise DataError(f"embedder names must differ in more than punctuation: {', '.join(self.names)}")
         self.shapes = {name: tuple(e["shape"]) for name, e in config.embedders.items()}
+        self.reading = {name for name, e in config.embedders.items() if "film" in e}
         std = config.initializer_range
         self.values = nn.ModuleDict({self.names[n]: make_embedder(config.embedders[n], size, std) for n in self.names})
         self.local = Table(config.locals, size, std=std)
         self.timestep = Table(config.timesteps, size, std=std) if config.timesteps else None
 
-    def forward(self, x: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """x [T, D] from the token table -> [T, D]."""
+    def forward(self, x: Tensor, inputs: Mapping[str, Tensor], earlier: Tensor | None = None) -> Tensor:
+        """x [T, D] from the token table, and the same of `texts/earlier` [m, D] -> [T, D]."""
+        texts = self._texts(x, inputs, earlier) if self.reading else x[:0]
         positions = self.local(inputs["local"])
         if self.timestep is not None:
             positions = positions + self.timestep(inputs["timestep"])
@@ -195,12 +218,23 @@ class Embedding(Module):
                     continue
                 # ZeRO and expert groups need a gradient of every parameter in every backward pass on every rank: add zero.
                 value = torch.zeros(1, *self.shapes[name], device=x.device)
-                nothing = embedder(value, torch.zeros(1, 2, dtype=torch.int32, device=x.device))
+                nothing = embedder(value, torch.zeros(1, 2, dtype=torch.int32, device=x.device), texts[:1])
                 positions = positions + 0.0 * nothing
             else:
-                made = embedder(inputs[f"embedded/{name}/value"], inputs[f"embedded/{name}/place"])
-                x = x.index_copy(0, index, made.to(x.dtype))
+                value, place = (inputs[f"embedded/{name}/{key}"] for key in ("value", "place"))
+                text = texts.index_select(0, inputs[f"embedded/{name}/text"]) if name in self.reading else texts
+                x = x.index_copy(0, index, embedder(value, place, text).to(x.dtype))
         return x + positions
+
+    def _texts(self, x: Tensor, inputs: Mapping[str, Tensor], earlier: Tensor | None) -> Tensor:
+        """The mean of the words of each text, normed, float32 [1 + texts, D]; zeros for text 0, which is no text."""
+        if "texts/size" not in inputs:
+            return x.new_zeros(1, x.shape[1], dtype=torch.float32)
+        words = x if earlier is None else torch.cat([x, earlier])
+        words = words.index_select(0, inputs["texts/place"]).float()
+        size = inputs["texts/size"]
+        sums = words.new_zeros(len(size), x.shape[1]).index_add(0, inputs["texts/number"], words)
+        return F.rms_norm(sums / size[:, None], (x.shape[1],), eps=1e-6)
 
 
 def module_name(name: str) -> str:

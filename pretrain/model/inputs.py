@@ -18,6 +18,7 @@ from torch import Tensor
 from tiphys.dataio.philox import TASK_DROPOUT, uniform32, words
 from tiphys.pretrain.model.targets import no_targets, target_arrays
 from tiphys.pretrain.tokens.batch import TokenBatch
+from tiphys.pretrain.tokens.instruction import text_arrays
 
 if TYPE_CHECKING:
     from tiphys.pretrain.model.config import DecisionConfig
@@ -36,6 +37,7 @@ def to_tensors(
                               prefix, whose positions see each other (0 if it is bidirectional)
     index                     int64 [T]: row · L + position of each token in the batch (`unpack` reads it)
     embedded/NAME/index       int64 [n]: compact places;  …/value and …/place are those of `Embedded`
+    embedded/NAME/text        int64 [n]: the text before each value; texts/… are those of `text_arrays`
     target/I                  int32 [n, 4]: ids for softmax range I (see `targets`)
     regression/NAME           int32 [n, 3 + d]: vectors of d numbers for a head
 
@@ -64,6 +66,8 @@ def to_tensors(
             arrays[f"embedded/{name}/index"] = place[e.index]
             arrays[f"embedded/{name}/value"] = e.value
             arrays[f"embedded/{name}/place"] = e.place.astype(np.int32)
+    if any(len(e.index) for e in batch.embedded.values()):
+        arrays |= text_arrays(batch, place, len(index))
     arrays |= target_arrays(batch, place)
     out = {name: to_device(torch.from_numpy(np.ascontiguousarray(a)), device) for name, a in arrays.items()}
     out["windows"] = torch.from_numpy(windows)
@@ -133,10 +137,14 @@ def missing(name: str, config: DecisionConfig, device: torch.device) -> Tensor:
     if (empty := no_targets(name, config, device)) is not None:
         return empty
     kind, _, rest = name.partition("/")
+    if kind == "texts":
+        return torch.ones(
+            rest == "size", dtype=torch.int32 if rest in ("size", "earlier") else torch.int64, device=device
+        )
     if kind != "embedded":
         raise KeyError(f"the batch has no {name!r}; make it with to_tensors")
     embedder, key = rest.rsplit("/", 1)
-    if key == "index":
+    if key in ("index", "text"):
         return torch.zeros(0, dtype=torch.int64, device=device)
     if key == "place":
         return torch.zeros(0, 2, dtype=torch.int32, device=device)

@@ -39,9 +39,13 @@ def cargo_names(config: DecisionConfig) -> list[str]:
 def own_names(config: DecisionConfig) -> list[str]:
     """Names of the inputs that only the first stage needs, in their order."""
     names = ["tokens", "local", "timestep"]
-    return names + [
-        f"embedded/{name}/{key}" for name in sorted(config.embedders) for key in ("index", "value", "place")
-    ]
+    for name, spec in sorted(config.embedders.items()):
+        names += [
+            f"embedded/{name}/{key}" for key in ("index", "value", "place", *(("text",) if "film" in spec else ()))
+        ]
+    if any("film" in spec for spec in config.embedders.values()):
+        names += [f"texts/{key}" for key in ("place", "number", "size")]
+    return names
 
 
 def pipeline_inputs(

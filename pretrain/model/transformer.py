@@ -178,7 +178,8 @@ class DecisionModel(PreTrainedModel):
         """
         numbers = scalars(normaliser, tokens_global, auxiliary_scale, batch["attributes"].device)
         layout = TokenLayout(batch["windows"], batch["attributes"], numbers)
-        x = self.embedding(self.token(batch["tokens"]), batch)
+        earlier = self.token(batch["texts/earlier"]) if len(batch.get("texts/earlier", ())) else None
+        x = self.embedding(self.token(batch["tokens"]), batch, earlier)
         recompute = self.config.checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
             x = checkpoint(layer, x, layout, use_reentrant=False) if recompute else layer(x, layout, cache)

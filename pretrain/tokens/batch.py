@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tiphys.pretrain.tokens.instruction import Earlier, texts_before
+
 # Modality of a position, which the router sees. Only padding has 0.
 PADDING, TEXT, IMAGE, DISCRETE, CONTINUOUS, SEPARATOR, ACTION, RETURN, REWARD = range(9)
 MODALITIES = ("padding", "text", "image", "discrete", "continuous", "separator", "action", "return", "reward")
@@ -177,6 +179,8 @@ class TokenBatch:
         Number of a softmax -> the ids that some of its targets are normalised over.
     chunks : mapping of str to Chunks
         Head -> the chunks of actions that it predicts.
+    earlier : sequence of Earlier, or None
+        For each row, the text before its first position, if the row does not begin with its window; None: all rows do.
     """
 
     DENSE: ClassVar[Mapping[str, Any]] = {
@@ -212,6 +216,7 @@ class TokenBatch:
     pairs: Mapping[str, Pairs] = field(default_factory=dict)
     allowed: Mapping[str, Allowed] = field(default_factory=dict)
     chunks: Mapping[str, Chunks] = field(default_factory=dict)
+    earlier: Sequence[Earlier] | None = None
 
     @property
     def rows(self) -> int:
@@ -244,7 +249,8 @@ class TokenBatch:
             return _arrays(part, lambda a: a[mine], part.index[mine] - low * length)
 
         dense: dict[str, Any] = {name: getattr(self, name)[low:high] for name in self.DENSE}
-        return replace(self, **dense, **self._parts(taken))
+        earlier = None if self.earlier is None else self.earlier[low:high]
+        return replace(self, **dense, **self._parts(taken), earlier=earlier)
 
     def part(self, rows: np.ndarray, start: int | np.ndarray, stop: int | np.ndarray) -> TokenBatch:
         """Positions [start, stop) of some rows, as a batch of their own. Its arrays are copies.
@@ -280,7 +286,9 @@ class TokenBatch:
             kept, index = inside(part.index)
             return _arrays(part, lambda a: a[kept], index)
 
-        return replace(self, **dense, **self._parts(taken))
+        earlier = texts_before(self, rows, np.broadcast_to(start, len(rows))) if self.embedded else []
+        told = any(one.ids for one in earlier)
+        return replace(self, **dense, **self._parts(taken), earlier=earlier if told else None)
 
     def _parts(self, of: Callable[[Sparse], Sparse]) -> dict[str, Any]:
         """`of(part)` of everything that only some positions have, by kind and name."""
@@ -314,7 +322,8 @@ class TokenBatch:
             array = getattr(self, name)
             empty = -1 if name in ("row", "target") else 0
             dense[name] = np.concatenate([array, np.full((more, *array.shape[1:]), empty, array.dtype)])
-        return replace(self, **dense)
+        earlier = None if self.earlier is None else [*self.earlier, *[Earlier()] * more]
+        return replace(self, **dense, earlier=earlier)
 
     @classmethod
     def concatenate(cls, batches: Iterable[TokenBatch]) -> TokenBatch:
@@ -324,7 +333,9 @@ class TokenBatch:
         offsets = np.cumsum([0] + [b.rows for b in parts[:-1]]) * length
         dense: dict[str, Any] = {n: np.concatenate([getattr(b, n) for b in parts]) for n in cls.DENSE}
         joined: dict[str, Any] = {kind: _joined([getattr(b, kind) for b in parts], offsets) for kind in SPARSE}
-        return replace(first, **dense, **joined)
+        texts = [one for b in parts for one in b.earlier or [Earlier()] * b.rows]
+        earlier = texts if any(b.earlier for b in parts) else None
+        return replace(first, **dense, **joined, earlier=earlier)
 
     @classmethod
     def empty(cls, step: int, length: int, rows: int = 0) -> TokenBatch:

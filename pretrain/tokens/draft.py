@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -435,7 +436,7 @@ class Draft:
             }
             chunks = {n: replace(c, weight=(c.weight * scale[c.index]).astype(np.float32)) for n, c in chunks.items()}
         shape = (len(self.rows), self.length)
-        dense = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
+        dense: dict[str, Any] = {name: array[:-1].reshape(shape) for name, array in self.dense.items()}
         allowed = {}
         for name in sorted(self.allowed):
             cell, bits = (np.concatenate(part) for part in zip(*self.allowed[name], strict=True))

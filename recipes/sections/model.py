@@ -147,6 +147,10 @@ class Model:
         also=(0.0,),
         resume=True,
     )
+    film: bool = key(
+        True,
+        "A small grid that is one token is embedded in view of the text before it (FiLM): it shows what an instruction names",
+    )
     tie: bool = key(False, "One matrix for token embedding and output")
     text_vocabulary: int = key(
         0,

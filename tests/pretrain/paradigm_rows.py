@@ -18,6 +18,7 @@ from tiphys.recipes.sections.objective import Flow
 
 TASKS = {
     "reward": (GRID, 96, 4),
+    "told": (GRID, 96, 3),  # behaviour cloning; grids are embedded in view of an instruction
     "madt": (TEAM, 64, 2),
 }  # task, context, and windows in a row, instead of these of `arm`
 
@@ -36,6 +37,8 @@ def objectives(name: str) -> Objectives:
     task, context, _ = TASKS.get(name, (ARM, 48, 2))
     if name in CHUNKS:
         return make([ARM], "bc", context=48, **CHUNKS[name])
+    if name == "told":
+        return make([task], "bc", context=context)
     if name in PARADIGMS:
         return make([task], name, context=context, options={"agents": 2} if task is TEAM else {})
     PARADIGMS[name] = ROWS[name]

@@ -342,6 +342,7 @@ def test_acting_needs_no_dataset_code():
         "frames",
         "group",
         "hiding",
+        "instruction",
         "images",
         "sequence",
         "text",

@@ -10,7 +10,7 @@ from tiphys.pretrain.tokens.batch import ACTION, CONTINUOUS, IMAGE, TEXT, Embedd
 EMBEDDERS = {
     "patch:3": {"kind": "patch", "shape": [16, 16, 3], "values": 0},
     "vector:observation:5": {"kind": "vector", "shape": [5], "values": 0},
-    "grid:observation.image:7x7x3": {"kind": "grid", "shape": [7, 7, 3], "values": 11},
+    "grid:observation.image:7x7x3": {"kind": "grid", "shape": [7, 7, 3], "values": 11, "film": True},
     "tile:observation.image:1x7x3": {"kind": "tile", "shape": [1, 7, 3], "values": 11},
 }
 RANGES = [["special", 0, 4], ["text", 4, 40], ["continuous", 40, 72], ["discrete", 72, 90]]

@@ -55,8 +55,9 @@ def test_embedded_values_begin_about_as_large_as_rows_of_the_token_table(size):
     model, batch = DecisionModel(config, seed=3), make_batch(rows=16, length=80)
     for name, part in batch.embedded.items():
         embedder = model.embedding.values[module_name(name)]
+        text = torch.randn(len(part.index), size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            made = embedder(torch.from_numpy(part.value), torch.from_numpy(part.place))
+            made = embedder(torch.from_numpy(part.value), torch.from_numpy(part.place), text)
         assert 0.3 < made.square().mean().sqrt() * size**0.5 < 3, name
 
 
