@@ -19,6 +19,7 @@ from PIL import Image
 
 from tests.dataio.convert.convert_sources import lerobot_v2
 from tests.launch.small_recipe import GOLDEN, small_recipe
+from tiphys.dataio.collect import Players
 from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
 from tiphys.dataio.inplace.build import index_lerobot
 from tiphys.dataio.shards import ShardWriter
@@ -41,6 +42,7 @@ from tiphys.pretrain.serving.server import Door, Server
 
 pytestmark = pytest.mark.envs
 
+_scored = Players.scored
 # Run in this order in one folder; see `folder` for what is there. Words are split as by a shell.
 LINES = """
 quickstart --datasets demos --scale 0.01 --processes 1 --verbose train.steps=2
@@ -111,6 +113,10 @@ evaluate published --tasks CartPole-v1 --episodes 1 --processes 1 --follow --eve
 
 
 BOOK = TaskSpec("book", (FieldSpec("text", "text", "text", "str", per="episode"),))
+
+
+def scored_by_few(players: Players, spec: TaskSpec, episodes: int, **options: Any) -> TaskSpec:
+    return _scored(players, spec, min(episodes, 5), **options)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +220,7 @@ def test_the_line_works(
         monkeypatch.chdir(folder)
     if line.startswith("serve"):
         monkeypatch.setattr(Server, "run", serves_nobody)
+    monkeypatch.setattr(Players, "scored", scored_by_few)  # policies that fill in plans are slow
     Launched.jobs.clear()
     door = Door(port=29872, api_key="secret")
     with serving(Served.load("policy", Settings()), door) if "--server" in line else nullcontext():

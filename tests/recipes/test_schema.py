@@ -68,7 +68,7 @@ def test_the_rules_of_preference_are_the_choices_of_the_key():
     assert key_of(section_fields(Entry)["prefer"][1]).choices == RULES
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @generated(sections(Recipe))
 def test_a_recipe_survives_its_plain_form(values):
     recipe = from_dict(values)
