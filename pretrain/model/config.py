@@ -256,8 +256,8 @@ class DecisionConfig(PretrainedConfig):
         for name, e in self.embedders.items():
             if e.keys() - {"film"} != {"kind", "shape", "values"}:
                 raise DataError(f"embedder {name!r} has the keys {', '.join(e)}, not kind, shape and values")
-            if "film" in e and (e["film"] is not True or e["kind"] == "vector"):
-                raise DataError(f"embedder {name!r}: film is {e['film']!r}; a {e['kind']} has true, or no such key")
+            if "film" in e and (e["film"] is not True or e["kind"] != "grid"):
+                raise DataError(f"embedder {name!r}: film is {e['film']!r}; only a grid has it, and then it is true")
             for n in (*e["shape"], e["values"] + 1):
                 number(n, f"embedder {name!r}", 1, 1 << 24)
             if e["kind"] not in EMBEDDER_KINDS:

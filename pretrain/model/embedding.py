@@ -58,6 +58,43 @@ class GroupNorm(Module):
         return F.group_norm(x, 32, self.weight, self.bias)
 
 
+class PatchEmbedder(Module):
+    """Gato's (Reed et al. 2022): a pre-activation ResNet block on a patch, plus embeddings of the patch's row and column.
+
+    Values [n, H, W, C]: floats as the codec scaled them, or uint8 pixels, which are scaled to [−1, 1] / √16 here.
+    """
+
+    def __init__(self, shape: tuple[int, ...], size: int, std: float) -> None:
+        super().__init__()
+        height, width, channels = shape
+        self.stem = Convolution(channels, CHANNELS, stride=2)
+        self.norm1, self.conv1 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
+        self.norm2, self.conv2 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
+        inputs = CHANNELS * -(-height // 2) * -(-width // 2)
+        self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
+        self.row, self.column = Table(BINS, size, std=std), Table(BINS, size, std=std)
+
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
+        if value.dtype == torch.uint8:
+            value = (value.float() / 127.5 - 1) / 4
+        x = self.stem(value.permute(0, 3, 1, 2).to(self.stem.bias.dtype))
+        x = x + self.conv2(F.gelu(self.norm2(self.conv1(F.gelu(self.norm1(x))))))
+        return self.out(x.flatten(1)) + self.row(place[:, 0]) + self.column(place[:, 1])
+
+
+class VectorEmbedder(Module):
+    """A whole vector as one token: two layers and GELU on values [n, *shape], as the codec scaled them."""
+
+    def __init__(self, shape: tuple[int, ...], size: int, std: float) -> None:
+        super().__init__()
+        inputs = prod(shape)
+        self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
+        self.out = Linear(size, size, std=begins(std, size), bias=True)
+
+    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(value.flatten(1).to(self.hidden.weight.dtype))))
+
+
 class Film(Module):
     """A text scales and shifts features: x · (1 + scale) + shift, both linear in the text (FiLM, Perez et al. 2018).
 
@@ -73,47 +110,6 @@ class Film(Module):
         """x [n, C, H, W], text [n, D] -> [n, C, H, W]."""
         scale, shift = self.map(text.to(x.dtype))[:, :, None, None].chunk(2, 1)
         return x * (1 + scale) + shift
-
-
-class PatchEmbedder(Module):
-    """Gato's (Reed et al. 2022): a pre-activation ResNet block on a patch, plus embeddings of the patch's row and column.
-
-    Values [n, H, W, C]: floats as the codec scaled them, or uint8 pixels, which are scaled to [−1, 1] / √16 here.
-    """
-
-    def __init__(self, shape: tuple[int, ...], size: int, std: float, film: bool = False) -> None:
-        super().__init__()
-        height, width, channels = shape
-        self.stem = Convolution(channels, CHANNELS, stride=2)
-        self.norm1, self.conv1 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
-        self.norm2, self.conv2 = GroupNorm(CHANNELS), Convolution(CHANNELS, CHANNELS)
-        inputs = CHANNELS * -(-height // 2) * -(-width // 2)
-        self.out = Linear(inputs, size, std=begins(std, inputs), bias=True)
-        self.row, self.column = Table(BINS, size, std=std), Table(BINS, size, std=std)
-        self.film = Film(size, CHANNELS) if film else None
-
-    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
-        if value.dtype == torch.uint8:
-            value = (value.float() / 127.5 - 1) / 4
-        x = self.stem(value.permute(0, 3, 1, 2).to(self.stem.bias.dtype))
-        inner = self.norm2(self.conv1(F.gelu(self.norm1(x))))
-        if self.film is not None:
-            inner = self.film(inner, text)
-        x = x + self.conv2(F.gelu(inner))
-        return self.out(x.flatten(1)) + self.row(place[:, 0]) + self.column(place[:, 1])
-
-
-class VectorEmbedder(Module):
-    """A whole vector as one token: two layers and GELU on values [n, *shape], as the codec scaled them."""
-
-    def __init__(self, shape: tuple[int, ...], size: int, std: float) -> None:
-        super().__init__()
-        inputs = prod(shape)
-        self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
-        self.out = Linear(size, size, std=begins(std, size), bias=True)
-
-    def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
-        return self.out(F.gelu(self.hidden(value.flatten(1).to(self.hidden.weight.dtype))))
 
 
 class GridEmbedder(Module):
@@ -151,7 +147,7 @@ class TileEmbedder(Module):
     variance of what they are added to: a small position beside a large value would be learned late.
     """
 
-    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float, film: bool = False) -> None:
+    def __init__(self, shape: tuple[int, ...], values: int, size: int, std: float) -> None:
         super().__init__()
         height, width, self.channels = shape
         self.values = values
@@ -160,27 +156,23 @@ class TileEmbedder(Module):
         self.hidden = Linear(inputs, size, std=inputs**-0.5, bias=True)
         self.row, self.column = Table(BINS, size, std=1.0), Table(BINS, size, std=1.0)
         self.out = Linear(size, size, std=begins(std, size), bias=True)
-        self.film = Film(size, CHANNELS) if film else None
 
     def forward(self, value: Tensor, place: Tensor, text: Tensor) -> Tensor:
         value = value.long().clamp(0, self.values - 1)
         offset = torch.arange(self.channels, device=value.device) * self.values
-        x = self.cell(value + offset).sum(3)
-        if self.film is not None:
-            x = self.film(x.permute(0, 3, 1, 2), text).permute(0, 2, 3, 1)
-        x = self.hidden(x.flatten(1))
+        x = self.hidden(self.cell(value + offset).sum(3).flatten(1))
         return self.out(F.gelu(x + self.row(place[:, 0]) + self.column(place[:, 1])))
 
 
 def make_embedder(spec: Mapping[str, Any], size: int, std: float) -> nn.Module:
     """The embedder of a spec of `DecisionConfig.embedders`; `std` is that of its vectors at the start."""
-    shape, film = tuple(spec["shape"]), "film" in spec
+    shape = tuple(spec["shape"])
     if spec["kind"] == "patch":
-        return PatchEmbedder(shape, size, std, film)
+        return PatchEmbedder(shape, size, std)
     if spec["kind"] == "grid":
-        return GridEmbedder(shape, spec["values"], size, std, film)
+        return GridEmbedder(shape, spec["values"], size, std, "film" in spec)
     if spec["kind"] == "tile":
-        return TileEmbedder(shape, spec["values"], size, std, film)
+        return TileEmbedder(shape, spec["values"], size, std)
     return VectorEmbedder(shape, size, std)
 
 

@@ -74,15 +74,15 @@ def embedder_flops(spec: dict[str, Any], size: int) -> float:
     shape = spec["shape"]
     if spec["kind"] == "vector":
         return 2 * size * (int(np.prod(shape)) + size)
-    film = 4 * CHANNELS * size if "film" in spec else 0
     if spec["kind"] == "tile":
-        return film + 2 * size * (shape[0] * shape[1] * CHANNELS + size)
+        return 2 * size * (shape[0] * shape[1] * CHANNELS + size)
     convolution = 2 * 9 * CHANNELS * CHANNELS
     if spec["kind"] == "patch":
         cells = -(-shape[0] // 2) * -(-shape[1] // 2)
-        return film + cells * (2 * 9 * shape[2] * CHANNELS + 2 * convolution + 2 * CHANNELS * size)
+        return cells * (2 * 9 * shape[2] * CHANNELS + 2 * convolution + 2 * CHANNELS * size)
     stride = max(1, -(-max(shape[:2]) // 9))
     cells = -(-shape[0] // stride) * -(-shape[1] // stride)
+    film = 4 * CHANNELS * size if spec.get("film") else 0
     return film + shape[0] * shape[1] * convolution + cells * (convolution + 2 * CHANNELS * size)
 
 
