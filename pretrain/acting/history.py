@@ -168,9 +168,10 @@ class History:
         chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
         batch = self.processor.encode(self.layout, [one[0] for one in laid])
-        if batch.embedded:  # values that may be embedded in view of a text that the model has seen
-            told = [self._told(i, one[2]) for i, one in zip(chosen, laid, strict=True)]
-            batch = replace(batch, earlier=told if any(one.ids for one in told) else None)
+        told = [
+            self._told(i, one[2]) for i, one in zip(chosen, laid, strict=True)
+        ]  # values may be embedded in view of it
+        batch = replace(batch, earlier=told if any(one.ids for one in told) else None)
         count = (batch.segment > 0).sum(axis=1)
         past = np.zeros(len(chosen), np.int64)
         base = np.array([one[1] for one in laid], np.int64)
@@ -180,8 +181,7 @@ class History:
             numbers = np.arange(episode.number + first, episode.number + len(episode.observations))
             body = np.searchsorted(batch.timestep[row, head : count[row]], numbers)
             episode.begins[first:] = (at + head + body).tolist()
-            if batch.embedded:
-                episode.told[first:] = texts_before(batch, np.full(len(body), row), head + body)
+            episode.told[first:] = texts_before(batch, np.full(len(body), row), head + body)
             past[row] = episode.held
         batch.position[batch.segment > 0] += np.repeat(base, count).astype(np.int32)
         is_action = batch.modality == ACTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,17 @@ SETUPS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bc one step": ("bc", "arm", {"context": 34, "window": 1}),
     "bc two steps": ("bc", "grid", {"context": 60, "window": 2}),
     "dt": ("dt", "arm", {"context": 21}),
+    # Grids are embedded in view of words that may be longer ago than what is laid out
+    "bc told": ("bc", "told", {"context": 60, "options": SHORT}),
+    "bc told at times": ("bc", "told", {"context": 60, "fields": {"*.mission": FieldTokens(stride=4)}, "options": SHORT}),
+    "bc strided told": ("bc", "told", {"context": 60, "fields": {"*.image": FieldTokens(stride=3)}, "options": SHORT}),
 }
-TASKS = [fixtures.GRID, fixtures.ARM, fixtures.CAMERA]
+TOLD = replace(  # told anew at each step
+    fixtures.GRID,
+    name="told",
+    fields=tuple(replace(f, per="step") if f.role == "text" else f for f in fixtures.GRID.fields),
+)
+TASKS = [fixtures.GRID, fixtures.ARM, fixtures.CAMERA, TOLD]
 
 
 class Recorded(Policy):
