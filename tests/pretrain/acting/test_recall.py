@@ -29,7 +29,11 @@ SETUPS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dt": ("dt", "arm", {"context": 21}),
     # Grids are embedded in view of words that may be longer ago than what is laid out
     "bc told": ("bc", "told", {"context": 60, "options": SHORT}),
-    "bc told at times": ("bc", "told", {"context": 60, "fields": {"*.mission": FieldTokens(stride=4)}, "options": SHORT}),
+    "bc told at times": (
+        "bc",
+        "told",
+        {"context": 60, "fields": {"*.mission": FieldTokens(stride=4)}, "options": SHORT},
+    ),
     "bc strided told": ("bc", "told", {"context": 60, "fields": {"*.image": FieldTokens(stride=3)}, "options": SHORT}),
 }
 TOLD = replace(  # told anew at each step
