@@ -168,9 +168,8 @@ class History:
         chosen = self._add_step(observations, rewards, environments)
         laid = [self._lay(i, new) for i in chosen]
         batch = self.processor.encode(self.layout, [one[0] for one in laid])
-        told = [
-            self._told(i, one[2]) for i, one in zip(chosen, laid, strict=True)
-        ]  # values may be embedded in view of it
+        # New values may be embedded in view of a text that is not laid out again
+        told = [self._told(i, one[2]) for i, one in zip(chosen, laid, strict=True)]
         batch = replace(batch, earlier=told if any(one.ids for one in told) else None)
         count = (batch.segment > 0).sum(axis=1)
         past = np.zeros(len(chosen), np.int64)

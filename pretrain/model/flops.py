@@ -82,7 +82,7 @@ def embedder_flops(spec: dict[str, Any], size: int) -> float:
         return cells * (2 * 9 * shape[2] * CHANNELS + 2 * convolution + 2 * CHANNELS * size)
     stride = max(1, -(-max(shape[:2]) // 9))
     cells = -(-shape[0] // stride) * -(-shape[1] // stride)
-    film = 4 * CHANNELS * size if spec.get("film") else 0
+    film = 4 * CHANNELS * size if "film" in spec else 0
     return film + shape[0] * shape[1] * convolution + cells * (convolution + 2 * CHANNELS * size)
 
 

@@ -53,7 +53,7 @@ def oracle_of(job: dict[str, Any], steps: int = MANY) -> Plain:
     """Plain PyTorch, for at least so many steps, with those settings of a job that are not its layout."""
     return _oracle(
         json.dumps(
-            {"steps": steps if steps > FEW else FEW}
+            {"steps": max(steps, FEW)}
             | {
                 k: v
                 for k, v in job.items()
