@@ -89,10 +89,10 @@ def _picture(value: Any, field: Any) -> Any:
     return np.rint(value * 255.0).astype(np.uint8) if value.dtype.kind == "f" and field.dtype == "uint8" else value
 
 
-def same_numbers(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether shapes are equal but for axes of length 1, which change nothing. 0: an extent that varies."""
-    one, other = (tuple(n for n in shape if n != 1) for shape in (one, other))
-    return len(one) == len(other) and all(0 in (a, b) or a == b for a, b in zip(one, other, strict=True))
+def same_numbers(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a shape is the wanted one but for axes of length 1, which change nothing. 0 in `wanted`: an extent that varies."""
+    shape, wanted = (tuple(n for n in extents if n != 1) for extents in (shape, wanted))
+    return len(shape) == len(wanted) and all(b in (0, a) for a, b in zip(shape, wanted, strict=True))
 
 
 def fit_shapes(fields: Mapping[str, Any], known: Mapping[str, Any], any_size: Container[str] = ()) -> dict[str, Any]:

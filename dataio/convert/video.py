@@ -176,8 +176,14 @@ class VideoFrames:
             grey = plane.reshape(-1, frame.planes[0].line_size // 2)[: frame.height, : frame.width]
             return self._lookup[np.minimum(nearest(grey, self._size), levels - 1)][..., None]
         if self._size is not None:
-            frame = frame.reformat(width=self._size[1], height=self._size[0], format=self._format, interpolation="AREA")
-        return to_array(frame, self._format == "gray")
+            frame = self._resized(frame, self._size)
+        return to_array(frame, self._format == "gray", self._where)
+
+    def _resized(self, frame: Any, size: tuple[int, int]) -> Any:
+        try:
+            return frame.reformat(width=size[1], height=size[0], format=self._format, interpolation="AREA")
+        except (self._av.FFmpegError, ValueError) as error:
+            raise DataError(f"{self._where}: a picture cannot be resized to {size[0]} × {size[1]} ({error})") from None
 
 
 def _levels(layout: Any) -> int:

@@ -29,7 +29,7 @@ def misfits(task: TaskSpec, needed: Collection[str], declared: Sequence[FieldSpe
             yield f"{where}: {env} has no such field, it has {', '.join(parts) or 'none'}; rename the field in the mapping file"
             continue
         other = has[field.name]
-        if not same_numbers(field.shape, other.shape):
+        if not (same_numbers(field.shape, other.shape) or same_numbers(other.shape, field.shape)):
             yield f"{where}: its data have shape {field.shape}, but {env} has shape {other.shape}"
         elif (field.modality == "text") != (other.modality == "text"):
             yield f"{where}: it is {field.modality} in the data, but {other.modality} in {env}"

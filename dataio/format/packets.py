@@ -74,7 +74,7 @@ def decode(
     for place, time in enumerate(np.asarray(wanted).tolist()):
         places.setdefault(time, []).append(place)
     for time, picture in pictures(stream, payloads, pts, places.keys(), where):
-        out[places[time]] = to_array(picture, grey)
+        out[places[time]] = to_array(picture, grey, where)
     return out
 
 
@@ -120,15 +120,22 @@ def pictures(
             _keep(stream, decoder)
 
 
-def to_array(frame: VideoFrame, grey: bool = False) -> np.ndarray:
-    """uint8 [height, width, 3 or 1]: a picture in the colours that all of Tiphys uses, whichever way it was decoded."""
+def to_array(frame: VideoFrame, grey: bool = False, where: str = "") -> np.ndarray:
+    """uint8 [height, width, 3 or 1]: a picture in the colours that all of Tiphys uses, whichever way it was decoded.
+
+    Raises DataError if FFmpeg cannot convert it, for example because its colour space is a reserved number.
+    """
+    from av import FFmpegError
     from av.video.reformatter import Interpolation, VideoReformatter
 
     global _reformatter
     if _reformatter is None:
         _reformatter = VideoReformatter()
     name = "gray" if grey else "rgb24"
-    made = _reformatter.reformat(frame, format=name, interpolation=Interpolation.BILINEAR, threads=1)
+    try:
+        made = _reformatter.reformat(frame, format=name, interpolation=Interpolation.BILINEAR, threads=1)
+    except (FFmpegError, ValueError) as error:
+        raise DataError(f"{where}: the colours of a picture cannot be converted to {name} ({error})") from None
     array = made.to_ndarray()
     return array[..., None] if grey else array
 

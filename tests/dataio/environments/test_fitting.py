@@ -52,6 +52,11 @@ def test_an_action_that_does_not_fit_is_named(action, words):
         fitted(action, gymnasium.spaces.Discrete(2), "task 't'")
 
 
+def test_an_empty_action_fits_nothing():
+    with pytest.raises(DataError, match=r"the action has shape \(0,\).*takes \(2,\)"):
+        fitted([], gymnasium.spaces.Box(-1, 1, (2,)), "task 't'")
+
+
 def test_a_missing_part_of_an_action_is_named():
     with pytest.raises(DataError, match="field 'action': the action lacks the part 'b'"):
         fitted({"a": 1}, gymnasium.spaces.Dict(b=gymnasium.spaces.Discrete(2)), "task 't'")

@@ -151,6 +151,16 @@ def test_a_decoder_that_read_other_parameter_sets_is_not_used_again():
     assert not packets._decoders
 
 
+def test_colours_that_cannot_be_converted_are_refused():
+    data = make(CLIPS[0])
+    found = track(data)
+    parts, times = videos.payloads(data, found, range(2)), found.rank[:2]
+    ((_, frame),) = packets.pictures(found.stream, parts, times, times[:1])
+    frame.colorspace = 3  # a reserved number
+    with pytest.raises(DataError, match=r"^shard, bytes 3–9: the colours of a picture cannot be converted to rgb24"):
+        packets.to_array(frame, where="shard, bytes 3–9")
+
+
 def test_what_a_stream_does_not_state_is_refused():
     data = make(CLIPS[0])
     found = track(data)

@@ -68,6 +68,7 @@ REFUSED = {
         r"needs observation.joints \[2\].*--map state=observation.joints",
     ),
     "shape": ({"observation/joints": np.zeros(3)}, r"'observation.joints' has shape \[3\].*needs \[2\]"),
+    "empty": ({"observation/joints": []}, r"'observation.joints' has shape \[0\].*needs \[2\]"),
     "nan": ({"observation/joints": np.array([0, np.nan])}, r"holds NaN at \[1\]"),
     "text": ({"observation/joints": "far"}, "must hold numbers"),
     "ragged": ({"observation/joints": [[1], [1, 2]]}, "must hold numbers"),
