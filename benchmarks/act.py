@@ -86,14 +86,16 @@ def answer(model: DecisionModel, slot: Any, hidden: torch.Tensor) -> torch.Tenso
     return model.regress(hidden, slot.head) if slot.head else model.logits(hidden)
 
 
-def policies(paradigm: str, context: int, folder: Path) -> tuple[Recorded, Policy]:
+SIZES = Model(layers=4, hidden=256, heads=4, text_vocabulary=300, moe=Experts(experts=4, experts_per_token=2))
+
+
+def policies(paradigm: str, context: int, folder: Path, sizes: Model = SIZES) -> tuple[Recorded, Policy]:
     """The policy that remembers, and the one that computes every window. They have the same weights."""
     task, rng = TASKS[paradigm], np.random.default_rng(0)
     with ShardWriter(str(folder), [task]) as writer:
         for i in range(4):
             fields = {f.name: values(f, 20, rng) for f in task.fields}
             writer.write(Episode(f"e{i}", task.name, fields, 20))
-    sizes = Model(layers=4, hidden=256, heads=4, text_vocabulary=300, moe=Experts(experts=4, experts_per_token=2))
     recipe = Recipe(
         name="act",
         data=Data(mixture=[Entry(dataset=str(folder), objective="it")]),

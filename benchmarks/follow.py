@@ -1,4 +1,4 @@
-"""How small published differences of real AdamW runs are, how fast they are encoded and applied, and how long they hold `act`.
+"""How small published differences of real AdamW runs are, how fast they are encoded and applied, how long they hold `act`.
 
 python -m benchmarks.follow [--size 64]
 """
@@ -6,11 +6,13 @@ python -m benchmarks.follow [--size 64]
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -99,6 +101,29 @@ def speeds(folder: Path, millions: int) -> None:
     say(f"swap {1e3 * (swapped - prepared):.2f} ms in act, of {len(old)} tensors")
 
 
+def windows(folder: Path) -> None:
+    """A policy of 59M parameters: an action, and the first one after new weights, for which the window is read again."""
+    from benchmarks.act import TASKS, observations, policies
+    from tiphys.recipes.sections.model import Model
+
+    for context in (64, 256, 1024):
+        sizes = Model(layers=12, hidden=640, heads=10, text_vocabulary=300)
+        policy, _ = policies("gato", context, folder / str(context), sizes)
+        task, rng = TASKS["gato"], np.random.default_rng(0)
+        policy.reset(task.name, 1)
+        took = []
+        for _ in range(policy.history.layout.steps(0, context) - policy.history.reserve):
+            seen = observations(task, 1, rng)
+            began = time.perf_counter()
+            policy.act(seen, [0.0])
+            took.append(time.perf_counter() - began)
+        policy.forget()
+        seen, began = observations(task, 1, rng), time.perf_counter()
+        policy.act(seen, [0.0])
+        again = time.perf_counter() - began
+        say(f"context {context}: act {1e3 * statistics.median(took):.1f} ms, after new weights {1e3 * again:.0f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="million parameters of the model whose speed is measured")
@@ -106,6 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         speeds(Path(folder), args.size)
+        windows(Path(folder))
         shares(Path(folder))
 
 

@@ -21,7 +21,7 @@ import time
 import torch
 
 from tiphys.launch.layout import predict
-from tiphys.launch.layout_rates import calibrate
+from tiphys.launch.layout_calibration import calibrate
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.engine import build_engine
 from tiphys.pretrain.model.config import DecisionConfig
@@ -53,7 +53,7 @@ def seconds(config: DecisionConfig, batch: TokenBatch, steps: int = 7) -> None:
     """Predicted and measured time of a step in float32, calibrated anew for each stage."""
     for stage in (0, 1, 2):
         made = recipe(stage, batch.rows, batch.length, False)
-        rates = calibrate(config, batch, 4)
+        rates = calibrate(config, batch, 4, 1)
         predicted = predict(made, config, [batch], 1, device="cpu", rates=rates, counted=False).seconds or 0.0
         engine = build_engine(made, DecisionModel(config), ParallelDims(made.parallel))
         engine.train_step(batch)

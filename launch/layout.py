@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tiphys.dataio.messages import counted
-from tiphys.launch.display import human_bytes
+from tiphys.launch.layout_time import Work, step_seconds, traffic
 from tiphys.pretrain.distributed.deepspeed_config import Derived, derive
 from tiphys.pretrain.distributed.memory import Memory, Settings, Share, rank_memory
 from tiphys.pretrain.parallel import Grid, LayoutError
@@ -161,10 +160,9 @@ def predict(
     parameters = sum(p.numel() for p in Part(config).parameters())
     bubble = (layout.pipeline - 1) / (sizes.accumulation + layout.pipeline - 1)
     width = 2 if sizes.bf16 else 4
-    traffic = _traffic(grid, sizes, stages, config, worst, width)
-    seconds = (
-        None if rates is None else _seconds(config, worst, grid, sizes, stages, traffic, bubble, rates, step_tokens)
-    )
+    sent = traffic(config, worst, grid, sizes, max(stage.parameters for stage in stages), width)
+    work = Work(config, worst[0], grid, sizes, stages, bounds, sent, step_tokens)
+    seconds = None if rates is None else step_seconds(work, rates)
     return Needs(
         grid=grid,
         derived=sizes,
@@ -173,7 +171,7 @@ def predict(
         stages=stages,
         host=_host(recipe, grid, stages),
         loader=0.0 if not seconds else step_bytes / grid.data / seconds,
-        traffic=traffic,
+        traffic=sent,
         bubble=bubble,
         seconds=seconds,
         basis=rates.basis if rates else "",
@@ -305,108 +303,6 @@ def _host(recipe: Recipe, grid: Grid, stages: Sequence[Stage]) -> dict[str, int]
         "snapshot of a save": saved,
         "offloaded optimizer": saved if _offloaded(zero, "offload_optimizer") else 0,
     }
-
-
-def _traffic(
-    grid: Grid, sizes: Derived, stages: Sequence[Stage], config: DecisionConfig, worst: Sequence[TokenBatch], width: int
-) -> dict[str, int]:
-    """A ring of n ranks sends (n − 1) / n of the bytes for each reduction or gathering."""
-    part = (grid.data - 1) / grid.data * max(stage.parameters for stage in stages) * width
-    times = {0: 2, 1: 3, 2: 1 + sizes.accumulation, 3: 3 * sizes.accumulation}[sizes.stage]
-    tokens = max(_tokens(batch, sizes.micro_batch) for batch in worst) * sizes.accumulation
-    sparse = sum(config.has_experts(i) for i in range(config.num_hidden_layers)) / grid.pipeline
-    rows = tokens * config.hidden_size * width
-    away = (grid.expert - 1) / grid.expert
-    return {
-        "gradients and weights": int(part * times),
-        "tokens to experts": int(4 * rows * config.num_experts_per_tok * sparse * away) if config.num_experts else 0,
-        "between stages": int(2 * rows) if grid.pipeline > 1 else 0,
-    }
-
-
-def _tokens(batch: TokenBatch, rows: int) -> int:
-    return int((batch.segment[:rows] > 0).sum())
-
-
-def _seconds(
-    config: DecisionConfig,
-    worst: Sequence[TokenBatch],
-    grid: Grid,
-    sizes: Derived,
-    stages: Sequence[Stage],
-    traffic: dict[str, int],
-    bubble: float,
-    rates: Rates,
-    step_tokens: float,
-) -> float:
-    """Passes ÷ (1 − bubble), the optimizer's step, and all traffic, one after another."""
-    from tiphys.launch.layout_rates import MOVED
-    from tiphys.pretrain.model.flops import flops_per_batch
-
-    batch = worst[0]
-    tokens = max(1, batch.real_tokens)
-    operations = flops_per_batch(config, batch) * (step_tokens or tokens) / tokens
-    again = 4 / 3 if config.checkpointing else 1.0
-    filled = sizes.rows_per_rank * grid.data / sizes.rows  # the slowest rank has ⌈B / ranks⌉ rows
-    passes = operations * again * filled / grid.world / rates.flops / (1 - bubble)
-    own = max(stage.saved for stage in stages) / 12
-    return passes + own * MOVED / rates.memory + sum(traffic.values()) / rates.link
-
-
-def lines(found: Needs, memory: int = 0) -> list[str]:
-    """What a layout needs, for people. `memory`: bytes of one device; 0: not known."""
-    grid, d = found.grid, found.derived
-    out = [
-        f"layout       {counted(grid.world, 'device')} = {grid.pipeline} pipeline × {grid.data} data, {grid.expert} expert; "
-        f"ZeRO-{d.stage}, "
-        f"{'bf16' if d.bf16 else 'fp32'}; {d.accumulation} × {d.micro_batch} rows a rank"
-        + (", checkpointing" if found.checkpointing else ""),
-        f"model        {found.parameters / 1e6:,.2f}M parameters",
-    ]
-    for stage in found.stages:
-        parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in vars(stage.peak).items() if size)
-        even = "" if stage.even == stage.peak else f"; {human_bytes(stage.even.total)} if all experts are used alike"
-        name = "every rank" if stage.name == "all" else f"{stage.name} stage"
-        between = f"{human_bytes(stage.between)} between steps"
-        out.append(f"memory       {name}: {human_bytes(stage.peak.total)} at most, {between}{even}")
-        out.append(f"             {parts}")
-    out.append(f"host         {', '.join(f'{name} {human_bytes(size)}' for name, size in found.host.items() if size)}")
-    sent = ", ".join(f"{name} {human_bytes(size)}" for name, size in found.traffic.items() if size)
-    out.append(f"traffic      {sent or 'none'} a step and rank")
-    if grid.pipeline > 1:
-        out.append(f"bubble       {found.bubble:.1%} of the passes")
-    if not found.cut:
-        out.append(
-            "stages       cut by operations; the run cuts them by measured times and may move layers (parallel.measure)"
-        )
-    if found.seconds is not None:
-        out.append(
-            f"time         {found.seconds:.3g} s a step, {found.tokens / found.seconds:,.0f} tokens/s, loader "
-            f"{human_bytes(found.loader)}/s a rank ({found.basis})"
-        )
-        out.append(
-            "             the time to start kernels is not counted: a step of a small model takes several times as long"
-        )
-    else:
-        out.append(
-            "time         not known: run `tiphys layout --calibrate` on the machine, or name its device with --device"
-        )
-    if memory:
-        fits = found.peak <= memory
-        out.append(f"{'fits' if fits else 'does not fit'}: needs {_gib(found.peak)} of {_gib(memory)} GiB")
-    return out
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}" if size < 2**30 else f"{size / 2**30:.1f}"
-
-
-def line(found: Needs, steps: int) -> str:
-    """One line for the beginning of a run. `steps`: of its plan, whose largest rows were taken."""
-    most = max(found.stages, key=lambda s: s.peak.total)
-    between = f"{human_bytes(most.between)} between steps"
-    rows = f"for the largest rows of {steps} steps, of all kinds of tokens"
-    return f"{human_bytes(most.peak.total)} a rank at most, {between} ({rows})"
 
 
 def changed(recipe: Recipe, config: DecisionConfig, values: Mapping[str, Any]) -> tuple[Recipe, DecisionConfig]:

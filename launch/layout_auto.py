@@ -54,7 +54,7 @@ def choices(
     Of layouts with equal times, the one with the largest micro-batch comes first, then the one without recomputation.
     """
     timed: dict[tuple[Any, ...], tuple[Any, dict[str, Any]]] = {}
-    for values in _layouts(recipe, config, world, keys):
+    for values in layouts(recipe, config, world, keys):
         section, made = changed(recipe, config, values)
         numbers: dict[str, Any] = {"device": device, "rates": rates, "step_tokens": step_tokens}
         try:
@@ -86,7 +86,7 @@ def choices(
     return found
 
 
-def _layouts(recipe: Recipe, config: DecisionConfig, world: int, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+def layouts(recipe: Recipe, config: DecisionConfig, world: int, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Layouts that the engine does not refuse."""
     rows = int(recipe.deepspeed["train_batch_size"])
     divisors = [n for n in range(1, world + 1) if world % n == 0]

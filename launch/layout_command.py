@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import to_json, write_json
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.messages import say
-from tiphys.launch.layout_rates import Rates, calibrate, measured_rates, table_rates
+from tiphys.launch.layout_calibration import calibrate
+from tiphys.launch.layout_rates import Rates, measured_rates, table_rates
 from tiphys.launch.statuses import Status
 from tiphys.recipes.automatic import KEYS, open_keys
 from tiphys.recipes.sizes import parse_size
@@ -68,8 +69,9 @@ def layout(
     as_json: bool = False,
 ) -> Status:
     """Print what a recipe needs. REFUSED if it does not fit."""
-    from tiphys.launch.layout import by_operations, changed, lines, predict, remedies
+    from tiphys.launch.layout import by_operations, changed, predict, remedies
     from tiphys.launch.layout_auto import choices, shown
+    from tiphys.launch.layout_lines import lines
 
     most = parse_size(memory)
     found = sized(path, overrides, world)
@@ -174,7 +176,7 @@ def _calibrate(recipe: Recipe, config: DecisionConfig, batches: Batches, world: 
 
     sizes = derive(recipe, Grid(0, world, recipe.parallel.pipeline, recipe.parallel.expert), accelerator=kind)
     batch = batches.worst[0]
-    return calibrate(config, batch.select(slice(0, min(batch.rows, sizes.micro_batch))), 2 if sizes.bf16 else 4)
+    return calibrate(config, batch.select(slice(0, min(batch.rows, sizes.micro_batch))), 2 if sizes.bf16 else 4, world)
 
 
 class Measured:

@@ -1,34 +1,42 @@
-"""How fast a device computes and moves bytes: a table for known GPUs, or what `tiphys layout --calibrate` measured here."""
+"""How fast a device computes and moves bytes: a table for known GPUs, or what `layout_calibration.py` measured here."""
 
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tiphys.dataio.atomic import write_json
 
-if TYPE_CHECKING:
-    from tiphys.pretrain.model.config import DecisionConfig
-    from tiphys.pretrain.tokens.batch import TokenBatch
+MOVED = 28  # bytes that AdamW moves for each parameter: four float32 are read, three written
 
 
 @dataclass(frozen=True)
 class Rates:
     """Of one device.
 
-    flops   operations a second that the model's passes reach
-    memory  bytes a second that the optimizer's step moves
-    link    bytes a second between two devices
-    basis   where the numbers come from
+    flops     operations a second by which the passes of larger micro-batches take longer
+    memory    bytes a second that the optimizer's step moves
+    link      bytes a second between two devices
+    basis     where the numbers come from
+    start     seconds that a layer takes for a micro-batch, forward and backward, whatever its size: the time to start kernels
+    handling  ZeRO stage, as JSON has it -> seconds a parameter that a step takes beside passes, optimizer and traffic: with one
+              micro-batch, and with each further one
     """
 
     flops: float
     memory: float
     link: float
     basis: str
+    start: float = 0.0
+    handling: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def handled(self, stage: int, parameters: int, accumulation: int) -> float:
+        """Seconds that a step takes beside passes, optimizer and traffic. A stage that was not measured takes none."""
+        first, further = self.handling.get(str(stage), (0.0, 0.0))
+        return parameters * (first + further * (accumulation - 1))
 
 
 REACHED = 0.4  # share of the peak that the passes of a large model usually reach
@@ -45,7 +53,8 @@ DEVICES = tuple(_TABLE)
 
 def table_rates(name: str) -> Rates:
     peak, memory, link = _TABLE[name]
-    return Rates(REACHED * peak, 0.7 * memory, 0.7 * link, f"data sheet of {name}, {REACHED:.0%} of its peak")
+    basis = f"data sheet of {name}, {REACHED:.0%} of its peak; without the time to start kernels, so a small model takes longer"
+    return Rates(REACHED * peak, 0.7 * memory, 0.7 * link, basis)
 
 
 def rates_file() -> Path:
@@ -63,58 +72,6 @@ def measured_rates(width: int) -> Rates | None:
         return None
 
 
-def calibrate(config: DecisionConfig, batch: TokenBatch, width: int) -> Rates:
-    """Measure this machine with a model and one micro-batch of it, and keep the result for later commands."""
-    import torch
-
-    from tiphys.pretrain.model.flops import flops_per_batch
-    from tiphys.pretrain.model.inputs import to_tensors
-    from tiphys.pretrain.model.transformer import DecisionModel
-
-    dtype = torch.bfloat16 if width == 2 else torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: torch.nn.Module = DecisionModel(config).train()
-    model.to(device, dtype)
-    inputs = to_tensors(batch, device)
-
-    def passes() -> None:
-        model(inputs).loss.backward()
-
-    seconds = _fastest(passes, device)
-    weights = torch.nn.Parameter(torch.zeros(1 << 22, device=device))
-    weights.grad = torch.zeros_like(weights)
-    adam = torch.optim.AdamW([weights])
-    step = _fastest(adam.step, device)
-    source = torch.zeros(1 << 24, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = _fastest(lambda: target.copy_(source), device)
-    again = 4 / 3 if config.checkpointing else 1.0
-    found = Rates(
-        flops=again * flops_per_batch(config, batch) / seconds,
-        memory=MOVED * weights.numel() / step,
-        link=source.numel() / copy / 2,
-        basis=f"measured on this machine ({time.strftime('%Y-%m-%d')})",
-    )
-    _keep(width, found)
-    return found
-
-
-MOVED = 28  # bytes that AdamW moves for each parameter: four float32 are read, three written
-
-
-def _fastest(work: Any, device: Any, rounds: int = 4) -> float:
-    import torch
-
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
 def _machine(width: int) -> str:
     import platform
 
@@ -124,7 +81,7 @@ def _machine(width: int) -> str:
     return f"{platform.node()} / {name} / {'bfloat16' if width == 2 else 'float32'}"
 
 
-def _keep(width: int, found: Rates) -> None:
+def keep(width: int, found: Rates) -> None:
     file, known = rates_file(), dict[str, Any]()
     try:
         known = json.loads(file.read_text(encoding="utf-8"))

@@ -334,8 +334,9 @@ def _in_vocabulary(engine: Any) -> int:
 
 
 def _memory_line(recipe: Recipe, plan: SamplingPlan, engine: Any) -> str:
-    from tiphys.launch.layout import line, predict
+    from tiphys.launch.layout import predict
     from tiphys.launch.layout_batches import largest_rows
+    from tiphys.launch.layout_lines import line
     from tiphys.pretrain.distributed.layer_costs import typical_batch
 
     length, steps = largest_rows(recipe, plan, engine.micro_batch)

@@ -12,8 +12,9 @@ import torch
 
 from tests.pretrain import synthetic
 from tiphys.launch import layout, layout_auto, layout_command
-from tiphys.launch.layout import _freeze, changed, lines, predict, remedies
+from tiphys.launch.layout import _freeze, changed, predict, remedies
 from tiphys.launch.layout_batches import largest_rows
+from tiphys.launch.layout_lines import lines
 from tiphys.launch.layout_rates import table_rates
 from tiphys.launch.run import _memory_line
 from tiphys.pretrain.distributed import layer_costs
