@@ -298,10 +298,10 @@ class Statistics:
                 sketch = self.sketches[key]
                 _count_outside(sketch, spec, values)
                 _count_bad(sketch, spec, values, owner[some], ids)
-                sketch.add(values.reshape(-1, len(sketch.mean)).astype(np.float64))
+                sketch.add(_doubles(values).reshape(-1, len(sketch.mean)))
             if any(spec.role == "reward" for spec in layout.small):
                 sketch = self.sketches.setdefault((layout.task.name, RETURN_TO_GO), Sketch(()))
-                togo = rows["_return_to_go"][acted, None].astype(np.float64)
+                togo = _doubles(rows["_return_to_go"][acted, None])
                 sketch.add(togo[np.isfinite(togo[:, 0])])  # the rewards that are not finite are counted as such
         self._waiting, self._bytes = {}, 0
 
@@ -396,6 +396,12 @@ def _stored_cells(row: Mapping[str, Any]) -> Histogram:
 
 def _kept_shape(spec: FieldSpec) -> tuple[int, ...]:
     return spec.shape if np.prod(spec.shape, dtype=np.int64) <= MOST_DIMENSIONS else ()
+
+
+def _doubles(values: np.ndarray) -> np.ndarray:
+    """As float64. NumPy warns of a signalling NaN, which only damaged data hold; it is counted as any NaN."""
+    with np.errstate(invalid="ignore"):
+        return values.astype(np.float64)
 
 
 def _count_outside(sketch: Sketch, spec: FieldSpec, values: np.ndarray) -> None:

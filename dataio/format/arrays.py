@@ -181,7 +181,7 @@ class Sink:
         self._last: dict[str, int] = {}
 
     def append(self, name: str, values: np.ndarray, dtype: Any) -> None:
-        with np.errstate(over="ignore"):  # a return beyond the range of float32 becomes infinite
+        with np.errstate(over="ignore", invalid="ignore"):  # a return beyond the range of float32 becomes infinite
             values = np.ascontiguousarray(values, dtype)
         self.left -= values.nbytes
         if self.left < 0:

@@ -136,7 +136,9 @@ def returns_to_go(episode: Episode, rows: int) -> np.ndarray:
     """float64 [rows]: undiscounted sum of the rewards from each row on. A reward with several elements counts as their sum."""
     out = np.zeros(rows)
     if episode.steps and episode.fields.get("reward") is not None:
-        reward = np.asarray(episode.fields["reward"], np.float64)[: episode.steps].reshape(episode.steps, -1).sum(1)
+        with np.errstate(invalid="ignore"):  # a signalling NaN of damaged data
+            reward = np.asarray(episode.fields["reward"], np.float64)
+        reward = reward[: episode.steps].reshape(episode.steps, -1).sum(1)
         out[: episode.steps] = np.cumsum(reward[::-1])[::-1]
     return out
 

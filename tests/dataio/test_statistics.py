@@ -146,6 +146,16 @@ def test_bad_values_are_counted_with_their_episodes_whatever_the_grouping(tmp_pa
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_signalling_nan_of_damaged_data_is_counted_without_a_warning():
+    x, reward = np.zeros((3, 2), "f4"), np.ones(3, "f4")
+    for values in (x, reward):
+        values.view(np.uint32).reshape(-1)[0] = 0x7F800001
+    fields = {"x": x, "gear": np.full(3, 4), "switch": np.ones(3, "f4"), "reward": reward}
+    found = gathered(BAD, [Episode("e", "bad", fields, 3)]).result(["bad"])["bad"]
+    assert (found["x"].invalid, found["reward"].invalid) == (1, 1)
+
+
 def test_counts_that_an_earlier_version_did_not_write_are_unknown(tmp_path):
     import pyarrow.parquet as pq
 
