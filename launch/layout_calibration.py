@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tiphys.pretrain.tokens.batch import TokenBatch
     from tiphys.recipes.schema import Recipe
 
-ROUNDS = 4  # the fastest one counts; one more goes before to warm up
+ROUNDS = 4, 20  # the fastest one counts; so many at least and at most
+ENOUGH = 1.0  # seconds of rounds
 MOST_PROCESSES = 8
 MOST_PARAMETERS = 200_000_000  # of the model that is measured; a larger one is measured with fewer layers
 ELEMENTS = 1 << 16, 1 << 24  # of what is sent and updated, at least and at most
@@ -69,9 +70,9 @@ def calibrate(config: DecisionConfig, batch: TokenBatch, width: int, world: int)
     probe = Probe(_measurable(config).to_dict(), batch, width, processes, port)
     with ProcessPool(processes, _quietly) as pool:
         ranks = [pool.submit(_rank, rank, probe) for rank in range(processes)]
-        numbers, *_ = [rank.result() for rank in ranks]
+        found, *_ = [rank.result() for rank in ranks]
     with_them = "alone" if processes == 1 else f"by {processes} processes at once"
-    found = Rates(**numbers, basis=f"measured on this machine {with_them} ({time.strftime('%Y-%m-%d')})")
+    found = dataclasses.replace(found, basis=f"measured on this machine {with_them} ({time.strftime('%Y-%m-%d')})")
     keep(width, found)
     return found
 
@@ -104,8 +105,8 @@ def _quietly() -> None:
     logger.setLevel(logging.ERROR)
 
 
-def _rank(rank: int, probe: Probe) -> dict[str, Any]:
-    """The numbers of `Rates`, without its basis."""
+def _rank(rank: int, probe: Probe) -> Rates:
+    """What one rank measures: the same on all."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(probe.processes))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.port))
     import torch
@@ -130,27 +131,41 @@ class _Measurement:
 
         self._config, self._world, self._width = config, world, probe.width
         self._dtype = torch.bfloat16 if probe.width == 2 else torch.float32
-        rows = max(1, probe.batch.rows)
-        self._few = _repeated(probe.batch, max(1, rows // 4))
-        self._many = _repeated(probe.batch, max(rows, self._few.rows + 1))
+        self._few = _repeated(probe.batch, 1)
+        self._many = _repeated(probe.batch, max(probe.batch.rows, 2))
 
-    def rates(self) -> dict[str, Any]:
+    def rates(self) -> Rates:
+        """All but the basis. Each later number is the rest of a step that the numbers before it leave."""
+        flops, start = self._passes(False)
+        found = Rates(flops, self._optimizer(), self._link(), "", start, self._passes(True))
+        found = dataclasses.replace(
+            found, handling={str(stage): self._handling(stage, found) for stage in self._stages()}
+        )
+        ranks, sparse = self._world.world, sum(map(self._config.has_experts, range(self._config.num_hidden_layers)))
+        if sparse and ranks % 2 == 0 and self._config.num_experts % 2 == 0:
+            rest = self._rest(found, 1, expert=2)
+            found = dataclasses.replace(found, exchange=rest / sparse)
+        if ranks % 2 == 0 and self._config.num_hidden_layers > 1:
+            rest = self._rest(found, 4, pipeline=2)
+            found = dataclasses.replace(found, hop=rest / 5)  # 4 micro-batches and the bubble
+        return found
+
+    def _passes(self, checkpointing: bool) -> tuple[float, float]:
+        """`flops` and `start`, from passes of two sizes."""
         from tiphys.pretrain.model.flops import flops_per_batch
+        from tiphys.pretrain.model.pipeline import ENDS
 
-        few, many = self._passes(self._few), self._passes(self._many)
-        more = flops_per_batch(self._config, self._many) - flops_per_batch(self._config, self._few)
-        flops = more / (many - few) if many > few else flops_per_batch(self._config, self._many) / many
-        start = max(0.0, few - flops_per_batch(self._config, self._few) / flops)
-        memory, link = self._optimizer(), self._link()
-        handling = {str(stage): self._handling(stage, few, memory, link) for stage in self._stages()}
-        layers = self._config.num_hidden_layers
-        return {"flops": flops, "memory": memory, "link": link, "start": start / layers, "handling": handling}
+        few, many = (self._pass(batch, checkpointing) for batch in (self._few, self._many))
+        less, more = (flops_per_batch(self._config, batch) for batch in (self._few, self._many))
+        flops = (more - less) / (many - few) if many > few else more / many
+        return flops, max(0.0, few - less / flops) / (self._config.num_hidden_layers + 2 * ENDS)
 
-    def _passes(self, batch: TokenBatch) -> float:
+    def _pass(self, batch: TokenBatch, checkpointing: bool) -> float:
         """Seconds of a forward and a backward pass."""
         from tiphys.pretrain.model.inputs import to_tensors
 
         model, inputs = self._model().train().to(self._world.device, self._dtype), to_tensors(batch, self._world.device)
+        model.config.checkpointing = checkpointing
         return self._fastest(lambda: model(inputs).loss.backward())
 
     def _model(self) -> Any:
@@ -182,47 +197,46 @@ class _Measurement:
             return size / self._fastest(lambda: target.copy_(source)) / 2
         return 2 * others / self._world.world * size / self._fastest(lambda: dist.all_reduce(source))
 
-    def _handling(self, stage: int, passes: float, memory: float, link: float) -> tuple[float, float]:
+    def _handling(self, stage: int, known: Rates) -> tuple[float, float]:
         """Seconds a parameter of a step beside passes, optimizer and traffic: with one micro-batch, and for each more."""
-        from tiphys.pretrain.distributed.deepspeed_config import derive
+        one, two = (self._rest(known, micro_batches, stage=stage) for micro_batches in (1, 2))
+        parameters = self._parameters()
+        return one / parameters, max(0.0, two - one) / parameters
 
-        parameters, beside = self._parameters(), []
-        for accumulation in (1, 2):
-            recipe = self._recipe(stage, accumulation)
-            sizes = derive(recipe, self._world)
-            own = parameters / (self._world.world if stage else 1)
-            known = accumulation * passes + own * MOVED / memory
-            known += sum(self._traffic(sizes).values()) / link if self._world.world > 1 else 0.0
-            beside.append(self._engine_step(recipe, accumulation) - known)
-        return max(0.0, beside[0]) / parameters, max(0.0, beside[1] - beside[0]) / parameters
-
-    def _traffic(self, sizes: Any) -> Mapping[str, int]:
-        from tiphys.launch.layout_time import traffic
-
-        return traffic(self._config, [self._few], self._world, sizes, self._parameters(), self._width)
-
-    def _engine_step(self, recipe: Recipe, accumulation: int) -> float:
+    def _rest(self, known: Rates, micro_batches: int, *, stage: int = 1, pipeline: int = 1, expert: int = 1) -> float:
+        """Seconds of an engine's step that the known rates do not explain; at least 0."""
+        from tiphys.launch.layout import predict
         from tiphys.pretrain.engine import build_engine
+        from tiphys.pretrain.parallel import ParallelDims
 
-        engine = build_engine(recipe, self._model(), self._world)
-        batch = _repeated(self._few, self._few.rows * accumulation)
+        world = self._world
+        data = world.world // pipeline
+        recipe = self._recipe(stage, micro_batches * data, {"pipeline": pipeline, "expert": expert, "measure": False})
+        if pipeline > 1 or expert > 1:
+            world = ParallelDims(recipe.parallel)
+        engine = build_engine(recipe, self._model(), world)
+        whole = _repeated(self._few, self._few.rows * micro_batches * data)
+        mine = whole.select(slice(0, whole.rows // data if world.is_first_stage else 0))  # later stages get no rows
         try:
-            return self._fastest(lambda: engine.train_step(dataclasses.replace(batch, step=engine.step)))
+            took = self._fastest(lambda: engine.train_step(dataclasses.replace(mine, step=engine.step)))
         finally:
             engine.destroy()
+        kind = world.device.type
+        said = predict(recipe, self._config, [whole], world.world, device=kind, rates=known, counted=False).seconds
+        return max(0.0, took - (said or 0.0))
 
-    def _recipe(self, stage: int, accumulation: int) -> Recipe:
+    def _recipe(self, stage: int, micro_batches: int, parallel: dict[str, Any]) -> Recipe:
+        """A recipe whose steps have so many micro-batches in all."""
         from tiphys.recipes.load import from_dict
 
-        rows = self._few.rows
         section = {
-            "train_batch_size": rows * accumulation * self._world.world,
-            "train_micro_batch_size_per_gpu": rows,
+            "train_batch_size": self._few.rows * micro_batches,
+            "train_micro_batch_size_per_gpu": self._few.rows,
             "bf16": {"enabled": self._width == 2},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
             "zero_optimization": {"stage": stage},
         }
-        about = {"data": {"mixture": [{"dataset": "file:///unused"}]}, "objectives": {"gato": {}}}
+        about = {"data": {"mixture": [{"dataset": "file:///unused"}]}, "objectives": {"gato": {}}, "parallel": parallel}
         return from_dict({"name": "calibration", **about, "deepspeed": section, "run": {"dir": "unused"}})
 
     def _stages(self) -> tuple[int, ...]:
@@ -240,15 +254,19 @@ class _Measurement:
         return min(max(count, low), high)
 
     def _fastest(self, work: Callable[[], Any]) -> float:
-        """Seconds of the slowest process in the fastest round."""
-        times = []
-        for _ in range(ROUNDS + 1):
+        """Seconds of the slowest process in the fastest round, after one to warm up. Short work has more rounds."""
+
+        def once() -> float:
             self._world.barrier()
             began = time.perf_counter()
             work()
             _wait(self._world.device)
-            times.append(time.perf_counter() - began)
-        return min(max(ranks) for ranks in list(zip(*self._world.gather(times), strict=True))[1:])
+            return time.perf_counter() - began
+
+        least, most = ROUNDS
+        rounds = min(max(round(ENOUGH / max(self._world.gather(once()))), least), most)
+        times = self._world.gather([once() for _ in range(rounds)])
+        return min(max(ranks) for ranks in zip(*times, strict=True))
 
 
 def _repeated(batch: TokenBatch, rows: int) -> TokenBatch:

@@ -17,13 +17,16 @@ MOVED = 28  # bytes that AdamW moves for each parameter: four float32 are read, 
 class Rates:
     """Of one device.
 
-    flops     operations a second by which the passes of larger micro-batches take longer
-    memory    bytes a second that the optimizer's step moves
-    link      bytes a second between two devices
-    basis     where the numbers come from
-    start     seconds that a layer takes for a micro-batch, forward and backward, whatever its size: the time to start kernels
-    handling  ZeRO stage, as JSON has it -> seconds a parameter that a step takes beside passes, optimizer and traffic: with one
-              micro-batch, and with each further one
+    flops       operations a second by which the passes of larger micro-batches take longer
+    memory      bytes a second that the optimizer's step moves
+    link        bytes a second between two devices
+    basis       where the numbers come from
+    start       seconds that a layer takes for a micro-batch, forward and backward, whatever its size: the time to start kernels
+    recomputed  `flops` and `start` with `model.checkpointing`; None: a third more is computed
+    handling    ZeRO stage, as JSON has it -> seconds a parameter that a step takes beside passes, optimizer and traffic: with one
+                micro-batch, and with each further one
+    exchange    seconds that the tokens of a micro-batch take to experts on other ranks and back, beside their bytes: of a layer
+    hop         seconds that a micro-batch takes to the next pipeline stage, beside its bytes
     """
 
     flops: float
@@ -31,7 +34,17 @@ class Rates:
     link: float
     basis: str
     start: float = 0.0
+    recomputed: tuple[float, float] | None = None
     handling: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    exchange: float = 0.0
+    hop: float = 0.0
+
+    def passes(self, checkpointing: bool) -> tuple[float, float]:
+        """`flops` and `start`."""
+        if not checkpointing:
+            return self.flops, self.start
+        flops, start = self.recomputed or (self.flops * 3 / 4, self.start * 4 / 3)
+        return flops, start
 
     def handled(self, stage: int, parameters: int, accumulation: int) -> float:
         """Seconds that a step takes beside passes, optimizer and traffic. A stage that was not measured takes none."""

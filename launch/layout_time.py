@@ -57,19 +57,22 @@ def step_seconds(work: Work, rates: Rates) -> float:
 def _passes(work: Work, rates: Rates) -> float:
     """Micro-batches follow one another through the stages. The slowest one sets the pace."""
     from tiphys.pretrain.model.flops import flops_per_batch
-    from tiphys.pretrain.model.pipeline import layer_operations
+    from tiphys.pretrain.model.pipeline import ENDS, layer_operations
 
-    sizes, grid, tokens = work.sizes, work.grid, max(1, work.batch.real_tokens)
-    operations = flops_per_batch(work.config, work.batch) * (work.step_tokens or tokens) / tokens
+    config, sizes, grid, tokens = work.config, work.sizes, work.grid, max(1, work.batch.real_tokens)
+    operations = flops_per_batch(config, work.batch) * (work.step_tokens or tokens) / tokens
     filled = sizes.rows_per_rank * grid.data / sizes.rows  # the slowest rank has ⌈B / ranks⌉ rows
     micro_batch = operations * filled / grid.data / sizes.accumulation
-    costs = layer_operations(work.config)
-    slowest = 0.0
+    flops, start = rates.passes(config.checkpointing)
+    exchange = rates.exchange * (1.5 if config.checkpointing else 1.0) if grid.expert > 1 else 0.0
+    costs, slowest = layer_operations(config), 0.0
     for first, last in itertools.pairwise(work.bounds):
         share = sum(costs[first:last]) / sum(costs)
-        slowest = max(slowest, share * micro_batch / rates.flops + (last - first) * rates.start)
-    again = 4 / 3 if work.config.checkpointing else 1.0
-    return slowest * again * (sizes.accumulation + grid.pipeline - 1)
+        blocks = range(max(first - ENDS, 0), min(last - ENDS, config.num_hidden_layers))
+        sparse = sum(config.has_experts(block) for block in blocks)
+        slowest = max(slowest, share * micro_batch / flops + (last - first) * start + sparse * exchange)
+    hop = rates.hop if grid.pipeline > 1 else 0.0
+    return (slowest + hop) * (sizes.accumulation + grid.pipeline - 1)
 
 
 def traffic(

@@ -40,7 +40,7 @@ from tiphys.dataio.atomic import to_json
 from tiphys.dataio.episode import DataError, TaskSpec
 from tiphys.dataio.format import packet_table
 from tiphys.dataio.format.packet_table import PacketChunks
-from tiphys.dataio.format.rows import FIELD_NAME
+from tiphys.dataio.format.rows import FIELD_NAME, check_task
 from tiphys.dataio.stored import stored, task_specs
 
 if TYPE_CHECKING:
@@ -343,7 +343,10 @@ def read_tasks_and_shards(file: Path) -> tuple[list[TaskSpec], list[Shard]]:
         own = json.loads(text)
         if own["version"] != 1:
             raise DataError(f"{file.name} has version {own['version']}; this Tiphys reads version 1")
-        return task_specs(own["tasks"], f"{file.name}: tasks"), [_shard(s) for s in own["shards"]]
+        tasks = task_specs(own["tasks"], f"{file.name}: tasks")
+        for task in tasks:
+            check_task(task)
+        return tasks, [_shard(s) for s in own["shards"]]
     except DataError:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, RecursionError, ValueError, OverflowError) as error:

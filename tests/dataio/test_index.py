@@ -1,5 +1,6 @@
 """EpisodeIndex: memory-mapped arrays, computed ranges, and checks of everything in its files."""
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -244,6 +245,18 @@ def test_an_index_that_points_outside_its_shards_is_refused(tmp_path, changes):
     decoded = arrays.decode(file, None, ["small"], ["s.tar"])
     with pytest.raises(DataError, match=r"(episode|chunk) \d"):
         arrays.check(decoded, tasks, shards, "x")
+
+
+def test_the_tasks_of_an_index_are_checked_as_those_of_a_dataset(tmp_path):
+    field = next(f for f in SMALL.fields if f.role == "observation")
+    for fields, reason in (
+        ((*SMALL.fields, field), "another field has this name"),
+        ((dataclasses.replace(field, dtype="uint("),), r"'uint\(' is not a dtype of NumPy"),
+    ):
+        file = tmp_path / "index.parquet"
+        TableWriter(tmp_path).finish(file, [dataclasses.replace(SMALL, fields=fields)], [])
+        with pytest.raises(DataError, match=reason):
+            table.read_tasks_and_shards(file)
 
 
 def test_a_column_whose_name_is_a_path_is_refused(tmp_path):

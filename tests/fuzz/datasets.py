@@ -63,6 +63,7 @@ def damaged_parquet(data: bytes, rng: random.Random) -> bytes:
     try:
         values = mutate.tree(content[column].to_pylist(), rng)
         made = pa.array(values, content.schema.field(column).type if rng.random() < 0.8 else None)
+        pq.write_table(pa.table({column: made}), io.BytesIO())  # Parquet has no struct without fields
         content = content.set_column(content.schema.names.index(column), column, made)
     except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError):
         content = content.drop_columns([column])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch.test_layout import DENSE, WORST, recipe
+from tests.launch.test_layout import CONFIG, DENSE, WORST, recipe
 from tiphys.launch import layout_rates
 from tiphys.launch.layout import Needs, predict
 from tiphys.launch.layout_calibration import MOST_PARAMETERS, _measurable, calibrate
@@ -59,6 +59,35 @@ def test_handling_of_gradients_is_that_of_the_stage(stage: int, further: int) ->
     assert more == pytest.approx(needs().parameters * (first + further * each))
 
 
+def test_recomputation_takes_what_was_measured_or_a_third_more() -> None:
+    deep = copy.deepcopy(DENSE)
+    deep.checkpointing = True
+    both = [
+        predict(recipe(), config, WORST, 1, device="cpu", counted=False, rates=rates).seconds or 0.0
+        for config, rates in (
+            (DENSE, PLAIN),
+            (deep, PLAIN),
+            (deep, dataclasses.replace(PLAIN, recomputed=(0.5e9, 0.0))),
+        )
+    ]
+    assert both[1] / both[0] == pytest.approx(4 / 3)
+    assert both[2] / both[0] == pytest.approx(2)
+
+
+def test_tokens_that_are_sent_to_experts_and_stages_take_their_time() -> None:
+    section = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+
+    def of(rates: Rates, **parallel: int) -> float:
+        made = recipe(deepspeed=section, parallel=parallel)
+        return predict(made, CONFIG, WORST, 2, device="cpu", counted=False, rates=rates).seconds or 0.0
+
+    slow = dataclasses.replace(PLAIN, exchange=1.0, hop=100.0)
+    sparse = sum(map(CONFIG.has_experts, range(CONFIG.num_hidden_layers)))
+    assert of(slow) == of(PLAIN)
+    assert of(slow, expert=2) - of(PLAIN, expert=2) == pytest.approx(2 * sparse)  # 2 micro-batches on each rank
+    assert of(slow, pipeline=2) - of(PLAIN, pipeline=2) == pytest.approx(5 * 100)  # 4 and the bubble
+
+
 def test_a_stage_that_was_not_measured_costs_nothing_more() -> None:
     assert PLAIN.handled(3, 10**9, 4) == 0.0
 
@@ -79,10 +108,12 @@ def test_a_machine_is_measured_by_as_many_processes_as_train_at_once(
 ) -> None:
     monkeypatch.setattr(layout_rates, "rates_file", lambda: tmp_path / "rates.json")
     assert measured_rates(4) is None
-    found = calibrate(DENSE, WORST[0], 4, 2)
+    found = calibrate(CONFIG, WORST[0], 4, 2)
     assert "2 processes at once" in found.basis
     assert min(found.flops, found.memory, found.link) > 0
-    assert found.start >= 0
+    assert min(found.start, found.exchange, found.hop) >= 0
+    assert found.recomputed is not None
+    assert found.passes(True)[0] > 0
     assert list(found.handling) == ["0", "1", "2", "3"]
     assert all(first >= 0 and further >= 0 for first, further in found.handling.values())
     kept = measured_rates(4)
