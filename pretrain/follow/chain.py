@@ -4,7 +4,8 @@
     <to>/latest.json                a pointer: which manifest is the newest, and its SHA-256; written last
     <to>/best.json                  the same for the policy with the highest score
 
-On a hub the whole policy lies at the root of the repository, so every step is a keyframe there.
+On a hub the whole policy lies at the root of the repository, so every step is a keyframe there. The one with the highest score
+lies whole in `steps/best-…` too.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Follower:
     threads : int
         Threads that apply deltas; 0: one for each core.
     best : bool
-        Follow the policy with the highest score instead of the newest one. Not on a hub. `final` tells nothing then.
+        Follow the policy with the highest score instead of the newest one. `final` tells nothing then.
 
     Attributes
     ----------

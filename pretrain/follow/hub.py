@@ -1,12 +1,15 @@
 """Publishes a policy to a repository of a hub, in one commit: the whole policy at the root, which `from_pretrained` loads,
-and beside it a delta, its manifest and the pointer. Followers read from one commit, so nothing they read can change.
+and beside it a delta, its manifest and the pointer. The policy with the highest score lies whole in a folder of its own.
+Followers read from one commit, so nothing they read can change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,20 @@ from tiphys.dataio.episode import DataError
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.messages import logger
 from tiphys.pretrain.follow.chain import (
+    BEST,
     LARGEST_MANIFEST,
+    LARGEST_POINTER,
     LATEST,
     MANIFEST,
     STEPS,
+    File,
     FollowError,
-    Link,
+    Pointer,
     parse_manifest,
     parse_pointer,
 )
 from tiphys.pretrain.follow.places import HubPlace
-from tiphys.pretrain.follow.writer import How, check_holder, plan
+from tiphys.pretrain.follow.writer import How, Planned, check_holder, is_better, plan
 from tiphys.pretrain.hub_errors import hub_message
 
 SQUASHED = 50  # commits after which the history is squashed
@@ -90,11 +96,18 @@ def _commit(api: Any, source: Path, names: list[str], name: str, head: str, how:
         )
         last = manifest, manifest
     planned = plan(source, names, before, last, how, scratch, root="/")
+    uploads, contents = dict(planned.uploads), {f"{planned.folder}/{MANIFEST}": planned.manifest}
+    contents[LATEST] = planned.pointer.to_bytes()
+    best = None if found is None else _best_pointer(place)
+    if is_better(planned.pointer, best):
+        best, about, copies = _as_best(planned)
+        uploads |= {file.path: source / name for name, file in copies.items()}
+        contents |= {best.manifest: about, BEST: best.to_bytes()}
+    kept = {_folder(path) for path in [*(link.manifest for link in planned.chain), *([best.manifest] if best else [])]}
     files = set(api.list_repo_files(name, revision=head))
-    contents = {f"{planned.folder}/{MANIFEST}": planned.manifest, LATEST: planned.pointer.to_bytes()}
-    operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in planned.uploads.items()]
+    operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in uploads.items()]
     operations += [CommitOperationAdd(path, data) for path, data in contents.items()]
-    operations += [CommitOperationDelete(path) for path in sorted(_old(files, {*names, LATEST}, planned.chain))]
+    operations += [CommitOperationDelete(path) for path in sorted(_old(files, {*names, LATEST, BEST}, kept))]
     done = api.create_commit(
         name, operations, commit_message=f"Policy at step {planned.pointer.step}", parent_commit=head
     )
@@ -103,11 +116,34 @@ def _commit(api: Any, source: Path, names: list[str], name: str, head: str, how:
     return f"hf://{name}@{done.oid}"
 
 
-def _old(files: set[str], new: set[str], chain: tuple[Link, ...]) -> set[str]:
-    """What is left at the root by an earlier version, and the steps that do not lead to the new one."""
-    kept = {link.manifest.rsplit("/", 1)[0] for link in chain}
+def _best_pointer(place: HubPlace) -> Pointer | None:
+    try:
+        return parse_pointer(place.read(BEST, LARGEST_POINTER), f"{place.url}/{BEST}")
+    except FileNotFoundError:
+        return None
+
+
+def _as_best(planned: Planned) -> tuple[Pointer, bytes, dict[str, File]]:
+    """Pointer and manifest of the same policy in a folder of its own, and its files: the root will hold later ones."""
+    folder = f"{STEPS}/best-{planned.folder.rsplit('/', 1)[1]}"
+    manifest = parse_manifest(planned.manifest, planned.folder, planned.pointer.sha256)
+    files = {name: replace(file, path=f"{folder}/{name}") for name, file in manifest.files.items()}
+    data = replace(manifest, kind="keyframe", files=files, base="", delta=None, chain=()).to_bytes()
+    return (
+        replace(planned.pointer, manifest=f"{folder}/{MANIFEST}", sha256=hashlib.sha256(data).hexdigest()),
+        data,
+        files,
+    )
+
+
+def _folder(path: str) -> str:
+    return path.rsplit("/", 1)[0]
+
+
+def _old(files: set[str], new: set[str], kept: set[str]) -> set[str]:
+    """What is left at the root by an earlier version, and the steps that are not kept."""
     root = {f for f in files if "/" not in f and f.endswith((".py", ".json", ".safetensors"))}
-    return root - new | {f for f in files if f.startswith(f"{STEPS}/") and f.rsplit("/", 1)[0] not in kept}
+    return root - new | {f for f in files if f.startswith(f"{STEPS}/") and _folder(f) not in kept}
 
 
 def _squash(api: Any, name: str) -> None:

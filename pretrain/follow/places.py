@@ -33,12 +33,9 @@ class Place(Protocol):
 
 
 def place_of(url: str, *, best: bool = False) -> Place:
-    """The place of a URL. `best`: its pointer is best.json. Raises DataError for a hub, which has none."""
-    if not url.startswith("hf://"):
-        return StorePlace(url, BEST if best else LATEST)
-    if best:
-        raise DataError(f"{url}: a hub has no {BEST}; follow the newest policy, or publish with `publish.keep: best`")
-    return HubPlace(url)
+    """The place of a URL. `best`: its pointer is best.json."""
+    name = BEST if best else LATEST
+    return HubPlace(url, name) if url.startswith("hf://") else StorePlace(url, name)
 
 
 class StorePlace:
@@ -73,22 +70,22 @@ class StorePlace:
 
 
 class HubPlace:
-    """A repository of a hub. All files are read from the commit in which the pointer was read."""
+    """A repository of a hub. All files are read from the commit in which the pointer was read. `name` is the pointer's file."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, name: str = LATEST) -> None:
+        self.url, self._pointer = url.rstrip("/"), name
         self._name = self.url.removeprefix("hf://").strip("/")
         self._commit = ""
 
     def pointer(self, version: str) -> tuple[bytes, str] | None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        found = self._ask(lambda: get_hf_file_metadata(hf_hub_url(self._name, LATEST)))
+        found = self._ask(lambda: get_hf_file_metadata(hf_hub_url(self._name, self._pointer)))
         commit = str(found.commit_hash)
         if commit == version:
             return None
         self._commit = commit
-        return self.read(LATEST, LARGEST_POINTER), commit
+        return self.read(self._pointer, LARGEST_POINTER), commit
 
     def read(self, path: str, limit: int) -> bytes:
         with tempfile.TemporaryDirectory(prefix="tiphys-hub-") as folder:

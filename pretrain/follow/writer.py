@@ -255,11 +255,16 @@ def _manifest(store: Store, path: str, sha256: str) -> Manifest:
 
 
 def _point_to_best(store: Store, new: Pointer) -> None:
-    if new.score is None:
-        return
     best, version = _pointer(store, BEST)
-    if best is None or best.score is None or new.score > best.score or best.run != new.run:
+    if is_better(new, best):
         store.replace(BEST, new.to_bytes(), version)
+
+
+def is_better(new: Pointer, best: Pointer | None) -> bool:
+    """Whether the best pointer is to become the new one. A run is not compared with the one before it at this place."""
+    if new.score is None:
+        return False
+    return best is None or best.score is None or new.score > best.score or best.run != new.run
 
 
 # -- collection -------------------------------------------------------------------------------------------------------

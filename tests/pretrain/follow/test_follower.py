@@ -17,7 +17,6 @@ pytest.importorskip("moto", reason="needs the dev extra")
 
 from tests.pretrain.follow.publishing import digest, fetched, policy, publish_all
 from tests.servers import moto_server, s3_environment
-from tiphys.dataio.episode import DataError
 from tiphys.dataio.storage import Store
 from tiphys.pretrain.follow import follower as following
 from tiphys.pretrain.follow import writer
@@ -265,11 +264,6 @@ def test_the_best_policy_can_be_followed(to: str, steps: list[Path]) -> None:
         assert new is not None
         assert (new.step, new.digest) == (3, digest(steps[2]))
     assert fetched(to) == (3, digest(steps[2]))
-
-
-def test_a_hub_has_no_best_policy() -> None:
-    with pytest.raises(DataError, match=r"hf://a/b: a hub has no best\.json"):
-        Follower("hf://a/b", best=True)
 
 
 def test_two_writers_at_once_are_refused(to: str, steps: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,24 @@ def test_a_repository_belongs_to_one_run(hub: Hub, tmp_path: Path) -> None:
     publish(steps[1], URL, how=How(steps[0], run="a1"))
 
 
+def test_the_best_policy_stays_whole_while_later_ones_replace_the_root(hub: Hub, tmp_path: Path) -> None:
+    steps = [policy(tmp_path, step) for step in range(1, 5)]
+    scores = (0.5, 0.4, 0.7, None)
+    with Follower(URL, best=True) as best:
+        for number, (step, score, expected) in enumerate(zip(steps, scores, (0, None, 2, None), strict=True)):
+            before = steps[number - 1] if number else None
+            publish(step, URL, how=How(before, score=score))
+            new = best.poll()
+            assert (None if new is None else new.digest) == (None if expected is None else digest(steps[expected]))
+        assert best.step == 3
+        assert digest(best.fetch()) == digest(steps[2])
+    with Follower(URL, best=True) as late, Follower(URL) as newest:
+        assert digest(late.fetch()) == digest(steps[2])
+        assert digest(newest.fetch()) == digest(steps[3])
+    kept = {path.rsplit("/", 1)[0] for path in repository(hub).files() if path.startswith("steps/best-")}
+    assert len(kept) == 1  # the earlier best is gone
+
+
 def test_a_bad_delta_is_replaced_by_the_root(hub: Hub, tmp_path: Path) -> None:
     steps = [policy(tmp_path, step) for step in (1, 2)]
     publish(steps[0], URL, how=How())
