@@ -97,8 +97,11 @@ def _measurable(config: DecisionConfig) -> DecisionConfig:
 
 
 def _quietly() -> None:
-    """DeepSpeed logs how it is set up, for every engine."""
+    """DeepSpeed logs and prints how it is set up, for every engine. The output belongs to the command."""
     import logging
+
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
     from deepspeed.utils import logger
 
