@@ -91,10 +91,11 @@ def read_regular(path: str | Path, limit: int) -> bytes:
         If it cannot be read.
     """
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for its writer
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):  # `open` would refuse a folder in words of its own
+        os.close(handle)
+        raise DataError(f"{path} is not a regular file, so it is not read")
     with open(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path} is not a regular file, so it is not read")
         data = b"" if found.st_size > limit else file.read(limit + 1)
         if found.st_size > limit or len(data) > limit:
             raise DataError(f"{path} has more than {limit:,} bytes, which is the most that is read of such a file")

@@ -30,6 +30,7 @@ def by_operations(recipe: Recipe, config: DecisionConfig) -> Sequence[int]:
 
 
 UNEVEN = 2.0  # times as many rows as are sent may arrive at a rank that holds popular experts
+COPIES = 8  # of the hidden states of a micro-batch that a later pipeline stage holds beside its activations, measured
 PROCESS = 330_000_000  # bytes of Python, torch and DeepSpeed in each process
 
 
@@ -218,7 +219,14 @@ def _stages(
             share = _share(part, grid)
             settings = _settings(recipe, sizes, share, device)
             passes = max((_count(part, micro, settings) for micro in inputs), key=lambda p: p.peak, default=NOTHING)
-            found.append(rank_memory(share, settings, passes, in_flight))
+            peak, steady = rank_memory(share, settings, passes, in_flight)
+            if count > 1:
+                hidden = (
+                    max(_positions(batch, sizes.micro_batch) for batch in worst) * config.hidden_size if worst else 0
+                )
+                more = settings.width * (share.largest + (COPIES * hidden if stage else 0))
+                peak = dataclasses.replace(peak, communication=peak.communication + more)
+            found.append((peak, steady))
             if grid.expert == 1:
                 break
         name = "all" if count == 1 else "first" if stage == 0 else "last" if stage == count - 1 else "middle"
@@ -238,6 +246,10 @@ def _micro_batch(batch: TokenBatch, rows: int) -> TokenBatch:
     """The first `rows` rows; all of them again and again if there are fewer."""
     times = -(-rows // max(1, batch.rows))
     return type(batch).concatenate([batch] * times).select(slice(0, rows))
+
+
+def _positions(batch: TokenBatch, rows: int) -> int:
+    return rows * batch.length
 
 
 def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:

@@ -102,13 +102,9 @@ class LocalBackend:
 
 
 def _local_info(found: os.stat_result) -> ObjectInfo:
-    """Raises Refused if it is neither a file nor, for `head`, a folder."""
+    """Raises Refused if it is no file."""
     if not stat.S_ISREG(found.st_mode):
-        raise (
-            IsADirectoryError(21, "it is a folder")
-            if stat.S_ISDIR(found.st_mode)
-            else Refused("it is not a regular file")
-        )
+        raise Refused("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
     return ObjectInfo(found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}")
 
 

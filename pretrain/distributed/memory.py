@@ -149,15 +149,19 @@ def _micro_batch(share: Share, s: Settings, passes: Pass, in_flight: int) -> Mem
         )
     if s.stage == 2:
         own = share.own * s.width
+        # what several ranks reduce is a copy of the bucket, and a parameter may belong to two of them
+        sent = bucket + share.largest * s.width if share.data > 1 else own
         return Memory(
             gradients=own if earlier else 0,
             communication=bucket * s.overlap,
-            activations=held + max(passes.peak, bucket + own),
+            activations=held + max(passes.peak, bucket + sent),
         )
-    gathered = 0
+    gathered, end = 0, 0
     if share.data > 1 or s.offload_weights:
         gathered = min(share.trained + share.frozen, MOST_LIVE + PREFETCH + share.largest) * s.width
-    return Memory(communication=gathered + bucket * s.overlap, activations=held + passes.peak)
+    if share.data > 1:  # the last bucket is copied and reduced, while the largest gradient waits to be added
+        end = bucket + (share.own + share.largest) * s.width
+    return Memory(communication=gathered + bucket * s.overlap, activations=max(held + passes.peak, end))
 
 
 def _update(share: Share, s: Settings) -> Memory:

@@ -13,6 +13,7 @@ from typing import Any
 from tests.dataio.convert import mutate
 from tests.fuzz.reader import Reader, damaged_bytes, damaged_json, damaged_yaml, files_of, packed, unpacked, write_files
 from tiphys.dataio.episode import DataError
+from tiphys.dataio.storage import StoreError
 
 
 def make(folder: Path) -> dict[str, Callable[[], Reader]]:
@@ -205,7 +206,7 @@ def _follow(folder: Path) -> Reader:
         with Follower(str(place), threads=1) as follower:
             follower.fetch()
 
-    return Reader((seed,), _damaged_place, read, (FollowError, DataError, FileNotFoundError))
+    return Reader((seed,), _damaged_place, read, (FollowError, DataError, StoreError, FileNotFoundError))
 
 
 def _damaged_place(data: bytes, rng: random.Random) -> bytes:

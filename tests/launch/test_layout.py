@@ -59,6 +59,17 @@ def test_stages_are_those_of_the_run_if_they_are_known() -> None:
     assert found.cut
 
 
+def test_stages_hold_what_they_receive() -> None:
+    config = synthetic.config(num_hidden_layers=4, num_experts=0)
+    made = recipe(parallel={"pipeline": 2})
+    stages = predict(made, config, WORST, 2, device="cpu").stages
+    largest = max(p.numel() for p in DecisionModel(config).parameters())
+    received = layout.COPIES * 64 * 64 * config.hidden_size  # 64 rows of 64 positions
+    first, last = (stage.peak.communication for stage in stages)
+    assert first >= 4 * largest
+    assert last >= 4 * (largest + received)
+
+
 def test_popular_experts_are_part_of_what_is_needed() -> None:
     (stage,) = predict(recipe(parallel={"expert": 2}), CONFIG, WORST, 2).stages
     assert stage.peak.total > stage.even.total

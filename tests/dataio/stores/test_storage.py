@@ -96,6 +96,15 @@ def test_an_object_elsewhere_is_read_by_its_url(tmp_path: Path, front: FaultyFro
         Store("s3://bucket/data").read("file:///etc/passwd")
 
 
+def test_a_folder_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "steps").mkdir()
+    store = Store(str(tmp_path))
+    with pytest.raises(StoreError, match="it is a folder"):
+        store.head("steps")
+    with pytest.raises(DataError, match="is not a regular file"):
+        store.read("steps")
+
+
 @pytest.mark.parametrize("url", ["pipe:cat x", "pipe://cat", "python://x", "simplecache::s3://b/x", "reference://x"])
 def test_schemes_outside_the_list_are_refused(url: str) -> None:
     with pytest.raises(DataError, match="may not be opened"):

@@ -13,7 +13,7 @@ from deepspeed.comm import comm
 
 from tests import processes
 from tests.pretrain import synthetic
-from tests.pretrain.model.allocator import peak_bytes
+from tests.pretrain.model.allocator import peak_bytes, tensor_bytes
 from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.distributed.memory import Memory, Settings, Share, rank_memory
 from tiphys.pretrain.engine import build_engine
@@ -60,12 +60,6 @@ def only_new_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-def tensor_bytes() -> int:
-    gc.collect()
-    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values())
 
 
 def compare(stage: int, bf16: bool, accumulation: int, size: tuple[int, int], **config: Any) -> float:
@@ -134,3 +128,15 @@ def test_what_divides_weights_or_overlaps_is_seen() -> None:
     assert predicted(3).communication >= 2 * 10**9  # gathered weights
     assert predicted(1, in_flight=3).activations - predicted(1).activations == 2 * (5 * 10**9 + 10**6)
     assert predicted(1).reserve > predicted(1, device="cpu").reserve == 0
+
+
+def test_several_ranks_need_copies_for_what_they_send() -> None:
+    """A step that is not held up by its activations: the end of the backward pass is the peak."""
+    share = Share(dense=10**9, expert=0, frozen=0, largest=10**8, data=10, groups=10)
+    small = Pass(inputs=0, kept=0, forward=0, peak=0, again=0, gradients=2 * 10**9)
+
+    def of(stage: int, one: Share) -> Memory:
+        return rank_memory(one, Settings(stage, 2, 5 * 10**8, False, False, False, 1, "cuda"), small)[0]
+
+    assert of(2, share).activations == 2 * (5 + 5 + 1) * 10**8  # bucket, its copy, the largest gradient
+    assert of(3, share).activations == 2 * (5 + 1 + 1) * 10**8  # bucket, own gradients, the largest gradient

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -17,3 +19,10 @@ def peak_bytes(work: Callable[[], object]) -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors on the CPU that there are now."""
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values())
