@@ -94,7 +94,8 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode):  # `open` would refuse a folder in words of its own
         os.close(handle)
-        raise DataError(f"{path} is not a regular file, so it is not read")
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+        raise DataError(f"{path} is {what}, so it is not read")
     with open(handle, "rb") as file:
         data = b"" if found.st_size > limit else file.read(limit + 1)
         if found.st_size > limit or len(data) > limit:

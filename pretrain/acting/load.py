@@ -57,6 +57,8 @@ def load_processor(model: DecisionModel) -> Processor:
     assert file is not None  # it raises if there is none
     try:
         values = json.loads(read_regular(file, _PROCESSOR_BYTES))
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is not valid JSON: {error}") from None
     try:

@@ -101,7 +101,7 @@ def test_a_folder_is_no_object(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     with pytest.raises(StoreError, match="it is a folder"):
         store.head("steps")
-    with pytest.raises(DataError, match="is not a regular file"):
+    with pytest.raises(DataError, match="steps is a folder, so it is not read"):
         store.read("steps")
 
 

@@ -147,7 +147,7 @@ def test_what_deepspeed_takes_passes(errors, overrides):
         (["train.steps=99999999999999999999999"], "train.steps"),
         (["model.text_tokenizer=nowhere/tokenizer.json"], "nowhere/tokenizer.json cannot be read: No such file"),
         (["model.text_tokenizer=nowhere/x.model"], "nowhere/x.model cannot be read: No such file"),
-        (["model.text_tokenizer=."], ". cannot be read: Is a directory"),
+        (["model.text_tokenizer=."], ". is a folder, so it is not read"),
         (["model.text_tokenizer=recipe.yaml"], "is not a valid tokenizer"),
     ],
 )
