@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.layout import recipe
 from tiphys.launch.layout import changed, predict
 from tiphys.launch.layout_auto import layouts
 from tiphys.launch.layout_calibration import calibrate
@@ -36,28 +37,9 @@ from tiphys.pretrain.distributed.layer_costs import typical_batch
 from tiphys.pretrain.model.config import DecisionConfig
 from tiphys.pretrain.tokens.batch import TokenBatch
 from tiphys.recipes.automatic import KEYS
-from tiphys.recipes.load import from_dict
 from tiphys.recipes.schema import Recipe
 
 WORLD = 2
-
-
-def recipe(rows: int, length: int) -> Recipe:
-    """ZeRO-1, one micro-batch, float32."""
-    return from_dict(
-        {
-            "name": "layout",
-            "data": {"mixture": [{"dataset": "file:///nowhere"}]},
-            "objectives": {"gato": {"context": length}},
-            "deepspeed": {
-                "train_batch_size": rows,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-                "zero_optimization": {"stage": 1},
-                "gradient_clipping": 1.0,
-            },
-            "run": {"dir": "unused"},
-        }
-    )
 
 
 def config_of(hidden: int, layers: int, experts: int, vocabulary: int) -> DecisionConfig:
@@ -92,7 +74,7 @@ class Sizes:
 
     @property
     def recipe(self) -> Recipe:
-        return recipe(self.rows, self.length)
+        return recipe(1, self.rows, self.length, False)
 
 
 def measured(made: Recipe, config: DecisionConfig, batch: TokenBatch, steps: int) -> dict[str, Any]:

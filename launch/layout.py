@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tiphys.launch.layout_batches import first_rows
 from tiphys.launch.layout_time import Work, step_seconds, traffic
 from tiphys.pretrain.distributed.deepspeed_config import Derived, derive
 from tiphys.pretrain.distributed.memory import Memory, Settings, Share, rank_memory
@@ -197,7 +198,8 @@ def _stages(
     from tiphys.pretrain.model.counting import NOTHING, Part
     from tiphys.pretrain.model.inputs import to_tensors
 
-    inputs = [to_tensors(_micro_batch(batch, sizes.micro_batch)) for batch in worst]
+    inputs = [to_tensors(first_rows(batch, sizes.micro_batch)) for batch in worst]
+    state = sizes.micro_batch * max((batch.length for batch in worst), default=0) * config.hidden_size
     count = grid.pipeline
     middle = range(1, count - 1)
 
@@ -220,12 +222,8 @@ def _stages(
             settings = _settings(recipe, sizes, share, device)
             passes = max((_count(part, micro, settings) for micro in inputs), key=lambda p: p.peak, default=NOTHING)
             peak, steady = rank_memory(share, settings, passes, in_flight)
-            if count > 1:
-                hidden = (
-                    max(_positions(batch, sizes.micro_batch) for batch in worst) * config.hidden_size if worst else 0
-                )
-                more = settings.width * (share.largest + (COPIES * hidden if stage else 0))
-                peak = dataclasses.replace(peak, communication=peak.communication + more)
+            more = _of_neighbours(stage, grid, share, state) * settings.width
+            peak = dataclasses.replace(peak, communication=peak.communication + more)
             found.append((peak, steady))
             if grid.expert == 1:
                 break
@@ -242,14 +240,12 @@ def _stages(
         )
 
 
-def _micro_batch(batch: TokenBatch, rows: int) -> TokenBatch:
-    """The first `rows` rows; all of them again and again if there are fewer."""
-    times = -(-rows // max(1, batch.rows))
-    return type(batch).concatenate([batch] * times).select(slice(0, rows))
+def _of_neighbours(stage: int, grid: Grid, share: Share, state: int) -> int:
+    """Elements that a pipeline stage holds for its neighbours, beside its activations: measured, not read from a source.
 
-
-def _positions(batch: TokenBatch, rows: int) -> int:
-    return rows * batch.length
+    state  elements of a micro-batch's hidden states
+    """
+    return share.largest + (COPIES * state if stage else 0) if grid.pipeline > 1 else 0
 
 
 def _count(part: Part, inputs: dict[str, Any], settings: Settings) -> Pass:

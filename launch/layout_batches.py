@@ -48,6 +48,12 @@ def largest_rows(recipe: Recipe, plan: SamplingPlan, rows: int) -> tuple[int, in
     return math.ceil(max(sums)), steps
 
 
+def first_rows(batch: TokenBatch, rows: int) -> TokenBatch:
+    """The first `rows` rows; all of them again and again if there are fewer."""
+    times = -(-rows // max(1, batch.rows))
+    return type(batch).concatenate([batch] * times).select(slice(0, rows))
+
+
 def _steps(recipe: Recipe, plan: SamplingPlan) -> int:
     return max(1, min(STEPS, recipe.train.steps, MOST_WINDOWS // plan.rows))
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tiphys.launch.layout_batches import first_rows
 from tiphys.launch.layout_rates import MOVED, Rates, keep
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ class _Measurement:
 
         self._config, self._world, self._width = config, world, probe.width
         self._dtype = torch.bfloat16 if probe.width == 2 else torch.float32
-        self._few = _repeated(probe.batch, 1)
-        self._many = _repeated(probe.batch, max(probe.batch.rows, 2))
+        self._few = first_rows(probe.batch, 1)
+        self._many = first_rows(probe.batch, max(probe.batch.rows, 2))
 
     def rates(self) -> Rates:
         """All but the basis. Each later number is the rest of a step that the numbers before it leave."""
@@ -218,7 +219,7 @@ class _Measurement:
         if pipeline > 1 or expert > 1:
             world = ParallelDims(recipe.parallel)
         engine = build_engine(recipe, self._model(), world)
-        whole = _repeated(self._few, self._few.rows * micro_batches * data)
+        whole = first_rows(self._few, self._few.rows * micro_batches * data)
         mine = whole.select(slice(0, whole.rows // data if world.is_first_stage else 0))  # later stages get no rows
         try:
             took = self._fastest(lambda: engine.train_step(dataclasses.replace(mine, step=engine.step)))
@@ -270,12 +271,6 @@ class _Measurement:
         rounds = min(max(round(ENOUGH / max(self._world.gather(once()))), least), most)
         times = self._world.gather([once() for _ in range(rounds)])
         return min(max(ranks) for ranks in zip(*times, strict=True))
-
-
-def _repeated(batch: TokenBatch, rows: int) -> TokenBatch:
-    """The first `rows` rows; all of them again and again if there are fewer."""
-    times = -(-rows // max(1, batch.rows))
-    return type(batch).concatenate([batch] * times).select(slice(0, rows))
 
 
 def _wait(device: torch.device) -> None:
