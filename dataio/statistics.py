@@ -229,6 +229,8 @@ class Sketch:
             raise DataError("the count, the moments and the shape of a sketch do not agree")
         if self.count and not (self.min <= self.max).all():
             raise DataError("a sketch has a count, but no extremes")
+        if (self.square < 0).any():
+            raise DataError("a sketch has a negative sum of squares")
         numbers = (self.outside, self.elements, *(getattr(self, name) or 0 for name in _BAD))
         if not all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers):
             raise DataError("a sketch counts values with something else than numbers")

@@ -40,7 +40,8 @@ def query_times(start: float, timestamps: np.ndarray, tolerance: float = TOLERAN
         At least one step of float32 at the row's timestamp, which is more than 1e-4 s after 2,048 s.
     """
     times = np.asarray(timestamps, np.float32)
-    return start + times.astype(np.float64), np.maximum(tolerance, np.spacing(np.abs(times)).astype(np.float64))
+    with np.errstate(invalid="ignore"):  # NaN of damaged data, for which no picture is found
+        return start + times.astype(np.float64), np.maximum(tolerance, np.spacing(np.abs(times)).astype(np.float64))
 
 
 def nearest(

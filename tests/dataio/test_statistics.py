@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hn
 
 from tests.dataio.making import RICH, SMALL, observed, random_episode
 from tiphys.dataio import statistics
-from tiphys.dataio.episode import Episode, FieldSpec, TaskSpec
+from tiphys.dataio.episode import DataError, Episode, FieldSpec, TaskSpec
 from tiphys.dataio.format.rows import RowLayout, pack_rows
 from tiphys.dataio.statistics import QUANTILES, RETURN_TO_GO, FieldStatistics, Sketch, Statistics, pooled
 
@@ -144,6 +144,15 @@ def test_bad_values_are_counted_with_their_episodes_whatever_the_grouping(tmp_pa
     assert whole.result(["bad"])["bad"]["switch"].bad() == (
         "1 step with NaN or an infinity and 1 step beyond the declared range in 1 episode"
     )
+
+
+def test_a_negative_sum_of_squares_is_refused():
+    sketch = Sketch((2,))
+    sketch.add(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    sketch.check()
+    sketch.square = -sketch.square
+    with pytest.raises(DataError, match="negative sum of squares"):
+        sketch.check()
 
 
 @pytest.mark.filterwarnings("error")
