@@ -42,17 +42,6 @@ from tiphys.recipes.schema import Recipe
 WORLD = 2
 
 
-def config_of(hidden: int, layers: int, experts: int, vocabulary: int) -> DecisionConfig:
-    return DecisionConfig(
-        vocab_size=vocabulary,
-        tasks=["task"],
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        num_experts=experts,
-    )
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Of the model and its steps."""
@@ -66,7 +55,14 @@ class Sizes:
 
     @property
     def config(self) -> DecisionConfig:
-        return config_of(self.hidden, self.layers, self.experts, self.vocabulary)
+        return DecisionConfig(
+            vocab_size=self.vocabulary,
+            tasks=["task"],
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=max(1, self.hidden // 64),
+            num_experts=self.experts,
+        )
 
     @property
     def batch(self) -> TokenBatch:
@@ -135,15 +131,15 @@ def _collectives_in_this_thread() -> Iterator[None]:
         "reduce",
     )
     backend: Any = comm.cdb
-    changed_ = [(torch.distributed, n) for n in names if hasattr(torch.distributed, n)]
-    changed_ += [(backend, n) for n in ("all_gather_function", "reduce_scatter_function")]
-    before = [getattr(owner, name) for owner, name in changed_]
-    for (owner, name), real in zip(changed_, before, strict=True):
+    places = [(torch.distributed, n) for n in names]
+    places += [(backend, n) for n in ("all_gather_function", "reduce_scatter_function")]
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), real in zip(places, before, strict=True):
         setattr(owner, name, waits(real))
     try:
         yield
     finally:
-        for (owner, name), real in zip(changed_, before, strict=True):
+        for (owner, name), real in zip(places, before, strict=True):
             setattr(owner, name, real)
 
 

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ ROUNDS = 4, 20  # the fastest one counts; so many at least and at most
 ENOUGH = 1.0  # seconds of rounds
 MOST_PROCESSES = 8
 MOST_PARAMETERS = 200_000_000  # of the model that is measured; a larger one is measured with fewer layers
+BYTES = 64  # that a process may need for a parameter: ZeRO-3 in float32 took 45
 ELEMENTS = 1 << 16, 1 << 24  # of what is sent and updated, at least and at most
 
 
@@ -63,23 +65,25 @@ def calibrate(config: DecisionConfig, batch: TokenBatch, width: int, world: int)
     Rates
     """
     from tiphys.dataio.process_pool import ProcessPool
-    from tiphys.launch.devices import devices
+    from tiphys.launch.devices import device_memory, devices
 
     processes = max(1, min(world, devices() or len(os.sched_getaffinity(0)), MOST_PROCESSES))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    probe = Probe(_measurable(config).to_dict(), batch, width, processes, port)
+    most = min(MOST_PARAMETERS, device_memory(processes) // BYTES)
+    probe = Probe(_measurable(config, most).to_dict(), batch, width, processes, port)
     with ProcessPool(processes, _quietly) as pool:
         ranks = [pool.submit(_rank, rank, probe) for rank in range(processes)]
-        found, *_ = [rank.result() for rank in ranks]
+        for rank in as_completed(ranks):  # if one fails, its own error counts, not that of those who miss it
+            found = rank.result()
     with_them = "alone" if processes == 1 else f"by {processes} processes at once"
     found = dataclasses.replace(found, basis=f"measured on this machine {with_them} ({time.strftime('%Y-%m-%d')})")
     keep(width, found)
     return found
 
 
-def _measurable(config: DecisionConfig) -> DecisionConfig:
-    """The config with so few layers that every machine that trains the model can hold it whole."""
+def _measurable(config: DecisionConfig, most: int) -> DecisionConfig:
+    """The config with so few layers that the model has at most so many parameters, if one layer does not have more."""
     import copy
 
     import torch
@@ -91,7 +95,7 @@ def _measurable(config: DecisionConfig) -> DecisionConfig:
     while made.num_hidden_layers > 1:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DecisionModel(made).parameters())
-        if parameters <= MOST_PARAMETERS:
+        if parameters <= most:
             break
         made.num_hidden_layers = max(1, made.num_hidden_layers // 2)
     return made

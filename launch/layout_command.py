@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tiphys.dataio.atomic import to_json, write_json
 from tiphys.dataio.errors import Explained
 from tiphys.dataio.messages import say
+from tiphys.launch.devices import device_memory, devices
 from tiphys.launch.layout_calibration import calibrate
 from tiphys.launch.layout_rates import Rates, measured_rates, table_rates
 from tiphys.launch.statuses import Status
@@ -232,17 +233,4 @@ def any_rates(kind: str) -> Rates:
 
 def has_cuda() -> bool:
     """This machine has a GPU."""
-    from tiphys.launch.devices import devices
-
     return devices() > 0
-
-
-def device_memory(processes: int) -> int:
-    """Bytes that one process may use: the memory of a GPU, or the machine's divided among so many processes."""
-    import os
-
-    if has_cuda():
-        import torch
-
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, processes)

@@ -77,9 +77,10 @@ def fewer_ranks(path: str, overrides: Sequence[str], world: int, before: int, ea
     NothingFits
         If no layout fits.
     """
+    from tiphys.launch.devices import device_memory
     from tiphys.launch.layout import changed
     from tiphys.launch.layout_auto import choices
-    from tiphys.launch.layout_command import NothingFits, any_rates, device_memory, has_cuda, known_rates, sized
+    from tiphys.launch.layout_command import NothingFits, any_rates, has_cuda, known_rates, sized
     from tiphys.pretrain.distributed.deepspeed_config import derive
     from tiphys.pretrain.parallel import Grid
     from tiphys.recipes.automatic import KEYS

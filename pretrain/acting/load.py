@@ -55,10 +55,9 @@ def load_processor(model: DecisionModel) -> Processor:
     revision = getattr(model.config, "_commit_hash", None)
     file = cached_file(str(model.name_or_path), PROCESSOR, revision=revision)
     assert file is not None  # it raises if there is none
+    data = read_regular(file, _PROCESSOR_BYTES)
     try:
-        values = json.loads(read_regular(file, _PROCESSOR_BYTES))
-    except DataError:
-        raise
+        values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: is not valid JSON: {error}") from None
     try:

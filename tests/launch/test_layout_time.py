@@ -50,13 +50,13 @@ def test_the_slowest_stage_sets_the_pace() -> None:
     assert paced < 2 * even * 2 * 5 / 4
 
 
-@pytest.mark.parametrize(("stage", "further"), [(0, 3), (1, 3), (2, 3), (3, 3)])
-def test_handling_of_gradients_is_that_of_the_stage(stage: int, further: int) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_handling_of_gradients_is_that_of_the_stage(stage: int) -> None:
     handling = {str(s): (1e-6 * (s + 1), 1e-7 * (s + 1)) for s in range(4)}
     rates = dataclasses.replace(PLAIN, handling=handling)
     more = seconds(stage, 2, rates=rates) - seconds(stage, 2)
     first, each = handling[str(stage)]
-    assert more == pytest.approx(needs().parameters * (first + further * each))
+    assert more == pytest.approx(needs().parameters * (first + 3 * each))  # 8 rows in micro-batches of 2
 
 
 def test_recomputation_takes_what_was_measured_or_a_third_more() -> None:
@@ -93,10 +93,10 @@ def test_a_stage_that_was_not_measured_costs_nothing_more() -> None:
 
 
 def test_a_large_model_is_measured_with_fewer_layers() -> None:
-    assert _measurable(DENSE).num_hidden_layers == DENSE.num_hidden_layers
+    assert _measurable(DENSE, MOST_PARAMETERS).num_hidden_layers == DENSE.num_hidden_layers
     deep = copy.deepcopy(DENSE)
     deep.num_hidden_layers, deep.hidden_size, deep.intermediate_size = 64, 2048, 4096
-    made = _measurable(deep)
+    made = _measurable(deep, MOST_PARAMETERS)
     assert 1 <= made.num_hidden_layers < 64
     with torch.device("meta"):
         assert sum(p.numel() for p in DecisionModel(made).parameters()) <= MOST_PARAMETERS

@@ -9,7 +9,7 @@ import pytest
 
 from tests.launch.small_recipe import small_recipe
 from tests.processes import environment
-from tiphys.launch import layout_command
+from tiphys.launch import devices
 from tiphys.launch import supervise as module
 from tiphys.launch.hosts import ranks_of_hosts
 from tiphys.launch.layout_command import NothingFits
@@ -143,6 +143,6 @@ def test_other_keys_change_only_if_they_must(tmp_path: Path, monkeypatch: pytest
     assert (made.rows, made.micro_batch * made.accumulation * 2) == (4, 4)
     assert "parallel.pipeline=3" not in other.overrides
 
-    monkeypatch.setattr(layout_command, "device_memory", lambda processes: 1 << 20)
+    monkeypatch.setattr(devices, "device_memory", lambda processes: 1 << 20)
     with pytest.raises(NothingFits, match=r"no layout on 2 ranks fits 0\.0 GiB"):
         fewer_ranks(str(tmp_path / "small.yaml"), [], world=2, before=3, each=1)
